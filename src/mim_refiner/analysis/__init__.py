@@ -1,0 +1,1 @@
+"""What measured results mean: curves over blocks, and whether refinement helped."""

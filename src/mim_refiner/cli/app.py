@@ -1,0 +1,140 @@
+"""The command ``mim-refiner``: its verbs, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from mim_refiner._version import __version__
+from mim_refiner.cli.analyze import analyze
+from mim_refiner.cli.common import example
+from mim_refiner.cli.demo import demo
+from mim_refiner.cli.evaluate import evaluate
+from mim_refiner.cli.export import export
+from mim_refiner.cli.inspect import inspect
+from mim_refiner.cli.pretrain import pretrain
+from mim_refiner.cli.refine import refine
+from mim_refiner.errors import MimRefinerError, did_you_mean
+
+PROGRAM = "mim-refiner"
+DEBUG_VARIABLE = "MIM_REFINER_DEBUG"
+
+EXIT_BUG = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 1  # silently, as Python itself and typer do
+
+# The machine's refusals, not bugs of ours: no permission, disk full, read-only disk, quota used up.
+REFUSALS = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT}
+
+app = typer.Typer(
+    name=PROGRAM,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog=example(
+        f"{PROGRAM} demo",
+        f"{PROGRAM} refine --data photos/ --model mae_pretrain_vit_base.pth --out runs/photos",
+    ),
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Refine masked-image-model encoders with nearest-neighbour alignment, and measure what it brought."""
+
+
+EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
+    demo: (f"{PROGRAM} demo --out demo-out",),
+    pretrain: (f"{PROGRAM} pretrain --data photos/ --arch vit_small_patch16_224 --out runs/mae",),
+    refine: (
+        f"{PROGRAM} refine --data photos/ --model mae_pretrain_vit_base.pth --out runs/photos",
+        f"{PROGRAM} refine --data train.parquet --model runs/mae/export --out runs/b --eval-data train.parquet",
+    ),
+    evaluate: (
+        f"{PROGRAM} evaluate --model runs/b/export --data train.parquet --test test.parquet",
+        f"{PROGRAM} evaluate --model runs/b/export --compare runs/mae/export --data train.parquet --blocks all",
+    ),
+    analyze: (f"{PROGRAM} analyze --model runs/b/export --compare runs/mae/export --data train.parquet --out curves",),
+    export: (f"{PROGRAM} export --model runs/photos --format timm --out photos-timm",),
+    inspect: (f"{PROGRAM} inspect mae_pretrain_vit_base.pth",),
+}
+for verb, lines in EXAMPLES.items():
+    app.command(epilog=example(*lines))(verb)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; expected failures print one line on stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = app(words, prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone; without this the interpreter complains once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    except Exception as error:
+        return _report(error)
+    if code == EXIT_INTERRUPTED:
+        print("interrupted", file=sys.stderr)
+    return int(code or 0)
+
+
+def _report(error: Exception) -> int:
+    if os.environ.get(DEBUG_VARIABLE):
+        traceback.print_exception(error, file=sys.stderr)
+    code, text = _explain(error)
+    print("error:", " ".join(text.split()), file=sys.stderr)
+    return code
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Return the exit code and the one line for an error."""
+    if isinstance(error, MimRefinerError):
+        return error.exit_code, str(error)
+    if hasattr(error, "format_message"):  # the parser's usage errors, whichever click typer stands on
+        return EXIT_BAD_INPUT, _usage_line(error)
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        where = f" {error.filename!r}" if error.filename else ""
+        return EXIT_BAD_INPUT, f"the system refused to use{where or ' a file'}: {error.strerror}"
+    if _is_out_of_device_memory(error):
+        return EXIT_BAD_INPUT, "the GPU is out of memory; use a smaller batch (--set batch_size=...) or --device cpu"
+    text = f"{type(error).__name__}: {error}"
+    return EXIT_BUG, f"{text} (this is a bug of {PROGRAM}; set {DEBUG_VARIABLE}=1 for the traceback)"
+
+
+def _usage_line(error: Any) -> str:
+    """Word a usage error in one line, with the nearest valid option or verb where one was mistyped."""
+    context = getattr(error, "ctx", None)
+    help_hint = f" (see {context.command_path} --help)" if context else ""
+    if context and hasattr(error, "option_name"):
+        known = [name for parameter in context.command.params for name in parameter.opts]
+        return f"no option '{error.option_name}'{did_you_mean(error.option_name, known)}{help_hint}"
+    if context and context.parent is None and "No such command" in error.message:
+        typed = error.message.split("'")[1]
+        return f"no verb '{typed}'{did_you_mean(typed, context.command.commands)}{help_hint}"
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    return message[:1].lower() + message[1:] + help_hint
+
+
+def _is_out_of_device_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # never imported for this: without torch there is no such error
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)

@@ -1,0 +1,118 @@
+"""What the verbs share: option definitions, and the way a result reaches the user.
+
+Nothing here imports torch, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, TextIO
+
+import typer
+
+from mim_refiner.cli.progress import make_reporter
+from mim_refiner.errors import InputError
+
+Device = Literal["auto", "cpu", "cuda"]
+
+SOURCES = "folder, .txt/.csv list, .parquet file(s), .npz/.npy arrays"
+MODELS = "checkpoint file, timm folder or timm model name"
+
+DataOption = Annotated[str, typer.Option("--data", metavar="SRC", help=f"Images: {SOURCES}.")]
+ModelOption = Annotated[str, typer.Option("--model", metavar="SRC", help=f"Encoder: {MODELS}.")]
+CompareOption = Annotated[
+    str | None, typer.Option("--compare", metavar="SRC", help="A second encoder, measured in the same way.")
+]
+TestOption = Annotated[
+    str | None, typer.Option("--test", metavar="SRC", help="Test images; without it a part of --data is held out.")
+]
+RunFolderOption = Annotated[
+    str,
+    typer.Option("--out", metavar="DIR", help="Run folder. The same command on the same folder resumes."),
+]
+OutOption = Annotated[str, typer.Option("--out", metavar="DIR", help="Folder for the results.")]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", metavar="NAME|FILE", help="Recipe by name, or a YAML file.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe setting; repeatable."),
+]
+DeviceOption = Annotated[Device, typer.Option("--device", help="auto takes the GPU when there is one.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Start anew in a folder that holds another run; its files are replaced.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no messages.")]
+
+
+def example(*lines: str) -> str:
+    """Return a help epilog that shows the lines one below the other."""
+    return "\n\n".join(("Example:", *(f"  {line}" for line in lines)))
+
+
+def comma_list(text: str, option: str) -> tuple[str, ...]:
+    """Split ``"knn, linear"`` into names; raises InputError when a name is empty."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise InputError(f"{option} is {text!r}, which has an empty name; give names separated by single commas")
+    return names
+
+
+def execute(verb: Callable[..., Any], *, as_json: bool, quiet: bool, **arguments: Any) -> Any:
+    """Run a verb's Python function with a reporter, and print its result.
+
+    With ``as_json`` stdout carries the JSON object alone: whatever else prints during the run goes to stderr.
+    """
+    reporter = make_reporter(sys.stderr, quiet=quiet, live=not as_json)
+    with stdout_for_result(as_json) as stdout:
+        try:
+            result = verb(**arguments, reporter=reporter)
+        finally:
+            reporter.done()
+        show(result, as_json=as_json, file=stdout)
+    return result
+
+
+@contextlib.contextmanager
+def stdout_for_result(reserved: bool) -> Iterator[TextIO]:
+    """Give the real stdout; when reserved, every other print inside the block lands on stderr."""
+    real = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr) if reserved else contextlib.nullcontext():
+        yield real
+
+
+def show(result: Any, *, as_json: bool, file: TextIO) -> None:
+    """Print a result as JSON or as tables."""
+    if as_json:
+        print(json.dumps(to_jsonable(result), allow_nan=False), file=file, flush=True)
+        return
+    from mim_refiner.cli.tables import print_result
+
+    print_result(to_jsonable(result), file)
+
+
+def to_jsonable(value: Any) -> Any:
+    """Turn dataclasses, paths, arrays and scalars of numpy or torch into plain JSON values; NaN and inf become null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_jsonable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    if isinstance(value, PurePath):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return to_jsonable(value.tolist())
+    raise TypeError(f"a verb returned a {type(value).__name__}, which has no JSON form")

@@ -1,0 +1,23 @@
+"""``mim-refiner demo``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mim_refiner.cli.common import DeviceOption, JsonOption, OutOption, QuietOption, SeedOption, execute
+
+
+def demo(
+    out: OutOption = "demo-out",
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps only: shows that everything runs.")] = False,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Refine a small masked autoencoder on real images in minutes, offline, and compare before and after."""
+    from mim_refiner.commands.demo import demo as run
+
+    execute(run, as_json=as_json, quiet=quiet, out=out, smoke=smoke, device=device, seed=seed)

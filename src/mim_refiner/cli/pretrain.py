@@ -1,0 +1,50 @@
+"""``mim-refiner pretrain``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mim_refiner.cli.common import (
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    OverwriteOption,
+    QuietOption,
+    RecipeOption,
+    RunFolderOption,
+    SeedOption,
+    SetOption,
+    execute,
+)
+
+
+def pretrain(
+    data: DataOption,
+    arch: Annotated[str, typer.Option("--arch", metavar="TIMM_NAME", help="A ViT of timm, by its model name.")],
+    out: RunFolderOption,
+    recipe: RecipeOption = None,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Pre-train a masked autoencoder on images without labels, to refine it afterwards."""
+    from mim_refiner.commands.pretrain import pretrain as run
+
+    execute(
+        run,
+        as_json=as_json,
+        quiet=quiet,
+        data=data,
+        arch=arch,
+        out=out,
+        recipe=recipe,
+        settings=settings,
+        device=device,
+        seed=seed,
+        overwrite=overwrite,
+    )

@@ -1,0 +1,64 @@
+"""``mim-refiner refine``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mim_refiner.cli.common import (
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    OverwriteOption,
+    QuietOption,
+    RecipeOption,
+    RunFolderOption,
+    SeedOption,
+    SetOption,
+    execute,
+)
+
+EvalDataOption = Annotated[
+    str | None,
+    typer.Option("--eval-data", metavar="SRC", help="Labelled images: measure the encoder before, during and after."),
+]
+EvalTestOption = Annotated[
+    str | None,
+    typer.Option("--eval-test", metavar="SRC", help="Labelled test images that go with --eval-data."),
+]
+
+
+def refine(
+    data: DataOption,
+    model: ModelOption,
+    out: RunFolderOption,
+    recipe: RecipeOption = None,
+    eval_data: EvalDataOption = None,
+    eval_test: EvalTestOption = None,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Refine an encoder: warm up the heads on the frozen encoder, then train everything."""
+    from mim_refiner.commands.refine import refine as run
+
+    execute(
+        run,
+        as_json=as_json,
+        quiet=quiet,
+        data=data,
+        model=model,
+        out=out,
+        recipe=recipe,
+        eval_data=eval_data,
+        eval_test=eval_test,
+        settings=settings,
+        device=device,
+        seed=seed,
+        overwrite=overwrite,
+    )

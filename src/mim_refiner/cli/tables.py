@@ -1,0 +1,79 @@
+"""Results as tables for people; ``--json`` is the form for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+STAGES = {"before": "before", "after": "after this run", "full": "full recipe (shipped)"}
+SHARES = ("top1", "accuracy", "nmi", "ami", "coverage")  # printed in percent
+
+
+def print_result(result: Any, file: TextIO) -> None:
+    """Print a verb's result: measured stages as one table, lists of records as tables, the rest as ``key: value``."""
+    console = Console(file=file, highlight=False, soft_wrap=True)
+    if not isinstance(result, Mapping):
+        console.print(escape(str(result)))
+        return
+    stages = {name: result[name] for name in STAGES if isinstance(result.get(name), Mapping)}
+    if stages:
+        console.print(stage_table(stages))
+    for key, value in result.items():
+        if key in stages:
+            continue
+        if is_records(value):
+            console.print(record_table(key, value))
+        elif isinstance(value, Mapping):
+            inner = ", ".join(f"{name} {format_value(name, item)}" for name, item in value.items())
+            console.print(escape(f"{key}: {inner}"))
+        elif value not in (None, [], ""):
+            console.print(escape(f"{key}: {format_value(key, value)}"))
+
+
+def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One row a metric, one column a stage."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("metric")
+    for stage in stages:
+        table.add_column(STAGES[stage], justify="right")
+    metrics = dict.fromkeys(
+        name for values in stages.values() for name, value in values.items() if isinstance(value, int | float)
+    )
+    for metric in metrics:
+        table.add_row(metric, *(format_value(metric, values.get(metric)) for values in stages.values()))
+    return table
+
+
+def record_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a record; columns in the order in which they first occur, nested values left to the JSON."""
+    columns = dict.fromkeys(
+        key for record in records for key, value in record.items() if not isinstance(value, Mapping) and value != ""
+    )
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column)
+    for record in records:
+        table.add_row(*(escape(format_value(column, record.get(column))) for column in columns))
+    return table
+
+
+def is_records(value: Any) -> bool:
+    """Whether the value is a non-empty list of mappings."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def format_value(name: str, value: Any) -> str:
+    """Format one value: shares in percent, other floats with four digits, lists in one line."""
+    if value is None:
+        return "-"
+    if isinstance(value, list | tuple):
+        return " ".join(format_value(name, item) for item in value)
+    if isinstance(value, float) and 0 <= value <= 1 and any(word in name for word in SHARES):
+        return f"{100 * value:.2f} %"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)

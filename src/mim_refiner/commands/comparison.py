@@ -1,0 +1,91 @@
+"""Measure encoders before and after on the same images, and say whether it helped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mim_refiner.analysis.blocks import curves_from_results
+from mim_refiner.analysis.verdict import verdict
+from mim_refiner.core.identity import weights_sha256
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.source_base import SlicedSource
+from mim_refiner.evaluation.protocols import EvaluationSettings
+from mim_refiner.evaluation.results import Result, result_name
+from mim_refiner.evaluation.suite import evaluate_backbone, summary_metrics
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.report.figures import block_curves
+from mim_refiner.reporting import Reporter
+
+SUMMARY_TRAIN_LIMIT, SUMMARY_TEST_LIMIT = 10_000, 5_000  # evenly spaced images: quick, and stated in the JSON
+
+
+def compare(
+    stages: Mapping[str, Backbone],
+    train: ImageSet,
+    test: ImageSet | None,
+    *,
+    pooling: str,
+    head_blocks: Sequence[int],
+    out: Path,
+    device: torch.device,
+    precision: str,
+    seed: int,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Evaluate the encoders {"before": ..., "after": ...[, "full": ...]} and return their summary entries and verdict.
+
+    With labels: k-NN of every block, linear probe, clustering and effective rank of the last one; writes
+    evaluation/<stage>-<name>.json, evaluation/blocks.json and block_curves.png. Without labels: effective rank only.
+    """
+    labelled = train.labels is not None and (test is None or test.labels is not None)
+    protocols = ("knn", "linear", "clustering", "rank") if labelled else ("rank",)
+    results: dict[str, dict[str, Result]] = {}
+    for stage, backbone in stages.items():
+        reporter.message(f"evaluating: {stage}")
+        results[stage] = evaluate_backbone(
+            backbone,
+            train,
+            test,
+            protocols=protocols,
+            blocks=(-1,),
+            knn_blocks="all",
+            settings=EvaluationSettings(precision=precision),
+            out_dir=out,
+            name_prefix=f"{stage}-",
+            model_sha256=weights_sha256(backbone.model),
+            device=device,
+            seed=seed,
+            reporter=reporter,
+        )
+    last = next(iter(stages.values())).info.depth - 1
+    summary: dict[str, Any] = {
+        stage: summary_metrics(found, block=last, pooling=pooling) for stage, found in results.items()
+    }
+    if not labelled:
+        ranks = [summary[stage]["rank"] for stage in stages]
+        summary["verdict"] = {
+            "verdict": "not measured",
+            "reason": f"no labels to judge by (effective rank {ranks[0]:.1f} before, {ranks[1]:.1f} after); "
+            "give labelled images with --eval-data for a verdict",
+        }
+        return summary
+    curves = curves_from_results(results, head_blocks=head_blocks)
+    curves.write(out / "evaluation")
+    block_curves(curves.record, out / "block_curves.png")
+    key = result_name("knn_top1", last, pooling)
+    summary["verdict"] = verdict(results["before"][key].correct, results["after"][key].correct)
+    summary["verdict"]["statements"] = curves.record["statements"]
+    return summary
+
+
+def thinned(images: ImageSet, limit: int) -> ImageSet:
+    """Every n-th image so that at most ``limit`` remain (even over sorted class folders)."""
+    step = math.ceil(len(images) / limit)
+    if step <= 1:
+        return images
+    return ImageSet(SlicedSource(images.source, slice(None, None, step), f"[::{step}]"))

@@ -1,0 +1,101 @@
+"""``pretrain``: a masked autoencoder from images alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mim_refiner.commands.monitor import OnlineKnn
+from mim_refiner.commands.runs import close_data, common_image_size, open_images, run_settings
+from mim_refiner.core.device import pick_device, resolve_precision
+from mim_refiner.core.schedules import peak_learning_rate
+from mim_refiner.data.loaders import TrainLoader
+from mim_refiner.data.photometric import BatchPhotometric
+from mim_refiner.data.views import ViewSpec
+from mim_refiner.export.timm import export_timm
+from mim_refiner.models.backbone import Backbone, create_vit
+from mim_refiner.models.mae import MaskedAutoencoder
+from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.training.pretraining import pretraining_phase
+from mim_refiner.training.recipe import override
+from mim_refiner.training.recipes import pretrain_recipe
+from mim_refiner.training.state import RunFolder, write_json
+from mim_refiner.training.trainer import LoopSettings, fit
+
+
+def pretrain(
+    *,
+    data: str,
+    arch: str,
+    out: str,
+    recipe: str | None = None,
+    settings: list[str] | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Pre-train ``arch`` (a timm ViT name, or vit_w<width>_d<depth>_h<heads>_p<patch>) as a masked autoencoder.
+
+    ``data``: images, labels optional (used for online k-NN only). Writes a run folder whose export/ is a timm folder.
+    The same call on the same folder resumes. Returns the summary. Raises MimRefinerError with one line on bad input.
+    """
+    reporter = reporter or NullReporter()
+    started = time.perf_counter()
+    torch_device = pick_device(device)
+    images = open_images(data, reporter)
+    chosen = pretrain_recipe(recipe, image_size=common_image_size(images))
+    chosen.image_size = chosen.image_size or common_image_size(images)
+    chosen = override(chosen, settings or [])
+    precision = resolve_precision(chosen.precision, torch_device)
+
+    encoder = create_vit(arch, image_size=chosen.image_size)
+    backbone = Backbone.wrap(encoder, family="mae", architecture=arch, licence="as your images allow", source=out)
+    if torch_device.type == "cpu":
+        backbone.use_math_attention()
+    torch.manual_seed(seed)
+    mae = MaskedAutoencoder(
+        encoder,
+        decoder_dim=chosen.decoder_dim,
+        decoder_depth=chosen.decoder_depth,
+        decoder_heads=chosen.decoder_heads,
+        mask_ratio=chosen.mask_ratio,
+    ).initialize()
+    mae.to(torch_device)
+
+    view = ViewSpec("mae", chosen.image_size, scale=chosen.crop_scale, jitter_prob=0.0, gray_prob=0.0)
+    loader = TrainLoader(images, [view], chosen.batch_size, seed, **run_settings(images, chosen, torch_device))
+    photometric = BatchPhotometric(view, backbone.info.mean, backbone.info.std)
+    resolved = {"command": "pretrain", "data": data, "arch": arch, "seed": seed, **chosen.model_dump(mode="json")}
+    resolved["data_fingerprint"] = images.source.fingerprint()
+    run = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=chosen.keep_checkpoints)
+    peak = peak_learning_rate(chosen.training.base_lr, chosen.batch_size)
+    reporter.message(
+        f"{arch}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, {chosen.image_size} px, "
+        f"{len(images)} images, {chosen.training.epochs} epochs of {loader.steps_per_epoch} steps, {precision}; "
+        f"learning rate base {chosen.training.base_lr:.3g}, peak {peak:.3g}"
+    )
+    monitor = None
+    if images.labels is not None and chosen.knn_every:
+        pooling = "cls" if backbone.info.has_cls else "mean"
+        monitor = OnlineKnn(
+            backbone, images, None, blocks=range(backbone.info.depth), pooling=pooling, device=torch_device, precision=precision
+        )
+    phase = pretraining_phase(mae, chosen, loader, photometric, device=torch_device, precision=precision)
+    loop = LoopSettings(seed, torch_device, chosen.log_every, chosen.checkpoint_every, chosen.knn_every)
+    fit([phase], {"model": mae}, run, loop, reporter, monitor)
+    close_data(images, loader, run, reporter)
+
+    card = {"base": "trained from scratch", "data": images.description, "recipe": chosen.name}
+    export_timm(backbone.to("cpu"), Path(out) / "export", card=card)
+    summary = {"run": str(out), "export": str(Path(out) / "export"), "seconds": {"total": time.perf_counter() - started}}
+    if monitor:
+        backbone.to(torch_device)
+        summary["after"] = monitor()
+    write_json(Path(out) / "summary.json", summary)
+    return summary
+
+

@@ -1,0 +1,54 @@
+"""Steps that the training commands share: opening the data, loader settings, and the account of skipped images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.loaders import TrainLoader
+from mim_refiner.data.sources import open_source
+from mim_refiner.reporting import Reporter
+from mim_refiner.training.recipe import Recipe
+from mim_refiner.training.state import RunFolder, write_atomically
+
+SMALL_PIXELS = 64  # side in pixels up to which images count as small
+
+
+def open_images(spec: str, reporter: Reporter) -> ImageSet:
+    """Open and, when they fit, decode all images; raises DataError."""
+    images = ImageSet(open_source(spec))
+    labels = "no labels" if images.labels is None else f"{len(np.unique(images.labels))} classes"
+    reporter.message(f"data: {images.description}, {len(images)} images, {labels}")
+    return images
+
+
+def common_image_size(images: ImageSet) -> int:
+    """Side of the (small) images when all probed ones agree, else the field's usual 224 px."""
+    probes = np.linspace(0, len(images) - 1, min(8, len(images))).astype(int)
+    sides = {side for index in probes for side in images.load(int(index)).shape[:2]}
+    return sides.pop() if len(sides) == 1 and max(sides) <= SMALL_PIXELS else 224
+
+
+def run_settings(images: ImageSet, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """Loader arguments: a background thread for small cached images on few cores, else worker processes."""
+    workers = recipe.workers
+    if workers < 0:
+        cores = os.cpu_count() or 1
+        workers = 0 if images.cached and cores <= 2 else max(1, min(12, cores - 1))
+    return {"workers": workers, "pin_memory": device.type == "cuda"}
+
+
+def close_data(images: ImageSet, loader: TrainLoader, run: RunFolder, reporter: Reporter) -> None:
+    """List the images that could not be read in the run folder, and say how many."""
+    if images.unreadable:
+        lines = "".join(f"{name}\t{reason}\n" for name, reason in images.unreadable)
+        write_atomically(Path(run.path) / "skipped_images.txt", lines.encode())
+        reporter.message(f"skipped {len(images.unreadable)} unreadable images; listed in {run.path}/skipped_images.txt")
+    close = getattr(loader, "close", None)
+    if close:
+        close()

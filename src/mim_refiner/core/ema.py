@@ -1,0 +1,44 @@
+"""Exponential moving average of a model's weights, kept for evaluation only."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from mim_refiner.errors import InputError
+
+
+class ExponentialMovingAverage(nn.Module):
+    """Averaged copy of a model in ``module``; it takes no gradient and stays in eval mode.
+
+    Its state dict has the keys of the model behind the prefix ``module.``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, decay: float, *, copy_buffers: bool = True) -> None:
+        """Move the average to ``decay * average + (1 - decay) * model``; buffers are copied, not averaged.
+
+        Raises InputError for a decay outside [0, 1], or a model with other parameters than the averaged one.
+        """
+        if not 0 <= decay <= 1:
+            raise InputError(f"EMA decay must lie between 0 and 1, got {decay}")
+        average, current = dict(self.module.named_parameters()), dict(model.named_parameters())
+        if average.keys() != current.keys():
+            name = min(average.keys() ^ current.keys())
+            raise InputError(f"EMA: the model and its average differ in parameter '{name}'")
+        for name, parameter in average.items():
+            parameter.lerp_(current[name].detach().to(parameter), 1 - decay)  # exact where nothing moved
+        if copy_buffers:
+            buffers = dict(model.named_buffers())
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(buffers[name])
+
+    def train(self, mode: bool = True) -> ExponentialMovingAverage:
+        """Stay in eval mode whatever the surrounding module does."""
+        return super().train(False)

@@ -1,0 +1,1 @@
+"""Image sources, decoding, multi-crop views, photometric augmentations and batches."""

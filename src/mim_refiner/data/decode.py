@@ -1,0 +1,212 @@
+"""From encoded images to RGB arrays: decoding, the cache in memory, and what happens with unreadable images."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mim_refiner.data.source_base import ImageSource, Labels
+from mim_refiner.errors import DataError
+
+Pixels = NDArray[np.uint8]  # [H, W, 3]
+CACHE_LIMIT_BYTES = 2 * 10**9
+MAX_UNREADABLE_SHARE = 0.1
+_PROBES = 32  # images decoded to estimate the size of the whole set
+_CHUNK = 1024
+
+
+def decode_rgb(data: bytes | NDArray[np.uint8]) -> Pixels:
+    """Decode an encoded image, or a uint8 array [H, W] or [H, W, C], to RGB uint8 [H, W, 3].
+
+    EXIF rotation is applied; grayscale, palette and CMYK are converted; transparency is shown on white; 16-bit
+    images keep their upper 8 bits. Raises OSError, ValueError or a Pillow error when the data is not a whole image.
+    """
+    if isinstance(data, np.ndarray):
+        pixels = data[:, :, None] if data.ndim == 2 else data
+        if pixels.shape[2] == 3:
+            return np.ascontiguousarray(pixels)
+        if pixels.shape[2] == 1:
+            return np.repeat(pixels, 3, axis=2)
+        return _to_rgb(Image.fromarray(np.ascontiguousarray(pixels)))
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()  # damaged pixels raise here, before the metadata is looked at
+        return _to_rgb(_upright(image))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken metadata around whole pixels: show them as they are
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int64)
+        narrow = (wide >> 8 if wide.max(initial=0) > 255 else wide).clip(0, 255).astype(np.uint8)
+        return np.repeat(narrow[:, :, None], 3, axis=2)
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        rgba = image.convert("RGBA")
+        image = Image.new("RGBA", rgba.size, "white")
+        image.alpha_composite(rgba)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+class ImageSet:
+    """Decoded images of a source: ``load(i)`` gives RGB uint8 [H, W, 3].
+
+    ``cache``: "auto" keeps all decoded images in memory when they need less than 2 GB; True and False force it.
+    An unreadable image never raises: ``load`` gives the next readable one instead and the failure is listed in
+    ``unreadable`` as (name, reason). Raises DataError when no image can be read.
+    """
+
+    def __init__(self, source: ImageSource, cache: Literal["auto"] | bool = "auto") -> None:
+        self.source = source
+        self.labels: Labels | None = source.labels
+        self.class_names = source.class_names
+        self.description = source.description
+        self._length = len(source)
+        self._bad: dict[int, tuple[str, str]] = {}
+        self._array: Pixels | None = None  # [N, H, W, 3], all images of one size
+        self._list: list[Pixels | None] | None = None
+        estimate = self._estimate_bytes()
+        if cache is True or (cache == "auto" and estimate < CACHE_LIMIT_BYTES):
+            self.scan()
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def cached(self) -> bool:
+        """True when every image is decoded in memory."""
+        return self._array is not None or self._list is not None
+
+    @property
+    def array(self) -> Pixels | None:
+        """All images uint8 [N, H, W, 3] when cached and of one size (unreadable ones are zero), else None."""
+        return self._array
+
+    @property
+    def unreadable(self) -> list[tuple[str, str]]:
+        """(name, reason) of every image found unreadable so far, in index order."""
+        return [self._bad[index] for index in sorted(self._bad)]
+
+    @property
+    def unreadable_indices(self) -> list[int]:
+        """Indices of the images found unreadable so far."""
+        return sorted(self._bad)
+
+    def add_unreadable(self, items: Iterable[tuple[int, str, str]]) -> None:
+        """Take over (index, name, reason) found by a copy of this set in a worker process."""
+        for index, name, reason in items:
+            self._bad.setdefault(index, (name, reason))
+
+    def unreadable_items(self) -> list[tuple[int, str, str]]:
+        """(index, name, reason) of every image found unreadable so far."""
+        return [(index, *self._bad[index]) for index in sorted(self._bad)]
+
+    def try_load(self, index: int) -> Pixels | None:
+        """Return image ``index`` or None when it cannot be read (the failure is recorded)."""
+        if index in self._bad:
+            return None
+        if self._array is not None:
+            return self._array[index]
+        if self._list is not None:
+            return self._list[index]
+        return self._decode(index)
+
+    def load_resolved(self, index: int) -> tuple[int, Pixels]:
+        """Return the first readable image at or after ``index`` (cyclic) with its own index.
+
+        Raises DataError when more than a tenth of the set is unreadable.
+        """
+        for offset in range(self._length):
+            candidate = (index + offset) % self._length
+            pixels = self.try_load(candidate)
+            if pixels is not None:
+                return candidate, pixels
+            self.raise_if_too_many_unreadable()
+        raise self._nothing_readable()
+
+    def load(self, index: int) -> Pixels:
+        """Return image ``index``, or the next readable one when it is damaged."""
+        return self.load_resolved(index)[1]
+
+    def raise_if_too_many_unreadable(self) -> None:
+        """Raise DataError when more than 10 % of the images are known to be unreadable."""
+        count = len(self._bad)
+        if count > MAX_UNREADABLE_SHARE * self._length:
+            name, reason = self.unreadable[0]
+            raise DataError(
+                f"{self.description}: {count} of {self._length} images cannot be read, more than 10 % "
+                f"(first: {name}: {reason}); repair or remove them"
+            )
+
+    def _decode(self, index: int) -> Pixels | None:
+        try:
+            pixels = decode_rgb(self.source.read(index))
+            if pixels.size == 0:
+                raise ValueError("the image has no pixels")
+            return pixels
+        except Exception as error:  # decoders raise almost anything on damaged input
+            self._bad[index] = (self.source.name(index), _reason(error))
+            return None
+
+    def _estimate_bytes(self) -> int:
+        """Estimate the decoded size of the set from a few images spread over it."""
+        indices = sorted({int(i) for i in np.linspace(0, self._length - 1, min(_PROBES, self._length))})
+        sizes = [pixels.nbytes for pixels in map(self._decode, indices) if pixels is not None]
+        if not sizes and all(self._decode(index) is None for index in range(self._length)):
+            raise self._nothing_readable()
+        return int(np.mean(sizes) * self._length) if sizes else 0
+
+    def _nothing_readable(self) -> DataError:
+        name, reason = self.unreadable[0]
+        return DataError(
+            f"{self.description}: no image can be read (first: {name}: {reason}); give a source with whole images"
+        )
+
+    def scan(self) -> None:
+        """Decode every image into memory, with threads, and so find all unreadable ones. Does nothing when cached."""
+        if self.cached:
+            return
+        array: Pixels | None = None
+        images: list[Pixels | None] = []
+        uniform = True
+        for index, pixels in enumerate(self._decode_all()):
+            if uniform and pixels is not None:
+                array = np.zeros((self._length, *pixels.shape), dtype=np.uint8) if array is None else array
+                uniform = pixels.shape == array.shape[1:]
+                if uniform:
+                    array[index] = pixels
+                    pixels = array[index]
+            images.append(pixels)
+        self._array, self._list = (array, None) if uniform else (None, images)
+        self.source.close()
+
+    def _decode_all(self) -> Iterator[Pixels | None]:
+        threads = min(8, os.cpu_count() or 1)
+        if self._length:
+            self._decode(0)  # opens the source once, before the threads share it
+        with ThreadPoolExecutor(threads) as pool:
+            for start in range(0, self._length, _CHUNK):
+                yield from pool.map(self._decode, range(start, min(start + _CHUNK, self._length)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker with the decoded images has no use for the encoded ones.
+        return {**self.__dict__, "source": None} if self.cached else dict(self.__dict__)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image file, or a damaged one"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -1,0 +1,273 @@
+"""Batches: multi-crop training batches that any step of any epoch reproduces, and plain evaluation batches."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import sys
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mim_refiner.data.decode import ImageSet, Pixels
+from mim_refiner.data.prefetch import in_background
+from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order
+from mim_refiner.errors import DataError, InputError
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """One training batch: ``views[v]`` uint8 [B, 3, size, size]; a damaged image is replaced by another of the set.
+
+    ``sample_ids`` and ``labels`` are those of the images really shown; ``skipped`` lists (name, reason) of images found
+    unreadable since the previous batch (the first batch of a loader lists all that are known).
+    """
+
+    views: list[Tensor]
+    sample_ids: Tensor  # int64 [B]
+    labels: Tensor | None  # int64 [B]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def pin_memory(self) -> ViewBatch:
+        """Return the batch in page-locked memory."""
+        labels = None if self.labels is None else self.labels.pin_memory()
+        views = [view.pin_memory() for view in self.views]
+        return ViewBatch(views, self.sample_ids.pin_memory(), labels, self.skipped)
+
+    def to(self, device: torch.device | str) -> ViewBatch:
+        """Return the batch on ``device``."""
+        views = [view.to(device, non_blocking=True) for view in self.views]
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        return ViewBatch(views, self.sample_ids.to(device, non_blocking=True), labels, self.skipped)
+
+
+@dataclass(frozen=True)
+class _Assembled:
+    """What a worker sends: the batch, the failures it knows, or the one-line error that ends the run."""
+
+    batch: ViewBatch | None
+    unreadable: list[tuple[int, str, str]]
+    error: str = ""
+
+    def pin_memory(self) -> _Assembled:
+        return self if self.batch is None else _Assembled(self.batch.pin_memory(), self.unreadable)
+
+
+class _Assembler(Dataset[_Assembled]):
+    """Builds the batch of (epoch, step); the same in the main process and in a worker."""
+
+    def __init__(
+        self, images: ImageSet, views: Sequence[ViewSpec], batch_size: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        self.images = images
+        self.views = [spec for spec in views for _ in range(spec.count)]
+        self.batch_size = batch_size
+        self.local_size = batch_size // world_size
+        self.offset = rank * self.local_size
+        self.seed = seed
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+
+    def __getitem__(self, key: tuple[int, int]) -> _Assembled:
+        try:
+            return _Assembled(self._batch(*key), self.images.unreadable_items())
+        except DataError as error:  # a raised error would reach the user with the worker's traceback in its text
+            return _Assembled(None, self.images.unreadable_items(), str(error))
+
+    def _batch(self, epoch: int, step: int) -> ViewBatch:
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, epoch_order(self.seed, epoch, len(self.images)))
+        position = step * self.batch_size + self.offset
+        chosen = self._order[1][position : position + self.local_size]
+        loaded = [self.images.load_resolved(int(index)) for index in chosen]
+        pixels = [image for _, image in loaded]
+        ids = np.array([index for index, _ in loaded], dtype=np.int64)
+        views = [
+            _channels_first(crop_batch(pixels, spec, seed=self.seed, epoch=epoch, position=position, view=number))
+            for number, spec in enumerate(self.views)
+        ]
+        labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[ids])
+        return ViewBatch(views, torch.from_numpy(ids), labels)
+
+
+def _channels_first(pixels: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+
+
+class _Steps:
+    """Sampler of the (epoch, step) keys still to come."""
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[int, int]] = []
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class TrainLoader:
+    """Shuffled multi-crop batches; the last incomplete batch of an epoch is dropped.
+
+    Every random choice is a function of (seed, epoch, position in the epoch): any number of workers, and an epoch
+    entered at any step, give the same batches. ``batch_size`` counts the images of all ranks; rank r gets the r-th
+    part of each batch. ``workers`` > 0 assembles in that many processes, which live until ``close``; 0 in a thread.
+
+    Raises DataError when the batch is larger than the set or too many images are unreadable, InputError for sizes
+    that do not fit.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        views: Sequence[ViewSpec],
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        if batch_size < 1 or workers < 0 or not views:
+            sizes = f"batch size {batch_size}, {workers} workers and {len(views)} views"
+            raise InputError(f"{sizes} do not make a loader; give at least 1, 0 and 1")
+        if batch_size % world_size:
+            raise InputError(f"batch size {batch_size} is not a multiple of {world_size} processes; choose one that is")
+        if batch_size > len(images):
+            raise DataError(
+                f"batch size {batch_size} is larger than the data set of {len(images)} images ({images.description}); "
+                f"set the batch size to {len(images)} or less"
+            )
+        images.raise_if_too_many_unreadable()
+        self.images = images
+        self.views = list(views)
+        self.batch_size = batch_size
+        self.steps_per_epoch = len(images) // batch_size
+        self._assembler = _Assembler(images, views, batch_size, seed, rank, world_size)
+        self._reported: set[int] = set()
+        self._prefetch = prefetch
+        self._steps = _Steps()
+        self._closed = False
+        self._loader = self._make_loader(workers, pin_memory) if workers else None
+
+    def _make_loader(self, workers: int, pin_memory: bool) -> DataLoader[Any]:
+        fork = sys.platform == "linux" and "fork" in multiprocessing.get_all_start_methods()
+        return DataLoader(
+            self._assembler,
+            batch_size=None,
+            sampler=self._steps,
+            num_workers=workers,
+            prefetch_factor=self._prefetch,
+            persistent_workers=True,
+            pin_memory=pin_memory,
+            multiprocessing_context="fork" if fork else None,
+            generator=torch.Generator(),  # or the loader would consume the global generator's numbers
+        )
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[ViewBatch, None, None]:
+        """Yield the batches of ``epoch`` from ``start_step`` on."""
+        keys = [(epoch, step) for step in range(start_step, self.steps_per_epoch)]
+        with contextlib.closing(self._assembled(keys)) as stream:
+            for item in stream:
+                yield self._accept(item)
+
+    def _assembled(self, keys: list[tuple[int, int]]) -> Generator[_Assembled, None, None]:
+        if self._closed:
+            raise RuntimeError("the loader is closed")
+        if self._loader is None:
+            with contextlib.closing(in_background((self._assembler[key] for key in keys), self._prefetch)) as stream:
+                yield from stream
+            return
+        self._steps.keys = keys
+        with warnings.catch_warnings():
+            # Python 3.12 warns of fork with threads about; the workers use neither our threads nor CUDA.
+            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+            iterator = iter(self._loader)
+        yield from iterator
+
+    def _accept(self, item: _Assembled) -> ViewBatch:
+        """Record what the worker found unreadable and hand on the batch, or raise its error."""
+        self.images.add_unreadable(item.unreadable)
+        if item.batch is None:
+            raise DataError(item.error)
+        self.images.raise_if_too_many_unreadable()
+        fresh = [(name, why) for index, name, why in self.images.unreadable_items() if index not in self._reported]
+        self._reported.update(self.images.unreadable_indices)
+        return replace(item.batch, skipped=fresh) if fresh else item.batch
+
+    def close(self) -> None:
+        """End the worker processes; the loader cannot be used afterwards. The garbage collector does the same."""
+        self._loader = None
+        self._closed = True
+
+
+def default_crop_ratio(image_size: int) -> float:
+    """Return 1.0 up to 64 px (nothing to spare at the border), else 0.875 (224 of 256 px)."""
+    return 1.0 if image_size <= 64 else 0.875
+
+
+def resize_center_crop(pixels: Pixels, image_size: int, crop_ratio: float) -> Pixels:
+    """Resize the shorter side to round(image_size / crop_ratio), bicubic, and cut out the centre: [S, S, 3]."""
+    height, width = pixels.shape[:2]
+    short = round(image_size / crop_ratio)
+    if min(height, width) != short:
+        long = int(short * max(height, width) / min(height, width))
+        size = (short, long) if width <= height else (long, short)
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        height, width = pixels.shape[:2]
+    top, left = round((height - image_size) / 2), round((width - image_size) / 2)
+    return pixels[top : top + image_size, left : left + image_size]
+
+
+def eval_batches(
+    images: ImageSet,
+    image_size: int,
+    batch_size: int,
+    *,
+    indices: Sequence[int] | NDArray[np.int64] | Tensor | None = None,
+    crop_ratio: float | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (uint8 [B, 3, S, S], their indices int64 [B]) in order, every image once.
+
+    Unreadable images are left out (not replaced), so always take labels by the indices that come with the batch.
+    ``crop_ratio`` None means ``default_crop_ratio``. Raises DataError when more than 10 % cannot be read.
+    """
+    if batch_size < 1 or image_size < 1:
+        raise InputError(f"batch size {batch_size} and image size {image_size} must be at least 1")
+    ratio = default_crop_ratio(image_size) if crop_ratio is None else crop_ratio
+    if not 0 < ratio <= 1:
+        raise InputError(f"crop ratio {ratio} must be above 0 and at most 1")
+    wanted = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
+    images.raise_if_too_many_unreadable()
+    with contextlib.closing(in_background(_eval_items(images, image_size, batch_size, wanted, ratio), 2)) as stream:
+        yield from stream
+
+
+def _eval_items(
+    images: ImageSet, image_size: int, batch_size: int, wanted: NDArray[np.int64], ratio: float
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def prepare(index: int) -> Pixels | None:
+        pixels = images.try_load(index)
+        return None if pixels is None else resize_center_crop(pixels, image_size, ratio)
+
+    with ThreadPoolExecutor(4) as pool:
+        apply: Callable[..., Any] = map if images.cached else pool.map
+        for start in range(0, len(wanted), batch_size):
+            chosen = wanted[start : start + batch_size].tolist()
+            loaded = list(apply(prepare, chosen))
+            images.raise_if_too_many_unreadable()
+            kept = [index for index, pixels in zip(chosen, loaded, strict=True) if pixels is not None]
+            if kept:
+                batch = _channels_first(np.stack([pixels for pixels in loaded if pixels is not None]))
+                yield batch, torch.tensor(kept, dtype=torch.int64)

@@ -1,0 +1,198 @@
+"""Multi-crop views: what a view is, and the random resized crop with flip, drawn for a whole batch at once.
+
+The crop follows torchvision's RandomResizedCrop (ten attempts, then a central crop). Every random number of the sample
+at position p of an epoch comes from a counter-based generator (Philox) keyed by (seed, epoch, view) at counter p: it
+does not depend on the batch size, the worker, the rank, or on where the epoch was entered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mim_refiner.errors import InputError
+
+_ATTEMPTS = 10
+_DRAWS = 24  # uniform numbers a sample and view: 10 areas, 10 ratios, top, left, flip, one spare
+_COUNTERS = _DRAWS // 4  # a Philox counter step gives four 64-bit numbers
+_ORDER_STREAM = 0  # stream numbers below the first view's
+_FIRST_VIEW_STREAM = 16
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """One kind of view: its crop and its photometric augmentations (defaults: method.md section 5, without blur).
+
+    size: output pixels, square. count: how many such views a sample gets. scale: share of the image area.
+    ratio: width / height of the crop. The jitter strengths are those of torchvision's ColorJitter; blur_sigma in pixels
+    of the view; solarize_threshold on the 0-255 scale.
+    """
+
+    name: str
+    size: int
+    count: int = 1
+    scale: tuple[float, float] = (0.25, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter_prob: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    blur_prob: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    gray_prob: float = 0.2
+    solarize_prob: float = 0.0
+    solarize_threshold: float = 128.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.size < 1 or self.count < 1:
+            problems.append(f"size {self.size} and count {self.count} must be at least 1")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            problems.append(f"scale {self.scale} must be low <= high within (0, 1]")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            problems.append(f"ratio {self.ratio} must be low <= high, above 0")
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            problems.append(f"blur_sigma {self.blur_sigma} must be low <= high, above 0")
+        for key in ("flip", "jitter_prob", "blur_prob", "gray_prob", "solarize_prob"):
+            if not 0 <= getattr(self, key) <= 1:
+                problems.append(f"{key} {getattr(self, key)} must be between 0 and 1")
+        if min(self.brightness, self.contrast, self.saturation) < 0 or not 0 <= self.hue <= 0.5:
+            problems.append("brightness, contrast and saturation must be at least 0 and hue between 0 and 0.5")
+        if problems:
+            raise InputError(f"view '{self.name}': {'; '.join(problems)}")
+
+
+def multi_crop_views(
+    global_size: int,
+    local_size: int,
+    num_local: int,
+    global_scale: tuple[float, float] = (0.25, 1.0),
+    local_scale: tuple[float, float] = (0.05, 0.25),
+    *,
+    flip: float = 0.5,
+    jitter_prob: float = 0.8,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.2,
+    hue: float = 0.1,
+    blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5),
+    blur_sigma: tuple[float, float] = (0.1, 2.0),
+    gray_prob: float = 0.2,
+    solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0),
+    solarize_threshold: float = 128.0,
+) -> list[ViewSpec]:
+    """Return the refinement views: global0, global1 and ``num_local`` local ones (none for 0).
+
+    ``blur_prob`` and ``solarize_prob`` hold one value each for global0, global1 and local.
+    """
+    groups = [("global0", global_size, 1, global_scale), ("global1", global_size, 1, global_scale)]
+    if num_local:
+        groups.append(("local", local_size, num_local, local_scale))
+    return [
+        ViewSpec(
+            name=name,
+            size=size,
+            count=count,
+            scale=scale,
+            flip=flip,
+            jitter_prob=jitter_prob,
+            brightness=brightness,
+            contrast=contrast,
+            saturation=saturation,
+            hue=hue,
+            blur_prob=blur_prob[position],
+            blur_sigma=blur_sigma,
+            gray_prob=gray_prob,
+            solarize_prob=solarize_prob[position],
+            solarize_threshold=solarize_threshold,
+        )
+        for position, (name, size, count, scale) in enumerate(groups)
+    ]
+
+
+def mae_views(size: int, *, scale: tuple[float, float] = (0.2, 1.0), flip: float = 0.5) -> list[ViewSpec]:
+    """Return the one view of masked-autoencoder pre-training: crop and flip only (arXiv 2111.06377, section A.1)."""
+    return [ViewSpec("mae", size, scale=scale, flip=flip, jitter_prob=0.0, gray_prob=0.0)]
+
+
+def _uniforms(seed: int, epoch: int, stream: int, start: int, count: int) -> NDArray[np.float64]:
+    """Return the ``_DRAWS`` uniform numbers of ``count`` samples from position ``start`` on, [count, _DRAWS]."""
+    return np.random.Generator(_philox(seed, epoch, stream).advance(start * _COUNTERS)).random((count, _DRAWS))
+
+
+def _philox(seed: int, epoch: int, stream: int) -> np.random.Philox:
+    entropy = [seed % 2**64, epoch, stream]
+    return np.random.Philox(key=np.random.SeedSequence(entropy).generate_state(2, np.uint64))
+
+
+def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
+    """Return the permutation of ``range(length)`` that is epoch ``epoch``."""
+    # Sorting uniform numbers keeps the order independent of NumPy's shuffling algorithm, which may change.
+    draws = np.random.Generator(_philox(seed, epoch, _ORDER_STREAM)).random(length)
+    return np.argsort(draws, kind="stable").astype(np.int64)
+
+
+def crop_boxes(
+    uniforms: NDArray[np.float64], heights: NDArray[np.int64], widths: NDArray[np.int64], spec: ViewSpec
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Turn uniform numbers [B, 24] into crop boxes [B, 4] (top, left, height, width) and flip flags [B].
+
+    The distribution is that of torchvision's ``RandomResizedCrop.get_params``.
+    """
+    count = len(uniforms)
+    area = (heights * widths)[:, None] * _between(uniforms[:, :_ATTEMPTS], *spec.scale)
+    ratio = np.exp(_between(uniforms[:, _ATTEMPTS : 2 * _ATTEMPTS], np.log(spec.ratio[0]), np.log(spec.ratio[1])))
+    crop_w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    crop_h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (crop_w > 0) & (crop_w <= widths[:, None]) & (crop_h > 0) & (crop_h <= heights[:, None])
+    first = fits.argmax(axis=1)
+    rows = np.arange(count)
+    height, width = crop_h[rows, first], crop_w[rows, first]
+    top = (uniforms[:, 20] * (heights - height + 1)).astype(np.int64)
+    left = (uniforms[:, 21] * (widths - width + 1)).astype(np.int64)
+    boxes = np.stack([top, left, height, width], axis=1)
+    for row in np.flatnonzero(~fits.any(axis=1)):
+        boxes[row] = _central_box(int(heights[row]), int(widths[row]), spec.ratio)
+    return boxes, uniforms[:, 22] < spec.flip
+
+
+def _between(uniform: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
+    return low + (high - low) * uniform
+
+
+def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    """Return the largest central crop within the ratio bounds."""
+    crop_h, crop_w = height, width
+    if width / height < ratio[0]:
+        crop_h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        crop_w = max(1, round(height * ratio[1]))
+    return (height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w
+
+
+def crop_batch(
+    images: Sequence[NDArray[np.uint8]], spec: ViewSpec, *, seed: int, epoch: int, position: int, view: int
+) -> NDArray[np.uint8]:
+    """Crop one view of every image to uint8 [B, size, size, 3]; the images lie at ``position``, ``position + 1``, ...
+
+    ``view`` numbers the views of a sample. Bicubic with antialiasing (Pillow), then the flip.
+    """
+    uniforms = _uniforms(seed, epoch, _FIRST_VIEW_STREAM + view, position, len(images))
+    shapes = np.array([image.shape[:2] for image in images], dtype=np.int64)
+    boxes, flips = crop_boxes(uniforms, shapes[:, 0], shapes[:, 1], spec)
+    size = (spec.size, spec.size)
+    output = np.empty((len(images), spec.size, spec.size, 3), dtype=np.uint8)
+    for row, (image, (top, left, height, width), flip) in enumerate(
+        zip(images, boxes.tolist(), flips.tolist(), strict=True)
+    ):
+        crop = image[top : top + height, left : left + width]
+        if crop.shape[:2] != size:
+            crop = np.asarray(Image.fromarray(crop).resize(size, Image.Resampling.BICUBIC))
+        output[row] = crop[:, ::-1] if flip else crop
+    return output

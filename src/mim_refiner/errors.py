@@ -1,0 +1,51 @@
+"""The error tree. Every message is one line: what is wrong, where, and what to do about it.
+
+The command line prints the message alone (no traceback) and exits with ``exit_code``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MimRefinerError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 2
+
+
+class InputError(MimRefinerError):
+    """An argument or option is unusable."""
+
+
+class DataError(MimRefinerError):
+    """A data source is missing, empty, unreadable or too damaged to use."""
+
+
+class CheckpointError(MimRefinerError):
+    """A checkpoint cannot be read safely, is of an unknown family, or does not cover the encoder."""
+
+
+class RecipeError(MimRefinerError):
+    """A recipe has an unknown key, a value out of range, or settings that contradict each other."""
+
+
+class RunFolderError(MimRefinerError):
+    """A run folder cannot be written, or belongs to another recipe."""
+
+
+class NonFiniteLossError(MimRefinerError):
+    """The loss became NaN or infinite; the message names the step, the rate and the last good checkpoint."""
+
+
+class GuardStop(MimRefinerError):
+    """The do-no-harm guard stopped the run; the best state is kept."""
+
+    exit_code = 3
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{matches[0]}'?" if matches else ""

@@ -1,0 +1,1 @@
+"""Protocols that measure frozen features. Start at ``suite.evaluate_backbone``."""

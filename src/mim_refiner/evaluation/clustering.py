@@ -1,0 +1,119 @@
+"""Clustering protocol: mini-batch k-means on frozen features, compared with the classes (method section 6)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import adjusted_rand_score
+from torch import Tensor
+
+from mim_refiner.core.metrics import clustering_accuracy, normalized_mutual_information
+from mim_refiner.errors import InputError
+from mim_refiner.evaluation.features import FeatureKey, Features
+from mim_refiner.evaluation.knn import AccuracyScore, required_labels
+
+
+@dataclass(frozen=True)
+class ClusteringScore:
+    """Agreement of the clustering of lowest inertia with the classes, all in 0-1 (ARI may be slightly negative).
+
+    ``ci95`` is the Wilson interval of the accuracy at the found assignment: test images are its only randomness.
+    """
+
+    accuracy: float
+    ci95: tuple[float, float]
+    nmi: float
+    ari: float
+    inertia: float
+    clusters: NDArray[np.int64]  # [N]
+    correct: NDArray[np.bool_]  # [N] under the best one-to-one map of clusters to classes
+
+
+def clustering_protocol(
+    features: Features,
+    *,
+    num_clusters: int | None = None,
+    num_seeds: int = 10,
+    batch_size: int = 1024,
+    max_iter: int = 100,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[FeatureKey, ClusteringScore]:
+    """Cluster ``features`` (the evaluated images themselves) for every (block, pooling).
+
+    k = number of classes unless given. Features are prepared as for k-NN: standardised per dimension, then
+    L2-normalised, so that both protocols look at the same geometry. ``num_seeds`` starts; the lowest inertia wins, no
+    label is used for that. (The paper is said to use 100 starts: unverified.) Raises DataError without labels.
+    """
+    labels = required_labels(features, "clustered").numpy()
+    k = num_clusters or len(np.unique(labels))
+    if not 1 <= k <= len(labels) or num_seeds < 1:
+        raise InputError(
+            f"clustering: {k} clusters and {num_seeds} seeds do not fit {len(labels)} images; lower or raise them"
+        )
+    scores = {}
+    for done, key in enumerate(features.keys):
+        clusters, inertia = _best_kmeans(
+            prepare(features[key]).numpy(), k, num_seeds, {"batch_size": batch_size, "max_iter": max_iter}, seed
+        )
+        scores[key] = score_clusters(labels, clusters, inertia)
+        if progress:
+            progress(done + 1, len(features.keys))
+    return scores
+
+
+def prepare(x: Tensor) -> Tensor:
+    """Standardise features [N, D] per dimension and L2-normalise them, as the k-NN protocol does."""
+    return F.normalize((x - x.mean(0)) / (x.std(0, correction=min(1, len(x) - 1)) + 1e-6), dim=1)
+
+
+def score_clusters(labels: NDArray[np.int64], clusters: NDArray[np.int64], inertia: float) -> ClusteringScore:
+    """Compare clusters [N] with classes [N]."""
+    correct = _correct_under_best_map(labels, clusters)
+    return ClusteringScore(
+        accuracy=clustering_accuracy(labels, clusters),
+        ci95=AccuracyScore.of(torch.from_numpy(correct)).ci95,
+        nmi=normalized_mutual_information(labels, clusters),
+        ari=float(adjusted_rand_score(labels, clusters)),
+        inertia=inertia,
+        clusters=clusters,
+        correct=correct,
+    )
+
+
+def _best_kmeans(
+    x: NDArray[np.float32], k: int, num_seeds: int, options: dict[str, Any], seed: int
+) -> tuple[NDArray[np.int64], float]:
+    best: tuple[NDArray[np.int64], float] | None = None
+    with warnings.catch_warnings():
+        # collapsed features have fewer distinct points than clusters; the accuracy will say so
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for offset in range(num_seeds):
+            # inertia_ is of all images, not of the last mini-batch
+            found = MiniBatchKMeans(k, n_init=1, random_state=seed + offset, **options).fit(x)
+            if best is None or found.inertia_ < best[1]:
+                best = found.labels_.astype(np.int64), float(found.inertia_)
+    assert best is not None
+    return best
+
+
+def _correct_under_best_map(labels: NDArray[np.int64], clusters: NDArray[np.int64]) -> NDArray[np.bool_]:
+    classes, truth = np.unique(labels, return_inverse=True)
+    found, assigned = np.unique(clusters, return_inverse=True)
+    counts = np.zeros((len(found), len(classes)), dtype=np.int64)
+    np.add.at(counts, (assigned, truth), 1)
+    rows, columns = linear_sum_assignment(counts, maximize=True)
+    mapped = np.full(len(found), -1)
+    mapped[rows] = columns
+    correct: NDArray[np.bool_] = mapped[assigned] == truth
+    return correct

@@ -1,0 +1,71 @@
+"""k-NN protocol: how well the labels of the nearest train images predict those of the test images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mim_refiner.core.knn import knn_predict
+from mim_refiner.core.metrics import accuracy_interval
+from mim_refiner.errors import DataError
+from mim_refiner.evaluation.features import FeatureKey, Features
+
+
+@dataclass(frozen=True)
+class AccuracyScore:
+    """Top-1 accuracy (0-1) with its 95 % Wilson interval over test images."""
+
+    accuracy: float
+    ci95: tuple[float, float]
+    correct: NDArray[np.bool_]  # [N] per test image
+
+    @classmethod
+    def of(cls, correct: Tensor) -> AccuracyScore:
+        """Score of a boolean tensor [N]."""
+        hits = correct.cpu().numpy()
+        accuracy, low, high = accuracy_interval(hits)
+        # the interval formula may miss an accuracy of 0 or 1 by the last bit
+        return cls(accuracy, (min(low, accuracy), max(high, accuracy)), hits)
+
+
+def knn_protocol(
+    train: Features,
+    test: Features,
+    *,
+    k: int = 10,
+    temperature: float = 0.07,
+    standardize: bool = True,
+    chunk_size: int = 1024,
+    device: torch.device | str = "cpu",
+) -> dict[FeatureKey, AccuracyScore]:
+    """Score every (block, pooling) of ``train`` (the bank) by the paper's settings (method section 6).
+
+    Raises DataError without labels, InputError when k exceeds the bank.
+    """
+    train_y, test_y = required_labels(train, "train").to(device), required_labels(test, "test")
+    scores = {}
+    for key in train.keys:
+        predicted = knn_predict(
+            train[key].to(device),
+            train_y,
+            test[key].to(device),
+            k=k,
+            temperature=temperature,
+            standardize=standardize,
+            chunk_size=chunk_size,
+        )
+        scores[key] = AccuracyScore.of(predicted.cpu() == test_y)
+    return scores
+
+
+def required_labels(features: Features, what: str) -> Tensor:
+    """Labels int64 [N]; DataError when there are none."""
+    if features.labels is None:
+        raise DataError(
+            f"the {what} images have no labels and this protocol needs them; give class folders or a label column"
+        )
+    return features.labels

@@ -1,0 +1,28 @@
+"""Deterministic stratified splits."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mim_refiner.errors import DataError
+
+
+def stratified_split(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (kept, held out) row numbers, sorted; ``share`` of the rows of every class (within one row) is held out.
+
+    Depends on the labels, the share and the seed alone. A class with a single row keeps it.
+    Raises DataError when either part would be empty.
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    # every time the running count passes a whole number, that row is held out: exact in total, fair per class
+    passed = np.floor(np.arange(1, len(labels) + 1) * share + rng.random())
+    held = by_class[np.diff(passed, prepend=0.0) > 0]
+    classes, counts = np.unique(labels, return_counts=True)
+    held = held[~np.isin(labels[held], classes[counts == 1])]
+    kept = np.setdiff1d(np.arange(len(labels)), held)
+    if not len(kept) or not len(held):
+        raise DataError(f"{len(labels)} images are too few to hold out a share of {share:g}; give more, or a test set")
+    return kept, np.sort(held)

@@ -1,0 +1,145 @@
+"""The README.md of an exported encoder: what it is, where it comes from, what it scored, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mim_refiner.types import BackboneInfo
+
+_METRIC_NAMES = {
+    "knn_top1": "k-NN top-1",
+    "linear_top1": "linear probe top-1",
+    "cluster_accuracy": "clustering accuracy",
+    "nmi": "normalised mutual information",
+    "rank": "effective rank",
+}
+_SHARES = {"knn_top1", "linear_top1", "cluster_accuracy", "nmi"}
+
+
+def model_card(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Markdown text.
+
+    ``card`` keys, all optional: title, base (name of the starting weights), data, recipe (text or mapping), command,
+    before and after ({metric: value}, shares on 0-1), notes (text). ``facts`` is the "mim_refiner" part of
+    config.json; its block, pooling and norm become the recommended features.
+    """
+    parts = [
+        _front_matter(info),
+        f"# {card.get('title') or _title(info, card)}",
+        _facts_table(info, card, facts),
+        _figures(card),
+        _recipe(card),
+        _usage(info, facts),
+        str(card["notes"]) if card.get("notes") else "",
+    ]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def _front_matter(info: BackboneInfo) -> str:
+    licence = info.licence.lower() if info.licence != "unknown" else "other"
+    return (
+        "---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\n"
+        f"license: {licence}\ntags:\n- image-feature-extraction\n- timm\n- mim-refiner\n---"
+    )
+
+
+def _title(info: BackboneInfo, card: Mapping[str, Any]) -> str:
+    refined = "refined " if card.get("after") else ""
+    return f"{info.architecture}: {refined}{info.family} encoder"
+
+
+def _facts_table(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    rows = {
+        "Architecture": f"{info.architecture}, {info.depth} blocks, width {info.embed_dim}, {info.num_heads} heads",
+        "Input": f"{info.image_size[0]}x{info.image_size[1]} px or any multiple of the patch "
+        f"({info.patch_size[0]}x{info.patch_size[1]}), {info.in_chans} channels",
+        "Normalisation": f"mean {_numbers(info.mean)}, std {_numbers(info.std)} on the 0-1 scale",
+        "Base weights": card.get("base") or facts.get("base") or "not recorded",
+        "Family": info.family,
+        "Licence of the weights": _licence(info),
+        "Training data": card.get("data") or "not recorded",
+        "Recommended features": _recommended(facts),
+        "Written by": f"mim-refiner {facts.get('version', '')}".strip(),
+    }
+    lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _licence(info: BackboneInfo) -> str:
+    if info.licence == "unknown":
+        return "not recorded; a refined encoder stays under the licence of its base weights, so check there"
+    return f"{info.licence} (a refined encoder stays under the licence of its base weights)"
+
+
+def _recommended(facts: Mapping[str, Any]) -> str:
+    if "block" not in facts and "pooling" not in facts:
+        return ""
+    norm = "with" if facts.get("norm") else "without"
+    return f"block {facts.get('block', -1)}, pooling {facts.get('pooling', 'cls')}, {norm} the final norm"
+
+
+def _figures(card: Mapping[str, Any]) -> str:
+    before, after = card.get("before") or {}, card.get("after") or {}
+    names = [name for name in {**before, **after} if isinstance({**before, **after}[name], int | float)]
+    if not names:
+        return ""
+    lines = [f"| {_METRIC_NAMES.get(n, n)} | {_value(n, before.get(n))} | {_value(n, after.get(n))} |" for n in names]
+    return "\n".join(["## Measured", "", "| metric | before | after |", "|---|---|---|", *lines])
+
+
+def _value(name: str, value: Any) -> str:
+    if not isinstance(value, int | float):
+        return "–"
+    return f"{100 * value:.1f} %" if name in _SHARES else f"{value:.4g}"
+
+
+def _recipe(card: Mapping[str, Any]) -> str:
+    recipe, command = card.get("recipe"), card.get("command")
+    parts = []
+    if command:
+        parts.append(f"```bash\n{command}\n```")
+    if isinstance(recipe, Mapping):
+        parts.append(
+            "\n".join(["| setting | value |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in recipe.items())])
+        )
+    elif recipe:
+        parts.append(str(recipe))
+    return "\n\n".join(["## How it was made", *parts]) if parts else ""
+
+
+def _usage(info: BackboneInfo, facts: Mapping[str, Any]) -> str:
+    height, width = info.image_size
+    block, norm = facts.get("block", -1), bool(facts.get("norm", False))
+    pooling = facts.get("pooling", "cls" if info.has_cls else "mean")
+    if info.num_prefix_tokens:
+        options, unpack = ", return_prefix_tokens=True", "[(patches, prefix)]"
+    else:
+        options, unpack = "", "[patches]"
+    features = "prefix[:, 0]  # class token" if pooling == "cls" else "patches.mean(dim=(2, 3))  # mean of patch tokens"
+    return f"""## Use
+
+```python
+import timm, torch
+
+model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()
+images = torch.rand(1, {info.in_chans}, {height}, {width})  # your images on the 0-1 scale
+mean, std = torch.tensor({list(info.mean)}), torch.tensor({list(info.std)})
+images = (images - mean[:, None, None]) / std[:, None, None]
+with torch.inference_mode():
+    {unpack} = model.forward_intermediates(
+        images, indices=[{block % info.depth}], norm={norm}, intermediates_only=True{options}
+    )  # patches: [1, {info.embed_dim}, h, w]
+features = {features}
+```
+
+With mim-refiner: `load_backbone("PATH_OF_THIS_FOLDER").forward_blocks(images, [{block}], norm={norm})`."""
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def _cell(value: Any) -> str:
+    """Text that cannot break a table row."""
+    return " ".join(str(value).split()).replace("|", "\\|")

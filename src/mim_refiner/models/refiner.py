@@ -1,0 +1,124 @@
+"""The model of refinement: an encoder and one contrastive head on each of several late blocks (paper section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mim_refiner.core.nna import ViewPairing
+from mim_refiner.errors import InputError
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.models.heads import HeadConfig, HeadOutput, RefinerHead
+
+
+class RefinerOutput(NamedTuple):
+    loss: Tensor  # sum over heads
+    heads: dict[int, HeadOutput]  # by block index
+
+
+class Refiner(nn.Module):
+    """Encoder plus heads; ``heads`` is keyed by block index.
+
+    A head reads the pooled raw output of its block; only the head on the last block sees it after the final norm.
+    Raises InputError for blocks the encoder does not have or a pooling it cannot give.
+    """
+
+    def __init__(
+        self, backbone: Backbone, blocks: Sequence[int], config: HeadConfig, *, pooling: str, frozen_blocks: int = 0
+    ) -> None:
+        super().__init__()
+        depth = backbone.info.depth
+        wrong = [block for block in blocks if not 0 <= block < depth]
+        if wrong or not blocks:
+            raise InputError(f"heads.blocks {list(blocks)}: the encoder has blocks 0 to {depth - 1}; choose among them")
+        if pooling == "cls" and not backbone.info.has_cls:
+            raise InputError("heads.pooling 'cls': this encoder has no class token; use heads.pooling=mean")
+        if not 0 <= frozen_blocks <= min(blocks):
+            raise InputError(f"frozen_blocks {frozen_blocks}: must be between 0 and the first head's block {min(blocks)}")
+        self.backbone = backbone
+        self.blocks = sorted(set(blocks))
+        self.pooling = pooling
+        self.frozen_blocks = frozen_blocks
+        self.heads = nn.ModuleDict({str(block): RefinerHead(backbone.info.embed_dim, config) for block in self.blocks})
+        self.encoder_frozen = False
+
+    def freeze_encoder(self) -> None:
+        """Head warm-up: the encoder is in eval mode and keeps no gradient."""
+        self.encoder_frozen = True
+        self.backbone.requires_grad_(False)
+        self.train()
+
+    def unfreeze_encoder(self) -> None:
+        """Refinement: all but the frozen prefix and the fixed position table trains."""
+        self.encoder_frozen = False
+        self.backbone.requires_grad_(True)
+        for parameter in self.backbone.fixed_parameters(self.frozen_blocks):
+            parameter.requires_grad_(False)
+        self.train()
+
+    def set_top_k(self, top_k: int) -> None:
+        for head in self.heads.values():
+            head.queue.top_k = top_k  # type: ignore[union-attr,assignment]
+
+    def train(self, mode: bool = True) -> Refiner:
+        super().train(mode)
+        if self.encoder_frozen:
+            self.backbone.eval()
+        return self
+
+    def features(self, views: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Pooled input of every head, {block: [V, B, D]}, for ``views`` of [B, C, h, w] (normalised).
+
+        Views of equal size pass through the encoder as one batch.
+        """
+        by_size: dict[torch.Size, list[int]] = {}
+        for index, view in enumerate(views):
+            by_size.setdefault(view.shape, []).append(index)
+        pooled: dict[int, dict[int, Tensor]] = {block: {} for block in self.blocks}
+        with torch.no_grad() if self.encoder_frozen else nullcontext():
+            for indices in by_size.values():
+                images = torch.cat([views[index] for index in indices])
+                for block, output in self._pooled_blocks(images).items():
+                    pooled[block].update(zip(indices, output.chunk(len(indices)), strict=True))
+        return {block: torch.stack([by_view[v] for v in range(len(views))]) for block, by_view in pooled.items()}
+
+    def _pooled_blocks(self, images: Tensor) -> dict[int, Tensor]:
+        with torch.no_grad() if self.frozen_blocks else nullcontext():
+            tokens = self.backbone.embed(images)
+            tokens, _ = self.backbone.run_blocks(tokens, 0, self.frozen_blocks, ())
+        _, outputs = self.backbone.run_blocks(tokens, self.frozen_blocks, self.blocks[-1] + 1, self.blocks)
+        last = self.backbone.info.depth - 1
+        if last in outputs:
+            outputs[last] = self.backbone.final_norm(outputs[last])
+        return {block: self.backbone.split(tokens).pooled(self.pooling) for block, tokens in outputs.items()}
+
+    def forward(
+        self,
+        views: Sequence[Tensor],
+        sample_ids: Tensor,
+        *,
+        num_global: int,
+        temperature: float,
+        view_pairing: ViewPairing = "cross",
+        swap_negatives: bool = False,
+        generator: torch.Generator | None = None,
+        choices: dict[int, Tensor] | None = None,
+    ) -> RefinerOutput:
+        """Loss over all heads for ``views`` (global views first) of the samples ``sample_ids`` [B]."""
+        outputs: dict[int, HeadOutput] = {}
+        for block, features in self.features(views).items():
+            outputs[block] = self.heads[str(block)](
+                features,
+                sample_ids,
+                num_global=num_global,
+                temperature=temperature,
+                view_pairing=view_pairing,
+                swap_negatives=swap_negatives,
+                generator=generator,
+                choice=None if choices is None else choices[block],
+            )
+        return RefinerOutput(torch.stack([output.loss for output in outputs.values()]).sum(), outputs)

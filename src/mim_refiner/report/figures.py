@@ -1,0 +1,200 @@
+"""PNG figures from result files, drawn without pyplot: nothing global changes and no display is needed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mim_refiner.errors import InputError, RunFolderError
+
+DPI = 150
+# Okabe-Ito colours: told apart with colour-blind eyes; markers tell them apart in grey print
+STYLES = {"before": ("#555555", "o"), "after": ("#0072B2", "s"), "full": ("#D55E00", "^")}
+MORE_STYLES = (("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"))
+LABELS = {"before": "before", "after": "after this run", "full": "after the full recipe"}
+POOLINGS = {"cls": "class token", "mean": "mean of patch tokens"}
+SHADE = "#F0E442"
+
+
+def block_curves(result: Mapping[str, Any] | str | Path, path: str | Path, *, title: str = "") -> Path:
+    """Draw k-NN accuracy by block, a panel for each pooling, a line with its 95 % band for each model.
+
+    ``result`` is the record (or JSON file) of ``analysis.blocks``; its ``head_blocks`` are shaded. Returns ``path``.
+    Raises InputError for another kind of JSON.
+    """
+    record = _read_record(result)
+    curves: Mapping[str, Mapping[str, Any]] = record["curves"]
+    poolings = list(dict.fromkeys(pooling for by_pooling in curves.values() for pooling in by_pooling))
+    figure, axes = _panels(len(poolings), columns=len(poolings), share_y=True)
+    for axis, pooling in zip(axes, poolings, strict=True):
+        _shade_blocks(axis, record.get("head_blocks", []))
+        for position, (model, by_pooling) in enumerate(curves.items()):
+            if pooling in by_pooling:
+                _draw_curve(axis, model, position, by_pooling[pooling])
+        axis.set_title(POOLINGS.get(pooling, pooling), fontsize=10)
+        axis.set_xlabel("encoder block (from 0)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlim(-0.6, max(by[pooling]["blocks"][-1] for by in curves.values() if pooling in by) + 0.6)
+    axes[0].set_ylabel("k-NN accuracy (%)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    figure.suptitle(title or "k-NN accuracy by block, with 95 % intervals", fontsize=11)
+    return _save(figure, path)
+
+
+def learning_curves(metrics: str | Path, path: str | Path) -> Path:
+    """Draw a run's ``metrics.jsonl`` over steps: loss, alignment, neighbour similarity, k-NN, learning rate.
+
+    Phases follow one another on the step axis. Raises InputError when the file has no usable line.
+    """
+    records = read_metrics(metrics)
+    groups = [
+        (_series(records, "loss", "loss"), "loss"),
+        (_series(records, "loss/", "block "), "loss of each head"),
+        (_series(records, "alignment/", "block "), "alignment (cosine)"),
+        (_series(records, "neighbor_similarity/", "block "), "neighbour similarity (cosine)"),
+        (_series(records, "knn_top1/", "block ") or _series(records, "knn_top1", "last block"), "online k-NN accuracy"),
+        (_series(records, "lr", "peak of all groups"), "learning rate"),
+    ]
+    shown = [(lines, label) for lines, label in groups if lines]
+    if not shown:
+        raise InputError(f"{metrics}: no loss, k-NN or learning rate to draw; give the metrics.jsonl of a run")
+    figure, axes = _panels(len(shown), columns=min(3, len(shown)))
+    starts = _phase_starts(records)
+    for axis, (lines, label) in zip(axes, shown, strict=True):
+        for position, (name, (steps, values)) in enumerate(lines.items()):
+            shade = 0.15 + 0.7 * position / max(1, len(lines) - 1)
+            colour = STYLES["after"][0] if len(lines) == 1 else (shade, 0.35, 1 - shade)
+            axis.plot(steps, values, label=name, color=colour, linewidth=1.3, marker="." if len(steps) < 30 else "")
+        for name, start in starts.items():
+            axis.axvline(start, color="#999999", linewidth=0.8, linestyle=":")
+            axis.annotate(
+                name, (start, 1.0), xycoords=("data", "axes fraction"), fontsize=7, va="bottom", color="#666666"
+            )
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        if len(lines) > 1:
+            axis.legend(fontsize=7, frameon=False, ncols=2)
+    return _save(figure, path)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl in step order: the last record of every step counts (a resumed run repeats some).
+
+    A line cut short by a kill is left out. Raises InputError when the file cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot read ({error.strerror}); give the metrics.jsonl of a run") from None
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+            by_step[int(record.get("total_step", record["step"]))] = record
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _series(records: Sequence[Mapping[str, Any]], key: str, label: str) -> dict[str, tuple[list[int], list[float]]]:
+    """{line name: (steps, values)} of one metric, or of ``key/<block>`` for every block."""
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for record in records:
+        for name, value in record.items():
+            matches = name.startswith(key) if key.endswith("/") else name == key
+            if matches and isinstance(value, int | float):
+                steps, values = series.setdefault(label + name[len(key) :], ([], []))
+                steps.append(int(record.get("total_step", record.get("step", 0))))
+                values.append(float(value))
+    return series
+
+
+def _phase_starts(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    starts: dict[str, int] = {}
+    for record in records:
+        step = int(record.get("total_step", record.get("step", 0)))
+        starts.setdefault(str(record.get("phase", "")), step - int(record.get("step", step)))
+    starts.pop("", None)
+    return starts
+
+
+def _read_record(result: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+    if isinstance(result, str | Path):
+        try:
+            result = json.loads(Path(result).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{result}: cannot read ({error.strerror}); give the JSON of an analysis") from None
+        except ValueError:
+            raise InputError(f"{result}: not a JSON file; give the JSON of an analysis") from None
+    if not isinstance(result, Mapping) or result.get("kind") != "knn_by_block" or not result.get("curves"):
+        raise InputError("block curves need the JSON of an analysis (kind 'knn_by_block'); run mim-refiner analyze")
+    return result
+
+
+def _panels(count: int, *, columns: int, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    rows = -(-count // columns)
+    figure = Figure(figsize=(4.6 * columns + 0.4, 3.4 * rows + 0.5), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, sharey=share_y, squeeze=False)
+    axes = list(grid.flat)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    for axis in axes[:count]:
+        axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[:count]
+
+
+def _draw_curve(axis: Axes, model: str, position: int, curve: Mapping[str, Any]) -> None:
+    colour, marker = STYLES.get(model, MORE_STYLES[position % len(MORE_STYLES)])
+    percent = [100 * value for value in curve["value"]]
+    low, high = ([100 * pair[side] for pair in curve["ci95"]] for side in (0, 1))
+    axis.fill_between(curve["blocks"], low, high, color=colour, alpha=0.18, linewidth=0)
+    axis.plot(
+        curve["blocks"],
+        percent,
+        color=colour,
+        marker=marker,
+        markersize=4,
+        linewidth=1.6,
+        label=LABELS.get(model, model),
+    )
+
+
+def _shade_blocks(axis: Axes, blocks: Sequence[int]) -> None:
+    for number, block in enumerate(sorted(blocks)):
+        axis.axvspan(
+            block - 0.5,
+            block + 0.5,
+            color=SHADE,
+            alpha=0.25,
+            linewidth=0,
+            label="blocks with heads" if number == 0 else None,
+        )
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    """Render, then write by way of a temporary neighbour."""
+    path = Path(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(buffer.getvalue())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: cannot write ({error.strerror or error}); choose a folder that can be written"
+        ) from None
+    return path

@@ -1,0 +1,183 @@
+"""Typed recipes: every number of a run, checked before anything starts.
+
+A recipe is a pydantic model; a file of the same keys (YAML) or ``key=value`` overrides change it. Unknown keys are
+refused with the nearest valid name. ``resolved`` recipes contain no "auto": they are what recipe.yaml records.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ValidationError
+
+from mim_refiner.errors import RecipeError, did_you_mean
+
+Precision = Literal["auto", "fp32", "bf16"]
+R = TypeVar("R", bound="Recipe")
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class Phase(_Settings):
+    """One training phase. Peak learning rate = base_lr * batch_size / 256 (linear scaling)."""
+
+    epochs: NonNegativeInt
+    base_lr: PositiveFloat
+    warmup_epochs: NonNegativeFloat = 4
+    end_lr: NonNegativeFloat = 1e-6
+    top_k: PositiveInt = 1  # neighbours to draw from: 1 in head warm-up, 20 in refinement
+    layer_decay: PositiveFloat = 1.0
+
+
+class Views(_Settings):
+    """Multi-crop views; sizes in pixels, scales are shares of the image area."""
+
+    global_size: PositiveInt | None = None  # None: the encoder's own image size
+    global_scale: tuple[float, float] = (0.25, 1.0)
+    local_size: PositiveInt = 96
+    local_scale: tuple[float, float] = (0.05, 0.25)
+    num_local: NonNegativeInt = 10
+    flip: float = 0.5
+    jitter_prob: float = 0.8
+    jitter_strength: NonNegativeFloat = 1.0  # multiplies (0.4, 0.4, 0.2, 0.1)
+    gray_prob: float = 0.2
+    blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)  # global 0, global 1, local
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
+
+
+class Heads(_Settings):
+    """One head per listed block (0-indexed); "last_third" is resolved from the encoder's depth."""
+
+    blocks: list[int] | Literal["last_third"] = "last_third"
+    pooling: Literal["auto", "cls", "mean"] = "auto"
+    projector_hidden: PositiveInt = 2048
+    predictor_hidden: PositiveInt = 4096
+    out_dim: PositiveInt = 256
+    queue_size: PositiveInt = 65_536
+    temperature: PositiveFloat = 0.2
+    view_pairing: Literal["cross", "reference"] = "cross"
+    swap_negatives: bool = False
+
+
+class Recipe(_Settings):
+    """What pre-training and refinement share."""
+
+    name: str
+    expected: str = ""  # what this recipe is known to give, with where the figure comes from
+    batch_size: PositiveInt
+    betas: tuple[float, float] = (0.9, 0.95)
+    precision: Precision = "auto"  # bf16 on GPU, fp32 on CPU
+    workers: int = Field(default=-1, ge=-1)  # loader processes; -1: decided from data and cores
+    checkpoint_every: PositiveInt = 500  # steps
+    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = 10  # steps
+    knn_every: NonNegativeInt = 1  # epochs between online k-NN evaluations (0: never); needs labels
+
+
+class RefineRecipe(Recipe):
+    """Both phases of MIM-Refiner (paper section 3.3 and appendix; ../docs recipes table)."""
+
+    views: Views = Views()
+    heads: Heads = Heads()
+    warmup: Phase = Phase(epochs=20, base_lr=2e-4)
+    refinement: Phase = Phase(epochs=30, base_lr=4e-4, top_k=20, layer_decay=0.65)
+    frozen_blocks: NonNegativeInt = 0  # stem and first blocks stay as they are
+    weight_decay: NonNegativeFloat = 0.05
+    head_weight_decay: NonNegativeFloat = 1e-5
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    export_weights: Literal["model", "ema"] = "model"
+
+
+class PretrainRecipe(Recipe):
+    """Masked-autoencoder pre-training (arXiv 2111.06377, appendix A.1)."""
+
+    image_size: PositiveInt | None = None  # None: size of the images, or 224 for larger ones
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    decoder_dim: PositiveInt = 512
+    decoder_depth: NonNegativeInt = 8
+    decoder_heads: PositiveInt = 16
+    training: Phase = Phase(epochs=800, base_lr=1.5e-4, warmup_epochs=40, end_lr=0.0)
+    weight_decay: NonNegativeFloat = 0.05
+
+
+def override(recipe: R, settings: list[str]) -> R:
+    """Apply ``key=value`` overrides (dotted keys, YAML values); raises RecipeError naming key, value and remedy."""
+    tree = recipe.model_dump()
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise RecipeError(f"--set {setting!r} has no '='; write --set key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise RecipeError(f"--set {key}: {text!r} is not a valid value; quote it or write a number, true or [list]") from None
+        if isinstance(value, str):  # YAML 1.1 reads 4e-4 as text
+            value = _as_number(value)
+        _assign(tree, key.strip(), value, recipe)
+    return _validated(type(recipe), tree)
+
+
+def from_tree(base: R, tree: Any, where: str) -> R:
+    """Lay the (nested) mapping of a recipe file over ``base``; raises RecipeError."""
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{where}: a recipe file is a mapping of keys to values; see recipe.yaml of any run folder")
+    merged = base.model_dump()
+    for key, value in _leaves(tree):
+        _assign(merged, key, _as_number(value) if isinstance(value, str) else value, base, where=f"{where}: ")
+    return _validated(type(base), merged)
+
+
+def read_recipe_file(path: Path) -> Any:
+    """Parse a YAML recipe file; raises RecipeError if it is missing or not YAML."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot read the recipe file ({error.strerror}); give a recipe name or an existing file") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise RecipeError(f"{path}: not a YAML file; a recipe file looks like recipe.yaml of any run folder") from None
+
+
+def known_keys(recipe: Recipe) -> list[str]:
+    """All dotted keys that --set accepts."""
+    return [key for key, _ in _leaves(recipe.model_dump())]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return found
+
+
+def _as_number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any, recipe: Recipe, where: str = "--set ") -> None:
+    keys = known_keys(recipe)
+    if key not in keys:
+        by_last_part = [full for full in keys if full.split(".")[-1] == key]
+        hint = f"; did you mean '{by_last_part[0]}'?" if by_last_part else did_you_mean(key, keys)
+        raise RecipeError(f"{where}unknown recipe key '{key}'{hint}")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree[parent]
+    tree[leaf] = value
+
+
+def _validated(kind: type[R], tree: dict[str, Any]) -> R:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        problems = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        raise RecipeError("recipe: " + "; ".join(problems)) from None

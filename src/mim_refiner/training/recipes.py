@@ -1,0 +1,136 @@
+"""Named recipes. Sources: MIM-Refiner, arXiv 2402.10093 (configurations of the public code), and our LOG.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from mim_refiner.errors import RecipeError, did_you_mean
+from mim_refiner.training.recipe import Heads, Phase, PretrainRecipe, RefineRecipe, Views, from_tree, read_recipe_file
+
+
+R = TypeVar("R", RefineRecipe, PretrainRecipe)
+
+
+def _large(name: str, *, refine_epochs: int = 30, pooling: str = "cls", expected: str = "") -> RefineRecipe:
+    """ViT-L/16 rows of the paper's table: 8 heads, batch 1024, temperature 0.2."""
+    return RefineRecipe(
+        name=name,
+        expected=expected,
+        batch_size=1024,
+        views=Views(global_size=224, local_size=96),
+        heads=Heads(blocks=list(range(16, 24)), pooling=pooling, temperature=0.2),
+        refinement=Phase(epochs=refine_epochs, base_lr=4e-4, top_k=20, layer_decay=0.65),
+    )
+
+
+def _huge(name: str, *, refine_epochs: int = 30, expected: str = "") -> RefineRecipe:
+    """ViT-H/14 rows: 12 heads, batch 512, temperature 0.3, local crops of 98 px (a multiple of 14)."""
+    return RefineRecipe(
+        name=name,
+        expected=expected,
+        batch_size=512,
+        views=Views(global_size=224, local_size=98),
+        heads=Heads(blocks=list(range(20, 32)), pooling="cls", temperature=0.3),
+        refinement=Phase(epochs=refine_epochs, base_lr=4e-4, top_k=20, layer_decay=0.65),
+    )
+
+
+def mae_2b14() -> RefineRecipe:
+    """MAE 2B/14 (24 blocks, width 2560): stem and first 6 blocks frozen."""
+    return RefineRecipe(
+        name="mae_2b14",
+        expected="k-NN 67.1 -> 83.2, linear 79.7 -> 84.5 on ImageNet-1K (paper)",
+        batch_size=512,
+        views=Views(global_size=224, local_size=98),
+        heads=Heads(blocks=list(range(16, 24)), pooling="cls", temperature=0.35),
+        refinement=Phase(epochs=20, base_lr=4e-4, top_k=20, layer_decay=0.65),
+        frozen_blocks=6,
+    )
+
+
+def tiny() -> RefineRecipe:
+    """Small images (32-64 px) and small encoders: fewer, cheaper views and small heads."""
+    return RefineRecipe(
+        name="tiny",
+        batch_size=256,
+        views=Views(local_size=16, num_local=4, blur_prob=(0.5, 0.1, 0.25), blur_sigma=(0.1, 1.0)),
+        heads=Heads(projector_hidden=1024, predictor_hidden=2048, out_dim=128, queue_size=16_384),
+        warmup=Phase(epochs=5, base_lr=1e-3, warmup_epochs=1),
+        refinement=Phase(epochs=20, base_lr=1e-3, warmup_epochs=2, top_k=20, layer_decay=0.75),
+        frozen_blocks=0,
+        ema_decay=0.999,
+    )
+
+
+REFINE_RECIPES: dict[str, Callable[[], RefineRecipe]] = {
+    "mae_l16": lambda: _large("mae_l16", expected="k-NN 60.6 -> 81.5, linear 77.5 -> 82.8 on ImageNet-1K (paper)"),
+    "dbot_l16": lambda: _large("dbot_l16"),
+    "data2vec2_l16": lambda: _large(
+        "data2vec2_l16", refine_epochs=20, expected="k-NN 51.8 -> 81.0, linear 78.2 -> 83.5 on ImageNet-1K (paper)"
+    ),
+    "crossmae_l16": lambda: _large("crossmae_l16", pooling="mean"),
+    "mae_h14": lambda: _huge("mae_h14", expected="k-NN 58.1 -> 82.3, linear 78.2 -> 83.7 on ImageNet-1K (paper)"),
+    "dbot_h14": lambda: _huge("dbot_h14"),
+    "data2vec2_h14": lambda: _huge(
+        "data2vec2_h14", refine_epochs=20, expected="k-NN 48.0 -> 82.3, linear 80.4 -> 84.7 on ImageNet-1K (paper)"
+    ),
+    "mae_2b14": mae_2b14,
+    "tiny": tiny,
+}
+
+
+def mae() -> PretrainRecipe:
+    """The MAE paper's pre-training (800 epochs, batch 4096)."""
+    return PretrainRecipe(name="mae", batch_size=4096)
+
+
+def tiny_mae() -> PretrainRecipe:
+    """Small images and small encoders."""
+    return PretrainRecipe(
+        name="tiny_mae",
+        batch_size=256,
+        decoder_dim=64,
+        decoder_depth=2,
+        decoder_heads=2,
+        training=Phase(epochs=100, base_lr=1.5e-3, warmup_epochs=5, end_lr=1e-6),
+        knn_every=5,
+    )
+
+
+PRETRAIN_RECIPES: dict[str, Callable[[], PretrainRecipe]] = {"mae": mae, "tiny_mae": tiny_mae}
+
+
+def refine_recipe(name_or_file: str | None, *, image_size: int) -> RefineRecipe:
+    """A named recipe, a recipe file, or (None) ``tiny`` up to 64 px and the ViT-L/16 MAE recipe's values above.
+
+    The paper's values with heads on the last third of whatever depth the encoder has.
+    """
+    if name_or_file is None:
+        if image_size <= 64:
+            return tiny()
+        recipe = _large("default", pooling="auto")
+        recipe.heads.blocks = "last_third"
+        recipe.views.global_size = None
+        return recipe
+    return _lookup(name_or_file, REFINE_RECIPES, tiny())
+
+
+def pretrain_recipe(name_or_file: str | None, *, image_size: int) -> PretrainRecipe:
+    """A named recipe, a recipe file, or (None) ``tiny_mae`` up to 64 px and ``mae`` above."""
+    if name_or_file is None:
+        return tiny_mae() if image_size <= 64 else mae()
+    return _lookup(name_or_file, PRETRAIN_RECIPES, mae())
+
+
+def _lookup(name_or_file: str, recipes: dict[str, Callable[[], R]], base: R) -> R:
+    if name_or_file in recipes:
+        return recipes[name_or_file]()
+    path = Path(name_or_file)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        tree = read_recipe_file(path)
+        if isinstance(tree, dict) and tree.get("name") in recipes:
+            base = recipes[tree["name"]]()
+        return from_tree(base, tree, str(path))
+    raise RecipeError(f"unknown recipe '{name_or_file}'{did_you_mean(name_or_file, recipes)} (known: {', '.join(recipes)})")

@@ -1,0 +1,217 @@
+"""The run folder: recipe, environment, metrics and checkpoints, each complete or absent.
+
+A checkpoint is a folder: safetensors per module, the optimizer's state, and state.json with position and hashes,
+written beside its final name, synced and renamed; the link ``checkpoints/last`` is then moved onto it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mim_refiner.errors import RunFolderError
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run stands: ``step`` steps of phase number ``phase`` are finished."""
+
+    phase: int = 0
+    step: int = 0
+    total_step: int = 0
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside ``path``, sync, rename: readers see the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+class RunFolder:
+    """One run on disk. ``open`` creates it, or continues it when the recipe is the same."""
+
+    def __init__(self, path: Path, *, keep_checkpoints: int = 2) -> None:
+        self.path = path
+        self.keep_checkpoints = keep_checkpoints
+        self.resumed = False
+
+    @classmethod
+    def open(cls, path: str | Path, recipe: dict[str, Any], *, overwrite: bool, keep_checkpoints: int = 2) -> RunFolder:
+        """Create or continue ``path``. Raises RunFolderError for another recipe, foreign files, or no permission."""
+        path = Path(path)
+        recipe_file = path / "recipe.yaml"
+        try:
+            if overwrite and recipe_file.exists():
+                shutil.rmtree(path)
+            if recipe_file.exists():
+                _refuse_other_recipe(recipe_file, recipe)
+            elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise RunFolderError(f"{path}: not empty and not a run folder; choose a new --out folder")
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path, keep_checkpoints=keep_checkpoints)
+            run.checkpoints.mkdir(exist_ok=True)
+            run.resumed = recipe_file.exists()
+            if not run.resumed:
+                write_json(path / "environment.json", environment())
+                write_atomically(recipe_file, yaml.safe_dump(recipe, sort_keys=False).encode())
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot write the run folder ({error.strerror}); choose a writable --out") from None
+        return run
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        return self.checkpoints / "last"
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one JSON object to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def save(self, position: Position, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None) -> Path:
+        """Write a checkpoint; it exists whole or not at all."""
+        name = f"step-{position.total_step:06d}"
+        target, temporary = self.checkpoints / name, self.checkpoints / f".{name}.tmp"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            for key, module in modules.items():
+                save_file({n: t.contiguous() for n, t in module.state_dict().items()}, temporary / f"{key}.safetensors")
+            if optimizer is not None:
+                torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+            hashes = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
+            write_json(temporary / "state.json", {**dataclasses.asdict(position), "sha256": hashes})
+            for file in temporary.iterdir():
+                _sync(file)
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+            link = self.checkpoints / ".last.tmp"
+            link.unlink(missing_ok=True)
+            link.symlink_to(name)
+            link.replace(self.last)
+            _sync(self.checkpoints)
+        except OSError as error:
+            raise RunFolderError(
+                f"{target}: cannot write the checkpoint ({error.strerror}); free space or permissions, then run the same "
+                "command again: it resumes from the checkpoint before"
+            ) from None
+        self._prune()
+        return target
+
+    def restore(self, modules: Mapping[str, nn.Module]) -> tuple[Position, dict[str, Any] | None, list[str]]:
+        """Load the newest whole checkpoint: its position, the optimizer's state, and notes on damaged ones passed over."""
+        notes: list[str] = []
+        for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
+            problem = _damage(folder)
+            if problem:
+                notes.append(f"{folder.name} is damaged ({problem}); using the checkpoint before it")
+                continue
+            state = json.loads((folder / "state.json").read_text())
+            for key, module in modules.items():
+                module.load_state_dict(load_file(folder / f"{key}.safetensors"))
+            optimizer_file = folder / "optimizer.pt"
+            optimizer = torch.load(optimizer_file, weights_only=True) if optimizer_file.exists() else None
+            position = Position(state["phase"], state["step"], state["total_step"])
+            self._forget_metrics_after(position)
+            return position, optimizer, notes
+        self._forget_metrics_after(Position())
+        return Position(), None, notes
+
+    def _forget_metrics_after(self, position: Position) -> None:
+        """Drop log lines of steps that will be run again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line).get("total_step", 0) <= position.total_step]
+            write_atomically(path, "".join(kept).encode())
+
+    def _prune(self) -> None:
+        for folder in sorted(self.checkpoints.glob("step-*"))[: -self.keep_checkpoints]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on: versions, machine, command."""
+    import timm
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "command": " ".join(["mim-refiner", *sys.argv[1:]]),
+    }
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        hashes = json.loads((folder / "state.json").read_text())["sha256"]
+        wrong = [name for name, digest in hashes.items() if file_sha256(folder / name) != digest]
+    except (OSError, ValueError, KeyError):
+        return "incomplete"
+    return f"hash of {wrong[0]} differs" if wrong else None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_other_recipe(recipe_file: Path, recipe: dict[str, Any]) -> None:
+    try:
+        stored = _flat(yaml.safe_load(recipe_file.read_text()))
+    except (yaml.YAMLError, AttributeError):
+        raise RunFolderError(f"{recipe_file}: not readable as a recipe; use --overwrite to start anew") from None
+    now = _flat(yaml.safe_load(yaml.safe_dump(recipe)))
+    keys = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
+    if keys:
+        difference = "; ".join(f"{key}: {stored.get(key)} there, {now.get(key)} now" for key in keys[:5])
+        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+        raise RunFolderError(
+            f"{recipe_file.parent}: holds a run with another recipe ({difference}{more}); use another --out, or --overwrite"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,167 @@
+"""The command line as a user meets it, run as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mim_refiner.cli import app as app_module
+
+VERBS = ("demo", "pretrain", "refine", "evaluate", "analyze", "export", "inspect")
+
+
+# A fixed width and no colour, whatever the machine that runs the tests sets.
+PLAIN = {
+    "COLUMNS": "200",
+    "TERM": "dumb",
+    "NO_COLOR": "1",
+    "_TYPER_FORCE_DISABLE_TERMINAL": "1",
+    "MIM_REFINER_DEBUG": "",
+}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mim_refiner", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **PLAIN},
+    )
+
+
+def assert_one_error_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def test_help_lists_the_verbs_and_needs_no_torch():
+    code = (
+        "import sys\nfrom mim_refiner.cli.app import main\n"
+        "assert main(['--help']) == 0\nassert 'torch' not in sys.modules, 'torch was imported for --help'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **PLAIN})
+    assert done.returncode == 0, done.stderr
+    for verb in VERBS:
+        assert f" {verb} " in done.stdout
+
+
+def test_no_arguments_show_the_help():
+    done = run()
+    assert done.returncode == 0
+    assert "Usage: mim-refiner" in done.stdout
+
+
+def test_version():
+    from mim_refiner import __version__
+
+    assert run("--version").stdout.strip() == __version__
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_help_shows_an_example(verb):
+    done = run(verb, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"mim-refiner {verb}" in done.stdout.split("Example:")[1]
+
+
+def test_mistyped_verb_names_the_nearest():
+    assert_one_error_line(run("refin"), "no verb 'refin'", "did you mean 'refine'?")
+
+
+def test_mistyped_option_names_the_nearest():
+    assert_one_error_line(run("refine", "--dta", "x"), "no option '--dta'", "did you mean '--data'?")
+
+
+def test_missing_option_is_named():
+    assert_one_error_line(run("refine", "--data", "x", "--out", "y"), "missing option '--model'")
+
+
+def test_unknown_device_lists_the_choices():
+    assert_one_error_line(run("demo", "--device", "gpu"), "'gpu' is not one of 'auto', 'cpu', 'cuda'")
+
+
+def test_empty_name_in_a_comma_list():
+    assert_one_error_line(run("evaluate", "--model", "m", "--data", "d", "--protocols", "knn,,linear"), "--protocols")
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_bad_checkpoint_is_one_line_and_exit_2(tmp_path, flags):
+    file = tmp_path / "notes.pth"
+    file.write_text("not a checkpoint")
+    assert_one_error_line(run("inspect", str(file), *flags), "notes.pth")
+
+
+def test_inspect_json_is_one_object_and_nothing_else(tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0)
+    file = tmp_path / "tiny.safetensors"
+    save_file(model.state_dict(), file, metadata={"format": "pt"})
+    done = run("inspect", str(file), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["embed_dim"], report["depth"]) == (192, 2)
+    assert done.stdout.count("\n") == 1
+
+
+def test_a_bug_is_short_and_the_traceback_is_on_demand(monkeypatch, capsys):
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by\nzero")
+
+    monkeypatch.setattr(app_module, "app", broken)
+    monkeypatch.delenv(app_module.DEBUG_VARIABLE, raising=False)
+    assert app_module.main(["demo"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ZeroDivisionError: by zero (this is a bug")
+    assert error.count("\n") == 1
+
+    monkeypatch.setenv(app_module.DEBUG_VARIABLE, "1")
+    assert app_module.main(["demo"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (PermissionError(13, "Permission denied", "/locked"), 2, "error: the system refused to use '/locked'"),
+        (OSError(28, "No space left on device"), 2, "error: the system refused to use a file: No space left"),
+        (app_module.MimRefinerError("no such\nfolder"), 2, "error: no such folder\n"),
+    ],
+)
+def test_exit_codes(monkeypatch, capsys, error, code, text):
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(app_module, "app", failing)
+    assert app_module.main(["demo"]) == code
+    assert capsys.readouterr().err.startswith(text)
+
+
+def test_guard_stop_has_its_own_exit_code(monkeypatch, capsys):
+    from mim_refiner.errors import GuardStop
+
+    def stopped(*_: object, **__: object) -> None:
+        raise GuardStop("k-NN fell")
+
+    monkeypatch.setattr(app_module, "app", stopped)
+    assert app_module.main(["refine"]) == 3
+    assert capsys.readouterr().err == "error: k-NN fell\n"
+
+
+def test_a_reader_that_has_gone_leaves_no_noise():
+    command = f'"{sys.executable}" -m mim_refiner --help | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode in (0, 1)  # 0 when the output went out before the reader left
+    assert done.stderr == ""

@@ -1,0 +1,110 @@
+"""Results reach the user: JSON alone on stdout, tables otherwise."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mim_refiner.cli.common import comma_list, execute, to_jsonable
+from mim_refiner.cli.tables import format_value, print_result
+from mim_refiner.errors import InputError
+
+
+@dataclass(frozen=True)
+class Point:
+    path: Path
+    value: float
+
+
+def test_to_jsonable_covers_what_verbs_return():
+    value = {
+        "point": Point(Path("a"), float("nan")),
+        1: (torch.tensor(2), np.float64(0.5), np.array([1.0, np.inf])),
+        "flag": True,
+        "nothing": None,
+    }
+    expected = {"point": {"path": "a", "value": None}, "1": [2, 0.5, [1.0, None]], "flag": True, "nothing": None}
+    assert to_jsonable(value) == expected
+
+
+def test_to_jsonable_refuses_the_unknown():
+    with pytest.raises(TypeError, match="object"):
+        to_jsonable(object())
+
+
+def test_json_keeps_stdout_pure(capsys):
+    def noisy(*, out, reporter):
+        print("a library prints")
+        reporter.message("half way")
+        return {"out": out}
+
+    execute(noisy, as_json=True, quiet=False, out="folder")
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"out": "folder"}
+    assert "a library prints" in printed.err
+    assert "half way" in printed.err
+
+
+def test_quiet_silences_the_reporter_but_not_the_result(capsys):
+    def verb(*, reporter):
+        reporter.phase("refine", 3)
+        reporter.update(3, {"loss": 1.0})
+        return {"out": "folder"}
+
+    execute(verb, as_json=False, quiet=True)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out == "out: folder\n"
+
+
+def test_the_reporter_ends_when_the_verb_fails(capsys):
+    def failing(*, reporter):
+        reporter.phase("refine", 9)
+        reporter.update(1, {"loss": 1.0})
+        raise InputError("no")
+
+    with pytest.raises(InputError):
+        execute(failing, as_json=False, quiet=False)
+    assert "refine 1/9" in capsys.readouterr().err
+
+
+def test_comma_list():
+    assert comma_list("knn, linear", "--protocols") == ("knn", "linear")
+    with pytest.raises(InputError, match="--protocols"):
+        comma_list("knn,", "--protocols")
+
+
+def test_stages_stand_side_by_side():
+    file = io.StringIO()
+    stages = {"before": {"knn_top1": 0.4, "rank": 20.0}, "after": {"knn_top1": 0.45, "rank": 30.0}, "note": "[x]"}
+    print_result(stages, file)
+    lines = file.getvalue().splitlines()
+    assert lines[0].split() == ["metric", "before", "after", "this", "run"]
+    assert lines[1].split() == ["knn_top1", "40.00", "%", "45.00", "%"]
+    assert lines[2].split() == ["rank", "20", "30"]
+    assert lines[3] == "note: [x]"
+
+
+def test_records_become_rows():
+    file = io.StringIO()
+    records = {
+        "results": [{"protocol": "knn", "value": 0.5}, {"protocol": "linear", "value": 0.25, "ci95": [0.2, 0.3]}]
+    }
+    print_result(records, file)
+    assert [line.split() for line in file.getvalue().splitlines()] == [
+        ["results"],
+        ["protocol", "value", "ci95"],
+        ["knn", "0.5", "-"],
+        ["linear", "0.25", "0.2", "0.3"],
+    ]
+
+
+def test_shares_print_in_percent():
+    assert format_value("linear_top1", 0.8125) == "81.25 %"
+    assert format_value("rank", 0.5) == "0.5"

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mim_refiner.core.metrics import (
+    accuracy_interval,
+    clustering_accuracy,
+    effective_rank,
+    normalized_mutual_information,
+    paired_interval,
+)
+from mim_refiner.errors import InputError
+
+
+def test_clustering_accuracy_equals_trying_every_map() -> None:
+    generator = np.random.default_rng(2)
+    for clusters in (3, 4, 5):
+        truth, predicted = generator.integers(4, size=40), generator.integers(clusters, size=40)
+        labels = max(4, clusters)
+        best = max(
+            np.mean([mapping[p] == t for p, t in zip(predicted, truth, strict=True)])
+            for mapping in itertools.permutations(range(labels))
+        )
+        assert clustering_accuracy(truth, predicted) == pytest.approx(best, abs=1e-12)
+
+
+def test_clustering_scores_ignore_the_names_of_clusters() -> None:
+    truth = torch.tensor([0, 0, 1, 1, 7])
+    renamed = [5, 5, -3, -3, 0]
+    assert clustering_accuracy(truth, renamed) == 1.0
+    assert normalized_mutual_information(truth, renamed) == pytest.approx(1.0)
+    assert clustering_accuracy([0, 0, 0, 1], [0, 1, 2, 3]) == 0.5
+    assert normalized_mutual_information([0, 0, 1, 1], [0, 1, 0, 1]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_effective_rank_of_known_spectra() -> None:
+    rotation = torch.linalg.qr(torch.randn(20, 20))[0]
+    for values in ([1.0, 1.0, 1.0, 1.0], [4.0, 2.0, 1.0], [3.0]):
+        features = (rotation[:, : len(values)] * torch.tensor(values)) @ rotation[: len(values)]
+        share = [v / sum(values) for v in values]
+        expected = math.exp(-sum(s * math.log(s) for s in share))
+        assert effective_rank(features) == pytest.approx(expected, rel=1e-4)
+        assert effective_rank(1e6 * features) == pytest.approx(expected, rel=1e-4)
+    assert effective_rank(torch.zeros(5, 3)) == 0.0
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0.1, 0.1), (0.05, 0.15), (0.0, 0.02)])
+def test_paired_interval_covers_the_true_difference(lost: float, gained: float) -> None:
+    generator = np.random.default_rng(4)
+    covered, runs = 0, 600
+    for _ in range(runs):
+        draw = generator.random(300)
+        before, after = draw < 0.5 + lost, (draw >= lost) & (draw < 0.5 + lost + gained)
+        _, low, high = paired_interval(before, after)
+        covered += low <= gained - lost <= high
+    assert 0.93 <= covered / runs <= 0.99
+
+
+def test_paired_interval_of_known_counts() -> None:
+    before = np.r_[np.zeros(30), np.ones(10), np.ones(60)]
+    after = np.r_[np.ones(30), np.zeros(10), np.ones(60)]
+    difference, low, high = paired_interval(torch.tensor(before), after)
+    half = 1.959964 * math.sqrt((42 / 102 - (20 / 102) ** 2) / 102)
+    assert difference == pytest.approx(0.2)
+    assert (low, high) == pytest.approx((20 / 102 - half, 20 / 102 + half), rel=1e-6)
+    same, low, high = paired_interval([1] * 50, [1] * 50)
+    assert same == 0
+    assert low < 0 < high
+
+
+def test_accuracy_interval_is_wilsons() -> None:
+    # published example of the Wilson score interval: 81 of 263
+    rate, low, high = accuracy_interval([1] * 81 + [0] * 182)
+    assert (rate, low, high) == pytest.approx((0.3080, 0.2553, 0.3662), abs=5e-5)
+    assert accuracy_interval(torch.ones(10, dtype=torch.bool))[2] == pytest.approx(1.0)
+
+
+def test_unusable_input_is_refused() -> None:
+    with pytest.raises(InputError, match="equally many"):
+        clustering_accuracy([0, 1], [0])
+    with pytest.raises(InputError, match="same samples"):
+        paired_interval([0, 1], [1])
+    with pytest.raises(InputError, match="0 or 1"):
+        accuracy_interval([0.5, 1.0])
+    with pytest.raises(InputError, match="finite"):
+        effective_rank(torch.full((3, 3), float("nan")))

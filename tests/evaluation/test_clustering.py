@@ -1,0 +1,81 @@
+"""Clustering against scikit-learn's full k-means, and scores against their definitions."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.preprocessing import StandardScaler, normalize
+
+from mim_refiner.errors import DataError, InputError
+from mim_refiner.evaluation.clustering import clustering_protocol, prepare, score_clusters
+
+
+def test_finds_separated_classes(make_features):
+    scores = clustering_protocol(make_features(200, shift=8.0), num_seeds=5)
+    assert list(scores) == [(1, "cls"), (2, "mean")]
+    for score in scores.values():
+        assert (score.accuracy, score.nmi, score.ari) == (1.0, pytest.approx(1.0), pytest.approx(1.0))
+        assert score.correct.all()
+        assert score.ci95[0] > 0.97
+
+
+def test_inertia_is_close_to_full_k_means(make_features):
+    features = make_features(400, shift=1.5)
+    x = features[1, "cls"].numpy()
+    prepared = normalize(StandardScaler().fit_transform(x))
+    best = KMeans(4, n_init=20, random_state=0).fit(prepared).inertia_
+    score = clustering_protocol(features, num_seeds=10)[1, "cls"]
+    assert score.inertia == pytest.approx(best, rel=0.02)
+    centres = np.stack([prepared[score.clusters == cluster].mean(0) for cluster in range(4)])
+    assert score.inertia >= ((prepared - centres[score.clusters]) ** 2).sum() * 0.99  # of all images, not of a batch
+
+
+def test_the_lowest_inertia_wins(make_features):
+    features = make_features(150, shift=0.5, classes=6)
+    alone = [clustering_protocol(features, num_seeds=1, seed=seed)[1, "cls"].inertia for seed in range(4)]
+    assert clustering_protocol(features, num_seeds=4, seed=0)[1, "cls"].inertia == min(alone)
+    assert len(set(alone)) > 1
+
+
+def test_scores_equal_their_definitions():
+    rng = np.random.default_rng(0)
+    labels, clusters = rng.integers(0, 4, 60), rng.integers(0, 4, 60)
+    score = score_clusters(labels, clusters, 0.0)
+    best = max(np.mean(np.array(order)[clusters] == labels) for order in itertools.permutations(range(4)))
+    assert score.accuracy == pytest.approx(best)
+    assert score.correct.mean() == pytest.approx(best)
+    assert score.ci95[0] < best < score.ci95[1]
+    assert score.nmi == pytest.approx(normalized_mutual_info_score(labels, clusters))
+    assert score.ari == pytest.approx(adjusted_rand_score(labels, clusters))
+
+
+def test_collapsed_features_score_like_one_cluster(make_features):
+    features = make_features(40)
+    flat = dataclasses.replace(features, values={key: torch.ones(40, 8) for key in features.keys})
+    score = clustering_protocol(flat, num_seeds=2)[1, "cls"]  # and no warning
+    assert score.accuracy == pytest.approx(0.25)
+    assert score.nmi == pytest.approx(0.0)
+
+
+def test_prepare_is_what_k_nn_does_to_its_bank(make_features):
+    x = make_features()[1, "cls"].double()
+    expected = (x - x.mean(0)) / (x.std(0) + 1e-6)
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(prepare(x), expected)
+    assert torch.isfinite(prepare(x[:1])).all()
+
+
+def test_bad_input(make_features):
+    features = make_features(20)
+    with pytest.raises(DataError, match="no labels"):
+        clustering_protocol(dataclasses.replace(features, labels=None))
+    with pytest.raises(InputError, match="21 clusters"):
+        clustering_protocol(features, num_clusters=21)
+    with pytest.raises(InputError, match="0 seeds"):
+        clustering_protocol(features, num_seeds=0)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+
+from mim_refiner.errors import InputError
+from mim_refiner.evaluation.linear_probe import LEARNING_RATES
+from mim_refiner.evaluation.settings import EvaluationSettings
+
+
+def test_defaults_are_those_of_the_method():
+    settings = EvaluationSettings()
+    assert (settings.knn_k, settings.knn_temperature) == (10, 0.07)
+    assert (settings.linear.epochs, settings.linear.batch_size, settings.linear.momentum) == (50, 1024, 0.9)
+    assert settings.linear.learning_rates == LEARNING_RATES
+    assert len(LEARNING_RATES) == 13
+    assert (LEARNING_RATES[0], LEARNING_RATES[-1]) == (1e-4, 0.5)
+
+
+def test_overrides():
+    settings = EvaluationSettings.from_overrides(
+        [
+            "knn_k=20",
+            "knn_temperature=inf",
+            "image_size=64",
+            "precision=bf16",
+            "linear.epochs = 5",
+            "linear.held_out=0",
+            "linear.learning_rates=[1e-3, 1]",
+        ]
+    )
+    assert (settings.knn_k, settings.knn_temperature, settings.image_size) == (20, float("inf"), 64)
+    assert settings.precision == "bf16"
+    assert (settings.linear.epochs, settings.linear.held_out) == (5, 0.0)
+    assert settings.linear.learning_rates == (0.001, 1.0)
+    assert EvaluationSettings.from_overrides(None) == EvaluationSettings()
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("knn_kk=3", "did you mean 'knn_k'"),
+        ("linear.epoch=3", "did you mean 'linear.epochs'"),
+        ("linear.augment=true", "unknown"),
+        ("knn_k", "key=value"),
+        ("knn_k=many", "must be like 10"),
+        ("knn_k=0", "must be like 10"),
+        ("knn_k=true", "must be like 10"),
+        ("linear.learning_rates=fast", "must be numbers"),
+        ("image_size=1.5", "a whole number above 0"),
+    ],
+)
+def test_bad_overrides_are_one_clear_line(item, words):
+    with pytest.raises(InputError, match=words):
+        EvaluationSettings.from_overrides([item])

@@ -1,0 +1,147 @@
+"""The whole evaluation of a tiny encoder: names, files, splits, and refusals before any work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mim_refiner.core.metrics import effective_rank
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.sources import open_source
+from mim_refiner.errors import DataError, InputError, RunFolderError
+from mim_refiner.evaluation.features import extract_features
+from mim_refiner.evaluation.knn import knn_protocol
+from mim_refiner.evaluation.linear_probe import LinearProbeSettings
+from mim_refiner.evaluation.results import CONTRACT_FIELDS
+from mim_refiner.evaluation.settings import EvaluationSettings
+from mim_refiner.evaluation.suite import evaluate_backbone, summary_metrics
+
+QUICK = EvaluationSettings(knn_k=5, linear=LinearProbeSettings(epochs=3, batch_size=16), cluster_seeds=2)
+ALL = ("knn", "linear", "clustering", "rank")
+
+
+def test_every_protocol_writes_its_files(make_backbone, make_images, tmp_path):
+    backbone, train, test = make_backbone(), make_images(60), make_images(30, seed=1)
+    options = {"protocols": ALL, "settings": QUICK, "model_sha256": "abc", "seed": 3}
+    results = evaluate_backbone(backbone, train, test, out_dir=tmp_path / "run", **options)
+    metrics = ["knn_top1", "linear_top1_best", "linear_top1", "cluster_accuracy", "nmi", "ari", "rank"]
+    assert set(results) == {f"{metric}-block02-{pooling}" for metric in metrics for pooling in ("cls", "mean")}
+    files = {path.name: path.read_text() for path in (tmp_path / "run" / "evaluation").iterdir()}
+    assert set(files) == {f"{name}.json" for name in results}
+    for name, result in results.items():
+        record = json.loads(files[f"{name}.json"])
+        assert tuple(record) == CONTRACT_FIELDS
+        assert record == json.loads(json.dumps(result.to_json()))
+        assert (record["block"], record["norm"], record["model_sha256"], record["seed"]) == (2, False, "abc", 3)
+        assert record["data"]["train"]["fingerprint"] == train.source.fingerprint()
+        assert record["data"]["test"]["images"] == 30
+        assert record["settings"]["image_size"] == 32
+        if record["ci95"] is not None:
+            assert record["ci95"][0] <= record["value"] <= record["ci95"][1]
+            assert result.correct.mean() == pytest.approx(record["value"])
+    assert {r.metric for r in results.values() if r.ci95 is None} == {"nmi", "ari", "rank"}
+
+    again = evaluate_backbone(backbone, train, test, out_dir=tmp_path / "run", name_prefix="after-", **options)
+    for name in again:  # same seed, same bytes; the prefix keeps two encoders in one folder apart
+        assert (tmp_path / "run" / "evaluation" / f"after-{name}.json").read_text() == files[f"{name}.json"]
+
+
+def test_values_are_those_of_the_protocols(make_backbone, make_images):
+    backbone, train, test = make_backbone(), make_images(60), make_images(30, seed=1)
+    results = evaluate_backbone(
+        backbone, train, test, protocols=("knn", "rank"), blocks=[1], poolings=["mean"], norm=True, settings=QUICK
+    )
+    bank, queries = (
+        extract_features(backbone, images, blocks=[1], poolings=["mean"], norm=True) for images in (train, test)
+    )
+    expected = knn_protocol(bank, queries, k=5)[1, "mean"]
+    found = results["knn_top1-block01-mean"]
+    assert (found.value, found.ci95, found.norm) == (expected.accuracy, expected.ci95, True)
+    assert (found.correct == expected.correct).all()
+    assert results["rank-block01-mean"].value == pytest.approx(effective_rank(bank[1, "mean"]))
+
+
+def test_without_a_test_set_a_stratified_fifth_is_held_out(make_backbone, make_images):
+    train = make_images(60)
+    results = evaluate_backbone(make_backbone(), train, None, protocols=("knn",), settings=QUICK, seed=4)
+    result = results["knn_top1-block02-cls"]
+    assert len(result.correct) == 12
+    assert result.data["test"] == {"share_of_train": 0.2, "split_seed": 4, "stratified": True}
+
+
+def test_knn_may_cover_more_blocks_and_the_summary_collects(make_backbone, make_images):
+    results = evaluate_backbone(
+        make_backbone(),
+        make_images(60),
+        make_images(30, seed=1),
+        protocols=ALL,
+        blocks="-1",
+        knn_blocks="all",
+        settings=QUICK,
+    )
+    assert sorted(r.block for r in results.values() if r.metric == "knn_top1" and r.pooling == "cls") == [0, 1, 2]
+    assert {r.block for r in results.values() if r.metric != "knn_top1"} == {2}
+    summary = summary_metrics(results, block=2, pooling="cls")
+    assert list(summary) == ["knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank", "knn_by_block"]
+    assert summary["nmi"] == results["nmi-block02-cls"].value
+    assert summary["knn_by_block"]["cls"][2] == summary["knn_top1"] == results["knn_top1-block02-cls"].value
+    assert {pooling: len(row) for pooling, row in summary["knn_by_block"].items()} == {"cls": 3, "mean": 3}
+    assert summary_metrics(results, block=0, pooling="cls")["linear_top1"] is None
+
+
+def test_labels_are_needed_except_for_the_rank(make_backbone, make_images, tmp_path):
+    bare = make_images(40, labelled=False)
+    for protocol in ("knn", "linear", "clustering"):
+        with pytest.raises(DataError, match=f"no labels, and protocol {protocol} needs them"):
+            evaluate_backbone(make_backbone(), make_images(40), bare, protocols=(protocol,), out_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert evaluate_backbone(make_backbone(), bare, None, protocols=("rank",))["rank-block02-cls"].value > 1
+
+
+def test_bad_requests_are_refused_before_any_work(make_backbone, make_images, tmp_path, monkeypatch):
+    backbone, train = make_backbone(), make_images(40)
+    monkeypatch.setattr(backbone, "forward_blocks", lambda *a, **k: pytest.fail("worked before it checked"))
+    for options, words in [
+        ({"protocols": ("knnn",)}, "did you mean 'knn'"),
+        ({"protocols": ()}, "no protocol named"),
+        ({"blocks": [3]}, "3 is out of range"),
+        ({"poolings": ["max"]}, "'max' is unknown"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            evaluate_backbone(backbone, train, None, **options)
+
+
+def test_unwritable_folder(make_backbone, make_images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="cannot write"):
+        evaluate_backbone(
+            make_backbone(), make_images(60), None, protocols=("knn",), settings=QUICK, out_dir=tmp_path / "file"
+        )
+
+
+def colour_folder(root, classes, count):
+    colours = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0), "white": (255, 255, 255)}
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            noise = np.random.default_rng(number).integers(-20, 20, (32, 32, 3))
+            Image.fromarray((np.array(colours[name]) + noise).clip(0, 255).astype(np.uint8)).save(
+                root / name / f"{number}.png"
+            )
+    return ImageSet(open_source(root))
+
+
+def test_classes_are_matched_by_name_when_the_folders_differ(make_backbone, tmp_path):
+    """The test folder lacks the first class, so its own numbering is off by one."""
+    train = colour_folder(tmp_path / "train", ["blue", "green", "red"], 8)
+    test = colour_folder(tmp_path / "test", ["green", "red"], 4)
+    knn = {"protocols": ("knn",), "settings": replace(QUICK, knn_k=3)}
+    results = evaluate_backbone(make_backbone(), train, test, **knn)
+    assert results["knn_top1-block02-mean"].value == 1.0
+    strange = colour_folder(tmp_path / "strange", ["green", "white"], 4)
+    with pytest.raises(DataError, match="class 'white' does not occur"):
+        evaluate_backbone(make_backbone(), train, strange, **knn)

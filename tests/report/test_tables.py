@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+
+from mim_refiner.report.tables import comparison_rows, comparison_table, render_comparison
+
+
+@pytest.fixture
+def summary():
+    return {
+        "before": {"knn_top1": 0.3, "linear_top1": 0.5, "nmi": None, "rank": 40.0, "knn_by_block": {"cls": [0.1]}},
+        "after": {"knn_top1": 0.352, "linear_top1": None, "nmi": None, "rank": 38.5},
+        "full": {"knn_top1": 0.55, "linear_top1": 0.7, "nmi": None, "rank": 61.0},
+        "verdict": {"verdict": "better", "reason": "k-NN accuracy rose."},
+        "seconds": {"refine": 200.0},
+    }
+
+
+def test_rows_show_values_and_differences_to_the_first(summary):
+    header, rows = comparison_rows(summary, {"before": "MAE"})
+    assert header == ["metric", "MAE", "after this run", "full recipe"]
+    assert rows == [
+        ["k-NN accuracy (%)", "30.0", "35.2 (+5.2)", "55.0 (+25.0)"],
+        ["linear probe accuracy (%)", "50.0", "-", "70.0 (+20.0)"],
+        ["effective rank", "40.0", "38.5 (-1.5)", "61.0 (+21.0)"],
+    ]
+
+
+def test_two_stages(summary):
+    del summary["full"]
+    assert comparison_rows(summary)[0] == ["metric", "before", "after this run"]
+    assert len(comparison_table(summary).columns) == 3
+
+
+def test_plain_text_is_aligned_and_ends_with_the_verdict(summary):
+    lines = render_comparison(summary).splitlines()
+    assert lines[0].split() == ["metric", "before", "after", "this", "run", "full", "recipe"]
+    assert lines[1].startswith("k-NN accuracy (%)")
+    assert "\x1b" not in "".join(lines)
+    assert lines[-1] == "Verdict: better. k-NN accuracy rose."
+
+
+def test_markdown(summary):
+    lines = render_comparison(summary, style="markdown").splitlines()
+    assert lines[1] == "| --- | ---: | ---: | ---: |"
+    assert lines[2] == "| k-NN accuracy (%) | 30.0 | 35.2 (+5.2) | 55.0 (+25.0) |"

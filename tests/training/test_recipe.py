@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mim_refiner.errors import RecipeError
+from mim_refiner.core.schedules import peak_learning_rate
+from mim_refiner.training.recipe import from_tree, known_keys, override
+from mim_refiner.training.recipes import PRETRAIN_RECIPES, REFINE_RECIPES, pretrain_recipe, refine_recipe
+
+# method.md, section 5: blocks, temperature, batch, warm-up and refinement epochs and rates, local px, frozen blocks
+PAPER_ROWS = {
+    "mae_l16": (range(16, 24), 0.2, 1024, 20, 30, 96, 0, "cls"),
+    "dbot_l16": (range(16, 24), 0.2, 1024, 20, 30, 96, 0, "cls"),
+    "data2vec2_l16": (range(16, 24), 0.2, 1024, 20, 20, 96, 0, "cls"),
+    "crossmae_l16": (range(16, 24), 0.2, 1024, 20, 30, 96, 0, "mean"),
+    "mae_h14": (range(20, 32), 0.3, 512, 20, 30, 98, 0, "cls"),
+    "dbot_h14": (range(20, 32), 0.3, 512, 20, 30, 98, 0, "cls"),
+    "data2vec2_h14": (range(20, 32), 0.3, 512, 20, 20, 98, 0, "cls"),
+    "mae_2b14": (range(16, 24), 0.35, 512, 20, 20, 98, 6, "cls"),
+}
+
+
+@pytest.mark.parametrize("name", PAPER_ROWS)
+def test_recipes_are_the_rows_of_the_paper(name: str) -> None:
+    blocks, temperature, batch, warmup, epochs, local, frozen, pooling = PAPER_ROWS[name]
+    recipe = REFINE_RECIPES[name]()
+    assert recipe.heads.blocks == list(blocks)
+    assert recipe.heads.temperature == temperature
+    assert recipe.heads.pooling == pooling
+    assert recipe.heads.queue_size == 65_536
+    assert recipe.batch_size == batch
+    assert (recipe.warmup.epochs, recipe.warmup.base_lr, recipe.warmup.top_k) == (warmup, 2e-4, 1)
+    assert (recipe.refinement.epochs, recipe.refinement.base_lr, recipe.refinement.top_k) == (epochs, 4e-4, 20)
+    assert recipe.refinement.layer_decay == 0.65
+    assert recipe.refinement.warmup_epochs == recipe.warmup.warmup_epochs == 4
+    assert (recipe.views.local_size, recipe.views.num_local, recipe.views.global_size) == (local, 10, 224)
+    assert recipe.views.global_scale == (0.25, 1.0)
+    assert recipe.views.local_scale == (0.05, 0.25)
+    assert recipe.frozen_blocks == frozen
+    assert (recipe.weight_decay, recipe.head_weight_decay, recipe.ema_decay) == (0.05, 1e-5, 0.9999)
+
+
+def test_peak_rate_scales_with_the_batch() -> None:
+    recipe = REFINE_RECIPES["mae_l16"]()
+    assert peak_learning_rate(recipe.refinement.base_lr, recipe.batch_size) == pytest.approx(1.6e-3)
+
+
+def test_override_reads_numbers_lists_and_nested_keys() -> None:
+    recipe = override(refine_recipe("tiny", image_size=32), ["refinement.base_lr=4e-4", "heads.blocks=[2, 3]", "batch_size=8"])
+    assert (recipe.refinement.base_lr, recipe.heads.blocks, recipe.batch_size) == (4e-4, [2, 3], 8)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("refinement.epoch=3", "unknown recipe key 'refinement.epoch'; did you mean 'refinement.epochs'"),
+        ("base_lr=3", "did you mean '(warmup|refinement).base_lr'"),
+        ("batch_size=many", "batch_size"),
+        ("batch_size=0", "batch_size"),
+        ("batch_size", "no '='"),
+        ("heads.view_pairing=wrong", "cross"),
+    ],
+)
+def test_bad_settings_name_key_and_remedy(setting: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        override(refine_recipe("tiny", image_size=32), [setting])
+    assert "\n" not in str(caught.value)
+
+
+def test_recipe_file_is_laid_over_its_named_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"name": "mae_h14", "batch_size": 128}))
+    recipe = refine_recipe(str(path), image_size=224)
+    assert (recipe.batch_size, recipe.heads.temperature) == (128, 0.3)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "unknown_key: 3", "{broken"])
+def test_bad_recipe_files_are_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError) as caught:
+        refine_recipe(str(path), image_size=224)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'mae_l16'"):
+        refine_recipe("mae_l6", image_size=224)
+
+
+def test_a_resolved_recipe_survives_yaml() -> None:
+    for make in (*REFINE_RECIPES.values(), *PRETRAIN_RECIPES.values()):
+        recipe = make()
+        again = from_tree(recipe, yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json"))), "test")
+        assert again == recipe
+        assert "batch_size" in known_keys(recipe)
+
+
+def test_default_recipe_follows_the_image_size() -> None:
+    assert refine_recipe(None, image_size=32).name == "tiny"
+    assert refine_recipe(None, image_size=224).name == "default"
+    assert pretrain_recipe(None, image_size=32).name == "tiny_mae"
+    assert pretrain_recipe(None, image_size=224).name == "mae"

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mim_refiner.errors import RunFolderError
+from mim_refiner.training.state import Position, RunFolder, write_json
+
+RECIPE = {"name": "tiny", "heads": {"blocks": [1, 2]}, "batch_size": 8}
+
+
+def open_run(path: Path, recipe: dict[str, object] | None = None, *, overwrite: bool = False) -> RunFolder:
+    return RunFolder.open(path, recipe or RECIPE, overwrite=overwrite)
+
+
+def make_module(value: float) -> nn.Module:
+    module = nn.Linear(2, 2)
+    nn.init.constant_(module.weight, value)
+    return module
+
+
+def test_save_and_restore_give_back_weights_optimizer_and_position(tmp_path: Path) -> None:
+    run, module = open_run(tmp_path / "run"), make_module(3.0)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    run.save(Position(1, 5, 25), {"model": module}, optimizer)
+    other = make_module(0.0)
+    position, state, notes = run.restore({"model": other})
+    assert position == Position(1, 5, 25)
+    assert notes == []
+    assert torch.equal(other.weight, module.weight)
+    assert state is not None
+    assert torch.equal(state["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+    assert (tmp_path / "run" / "checkpoints" / "last" / "state.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "no_state"])
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path: Path, damage: str) -> None:
+    run = open_run(tmp_path / "run")
+    run.save(Position(0, 1, 1), {"model": make_module(1.0)}, None)
+    last = run.save(Position(0, 2, 2), {"model": make_module(2.0)}, None)
+    if damage == "truncate":
+        os.truncate(last / "model.safetensors", 20)
+    else:
+        (last / ("model.safetensors" if damage == "remove" else "state.json")).unlink()
+    module = make_module(0.0)
+    position, _, notes = run.restore({"model": module})
+    assert position.total_step == 1
+    assert module.weight[0, 0].item() == 1.0
+    assert len(notes) == 1
+    assert "step-000002 is damaged" in notes[0]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    for step in range(1, 5):
+        run.save(Position(0, step, step), {"model": make_module(step)}, None)
+    assert sorted(p.name for p in run.checkpoints.glob("step-*")) == ["step-000003", "step-000004"]
+    assert run.last.resolve().name == "step-000004"
+
+
+def test_metrics_after_the_restored_step_are_forgotten(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    run.save(Position(0, 2, 2), {"model": make_module(1.0)}, None)
+    for step in (1, 2, 3):
+        run.log({"total_step": step})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"total_step": 4')  # killed while writing
+    run.restore({"model": make_module(0.0)})
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["total_step"] for line in lines] == [1, 2]
+
+
+def test_the_same_recipe_resumes_and_another_is_refused_with_the_difference(tmp_path: Path) -> None:
+    open_run(tmp_path / "run")
+    assert open_run(tmp_path / "run").resumed
+    changed = {**RECIPE, "batch_size": 16}
+    with pytest.raises(RunFolderError, match="batch_size: 8 there, 16 now"):
+        open_run(tmp_path / "run", changed)
+    assert not open_run(tmp_path / "run", changed, overwrite=True).resumed
+
+
+def test_a_folder_with_other_files_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        open_run(tmp_path)
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        open_run(tmp_path, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_an_unwritable_place_is_one_clear_line(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(RunFolderError, match="cannot write the run folder"):
+        open_run(blocker / "run")
+
+
+def test_write_json_replaces_whole_files(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": 1})
+    write_json(tmp_path / "a.json", {"x": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
