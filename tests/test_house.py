@@ -17,8 +17,10 @@ MAX_FILE_LINES = 400  # most files have 100-300
 MAX_FUNCTION_LINES = 80  # readable without scrolling
 MAX_REPOSITORY_FILE = 20_000_000  # bytes
 
-# Folders of one machine. The separators are written apart so that this file does not match itself.
-PRIVATE_PATH = re.compile("|".join(re.escape("/" + folder + "/") for folder in ("work", "root", "home", "Users")))
+# Folders of the machine that runs this, and of the one it was written on. The latter's separators are put on here, so
+# that this file does not match itself.
+HERE = [str(ROOT), *([f"{Path.home()}/"] if len(str(Path.home())) > 1 else [])]
+PRIVATE_PATH = re.compile("|".join(re.escape(path) for path in (*HERE, *(f"/{name}/" for name in ("work", "root")))))
 TEXT = {".py", ".md", ".toml", ".txt", ".sh", ".yaml", ".yml", ".json", ".html", ".cfg", ""}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mim_refiner.cli.common import comma_list, execute, to_jsonable
-from mim_refiner.cli.tables import format_value, print_result
+from mim_refiner.cli.tables import format_value, lines_of, print_result
 from mim_refiner.errors import InputError
 
 
@@ -108,3 +108,22 @@ def test_records_become_rows():
 def test_shares_print_in_percent():
     assert format_value("linear_top1", 0.8125) == "81.25 %"
     assert format_value("rank", 0.5) == "0.5"
+
+
+def test_nested_values_become_lines():
+    verdict = {
+        "verdict": "better",
+        "change": 0.05,
+        "interval": [0.01, 0.09],
+        "statements": ["a peak", "no peak"],
+        "x": [],
+    }
+    assert lines_of("verdict", verdict) == [
+        "verdict: verdict better, change 0.05",
+        "verdict.interval: 0.01 0.09",
+        "verdict.statements:",
+        "  a peak",
+        "  no peak",
+    ]
+    assert lines_of("nothing", None) == []
+    assert lines_of("none_found", False) == ["none_found: False"]

@@ -35,7 +35,11 @@ def our_name(name: str) -> str:
     name = name.removeprefix("encoder.") if name.startswith("encoder.") else name
     for block, head in HEAD_OF_BLOCK.items():
         name = name.replace(f"heads.{head}.", f"heads.{block}.")
-    name = re.sub(r"queue\.(x|idx|ptr)$", lambda m: f"queue.{ {'x': 'entries', 'idx': 'sample_ids', 'ptr': 'pointer'}[m[1]]}", name)
+    name = re.sub(
+        r"queue\.(x|idx|ptr)$",
+        lambda m: f"queue.{ {'x': 'entries', 'idx': 'sample_ids', 'ptr': 'pointer'}[m[1]] }",
+        name,
+    )
     name = name.replace("cls_tokens.tokens", "cls_token").replace("pos_embed.embed", "pos_embed")
     return name if name.startswith("heads.") else f"backbone.model.{name}"
 
@@ -102,7 +106,11 @@ class Steps:
 
     def run(self, step: int) -> None:
         views = [self.views[f"step{step}/view{v}"].to(self.dtype) for v in range(5)]
-        choices = {b: self.golden[f"step{step}/{h}/choice"] for b, h in HEAD_OF_BLOCK.items() if f"step{step}/{h}/choice" in self.golden}
+        choices = {
+            b: self.golden[f"step{step}/{h}/choice"]
+            for b, h in HEAD_OF_BLOCK.items()
+            if f"step{step}/{h}/choice" in self.golden
+        }
         self.output = self.refiner(
             views,
             torch.arange(BATCH) + 3 * step,

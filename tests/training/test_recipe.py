@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mim_refiner.errors import RecipeError
 from mim_refiner.core.schedules import peak_learning_rate
+from mim_refiner.errors import RecipeError
 from mim_refiner.training.recipe import from_tree, known_keys, override
 from mim_refiner.training.recipes import PRETRAIN_RECIPES, REFINE_RECIPES, pretrain_recipe, refine_recipe
 
@@ -49,7 +49,9 @@ def test_peak_rate_scales_with_the_batch() -> None:
 
 
 def test_override_reads_numbers_lists_and_nested_keys() -> None:
-    recipe = override(refine_recipe("tiny", image_size=32), ["refinement.base_lr=4e-4", "heads.blocks=[2, 3]", "batch_size=8"])
+    recipe = override(
+        refine_recipe("tiny", image_size=32), ["refinement.base_lr=4e-4", "heads.blocks=[2, 3]", "batch_size=8"]
+    )
     assert (recipe.refinement.base_lr, recipe.heads.blocks, recipe.batch_size) == (4e-4, [2, 3], 8)
 
 

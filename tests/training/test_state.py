@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from mim_refiner.errors import RunFolderError
-from mim_refiner.training.state import Position, RunFolder, write_json
+from mim_refiner.files import write_json
+from mim_refiner.training.state import Position, RunFolder
 
 RECIPE = {"name": "tiny", "heads": {"blocks": [1, 2]}, "batch_size": 8}
 

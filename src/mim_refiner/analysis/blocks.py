@@ -18,8 +18,9 @@ from mim_refiner._version import __version__
 from mim_refiner.core.metrics import paired_interval
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import InputError
-from mim_refiner.evaluation.results import Result, write_bytes, write_json
+from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.suite import evaluate_backbone
+from mim_refiner.files import write_bytes, write_json
 from mim_refiner.models.backbone import Backbone
 
 KIND = "knn_by_block"  # names the JSON form for readers such as report.figures

@@ -74,10 +74,7 @@ def _read_timm_name(name: str) -> Contents:
         raise CheckpointError(
             f"'{name}': timm knows no Hugging Face repository of it; download its file, pass the path"
         )
-    repository = config.hf_hub_id
-    if repository.endswith("/"):  # "timm/" stands for "timm/" and the model's own name
-        repository += name
-    return replace(_read_folder(_download(repository, None, name)), source=name)
+    return replace(_read_folder(_download(config.hf_hub_id, None, name)), source=name)
 
 
 def _download(repository: str, revision: str | None, source: str) -> Path:

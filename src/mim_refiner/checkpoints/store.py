@@ -111,8 +111,9 @@ def _read_torch(path: Path, start: bytes) -> Any:
     if start.startswith(_ZIP) and not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path}: is a truncated torch file (its end is missing); copy or download it again")
     try:
-        with torch.serialization.safe_globals(list(_SAFE_CLASSES)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # An open file, because for a path torch may choose the reader by the file's ending.
+        with path.open("rb") as file, torch.serialization.safe_globals(list(_SAFE_CLASSES)):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: {_explain_unpickling(error)}") from error
     except Exception as error:  # torch raises many kinds for damaged files, and all mean the same here

@@ -69,9 +69,9 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     evaluate: (
         f"{PROGRAM} evaluate --model runs/b/export --data train.parquet --test test.parquet",
-        f"{PROGRAM} evaluate --model runs/b/export --compare runs/mae/export --data train.parquet --blocks all",
+        f"{PROGRAM} evaluate --model runs/mae/export --compare runs/b/export --data train.parquet --blocks all",
     ),
-    analyze: (f"{PROGRAM} analyze --model runs/b/export --compare runs/mae/export --data train.parquet --out curves",),
+    analyze: (f"{PROGRAM} analyze --model runs/mae/export --compare runs/b/export --data train.parquet --out curves",),
     export: (f"{PROGRAM} export --model runs/photos --format timm --out photos-timm",),
     inspect: (f"{PROGRAM} inspect mae_pretrain_vit_base.pth",),
 }

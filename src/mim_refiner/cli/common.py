@@ -27,7 +27,10 @@ MODELS = "checkpoint file, timm folder or timm model name"
 DataOption = Annotated[str, typer.Option("--data", metavar="SRC", help=f"Images: {SOURCES}.")]
 ModelOption = Annotated[str, typer.Option("--model", metavar="SRC", help=f"Encoder: {MODELS}.")]
 CompareOption = Annotated[
-    str | None, typer.Option("--compare", metavar="SRC", help="A second encoder, measured in the same way.")
+    str | None,
+    typer.Option(
+        "--compare", metavar="SRC", help="A second encoder (after --model); differences are second minus first."
+    ),
 ]
 TestOption = Annotated[
     str | None, typer.Option("--test", metavar="SRC", help="Test images; without it a part of --data is held out.")
@@ -42,7 +45,7 @@ RecipeOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe setting; repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; repeatable."),
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="auto takes the GPU when there is one.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]

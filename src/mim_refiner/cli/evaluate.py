@@ -26,7 +26,10 @@ ProtocolsOption = Annotated[
 BlocksOption = Annotated[
     str, typer.Option("--blocks", metavar="BLOCKS", help="all, or block numbers such as 8,9 or -1 (the last).")
 ]
-PoolingOption = Annotated[str, typer.Option("--pooling", metavar="NAMES", help="Comma-separated: cls, mean.")]
+PoolingOption = Annotated[
+    str | None,
+    typer.Option("--pooling", metavar="NAMES", help="Comma-separated: cls, mean. Default: all the encoder has."),
+]
 NormOption = Annotated[bool, typer.Option("--norm/--no-norm", help="Apply the encoder's final norm to the features.")]
 ResultsOption = Annotated[
     str | None, typer.Option("--out", metavar="DIR", help="Folder for the results; without it they are only printed.")
@@ -40,7 +43,7 @@ def evaluate(
     compare: CompareOption = None,
     protocols: ProtocolsOption = "knn,linear,clustering",
     blocks: BlocksOption = "-1",
-    pooling: PoolingOption = "cls,mean",
+    pooling: PoolingOption = None,
     norm: NormOption = False,
     out: ResultsOption = None,
     settings: SetOption = None,
@@ -51,7 +54,7 @@ def evaluate(
 ) -> None:
     """Measure frozen features: k-NN, linear probe and clustering, by block and pooling."""
     protocol_names = comma_list(protocols, "--protocols")
-    pooling_names = comma_list(pooling, "--pooling")
+    pooling_names = comma_list(pooling, "--pooling") if pooling is not None else None
 
     from mim_refiner.commands.evaluate import evaluate as run
 

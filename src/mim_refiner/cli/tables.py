@@ -27,11 +27,24 @@ def print_result(result: Any, file: TextIO) -> None:
             continue
         if is_records(value):
             console.print(record_table(key, value))
-        elif isinstance(value, Mapping):
-            inner = ", ".join(f"{name} {format_value(name, item)}" for name, item in value.items())
-            console.print(escape(f"{key}: {inner}"))
-        elif value not in (None, [], ""):
-            console.print(escape(f"{key}: {format_value(key, value)}"))
+        else:
+            for line in lines_of(key, value):
+                console.print(escape(line))
+
+
+def lines_of(key: str, value: Any) -> list[str]:
+    """Write a value as ``key: value`` lines: a nested mapping goes on one line each, a list of sentences one below the
+    other; empty values are left out."""
+    if value is None or value in ("", [], {}):
+        return []
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return [f"{key}:", *(f"  {item}" for item in value)]
+    if not isinstance(value, Mapping):
+        return [f"{key}: {format_value(key, value)}"]
+    nested = {name: item for name, item in value.items() if isinstance(item, Mapping | list)}
+    plain = ", ".join(f"{name} {format_value(name, item)}" for name, item in value.items() if name not in nested)
+    inner = [line for name, item in nested.items() for line in lines_of(f"{key}.{name}", item)]
+    return ([f"{key}: {plain}"] if plain else []) + inner
 
 
 def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> Table:

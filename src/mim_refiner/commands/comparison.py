@@ -14,8 +14,8 @@ from mim_refiner.analysis.verdict import verdict
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.source_base import SlicedSource
-from mim_refiner.evaluation.protocols import EvaluationSettings
 from mim_refiner.evaluation.results import Result, result_name
+from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.suite import evaluate_backbone, summary_metrics
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.figures import block_curves
@@ -78,7 +78,14 @@ def compare(
     curves.write(out / "evaluation")
     block_curves(curves.record, out / "block_curves.png")
     key = result_name("knn_top1", last, pooling)
-    summary["verdict"] = verdict(results["before"][key].correct, results["after"][key].correct)
+    before, after = results["before"][key].correct, results["after"][key].correct
+    assert before is not None  # k-NN results carry them
+    assert after is not None
+    summary["verdict"] = verdict(before, after)
+    for stage in list(stages)[2:]:
+        further = results[stage][key].correct
+        assert further is not None
+        summary["verdict"][stage] = verdict(before, further)
     summary["verdict"]["statements"] = curves.record["statements"]
     return summary
 

@@ -6,17 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mim_refiner.analysis.verdict import verdict
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.runs import open_images
 from mim_refiner.core.device import pick_device
 from mim_refiner.core.identity import weights_sha256
-from mim_refiner.errors import InputError, RecipeError, did_you_mean
-from mim_refiner.evaluation.linear_probe import LinearProbeSettings
-from mim_refiner.evaluation.protocols import EvaluationSettings
 from mim_refiner.evaluation.results import Result
+from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.suite import evaluate_backbone
 from mim_refiner.reporting import NullReporter, Reporter
 
@@ -57,7 +53,7 @@ def evaluate(
             blocks=blocks,
             poolings=pooling,
             norm=norm,
-            settings=evaluation_settings(settings or []),
+            settings=EvaluationSettings.from_overrides(settings or []),
             out_dir=out,
             name_prefix=prefix,
             model_sha256=weights_sha256(backbone.model),
@@ -86,24 +82,3 @@ def evaluate(
 def _row(model: str, result: Result) -> dict[str, Any]:
     keys = ("metric", "value", "ci95", "block", "pooling")
     return {"model": model} | {key: value for key, value in result.to_json().items() if key in keys}
-
-
-def evaluation_settings(settings: list[str]) -> EvaluationSettings:
-    """Apply ``key=value`` overrides (``linear.epochs=10``); raises RecipeError naming the nearest valid key."""
-    plain: dict[str, Any] = {}
-    linear: dict[str, Any] = {}
-    names = [name for name in EvaluationSettings.__dataclass_fields__ if name != "linear"]
-    known = names + [f"linear.{name}" for name in LinearProbeSettings.__dataclass_fields__]
-    for setting in settings:
-        key, separator, text = setting.partition("=")
-        if not separator:
-            raise RecipeError(f"--set {setting!r} has no '='; write --set key=value")
-        if key not in known:
-            raise RecipeError(f"--set unknown evaluation key '{key}'{did_you_mean(key, known)}")
-        value = yaml.safe_load(text)
-        value = tuple(value) if isinstance(value, list) else value
-        (linear if key.startswith("linear.") else plain)[key.removeprefix("linear.")] = value
-    try:
-        return EvaluationSettings(**plain, linear=LinearProbeSettings(**linear))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--set: {error}") from None

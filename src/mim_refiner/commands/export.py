@@ -39,6 +39,6 @@ def export(
         images = open_images(data, reporter)
         batch, _ = next(eval_batches(images, backbone.info.image_size[0], CHECK_IMAGES))
         check_images = normalize(batch, backbone.info.mean, backbone.info.std)
-    report = export_timm(backbone, Path(out), card={"base": model}, check_images=check_images)
+    report = export_timm(backbone, Path(out), card={"base": Path(model).name}, check_images=check_images)
     reporter.done()
     return report

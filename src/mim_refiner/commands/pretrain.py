@@ -16,13 +16,14 @@ from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.export.timm import export_timm
+from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.reporting import NullReporter, Reporter
 from mim_refiner.training.pretraining import pretraining_phase
 from mim_refiner.training.recipe import override
 from mim_refiner.training.recipes import pretrain_recipe
-from mim_refiner.training.state import RunFolder, write_json
+from mim_refiner.training.state import RunFolder
 from mim_refiner.training.trainer import LoopSettings, fit
 
 
@@ -50,6 +51,7 @@ def pretrain(
     chosen = pretrain_recipe(recipe, image_size=common_image_size(images))
     chosen.image_size = chosen.image_size or common_image_size(images)
     chosen = override(chosen, settings or [])
+    assert chosen.image_size is not None
     precision = resolve_precision(chosen.precision, torch_device)
 
     encoder = create_vit(arch, image_size=chosen.image_size)
@@ -82,7 +84,13 @@ def pretrain(
     if images.labels is not None and chosen.knn_every:
         pooling = "cls" if backbone.info.has_cls else "mean"
         monitor = OnlineKnn(
-            backbone, images, None, blocks=range(backbone.info.depth), pooling=pooling, device=torch_device, precision=precision
+            backbone,
+            images,
+            None,
+            blocks=range(backbone.info.depth),
+            pooling=pooling,
+            device=torch_device,
+            precision=precision,
         )
     phase = pretraining_phase(mae, chosen, loader, photometric, device=torch_device, precision=precision)
     loop = LoopSettings(seed, torch_device, chosen.log_every, chosen.checkpoint_every, chosen.knn_every)
@@ -91,11 +99,13 @@ def pretrain(
 
     card = {"base": "trained from scratch", "data": images.description, "recipe": chosen.name}
     export_timm(backbone.to("cpu"), Path(out) / "export", card=card)
-    summary = {"run": str(out), "export": str(Path(out) / "export"), "seconds": {"total": time.perf_counter() - started}}
+    summary = {
+        "run": str(out),
+        "export": str(Path(out) / "export"),
+        "seconds": {"total": time.perf_counter() - started},
+    }
     if monitor:
         backbone.to(torch_device)
         summary["after"] = monitor()
     write_json(Path(out) / "summary.json", summary)
     return summary
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import ViewSpec, multi_crop_views
 from mim_refiner.errors import InputError
 from mim_refiner.export.timm import export_timm
+from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
@@ -30,7 +31,7 @@ from mim_refiner.reporting import NullReporter, Reporter
 from mim_refiner.training.recipe import RefineRecipe, override
 from mim_refiner.training.recipes import refine_recipe
 from mim_refiner.training.refinement import Refinement
-from mim_refiner.training.state import RunFolder, write_json
+from mim_refiner.training.state import RunFolder
 from mim_refiner.training.trainer import LoopSettings, fit
 
 
@@ -55,30 +56,49 @@ def refine(
     resumes. Returns the summary {"before", "after", "verdict", "seconds"}, also in summary.json; export/ is a timm
     folder. Raises MimRefinerError with one line on bad input.
     """
-    reporter = reporter or NullReporter()
+    return refine_and_compare(
+        data=data,
+        model=model,
+        out=out,
+        recipe=recipe,
+        eval_data=eval_data,
+        eval_test=eval_test,
+        settings=settings or [],
+        device=device,
+        seed=seed,
+        overwrite=overwrite,
+        reporter=reporter or NullReporter(),
+    )
+
+
+def refine_and_compare(
+    *,
+    data: str,
+    model: str,
+    out: str,
+    recipe: str | None,
+    eval_data: str | None,
+    eval_test: str | None,
+    settings: list[str],
+    device: str,
+    seed: int,
+    overwrite: bool,
+    reporter: Reporter,
+    others: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Do what :func:`refine` says; ``others`` are further encoders {stage: source} to measure beside."""
     started = time.perf_counter()
     torch_device = pick_device(device)
     backbone = load_backbone(model)
     images = open_images(data, reporter)
-    chosen = resolve(override(refine_recipe(recipe, image_size=max(backbone.info.image_size)), settings or []), backbone)
+    chosen = resolve(override(refine_recipe(recipe, image_size=max(backbone.info.image_size)), settings), backbone)
     precision = resolve_precision(chosen.precision, torch_device)
     bank, test = evaluation_sets(images, eval_data, eval_test, reporter)
-    if chosen.batch_size > chosen.heads.queue_size:
-        raise InputError(
-            f"batch_size {chosen.batch_size} is larger than the queue of {chosen.heads.queue_size}; "
-            "set a smaller batch_size or a larger heads.queue_size"
-        )
-
-    torch.manual_seed(seed)
-    heads = chosen.heads
-    config = HeadConfig(heads.projector_hidden, heads.predictor_hidden, heads.out_dim, heads.queue_size)
-    blocks = [int(block) for block in heads.blocks]
-    refiner = Refiner(backbone, blocks, config, pooling=heads.pooling, frozen_blocks=chosen.frozen_blocks)
     if torch_device.type == "cpu":
         backbone.use_math_attention()
-    refiner.to(torch_device)
+    torch.manual_seed(seed)
+    refiner = make_refiner(backbone, chosen).to(torch_device)
     ema = ExponentialMovingAverage(backbone)
-
     views = view_specs(chosen)
     loader = TrainLoader(images, views, chosen.batch_size, seed, **run_settings(images, chosen, torch_device))
     resolved = {"command": "refine", "data": data, "model": model, "seed": seed, **chosen.model_dump(mode="json")}
@@ -86,20 +106,22 @@ def refine(
     run = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=chosen.keep_checkpoints)
     announce(chosen, backbone, len(images), loader.steps_per_epoch, precision, reporter)
 
+    photometrics = [
+        BatchPhotometric(view, backbone.info.mean, backbone.info.std) for view in views for _ in range(view.count)
+    ]
     job = Refinement(
-        refiner,
-        ema,
-        chosen,
-        loader,
-        [BatchPhotometric(view, backbone.info.mean, backbone.info.std) for view in views for _ in range(view.count)],
-        device=torch_device,
-        precision=precision,
-        labels=images.labels,
+        refiner, ema, chosen, loader, photometrics, device=torch_device, precision=precision, labels=images.labels
     )
     monitor = None
     if bank.labels is not None and chosen.knn_every:
         monitor = OnlineKnn(
-            backbone, bank, test, blocks=blocks, pooling=heads.pooling, device=torch_device, precision=precision
+            backbone,
+            bank,
+            test,
+            blocks=refiner.blocks,
+            pooling=chosen.heads.pooling,
+            device=torch_device,
+            precision=precision,
         )
     loop = LoopSettings(seed, torch_device, chosen.log_every, chosen.checkpoint_every, chosen.knn_every)
     fit(job.phases(), {"model": refiner, "ema": ema}, run, loop, reporter, monitor)
@@ -108,30 +130,61 @@ def refine(
 
     refined = ema.module if chosen.export_weights == "ema" else backbone
     assert isinstance(refined, Backbone)
+    stages = {"before": load_backbone(model), "after": refined}
+    stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
+    summary = conclude(stages, bank, test, chosen, run, images.description, torch_device, seed, reporter)
+    summary["seconds"] = {"training": trained, "total": time.perf_counter() - started}
+    write_json(run.path / "summary.json", summary)
+    reporter.done()
+    return summary
+
+
+def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
+    """The encoder with its heads; raises InputError for a batch that the queues cannot hold."""
+    heads = recipe.heads
+    if recipe.batch_size > heads.queue_size:
+        raise InputError(
+            f"batch_size {recipe.batch_size} is larger than the queue of {heads.queue_size}; "
+            "set a smaller batch_size or a larger heads.queue_size"
+        )
+    config = HeadConfig(heads.projector_hidden, heads.predictor_hidden, heads.out_dim, heads.queue_size)
+    blocks = [int(block) for block in heads.blocks]
+    return Refiner(backbone, blocks, config, pooling=heads.pooling, frozen_blocks=recipe.frozen_blocks)
+
+
+def conclude(
+    stages: dict[str, Backbone],
+    bank: ImageSet,
+    test: ImageSet | None,
+    recipe: RefineRecipe,
+    run: RunFolder,
+    data: str,
+    device: torch.device,
+    seed: int,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Compare before and after, and export the refined encoder with its figures."""
     summary = compare(
-        {"before": load_backbone(model), "after": refined},
+        stages,
         thinned(bank, SUMMARY_TRAIN_LIMIT),
         None if test is None else thinned(test, SUMMARY_TEST_LIMIT),
-        pooling=heads.pooling,
-        head_blocks=blocks,
+        pooling=recipe.heads.pooling,
+        head_blocks=[int(block) for block in recipe.heads.blocks],
         out=run.path,
-        device=torch_device,
+        device=device,
         precision="fp32",
         seed=seed,
         reporter=reporter,
     )
     card = {
-        "base": model,
-        "data": images.description,
-        "recipe": chosen.name,
+        "base": Path(stages["before"].info.source).name,
+        "data": data,
+        "recipe": recipe.name,
         "before": summary["before"],
         "after": summary["after"],
     }
-    recommended = {"block": -1, "pooling": heads.pooling, "norm": False}
-    export_timm(refined.to("cpu"), run.path / "export", card=card, facts=recommended)
-    summary["seconds"] = {"training": trained, "total": time.perf_counter() - started}
-    write_json(run.path / "summary.json", summary)
-    reporter.done()
+    recommended = {"block": -1, "pooling": recipe.heads.pooling, "norm": False}
+    export_timm(stages["after"].to("cpu"), run.path / "export", card=card, facts=recommended)
     return summary
 
 
@@ -143,7 +196,9 @@ def resolve(recipe: RefineRecipe, backbone: Backbone) -> RefineRecipe:
         recipe.heads.blocks = list(range(info.depth - max(1, info.depth // 3), info.depth))
     wrong = [block for block in recipe.heads.blocks if not -info.depth <= int(block) < info.depth]
     if wrong:
-        raise InputError(f"heads.blocks: block {wrong[0]} is out of range; the encoder has blocks 0 to {info.depth - 1}")
+        raise InputError(
+            f"heads.blocks: block {wrong[0]} is out of range; the encoder has blocks 0 to {info.depth - 1}"
+        )
     recipe.heads.blocks = sorted({int(block) % info.depth for block in recipe.heads.blocks})
     if recipe.heads.pooling == "auto":
         recipe.heads.pooling = "cls" if info.has_cls else "mean"

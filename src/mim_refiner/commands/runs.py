@@ -12,9 +12,10 @@ import torch
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.sources import open_source
+from mim_refiner.files import write_bytes
 from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipe import Recipe
-from mim_refiner.training.state import RunFolder, write_atomically
+from mim_refiner.training.state import RunFolder
 
 SMALL_PIXELS = 64  # side in pixels up to which images count as small
 
@@ -47,7 +48,7 @@ def close_data(images: ImageSet, loader: TrainLoader, run: RunFolder, reporter: 
     """List the images that could not be read in the run folder, and say how many."""
     if images.unreadable:
         lines = "".join(f"{name}\t{reason}\n" for name, reason in images.unreadable)
-        write_atomically(Path(run.path) / "skipped_images.txt", lines.encode())
+        write_bytes(Path(run.path) / "skipped_images.txt", lines.encode())
         reporter.message(f"skipped {len(images.unreadable)} unreadable images; listed in {run.path}/skipped_images.txt")
     close = getattr(loader, "close", None)
     if close:

@@ -40,7 +40,9 @@ def keep_freed_memory() -> None:
 
 
 def resolve_precision(precision: str, device: torch.device) -> Literal["fp32", "bf16"]:
-    """``auto``: bf16 on a GPU, fp32 on a CPU."""
+    """``auto``: bf16 on a GPU, fp32 on a CPU; ``fast``: bf16 also on CPUs that multiply it in hardware."""
+    if precision == "fast":
+        precision = "bf16" if device.type == "cuda" or cpu_has_fast_bf16() else "fp32"
     if precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
     return "bf16" if precision == "bf16" else "fp32"

@@ -20,9 +20,10 @@ from mim_refiner.evaluation.features import (
     square_image_size,
 )
 from mim_refiner.evaluation.protocols import NEEDS_LABELS, PROTOCOLS, RUNNERS, Context
-from mim_refiner.evaluation.results import Result, result_name, write_json
+from mim_refiner.evaluation.results import Result, result_name
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.splits import stratified_split
+from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import NullReporter, Reporter
 

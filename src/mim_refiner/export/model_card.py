@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,8 @@ def model_card(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, 
 
 
 def _front_matter(info: BackboneInfo) -> str:
-    licence = info.licence.lower() if info.licence != "unknown" else "other"
+    known = info.licence != "unknown" and re.fullmatch(r"[\w.-]+", info.licence)
+    licence = info.licence.lower() if known else "other"  # the hub takes identifiers only
     return (
         "---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\n"
         f"license: {licence}\ntags:\n- image-feature-extraction\n- timm\n- mim-refiner\n---"

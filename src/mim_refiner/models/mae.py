@@ -110,7 +110,9 @@ class MaskedAutoencoder(nn.Module):
         table.requires_grad_(False)
         return self
 
-    def forward(self, images: Tensor, *, noise: Tensor | None = None, generator: torch.Generator | None = None) -> MAEOutput:
+    def forward(
+        self, images: Tensor, *, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> MAEOutput:
         """Masked prediction of normalised pixels for ``images`` [B, C, H, W] (already normalised).
 
         ``noise`` [B, N] decides the mask (the smallest values stay visible); drawn from ``generator`` if not given.

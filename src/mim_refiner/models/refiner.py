@@ -38,7 +38,9 @@ class Refiner(nn.Module):
         if pooling == "cls" and not backbone.info.has_cls:
             raise InputError("heads.pooling 'cls': this encoder has no class token; use heads.pooling=mean")
         if not 0 <= frozen_blocks <= min(blocks):
-            raise InputError(f"frozen_blocks {frozen_blocks}: must be between 0 and the first head's block {min(blocks)}")
+            raise InputError(
+                f"frozen_blocks {frozen_blocks}: must be between 0 and the first head's block {min(blocks)}"
+            )
         self.backbone = backbone
         self.blocks = sorted(set(blocks))
         self.pooling = pooling
@@ -62,7 +64,7 @@ class Refiner(nn.Module):
 
     def set_top_k(self, top_k: int) -> None:
         for head in self.heads.values():
-            head.queue.top_k = top_k  # type: ignore[union-attr,assignment]
+            head.queue.top_k = top_k  # type: ignore[union-attr]
 
     def train(self, mode: bool = True) -> Refiner:
         super().train(mode)

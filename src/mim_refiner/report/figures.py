@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mim_refiner.errors import InputError, RunFolderError
+from mim_refiner.errors import InputError
+from mim_refiner.files import write_bytes
 
 DPI = 150
 # Okabe-Ito colours: told apart with colour-blind eyes; markers tell them apart in grey print
@@ -184,17 +184,6 @@ def _shade_blocks(axis: Axes, blocks: Sequence[int]) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
-    """Render, then write by way of a temporary neighbour."""
-    path = Path(path)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunFolderError(
-            f"{path}: cannot write ({error.strerror or error}); choose a folder that can be written"
-        ) from None
-    return path
+    return write_bytes(path, buffer.getvalue())

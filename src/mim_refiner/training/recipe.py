@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from mim_refiner.errors import RecipeError, did_you_mean
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fast", "fp32", "bf16"]
 R = TypeVar("R", bound="Recipe")
 
 
@@ -72,7 +80,7 @@ class Recipe(_Settings):
     expected: str = ""  # what this recipe is known to give, with where the figure comes from
     batch_size: PositiveInt
     betas: tuple[float, float] = (0.9, 0.95)
-    precision: Precision = "auto"  # bf16 on GPU, fp32 on CPU
+    precision: Precision = "auto"  # bf16 on GPU, fp32 on CPU; "fast": bf16 also on CPUs that have it
     workers: int = Field(default=-1, ge=-1)  # loader processes; -1: decided from data and cores
     checkpoint_every: PositiveInt = 500  # steps
     keep_checkpoints: PositiveInt = 2
@@ -117,7 +125,9 @@ def override(recipe: R, settings: list[str]) -> R:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise RecipeError(f"--set {key}: {text!r} is not a valid value; quote it or write a number, true or [list]") from None
+            raise RecipeError(
+                f"--set {key}: {text!r} is not a valid value; quote it or write a number, true or [list]"
+            ) from None
         if isinstance(value, str):  # YAML 1.1 reads 4e-4 as text
             value = _as_number(value)
         _assign(tree, key.strip(), value, recipe)
@@ -139,7 +149,9 @@ def read_recipe_file(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text())
     except OSError as error:
-        raise RecipeError(f"{path}: cannot read the recipe file ({error.strerror}); give a recipe name or an existing file") from None
+        raise RecipeError(
+            f"{path}: cannot read the recipe file ({error.strerror}); give a recipe name or an existing file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise RecipeError(f"{path}: not a YAML file; a recipe file looks like recipe.yaml of any run folder") from None
 

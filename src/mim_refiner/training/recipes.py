@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from mim_refiner.errors import RecipeError, did_you_mean
 from mim_refiner.training.recipe import Heads, Phase, PretrainRecipe, RefineRecipe, Views, from_tree, read_recipe_file
 
-
 R = TypeVar("R", RefineRecipe, PretrainRecipe)
 
 
-def _large(name: str, *, refine_epochs: int = 30, pooling: str = "cls", expected: str = "") -> RefineRecipe:
+def _large(name: str, *, refine_epochs: int = 30, pooling: Literal["auto", "cls", "mean"] = "cls", expected: str = "") -> RefineRecipe:
     """ViT-L/16 rows of the paper's table: 8 heads, batch 1024, temperature 0.2."""
     return RefineRecipe(
         name=name,
@@ -133,4 +132,6 @@ def _lookup(name_or_file: str, recipes: dict[str, Callable[[], R]], base: R) -> 
         if isinstance(tree, dict) and tree.get("name") in recipes:
             base = recipes[tree["name"]]()
         return from_tree(base, tree, str(path))
-    raise RecipeError(f"unknown recipe '{name_or_file}'{did_you_mean(name_or_file, recipes)} (known: {', '.join(recipes)})")
+    raise RecipeError(
+        f"unknown recipe '{name_or_file}'{did_you_mean(name_or_file, recipes)} (known: {', '.join(recipes)})"
+    )

@@ -91,7 +91,7 @@ class Refinement:
                 swap_negatives=heads.swap_negatives,
                 generator=generator,
             )
-        metrics = {}
+        metrics: dict[str, Tensor] = {}
         for block, head in output.heads.items():
             metrics |= {f"{key}/{block}": value for key, value in self._head_metrics(head, sample_ids).items()}
         return StepOutput(output.loss, metrics)

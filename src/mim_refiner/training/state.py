@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mim_refiner.errors import RunFolderError
+from mim_refiner.files import write_bytes, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,20 +33,6 @@ class Position:
     phase: int = 0
     step: int = 0
     total_step: int = 0
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside ``path``, sync, rename: readers see the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 class RunFolder:
@@ -74,9 +61,11 @@ class RunFolder:
             run.resumed = recipe_file.exists()
             if not run.resumed:
                 write_json(path / "environment.json", environment())
-                write_atomically(recipe_file, yaml.safe_dump(recipe, sort_keys=False).encode())
+                write_bytes(recipe_file, yaml.safe_dump(recipe, sort_keys=False).encode())
         except OSError as error:
-            raise RunFolderError(f"{path}: cannot write the run folder ({error.strerror}); choose a writable --out") from None
+            raise RunFolderError(
+                f"{path}: cannot write the run folder ({error.strerror}); choose a writable --out"
+            ) from None
         return run
 
     @property
@@ -92,7 +81,9 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def save(self, position: Position, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None) -> Path:
+    def save(
+        self, position: Position, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None
+    ) -> Path:
         """Write a checkpoint; it exists whole or not at all."""
         name = f"step-{position.total_step:06d}"
         target, temporary = self.checkpoints / name, self.checkpoints / f".{name}.tmp"
@@ -148,7 +139,7 @@ class RunFolder:
         if path.exists():
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line).get("total_step", 0) <= position.total_step]
-            write_atomically(path, "".join(kept).encode())
+            write_bytes(path, "".join(kept).encode())
 
     def _prune(self) -> None:
         for folder in sorted(self.checkpoints.glob("step-*"))[: -self.keep_checkpoints]:

@@ -104,7 +104,12 @@ def fit(
 
                 epoch_end = (step + 1) % phase.loader.steps_per_epoch == 0
                 extra = {}
-                if epoch_end and monitor and settings.knn_every and ((step + 1) // phase.loader.steps_per_epoch) % settings.knn_every == 0:
+                if (
+                    epoch_end
+                    and monitor
+                    and settings.knn_every
+                    and ((step + 1) // phase.loader.steps_per_epoch) % settings.knn_every == 0
+                ):
                     extra = monitor()
                 if extra or (step + 1) % settings.log_every == 0 or step + 1 == phase.steps:
                     log.flush(step, base + step + 1, rate, extra)
@@ -152,7 +157,7 @@ def refuse_non_finite(loss: Tensor, phase: str, step: int, rate: float, run: Run
 def interrupt_flag() -> Iterator[Callable[[], bool]]:
     """SIGINT and SIGTERM set a flag, read between steps, instead of tearing a step apart."""
     seen: list[int] = []
-    previous: dict[int, Any] = {}
+    previous: dict[signal.Signals, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, lambda received, frame: seen.append(received))

@@ -129,7 +129,7 @@ def _grid(
         if wished is not None and wished[0] * wished[1] == length - prefix:
             return wished, prefix
     raise CheckpointError(
-        f"{where}: the position table has {length} entries, no square grid; pass the image_size=(height, width) it is for"
+        f"{where}: the position table has {length} entries, no square grid; pass its image_size=(height, width)"
     )
 
 

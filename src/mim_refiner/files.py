@@ -1,0 +1,48 @@
+"""Writing files so that readers see the old file or the whole new one, never a part."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mim_refiner.errors import RunFolderError
+
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Write a neighbour, sync it and rename it; folders are made. Raises RunFolderError when that is not possible."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: cannot write ({error.strerror or error}); choose a folder that can be written"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write indented JSON; see :func:`write_bytes`."""
+    return write_bytes(path, (json.dumps(json_value(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def json_value(value: Any) -> Any:
+    """Tuples to lists, and numbers that JSON lacks to text: a k-NN temperature of ``"inf"``."""
+    if isinstance(value, Mapping):
+        return {str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,169 @@
+"""Reading: never runs code, and says in one line what is wrong with a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
+from mim_refiner.checkpoints.store import read_checkpoint, strip_wrappers
+from mim_refiner.errors import CheckpointError
+
+
+class Hostile:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.target,))
+
+
+class Unlisted:
+    """A harmless class that is not on the list either."""
+
+
+def dump_pickle(payload: object, path: Path, protocol: int) -> None:
+    with path.open("wb") as file:
+        pickle.dump(payload, file, protocol=protocol)
+
+
+@pytest.mark.parametrize("writer", ["torch zip", "torch legacy", "pickle 2", "pickle 5", "pickle 0"])
+def test_hostile_pickle_is_not_executed(tmp_path: Path, vit_state: dict[str, Tensor], writer: str) -> None:
+    proof, path = tmp_path / "executed", tmp_path / "weights.pth"
+    payload = {"model": vit_state, "args": Hostile(proof)}
+    if writer.startswith("torch"):
+        torch.save(payload, path, _use_new_zipfile_serialization=writer == "torch zip")
+    else:
+        dump_pickle(payload, path, int(writer[-1]))
+    for read in (load_backbone, inspect_checkpoint):
+        with pytest.raises(CheckpointError) as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+        if writer.startswith("torch"):
+            assert "could run code" in str(caught.value)
+    assert not proof.exists()
+    torch.load(path, weights_only=False) if writer.startswith("torch") else pickle.loads(path.read_bytes())
+    assert proof.exists()  # the trap does work; only our reading avoids it
+
+
+def test_only_the_listed_class_is_allowed(tmp_path: Path, vit_state: dict[str, Tensor]) -> None:
+    path = tmp_path / "run.pth"
+    torch.save({"model": vit_state, "args": argparse.Namespace(lr=1e-3, extra=torch.ones(2))}, path)
+    contents = read_checkpoint(path)
+    assert set(contents.sections) == {"model", "args"}
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # allowed for the one read only
+    torch.save({"model": vit_state, "args": Unlisted()}, path)
+    with pytest.raises(CheckpointError, match=r"Unlisted.*could run code"):
+        read_checkpoint(path)
+
+
+def test_sections_hold_every_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "state.pth"
+    one = torch.ones(1)
+    torch.save(
+        {"model": {"a": one}, "optimizer": {"state": {0: {"exp_avg": one}}}, "list": [one, [one]], "x": one}, path
+    )
+    sections = read_checkpoint(path).sections
+    found = {f"{where}/{name}" for where, tensors in sections.items() for name in tensors}
+    assert found == {"model/a", "optimizer.state.0/exp_avg", "list/0", "list.1/0", "/x"}
+
+
+def write_broken(kind: str, path: Path, state: dict[str, Tensor]) -> None:
+    if kind == "truncated torch":
+        torch.save(state, path)
+        path.write_bytes(path.read_bytes()[:20000])
+    elif kind == "truncated legacy":
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes()[:20000])
+    elif kind == "truncated safetensors":
+        save_file(state, path)
+        path.write_bytes(path.read_bytes()[:20000])
+    elif kind == "another zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("hello.txt", "hello")
+    elif kind == "no tensors":
+        torch.save({"epoch": 3, "model": {}}, path)
+    else:
+        path.write_bytes(
+            {"empty": b"", "text": b"just some text\n", "short": b"ab", "png": b"\x89PNG\r\n\x1a\n12345"}[kind]
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated torch", "truncated torch file"),
+        ("truncated legacy", "damaged"),
+        ("truncated safetensors", "damaged or truncated safetensors"),
+        ("another zip", "damaged, truncated or no torch checkpoint"),
+        ("no tensors", "holds no tensors"),
+        ("empty", "the file is empty"),
+        ("text", "is not a checkpoint"),
+        ("short", "is not a checkpoint"),
+        ("png", "is not a checkpoint"),
+    ],
+)
+def test_broken_files(tmp_path: Path, vit_state: dict[str, Tensor], kind: str, message: str) -> None:
+    path = tmp_path / "weights.pth"
+    write_broken(kind, path, vit_state)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_backbone(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_name_of_a_file_says_nothing(tmp_path: Path, vit_state: dict[str, Tensor]) -> None:
+    save_file(vit_state, tmp_path / "weights.pth")
+    torch.save(vit_state, tmp_path / "weights.safetensors")
+    for name in ("weights.pth", "weights.safetensors"):
+        assert load_backbone(tmp_path / name, num_heads=4).info.coverage == 1.0
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no config.json"),
+        ({"config.json": "{"}, "no readable JSON"),
+        ({"config.json": "[]"}, "must hold a JSON object"),
+        ({"config.json": json.dumps({"architecture": "vit_tiny_patch16_224"})}, "no weights; put model.safetensors"),
+        ({"recipe.yaml": "seed: 0"}, "has no export/ yet"),
+    ],
+)
+def test_unusable_folders(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "vit_mae"}, r"names no timm 'architecture' \(it has: vit_mae\)"),
+        ({"architecture": "vit_nonsense"}, "timm cannot build 'vit_nonsense'"),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": 3}, "'model_args' in its config.json must be"),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": {"bogus": 3}}, "timm cannot build"),
+        ({"architecture": "vit_tiny_patch16_224"}, "has shape .* the encoder needs"),
+    ],
+)
+def test_unusable_configs(tmp_path: Path, vit_state: dict[str, Tensor], config: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(vit_state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_backbone(tmp_path)
+
+
+def test_wrapper_prefixes() -> None:
+    assert strip_wrappers("_orig_mod.module.blocks.0.norm1.weight") == "blocks.0.norm1.weight"
+    assert strip_wrappers("modules.0.weight") == "modules.0.weight"

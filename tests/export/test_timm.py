@@ -1,0 +1,127 @@
+"""The exported folder: timm and we load it with identical outputs; it is complete or absent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from mim_refiner.checkpoints import load_backbone
+from mim_refiner.errors import InputError
+from mim_refiner.export import export_timm
+from mim_refiner.models.backbone import Backbone, create_vit
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"reg_tokens": 2, "no_embed_class": True, "init_values": 0.1},
+    {"class_token": False, "global_pool": "avg", "fc_norm": False},
+    {"global_pool": "avg"},
+    {"pre_norm": True, "final_norm": False, "no_embed_class": True},
+    {"in_chans": 1, "qkv_bias": False, "mlp_ratio": 2},
+]
+
+
+def make(image_size: int | tuple[int, int] = 32, **arguments: Any) -> Backbone:
+    model = create_vit("vit_w32_d3_h4_p8", image_size, **arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return Backbone.wrap(model.eval(), family="mae", licence="CC-BY-NC-4.0", source="/home/someone/base.pth")
+
+
+@pytest.mark.parametrize("arguments", VARIANTS)
+def test_timm_reloads_with_identical_outputs(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    backbone = make((32, 48), **arguments)
+    report = export_timm(backbone, tmp_path / "out")
+    assert report["max_abs_difference"] <= 1e-6
+    reloaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    for size in ((32, 48), (16, 16)):
+        images = torch.randn(2, backbone.info.in_chans, *size)
+        with torch.inference_mode():
+            assert torch.equal(reloaded(images), backbone.model(images))
+    again = load_backbone(tmp_path / "out")
+    images = torch.randn(1, backbone.info.in_chans, 48, 16)
+    for ours, theirs in zip(again.forward_blocks(images), backbone.forward_blocks(images), strict=True):
+        assert torch.equal(ours.patches, theirs.patches)
+    expected = {**vars(backbone.info), "source": str(tmp_path / "out")}
+    assert vars(again.info) == expected
+
+
+def test_config_is_what_timm_reads_and_keeps_our_facts(tmp_path: Path) -> None:
+    export_timm(make(), tmp_path / "out", facts={"block": -2, "pooling": "cls", "norm": False})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architecture"] == "vit_tiny_patch16_224"
+    assert config["model_args"] | {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 8} == config["model_args"]
+    assert (config["num_classes"], config["num_features"]) == (0, 32)
+    facts = config["mim_refiner"]
+    assert facts | {"family": "mae", "base": "base.pth", "block": -2, "pooling": "cls", "norm": False} == facts
+    data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'out'}"))
+    assert (data["input_size"], list(data["mean"])) == ((3, 32, 32), [0.485, 0.456, 0.406])
+
+
+def test_a_standard_size_gets_its_own_name(tmp_path: Path) -> None:
+    model = create_vit("vit_tiny_patch16_224", 32, embed_dim=384, num_heads=6)
+    export_timm(Backbone.wrap(model), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architecture"] == "vit_small_patch16_224"
+
+
+def test_other_architectures(tmp_path: Path) -> None:
+    backbone = Backbone.wrap(timm.create_model("eva02_tiny_patch14_224", num_classes=0, img_size=56))
+    assert export_timm(backbone, tmp_path / "out")["max_abs_difference"] <= 1e-6
+    again = load_backbone(tmp_path / "out")
+    images = torch.randn(1, 3, 56, 56)
+    [ours], [theirs] = backbone.eval().forward_blocks(images, [-1]), again.forward_blocks(images, [-1])
+    assert torch.equal(ours.patches, theirs.patches)
+
+
+def test_check_images_and_training_mode_are_left_alone(tmp_path: Path) -> None:
+    backbone = make().train()
+    images = torch.randn(3, 3, 16, 48)
+    before = torch.get_rng_state()
+    assert export_timm(backbone, tmp_path / "out", check_images=images)["max_abs_difference"] <= 1e-6
+    assert backbone.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_that_timm_would_rebuild_differently_is_refused(tmp_path: Path) -> None:
+    backbone = make()
+    backbone.model.blocks[1].mlp.act = torch.nn.ReLU()
+    with pytest.raises(InputError, match="timm's reloaded model differs by"):
+        export_timm(backbone, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_an_earlier_export_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    export_timm(make(), tmp_path / "out")
+    second = make(class_token=False, global_pool="avg", fc_norm=False)
+    export_timm(second, tmp_path / "out")
+    assert not load_backbone(tmp_path / "out").info.has_cls
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_failed_export_keeps_the_earlier_one(tmp_path: Path) -> None:
+    first = make()
+    export_timm(first, tmp_path / "out")
+    broken = make()
+    broken.model.blocks[0].mlp.act = torch.nn.ReLU()
+    with pytest.raises(InputError):
+        export_timm(broken, tmp_path / "out")
+    assert torch.equal(load_backbone(tmp_path / "out").model.cls_token, first.model.cls_token)
+
+
+def test_unusable_targets(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        export_timm(make(), tmp_path / "file")
+    with pytest.raises(InputError, match=r"holds other files \(file\)"):
+        export_timm(make(), tmp_path)
+    with pytest.raises(InputError, match="cannot be written"):
+        export_timm(make(), tmp_path / "file" / "below")
+    with pytest.raises(InputError, match="plain JSON"):
+        export_timm(make(), tmp_path / "out", facts={"x": torch.ones(1)})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mim_refiner.errors import NonFiniteLossError
+from mim_refiner.training.trainer import StepOutput, step_generator
+
+GOLDEN = Path(__file__).parent / "golden_curve.json"
+MakeRun = Callable[[], Any]
+
+
+def platform() -> dict[str, str]:
+    """What decides over the last bits of a float32 run."""
+    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def test_the_loss_curve_of_twenty_steps_is_bit_identical(tiny_run: MakeRun, tmp_path: Path) -> None:
+    """Rewrite the file with ``python tests/training/test_trainer.py`` only when the mathematics changes on purpose."""
+    golden = json.loads(GOLDEN.read_text())
+    losses = [record["loss"] for record in tiny_run().run(tmp_path / "run")]
+    assert len(losses) == 20
+    if golden["platform"] == platform():
+        assert [loss.hex() for loss in losses] == golden["losses"]
+    else:  # other kernels round differently
+        assert losses == pytest.approx([float.fromhex(text) for text in golden["losses"]], rel=1e-3)
+
+
+@pytest.mark.parametrize("kill_at", [2, 5, 8, 9, 16])
+def test_a_run_killed_anywhere_ends_with_the_weights_of_an_uninterrupted_one(
+    tiny_run: MakeRun, tmp_path: Path, kill_at: int
+) -> None:
+    whole = tiny_run()
+    expected = whole.run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run().run(tmp_path / "cut", stop_after=kill_at)
+    resumed = tiny_run()
+    metrics = resumed.run(tmp_path / "cut")
+    for ours, theirs in ((resumed.refiner, whole.refiner), (resumed.ema, whole.ema)):
+        for name, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, theirs.state_dict()[name]), name
+    assert [(m["total_step"], m["loss"]) for m in metrics] == [(m["total_step"], m["loss"]) for m in expected]
+
+
+def test_warmup_moves_only_the_heads_and_refinement_everything_but_the_position_table(
+    tiny_run: MakeRun, tmp_path: Path
+) -> None:
+    run = tiny_run()
+    start = {name: p.clone() for name, p in run.refiner.named_parameters()}
+    with pytest.raises(KeyboardInterrupt):
+        run.run(tmp_path / "run", stop_after=8)  # two epochs of four steps: the warm-up
+    for name, parameter in run.refiner.named_parameters():
+        assert torch.equal(parameter, start[name]) == name.startswith("backbone."), name
+    assert all(p.grad is None for p in run.refiner.backbone.parameters())
+    run.run(tmp_path / "run")
+    still = [n for n, p in run.refiner.named_parameters() if n.startswith("backbone.") and torch.equal(p, start[n])]
+    assert still == ["backbone.model.pos_embed"]
+
+
+def test_metrics_hold_both_phases_rates_and_every_head(tiny_run: MakeRun, tmp_path: Path) -> None:
+    metrics = tiny_run().run(tmp_path / "run")
+    assert [m["phase"] for m in metrics] == ["warmup"] * 8 + ["refinement"] * 12
+    for key in ("epoch", "step", "loss", "lr", "images_per_s"):
+        assert all(key in m for m in metrics)
+    for block in (1, 2):
+        for key in ("loss", "alignment", "neighbor_similarity", "neighbor_age", "neighbor_accuracy"):
+            assert all(f"{key}/{block}" in m for m in metrics)
+    rates = [m["lr"] for m in metrics]
+    peak = 2e-3 * 16 / 256
+    assert rates[0] == pytest.approx(peak / 5)  # warm-up of four steps: (i + 1) / (W + 1)
+    assert max(rates) == pytest.approx(peak)
+    assert rates[-1] < rates[-2] < peak
+
+
+def test_the_queue_carries_from_warmup_into_refinement(tiny_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_run()
+    with pytest.raises(KeyboardInterrupt):
+        run.run(tmp_path / "run", stop_after=8)
+    queue = run.refiner.heads["1"].queue
+    before = queue.entries.clone()
+    assert (queue.sample_ids >= 0).all()
+    with pytest.raises(KeyboardInterrupt):
+        run.run(tmp_path / "run", stop_after=9)
+    changed = (queue.entries != before).any(dim=1).sum().item()
+    assert changed == 16  # one batch, not a fresh queue
+    assert queue.top_k == 4
+
+
+def test_a_non_finite_loss_stops_before_the_weights_take_it(tiny_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_run()
+    phases = run.job.phases()
+    calls = {"n": 0}
+
+    def step(*arguments: Any) -> StepOutput:
+        calls["n"] += 1
+        output = phases[0].step(*arguments)
+        return StepOutput(output.loss * float("nan"), {}) if calls["n"] == 5 else output
+
+    run.job.phases = lambda: [dataclasses.replace(phases[0], step=step), phases[1]]
+    with pytest.raises(NonFiniteLossError, match=r"step 4 of warmup \(learning rate .*step-000003\)"):
+        run.run(tmp_path / "run")
+    assert all(torch.isfinite(p).all() for p in run.refiner.parameters())
+
+
+def test_draws_of_a_step_depend_on_seed_phase_and_step_alone() -> None:
+    def draw(*key: int) -> torch.Tensor:
+        return torch.rand(3, generator=step_generator(*key))
+
+    assert torch.equal(draw(0, 1, 2), draw(0, 1, 2))
+    assert len({tuple(draw(*key).tolist()) for key in ((0, 1, 2), (1, 1, 2), (0, 0, 2), (0, 1, 3))}) == 4
+    step_generator(0, 1, 2)
+    first = torch.rand(3)
+    step_generator(0, 1, 2)
+    assert torch.equal(first, torch.rand(3))  # the global generator, for drop-path and dropout
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    import numpy as np
+    from conftest import TinyRun  # type: ignore[import-not-found]
+
+    from mim_refiner.data.decode import ImageSet
+    from mim_refiner.data.sources import open_source
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        coarse = np.random.default_rng(0).integers(0, 255, (64, 4, 4, 3), dtype=np.uint8)
+        pixels = coarse.repeat(5, axis=1).repeat(5, axis=2)
+        np.savez(Path(folder) / "images.npz", images=pixels, labels=np.arange(64) % 4)
+        metrics = TinyRun(ImageSet(open_source(Path(folder) / "images.npz"))).run(Path(folder) / "run")
+    curve = {"platform": platform(), "losses": [record["loss"].hex() for record in metrics]}
+    GOLDEN.write_text(json.dumps(curve, indent=1) + "\n")
