@@ -39,7 +39,7 @@ class NonFiniteLossError(MimRefinerError):
     """The loss became NaN or infinite; the message names the step, the rate and the last good checkpoint."""
 
 
-class GuardStop(MimRefinerError):
+class GuardStopError(MimRefinerError):
     """The do-no-harm guard stopped the run; the best state is kept."""
 
     exit_code = 3

@@ -102,5 +102,3 @@ class NeighborResult:
     indices: Tensor  # [R] slot in the queue
     similarity: Tensor  # [R] cosine similarity
     age: Tensor  # [R] samples enqueued since the entry
-
-

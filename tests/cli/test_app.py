@@ -150,10 +150,10 @@ def test_exit_codes(monkeypatch, capsys, error, code, text):
 
 
 def test_guard_stop_has_its_own_exit_code(monkeypatch, capsys):
-    from mim_refiner.errors import GuardStop
+    from mim_refiner.errors import GuardStopError
 
     def stopped(*_: object, **__: object) -> None:
-        raise GuardStop("k-NN fell")
+        raise GuardStopError("k-NN fell")
 
     monkeypatch.setattr(app_module, "app", stopped)
     assert app_module.main(["refine"]) == 3

@@ -63,7 +63,9 @@ class TinyRun:
         """Train (or go on); ``stop_after`` raises KeyboardInterrupt instead of that step. Returns the metrics."""
         phases = self.job.phases()
         if stop_after is not None:
-            phases = [stopping(phase, stop_after, offset) for phase, offset in zip(phases, (0, phases[0].steps), strict=True)]
+            phases = [
+                stopping(phase, stop_after, offset) for phase, offset in zip(phases, (0, phases[0].steps), strict=True)
+            ]
         run = RunFolder.open(folder, TINY.model_dump(mode="json"), overwrite=False)
         loop = LoopSettings(0, torch.device("cpu"), log_every=1, checkpoint_every=checkpoint_every)
         fit(phases, {"model": self.refiner, "ema": self.ema}, run, loop, NullReporter())

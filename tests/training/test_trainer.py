@@ -124,8 +124,8 @@ if __name__ == "__main__":
     import tempfile
 
     import numpy as np
-    from conftest import TinyRun  # type: ignore[import-not-found]
 
+    from conftest import TinyRun  # type: ignore[import-not-found]
     from mim_refiner.data.decode import ImageSet
     from mim_refiner.data.sources import open_source
 

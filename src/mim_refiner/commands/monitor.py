@@ -57,9 +57,10 @@ class OnlineKnn:
             for images, indices in ((self.bank, self.bank_indices), (self.test, self.test_indices))
         )
         assert bank.labels is not None
+        assert test.labels is not None
         metrics = {}
         for block in self.blocks:
             key = (block, self.pooling)
             predicted = knn_predict(bank[key], bank.labels, test[key])
-            metrics[f"knn_top1/{block}"] = float((predicted == test.labels).to(torch.float32).mean())
+            metrics[f"knn_top1/{block}"] = predicted.eq(test.labels).float().mean().item()
         return {"knn_top1": metrics[f"knn_top1/{self.blocks[-1]}"], **metrics}

@@ -250,8 +250,8 @@ def announce(
     blocks: Sequence[Any] = heads.blocks
     reporter.message(
         f"recipe {recipe.name}: {info.architecture} ({info.family}), {len(blocks)} heads on blocks {blocks[0]} to "
-        f"{blocks[-1]} ({heads.pooling}), {images} images, batch {recipe.batch_size}, {steps_per_epoch} steps an epoch, "
-        f"{precision}"
+        f"{blocks[-1]} ({heads.pooling}), {images} images, batch {recipe.batch_size}, "
+        f"{steps_per_epoch} steps an epoch, {precision}"
     )
     for name, phase in (("warm-up", recipe.warmup), ("refinement", recipe.refinement)):
         peak = peak_learning_rate(phase.base_lr, recipe.batch_size)

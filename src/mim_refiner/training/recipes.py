@@ -12,7 +12,9 @@ from mim_refiner.training.recipe import Heads, Phase, PretrainRecipe, RefineReci
 R = TypeVar("R", RefineRecipe, PretrainRecipe)
 
 
-def _large(name: str, *, refine_epochs: int = 30, pooling: Literal["auto", "cls", "mean"] = "cls", expected: str = "") -> RefineRecipe:
+def _large(
+    name: str, *, refine_epochs: int = 30, pooling: Literal["auto", "cls", "mean"] = "cls", expected: str = ""
+) -> RefineRecipe:
     """ViT-L/16 rows of the paper's table: 8 heads, batch 1024, temperature 0.2."""
     return RefineRecipe(
         name=name,

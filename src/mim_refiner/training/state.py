@@ -108,14 +108,17 @@ class RunFolder:
             _sync(self.checkpoints)
         except OSError as error:
             raise RunFolderError(
-                f"{target}: cannot write the checkpoint ({error.strerror}); free space or permissions, then run the same "
-                "command again: it resumes from the checkpoint before"
+                f"{target}: cannot write the checkpoint ({error.strerror}); free space or mend permissions, then run "
+                "the same command again: it resumes from the checkpoint before"
             ) from None
         self._prune()
         return target
 
     def restore(self, modules: Mapping[str, nn.Module]) -> tuple[Position, dict[str, Any] | None, list[str]]:
-        """Load the newest whole checkpoint: its position, the optimizer's state, and notes on damaged ones passed over."""
+        """Load the newest whole checkpoint.
+
+        Returns its position, the optimizer's state, and a note on every damaged checkpoint passed over.
+        """
         notes: list[str] = []
         for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
             problem = _damage(folder)
@@ -197,7 +200,8 @@ def _refuse_other_recipe(recipe_file: Path, recipe: dict[str, Any]) -> None:
         difference = "; ".join(f"{key}: {stored.get(key)} there, {now.get(key)} now" for key in keys[:5])
         more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
         raise RunFolderError(
-            f"{recipe_file.parent}: holds a run with another recipe ({difference}{more}); use another --out, or --overwrite"
+            f"{recipe_file.parent}: holds a run with another recipe ({difference}{more}); "
+            "use another --out, or --overwrite to start anew"
         )
 
 

@@ -148,8 +148,8 @@ def refuse_non_finite(loss: Tensor, phase: str, step: int, rate: float, run: Run
     if not math.isfinite(loss.item()):
         last = run.last.resolve().name if run.last.exists() else "none yet"
         raise NonFiniteLossError(
-            f"{run.path}: loss is {loss.item()} at step {step} of {phase} (learning rate {rate:.3g}, last good checkpoint: "
-            f"{last}); lower base_lr or use --set precision=fp32"
+            f"{run.path}: loss is {loss.item()} at step {step} of {phase} (learning rate {rate:.3g}, last good "
+            f"checkpoint: {last}); lower base_lr or use --set precision=fp32"
         )
 
 
