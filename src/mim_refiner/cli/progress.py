@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PER_HEAD = {"loss": "loss", "alignment": "alignment", "neighbor_similarity": "neighbour similarity"}
-KNN_PREFIX = "knn"
+KNN = "knn_top1"
 
 
 def make_reporter(stream: TextIO, *, quiet: bool, live: bool = True) -> Reporter:
@@ -141,8 +141,8 @@ def metric_table(values: Mapping[str, float]) -> Table:
         table.add_row("all heads", *(number(over_all_heads(values, key)) for key in shown))
     for head in head_names(values):
         table.add_row(f"block {head}", *(number(values.get(f"{key}/{head}")) for key in shown))
-    for key in knn_keys(values):
-        table.add_row(f"{key} {100 * values[key]:.1f} %")
+    for line in knn_parts(values):
+        table.add_row(line)
     return table
 
 
@@ -156,7 +156,7 @@ def metric_parts(values: Mapping[str, float]) -> list[str]:
             continue
         detail = " ".join(f"{head}:{number(values.get(f'{key}/{head}'))}" for head in heads) if key == "loss" else ""
         parts.append(f"{title} {overall:.3f}" + (f" ({detail})" if detail else ""))
-    parts += [f"{key} {100 * values[key]:.1f} %" for key in knn_keys(values)]
+    parts += knn_parts(values)
     if "images_per_s" in values:
         parts.append(f"{values['images_per_s']:.0f} images/s")
     return parts
@@ -184,9 +184,13 @@ def over_all_heads(values: Mapping[str, float], key: str) -> float | None:
     return sum(each) / len(each) if each else None
 
 
-def knn_keys(values: Iterable[str]) -> list[str]:
-    """Return the keys of k-NN accuracies, sorted."""
-    return sorted(key for key in values if key.startswith(KNN_PREFIX))
+def knn_parts(values: Mapping[str, float]) -> list[str]:
+    """Return the k-NN accuracy with those of single blocks in brackets, as at most one text."""
+    if KNN not in values:
+        return []
+    blocks = sorted(int(key.split("/")[1]) for key in values if key.startswith(f"{KNN}/"))
+    detail = " ".join(f"{block}:{100 * values[f'{KNN}/{block}']:.1f}" for block in blocks)
+    return [f"{KNN} {100 * values[KNN]:.1f} %" + (f" ({detail})" if detail else "")]
 
 
 def number(value: float | None) -> str:

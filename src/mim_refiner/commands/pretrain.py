@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from mim_refiner.commands.monitor import OnlineKnn
-from mim_refiner.commands.runs import close_data, common_image_size, open_images, run_settings
+from mim_refiner.commands.runs import common_image_size, list_skipped, open_images, run_settings
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.data.loaders import TrainLoader
@@ -74,6 +75,7 @@ def pretrain(
     resolved = {"command": "pretrain", "data": data, "arch": arch, "seed": seed, **chosen.model_dump(mode="json")}
     resolved["data_fingerprint"] = images.source.fingerprint()
     run = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=chosen.keep_checkpoints)
+    skipped = list_skipped(images, run, reporter)
     peak = peak_learning_rate(chosen.training.base_lr, chosen.batch_size)
     reporter.message(
         f"{arch}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, {chosen.image_size} px, "
@@ -94,8 +96,9 @@ def pretrain(
         )
     phase = pretraining_phase(mae, chosen, loader, photometric, device=torch_device, precision=precision)
     loop = LoopSettings(seed, torch_device, chosen.log_every, chosen.checkpoint_every, chosen.knn_every)
-    fit([phase], {"model": mae}, run, loop, reporter, monitor)
-    close_data(images, loader, run, reporter)
+    with contextlib.closing(loader):
+        fit([phase], {"model": mae}, run, loop, reporter, monitor)
+    list_skipped(images, run, reporter, skipped)
 
     card = {"base": "trained from scratch", "data": images.description, "recipe": chosen.name}
     export_timm(backbone.to("cpu"), Path(out) / "export", card=card)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.comparison import SUMMARY_TEST_LIMIT, SUMMARY_TRAIN_LIMIT, compare, thinned
 from mim_refiner.commands.monitor import OnlineKnn
-from mim_refiner.commands.runs import close_data, open_images, run_settings
+from mim_refiner.commands.runs import list_skipped, open_images, run_settings
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.schedules import peak_learning_rate
@@ -104,6 +105,7 @@ def refine_and_compare(
     resolved = {"command": "refine", "data": data, "model": model, "seed": seed, **chosen.model_dump(mode="json")}
     resolved["data_fingerprint"] = images.source.fingerprint()
     run = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=chosen.keep_checkpoints)
+    skipped = list_skipped(images, run, reporter)
     announce(chosen, backbone, len(images), loader.steps_per_epoch, precision, reporter)
 
     photometrics = [
@@ -124,8 +126,9 @@ def refine_and_compare(
             precision=precision,
         )
     loop = LoopSettings(seed, torch_device, chosen.log_every, chosen.checkpoint_every, chosen.knn_every)
-    fit(job.phases(), {"model": refiner, "ema": ema}, run, loop, reporter, monitor)
-    close_data(images, loader, run, reporter)
+    with contextlib.closing(loader):
+        fit(job.phases(), {"model": refiner, "ema": ema}, run, loop, reporter, monitor)
+    list_skipped(images, run, reporter, skipped)
     trained = time.perf_counter() - started
 
     refined = ema.module if chosen.export_weights == "ema" else backbone

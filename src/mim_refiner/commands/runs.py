@@ -1,16 +1,14 @@
-"""Steps that the training commands share: opening the data, loader settings, and the account of skipped images."""
+"""Steps that the training commands share: opening the data, loader settings, and the list of skipped images."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.sources import open_source
 from mim_refiner.files import write_bytes
 from mim_refiner.reporting import Reporter
@@ -44,12 +42,10 @@ def run_settings(images: ImageSet, recipe: Recipe, device: torch.device) -> dict
     return {"workers": workers, "pin_memory": device.type == "cuda"}
 
 
-def close_data(images: ImageSet, loader: TrainLoader, run: RunFolder, reporter: Reporter) -> None:
-    """List the images that could not be read in the run folder, and say how many."""
-    if images.unreadable:
+def list_skipped(images: ImageSet, run: RunFolder, reporter: Reporter, already: int = 0) -> int:
+    """List the images that could not be read in skipped_images.txt, say how many if more than ``already``."""
+    if len(images.unreadable) > already:
         lines = "".join(f"{name}\t{reason}\n" for name, reason in images.unreadable)
-        write_bytes(Path(run.path) / "skipped_images.txt", lines.encode())
+        write_bytes(run.path / "skipped_images.txt", lines.encode())
         reporter.message(f"skipped {len(images.unreadable)} unreadable images; listed in {run.path}/skipped_images.txt")
-    close = getattr(loader, "close", None)
-    if close:
-        close()
+    return len(images.unreadable)

@@ -52,17 +52,32 @@ def mae_2b14() -> RefineRecipe:
 
 
 def tiny() -> RefineRecipe:
-    """Small images (32-64 px) and small encoders: fewer, cheaper views and small heads."""
+    """Images up to 64 px and small encoders: milder crops, small heads, a rate that moves every block (LOG.md)."""
     return RefineRecipe(
         name="tiny",
-        batch_size=256,
-        views=Views(local_size=16, num_local=4, blur_prob=(0.5, 0.1, 0.25), blur_sigma=(0.1, 1.0)),
-        heads=Heads(projector_hidden=1024, predictor_hidden=2048, out_dim=128, queue_size=16_384),
-        warmup=Phase(epochs=5, base_lr=1e-3, warmup_epochs=1),
-        refinement=Phase(epochs=20, base_lr=1e-3, warmup_epochs=2, top_k=20, layer_decay=0.75),
-        frozen_blocks=0,
+        batch_size=128,
+        views=Views(
+            global_scale=(0.4, 1.0),
+            local_size=16,
+            local_scale=(0.2, 0.6),
+            num_local=4,
+            blur_prob=(0.5, 0.1, 0.25),
+            blur_sigma=(0.1, 1.0),
+        ),
+        heads=Heads(projector_hidden=512, predictor_hidden=1024, out_dim=128, queue_size=8192),
+        warmup=Phase(epochs=1, base_lr=2e-3, warmup_epochs=0.2),
+        refinement=Phase(epochs=20, base_lr=4e-3, warmup_epochs=1, top_k=20, layer_decay=0.9),
         ema_decay=0.999,
     )
+
+
+def demo() -> RefineRecipe:
+    """``tiny`` for a few CPU minutes on the demo's 3,000 images."""
+    recipe = tiny().model_copy(update={"name": "demo", "precision": "fast", "knn_every": 2})
+    recipe.heads.queue_size = 2048
+    recipe.warmup = Phase(epochs=3, base_lr=2e-3, warmup_epochs=0.5)
+    recipe.refinement = Phase(epochs=9, base_lr=4e-3, warmup_epochs=1, top_k=20, layer_decay=0.9)
+    return recipe
 
 
 REFINE_RECIPES: dict[str, Callable[[], RefineRecipe]] = {
@@ -79,6 +94,7 @@ REFINE_RECIPES: dict[str, Callable[[], RefineRecipe]] = {
     ),
     "mae_2b14": mae_2b14,
     "tiny": tiny,
+    "demo": demo,
 }
 
 
