@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-STAGES = {"before": "before", "after": "after this run", "full": "full recipe (shipped)"}
+from mim_refiner.report.tables import STAGES, comparison_table
+
 SHARES = ("top1", "accuracy", "nmi", "ami", "coverage")  # printed in percent
 
 
@@ -19,13 +20,16 @@ def print_result(result: Any, file: TextIO) -> None:
     if not isinstance(result, Mapping):
         console.print(escape(str(result)))
         return
-    stages = {name: result[name] for name in STAGES if isinstance(result.get(name), Mapping)}
+    stages = [name for name in STAGES if isinstance(result.get(name), Mapping)]
     if stages:
-        console.print(stage_table(stages))
+        console.print(comparison_table(result))
     for key, value in result.items():
         if key in stages:
             continue
-        if is_records(value):
+        if key == "verdict" and isinstance(value, Mapping):
+            for line in verdict_lines(value):
+                console.print(escape(line))
+        elif is_records(value):
             console.print(record_table(key, value))
         else:
             for line in lines_of(key, value):
@@ -47,18 +51,12 @@ def lines_of(key: str, value: Any) -> list[str]:
     return ([f"{key}: {plain}"] if plain else []) + inner
 
 
-def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One row a metric, one column a stage."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("metric")
-    for stage in stages:
-        table.add_column(STAGES[stage], justify="right")
-    metrics = dict.fromkeys(
-        name for values in stages.values() for name, value in values.items() if isinstance(value, int | float)
-    )
-    for metric in metrics:
-        table.add_row(metric, *(format_value(metric, values.get(metric)) for values in stages.values()))
-    return table
+def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
+    """The verdict, that of further encoders, and the statements about block curves, a line each."""
+    lines = [f"verdict: {verdict['verdict']}. {verdict['reason']}"]
+    further = {stage: value for stage, value in verdict.items() if stage in STAGES and isinstance(value, Mapping)}
+    lines += [f"{STAGES[stage]}: {value['verdict']}. {value['reason']}" for stage, value in further.items()]
+    return lines + [str(statement) for statement in verdict.get("statements", [])]
 
 
 def record_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:

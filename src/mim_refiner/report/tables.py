@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-STAGES = {"before": "before", "after": "after this run", "full": "full recipe"}
+STAGES = {"before": "before", "after": "after this run", "full": "after the full recipe"}
 # (title, factor to the shown unit, digits)
 METRICS: dict[str, tuple[str, float, int]] = {
     "knn_top1": ("k-NN accuracy (%)", 100, 1),
