@@ -18,7 +18,7 @@ def summary():
 
 def test_rows_show_values_and_differences_to_the_first(summary):
     header, rows = comparison_rows(summary, {"before": "MAE"})
-    assert header == ["metric", "MAE", "after this run", "full recipe"]
+    assert header == ["metric", "MAE", "after this run", "after the full recipe"]
     assert rows == [
         ["k-NN accuracy (%)", "30.0", "35.2 (+5.2)", "55.0 (+25.0)"],
         ["linear probe accuracy (%)", "50.0", "-", "70.0 (+20.0)"],
