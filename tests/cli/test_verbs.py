@@ -345,8 +345,9 @@ def test_refine_goes_on_from_a_refined_run(refined, shapes, cli, tmp_path):
     settings = ("heads.blocks=[1, 2]", "heads.pooling=mean", "frozen_blocks=1", "export_weights=ema", "ema_decay=0.5")
     outcome = cli.call(*cli.refine(shapes, refined.path, tmp_path / "run", *settings), "--json")
     assert outcome.code == 0, outcome.err
-    before, after = load_file(refined.export / "model.safetensors"), load_file(
-        tmp_path / "run" / "export" / "model.safetensors"
+    before, after = (
+        load_file(refined.export / "model.safetensors"),
+        load_file(tmp_path / "run" / "export" / "model.safetensors"),
     )
     frozen = ("cls_token", "pos_embed", "patch_embed.", "blocks.0.")
     for name in before:
@@ -381,8 +382,9 @@ def test_a_recipe_file_of_a_run_can_be_used_again(refined, mae, shapes, cli, tmp
     outcome = cli.call(*words, "--recipe", tmp_path / "own.yaml", "--json")
     assert outcome.code == 0, outcome.err
     assert outcome.json["verdict"]["knn_difference"] == 0  # heads alone were trained
-    before, after = load_file(mae.export / "model.safetensors"), load_file(
-        tmp_path / "run" / "export" / "model.safetensors"
+    before, after = (
+        load_file(mae.export / "model.safetensors"),
+        load_file(tmp_path / "run" / "export" / "model.safetensors"),
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
 

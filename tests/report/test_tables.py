@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mim_refiner.report.tables import comparison_rows, comparison_table, render_comparison
+from mim_refiner.report.tables import comparison_rows, comparison_table
 
 
 @pytest.fixture
@@ -30,17 +30,3 @@ def test_two_stages(summary):
     del summary["full"]
     assert comparison_rows(summary)[0] == ["metric", "before", "after this run"]
     assert len(comparison_table(summary).columns) == 3
-
-
-def test_plain_text_is_aligned_and_ends_with_the_verdict(summary):
-    lines = render_comparison(summary).splitlines()
-    assert lines[0].split() == ["metric", "before", "after", "this", "run", "full", "recipe"]
-    assert lines[1].startswith("k-NN accuracy (%)")
-    assert "\x1b" not in "".join(lines)
-    assert lines[-1] == "Verdict: better. k-NN accuracy rose."
-
-
-def test_markdown(summary):
-    lines = render_comparison(summary, style="markdown").splitlines()
-    assert lines[1] == "| --- | ---: | ---: | ---: |"
-    assert lines[2] == "| k-NN accuracy (%) | 30.0 | 35.2 (+5.2) | 55.0 (+25.0) |"

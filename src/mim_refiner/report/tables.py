@@ -1,12 +1,10 @@
-"""One table of the metrics before and after (and after the full recipe), for terminals, text files and Markdown."""
+"""One table of the metrics before and after (and after the full recipe)."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 STAGES = {"before": "before", "after": "after this run", "full": "after the full recipe"}
@@ -53,25 +51,3 @@ def comparison_table(summary: Mapping[str, Any], titles: Mapping[str, str] | Non
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def render_comparison(
-    summary: Mapping[str, Any],
-    titles: Mapping[str, str] | None = None,
-    *,
-    style: Literal["plain", "markdown"] = "plain",
-) -> str:
-    """Return the table, and the verdict's reason when there is one, as text without colours."""
-    if style == "markdown":
-        header, rows = comparison_rows(summary, titles)
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    else:
-        console = Console(file=io.StringIO(), width=200, color_system=None, legacy_windows=False)
-        with console.capture() as capture:
-            console.print(comparison_table(summary, titles))
-        text = "\n".join(line.rstrip() for line in capture.get().splitlines())
-    verdict = summary.get("verdict")
-    if isinstance(verdict, Mapping) and verdict.get("reason"):
-        text += f"\n\nVerdict: {verdict['verdict']}. {verdict['reason']}"
-    return text + "\n"
