@@ -52,7 +52,7 @@ def test_plain_lines_come_at_the_interval_and_at_the_end():
     reporter.done()
     lines = stream.getvalue().splitlines()
     assert lines == [
-        "refine: 100 steps",
+        "refine: 100",
         "refine 10/100  ETA 0:01:30  loss 10.000",
         "refine 20/100  ETA 0:01:20  loss 20.000",
         "refine 25/100  ETA 0:01:15  loss 25.000",

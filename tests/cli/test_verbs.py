@@ -181,12 +181,15 @@ def test_overwrite_starts_anew(refined, tmp_path, cli):
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 6
 
 
-def test_overwrite_spares_the_model_it_reads(refined, cli, shapes):
-    before = cli.files_of(refined.path)
-    outcome = cli.call(*cli.refine(shapes, refined.export, refined.path), "--overwrite", "--quiet")
+def test_overwrite_spares_the_model_it_reads(refined, cli, shapes, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(refined.path, out, symlinks=True)
+    before = cli.files_of(out)
+    outcome = cli.call(*cli.refine(shapes, out / "export", out), "--overwrite", "--quiet")
     assert outcome.code == 2, outcome.err
     assert "--model" in outcome.err
-    assert cli.files_of(refined.path) == before
+    assert outcome.err.count("\n") == 1
+    assert cli.files_of(out) == before
 
 
 def interrupt_at(monkeypatch, phase: int, step: int, number: int) -> None:

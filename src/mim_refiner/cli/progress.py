@@ -41,7 +41,7 @@ class PlainReporter:
         self.done()
         self.name, self.total, self.values, self.first = name, total, {}, None
         self.step, self.printed_step, self.printed_at = 0, -1, self.clock()
-        self.message(f"{name}: {total} steps" if total else name)
+        self.message(f"{name}: {total}" if total else name)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the newest values; write a line when the last one is ``interval`` seconds old."""

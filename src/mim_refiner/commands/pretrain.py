@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from mim_refiner.commands.monitor import OnlineKnn
-from mim_refiner.commands.runs import common_image_size, list_skipped, open_images, run_settings
+from mim_refiner.commands.runs import (
+    common_image_size,
+    list_skipped,
+    open_images,
+    refuse_to_overwrite_inputs,
+    run_settings,
+)
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.data.loaders import TrainLoader
@@ -49,10 +55,9 @@ def pretrain(
     started = time.perf_counter()
     torch_device = pick_device(device)
     images = open_images(data, reporter)
-    chosen = pretrain_recipe(recipe, image_size=common_image_size(images))
+    refuse_to_overwrite_inputs(out, overwrite, data=data)
+    chosen = override(pretrain_recipe(recipe, image_size=common_image_size(images)), settings or [])
     chosen.image_size = chosen.image_size or common_image_size(images)
-    chosen = override(chosen, settings or [])
-    assert chosen.image_size is not None
     precision = resolve_precision(chosen.precision, torch_device)
 
     encoder = create_vit(arch, image_size=chosen.image_size)
@@ -100,7 +105,7 @@ def pretrain(
         fit([phase], {"model": mae}, run, loop, reporter, monitor)
     list_skipped(images, run, reporter, skipped)
 
-    card = {"base": "trained from scratch", "data": images.description, "recipe": chosen.name}
+    card = {"base": "trained from scratch", "data": f"{Path(data).name} ({len(images)} images)", "recipe": chosen.name}
     export_timm(backbone.to("cpu"), Path(out) / "export", card=card)
     summary = {
         "run": str(out),

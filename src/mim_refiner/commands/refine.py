@@ -13,7 +13,7 @@ import torch
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.comparison import SUMMARY_TEST_LIMIT, SUMMARY_TRAIN_LIMIT, compare, thinned
 from mim_refiner.commands.monitor import OnlineKnn
-from mim_refiner.commands.runs import list_skipped, open_images, run_settings
+from mim_refiner.commands.runs import list_skipped, open_images, refuse_to_overwrite_inputs, run_settings
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.schedules import peak_learning_rate
@@ -21,7 +21,8 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import ViewSpec, multi_crop_views
-from mim_refiner.errors import InputError
+from mim_refiner.errors import DataError, InputError
+from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.export.timm import export_timm
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
@@ -92,6 +93,7 @@ def refine_and_compare(
     torch_device = pick_device(device)
     backbone = load_backbone(model)
     images = open_images(data, reporter)
+    refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
     chosen = resolve(override(refine_recipe(recipe, image_size=max(backbone.info.image_size)), settings), backbone)
     precision = resolve_precision(chosen.precision, torch_device)
     bank, test = evaluation_sets(images, eval_data, eval_test, reporter)
@@ -135,7 +137,9 @@ def refine_and_compare(
     assert isinstance(refined, Backbone)
     stages = {"before": load_backbone(model), "after": refined}
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
-    summary = conclude(stages, bank, test, chosen, run, images.description, torch_device, seed, reporter)
+    summary = conclude(
+        stages, bank, test, chosen, run, f"{Path(data).name} ({len(images)} images)", torch_device, seed, reporter
+    )
     summary["seconds"] = {"training": trained, "total": time.perf_counter() - started}
     write_json(run.path / "summary.json", summary)
     reporter.done()
@@ -149,6 +153,12 @@ def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
         raise InputError(
             f"batch_size {recipe.batch_size} is larger than the queue of {heads.queue_size}; "
             "set a smaller batch_size or a larger heads.queue_size"
+        )
+    top_k = max(recipe.warmup.top_k, recipe.refinement.top_k)
+    if top_k > heads.queue_size:
+        raise InputError(
+            f"top_k {top_k} is larger than the queue of {heads.queue_size}; "
+            "set a smaller refinement.top_k or a larger heads.queue_size"
         )
     config = HeadConfig(heads.projector_hidden, heads.predictor_hidden, heads.out_dim, heads.queue_size)
     blocks = [int(block) for block in heads.blocks]
@@ -242,7 +252,13 @@ def evaluation_sets(
     if eval_test is not None and eval_data is None:
         raise InputError("--eval-test needs --eval-data: give the labelled bank that the test images are compared with")
     bank = images if eval_data is None else open_images(eval_data, reporter)
-    return bank, None if eval_test is None else open_images(eval_test, reporter)
+    test = None if eval_test is None else open_images(eval_test, reporter)
+    for option, given in (("--eval-data", None if eval_data is None else bank), ("--eval-test", test)):
+        if given is not None and given.labels is None:
+            raise DataError(f"{option}: {given.description} has no labels; give labelled images, or leave {option} out")
+    if test is not None:
+        class_numbers(bank, test)  # refuses classes that the bank lacks now, not after the training
+    return bank, test
 
 
 def announce(

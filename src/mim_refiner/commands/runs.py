@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
+from mim_refiner.errors import InputError
 from mim_refiner.files import write_bytes
 from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipe import Recipe
@@ -24,6 +26,15 @@ def open_images(spec: str, reporter: Reporter) -> ImageSet:
     labels = "no labels" if images.labels is None else f"{len(np.unique(images.labels))} classes"
     reporter.message(f"data: {images.description}, {len(images)} images, {labels}")
     return images
+
+
+def refuse_to_overwrite_inputs(out: str, overwrite: bool, **sources: str | None) -> None:
+    """Raise InputError when ``overwrite`` would delete a source, {option: path}, because it lies inside ``out``."""
+    for option, source in sources.items() if overwrite else ():
+        path = Path((source or "").removeprefix("local-dir:").partition("[")[0]).expanduser()
+        if source and path.exists() and path.resolve().is_relative_to(Path(out).resolve()):
+            flag = "--" + option.replace("_", "-")
+            raise InputError(f"{flag} {source} lies in {out}, which --overwrite would delete; choose another --out")
 
 
 def common_image_size(images: ImageSet) -> int:

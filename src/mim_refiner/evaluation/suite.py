@@ -138,18 +138,26 @@ def _features(
 
 def _with_labels_of(train: ImageSet, test: ImageSet, features: Features) -> Features:
     """Number the test classes as the train classes, by name: two folders may hold different subsets of classes."""
-    if features.labels is None or not train.class_names or not test.class_names:
+    number = class_numbers(train, test)
+    if features.labels is None or number is None:
         return features
-    if tuple(train.class_names) == tuple(test.class_names):
-        return features
+    return dataclasses.replace(features, labels=number[features.labels])
+
+
+def class_numbers(train: ImageSet, test: ImageSet) -> torch.Tensor | None:
+    """Return the number in train of every test class [classes], None where both number them alike.
+
+    Raises DataError for a test class that train lacks.
+    """
+    if not train.class_names or not test.class_names or tuple(train.class_names) == tuple(test.class_names):
+        return None
     unknown = sorted(set(test.class_names) - set(train.class_names))
     if unknown:
         raise DataError(
             f"{test.description}: class {unknown[0]!r} does not occur in {train.description}; "
             "use the same class names in both"
         )
-    number = torch.tensor([train.class_names.index(name) for name in test.class_names])
-    return dataclasses.replace(features, labels=number[features.labels])
+    return torch.tensor([train.class_names.index(name) for name in test.class_names])
 
 
 def _of_blocks(features: Features, blocks: Sequence[int]) -> Features:

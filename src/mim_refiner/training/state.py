@@ -57,11 +57,12 @@ class RunFolder:
                 raise RunFolderError(f"{path}: not empty and not a run folder; choose a new --out folder")
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, keep_checkpoints=keep_checkpoints)
-            run.checkpoints.mkdir(exist_ok=True)
             run.resumed = recipe_file.exists()
-            if not run.resumed:
-                write_json(path / "environment.json", environment())
+            if not run.resumed:  # first of all files: a folder with others but without it is taken for a foreign one
                 write_bytes(recipe_file, yaml.safe_dump(recipe, sort_keys=False).encode())
+            run.checkpoints.mkdir(exist_ok=True)
+            if not (path / "environment.json").exists():
+                write_json(path / "environment.json", environment())
         except OSError as error:
             raise RunFolderError(
                 f"{path}: cannot write the run folder ({error.strerror}); choose a writable --out"

@@ -96,7 +96,8 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)
                 output.loss.backward()
                 log.add(output, len(batch.sample_ids))
-                due = (step + 1) % settings.checkpoint_every == 0 or interrupted() or step + 1 == phase.steps
+                stop = interrupted()  # asked once: a signal from here on waits for the next step and its checkpoint
+                due = (step + 1) % settings.checkpoint_every == 0 or stop or step + 1 == phase.steps
                 if due or settings.device.type == "cpu" or (step + 1) % settings.log_every == 0:
                     refuse_non_finite(output.loss, phase.name, step, rate, run)
                 optimizer.step()
@@ -117,9 +118,11 @@ def fit(
                     finished = step + 1 == phase.steps
                     position = Position(index + finished, 0 if finished else step + 1, base + step + 1)
                     run.save(position, modules, None if finished else optimizer)
-                if interrupted():
+                if stop:
                     raise KeyboardInterrupt
             position = Position(index + 1, 0, base + phase.steps)
+        if interrupted():  # after the last step's checkpoint
+            raise KeyboardInterrupt
     reporter.done()
 
 
