@@ -73,10 +73,10 @@ def tiny() -> RefineRecipe:
 
 def demo() -> RefineRecipe:
     """``tiny`` for a few CPU minutes on the demo's 3,000 images."""
-    recipe = tiny().model_copy(update={"name": "demo", "precision": "fast", "knn_every": 2})
+    recipe = tiny().model_copy(update={"name": "demo", "precision": "fast", "knn_every": 3})
     recipe.heads.queue_size = 2048
     recipe.warmup = Phase(epochs=3, base_lr=2e-3, warmup_epochs=0.5)
-    recipe.refinement = Phase(epochs=9, base_lr=4e-3, warmup_epochs=1, top_k=20, layer_decay=0.9)
+    recipe.refinement = Phase(epochs=8, base_lr=4e-3, warmup_epochs=1, top_k=20, layer_decay=0.9)
     return recipe
 
 
