@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mim_refiner.errors import RunFolderError
-from mim_refiner.evaluation.results import Result, result_name, write_json
+from mim_refiner.evaluation.results import Result, result_name
+from mim_refiner.files import write_json
 
 
 def test_json_has_the_contract_fields_and_no_more():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from mim_refiner.commands.monitor import OnlineKnn
 from mim_refiner.commands.runs import (
@@ -28,7 +29,7 @@ from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.reporting import NullReporter, Reporter
 from mim_refiner.training.pretraining import pretraining_phase
-from mim_refiner.training.recipe import override
+from mim_refiner.training.recipe import PretrainRecipe, override
 from mim_refiner.training.recipes import pretrain_recipe
 from mim_refiner.training.state import RunFolder
 from mim_refiner.training.trainer import LoopSettings, fit
@@ -65,14 +66,7 @@ def pretrain(
     if torch_device.type == "cpu":
         backbone.use_math_attention()
     torch.manual_seed(seed)
-    mae = MaskedAutoencoder(
-        encoder,
-        decoder_dim=chosen.decoder_dim,
-        decoder_depth=chosen.decoder_depth,
-        decoder_heads=chosen.decoder_heads,
-        mask_ratio=chosen.mask_ratio,
-    ).initialize()
-    mae.to(torch_device)
+    mae = make_autoencoder(encoder, chosen).to(torch_device)
 
     view = ViewSpec("mae", chosen.image_size, scale=chosen.crop_scale, jitter_prob=0.0, gray_prob=0.0)
     loader = TrainLoader(images, [view], chosen.batch_size, seed, **run_settings(images, chosen, torch_device))
@@ -117,3 +111,14 @@ def pretrain(
         summary["after"] = monitor()
     write_json(Path(out) / "summary.json", summary)
     return summary
+
+
+def make_autoencoder(encoder: VisionTransformer, recipe: PretrainRecipe) -> MaskedAutoencoder:
+    """The encoder with a fresh decoder; all weights are drawn anew."""
+    return MaskedAutoencoder(
+        encoder,
+        decoder_dim=recipe.decoder_dim,
+        decoder_depth=recipe.decoder_depth,
+        decoder_heads=recipe.decoder_heads,
+        mask_ratio=recipe.mask_ratio,
+    ).initialize()
