@@ -55,6 +55,7 @@ def tiny() -> RefineRecipe:
     """Images up to 64 px and small encoders: milder crops, small heads, a rate that moves every block (LOG.md)."""
     return RefineRecipe(
         name="tiny",
+        expected="k-NN 42.4 -> 51.1, linear 48.5 -> 54.9 on CIFAR-10 with 6 epochs (LOG.md, 2026-11-24)",
         batch_size=128,
         views=Views(
             global_scale=(0.4, 1.0),
