@@ -37,9 +37,9 @@ def load_backbone(
     image_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
     in_chans: int | None = None,
+    strict: bool = True,
     encoder: str | None = None,
     key_map: KeyMapLike = None,
-    strict: bool = True,
 ) -> Backbone:
     """Load an encoder, in eval mode, float32, on the CPU.
 

@@ -33,7 +33,8 @@ def layer_decay_scales(model: nn.Module, decay: float) -> dict[str, float]:
     matcher = getattr(model, "group_matcher", None)
     if matcher is None:
         raise InputError(
-            f"layer decay does not know the layers of {type(model).__name__}; set layer_decay to 1 for this model"
+            f"layer decay needs a model with a list 'blocks' or a group_matcher; {type(model).__name__} has none; set "
+            "layer_decay to 1"
         )
     layers: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
     last = max((layer for name, layer in layers.items() if name.partition(".")[0] not in _TAIL), default=0)

@@ -17,7 +17,7 @@ from mim_refiner.models.positions import RULES, Grid, resize_absolute, resize_re
 from mim_refiner.models.postnorm import PostNormVisionTransformer
 from mim_refiner.models.runners import free_image_size, runner_for
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, check_image_size, create_vit
-from mim_refiner.types import BackboneInfo, BlockOutput
+from mim_refiner.types import BackboneInfo, BlockOutput, Pooling
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "create_vit"]
 
@@ -56,7 +56,7 @@ class Backbone(nn.Module):
         coverage: float = 1.0,
         source: str = "",
         position_rule: str = "timm",
-        pooling: str | None = None,
+        pooling: Pooling | None = None,
     ) -> Backbone:
         """Wrap a timm model; its facts are read from the model itself.
 

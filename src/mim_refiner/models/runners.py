@@ -50,7 +50,7 @@ class PlainRunner:
         tokens = model.pos_drop(tokens)
         if isinstance(model.patch_drop, nn.Module):
             tokens = model.patch_drop(tokens)
-        return model.norm_pre(tokens)  # type: ignore[no-any-return]
+        return model.norm_pre(tokens)
 
     def context(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Any:
         """What all blocks need beside the tokens; built once a call."""
@@ -85,7 +85,7 @@ class BeitRunner(PlainRunner):
             grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
             tokens = tokens + resize_absolute(model.pos_embed, native, grid, num_prefix=1, rule=rule)
         tokens = model.pos_drop(tokens)
-        return tokens  # type: ignore[no-any-return]
+        return tokens
 
     def context(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Any:
         return shared_bias(model, grid, rule)
