@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mim_refiner.checkpoints.catalog import family_licence
 from mim_refiner.checkpoints.detect import detect_family
 from mim_refiner.checkpoints.families import Converted, Wishes
+from mim_refiner.checkpoints.limits import check_arguments
 from mim_refiner.checkpoints.resolve import read_source
 from mim_refiner.checkpoints.store import Contents, one_line
 from mim_refiner.errors import CheckpointError, InputError
@@ -69,12 +70,14 @@ def load_backbone(
             f"{source}: {converted.arguments['depth']} blocks of width {converted.arguments['embed_dim']} do not "
             "tell the number of attention heads; pass num_heads="
         )
+    with torch.device("meta"):  # shapes are compared before any memory is taken
+        sketch = _build(converted, plan.contents.source)
+    records, missing, unplaced = _account(plan, sketch)
+    if missing or unplaced:
+        _complain(str(source), len(sketch.state_dict()), missing, unplaced, strict)
+    _check_finite(converted.tensors, str(source))
     with _untouched_random_state():
         model = _build(converted, plan.contents.source)
-    records, missing, unplaced = _account(plan, model)
-    if missing or unplaced:
-        _complain(str(source), len(model.state_dict()), missing, unplaced, strict)
-    _check_finite(converted.tensors, str(source))
     model.load_state_dict({name: converted.tensors[name] for name in _placed(records)}, strict=False)
     if wishes.image_size is not None:
         _resize(model, wishes.image_size, str(source))
@@ -141,6 +144,7 @@ def _build(converted: Converted, where: str) -> Any:
     arguments = dict(converted.arguments)
     if converted.num_heads > 0:
         arguments["num_heads"] = converted.num_heads
+    check_arguments(arguments, where)
     try:
         if is_model_in_modules(converted.architecture.partition(".")[0], _VIT_MODULES):
             return create_vit(converted.architecture, **arguments)
