@@ -12,7 +12,6 @@ from typing import Any
 
 from mim_refiner.errors import RunFolderError
 
-
 CACHE_VARIABLE = "MIM_REFINER_CACHE"
 
 

@@ -11,6 +11,15 @@ MAX_DEPTH = 512  # blocks; the deepest published encoders have under 100
 MAX_SIZE = 2**20  # width, pixels, heads, channels
 
 
+def check_architecture(name: str, where: str) -> None:
+    """CheckpointError for a name with a scheme: timm would fetch "hf-hub:..." or open "local-dir:..."."""
+    if ":" in name or "/" in name:
+        raise CheckpointError(
+            f"{where}: its architecture {ascii(name)[:80]} is an address, not the name of a timm model, and was not "
+            "followed; correct its config.json"
+        )
+
+
 def check_arguments(arguments: Mapping[str, Any], where: str) -> None:
     """CheckpointError for constructor arguments beyond any encoder's: a damaged or hostile name or config.json."""
     for name, value in arguments.items():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mim_refiner.checkpoints.catalog import family_licence
 from mim_refiner.checkpoints.detect import detect_family
 from mim_refiner.checkpoints.families import Converted, Wishes
-from mim_refiner.checkpoints.limits import check_arguments
+from mim_refiner.checkpoints.limits import check_architecture, check_arguments
 from mim_refiner.checkpoints.resolve import read_source
 from mim_refiner.checkpoints.store import Contents, one_line
 from mim_refiner.errors import CheckpointError, InputError
@@ -75,7 +75,7 @@ def load_backbone(
     records, missing, unplaced = _account(plan, sketch)
     if missing or unplaced:
         _complain(str(source), len(sketch.state_dict()), missing, unplaced, strict)
-    _check_finite(converted.tensors, str(source))
+    _check_numbers(converted.tensors, sketch, str(source))
     with _untouched_random_state():
         model = _build(converted, plan.contents.source)
     model.load_state_dict({name: converted.tensors[name] for name in _placed(records)}, strict=False)
@@ -132,7 +132,14 @@ def inspect_checkpoint(source: str | Path) -> CheckpointReport:
 def _plan(source: str | Path, wishes: Wishes) -> _Plan:
     contents = read_source(source)
     family, section = detect_family(contents)
-    converted = family.convert(contents, section, wishes)
+    try:
+        converted = family.convert(contents, section, wishes)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Shapes and config entries of a damaged file can fail anywhere; all mean the same to the user.
+        raise CheckpointError(
+            f"{contents.source}: its tensors or its config.json do not fit the family '{family.name}' "
+            f"({type(error).__name__}: {one_line(error, 100)}); take the files from their source again"
+        ) from error
     if wishes.in_chans is not None:
         converted = _adapt_channels(converted, wishes.in_chans)
     name = converted.family or family.name
@@ -144,14 +151,16 @@ def _build(converted: Converted, where: str) -> Any:
     arguments = dict(converted.arguments)
     if converted.num_heads > 0:
         arguments["num_heads"] = converted.num_heads
+    check_architecture(converted.architecture, where)
     check_arguments(arguments, where)
     try:
         if is_model_in_modules(converted.architecture.partition(".")[0], _VIT_MODULES):
             return create_vit(converted.architecture, **arguments)
         return timm.create_model(converted.architecture, pretrained=False, num_classes=0, **arguments)
-    except (InputError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except (InputError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise CheckpointError(
-            f"{where}: timm cannot build '{converted.architecture}' as described ({one_line(error)})"
+            f"{where}: timm cannot build '{converted.architecture}' as described ({one_line(error)}); correct its "
+            "config.json, or take the files from their source again"
         ) from error
 
 
@@ -217,9 +226,16 @@ def _complain(source: str, total: int, missing: list[str], unplaced: list[str], 
     warnings.warn(text + consequence, PartialCheckpointWarning, stacklevel=3)
 
 
-def _check_finite(tensors: dict[str, Tensor], source: str) -> None:
+def _check_numbers(tensors: dict[str, Tensor], model: nn.Module, source: str) -> None:
+    """Weights are real, finite numbers; CheckpointError names the first that is not."""
+    expected = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if expected.get(name) and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{source}: {name} holds {kind} numbers instead of floats; save the weights as floats"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise CheckpointError(
                 f"{source}: {name} holds NaN or infinite values; the file is unusable, take an earlier one"
             )

@@ -80,7 +80,17 @@ def _numpy_number(dtype: Any, data: Any = b"") -> float | int | bool:
 class _NumpyDtype:
     """The little that a pickled numeric dtype says."""
 
-    _CODES: ClassVar = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u1": "B", "b1": "?"}
+    _CODES: ClassVar = {
+        "f8": "d",
+        "f4": "f",
+        "f2": "e",
+        "i8": "q",
+        "i4": "i",
+        "i2": "h",
+        "i1": "b",
+        "u1": "B",
+        "b1": "?",
+    }
 
     def __init__(self, text: str, align: bool = False, copy: bool = True) -> None:
         self.code = self._CODES[text]
@@ -252,8 +262,8 @@ def scan_pickle(data: IO[bytes] | Any) -> tuple[Any, list[Storage]]:
         raise BrokenPickleError("its pickle is cut off or damaged") from error
     if machine.forbidden:
         raise UnsafePickleError(_unique(machine.forbidden))
-    if not machine.stack:
-        raise BrokenPickleError("its pickle holds nothing")
+    if len(machine.stack) != 1 or machine.marks:
+        raise BrokenPickleError("its pickle does not hold one thing")
     return machine.stack[-1], list(machine.storages.values())
 
 

@@ -24,6 +24,7 @@ _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _MAX_CONFIG_BYTES = 16 * 2**20
 _MAX_CONTAINERS = 200_000
+_MAX_DEPTH = 32
 _SHARED_SLACK = 64 * 2**20  # tensors may share memory in a file, but not so that it grows without bound
 
 
@@ -208,11 +209,13 @@ def _check_tensors(path: Path, sections: Mapping[str, Mapping[str, Tensor]]) -> 
 
 def _mappings(payload: Any, source: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     """All mappings, lists and option objects inside ``payload`` as mappings, with their paths; outer ones first."""
-    waiting: list[tuple[Any, str]] = [({"tensor": payload} if isinstance(payload, Tensor) else payload, "")]
+    waiting: list[tuple[Any, str, int]] = [({"tensor": payload} if isinstance(payload, Tensor) else payload, "", 0)]
     for _ in range(_MAX_CONTAINERS):
         if not waiting:
             return
-        value, path = waiting.pop()
+        value, path, depth = waiting.pop()
+        if depth > _MAX_DEPTH:
+            break
         if isinstance(value, argparse.Namespace):
             value = vars(value)
         if isinstance(value, list | tuple):
@@ -220,7 +223,9 @@ def _mappings(payload: Any, source: str) -> Iterator[tuple[str, Mapping[Any, Any
         if not isinstance(value, Mapping):
             continue
         yield path, value
-        inner = [(item, f"{path}.{key}" if path else str(key)) for key, item in value.items() if _may_hold(item)]
+        inner = [
+            (item, f"{path}.{key}" if path else str(key), depth + 1) for key, item in value.items() if _may_hold(item)
+        ]
         waiting.extend(reversed(inner))
     # A list that holds itself, or two lists that hold each other twice, would never end.
     raise CheckpointError(f"{source}: is nested without end; save a plain state dict")
