@@ -197,7 +197,7 @@ def _members(archive: tarfile.TarFile, data: mmap.mmap) -> Iterator[tuple[str, i
         reason = "the shard is damaged here"
         try:
             member = archive.next()
-            archive.members = []  # or every header would stay in memory
+            archive.members = []  # type: ignore[attr-defined]  # or every header would stay in memory
         except (tarfile.TarError, ValueError, OSError, MemoryError, OverflowError) as error:
             member, reason = None, f"the shard is damaged or cut off here ({' '.join(str(error).split())[:60]})"
         start = len(data) if member is None else member.offset
