@@ -9,6 +9,7 @@ import typer
 
 from mim_refiner.cli.common import JsonOption, show
 
+_FILE_WIDTH = 400  # columns
 NameArgument = Annotated[str | None, typer.Argument(metavar="NAME", help="Show this model in full.")]
 
 
@@ -24,17 +25,17 @@ def models(name: NameArgument = None, as_json: JsonOption = False) -> None:
 
 
 def print_catalogue(entries: list[dict[str, Any]], file: TextIO) -> None:
-    """Print the table that fits a screen; the address and the hash are shown for one model."""
+    """Print one line a model where the terminal is wide enough; a file or a pipe always is."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(file=file, highlight=False, soft_wrap=True)
+    console = Console(file=file, highlight=False, width=None if file.isatty() else _FILE_WIDTH)
     table = Table(box=None, pad_edge=False)
-    columns = ("name", "family", "architecture", "image_size", "data", "size", "licence", "address")
+    columns = ("name", "family", "architecture", "image_size", "data", "size", "hash", "licence", "address")
     for column in columns:
-        table.add_column(column.replace("_", " "))
+        table.add_column(column.replace("_", " "), overflow="fold")
     for entry in entries:
         table.add_row(*(escape(str(entry[column])) for column in columns))
     console.print(table)
-    console.print(f"{len(entries)} models; mim-refiner models NAME shows source and hash of one", markup=False)
+    console.print(f"{len(entries)} models; mim-refiner models NAME shows all of one", markup=False)

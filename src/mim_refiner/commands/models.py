@@ -26,5 +26,7 @@ def models(*, name: str | None = None) -> dict[str, Any]:
 
 def _listed(name: str) -> dict[str, Any]:
     facts = record(CATALOGUE[name])
-    keys = ("name", "family", "architecture", "image_size", "data", "licence", "size", "sha256", "address")
+    md5 = f"md5 {CATALOGUE[name].md5_start}..." if CATALOGUE[name].md5_start else "unknown"
+    facts["hash"] = f"sha256 {facts['sha256'][:8]}..." if CATALOGUE[name].sha256 else md5
+    keys = ("name", "family", "architecture", "image_size", "data", "licence", "size", "hash", "sha256", "address")
     return {key: facts[key] for key in keys}
