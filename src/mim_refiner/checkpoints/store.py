@@ -125,9 +125,9 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{one_line(path, 400)}: cannot be read ({reason}); check path and permissions")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """The config.json of ``folder`` as a dict; CheckpointError if missing or no JSON object."""
-    path = folder / "config.json"
+    path = folder / name
     check_inside(folder, path)
     try:
         if path.exists():
