@@ -36,8 +36,8 @@ class PostNormVisionTransformer(VisionTransformer):  # type: ignore[misc]
         kwargs |= {"block_fn": PostNormBlock, "fc_norm": False}
         # timm leaves out the projection's bias with pre_norm, so the norm is put in afterwards.
         super().__init__(*args, pre_norm=False, final_norm=True, **kwargs)
-        norm: nn.Module = self.norm
-        self.norm_pre, self.norm = norm, nn.Identity()
+        parts: Any = self
+        parts.norm_pre, parts.norm = parts.norm, nn.Identity()
 
 
 default_cfgs = generate_default_cfgs(
