@@ -107,7 +107,7 @@ def test_an_encoder_of_fixed_size_says_so() -> None:
         backbone.forward_blocks(torch.randn(1, 3, 96, 96))
 
 
-@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # timm's
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of timm's own interpolation
 @pytest.mark.parametrize(("old", "new"), [((4, 4), (2, 2)), ((4, 4), (7, 3)), ((3, 5), (5, 5)), ((2, 3), (9, 8))])
 def test_relative_tables_as_timm_resizes_them(old: tuple[int, int], new: tuple[int, int]) -> None:
     entries = [(2 * grid[0] - 1) * (2 * grid[1] - 1) + 3 for grid in (old, new)]
