@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
@@ -446,6 +446,32 @@ def test_links_within_a_folder_and_the_hub_cache_are_fine(
     (here / "model.safetensors").rename(here / "weights-1.safetensors")
     (here / "model.safetensors").symlink_to("weights-1.safetensors")
     assert load_backbone(here).info.coverage == 1
+
+
+def test_hugging_face_folders(tmp_path: Path, shared_dir: Path, canary: Path) -> None:
+    names = ["hf_beit_shared", "hf_vitmae_base", "hf_data2vec_vision_abspos", "hf_ijepa"]
+    folders = {name: shared_dir / "golden/checkpoints" / name for name in names}
+
+    def cases() -> Iterator[Case]:
+        for number, (name, folder) in enumerate(folders.items()):
+            config, weights = (folder / "config.json").read_bytes(), (folder / "model.safetensors").read_bytes()
+            for share in range(1, 8):
+                cut = weights[: len(weights) * share // 8]
+                yield f"{name} cut", model_folder(tmp_path / f"{name}-{share}/m", config, cut)
+            another = folders[names[number - 1]] / "config.json"
+            state = load_file(folder / "model.safetensors")
+            key = next(key for key in state if key.endswith("layer.1.output.dense.weight"))
+            rest = {other: item for other, item in state.items() if other != key}
+            nan = state | {key: torch.full_like(state[key], float("nan"))}
+            bad = {
+                "swapped": (another.read_bytes(), weights), "half": (config[: len(config) // 2], weights),
+                "missing": (config, save(rest)), "NaN": (config, save(nan)),
+                "shape": (config, save(state | {key: state[key][:-1].contiguous()})),
+            }  # fmt: skip
+            for what, (text, content) in bad.items():
+                yield f"{name} {what}", model_folder(tmp_path / f"{name}-{what}/m", text, content)
+
+    refuse(cases(), "hugging face", canary)
 
 
 def test_there_were_more_than_two_hundred() -> None:
