@@ -27,7 +27,7 @@ PoolingOption = Annotated[
     Literal["cls", "mean", "patches"] | None,
     typer.Option(
         "--pooling",
-        help="Class token, mean of the patch tokens, or all patch tokens. Default: cls, or mean without a class token.",
+        help="Class token, mean of the patch tokens, or all patch tokens. Default: what the encoder's authors pool by.",
         show_default=False,
     ),
 ]

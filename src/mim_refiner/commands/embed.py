@@ -41,7 +41,7 @@ def embed(
     """Write the features of every image of ``data`` to ``out`` (.parquet, .npy or .safetensors), one row an image.
 
     ``block``: negative numbers count from the last. ``pooling``: "cls", "mean" of the patch tokens, or "patches" (all
-    of them, [N, D] a row); None: cls, or mean where the encoder has no class token. ``norm`` applies the encoder's
+    of them, [N, D] a row); None: what the encoder's authors pool by, mostly cls. ``norm`` applies the encoder's
     final norm. ``image_size``: pixels, default the encoder's own. ``precision`` of the forward pass: fp32, bf16, auto.
     ``dtype`` of the file: float32, float16.
 

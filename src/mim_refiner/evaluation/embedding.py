@@ -55,10 +55,10 @@ class FeatureSpec:
     ) -> FeatureSpec:
         """Fill in what the encoder decides; raises InputError for what it cannot give.
 
-        ``pooling`` None takes the class token, or the mean of an encoder without one.
+        ``pooling`` None takes what the encoder's authors pool by: mostly the class token, else the mean.
         """
         if pooling is None:
-            pooling = "cls" if info.has_cls else "mean"
+            pooling = info.pooling if info.has_cls else "mean"
         if pooling not in POOLINGS:
             raise InputError(f"pooling {pooling!r} is unknown; use {', '.join(POOLINGS[:-1])} or {POOLINGS[-1]}")
         if pooling != "patches":
