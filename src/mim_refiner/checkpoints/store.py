@@ -8,7 +8,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from mim_refiner.errors import CheckpointError
 
 _PICKLE = b"\x80"  # first byte of pickle protocol 2 and later
 _ZIP = b"PK\x03\x04"
-_WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DDP and by torch.compile
+# Parts of names that DDP, torch.compile, FSDP and activation checkpointing put in.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 # The one class beyond torch's own list that a file may hold: MAE's training files keep their options in it. It is a
 # plain attribute container. Add to this tuple only classes whose construction cannot have effects.
@@ -33,15 +34,22 @@ class Contents:
     """All tensors of a checkpoint, grouped by the mapping that holds them.
 
     ``sections``: path of a mapping inside the file ("" for the top level, "model", "optimizer.state.0") to its
-    {name as in the file: tensor}. ``config``: the config.json beside the weights, if any.
+    {name as in the file: tensor}. ``config``: the config.json beside the weights, if any. ``numbers``: the whole
+    numbers in the file by path ("cfg.model.num_heads").
     """
 
     source: str
     sections: dict[str, dict[str, Tensor]]
     config: Mapping[str, Any] | None = None
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
     def section(self, path: str) -> dict[str, Tensor]:
         return self.sections.get(path, {})
+
+    def number(self, name: str) -> int:
+        """The whole number whose path ends in ``name``; 0 if there is none, or several that differ."""
+        found = {value for path, value in self.numbers.items() if path.split(".")[-1] == name}
+        return found.pop() if len(found) == 1 else 0
 
 
 def read_checkpoint(path: Path, *, config: Mapping[str, Any] | None = None) -> Contents:
@@ -63,7 +71,7 @@ def read_checkpoint(path: Path, *, config: Mapping[str, Any] | None = None) -> C
     sections = {where: dict(tensors) for where, tensors in _sections(payload, "")}
     if not sections:
         raise CheckpointError(f"{path}: holds no tensors; give a file with a model's weights")
-    return Contents(source=str(path), sections=sections, config=config)
+    return Contents(source=str(path), sections=sections, config=config, numbers=dict(_numbers(payload, "")))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -83,10 +91,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def strip_wrappers(name: str) -> str:
-    """``name`` without the prefixes that DDP and torch.compile put before it."""
-    while name.startswith(_WRAPPERS):
-        name = name.partition(".")[2]
-    return name
+    """``name`` without the parts that DDP, torch.compile, FSDP and activation checkpointing put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def one_line(error: object, limit: int = 160) -> str:
@@ -148,3 +154,16 @@ def _sections(value: Any, path: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     for key, item in value.items():
         if not isinstance(item, Tensor):
             yield from _sections(item, f"{path}.{key}" if path else str(key))
+
+
+def _numbers(value: Any, path: str) -> Iterator[tuple[str, int]]:
+    """The whole numbers inside nested mappings, with their paths; those of an optimiser are of no use."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield path, value
+    if not isinstance(value, Mapping):
+        return
+    for key, item in value.items():
+        if not isinstance(item, Tensor) and not str(key).startswith("optim"):
+            yield from _numbers(item, f"{path}.{key}" if path else str(key))
