@@ -20,6 +20,9 @@ from mim_refiner.models.backbone import Backbone, create_vit
 
 TOKEN = "hf_of_the_test"
 
+# huggingface_hub hands httpx an upload in a way that httpx is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+
 
 class Hub(ThreadingHTTPServer):
     """What was created and uploaded: {repository: {path: content}}."""

@@ -16,7 +16,9 @@ from mim_refiner.checkpoints.build import adapt_channels, build, untouched_rando
 from mim_refiner.checkpoints.catalog import UNKNOWN_LICENCE, family_licence
 from mim_refiner.checkpoints.detect import detect
 from mim_refiner.checkpoints.families import Converted, Wishes
+from mim_refiner.checkpoints.families.timm_format import OWN_FACTS
 from mim_refiner.checkpoints.resolve import read_source
+from mim_refiner.checkpoints.store import Contents
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import RULES
@@ -116,11 +118,24 @@ def _plan(source: str | Path, wishes: Wishes) -> Plan:
     contents = read_source(source)
     detected = detect(contents, wishes)
     converted = detected.family.convert(detected.view, wishes)
+    converted = _with_own_facts(converted, contents)
     if wishes.in_chans is not None:
         converted = adapt_channels(converted, wishes.in_chans)
     name = converted.family or detected.family.name
     licence = converted.licence or family_licence(name)
     return Plan(contents, detected.view, name, converted, licence, detected.encoders)
+
+
+def _with_own_facts(converted: Converted, contents: Contents) -> Converted:
+    """What an export of ours says about the encoder in any format: where it comes from, and how images go in."""
+    own = (contents.config or {}).get(OWN_FACTS)
+    if not isinstance(own, Mapping):
+        return converted
+    facts = {name: own[name] for name in ("family", "licence", "position_rule") if isinstance(own.get(name), str)}
+    facts |= {name: tuple(own[name]) for name in ("mean", "std") if isinstance(own.get(name), list)}
+    if own.get("encoder_pooling") in ("cls", "mean"):
+        facts["pooling"] = own["encoder_pooling"]
+    return replace(converted, **facts)
 
 
 def _wrap(plan: Plan, model: Any, *, source: str, coverage: float) -> Backbone:

@@ -13,7 +13,7 @@ from mim_refiner.checkpoints.store import Contents, one_line, read_checkpoint, r
 from mim_refiner.errors import CheckpointError, did_you_mean
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
-_WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
+_WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".th")
 _HUB_FILES = ["config.json", *_WEIGHT_FILES]
 
 

@@ -112,7 +112,11 @@ def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: Mapping[str,
         repeated = images.repeat(-(-batch // len(images)), 1, 1, 1)
         batches = list(repeated[: max(batch, len(images) // batch * batch)].split(batch))
     for some in batches:
-        [got] = session.run(["features"], {"images": some.numpy()})
+        try:
+            [got] = session.run(["features"], {"images": some.numpy()})
+        except Exception as error:  # onnxruntime has its own kinds
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"export: onnxruntime cannot run the graph on {len(some)} images ({reason})") from error
         yield module(some), torch.from_numpy(got)
 
 
