@@ -99,6 +99,8 @@ def refine_and_compare(
     bank, test = evaluation_sets(images, eval_data, eval_test, reporter)
     if torch_device.type == "cpu":
         backbone.use_math_attention()
+    if chosen.compile:
+        backbone.compile_blocks()
     torch.manual_seed(seed)
     refiner = make_refiner(backbone, chosen).to(torch_device)
     ema = ExponentialMovingAverage(backbone)
