@@ -11,7 +11,7 @@ from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
-from mim_refiner.errors import InputError
+from mim_refiner.errors import InputError, MimRefinerError
 from mim_refiner.evaluation.embedding import FeatureSpec, compute_parts
 from mim_refiner.evaluation.feature_files import assemble, check_ending, rows_file
 from mim_refiner.evaluation.feature_parts import PartFolder, read_json, refuse_difference
@@ -86,7 +86,12 @@ def embed(
             return _result(path, manifest_file, stored, images_per_s=None)
     if parts.open(settings, overwrite=overwrite):
         reporter.message(f"going on with {parts.count()} finished parts in {parts.path}")
-    speed = compute_parts(backbone, images, spec, parts, device=torch_device, reporter=reporter)
+    try:
+        speed = compute_parts(backbone, images, spec, parts, device=torch_device, reporter=reporter)
+    except MimRefinerError:
+        if not parts.count():
+            parts.remove()
+        raise
     reporter.done()
     unreadable = [{"index": index, "name": name, "reason": why} for index, name, why in images.unreadable_items()]
     _tell_unreadable(unreadable, manifest_file, reporter)

@@ -19,6 +19,7 @@ from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.feature_parts import Part, PartFolder
 from mim_refiner.evaluation.features import evaluation_mode, resolve_blocks, resolve_poolings, square_image_size
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.models.vit import check_image_size
 from mim_refiner.reporting import Reporter
 from mim_refiner.types import BackboneInfo, BlockOutput
 
@@ -69,6 +70,7 @@ class FeatureSpec:
             raise InputError(f"batch size {batch_size} must be at least 1")
         [number] = resolve_blocks([block], info.depth)
         size = image_size or square_image_size(info)
+        check_image_size((size, size), info.patch_size)
         patches = (size // info.patch_size[0]) * (size // info.patch_size[1]) if pooling == "patches" else 1
         batch_bytes = batch_size * patches * info.embed_dim * DTYPES[dtype].itemsize
         part_images = batch_size * max(1, min(PART_BATCHES, PART_BYTES // batch_bytes))

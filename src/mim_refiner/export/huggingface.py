@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from mim_refiner.models.backbone import Backbone
 _NEEDS = "--format hf needs transformers; install mim-refiner[hf]"
 
 
-def _write(backbone: Backbone, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     kind = architecture(backbone)
     state = _CONVERTERS[kind](backbone)
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
@@ -191,7 +191,7 @@ def _square(size: tuple[int, int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)
 
 
-def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: Mapping[str, Any]) -> Pairs:
+def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, Any]) -> Pairs:
     """Every block's tokens and those after the final norm."""
     theirs = _load(folder)
     tokens, blocks = backbone.run_blocks(backbone.embed(images), 0, backbone.info.depth, range(backbone.info.depth))

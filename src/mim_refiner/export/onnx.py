@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def check_options(backbone: Backbone, block: int, pooling: str, batch: int | str
     backbone.resolve_blocks([block])
 
 
-def _write(backbone: Backbone, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     onnx, _ = _libraries()
     info, batch = backbone.info, facts["batch"]
     check_options(backbone, facts["block"], facts["pooling"], batch)
@@ -97,7 +97,7 @@ def _batch_name(batch: int | str) -> int | str:
     return "batch" if batch == "dynamic" else batch
 
 
-def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: Mapping[str, Any]) -> Pairs:
+def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, Any]) -> Pairs:
     """The graph's output: for a dynamic batch at two sizes, for a fixed one with images repeated to fill it."""
     _, runtime = _libraries()
     module = Features(backbone, facts["block"], facts["pooling"], facts["norm"]).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from mim_refiner.models.backbone import Backbone
 _FILE = "model.th"  # the published files' ending
 
 
-def _write(backbone: Backbone, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     extras = [name for name in ("ls1.gamma", "attn.q_norm.weight") if f"blocks.0.{name}" in backbone.model.state_dict()]
     if extras:
         raise InputError(f"--format refiner: the format has no {extras[0]} in its blocks; use --format timm or onnx")
@@ -30,7 +29,7 @@ def _write(backbone: Backbone, folder: Path, facts: Mapping[str, Any]) -> dict[s
     return {"file": _FILE, "num_heads": backbone.info.num_heads}
 
 
-def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: Mapping[str, Any]) -> Pairs:
+def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, Any]) -> Pairs:
     """Every block's tokens, as this package's reader of the format gives them (it equals the published code)."""
     try:
         again = load_backbone(folder, num_heads=backbone.info.num_heads)

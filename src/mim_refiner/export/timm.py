@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors.torch import save_file
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim_refiner.data.loaders import default_crop_ratio
 from mim_refiner.errors import InputError
 from mim_refiner.export.parity import CheckImages
 from mim_refiner.export.writing import Format, Pairs, write_export
-from mim_refiner.models.backbone import Backbone
+from mim_refiner.models.backbone import Backbone, norm_eps
+from mim_refiner.models.capi import CapiVisionTransformer
 from mim_refiner.models.vit import BASE_ARCHITECTURE, registered_name, standard_name, vit_arguments
 
 
@@ -70,28 +73,56 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def _write(backbone: Backbone, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     config = timm_config(backbone)
     state = {name: tensor.detach().clone().contiguous() for name, tensor in backbone.model.state_dict().items()}
+    model, width = backbone.model, backbone.info.embed_dim
+    if type(model) is Beit and isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity):
+        # timm's Beit has one norm at least; the one after pooling changes no token. Our reader leaves it out again.
+        config["model_args"] |= {"use_fc_norm": True, "global_pool": "avg"}
+        state |= {"fc_norm.weight": torch.ones(width), "fc_norm.bias": torch.zeros(width)}
+        facts["without"] = ["fc_norm"]
+    eps = norm_eps(_build(config))
+    if backbone.info.norm_eps not in (None, eps):
+        facts["set_norm_eps"] = backbone.info.norm_eps  # no argument of timm's says it; the card's snippet does
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return config
 
 
-def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: Mapping[str, Any]) -> Pairs:
-    """Every block's output and the final tokens, as timm itself gives them."""
+def _build(config: Mapping[str, Any]) -> Any:
+    """What timm builds of a config, without memory for its weights."""
+    given = config["model_args"].items()
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return timm.create_model(config["architecture"], pretrained=False, num_classes=0, **arguments)
+
+
+def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, Any]) -> Pairs:
+    """Every block's output and the final tokens, as timm itself gives them after the lines of the card's snippet."""
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except Exception as error:  # whatever timm raises for weights that do not fit the model it builds
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"--format timm: timm cannot rebuild {backbone.info.architecture} ({reason})") from error
-    reloaded = Backbone(model, backbone.info)
+    reloaded = Backbone.wrap(model) if isinstance(model, CapiVisionTransformer) else Backbone(model, backbone.info)
     reloaded.use_math_attention()  # the same kernel on both sides
-    yield from zip(_outputs(backbone.model, images), _outputs(reloaded.model, images), strict=True)
+    ours = _outputs(backbone, images)
+    if "set_norm_eps" in facts:
+        plain = zip(ours, _outputs(reloaded, images), strict=True)
+        facts["difference_with_timms_norm_eps"] = max(float((a - b).abs().max()) for a, b in plain)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = facts["set_norm_eps"]
+    yield from zip(ours, _outputs(reloaded, images), strict=True)
 
 
-def _outputs(model: Any, images: Tensor) -> list[Tensor]:
-    final, blocks = model.forward_intermediates(images, output_fmt="NCHW")
-    return [*blocks, final]
+def _outputs(backbone: Backbone, images: Tensor) -> list[Tensor]:
+    if isinstance(backbone.model, CapiVisionTransformer):  # its blocks need positions, which timm's loop does not give
+        depth = backbone.info.depth
+        final, blocks = backbone.run_blocks(backbone.embed(images), 0, depth, range(depth))
+        return [*blocks.values(), backbone.final_norm(final)]
+    final, intermediates = backbone.model.forward_intermediates(images, output_fmt="NCHW")
+    return [*intermediates, final]
 
 
 def _default(model: Any, key: str, otherwise: str) -> Any:

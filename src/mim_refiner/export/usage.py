@@ -37,14 +37,22 @@ def _timm(info: BackboneInfo, facts: Mapping[str, Any], block: int, pooling: str
     else:
         options, unpack = "", "[patches]"
     features = "prefix[:, 0]  # class token" if pooling == "cls" else "patches.mean(dim=(2, 3))  # mean of patch tokens"
-    # Kinds of ViT that timm has not, and that importing this package registers with it.
-    own = ("vit_postnorm", "vit_capi")
+    # A kind of ViT that timm has not, and that importing this package registers with it.
+    own = "vit_postnorm"
     register = "import mim_refiner.checkpoints  # registers this kind of ViT with timm\n"
+    eps = ""
+    if "set_norm_eps" in facts:
+        eps = f"""for module in model.modules():
+    if isinstance(module, torch.nn.LayerNorm):
+        module.eps = {facts["set_norm_eps"]}  # no argument of timm's says it
+"""
+    if info.architecture.startswith("vit_capi"):  # its blocks need positions, which timm's own loop does not give
+        return _own_reader(info, block, pooling, norm)
     return f"""
 import timm, torch
 {register if info.architecture.startswith(own) else ""}
 model = timm.create_model("local-dir:{FOLDER}", pretrained=True).eval()
-{_images(info)}
+{eps}{_images(info)}
 with torch.inference_mode():
     {unpack} = model.forward_intermediates(
         images, indices=[{block % info.depth}], norm={norm}, intermediates_only=True{options}
@@ -92,10 +100,20 @@ images = (images - mean[:, None, None]) / std[:, None, None]
 def _released(info: BackboneInfo, facts: Mapping[str, Any], block: int, pooling: str, norm: bool) -> str:
     return f"""
 import torch
+
+# For the code of the published encoders:
+state_dict = torch.load("{FOLDER}/model.th", weights_only=True)["state_dict"]
+
+# Or with this package:
+{_own_reader(info, block, pooling, norm).strip()}"""
+
+
+def _own_reader(info: BackboneInfo, block: int, pooling: str, norm: bool) -> str:
+    return f"""
+import torch
 from mim_refiner import load_backbone
 
-state_dict = torch.load("{FOLDER}/model.th", weights_only=True)["state_dict"]  # for the code of the published encoders
-model = load_backbone("{FOLDER}")  # or, with this package
+model = load_backbone("{FOLDER}")
 {_images(info)}
 with torch.inference_mode():
     [output] = model.forward_blocks(images, [{block}], norm={norm})

@@ -34,8 +34,8 @@ class Format:
     tolerance: float
     reader: str  # who loads the result, for messages
     compared: str  # what the comparison covers
-    write: Callable[[Backbone, Path, Mapping[str, Any]], dict[str, Any]]  # (encoder, folder, facts) -> config.json
-    pairs: Callable[[Backbone, Path, Tensor, Mapping[str, Any]], Pairs]  # ... images -> (expected, exported) tensors
+    write: Callable[[Backbone, Path, dict[str, Any]], dict[str, Any]]  # (encoder, folder, facts) -> config.json
+    pairs: Callable[[Backbone, Path, Tensor, dict[str, Any]], Pairs]  # ... images -> (expected, exported) tensors
 
 
 def write_export(
@@ -80,7 +80,7 @@ def write_export(
     }
 
 
-def _check(format: Format, backbone: Backbone, folder: Path, images: CheckImages, own: Mapping[str, Any]) -> Parity:
+def _check(format: Format, backbone: Backbone, folder: Path, images: CheckImages, own: dict[str, Any]) -> Parity:
     with torch.random.fork_rng(devices=[]), torch.inference_mode():  # libraries draw weights before they load them
         pairs = format.pairs(backbone, folder, images.pixels, own)
         what = f"the model as {format.reader} loads it"
