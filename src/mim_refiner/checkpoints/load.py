@@ -15,14 +15,18 @@ from mim_refiner.checkpoints.accounting import Plan, account, coverage, some
 from mim_refiner.checkpoints.build import adapt_channels, build, untouched_random_state
 from mim_refiner.checkpoints.catalog import UNKNOWN_LICENCE, family_licence
 from mim_refiner.checkpoints.detect import detect
-from mim_refiner.checkpoints.families import Converted, Wishes
+from mim_refiner.checkpoints.families import FAMILIES, Converted, Wishes
+from mim_refiner.checkpoints.families.own import own_family
 from mim_refiner.checkpoints.families.timm_format import OWN_FACTS
+from mim_refiner.checkpoints.options import split_options
 from mim_refiner.checkpoints.resolve import read_source
 from mim_refiner.checkpoints.store import Contents
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import RULES
 from mim_refiner.types import CheckpointReport
+
+KeyMapLike = Mapping[str, Any] | str | Path | None
 
 
 class PartialCheckpointWarning(UserWarning):
@@ -36,6 +40,7 @@ def load_backbone(
     num_heads: int | None = None,
     in_chans: int | None = None,
     encoder: str | None = None,
+    key_map: KeyMapLike = None,
     strict: bool = True,
 ) -> Backbone:
     """Load an encoder, in eval mode, float32, on the CPU.
@@ -45,13 +50,15 @@ def load_backbone(
     ``image_size`` (pixels; default: that of the file's position table) resizes the table by the family's own rule
     (``info.position_rule``). ``num_heads`` is needed for files of non-standard width: weights do not tell it.
     ``in_chans`` other than the file's adapts the first convolution. ``encoder`` chooses one of several in the file
-    ("teacher", "student", ...; by default the running average). ``strict=False`` loads an incomplete file: a
+    ("teacher", "student", ...; by default the running average). ``key_map`` (mapping or YAML file, see families/own.py)
+    names the tensors of an encoder of one's own. ``strict=False`` loads an incomplete file: a
     PartialCheckpointWarning says which tensors stay random.
+    Every option but strict can also stand in the source: "FILE::num_heads=4,encoder=student".
     Raises CheckpointError (unreadable, unsafe, unknown, incomplete, non-finite) and InputError (unusable argument, or
     one that is needed).
     """
-    wishes = Wishes(_pair(image_size), num_heads, in_chans, encoder)
-    plan = _plan(source, wishes)
+    source, wishes, key_map = _merge(source, Wishes(_pair(image_size), num_heads, in_chans, encoder), key_map)
+    plan = _plan(source, wishes, key_map)
     converted = plan.converted
     if converted.num_heads == 0:
         raise InputError(
@@ -73,14 +80,20 @@ def load_backbone(
 
 
 def inspect_checkpoint(
-    source: str | Path, *, encoder: str | None = None, num_heads: int | None = None
+    source: str | Path,
+    *,
+    num_heads: int | None = None,
+    in_chans: int | None = None,
+    encoder: str | None = None,
+    key_map: KeyMapLike = None,
 ) -> CheckpointReport:
     """What ``source`` is and what :func:`load_backbone` would do with every tensor in it; builds no weights.
 
-    ``encoder`` chooses one of several in the file, ``num_heads`` fills in what the weights do not tell. An incomplete
-    file is reported, not refused. Raises CheckpointError if it cannot be read safely or is of no known family.
+    The options are those of :func:`load_backbone`. An incomplete file is reported, not refused. Raises CheckpointError
+    if it cannot be read safely or is of no known family, InputError for an unusable option.
     """
-    plan = _plan(source, Wishes(num_heads=num_heads, encoder=encoder))
+    source, wishes, key_map = _merge(source, Wishes(None, num_heads, in_chans, encoder), key_map)
+    plan = _plan(source, wishes, key_map)
     converted = plan.converted
     known_heads = converted.num_heads != 0
     with torch.device("meta"):
@@ -114,9 +127,21 @@ def inspect_checkpoint(
     )
 
 
-def _plan(source: str | Path, wishes: Wishes) -> Plan:
+def _merge(source: str | Path, wishes: Wishes, key_map: KeyMapLike) -> tuple[str, Wishes, KeyMapLike]:
+    """(source, wishes, key map) with the options that stand in the source; arguments win over them."""
+    bare, options = split_options(source)
+    merged = Wishes(
+        image_size=wishes.image_size or options.image_size,
+        num_heads=wishes.num_heads or options.num_heads,
+        in_chans=options.in_chans if wishes.in_chans is None else wishes.in_chans,
+        encoder=wishes.encoder or options.encoder,
+    )
+    return bare, merged, options.key_map if key_map is None else key_map
+
+
+def _plan(source: str, wishes: Wishes, key_map: KeyMapLike) -> Plan:
     contents = read_source(source)
-    detected = detect(contents, wishes)
+    detected = detect(contents, wishes, FAMILIES if key_map is None else (own_family(key_map),))
     converted = detected.family.convert(detected.view, wishes)
     converted = _with_own_facts(converted, contents)
     if wishes.in_chans is not None:

@@ -14,7 +14,8 @@ from mim_refiner.errors import CheckpointError, did_you_mean
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
 _WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".th")
-_HUB_FILES = ["config.json", *_WEIGHT_FILES]
+_PREPROCESSOR = "preprocessor_config.json"  # of transformers: mean and std of the images
+_HUB_FILES = ["config.json", _PREPROCESSOR, *_WEIGHT_FILES]
 
 
 def read_source(source: str | Path) -> Contents:
@@ -46,6 +47,8 @@ def _read_folder(folder: Path) -> Contents:
     elif (folder / "recipe.yaml").exists() and not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: this run has no export/ yet; run its command again to finish it")
     config = read_config(folder)
+    if (folder / _PREPROCESSOR).exists():
+        config["preprocessor"] = read_config(folder, _PREPROCESSOR)
     contents = read_checkpoint(_weight_file(folder), config=config)
     return replace(contents, source=str(folder))
 

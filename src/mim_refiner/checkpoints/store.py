@@ -74,9 +74,9 @@ def read_checkpoint(path: Path, *, config: Mapping[str, Any] | None = None) -> C
     return Contents(source=str(path), sections=sections, config=config, numbers=dict(_numbers(payload, "")))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """The config.json of ``folder`` as a dict; CheckpointError if missing or no JSON object."""
-    path = folder / "config.json"
+    path = folder / name
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -9,11 +9,15 @@ import typer
 from mim_refiner.cli.common import (
     DataOption,
     DeviceOption,
+    EncoderOption,
+    HeadsOption,
     JsonOption,
+    KeyMapOption,
     ModelOption,
     OverwriteOption,
     QuietOption,
     execute,
+    model_source,
 )
 
 FileOption = Annotated[
@@ -55,6 +59,9 @@ def embed(
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
+    encoder: EncoderOption = None,
+    num_heads: HeadsOption = None,
+    key_map: KeyMapOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -65,7 +72,7 @@ def embed(
         run,
         as_json=as_json,
         quiet=quiet,
-        model=model,
+        model=model_source(model, encoder=encoder, num_heads=num_heads, key_map=key_map),
         data=data,
         out=out,
         block=block,

@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from mim_refiner.cli.common import DeviceOption, JsonOption, ModelOption, OutOption, QuietOption, execute
+from mim_refiner.cli.common import (
+    DeviceOption,
+    EncoderOption,
+    HeadsOption,
+    JsonOption,
+    KeyMapOption,
+    ModelOption,
+    OutOption,
+    QuietOption,
+    execute,
+    model_source,
+)
 
 FormatOption = Annotated[
     Literal["timm", "hf", "onnx", "refiner"],
@@ -57,6 +68,9 @@ def export(
     push_to_hub: PushOption = None,
     private: PrivateOption = False,
     device: DeviceOption = "auto",
+    encoder: EncoderOption = None,
+    num_heads: HeadsOption = None,
+    key_map: KeyMapOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -67,7 +81,7 @@ def export(
         run,
         as_json=as_json,
         quiet=quiet,
-        model=model,
+        model=model_source(model, encoder=encoder, num_heads=num_heads, key_map=key_map),
         format=format,
         out=out,
         block=block,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mim_refiner.checkpoints.load import load_backbone
+from mim_refiner.checkpoints.options import bare_source
 from mim_refiner.commands.runs import open_images
 from mim_refiner.core.device import pick_device
 from mim_refiner.errors import InputError, did_you_mean
@@ -59,9 +60,10 @@ def export(
     if push_to_hub:
         check_repository(push_to_hub)
     pick_device(device)
-    _check_place(model, Path(out))
+    bare = bare_source(model)
+    _check_place(bare, Path(out))
     backbone = load_backbone(model, image_size=image_size)
-    card, facts = _about(model, backbone, block, pooling, norm)
+    card, facts = _about(bare, backbone, block, pooling, norm)
     if format == "onnx":
         facts["batch"] = _batch(batch)
         check_options(backbone, facts["block"], facts["pooling"], facts["batch"])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mim_refiner.checkpoints.options import bare_source
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError
@@ -31,7 +32,7 @@ def open_images(spec: str, reporter: Reporter) -> ImageSet:
 def refuse_to_overwrite_inputs(out: str, overwrite: bool, **sources: str | None) -> None:
     """Raise InputError when ``overwrite`` would delete a source, {option: path}, because it lies inside ``out``."""
     for option, source in sources.items() if overwrite else ():
-        path = Path((source or "").removeprefix("local-dir:").partition("[")[0]).expanduser()
+        path = Path(bare_source(source or "").removeprefix("local-dir:").partition("[")[0]).expanduser()
         if source and path.exists() and path.resolve().is_relative_to(Path(out).resolve()):
             flag = "--" + option.replace("_", "-")
             raise InputError(f"{flag} {source} lies in {out}, which --overwrite would delete; choose another --out")

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from mim_refiner.errors import InputError
 from mim_refiner.models.positions import RULES, Grid, resize_absolute, resize_relative
 from mim_refiner.models.postnorm import PostNormVisionTransformer
-from mim_refiner.models.runners import runner_for
+from mim_refiner.models.runners import free_image_size, runner_for
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, check_image_size, create_vit
 from mim_refiner.types import BackboneInfo, BlockOutput
 
@@ -72,6 +72,8 @@ class Backbone(nn.Module):
             raise InputError(f"position rule '{position_rule}' is unknown; use {', '.join(RULES)}")
         if runner is not None:
             runner.prepare(model)
+        else:
+            free_image_size(model)
         in_chans, structure = _in_channels(model), _structure(model)
         info = BackboneInfo(
             family=family,
@@ -220,7 +222,8 @@ class Backbone(nn.Module):
         parameters = dict(self.model.named_parameters())
         for name, table in resized.items():  # in place of timm's own resizing
             parameters[name].copy_(table)
-        self.info = replace(self.info, image_size=image_size)
+        rule = self.info.position_rule.removesuffix("_transposed")  # a resized table is in order
+        self.info = replace(self.info, image_size=image_size, position_rule=rule)
 
     def grid_of(self, image_size: tuple[int, int]) -> Grid:
         """Rows and columns of patches of an image of (H, W) pixels."""
@@ -262,8 +265,15 @@ class Backbone(nn.Module):
             options["return_prefix_tokens"] = True
         try:
             intermediates = self.model.forward_intermediates(images, output_fmt="NCHW", **options)
-        except AssertionError as error:  # timm's way to refuse an image size
-            raise InputError(f"{self.info.architecture} refuses images {tuple(images.shape)}: {error}") from error
+        except (AssertionError, RuntimeError) as error:  # timm's ways to refuse an image size
+            height, width = images.shape[-2:]
+            if (height, width) == self.info.image_size:
+                raise
+            native = "x".join(map(str, self.info.image_size))
+            raise InputError(
+                f"{self.info.architecture} takes images of {native} pixels only, got {height}x{width}; give every view "
+                "and image that size, or load it with another image_size"
+            ) from error
         outputs = {index: _as_tokens(value) for index, value in zip(indices, intermediates, strict=True)}
         return outputs[stop - 1], {index: outputs[index] for index in indices if index in wanted}
 

@@ -31,7 +31,7 @@ class GridAttention(Attention):  # type: ignore[misc]
         return super().forward(x, shared_rel_pos_bias=None if own else shared_rel_pos_bias)  # type: ignore[no-any-return]
 
     def _get_rel_pos_bias(self) -> Tensor:
-        if self._wanted is None or self._wanted.grid == tuple(self.window_size):
+        if self._wanted is None:
             return super()._get_rel_pos_bias()  # type: ignore[no-any-return]
         return relative_bias(self.relative_position_bias_table, tuple(self.window_size), *self._wanted)
 

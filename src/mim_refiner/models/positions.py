@@ -17,6 +17,7 @@ RULES = {
     "bicubic": "bicubic without antialiasing; relative: linear at geometrically spaced distances",
     "dino": "bicubic without antialiasing, scale computed with an offset of 0.1",
     "hf": "bicubic without antialiasing; relative: bilinear",
+    "hf_transposed": "bicubic without antialiasing; relative: bilinear, rows and columns exchanged (as transformers)",
 }
 _CLASS_ENTRIES = 3  # of a relative table: class token to patch, patch to class token, class token to itself
 
@@ -42,11 +43,12 @@ def resize_absolute(table: Tensor, old: Grid, new: Grid, *, num_prefix: int, rul
 
 def resize_relative(table: Tensor, old: Grid, new: Grid, *, rule: str) -> Tensor:
     """BEiT's table [(2 rows - 1)(2 columns - 1) + 3, K] of grid ``old`` for grid ``new``; differentiable."""
-    if old == new:
+    if old == new and rule != "hf_transposed":
         return table
-    if rule == "hf":
+    if rule in ("hf", "hf_transposed"):
         distances, rest = table[:-_CLASS_ENTRIES], table[-_CLASS_ENTRIES:]
-        image = distances.reshape(1, *_span(old), -1).permute(0, 3, 1, 2)
+        shape = _span(old) if rule == "hf" else _span(old)[::-1]
+        image = distances.reshape(1, *shape, -1).permute(0, 3, 1, 2)
         image = F.interpolate(image, size=_span(new), mode="bilinear")
         return torch.cat([image.permute(0, 2, 3, 1).flatten(0, 2), rest])
     return _geometric(old, new).to(table) @ table

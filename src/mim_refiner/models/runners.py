@@ -114,6 +114,15 @@ class EvaRunner(PlainRunner):
         return (context[index] if isinstance(context, list) else context,)
 
 
+def free_image_size(model: Any) -> None:
+    """Let a built Swin take other image sizes: its windows are padded and their masks computed for each size."""
+    masked = [module for module in model.modules() if hasattr(module, "dynamic_mask")]
+    if masked and hasattr(model, "patch_embed"):
+        model.patch_embed.strict_img_size = False
+        for module in masked:
+            module.dynamic_mask = True
+
+
 _RUNNERS: dict[type, PlainRunner] = {
     VisionTransformer: PlainRunner(),
     PostNormVisionTransformer: PlainRunner(),

@@ -32,10 +32,16 @@ def convert(view: View, wishes: Wishes) -> Converted:
         **hf.mean_and_std(view, BEIT_MEAN, BEIT_STD),
         norm_eps=hf.norm_eps(view),
         without=_without(view, mapped.tensors),
-        position_rule="hf",
+        position_rule=_position_rule(mapped.tensors, beit.arguments["img_size"]),
         pooling="mean",
         notes=beit.notes,
     )
+
+
+def _position_rule(tensors: Mapping[str, Tensor], image_size: tuple[int, int]) -> str:
+    """transformers reads a relative table columns first, which matters where the image is no square."""
+    relative = any(name.endswith("relative_position_bias_table") for name in tensors)
+    return "hf_transposed" if relative and image_size[0] != image_size[1] else "hf"
 
 
 def _without(view: View, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

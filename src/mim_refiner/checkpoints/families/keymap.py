@@ -44,6 +44,10 @@ class KeyMap:
         ]
         self._backward = [(_pattern(target), sources) for sources, target in self._rules]
 
+    def knows(self, name: str) -> bool:
+        """Whether the source format has a tensor of this name in the encoder."""
+        return self._target(name) is not None
+
     def to_timm(self, state: Mapping[str, Tensor]) -> Mapped:
         """Rename and join; a joined tensor appears only if all its parts are there."""
         parts: dict[str, dict[int, str]] = {}
