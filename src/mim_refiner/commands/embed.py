@@ -53,11 +53,7 @@ def embed(
     """
     reporter = reporter or NullReporter()
     path = Path(out).expanduser()
-    check_ending(path)
-    if path.is_dir():
-        raise InputError(f"--out {path}: is a folder; name a file in it")
-    if precision not in ("fp32", "bf16", "auto"):
-        raise InputError(f"--precision {precision}: unknown; use fp32, bf16 or auto")
+    _check_arguments(path, precision)
     torch_device = pick_device(device)
     backbone = load_backbone(model)
     spec = FeatureSpec.choose(
@@ -103,6 +99,14 @@ def embed(
     write_json(manifest_file, manifest)
     parts.remove()
     return _result(path, manifest_file, manifest, images_per_s=speed)
+
+
+def _check_arguments(path: Path, precision: str) -> None:
+    check_ending(path)
+    if path.is_dir():
+        raise InputError(f"--out {path}: is a folder; name a file in it")
+    if precision not in ("fp32", "bf16", "auto"):
+        raise InputError(f"--precision {precision}: unknown; use fp32, bf16 or auto")
 
 
 def _settings(spec: FeatureSpec, backbone: Backbone, images: ImageSet, device: str) -> dict[str, Any]:

@@ -63,8 +63,7 @@ def _title(info: BackboneInfo, card: Mapping[str, Any]) -> str:
 def _facts_table(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     rows = {
         "Architecture": f"{info.architecture}, {info.depth} blocks, width {info.embed_dim}, {info.num_heads} heads",
-        "Input": f"{info.image_size[0]}x{info.image_size[1]} px or any multiple of the patch "
-        f"({info.patch_size[0]}x{info.patch_size[1]}), {info.in_chans} channels",
+        "Input": _input(info, facts),
         "Normalisation": f"mean {_numbers(info.mean)}, std {_numbers(info.std)} on the 0-1 scale",
         "Base weights": card.get("base") or facts.get("base") or "not recorded",
         "Family": info.family,
@@ -76,6 +75,16 @@ def _facts_table(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str
     }
     lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _input(info: BackboneInfo, facts: Mapping[str, Any]) -> str:
+    (height, width), (rows, columns) = info.image_size, info.patch_size
+    sizes = {
+        "onnx": f", batch {facts.get('batch', 'dynamic')}",
+        "hf": "; other sizes with interpolate_pos_encoding=True, where transformers resizes positions by its own rule",
+    }
+    other = sizes.get(facts.get("format", "timm"), f" or any multiple of the patch ({rows}x{columns})")
+    return f"{info.in_chans} channels, {height}x{width} px{other}"
 
 
 def _licence(info: BackboneInfo) -> str:
