@@ -13,6 +13,7 @@ from timm.models import is_model_in_modules
 from torch import nn
 
 from mim_refiner.checkpoints.families import Converted
+from mim_refiner.checkpoints.limits import check_architecture, check_arguments
 from mim_refiner.checkpoints.store import one_line
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models import capi, postnorm  # noqa: F401  (registers their architectures with timm)
@@ -26,14 +27,17 @@ def build(converted: Converted, where: str) -> Any:
     arguments = dict(converted.arguments)
     if converted.num_heads > 0:
         arguments["num_heads"] = converted.num_heads
+    check_architecture(converted.architecture, where)
+    check_arguments(arguments, where)
     try:
         if is_model_in_modules(converted.architecture.partition(".")[0], _VIT_MODULES):
             model: Any = create_vit(converted.architecture, **arguments)
         else:
             model = timm.create_model(converted.architecture, pretrained=False, num_classes=0, **arguments)
-    except (InputError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except (InputError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise CheckpointError(
-            f"{where}: timm cannot build '{converted.architecture}' as described ({one_line(error)})"
+            f"{where}: timm cannot build '{converted.architecture}' as described ({one_line(error)}); correct its "
+            "config.json, or take the files from their source again"
         ) from error
     for name in converted.without:
         setattr(model, name, nn.Identity())

@@ -20,7 +20,7 @@ from mim_refiner.checkpoints.families.own import own_family
 from mim_refiner.checkpoints.families.timm_format import OWN_FACTS
 from mim_refiner.checkpoints.options import split_options
 from mim_refiner.checkpoints.resolve import read_source
-from mim_refiner.checkpoints.store import Contents
+from mim_refiner.checkpoints.store import Contents, one_line
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import RULES
@@ -65,12 +65,14 @@ def load_backbone(
             f"{source}: {converted.arguments['depth']} blocks of width {converted.arguments['embed_dim']} do not "
             "tell the number of attention heads; pass num_heads= (--num-heads)"
         )
+    with torch.device("meta"):  # shapes are compared before any memory is taken
+        sketch = build(converted, plan.contents.source)
+    records, missing, unplaced = account(plan, sketch)
+    if missing or unplaced:
+        _complain(str(source), len(sketch.state_dict()), missing, unplaced, strict)
+    _check_numbers(converted.tensors, sketch, str(source))
     with untouched_random_state():
         model = build(converted, plan.contents.source)
-    records, missing, unplaced = account(plan, model)
-    if missing or unplaced:
-        _complain(str(source), len(model.state_dict()), missing, unplaced, strict)
-    _check_finite(converted.tensors, str(source))
     placed = [record.target for record in records if record.target is not None]
     model.load_state_dict({name: converted.tensors[name] for name in placed}, strict=False)
     backbone = _wrap(plan, model, source=str(source), coverage=coverage(model, missing))
@@ -142,7 +144,14 @@ def _merge(source: str | Path, wishes: Wishes, key_map: KeyMapLike) -> tuple[str
 def _plan(source: str, wishes: Wishes, key_map: KeyMapLike) -> Plan:
     contents = read_source(source)
     detected = detect(contents, wishes, FAMILIES if key_map is None else (own_family(key_map),))
-    converted = detected.family.convert(detected.view, wishes)
+    try:
+        converted = detected.family.convert(detected.view, wishes)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Shapes and config entries of a damaged file can fail anywhere; all mean the same to the user.
+        raise CheckpointError(
+            f"{contents.source}: its tensors or its config.json do not fit the family '{detected.family.name}' "
+            f"({type(error).__name__}: {one_line(error, 100)}); take the files from their source again"
+        ) from error
     converted = _with_own_facts(converted, contents)
     if wishes.in_chans is not None:
         converted = adapt_channels(converted, wishes.in_chans)
@@ -208,9 +217,16 @@ def _complain(source: str, total: int, missing: list[str], unplaced: list[str], 
     warnings.warn(text + consequence, PartialCheckpointWarning, stacklevel=3)
 
 
-def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+def _check_numbers(tensors: dict[str, Tensor], model: Any, source: str) -> None:
+    """Weights are real, finite numbers; CheckpointError names the first that is not."""
+    expected = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if expected.get(name) and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{source}: {name} holds {kind} numbers instead of floats; save the weights as floats"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise CheckpointError(
                 f"{source}: {name} holds NaN or infinite values; the file is unusable, take an earlier one"
             )

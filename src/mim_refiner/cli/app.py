@@ -19,6 +19,7 @@ from mim_refiner.cli.embed import embed
 from mim_refiner.cli.evaluate import evaluate
 from mim_refiner.cli.export import export
 from mim_refiner.cli.inspect import inspect
+from mim_refiner.cli.models import models
 from mim_refiner.cli.pretrain import pretrain
 from mim_refiner.cli.refine import refine
 from mim_refiner.errors import MimRefinerError, did_you_mean
@@ -82,6 +83,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         f"{PROGRAM} export --model runs/photos --format onnx --block 8 --pooling mean --out photos-onnx",
     ),
     inspect: (f"{PROGRAM} inspect mae_pretrain_vit_base.pth",),
+    models: (f"{PROGRAM} models", f"{PROGRAM} models mae_l16"),
 }
 for verb, lines in EXAMPLES.items():
     app.command(epilog=example(*lines))(verb)

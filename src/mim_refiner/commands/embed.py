@@ -68,7 +68,7 @@ def embed(
     )
     source = open_source(data)
     source.stream()
-    images = ImageSet(source, cache=False)
+    images = ImageSet(source, cache=False, channels=backbone.info.in_chans)
     reporter.message(f"data: {images.description}, {len(images)} images")
     settings = _settings(spec, backbone, images, torch_device.type)
     manifest_file = path.with_name(path.name + ".manifest.json")

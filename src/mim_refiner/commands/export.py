@@ -69,7 +69,7 @@ def export(
         check_options(backbone, facts["block"], facts["pooling"], facts["batch"])
     elif facts["pooling"] == "tokens":
         raise InputError(f"--pooling tokens is for --format onnx; the {format} format always gives all tokens")
-    images = check_images(backbone.info, open_images(data, reporter) if data else None)
+    images = check_images(backbone.info, open_images(data, reporter, channels=backbone.info.in_chans) if data else None)
     report = write_export(FORMATS[format], backbone, out, card=card, facts=facts, images=images)
     features = {key: facts[key] for key in ("block", "pooling", "norm")}
     if push_to_hub:

@@ -21,9 +21,9 @@ from mim_refiner.training.state import RunFolder
 SMALL_PIXELS = 64  # side in pixels up to which images count as small
 
 
-def open_images(spec: str, reporter: Reporter) -> ImageSet:
-    """Open and, when they fit, decode all images; raises DataError."""
-    images = ImageSet(open_source(spec))
+def open_images(spec: str, reporter: Reporter, *, channels: int = 3) -> ImageSet:
+    """Open and, when they fit, decode all images, for an encoder of ``channels``; raises DataError."""
+    images = ImageSet(open_source(spec), channels=channels)
     labels = "no labels" if images.labels is None else f"{len(np.unique(images.labels))} classes"
     reporter.message(f"data: {images.description}, {len(images)} images, {labels}")
     return images

@@ -80,7 +80,7 @@ class FeatureSpec:
         """How an image becomes the encoder's input, in words that a program reads."""
         ratio = default_crop_ratio(self.image_size)
         return {
-            "channels": "RGB",
+            "channels": "RGB" if info.in_chans == 3 else info.in_chans,
             "resize_shorter_side": round(self.image_size / ratio),
             "interpolation": "bicubic",
             "center_crop": self.image_size,

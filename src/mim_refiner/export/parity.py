@@ -65,7 +65,7 @@ def check_images(info: BackboneInfo, images: ImageSet | None = None, source: str
     if batch is None:
         raise DataError(f"{images.description}: none of the first images can be read; give readable ones")
     top, left = (max(height, width) - height) // 2, (max(height, width) - width) // 2
-    pixels = batch[0][:, torch.arange(info.in_chans) % 3, top : top + height, left : left + width]
+    pixels = batch[0][:, torch.arange(info.in_chans) % batch[0].shape[1], top : top + height, left : left + width]
     return CheckImages(normalize(pixels, info.mean, info.std), source or images.description)
 
 
