@@ -85,7 +85,7 @@ class Backbone(nn.Module):
             coverage=coverage,
             source=source,
             position_rule=position_rule,
-            norm_eps=_norm_eps(model),
+            norm_eps=norm_eps(model),
             pooling=pooling or ("cls" if structure["has_cls"] else "mean"),
             **structure,
         )
@@ -325,7 +325,7 @@ def _per_channel(given: Sequence[float] | None, imagenet: tuple[float, ...], cha
     return imagenet if channels == 3 else (sum(imagenet) / 3,) * channels
 
 
-def _norm_eps(model: nn.Module) -> float | None:
+def norm_eps(model: nn.Module) -> float | None:
     """The constant in the norms of the blocks; None where there is none, or several."""
     found = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.eps}
     return float(found.pop()) if len(found) == 1 else None

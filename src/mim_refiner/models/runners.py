@@ -36,7 +36,7 @@ class PlainRunner:
         """Tokens [B, P+N, D] that enter block 0, for images [B, C, H, W]."""
         x = model.patch_embed(images)
         grid, tokens = (x.shape[1], x.shape[2]), x.flatten(1, 2)
-        prefix = [token.expand(len(x), -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]
         table = model.pos_embed
         if table is not None:
             num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
@@ -79,7 +79,7 @@ class BeitRunner(PlainRunner):
 
     def embed(self, model: Any, images: Tensor, rule: str) -> Tensor:
         tokens = model.patch_embed(images)
-        tokens = torch.cat([model.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = torch.cat([model.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         if model.pos_embed is not None:
             native = tuple(model.patch_embed.grid_size)
             grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
