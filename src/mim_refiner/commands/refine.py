@@ -19,6 +19,7 @@ from mim_refiner.commands.runs import list_skipped, open_images, refuse_to_overw
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.launch import join_processes
+from mim_refiner.core.layer_decay import negligible_blocks
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
@@ -43,7 +44,6 @@ from mim_refiner.training.step import refuse_batch_dependent
 from mim_refiner.training.trainer import LoopSettings, fit
 
 
-@stops_cleanly
 def refine(
     *,
     data: str,
@@ -86,6 +86,7 @@ def refine(
     )
 
 
+@stops_cleanly
 def refine_and_compare(
     *,
     data: str,
@@ -279,6 +280,9 @@ def resolve(recipe: RefineRecipe, backbone: Backbone) -> RefineRecipe:
             f"heads.blocks: block {wrong[0]} is out of range; the encoder has blocks 0 to {info.depth - 1}"
         )
     recipe.heads.blocks = sorted({int(block) % info.depth for block in recipe.heads.blocks})
+    if recipe.freeze_below:
+        still = negligible_blocks(info.depth, recipe.refinement.layer_decay, recipe.freeze_below)
+        recipe.frozen_blocks = max(recipe.frozen_blocks, min(still, recipe.heads.blocks[0]))
     if recipe.heads.pooling == "auto":
         recipe.heads.pooling = "cls" if info.has_cls else "mean"
     if recipe.views.global_size is None:

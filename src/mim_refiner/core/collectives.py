@@ -97,7 +97,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over ranks.
 
     One exchange after the backward pass, in buckets: the micro-batches of a cached step have several backward passes,
-    and the exchange takes about a hundredth of a step of twelve views (docs/scale.md).
+    so DistributedDataParallel's overlap would not fit; the exchange is a small part of a step (docs/scale.md).
     """
     if not is_distributed():
         return

@@ -55,9 +55,18 @@ def watched(iterator: Iterator[_T]) -> Iterator[_T]:
 def end_workers(loader: DataLoader[Any] | None) -> None:
     """Kill what is left of a loader's processes; a hanging one does not hear a friendlier word."""
     iterator = getattr(loader, "_iterator", None)
-    for worker in getattr(iterator, "_workers", []):
-        if worker.is_alive():
+    if iterator is None:
+        return
+    theirs = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    quiet = theirs is not None and _set(lambda number, frame: None)  # these deaths are no news
+    try:
+        for worker in iterator._workers:
             worker.kill()
+            worker.join()
+        iterator._shutdown_workers()
+    finally:
+        if quiet:
+            _set(theirs)
 
 
 def _set(handler: Any) -> bool:

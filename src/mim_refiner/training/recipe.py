@@ -111,6 +111,7 @@ class RefineRecipe(Recipe):
     warmup: Phase = Phase(epochs=20, base_lr=2e-4)
     refinement: Phase = Phase(epochs=30, base_lr=4e-4, top_k=20, layer_decay=0.65)
     frozen_blocks: NonNegativeInt = 0  # stem and first blocks stay as they are
+    freeze_below: NonNegativeFloat = 0.0  # freezes also the first blocks whose layer-decay scale is below; 0: none
     # Memory; neither changes what a step computes.
     micro_batch: PositiveInt | None = None  # images a process holds activations of at a time; None: its whole batch
     checkpointing: bool = False  # keep block inputs only and compute the rest again in the backward pass
