@@ -54,7 +54,7 @@ def run_and_kill(kills: int, seed: int, run: Path, arguments: list[str]) -> int:
     hits = 0
     for _ in range(kills):
         hits += killed(attempt(arguments), run, draw)
-    print(hits, flush=True)
+    print(f"kills that hit: {hits}", file=sys.stderr, flush=True)
     return os.waitstatus_to_exitcode(os.waitpid(attempt(arguments), 0)[1])
 
 

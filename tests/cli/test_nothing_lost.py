@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mim_refiner.training.memory import RESERVE
+
 KILLS = int(os.environ.get("MIM_REFINER_KILLS", "5"))  # 20 for the long form
 
 
@@ -35,7 +37,7 @@ def test_random_kills_cost_nothing(mae, unlabelled, cli, finish, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) >= KILLS - 1, "the runs were over before they could be killed"
+    assert int(done.stderr.split("kills that hit:")[1]) >= KILLS - 1, "the runs were over before they could be killed"
     undisturbed = finish(cli.refine(unlabelled, mae.export, tmp_path / "undisturbed", *settings))
     assert weights(tmp_path / "killed") == weights(undisturbed.path)
     records = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
@@ -261,9 +263,9 @@ def test_a_budget_picks_a_micro_batch_that_changes_nothing_else(mae, unlabelled,
     assert refused.code == 2
     assert "the step needs" in refused.err
     assert not (tmp_path / "run").exists()
-    state = cli.call(*words, "--plan", "--json").json["plan"]["memory"]
-    whole, least = (float(state[key].split()[0]) for key in ("plain_step", "one_image_at_a_time"))
-    outcome = cli.call(*words, "--memory-budget", f"{(whole + 2 * least) / 3 / 0.92:.3f}MB")
+    expected = cli.call(*words, "--plan", "--json").json["plan"]["bytes"]
+    budget = (expected["plain_step"] + 2 * expected["one_image_at_a_time"]) / 3 / (1 - RESERVE)
+    outcome = cli.call(*words, "--memory-budget", f"{budget / 1e3:.3f}KB")
     assert outcome.code == 0, outcome.err
     assert "cached step of" in outcome.err
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["micro_batch"] in range(1, 8)

@@ -58,6 +58,7 @@ def plan(
             micro_batch=recipe.micro_batch,
             checkpointing=recipe.checkpointing,
         )
+    sizes = vars(needs) | {"plain_step": needs.whole(), "one_image_at_a_time": needs.cached(1)}
     result: dict[str, Any] = {
         "setting": {
             "micro_batch": picked.micro_batch,
@@ -65,11 +66,8 @@ def plan(
             "peak": format_bytes(picked.peak),
             "why": picked.words,
         },
-        "memory": {name: format_bytes(value) for name, value in vars(needs).items()}
-        | {
-            "plain_step": format_bytes(needs.whole()),
-            "one_image_at_a_time": format_bytes(needs.cached(1)),
-        },
+        "memory": {name: format_bytes(value) for name, value in sizes.items()},
+        "bytes": {"peak": picked.peak, **sizes},
     }
     if refiner.backbone.is_plain_vit:
         chosen = recipe.model_copy(update={"micro_batch": picked.micro_batch, "checkpointing": picked.checkpointing})
