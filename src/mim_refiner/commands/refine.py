@@ -137,17 +137,7 @@ def refine_and_compare(
     job = Refinement(
         refiner, ema, chosen, loader, photometrics, device=torch_device, precision=precision, labels=images.labels
     )
-    monitor = None
-    if bank.labels is not None and chosen.knn_every:
-        monitor = OnlineKnn(
-            backbone,
-            bank,
-            test,
-            blocks=refiner.blocks,
-            pooling=chosen.heads.pooling,
-            device=torch_device,
-            precision=precision,
-        )
+    monitor = make_monitor(job, bank, test) if bank.labels is not None and chosen.knn_every else None
     loop = LoopSettings(seed, torch_device, chosen.log_every, chosen.checkpoint_every, chosen.knn_every)
     with contextlib.closing(loader):
         refined, stopped = train(job, images, run, loop, model, monitor, reporter)
@@ -169,6 +159,20 @@ def refine_and_compare(
     if stopped:
         raise stopped
     return summary
+
+
+def make_monitor(job: Refinement, bank: ImageSet, test: ImageSet | None) -> OnlineKnn:
+    """Online k-NN of the blocks that have heads."""
+    refiner = job.refiner
+    return OnlineKnn(
+        refiner.backbone,
+        bank,
+        test,
+        blocks=refiner.blocks,
+        pooling=refiner.pooling,
+        device=job.device,
+        precision=job.precision,
+    )
 
 
 def train(

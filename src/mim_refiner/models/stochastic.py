@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from timm.layers import DropPath, PatchDropout
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports its machinery at once
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mim_refiner.core.rows import Rows, current_rows
@@ -17,6 +18,7 @@ from mim_refiner.core.rows import Rows, current_rows
 class RowDropPath(DropPath):  # type: ignore[misc]
     """timm's stochastic depth; on a part of a batch it drops what it would drop there of the whole batch."""
 
+    @_disable_dynamo  # a compiled graph draws in its own way, and with a graph otherwise than without
     def forward(self, x: Tensor) -> Tensor:
         rows = current_rows()
         if rows is None or rows.whole or not self.training or self.drop_prob == 0:
@@ -35,6 +37,7 @@ class RowDropout(nn.Dropout):
     Slower than torch's; ViTs of this package's kind have no active dropout.
     """
 
+    @_disable_dynamo
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x

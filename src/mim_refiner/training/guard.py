@@ -92,7 +92,8 @@ class FeatureProbe:
         self.backbone.eval()
         info, pooled = self.backbone.info, []
         for part in crops.split(PROBE_BATCH):
-            with autocast(self.precision, self.device):
+            # compiling for one more shape would take longer than all looks
+            with torch.compiler.set_stance("force_eager"), autocast(self.precision, self.device):
                 inputs = normalize(part.to(self.device), info.mean, info.std)
                 pooled.append(self.backbone.forward_blocks(inputs, [-1])[0].pooled(self.pooling).float().cpu())
         for part_of_model, training in modes.items():
