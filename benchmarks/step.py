@@ -144,7 +144,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "step, plain, with data": lambda: (bench.gradients(bench.augment(bench.crops()), None), bench.update()),
     }
     if options.only:
-        parts = {name: work for name, work in parts.items() if any(word in name for word in options.only.split(","))}
+        parts = {name: work for name, work in parts.items() if any(word in name for word in options.only.split(";"))}
     job = job_of(options, bench)
     name = (
         torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else f"CPU, {options.threads} threads"
@@ -196,7 +196,7 @@ def main() -> None:
     add("--threads", type=int, default=1)
     add("--repeats", type=int, default=3)
     add("--compile", action="store_true", help="torch.compile of the blocks")
-    add("--only", default="", help="parts whose names contain one of these words, separated by commas")
+    add("--only", default="", help="parts whose names contain one of these words, separated by semicolons")
     add(
         "--peak",
         type=float,

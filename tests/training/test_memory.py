@@ -176,7 +176,7 @@ def test_bytes_of_activations_are_those_of_a_trace(precision: str, fused: bool) 
     refiner = make("vit_w192_d8_h3_p8", image=96)
     if not fused:
         refiner.backbone.use_math_attention()
-    needs = measure_needs(refiner, [(96, 2)], 4, precision=precision)
+    needs = measure_needs(refiner, [(96, 2)], 4, precision=precision, waste=1.0)
     shape = EncoderShape(192, 4, 3, 8, image_size=96)  # of its eight blocks the first four run
     expected = 2 * 4 * shape.block_bytes(shape.tokens(96), bf16=precision == "bf16", fused_attention=fused)
     assert expected == pytest.approx(needs.encoder_image, rel=0.2)
