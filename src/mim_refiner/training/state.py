@@ -75,7 +75,7 @@ class RunFolder:
         if problem:
             raise RunFolderError(problem)
         skips = run.path / SKIPS
-        run.skipped = [tuple(pair) for pair in json.loads(skips.read_text())] if skips.exists() else []
+        run.skipped = [(phase, step) for phase, step in json.loads(skips.read_text())] if skips.exists() else []
         return run
 
     def _prepare(self, recipe: dict[str, Any], overwrite: bool) -> None:
@@ -230,7 +230,8 @@ def _digest(state: dict[str, Any]) -> str:
 def _damage(folder: Path) -> str | None:
     try:
         state = json.loads((folder / "state.json").read_text())
-        if state.pop("digest") != _digest(state):
+        digest = state.pop("digest", None)
+        if digest is not None and digest != _digest(state):
             return "state.json was changed"
         hashes = state["sha256"]
         wrong = [name for name, digest in hashes.items() if file_sha256(folder / name) != digest]
