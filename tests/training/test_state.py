@@ -155,7 +155,7 @@ def test_a_disk_that_refuses_is_one_clear_line_and_leaves_nothing(
             raise error
 
         monkeypatch.setattr(state, "save_file", refuse)
-        with pytest.raises(RunFolderError, match="cannot write the checkpoint .*free space") as caught:
+        with pytest.raises(RunFolderError, match=r"cannot write the checkpoint .*free space") as caught:
             run.save(Position(0, 2, 2), {"model": make_module(2.0)}, None)
         assert "\n" not in str(caught.value)
         assert sorted(path.name for path in run.checkpoints.iterdir()) == ["last", "step-000001"]
