@@ -36,7 +36,7 @@ VERBS = {
     "pretrain": {"data", "arch", "out", "recipe", "settings", "device", "seed", "overwrite", "reporter"},
     "refine": {
         "data", "model", "out", "recipe", "eval_data", "eval_test", "settings", "device", "seed", "overwrite",
-        "reporter",
+        "memory_budget", "plan", "reporter",
     },
     "evaluate": {
         "model", "data", "test", "compare", "protocols", "blocks", "pooling", "norm", "out", "settings", "device",

@@ -19,6 +19,7 @@ from mim_refiner.commands.runs import (
     run_settings,
 )
 from mim_refiner.core.device import pick_device, resolve_precision
+from mim_refiner.core.launch import join_processes
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.photometric import BatchPhotometric
@@ -31,10 +32,12 @@ from mim_refiner.reporting import NullReporter, Reporter
 from mim_refiner.training.pretraining import pretraining_phase
 from mim_refiner.training.recipe import PretrainRecipe, override
 from mim_refiner.training.recipes import pretrain_recipe
+from mim_refiner.training.signals import stops_cleanly
 from mim_refiner.training.state import RunFolder
 from mim_refiner.training.trainer import LoopSettings, fit
 
 
+@stops_cleanly
 def pretrain(
     *,
     data: str,
@@ -54,7 +57,7 @@ def pretrain(
     """
     reporter = reporter or NullReporter()
     started = time.perf_counter()
-    torch_device = pick_device(device)
+    torch_device = join_processes(pick_device(device))
     images = open_images(data, reporter)
     refuse_to_overwrite_inputs(out, overwrite, data=data)
     chosen = override(pretrain_recipe(recipe, image_size=common_image_size(images)), settings or [])
@@ -100,6 +103,8 @@ def pretrain(
     with contextlib.closing(loader):
         fit([phase], {"model": mae}, run, loop, reporter, monitor)
     list_skipped(images, run, reporter, skipped)
+    if not run.writes:  # the rest is rank 0's
+        return {}
 
     card: dict[str, Any] = {"base": "trained from scratch", "data": f"{Path(data).name} ({len(images)} images)"}
     card["recipe"] = chosen.model_dump(mode="json")
