@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
+from mim_refiner.checkpoints.families.own import read_key_map
 from mim_refiner.checkpoints.options import bare_source, split_options, with_options
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.backbone import Backbone, create_vit
@@ -125,3 +127,10 @@ def test_options_in_a_source() -> None:
     for wrong, message in wrong_ones.items():
         with pytest.raises(InputError, match=message):
             split_options(f"file.pth::{wrong}")
+
+
+def test_the_key_map_of_the_documentation_is_valid() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    key_map = read_key_map(yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0]))
+    assert key_map.num_heads == 6
+    assert key_map.keys["blocks.{i}.attn.qkv.{p}"] == [f"layers.{{i}}.{part}.{{p}}" for part in "qkv"]
