@@ -45,7 +45,7 @@ class GuardStopError(MimRefinerError):
     exit_code = 3
 
 
-class NonFiniteLossError(GuardStopError):
+class NonFiniteLossError(MimRefinerError):
     """The loss became NaN or infinite; the message names the step, the rate and the last good checkpoint.
 
     ``batch``: (phase number, step) of the batch whose loss it was.

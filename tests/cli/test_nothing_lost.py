@@ -216,11 +216,11 @@ def test_two_processes_refine_as_one_and_one_goes_on_for_two(mae, shapes, cli, f
     shutil.copytree(out, elastic, symlinks=True)
     shutil.rmtree(elastic / "export")
     for folder in (elastic / "checkpoints").glob("step-*"):
-        if folder.name > "step-000004":
+        if folder.name > "step-000003":
             shutil.rmtree(folder)
     again = cli.call(*[str(elastic) if word == str(out) else word for word in words])
     assert again.code == 0, again.err
-    assert "resuming after step 4" in again.err
+    assert "resuming after step 3" in again.err
     compare_runs(single.path, elastic, mae.export)
 
 
@@ -234,7 +234,8 @@ def compare_runs(one: Path, other: Path, start: Path) -> None:
     )
     for ours, theirs in zip(*logs, strict=True):
         for key in ("loss", "alignment/2", "neighbor_similarity/2", "neighbor_age/2"):
-            assert theirs[key] == pytest.approx(ours[key], rel=2e-4), key
+            # the alignment is nearly zero: what rounding does to it is to be compared with its range of one
+            assert theirs[key] == pytest.approx(ours[key], rel=2e-4, abs=1e-5), key
         if "knn_top1" in ours:
             assert theirs["knn_top1"] == pytest.approx(ours["knn_top1"], abs=0.12)  # one of nine test images
     before, a, b = (load_file(folder / "model.safetensors") for folder in (start, one / "export", other / "export"))
@@ -301,7 +302,7 @@ def test_a_rate_a_hundred_times_too_high_is_stopped_and_the_best_state_exported(
     spoiled = cli.call(*cli.refine(shapes, mae.export, out, *words, "refinement.base_lr=3"), "--quiet")
     assert spoiled.code == 3, spoiled.err
     assert spoiled.err.count("\n") == 1
-    assert "the guard stopped the run" in spoiled.err or "loss is not finite" in spoiled.err
+    assert "the guard stopped the run" in spoiled.err or "non-finite loss" in spoiled.err
     kept = json.loads((out / "guard.json").read_text())
     summary = json.loads((out / "summary.json").read_text())
     assert summary["stopped"] in spoiled.err

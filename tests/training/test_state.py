@@ -69,6 +69,14 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     assert run.last.resolve().name == "step-000004"
 
 
+def test_a_run_of_more_than_a_million_steps_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    for step in (999_998, 999_999, 1_000_000):
+        run.save(Position(0, step, step), {"model": make_module(1.0)}, None)
+    assert sorted(p.name for p in run.checkpoints.glob("step-*")) == ["step-1000000", "step-999999"]
+    assert run.restore({"model": make_module(0.0)})[0].total_step == 1_000_000
+
+
 def test_metrics_after_the_restored_step_are_forgotten(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     run.save(Position(0, 2, 2), {"model": make_module(1.0)}, None)

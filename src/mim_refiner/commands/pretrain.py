@@ -21,6 +21,7 @@ from mim_refiner.commands.runs import (
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.launch import join_processes
 from mim_refiner.core.schedules import peak_learning_rate
+from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import ViewSpec
@@ -86,18 +87,8 @@ def pretrain(
         f"{len(images)} images, {chosen.training.epochs} epochs of {loader.steps_per_epoch} steps, {precision}; "
         f"learning rate base {chosen.training.base_lr:.3g}, peak {peak:.3g}"
     )
-    monitor = None
-    if images.labels is not None and chosen.knn_every:
-        pooling = "cls" if backbone.info.has_cls else "mean"
-        monitor = OnlineKnn(
-            backbone,
-            images,
-            None,
-            blocks=range(backbone.info.depth),
-            pooling=pooling,
-            device=torch_device,
-            precision=precision,
-        )
+    watched = images.labels is not None and chosen.knn_every
+    monitor = make_monitor(backbone, images, torch_device, precision) if watched else None
     phase = pretraining_phase(mae, chosen, loader, photometric, device=torch_device, precision=precision)
     loop = LoopSettings(seed, torch_device, chosen.log_every, chosen.checkpoint_every, chosen.knn_every)
     with contextlib.closing(loader):
@@ -119,6 +110,13 @@ def pretrain(
         summary["after"] = monitor()
     write_json(Path(out) / "summary.json", summary)
     return summary
+
+
+def make_monitor(backbone: Backbone, images: ImageSet, device: torch.device, precision: str) -> OnlineKnn:
+    """Online k-NN of every block, on labelled training images."""
+    pooling = "cls" if backbone.info.has_cls else "mean"
+    blocks = range(backbone.info.depth)
+    return OnlineKnn(backbone, images, None, blocks=blocks, pooling=pooling, device=device, precision=precision)
 
 
 def make_autoencoder(encoder: VisionTransformer, recipe: PretrainRecipe) -> MaskedAutoencoder:

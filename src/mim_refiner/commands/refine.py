@@ -25,7 +25,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import ViewSpec, multi_crop_views
-from mim_refiner.errors import DataError, GuardStopError, InputError
+from mim_refiner.errors import DataError, GuardStopError, InputError, NonFiniteLossError
 from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.export.timm import export_timm
 from mim_refiner.files import write_json
@@ -183,13 +183,13 @@ def train(
     model: str,
     monitor: OnlineKnn | None,
     reporter: Reporter,
-) -> tuple[Backbone, GuardStopError | None]:
-    """Run both phases. Returns the encoder to keep, and the guard's error when it stopped the run."""
+) -> tuple[Backbone, GuardStopError | NonFiniteLossError | None]:
+    """Run both phases. Returns the encoder to keep, and the error when the guard or the loss stopped the run."""
     recipe, refiner, phases = job.recipe, job.refiner, job.phases()
     guard = make_guard(job, images, run, phases[-1].steps, monitor) if recipe.guard.enabled else None
     try:
         fit(phases, {"model": refiner, "ema": job.ema}, run, loop, reporter, monitor, guard)
-    except GuardStopError as error:
+    except (GuardStopError, NonFiniteLossError) as error:
         if guard is None:
             raise
         return guard.load_best(load_backbone(model)), error

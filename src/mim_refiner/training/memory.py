@@ -27,9 +27,10 @@ from mim_refiner.models.refiner import Refiner
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 RESERVE = 0.08  # of the budget, for what libraries keep
+TRACED = 8  # images; peaks are lines in their number but for transients of single layers
 # Activations and transients take more than their own bytes, by the gaps between blocks of changing size. glibc's heap:
 # measured (docs/scale.md); CUDA's caching allocator: an assumption.
-WASTE = {"cpu": 1.4, "cuda": 1.1}
+WASTE = {"cpu": 1.2, "cuda": 1.1}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -41,9 +42,11 @@ class LiveBytes(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            # an output in a given storage is a view, for example of a weight
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
                 self._see(leaf.untyped_storage())
         return result
 
@@ -83,8 +86,10 @@ class Needs:
 
     def largest_micro_batch(self, budget: float, batch: int) -> int:
         """Images that fit into a pass of the cached step, 0 if not even one."""
-        room = budget - self.cached(0)
-        return max(0, min(batch, int(room // max(1, self.encoder_image))))
+        room = budget - (self.state + self.images + self.features + self.prefix)
+        if room < self.heads:
+            return 0
+        return max(0, min(batch, int((room - self.encoder_base) // max(1, self.encoder_image))))
 
 
 @dataclass(frozen=True)
@@ -117,13 +122,14 @@ def measure_needs(
     held = sum(t.numel() * t.element_size() for t in (*refiner.parameters(), *refiner.buffers()))
     average = sum(p.numel() * p.element_size() for p in refiner.backbone.parameters())
     sizes = [trained.encoder(shape, precision, 1) for shape in view_shapes]
-    doubled = [trained.encoder(shape, precision, 2) for shape in view_shapes]
-    slopes = [two - one for one, two in zip(sizes, doubled, strict=True)]
+    several = [trained.encoder(shape, precision, TRACED) for shape in view_shapes]
+    slopes = [(many - one) / (TRACED - 1) for one, many in zip(sizes, several, strict=True)]
+    bases = [max(0.0, one - slope) for one, slope in zip(sizes, slopes, strict=True)]
     largest = max(range(len(slopes)), key=slopes.__getitem__)
     tokens = [trained.tokens(size) for size, _ in view_shapes]
     prefix = sum(batch * c * n * dim * 4 for (_, c), n in zip(view_shapes, tokens, strict=True))
     features = heads * batch * views * dim * 4
-    heads_peak = max(0, trained.heads(batch, views, precision) - trained.head_gradient_bytes)
+    heads_peak = trained.heads(batch, views, precision)
     factor = WASTE.get(trained.device.type, 1.1) if waste is None else waste
     return Needs(
         state=held + average + 3 * trainable,
@@ -131,9 +137,9 @@ def measure_needs(
         features=2 * features,
         prefix=prefix if refiner.frozen_blocks else 0,
         heads=int(factor * heads_peak),
-        encoder_base=int(factor * max(0, sizes[largest] - slopes[largest] - trained.gradient_bytes)),
+        encoder_base=int(factor * bases[largest]),
         encoder_image=int(factor * slopes[largest]),
-        plain=int(factor * (batch * sum(slopes) + heads_peak)),
+        plain=int(factor * (bases[largest] + batch * sum(slopes) + heads_peak)),
     )
 
 
@@ -152,8 +158,11 @@ class refiner_like:  # noqa: N801  (reads as a function)
         if checkpointing:
             self.model.backbone.model.set_grad_checkpointing(True)
         self.device = next(refiner.parameters()).device
-        self.gradient_bytes = _trainable_bytes(self.model.backbone)
-        self.head_gradient_bytes = _trainable_bytes(self.model.heads)
+        # Gradients count as state. They are whole only when the activations are gone, so with few images a trace that
+        # kept them would see their peak and not that of the activations.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
     def tokens(self, size: int) -> int:
         info = self.model.backbone.info
@@ -162,7 +171,6 @@ class refiner_like:  # noqa: N801  (reads as a function)
     def encoder(self, shape: tuple[int, int], precision: str, images: int) -> int:
         """Peak bytes of forward and backward pass of the encoder on ``images`` images' views of one size."""
         size, count = shape
-        self.model.zero_grad(set_to_none=True)
         with self.mode, LiveBytes() as live:
             pixels = torch.empty(images * count, self.model.backbone.info.in_chans, size, size, device=self.device)
             with autocast(precision, self.device):
@@ -175,7 +183,6 @@ class refiner_like:  # noqa: N801  (reads as a function)
     def heads(self, batch: int, views: int, precision: str) -> int:
         """Peak bytes of forward and backward pass of all heads on a batch."""
         dim = self.model.backbone.info.embed_dim
-        self.model.zero_grad(set_to_none=True)
         with self.mode, nullcontext():
             features = {
                 block: torch.empty(views, batch, dim, device=self.device, requires_grad=True)
@@ -259,5 +266,5 @@ def _free_host_memory() -> float:
         raise InputError("--memory-budget auto: this system does not tell its free memory; write an amount") from None
 
 
-def _trainable_bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None

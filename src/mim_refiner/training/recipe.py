@@ -80,7 +80,7 @@ class GuardSettings(_Settings):
     every: PositiveInt = 100  # steps between looks, at most a fifth of the phase
     images: PositiveInt = 256
     patience: PositiveInt = 2  # bad looks running
-    min_rank: NonNegativeFloat = 0.25
+    min_rank: NonNegativeFloat = 0.35
     min_spread: NonNegativeFloat = 0.1
     min_retrieval: NonNegativeFloat = 0.7
     max_knn_drop: NonNegativeFloat = 0.05  # in k-NN accuracy, 0-1; more where few test images make it noisy

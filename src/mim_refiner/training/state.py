@@ -171,7 +171,7 @@ class RunFolder:
         Returns its position, the optimizer's state, and a note on every damaged checkpoint passed over.
         """
         notes: list[str] = []
-        for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
+        for folder in reversed(self._saved()):
             problem = _damage(folder)
             if problem:
                 notes.append(f"{folder.name} is damaged ({problem}); using the checkpoint before it")
@@ -196,8 +196,12 @@ class RunFolder:
             write_bytes(path, "".join(kept).encode())
 
     def _prune(self) -> None:
-        for folder in sorted(self.checkpoints.glob("step-*"))[: -self.keep_checkpoints]:
+        for folder in self._saved()[: -self.keep_checkpoints]:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _saved(self) -> list[Path]:
+        """Folders of checkpoints, the newest last; names of a million steps and more are longer."""
+        return sorted(self.checkpoints.glob("step-*"), key=lambda folder: (len(folder.name), folder.name))
 
 
 def file_sha256(path: Path) -> str:

@@ -168,9 +168,9 @@ class _Loop:
                     optimizer.step()
                     phase.after_step()
 
-                extra = self.measure(phase, step, base, finished)
-                if extra or (step + 1) % settings.log_every == 0 or finished:
-                    log.flush(step, base + step + 1, rate, extra)
+                knn = self.measure(phase, step, base, finished, log)
+                if knn or (step + 1) % settings.log_every == 0 or finished:
+                    log.flush(step, base + step + 1, rate, knn)
                 if due:
                     position = Position(index + finished, 0 if finished else step + 1, base + step + 1)
                     self.run.save(position, self.modules, None if finished else optimizer)
@@ -179,8 +179,8 @@ class _Loop:
                     raise KeyboardInterrupt
         return Position(index + 1, 0, base + phase.steps)
 
-    def measure(self, phase: TrainingPhase, step: int, base: int, finished: bool) -> dict[str, float]:
-        """Online k-NN at the ends of epochs, and the guard's look at the features."""
+    def measure(self, phase: TrainingPhase, step: int, base: int, finished: bool, log: MetricLog) -> dict[str, float]:
+        """Online k-NN at the ends of epochs; the guard's look at the features goes into the next line of ``log``."""
         epoch, within = divmod(step + 1, phase.loader.steps_per_epoch)
         knn_due = self.settings.knn_every and within == 0 and epoch % self.settings.knn_every == 0
         found = self.monitor() if self.monitor and knn_due else {}
@@ -189,7 +189,7 @@ class _Loop:
         elif self.guard and phase.moves_encoder:
             total_step = base + step + 1
             if found or self.guard.due(total_step, phase_end=finished):
-                return found | self.guard.check(total_step, found.get("knn_top1"))
+                log.seen.update(self.guard.check(total_step, found.get("knn_top1")))
         return found
 
 
@@ -253,7 +253,7 @@ class FiniteLosses:
             return
         last = self.run.last.resolve().name if self.run.last.exists() else "none yet"
         raise NonFiniteLossError(
-            f"{self.run.path}: loss is not finite at step {int(first)} of {self.phase} (learning rate {self.rate:.3g}, "
+            f"{self.run.path}: non-finite loss at step {int(first)} of {self.phase} (learning rate {self.rate:.3g}, "
             f"last good checkpoint: {last}); lower base_lr or use --set precision=fp32",
             batch=(self.index, int(first)),
         )
@@ -270,6 +270,7 @@ class MetricLog:
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
         self.images = 0
+        self.seen: dict[str, float] = {}  # what the guard saw since the last line
         self.since = time.perf_counter()
 
     def show(self, step: int) -> None:
@@ -294,6 +295,7 @@ class MetricLog:
             **mean_over_ranks(means),
             "lr": rate,
             "images_per_s": round(self.images / seconds, 1),
+            **self.seen,
             **extra,
         }
         self.run.log(record)
