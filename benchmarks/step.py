@@ -4,8 +4,11 @@
     python benchmarks/step.py --arch vit_large_patch16_224 --image 224 --local 96 --locals 10 --heads 8 --batch 96 \
         --micro-batch 32 --projector 2048 --predictor 4096 --out-dim 256 --queue 65536 --precision bf16    on a GPU
 
-Prints one JSON object on stdout, and a table on stderr. Times are seconds of the wall clock and, on a CPU, of the CPU
-(what other processes take does not count in those).
+    torchrun --nproc-per-node 8 benchmarks/step.py ...          --batch is that of all processes together
+
+Prints one JSON object on stdout, and a table on stderr (rank 0 does). Times are medians in seconds of the wall clock
+and, on a CPU, of the CPU (what other processes take does not count in those). On a CPU the peak is that of the process
+up to there.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mim_refiner.core.collectives import average_gradients, rank, world_size
 from mim_refiner.core.device import autocast, pick_device, resolve_precision
 from mim_refiner.core.ema import ExponentialMovingAverage
+from mim_refiner.core.launch import join_processes
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import crop_batch, multi_crop_views
 from mim_refiner.models.backbone import Backbone, create_vit
@@ -42,7 +47,7 @@ class Bench:
     """The model, its optimizer, and random images of the size asked for."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.device = options, pick_device(options.device)
+        self.options, self.device = options, join_processes(pick_device(options.device))
         self.precision = resolve_precision(options.precision, self.device)
         torch.manual_seed(0)
         backbone = Backbone.wrap(create_vit(options.arch, image_size=options.image))
@@ -67,7 +72,8 @@ class Bench:
         ]
         side = int(options.image * 1.5)
         rng = np.random.default_rng(0)
-        self.pixels = [rng.integers(0, 255, (side, side, 3), dtype=np.uint8) for _ in range(options.batch)]
+        local = options.batch // world_size()
+        self.pixels = [rng.integers(0, 255, (side, side, 3), dtype=np.uint8) for _ in range(local)]
         self.number = 0
 
     def crops(self) -> list[torch.Tensor]:
@@ -91,13 +97,14 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
         losses = partial(
             self.refiner.head_losses,
-            sample_ids=torch.arange(len(views[0]), device=self.device),
+            sample_ids=torch.arange(len(views[0]), device=self.device) + rank() * len(views[0]),
             num_global=2,
             temperature=0.2,
             generator=torch.Generator().manual_seed(self.number),
         )
         mixed = partial(autocast, self.precision, self.device)
         forward_backward(self.refiner, views, losses, micro_batch=micro_batch, mixed=mixed)
+        average_gradients(self.refiner.parameters())
 
     def update(self) -> None:
         self.optimizer.step()
@@ -152,6 +159,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     peak = next((value for key, value in PEAK.items() if key in name), options.peak)
     result: dict[str, Any] = {
         "device": name,
+        "processes": world_size(),
         "torch": torch.__version__,
         "precision": bench.precision,
         "options": vars(options),
@@ -165,13 +173,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         measured = bench.timed(work, options.repeats)
         measured["images_per_s"] = options.batch / measured["seconds"]
         if part.startswith("step") and peak:
-            measured["mfu"] = job.model_operations() / measured["seconds"] / peak
+            measured["mfu"] = job.model_operations() / measured["seconds"] / peak / world_size()
         result["parts"][part] = measured
-        print(
-            f"{part}: " + ", ".join(f"{key} {value:.4g}" for key, value in measured.items()),
-            file=sys.stderr,
-            flush=True,
-        )
+        if rank() == 0:
+            words = ", ".join(f"{key} {value:.4g}" for key, value in measured.items())
+            print(f"{part}: {words}", file=sys.stderr, flush=True)
     return result
 
 
@@ -203,7 +209,9 @@ def main() -> None:
         default=0.0,
         help="operations a second that count as 100 %% MFU, for devices not known here",
     )
-    print(json.dumps(run(parser.parse_args())))
+    result = run(parser.parse_args())
+    if rank() == 0:
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":
