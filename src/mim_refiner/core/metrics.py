@@ -84,7 +84,7 @@ def paired_interval(
 
 
 def crossed_interval(values: ArrayLike | Tensor) -> tuple[float, float, float]:
-    """Return (mean, low, high), 95 %, of ``values`` [S, N]: S draws of training images, judged on the same N test images.
+    """Return (mean, low, high), 95 %, of ``values`` [S, N]: S draws of training images, judged on N test images.
 
     Both are random: the variance is that of the image means over N plus that of the draw means over S (two-way random
     effects; a little conservative), the degrees of freedom are Satterthwaite's. With S = 1 only the test images count.
@@ -105,7 +105,7 @@ def crossed_interval(values: ArrayLike | Tensor) -> tuple[float, float, float]:
 
 
 def mean_iou(confusion: ArrayLike) -> float:
-    """Mean over classes of intersection / union, from pixel counts [..., C (truth), C (predicted)] summed over the rest.
+    """Mean over classes of intersection / union, from pixel counts [..., C (truth), C (predicted)] in sum.
 
     Classes that neither occur nor are predicted are left out; 0.0 when there is none.
     """

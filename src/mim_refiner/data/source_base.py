@@ -126,16 +126,17 @@ class ConcatSource(ImageSource):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def _locate(self, index: int) -> tuple[ImageSource, int]:
+    def locate(self, index: int) -> tuple[ImageSource, int]:
+        """The part that image ``index`` comes from, and its number there."""
         part = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[part], index - (int(self.ends[part - 1]) if part else 0)
 
     def read(self, index: int) -> bytes | NDArray[Any]:
-        part, local = self._locate(index)
+        part, local = self.locate(index)
         return part.read(local)
 
     def name(self, index: int) -> str:
-        part, local = self._locate(index)
+        part, local = self.locate(index)
         return part.name(local)
 
     def fingerprint(self) -> str:
