@@ -94,12 +94,17 @@ def test_unusable_input_is_refused() -> None:
 
 
 def test_wilson_interval_covers_the_true_accuracy() -> None:
-    rng = np.random.default_rng(1)
-    for rate, n in ((0.3, 200), (0.9, 100), (0.97, 1000)):
-        covered = [
-            low <= rate <= high for _, low, high in (accuracy_interval(rng.random(n) < rate) for _ in range(1500))
-        ]
-        assert 0.93 <= np.mean(covered) <= 0.97
+    """Exactly, by summing the binomial distribution over the counts whose interval holds the true rate."""
+    from scipy.stats import binom
+
+    coverage = []
+    for n in (50, 200):
+        intervals = np.array([accuracy_interval(np.r_[np.ones(k), np.zeros(n - k)])[1:] for k in range(n + 1)])
+        for rate in np.linspace(0.1, 0.95, 40):
+            inside = (intervals[:, 0] <= rate) & (rate <= intervals[:, 1])
+            coverage.append(binom.pmf(np.arange(n + 1), n, rate)[inside].sum())
+    assert np.mean(coverage) == pytest.approx(0.95, abs=0.005)
+    assert min(coverage) > 0.92
 
 
 @pytest.mark.parametrize(("draws", "images"), [(1, 300), (3, 300), (3, 2000), (10, 300)])
@@ -139,14 +144,14 @@ def test_mean_iou_interval_covers_and_pairs() -> None:
 
     from mim_refiner.core.metrics import mean_iou
 
-    true_value = mean_iou(images(200_000, rng))
-    runs = 200
+    true_value = mean_iou(images(20_000, rng))
+    runs = 80
     covered = 0
     for seed in range(runs):
         value, low, high = mean_iou_interval(images(60, rng), resamples=200, seed=seed)
         assert low <= value <= high
         covered += low <= true_value <= high
-    assert 0.88 <= covered / runs <= 0.99
+    assert 0.87 <= covered / runs <= 0.99
     first = images(60, rng)
     better = first.copy()
     moved = np.minimum(better[:, 0, 1], 3)

@@ -125,7 +125,7 @@ def test_corruptions_grow_and_depend_on_the_image_alone(kind):
         errors.append(float((result.float() - images.float()).pow(2).mean()))
     assert errors[0] > 1
     assert errors[4] > errors[0]
-    assert all(later >= 0.9 * earlier for earlier, later in itertools.pairwise(errors))
+    assert all(later >= 0.7 * earlier for earlier, later in itertools.pairwise(errors))
     alone = corrupt(images[2:3], rows[2:3], kind, 3, seed=0)
     assert (alone.int() - corrupt(images, rows, kind, 3, seed=0)[2:3].int()).abs().max() <= 1
 

@@ -60,10 +60,10 @@ def _impulse_noise(x: Tensor, level: int, draw: Draw) -> Tensor:
 
 def _defocus_blur(x: Tensor, level: int, draw: Draw) -> Tensor:
     radius = (3, 4, 6, 8, 10)[level] / 224 * x.shape[-1]
-    reach = math.ceil(radius)
+    reach = math.floor(radius) + 1
     grid = torch.arange(-reach, reach + 1.0)
     distance = (grid[:, None] ** 2 + grid[None] ** 2).sqrt()
-    return _filtered(x, (radius + 0.5 - distance).clamp(0, 1))  # a disk with a soft rim
+    return _filtered(x, (radius + 1 - distance).clamp(0, 1))  # a disk, blurred by the pixel's own size
 
 
 def _motion_blur(x: Tensor, level: int, draw: Draw) -> Tensor:

@@ -101,8 +101,12 @@ def probe_sets(
     num_classes = int(torch.cat([labels, test_y]).max()) + 1
     layout = Layout.of(sets, {key: train[key].shape[1] for feature_set in sets for key in feature_set})
     grid = ProbeGrid(layout, num_classes, settings, seed=seed, device=device)
-    fixed = None if epoch_features else layout.gather(train)[kept]
-    grid.fit(lambda epoch: layout.gather(epoch_features(epoch))[kept] if epoch_features else fixed, labels[kept])
+    fixed = layout.gather(train)[kept] if epoch_features is None else torch.empty(0)
+
+    def features(epoch: int) -> Tensor:
+        return fixed if epoch_features is None else layout.gather(epoch_features(epoch))[kept]
+
+    grid.fit(features, labels[kept])
     on_test = grid.predict(layout.gather(test)) == test_y[:, None, None]
     on_held_out = grid.predict(layout.gather(train)[held]) == labels[held][:, None, None] if len(held) else None
     return {
@@ -199,7 +203,7 @@ class ProbeGrid:
         self.biases = [torch.zeros(self.rates * num_classes, device=device) for _ in layout.widths]
 
     @torch.no_grad()
-    def fit(self, features: Callable[[int], Tensor | None], y: Tensor) -> None:
+    def fit(self, features: Callable[[int], Tensor], y: Tensor) -> None:
         """SGD on cross-entropy over ``features(epoch)`` [N, D], labels [N]; an incomplete last batch is dropped."""
         settings, y = self.settings, y.to(self.device)
         batch_size = min(settings.batch_size, len(y))
@@ -212,9 +216,7 @@ class ProbeGrid:
         self.norm.train()
         for step in range(total):
             if step % steps == 0:
-                x = features(step // steps)
-                assert x is not None
-                x = x.to(self.device)
+                x = features(step // steps).to(self.device)
                 order = torch.randperm(len(y), generator=generator).to(self.device)
             rows = order[(step % steps) * batch_size : (step % steps + 1) * batch_size]
             normed, targets, rates = self.norm(x[rows]), y[rows], self._rates(step, total, batch_size)

@@ -26,7 +26,11 @@ RANK_ROWS = 10_000  # rows that the effective rank looks at
 
 def knn(job: Job) -> list[Result]:
     """k-NN of every block and pooling, and of the last few blocks concatenated."""
-    options = {"k": job.settings.knn_k, "temperature": job.settings.knn_temperature, "standardize": True}
+    options: dict[str, Any] = {
+        "k": job.settings.knn_k,
+        "temperature": job.settings.knn_temperature,
+        "standardize": True,
+    }
     results = []
     for key, score in knn_protocol(
         job.of_blocks(job.train), job.of_blocks(job.test), device=job.device, **options
@@ -34,11 +38,11 @@ def knn(job: Job) -> list[Result]:
         results.append(_accuracy(job, "knn", "knn_top1", key, score, options))
     together = job.last_blocks(job.settings.knn_last)
     if len(together) > 1:
-        banks = [_concatenated(features, together, job.poolings) for features in (job.train, job.test)]
+        train, test = (_concatenated(features, together, job.poolings) for features in (job.train, job.test))
         shown = {**options, "blocks": list(together)}
         results += [
             _accuracy(job, "knn", f"knn_top1_last{len(together)}", key, score, shown)
-            for key, score in knn_protocol(*banks, device=job.device, **options).items()
+            for key, score in knn_protocol(train, test, device=job.device, **options).items()
         ]
     return results
 

@@ -74,8 +74,16 @@ def long_tail(job: Job) -> list[Result]:
 def robustness(job: Job) -> list[Result]:
     """Accuracy under common corruptions, mean over kinds and severities, and on shifted sets."""
     settings, key = job.settings.robustness, job.main_key
-    options = {"k": job.settings.knn_k, "temperature": job.settings.knn_temperature, "linear": job.settings.linear}
-    made = classifiers(job.train, key, settings.classifiers, seed=job.seed, device=job.device, **options)
+    made = classifiers(
+        job.train,
+        key,
+        settings.classifiers,
+        k=job.settings.knn_k,
+        temperature=job.settings.knn_temperature,
+        linear=job.settings.linear,
+        seed=job.seed,
+        device=job.device,
+    )
     clean = job.test.select(_spaced(len(job.test), settings.images))
     shown = {
         **dataclasses.asdict(settings),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -204,19 +205,23 @@ def _windows(
     cache: FeatureCache | None,
     progress: Progress | None,
 ) -> Windows:
-    identity = cache and {
-        "kind": "windows",
-        "model": model_identity(backbone),
-        "data": data_identity(images),
-        "transform": [window, settings.stride, settings.short_side],
-        "blocks": list(blocks),
-        "norm": settings.norm,
-        "computed": [precision, device.type, torch.__version__],
-    }
-    found = cache.get(identity) if cache and identity else None
+    identity: dict[str, Any] = (
+        {}
+        if cache is None
+        else {
+            "kind": "windows",
+            "model": model_identity(backbone),
+            "data": data_identity(images),
+            "transform": [window, settings.stride, settings.short_side],
+            "blocks": list(blocks),
+            "norm": settings.norm,
+            "computed": [precision, device.type, torch.__version__],
+        }
+    )
+    found = None if cache is None else cache.get(identity)
     if found is None:
         found = _compute_windows(backbone, images, blocks, window, settings, batch_size, device, precision, progress)
-        if cache and identity:
+        if cache is not None:
             cache.put(identity, found)
     return Windows(found["tokens"], found["places"])
 
@@ -260,7 +265,7 @@ def _window_batches(
         if pixels is None:
             continue
         pixels = _sized(pixels, settings, window, Image.Resampling.BICUBIC)
-        for top, left in window_places(*pixels.shape[:2], window, stride):
+        for top, left in window_places(pixels.shape[0], pixels.shape[1], window, stride):
             crops.append(pixels[top : top + window, left : left + window])
             places.append((index, top, left))
         while len(crops) >= batch_size:

@@ -44,16 +44,18 @@ class EvaluationSettings:
     @classmethod
     def quick(cls, **changes: Any) -> EvaluationSettings:
         """For comparisons along the way: one block, one pooling at a time, few starts of the clustering."""
-        linear = LinearProbeSettings(last=1, concatenate=False)
-        robust = RobustnessSettings(images=1000)
-        return cls(
-            **{"knn_last": 1, "cluster_seeds": QUICK_CLUSTER_SEEDS, "linear": linear, "robustness": robust} | changes
+        quick = cls(
+            knn_last=1,
+            cluster_seeds=QUICK_CLUSTER_SEEDS,
+            linear=LinearProbeSettings(last=1, concatenate=False),
+            robustness=RobustnessSettings(images=1000),
         )
+        return dataclasses.replace(quick, **changes)
 
     @classmethod
     def paper(cls, **changes: Any) -> EvaluationSettings:
         """Every setting of the paper: the linear probe sees new crops every epoch."""
-        return cls(**{"linear": LinearProbeSettings(augment=True)} | changes)
+        return dataclasses.replace(cls(linear=LinearProbeSettings(augment=True)), **changes)
 
     @classmethod
     def from_overrides(cls, items: Iterable[str] | None, base: EvaluationSettings | None = None) -> EvaluationSettings:
@@ -99,6 +101,7 @@ def _parse(key: str, text: str, default: Any) -> Any:
         value = json.loads(text)
     except ValueError:
         value = text
+    parsed: Any
     if isinstance(default, tuple):
         parsed = _parse_list(value, default)
     elif isinstance(default, bool):

@@ -18,9 +18,14 @@ from mim_refiner.evaluation import protocols as frozen
 from mim_refiner.evaluation import protocols_images as retrained
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import Features, resolve_blocks, resolve_poolings, square_image_size
+from mim_refiner.evaluation.finetune import check_finetune
 from mim_refiner.evaluation.jobs import Job
+from mim_refiner.evaluation.linear_probe import check_linear
+from mim_refiner.evaluation.long_tail import check_long_tail
+from mim_refiner.evaluation.low_shot import check_low_shot
 from mim_refiner.evaluation.results import Result, result_name
-from mim_refiner.evaluation.segmentation import segmentation_protocol
+from mim_refiner.evaluation.robustness import check_robustness
+from mim_refiner.evaluation.segmentation import check_segmentation, segmentation_protocol
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.files import write_json
@@ -81,6 +86,7 @@ def evaluate_backbone(
     reporter = reporter or NullReporter()
     seconds = {} if seconds is None else seconds
     check_protocols(protocols)
+    _check_settings(protocols, settings, backbone)
     _check_data(protocols, train, test)
     wanted = resolve_blocks(blocks, backbone.info.depth)
     knn_wanted = resolve_blocks(blocks if knn_blocks is None else knn_blocks, backbone.info.depth)
@@ -252,6 +258,21 @@ def check_protocols(protocols: Sequence[str]) -> None:
             )
     if not protocols:
         raise InputError(f"no protocol named; choose from {', '.join(PROTOCOLS)}")
+
+
+def _check_settings(protocols: Sequence[str], settings: EvaluationSettings, backbone: Backbone) -> None:
+    """Raise InputError before any work for settings that would stop a protocol later."""
+    checks: dict[str, Callable[[], object]] = {
+        "linear": lambda: check_linear(settings.linear),
+        "low_shot": lambda: check_low_shot(settings.low_shot),
+        "finetune": lambda: check_finetune(settings.finetune),
+        "long_tail": lambda: check_long_tail(settings.long_tail),
+        "robustness": lambda: check_robustness(settings.robustness),
+        "segmentation": lambda: check_segmentation(settings.segmentation, backbone),
+    }
+    for protocol in protocols:
+        if protocol in checks:
+            checks[protocol]()
 
 
 def _check_data(protocols: Sequence[str], train: ImageSet, test: ImageSet | None) -> None:
