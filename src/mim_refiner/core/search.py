@@ -46,7 +46,7 @@ class Bank:
         squares = sum(
             (((part.to(dtype) - mean) ** 2).sum(0).double() for part in parts), torch.zeros((), device=features.device)
         )
-        return cls(features, mean, (squares / (len(features) - 1)).sqrt().to(dtype) + 1e-6)
+        return cls(features, mean, (squares / max(1, len(features) - 1)).sqrt().to(dtype) + 1e-6)
 
     def prepare(self, rows: Tensor) -> Tensor:
         """Rows [R, D] as they are compared: standardised like the bank, of length 1."""

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import Mixup, create_transform
+from timm.data import Mixup, create_transform, rand_augment_transform
 from timm.layers import DropPath
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose
 
 from mim_refiner.core.device import autocast, resolve_precision
 from mim_refiner.core.layer_decay import layer_decay_scales
@@ -222,23 +223,40 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
 def _loader(
     train: LabelledRows, backbone: Backbone, settings: FinetuneSettings, image_size: int, batch_size: int, seed: int
 ) -> DataLoader[Any]:
-    transform = create_transform(
-        image_size,
-        is_training=True,
-        scale=tuple(settings.crop_scale),
-        color_jitter=None,
-        auto_augment=settings.randaugment or None,
-        interpolation="bicubic",
-        re_prob=settings.erasing,
-        re_mode="pixel",
-        mean=backbone.info.mean,
-        std=backbone.info.std,
-    )
+    transform = training_transform(settings, image_size, backbone.info.mean, backbone.info.std)
     generator = torch.Generator().manual_seed(seed)
     options: dict[str, Any] = {"num_workers": settings.workers, "persistent_workers": settings.workers > 0}
     return DataLoader(
         _Augmented(train, transform), batch_size, shuffle=True, drop_last=True, generator=generator, **options
     )
+
+
+def training_transform(
+    settings: FinetuneSettings, image_size: int, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Image.Image], Tensor]:
+    """timm's training transform: random resized crop, flip, RandAugment, normalisation, random erasing."""
+    crop, _, final = create_transform(
+        image_size,
+        is_training=True,
+        scale=tuple(settings.crop_scale),
+        color_jitter=None,
+        interpolation="bicubic",
+        re_prob=settings.erasing,
+        re_mode="pixel",
+        mean=tuple(mean),
+        std=tuple(std),
+        separate=True,
+    )
+    if not settings.randaugment:
+        return Compose([crop, final])
+    options = {
+        "translate_const": int(image_size * 0.45),
+        "img_mean": tuple(min(255, round(255 * value)) for value in mean),
+        "interpolation": Image.Resampling.BICUBIC,
+        # at the full magnitude timm posterises to 0 bits, which newer Pillow refuses
+        "magnitude_max": 9.99,
+    }
+    return Compose([crop, rand_augment_transform(settings.randaugment, options), final])
 
 
 @torch.inference_mode()
