@@ -275,7 +275,13 @@ def _check_settings(protocols: Sequence[str], settings: EvaluationSettings, back
             checks[protocol]()
 
 
+NEEDS_RGB = ("finetune", "long_tail", "robustness", "segmentation")  # their image operations are made for photographs
+
+
 def _check_data(protocols: Sequence[str], train: ImageSet, test: ImageSet | None) -> None:
+    coloured = [name for name in protocols if name in NEEDS_RGB]
+    if coloured and train.channels != 3:
+        raise InputError(f"protocol {coloured[0]} takes RGB images, not {train.channels} channels; leave it out")
     needy = [name for name in protocols if name not in ("rank", "segmentation")]
     for images in (train, test):
         if needy and images is not None and images.labels is None:
