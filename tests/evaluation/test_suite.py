@@ -129,6 +129,14 @@ def test_bad_requests_are_refused_before_any_work(make_backbone, make_images, tm
             evaluate_backbone(backbone, train, None, **options)
 
 
+@pytest.mark.parametrize("protocol", ["finetune", "long_tail", "robustness", "segmentation"])
+def test_protocols_made_for_photographs_refuse_other_channels(protocol, make_backbone):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 4), dtype=np.uint8)
+    images = ImageSet(ArraySource(pixels, np.arange(20) % 2, None, "four channels"), channels=4)
+    with pytest.raises(InputError, match=f"protocol {protocol} takes RGB images, not 4 channels"):
+        evaluate_backbone(make_backbone(), images, None, protocols=("rank", protocol))
+
+
 def test_unwritable_folder(make_backbone, make_images, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot write"):
