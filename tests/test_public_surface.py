@@ -39,8 +39,8 @@ VERBS = {
         "memory_budget", "plan", "reporter",
     },
     "evaluate": {
-        "model", "data", "test", "compare", "protocols", "blocks", "pooling", "norm", "out", "settings", "device",
-        "seed", "reporter",
+        "model", "data", "test", "compare", "suite", "protocols", "blocks", "pooling", "norm", "shifted", "transfer",
+        "out", "cache", "cache_size", "settings", "device", "seed", "reporter",
     },
     "analyze": {"model", "data", "compare", "test", "out", "device", "seed", "reporter"},
     "embed": {
