@@ -53,7 +53,7 @@ class Scripted:
 
     def look(self, step: int, knn: float | None = None) -> dict[str, float]:
         nn.init.constant_(self.encoder.weight, float(step))
-        return self.guard.check(step, knn)
+        return self.guard.check(step, None if knn is None else lambda: {"knn_top1": knn})
 
     def kept(self) -> float:
         """Weight of the best state, 0 for the encoder of the start."""
@@ -139,6 +139,13 @@ def test_features_that_are_not_finite_stop_at_once_and_the_start_is_kept(tmp_pat
     with pytest.raises(GuardStopError, match=r"not finite any more.*the encoder as it was at the start"):
         guard.look(1)
     assert guard.kept() == 0.0
+
+
+def test_knn_is_not_measured_on_features_that_are_not_finite(tmp_path: Path) -> None:
+    """It would refuse them as bad data."""
+    guard = Scripted(tmp_path / "run", {"rank": math.nan}, knn_images=1000)
+    with pytest.raises(GuardStopError, match="not finite any more"):
+        guard.guard.check(1, lambda: pytest.fail("measured"))
 
 
 def test_knn_decides_with_labels_and_few_test_images_are_noisy(tmp_path: Path) -> None:

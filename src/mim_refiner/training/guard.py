@@ -163,10 +163,16 @@ class Guard:
         """Every so many steps, and at the end of a phase."""
         return phase_end or total_step % self.every == 0
 
-    def check(self, total_step: int, knn: float | None) -> dict[str, float]:
-        """Measure and judge. Returns what was measured; raises GuardStopError with the reason."""
+    def check(self, total_step: int, monitor: Callable[[], dict[str, float]] | None = None) -> dict[str, float]:
+        """Measure, with ``monitor`` the online k-NN too, and judge. Returns what was measured.
+
+        Raises GuardStopError with the reason; features that are not finite stop before k-NN would refuse them.
+        """
         found: dict[str, float] = from_rank_0(self.probe() if rank() == 0 else {})
-        entry = {"total_step": total_step, **found, **({} if knn is None else {"knn_top1": knn})}
+        entry: dict[str, float] = {"total_step": total_step, **found}
+        if monitor and _finite(found):
+            found |= monitor()
+            entry["knn_top1"] = found["knn_top1"]
         self.history.append(entry)
         value = entry.get(self.score, math.nan)
         earlier = [known[self.score] for known in (self.start, *self.history[:-1]) if self.score in known]
@@ -207,7 +213,7 @@ class Guard:
         temporary.rename(folder)
 
     def _reason(self) -> str:
-        if not all(math.isfinite(value) for value in self.history[-1].values()):
+        if not _finite(self.history[-1]):
             return "the features are not finite any more"
         for rule in self.rules:
             seen = [entry[rule.measure] for entry in self.history if rule.measure in entry]
@@ -240,6 +246,10 @@ def _rules(settings: GuardSettings, probe_images: int, knn_images: int) -> list[
         ),
         _Rule("knn_top1", lambda now, start: start - now > knn_drop, "k-NN accuracy fell and stayed low"),
     ]
+
+
+def _finite(entry: dict[str, float]) -> bool:
+    return all(math.isfinite(value) for value in entry.values())
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:

@@ -168,9 +168,9 @@ class _Loop:
                     optimizer.step()
                     phase.after_step()
 
-                knn = self.measure(phase, step, base, finished, log)
-                if knn or (step + 1) % settings.log_every == 0 or finished:
-                    log.flush(step, base + step + 1, rate, knn)
+                measured = self.measure(phase, step, base, finished, log)
+                if measured or (step + 1) % settings.log_every == 0 or finished:
+                    log.flush(step, base + step + 1, rate)
                 if due:
                     position = Position(index + finished, 0 if finished else step + 1, base + step + 1)
                     self.run.save(position, self.modules, None if finished else optimizer)
@@ -179,18 +179,23 @@ class _Loop:
                     raise KeyboardInterrupt
         return Position(index + 1, 0, base + phase.steps)
 
-    def measure(self, phase: TrainingPhase, step: int, base: int, finished: bool, log: MetricLog) -> dict[str, float]:
-        """Online k-NN at the ends of epochs; the guard's look at the features goes into the next line of ``log``."""
+    def measure(self, phase: TrainingPhase, step: int, base: int, finished: bool, log: MetricLog) -> bool:
+        """Online k-NN at the ends of epochs and the guard's look at the features, for the next line of ``log``.
+
+        Returns whether k-NN was measured, which makes a line due.
+        """
         epoch, within = divmod(step + 1, phase.loader.steps_per_epoch)
         knn_due = self.settings.knn_every and within == 0 and epoch % self.settings.knn_every == 0
-        found = self.monitor() if self.monitor and knn_due else {}
-        if self.guard and not phase.moves_encoder and found:
-            self.guard.note_start_knn(found["knn_top1"])
-        elif self.guard and phase.moves_encoder:
-            total_step = base + step + 1
-            if found or self.guard.due(total_step, phase_end=finished):
-                log.seen.update(self.guard.check(total_step, found.get("knn_top1")))
-        return found
+        monitor = self.monitor if knn_due else None
+        total_step = base + step + 1
+        if self.guard and phase.moves_encoder:
+            if monitor or self.guard.due(total_step, phase_end=finished):
+                log.seen.update(self.guard.check(total_step, monitor))
+        elif monitor:
+            log.seen.update(monitor())
+            if self.guard:
+                self.guard.note_start_knn(log.seen["knn_top1"])
+        return monitor is not None
 
 
 def batches(
@@ -270,7 +275,7 @@ class MetricLog:
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
         self.images = 0
-        self.seen: dict[str, float] = {}  # what the guard saw since the last line
+        self.seen: dict[str, float] = {}  # k-NN and the guard's measures since the last line
         self.since = time.perf_counter()
 
     def show(self, step: int) -> None:
@@ -284,7 +289,7 @@ class MetricLog:
         self.steps += 1
         self.images += images
 
-    def flush(self, step: int, total_step: int, rate: float, extra: Mapping[str, float]) -> None:
+    def flush(self, step: int, total_step: int, rate: float) -> None:
         seconds = time.perf_counter() - self.since
         means = {key: (value / self.steps).item() for key, value in self.sums.items()}
         record: dict[str, Any] = {
@@ -296,7 +301,6 @@ class MetricLog:
             "lr": rate,
             "images_per_s": round(self.images / seconds, 1),
             **self.seen,
-            **extra,
         }
         self.run.log(record)
         self.reporter.update(step + 1, record)
