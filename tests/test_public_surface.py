@@ -35,14 +35,14 @@ SIGNATURES = {
 VERBS = {
     "pretrain": {"data", "arch", "out", "recipe", "settings", "device", "seed", "overwrite", "reporter"},
     "refine": {
-        "data", "model", "out", "recipe", "eval_data", "eval_test", "settings", "device", "seed", "overwrite",
-        "reporter",
+        "data", "model", "out", "recipe", "eval_data", "eval_test", "head_blocks", "settings", "device", "seed",
+        "overwrite", "reporter",
     },
     "evaluate": {
         "model", "data", "test", "compare", "protocols", "blocks", "pooling", "norm", "out", "settings", "device",
         "seed", "reporter",
     },
-    "analyze": {"model", "data", "compare", "test", "out", "device", "seed", "reporter"},
+    "analyze": {"model", "data", "compare", "test", "out", "parts", "cache", "device", "seed", "reporter"},
     "export": {"model", "format", "out", "data", "device", "reporter"},
 }  # fmt: skip
 

@@ -12,8 +12,11 @@ import torch
 
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.comparison import SUMMARY_TEST_LIMIT, SUMMARY_TRAIN_LIMIT, compare, thinned
+from mim_refiner.commands.head_blocks import FILE as PLACEMENT_FILE
+from mim_refiner.commands.head_blocks import head_block_settings, place_in_recipe
 from mim_refiner.commands.monitor import OnlineKnn
 from mim_refiner.commands.runs import list_skipped, open_images, refuse_to_overwrite_inputs, run_settings
+from mim_refiner.commands.survey import How
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.schedules import peak_learning_rate
@@ -45,6 +48,7 @@ def refine(
     recipe: str | None = None,
     eval_data: str | None = None,
     eval_test: str | None = None,
+    head_blocks: str | None = None,
     settings: list[str] | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -55,8 +59,9 @@ def refine(
 
     Head warm-up on the frozen encoder, then refinement (paper section 3.3). ``eval_data``/``eval_test``: labelled
     images to measure on; without them the labels of ``data``, if any, are used. The same call on the same folder
-    resumes. Returns the summary {"before", "after", "verdict", "seconds"}, also in summary.json; export/ is a timm
-    folder. Raises MimRefinerError with one line on bad input.
+    resumes. ``head_blocks``: "auto" places the heads by measurement (``analysis.placement``), "last_third" or block
+    numbers such as "8,9" overrule the recipe. Returns the summary {"before", "after", "verdict", "recommendation",
+    "seconds"}, also in summary.json; export/ is a timm folder. Raises MimRefinerError with one line on bad input.
     """
     return refine_and_compare(
         data=data,
@@ -65,7 +70,7 @@ def refine(
         recipe=recipe,
         eval_data=eval_data,
         eval_test=eval_test,
-        settings=settings or [],
+        settings=[*(settings or []), *head_block_settings(head_blocks)],
         device=device,
         seed=seed,
         overwrite=overwrite,
@@ -94,9 +99,13 @@ def refine_and_compare(
     backbone = load_backbone(model)
     images = open_images(data, reporter)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
-    chosen = resolve(override(refine_recipe(recipe, image_size=max(backbone.info.image_size)), settings), backbone)
+    base = refine_recipe(recipe, image_size=max(backbone.info.image_size))
+    chosen = override(base, settings)
     precision = resolve_precision(chosen.precision, torch_device)
     bank, test = evaluation_sets(images, eval_data, eval_test, reporter)
+    how = How(torch_device, seed, reporter, precision)
+    placement = place_in_recipe(chosen, base, backbone, bank, test, how, None if overwrite else Path(out))
+    chosen = resolve(chosen, backbone)
     if torch_device.type == "cpu":
         backbone.use_math_attention()
     torch.manual_seed(seed)
@@ -107,6 +116,8 @@ def refine_and_compare(
     resolved = {"command": "refine", "data": data, "model": model, "seed": seed, **chosen.model_dump(mode="json")}
     resolved["data_fingerprint"] = images.source.fingerprint()
     run = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=chosen.keep_checkpoints)
+    if placement is not None:
+        write_json(run.path / PLACEMENT_FILE, placement)
     skipped = list_skipped(images, run, reporter)
     announce(chosen, backbone, len(images), loader.steps_per_epoch, precision, reporter)
 
@@ -140,6 +151,8 @@ def refine_and_compare(
     summary = conclude(
         stages, bank, test, chosen, run, f"{Path(data).name} ({len(images)} images)", torch_device, seed, reporter
     )
+    if placement is not None:
+        summary["head_placement"] = placement
     summary["seconds"] = {"training": trained, "total": time.perf_counter() - started}
     write_json(run.path / "summary.json", summary)
     reporter.done()
@@ -196,8 +209,9 @@ def conclude(
         "before": summary["before"],
         "after": summary["after"],
     }
-    recommended = {"block": -1, "pooling": recipe.heads.pooling, "norm": False}
-    export_timm(stages["after"].to("cpu"), run.path / "export", card=card, facts=recommended)
+    recommended = summary["recommendation"]
+    facts = {key: recommended[key] for key in ("block", "pooling", "norm")} | {"recommendation": recommended["reason"]}
+    export_timm(stages["after"].to("cpu"), run.path / "export", card=card, facts=facts)
     return summary
 
 
