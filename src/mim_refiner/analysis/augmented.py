@@ -53,7 +53,7 @@ def paired_views(
         ("second views", augmented_view(seed, 1)),
     ):
         reporter.phase(f"features of the {name}{what}", count)
-        chosen = {} if transform is None else {"transform": transform}
+        chosen: dict[str, Any] = {} if transform is None else {"transform": transform}
         found.append(
             feature_sets(backbone, images, progress=lambda done, _: reporter.update(done, {}), **chosen, **options)
         )

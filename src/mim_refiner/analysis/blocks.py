@@ -56,7 +56,12 @@ def curves_from_results(results: Mapping[str, Mapping[str, Result]], *, head_blo
             if result.correct is not None:
                 scores[model].setdefault(result.pooling, {})[result.block] = result.correct.astype(np.float64)
     first = measured[0]
-    facts = {"norm": first.norm, "settings": dict(first.settings), "data": dict(first.data), "seed": first.seed}
+    facts: dict[str, Any] = {
+        "norm": first.norm,
+        "settings": dict(first.settings),
+        "data": dict(first.data),
+        "seed": first.seed,
+    }
     return curves_from_scores(scores, head_blocks=head_blocks, **facts)
 
 

@@ -173,6 +173,8 @@ class BlockDecoders(nn.Module):
 class _Decoder(nn.Module):
     """Tokens of the visible patches in, pixels of all patches out; the parts of MAE's decoder, small."""
 
+    positions: Tensor  # [1, prefix + N, dim], fixed
+
     def __init__(self, info: BackboneInfo, grid: tuple[int, ...], settings: ReconstructionSettings) -> None:
         super().__init__()
         dim, heads = settings.dim, max(1, settings.dim // settings.head_dim)

@@ -204,10 +204,12 @@ class _Analysis:
     def heads(self) -> None:
         """Head behaviour of every refine run among the sources."""
         for name, source in self.sources.items():
-            metrics = Path(source) / "metrics.jsonl"
-            if source and metrics.is_file() and '"alignment/' in metrics.read_text(encoding="utf-8", errors="replace"):
-                figure = head_behaviour(metrics, self.out / f"heads-{name}.png")
-                self.result["figures"][f"heads-{name}"] = str(figure)
+            for folder in (Path(source), Path(source).parent) if source else ():  # a run folder, or export/ in one
+                metrics = folder / "metrics.jsonl"
+                if metrics.is_file() and '"alignment/' in metrics.read_text(encoding="utf-8", errors="replace"):
+                    figure = head_behaviour(metrics, self.out / f"heads-{name}.png")
+                    self.result["figures"][f"heads-{name}"] = str(figure)
+                    break
 
     def _measure_blocks(self) -> None:
         """The atlases and the curves that several parts need; once."""

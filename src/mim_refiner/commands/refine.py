@@ -219,7 +219,7 @@ def resolve(recipe: RefineRecipe, backbone: Backbone) -> RefineRecipe:
     """Replace every "auto" by what the encoder gives; raises InputError for sizes that do not fit its patches."""
     info = backbone.info
     recipe = recipe.model_copy(deep=True)
-    if recipe.heads.blocks == "last_third":
+    if recipe.heads.blocks in ("last_third", "auto"):  # "auto" has been measured before; a mere plan stays with this
         recipe.heads.blocks = list(range(info.depth - max(1, info.depth // 3), info.depth))
     wrong = [block for block in recipe.heads.blocks if not -info.depth <= int(block) < info.depth]
     if wrong:
