@@ -41,7 +41,7 @@ class ReconstructionSettings:
     mask_ratio: float = 0.75
     epochs: int = 8
     batch_size: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     warmup: float = 0.1  # share of all steps
     weight_decay: float = 0.05
     train_images: int = 2000
