@@ -65,6 +65,8 @@ def pretrain(
     backbone = Backbone.wrap(encoder, family="mae", architecture=arch, licence="as your images allow", source=out)
     if torch_device.type == "cpu":
         backbone.use_math_attention()
+    if chosen.compile:
+        backbone.compile_blocks()
     torch.manual_seed(seed)
     mae = make_autoencoder(encoder, chosen).to(torch_device)
 

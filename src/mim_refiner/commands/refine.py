@@ -108,6 +108,8 @@ def refine_and_compare(
     chosen = resolve(chosen, backbone)
     if torch_device.type == "cpu":
         backbone.use_math_attention()
+    if chosen.compile:
+        backbone.compile_blocks()
     torch.manual_seed(seed)
     refiner = make_refiner(backbone, chosen).to(torch_device)
     ema = ExponentialMovingAverage(backbone)

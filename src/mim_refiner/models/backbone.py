@@ -161,6 +161,11 @@ class Backbone(nn.Module):
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
 
+    def compile_blocks(self) -> None:
+        """``torch.compile`` every block in place; parameter names stay as they are."""
+        for block in getattr(self.model, "blocks", ()):
+            block.compile(dynamic=False)
+
     def _run_intermediates(
         self, images: Tensor, start: int, stop: int, wanted: Sequence[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
