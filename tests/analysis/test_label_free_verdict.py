@@ -35,7 +35,7 @@ def test_three_words(seed):
         "word": "high",
         "bootstrap_agreement": 1.0,
         "against": [],
-        "why": "100 % of resamples agree, and of the other measures none objects",
+        "why": "100 % of resamples agree, and of retrieval and rank none objects",
     }
     assert all(row["difference"] == 0 for row in same["measures"])
 
@@ -60,11 +60,15 @@ def test_small_changes_are_not_clear_however_certain():
 
 def test_measures_that_object_lower_the_confidence():
     before, after = measures(1.0, 0), measures(0.5, 0)
-    against = LabelFreeMeasures(after.consistency, before.retrieval - 1, before.stability - 0.5, after.features)
-    sure, doubtful = label_free_verdict(before, after), label_free_verdict(before, against)
-    assert doubtful["verdict"] == "better"
-    assert doubtful["confidence"]["against"] == ["view retrieval", "cluster stability"]
-    assert (sure["confidence"]["word"], doubtful["confidence"]["word"]) == ("high", "low")
+    thin = after.features * torch.tensor([1.0] * 8 + [0.01] * 4)  # effective rank between 50 and 75 %
+    one = LabelFreeMeasures(after.consistency, before.retrieval - 1, before.stability - 0.5, after.features)
+    two = LabelFreeMeasures(after.consistency, before.retrieval - 1, before.stability - 0.5, thin)
+    found = [label_free_verdict(before, other) for other in (after, one, two)]
+    assert [verdict["verdict"] for verdict in found] == ["better"] * 3
+    assert [verdict["confidence"]["word"] for verdict in found] == ["high", "medium", "low"]
+    assert [verdict["confidence"]["against"] for verdict in found] == [
+        [], ["view retrieval"], ["view retrieval", "effective rank"],
+    ]  # fmt: skip
 
 
 def test_drift_is_shown_and_decides_nothing():

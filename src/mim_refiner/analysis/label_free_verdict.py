@@ -14,6 +14,7 @@ from mim_refiner.analysis.verdict import BETTER, UNCLEAR, WORSE
 from mim_refiner.errors import InputError
 
 Rows = NDArray[np.int64]
+OBJECTION = 0.75  # an effective rank below this share of the base's casts doubt on "better"
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,10 @@ def _decide(consistency: _Row, rank: _Row, rule: VerdictRule) -> tuple[str, str]
 
 
 def _confidence(word: str, rows: Mapping[str, _Row], rule: VerdictRule) -> dict[str, Any]:
-    """How sure: the share of bootstrap replicates on the same side, and whether the other measures object."""
+    """How sure: the share of bootstrap replicates on the same side, and whether retrieval or rank object.
+
+    Cluster stability has no say: where labels exist it fell with real refinements and rose with collapse.
+    """
     drawn = rows["neighbour consistency"].drawn
     shares = {
         BETTER: float((drawn > rule.min_change).mean()),
@@ -142,21 +146,20 @@ def _confidence(word: str, rows: Mapping[str, _Row], rule: VerdictRule) -> dict[
     }
     collapsed = rows["effective rank"].after < rule.collapse * rows["effective rank"].before
     share = 1.0 if word == WORSE and collapsed else shares[word]
-    against = {
-        BETTER: [name for name, row in rows.items() if row.high < 0 and name != "effective rank"]
-        + (["effective rank"] if rows["effective rank"].after < 0.75 * rows["effective rank"].before else []),
-        WORSE: [] if collapsed else [name for name, row in rows.items() if row.low > 0 and name != "effective rank"],
-        UNCLEAR: [
-            name for name in ("view retrieval", "cluster stability") if not rows[name].low <= 0 <= rows[name].high
-        ],
+    retrieval, rank = rows["view retrieval"], rows["effective rank"]
+    objections = {
+        BETTER: {"view retrieval": retrieval.high < 0, "effective rank": rank.after < OBJECTION * rank.before},
+        WORSE: {"view retrieval": retrieval.low > 0 and not collapsed},
+        UNCLEAR: {"view retrieval": retrieval.low > rule.min_change or retrieval.high < -rule.min_change},
     }[word]
+    against = [name for name, objects in objections.items() if objects]
     level = "high" if share >= 0.99 and not against else "medium" if share >= 0.9 and len(against) < 2 else "low"
     objects = f"{' and '.join(against)} {'objects' if len(against) == 1 else 'object'}" if against else "none objects"
     return {
         "word": level,
         "bootstrap_agreement": share,
         "against": against,
-        "why": f"{100 * share:.0f} % of resamples agree, and of the other measures {objects}",
+        "why": f"{100 * share:.0f} % of resamples agree, and of retrieval and rank {objects}",
     }
 
 
