@@ -12,6 +12,16 @@ from typing import Any
 
 from mim_refiner.errors import RunFolderError
 
+CACHE_VARIABLE = "MIM_REFINER_CACHE"
+
+
+def cache_folder() -> Path:
+    """Where downloads and indices are kept: $MIM_REFINER_CACHE, else mim-refiner below the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "mim-refiner"
+
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
     """Write a neighbour, sync it and rename it; folders are made. Raises RunFolderError when that is not possible."""

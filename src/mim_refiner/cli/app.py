@@ -18,6 +18,7 @@ from mim_refiner.cli.demo import demo
 from mim_refiner.cli.evaluate import evaluate
 from mim_refiner.cli.export import export
 from mim_refiner.cli.inspect import inspect
+from mim_refiner.cli.models import models
 from mim_refiner.cli.pretrain import pretrain
 from mim_refiner.cli.refine import refine
 from mim_refiner.errors import MimRefinerError, did_you_mean
@@ -74,6 +75,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     analyze: (f"{PROGRAM} analyze --model runs/mae/export --compare runs/b/export --data train.parquet --out curves",),
     export: (f"{PROGRAM} export --model runs/photos --format timm --out photos-timm",),
     inspect: (f"{PROGRAM} inspect mae_pretrain_vit_base.pth",),
+    models: (f"{PROGRAM} models", f"{PROGRAM} models mae_l16"),
 }
 for verb, lines in EXAMPLES.items():
     app.command(epilog=example(*lines))(verb)

@@ -9,7 +9,10 @@ import typer
 from mim_refiner.cli.common import (
     DataOption,
     DeviceOption,
+    EncoderOption,
+    HeadsOption,
     JsonOption,
+    KeyMapOption,
     ModelOption,
     OverwriteOption,
     QuietOption,
@@ -18,6 +21,7 @@ from mim_refiner.cli.common import (
     SeedOption,
     SetOption,
     execute,
+    model_source,
 )
 
 EvalDataOption = Annotated[
@@ -50,6 +54,9 @@ def refine(
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
+    encoder: EncoderOption = None,
+    num_heads: HeadsOption = None,
+    key_map: KeyMapOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -61,7 +68,7 @@ def refine(
         as_json=as_json,
         quiet=quiet,
         data=data,
-        model=model,
+        model=model_source(model, encoder=encoder, num_heads=num_heads, key_map=key_map),
         out=out,
         recipe=recipe,
         eval_data=eval_data,

@@ -72,8 +72,9 @@ def analyze(
     models = {"before": load_backbone(model)}
     if compare:
         models["after"] = load_backbone(compare)
-    train = open_images(data, reporter)
-    samples = choose_samples(train, open_images(test, reporter) if test else None, seed=seed)
+    train = open_images(data, reporter, channels=models["before"].info.in_chans)
+    held_out = open_images(test, reporter, channels=train.channels) if test else None
+    samples = choose_samples(train, held_out, seed=seed)
     reporter.message(
         "looking at "
         + ", ".join(f"{name} {text}" for name, text in samples.described().items() if name != "labels")

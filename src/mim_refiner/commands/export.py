@@ -36,7 +36,7 @@ def export(
     backbone = load_backbone(model)
     check_images = None
     if data:
-        images = open_images(data, reporter)
+        images = open_images(data, reporter, channels=backbone.info.in_chans)
         batch, _ = next(eval_batches(images, backbone.info.image_size[0], CHECK_IMAGES))
         check_images = normalize(batch, backbone.info.mean, backbone.info.std)
     report = export_timm(backbone, Path(out), card={"base": Path(model).name}, check_images=check_images)

@@ -97,7 +97,7 @@ def refine_and_compare(
     started = time.perf_counter()
     torch_device = pick_device(device)
     backbone = load_backbone(model)
-    images = open_images(data, reporter)
+    images = open_images(data, reporter, channels=backbone.info.in_chans)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
     base = refine_recipe(recipe, image_size=max(backbone.info.image_size))
     chosen = override(base, settings)
@@ -267,8 +267,8 @@ def evaluation_sets(
     """The labelled images to measure on: the ones given, else the training images themselves."""
     if eval_test is not None and eval_data is None:
         raise InputError("--eval-test needs --eval-data: give the labelled bank that the test images are compared with")
-    bank = images if eval_data is None else open_images(eval_data, reporter)
-    test = None if eval_test is None else open_images(eval_test, reporter)
+    bank = images if eval_data is None else open_images(eval_data, reporter, channels=images.channels)
+    test = None if eval_test is None else open_images(eval_test, reporter, channels=images.channels)
     for option, given in (("--eval-data", None if eval_data is None else bank), ("--eval-test", test)):
         if given is not None and given.labels is None:
             raise DataError(f"{option}: {given.description} has no labels; give labelled images, or leave {option} out")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mim_refiner.checkpoints.options import bare_source
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError
@@ -20,9 +21,9 @@ from mim_refiner.training.state import RunFolder
 SMALL_PIXELS = 64  # side in pixels up to which images count as small
 
 
-def open_images(spec: str, reporter: Reporter) -> ImageSet:
-    """Open and, when they fit, decode all images; raises DataError."""
-    images = ImageSet(open_source(spec))
+def open_images(spec: str, reporter: Reporter, *, channels: int = 3) -> ImageSet:
+    """Open and, when they fit, decode all images, for an encoder of ``channels``; raises DataError."""
+    images = ImageSet(open_source(spec), channels=channels)
     labels = "no labels" if images.labels is None else f"{len(np.unique(images.labels))} classes"
     reporter.message(f"data: {images.description}, {len(images)} images, {labels}")
     return images
@@ -31,7 +32,7 @@ def open_images(spec: str, reporter: Reporter) -> ImageSet:
 def refuse_to_overwrite_inputs(out: str, overwrite: bool, **sources: str | None) -> None:
     """Raise InputError when ``overwrite`` would delete a source, {option: path}, because it lies inside ``out``."""
     for option, source in sources.items() if overwrite else ():
-        path = Path((source or "").removeprefix("local-dir:").partition("[")[0]).expanduser()
+        path = Path(bare_source(source or "").removeprefix("local-dir:").partition("[")[0]).expanduser()
         if source and path.exists() and path.resolve().is_relative_to(Path(out).resolve()):
             flag = "--" + option.replace("_", "-")
             raise InputError(f"{flag} {source} lies in {out}, which --overwrite would delete; choose another --out")

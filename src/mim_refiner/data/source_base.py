@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +30,8 @@ class ImageSource(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def read(self, index: int) -> bytes | NDArray[np.uint8]:
-        """Return the encoded file, or pixels uint8 [H, W, C]. May raise OSError or ValueError for a bad item."""
+    def read(self, index: int) -> bytes | NDArray[Any]:
+        """Return the encoded file, or pixels uint8 or uint16 [H, W, C]. OSError or ValueError for a bad item."""
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -90,7 +91,7 @@ class SlicedSource(ImageSource):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, index: int) -> bytes | NDArray[np.uint8]:
+    def read(self, index: int) -> bytes | NDArray[Any]:
         return self.source.read(self.indices[index])
 
     def name(self, index: int) -> str:
@@ -117,6 +118,9 @@ class ConcatSource(ImageSource):
         if len({part.class_names for part in parts}) > 1:
             raise DataError(f"{description}: the parts have different class names; name one data set, not several")
         self.labels = np.concatenate(labelled) if labelled else None
+        if self.labels is not None:  # one copy of the labels is enough
+            for part, stop in zip(self.parts, self.ends.tolist(), strict=True):
+                part.labels = self.labels[stop - len(part) : stop]
         self.class_names = parts[0].class_names
 
     def __len__(self) -> int:
@@ -126,7 +130,7 @@ class ConcatSource(ImageSource):
         part = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[part], index - (int(self.ends[part - 1]) if part else 0)
 
-    def read(self, index: int) -> bytes | NDArray[np.uint8]:
+    def read(self, index: int) -> bytes | NDArray[Any]:
         part, local = self._locate(index)
         return part.read(local)
 
