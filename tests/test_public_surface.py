@@ -12,9 +12,9 @@ import mim_refiner
 
 PUBLIC = {
     "Backbone", "BackboneInfo", "BlockOutput", "CheckpointReport", "MimRefinerError", "NNAOutput", "NeighborQueue",
-    "NeighborResult", "__version__", "analyze", "clustering_accuracy", "evaluate", "export", "inspect_checkpoint",
-    "knn_predict", "layer_decay_scales", "load_backbone", "multi_view_nna_loss", "nna_loss", "pretrain", "refine",
-    "warmup_cosine",
+    "NeighborResult", "__version__", "analyze", "clustering_accuracy", "embed", "evaluate", "export",
+    "inspect_checkpoint", "knn_predict", "layer_decay_scales", "load_backbone", "multi_view_nna_loss", "nna_loss",
+    "pretrain", "refine", "warmup_cosine",
 }  # fmt: skip
 
 # Parameter names in order; a star stands for "keyword-only from here".
@@ -39,11 +39,18 @@ VERBS = {
         "overwrite", "reporter",
     },
     "evaluate": {
-        "model", "data", "test", "compare", "protocols", "blocks", "pooling", "norm", "out", "settings", "device",
-        "seed", "reporter",
+        "model", "data", "test", "compare", "suite", "protocols", "blocks", "pooling", "norm", "shifted", "transfer",
+        "out", "cache", "cache_size", "settings", "device", "seed", "reporter",
     },
     "analyze": {"model", "data", "compare", "test", "out", "parts", "cache", "device", "seed", "reporter"},
-    "export": {"model", "format", "out", "data", "device", "reporter"},
+    "embed": {
+        "model", "data", "out", "block", "pooling", "norm", "image_size", "batch_size", "precision", "dtype", "device",
+        "overwrite", "reporter",
+    },
+    "export": {
+        "model", "format", "out", "block", "pooling", "norm", "batch", "image_size", "data", "push_to_hub", "private",
+        "device", "reporter",
+    },
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from mim_refiner._version import __version__
 if TYPE_CHECKING:
     from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
     from mim_refiner.commands.analyze import analyze
+    from mim_refiner.commands.embed import embed
     from mim_refiner.commands.evaluate import evaluate
     from mim_refiner.commands.export import export
     from mim_refiner.commands.pretrain import pretrain
@@ -40,6 +41,7 @@ _HOME = {
     "NeighborResult": "types",
     "analyze": "commands.analyze",
     "clustering_accuracy": "core.metrics",
+    "embed": "commands.embed",
     "evaluate": "commands.evaluate",
     "export": "commands.export",
     "inspect_checkpoint": "checkpoints.load",
@@ -65,6 +67,7 @@ __all__ = [
     "__version__",
     "analyze",
     "clustering_accuracy",
+    "embed",
     "evaluate",
     "export",
     "inspect_checkpoint",

@@ -417,7 +417,8 @@ def test_the_seed_decides(shapes, mae, cli, finish, tmp_path):
 def test_evaluate_compares_two_models(mae, refined, shapes, cli, tmp_path):
     out = tmp_path / "measured"
     words = ("evaluate", "--model", mae.export, "--compare", refined.path, "--data", shapes, "--test", f"{shapes}[::2]")
-    outcome = cli.call(*words, "--blocks", "0,-1", "--pooling", "cls", "--set", "knn_k=5", "--out", out, "--json")
+    fewer = [word for item in ("knn_k=5", "knn_last=0", "linear.last=1", "cluster_seeds=3") for word in ("--set", item)]
+    outcome = cli.call(*words, "--blocks", "0,-1", "--pooling", "cls", *fewer, "--out", out, "--json")
     assert outcome.code == 0, outcome.err
     results, change = outcome.json["results"], outcome.json["change"]
     assert {row["model"] for row in results} == {str(mae.export), str(refined.path)}
@@ -433,7 +434,7 @@ def test_evaluate_compares_two_models(mae, refined, shapes, cli, tmp_path):
 
 def test_evaluate_agrees_with_the_summary_of_the_run(refined, shapes, cli):
     words = ("evaluate", "--model", refined.path, "--data", shapes, "--protocols", "knn", "--pooling", "cls")
-    outcome = cli.call(*words, "--json", "--device", "cpu")
+    outcome = cli.call(*words, "--set", "knn_last=0", "--json", "--device", "cpu")
     assert outcome.code == 0, outcome.err
     (row,) = outcome.json["results"]
     assert row["value"] == refined.summary()["after"]["knn_top1"]

@@ -63,8 +63,9 @@ def _views(contents: Contents, family: Family) -> Iterator[View]:
         prefixes = [
             name.removesuffix(anchor) for name in stripped.values() if name == anchor or name.endswith("." + anchor)
         ]
-        if family.reads_config and contents.config is not None and not prefixes:
-            prefixes = [""]  # the config says what it is, so its tensors may be named otherwise
+        told = family.any_names or (family.reads_config and contents.config is not None)
+        if told and not prefixes and not section.startswith("opt"):
+            prefixes = [""]
         for prefix in prefixes:
             inside = {name: short for name, short in stripped.items() if short.startswith(prefix)}
             yield View(

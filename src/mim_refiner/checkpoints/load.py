@@ -17,9 +17,10 @@ from mim_refiner.checkpoints.catalog import UNKNOWN_LICENCE, family_licence
 from mim_refiner.checkpoints.detect import detect
 from mim_refiner.checkpoints.families import FAMILIES, Converted, Wishes
 from mim_refiner.checkpoints.families.own import own_family
+from mim_refiner.checkpoints.families.timm_format import OWN_FACTS
 from mim_refiner.checkpoints.options import split_options
 from mim_refiner.checkpoints.resolve import read_source
-from mim_refiner.checkpoints.store import one_line
+from mim_refiner.checkpoints.store import Contents, one_line
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import RULES
@@ -38,9 +39,9 @@ def load_backbone(
     image_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
     in_chans: int | None = None,
+    strict: bool = True,
     encoder: str | None = None,
     key_map: KeyMapLike = None,
-    strict: bool = True,
 ) -> Backbone:
     """Load an encoder, in eval mode, float32, on the CPU.
 
@@ -151,11 +152,24 @@ def _plan(source: str, wishes: Wishes, key_map: KeyMapLike) -> Plan:
             f"{contents.source}: its tensors or its config.json do not fit the family '{detected.family.name}' "
             f"({type(error).__name__}: {one_line(error, 100)}); take the files from their source again"
         ) from error
+    converted = _with_own_facts(converted, contents)
     if wishes.in_chans is not None:
         converted = adapt_channels(converted, wishes.in_chans)
     name = converted.family or detected.family.name
     licence = converted.licence or family_licence(name)
     return Plan(contents, detected.view, name, converted, licence, detected.encoders)
+
+
+def _with_own_facts(converted: Converted, contents: Contents) -> Converted:
+    """What an export of ours says about the encoder in any format: where it comes from, and how images go in."""
+    own = (contents.config or {}).get(OWN_FACTS)
+    if not isinstance(own, Mapping):
+        return converted
+    facts = {name: own[name] for name in ("family", "licence", "position_rule") if isinstance(own.get(name), str)}
+    facts |= {name: tuple(own[name]) for name in ("mean", "std") if isinstance(own.get(name), list)}
+    if own.get("encoder_pooling") in ("cls", "mean"):
+        facts["pooling"] = own["encoder_pooling"]
+    return replace(converted, **facts)
 
 
 def _wrap(plan: Plan, model: Any, *, source: str, coverage: float) -> Backbone:

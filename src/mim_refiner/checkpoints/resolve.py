@@ -15,7 +15,7 @@ from mim_refiner.checkpoints.store import Contents, one_line, read_checkpoint, r
 from mim_refiner.errors import CheckpointError, did_you_mean
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
-_WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
+_WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".th")
 _PREPROCESSOR = "preprocessor_config.json"  # of transformers: mean and std of the images
 _HUB_FILES = ["config.json", _PREPROCESSOR, *_WEIGHT_FILES]
 

@@ -21,7 +21,7 @@ from mim_refiner.errors import InputError
 
 Device = Literal["auto", "cpu", "cuda"]
 
-SOURCES = "folder, .txt/.csv list, .parquet file(s), .tar shards, .npz/.npy arrays, hf:owner/name; #split, [a:b]"
+SOURCES = "folder, .txt/.csv list, .parquet file(s), .tar shards, .npz/.npy arrays, hf:owner/name; #split, \\[a:b]"
 MODELS = "checkpoint file, timm folder or timm model name"
 
 DataOption = Annotated[str, typer.Option("--data", metavar="SRC", help=f"Images: {SOURCES}.")]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mim_refiner.report.tables import STAGES, comparison_table
+from mim_refiner.report.tables import STAGES, comparison_table, results_rows
 
 SHARES = ("top1", "accuracy", "nmi", "ami", "coverage")  # printed in percent
 
@@ -35,6 +35,11 @@ def print_result(result: Any, file: TextIO) -> None:
                 console.print(record_table(title, measured))
         elif key in REASONED and isinstance(value, Mapping) and "reason" in value:
             console.print(escape(f"{REASONED[key]}: {value['reason']}"))
+        elif key in ("results", "transfer") and is_records(value) and "model" in value[0]:
+            change = result.get("change", ()) if key == "results" else ()
+            console.print(models_table(key, *results_rows(value, change)))
+        elif key == "change" and is_records(value) and "difference" in value[0]:
+            console.print("in brackets: difference to the first model; * marks a 95 % interval that leaves zero out")
         elif is_records(value):
             console.print(record_table(key, value))
         else:
@@ -83,6 +88,17 @@ def record_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(column)
     for record in records:
         table.add_row(*(escape(format_value(column, record.get(column))) for column in columns))
+    return table
+
+
+def models_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A row a number, a column a model."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    names = header.index("pooling") + 1
+    for position, column in enumerate(header):
+        table.add_column(escape(column), justify="left" if position < names else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -62,7 +62,7 @@ def compare(
             protocols=protocols,
             blocks=(-1,),
             knn_blocks="all",
-            settings=EvaluationSettings(precision=precision),
+            settings=EvaluationSettings.quick(precision=precision),
             out_dir=out,
             name_prefix=f"{stage}-",
             model_sha256=weights_sha256(backbone.model),

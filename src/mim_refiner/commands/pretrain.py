@@ -101,7 +101,8 @@ def pretrain(
         fit([phase], {"model": mae}, run, loop, reporter, monitor)
     list_skipped(images, run, reporter, skipped)
 
-    card = {"base": "trained from scratch", "data": f"{Path(data).name} ({len(images)} images)", "recipe": chosen.name}
+    card: dict[str, Any] = {"base": "trained from scratch", "data": f"{Path(data).name} ({len(images)} images)"}
+    card["recipe"] = chosen.model_dump(mode="json")
     export_timm(backbone.to("cpu"), Path(out) / "export", card=card)
     summary = {
         "run": str(out),

@@ -207,7 +207,7 @@ def conclude(
     card = {
         "base": Path(stages["before"].info.source).name,
         "data": data,
-        "recipe": recipe.name,
+        "recipe": recipe.model_dump(mode="json"),
         "before": summary["before"],
         "after": summary["after"],
     }

@@ -9,7 +9,7 @@ from mim_refiner.errors import InputError
 
 _STEM = {
     "cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "patch_embed", "norm_pre", "embed_norm",
-    "rel_pos_bias", "rope",
+    "rel_pos_bias", "rope", "pos_embed_win", "pos_embed_spatial", "pos_embed_temporal",
 }  # fmt: skip
 _TAIL = {"norm", "fc_norm", "attn_pool", "head", "head_dist"}
 
@@ -18,22 +18,23 @@ def layer_decay_scales(model: nn.Module, decay: float) -> dict[str, float]:
     """Return {parameter name: learning-rate scale} for a timm model.
 
     Block b of ``depth`` blocks: decay^(depth-b), so the last block has decay^1; stem (patch embedding, tokens,
-    position table): decay^(depth+1); final norm, pooling and classifier: 1. A model without a list ``blocks`` or with
-    parameters of other names (ConvNeXt, Swin, Hiera) is divided into layers as its ``group_matcher`` says, with the
-    same rule: the last layer has decay^1, each one before it a further decay.
-    Raises InputError for a decay outside (0, 1] and for a model that is neither.
+    position table): decay^(depth+1); final norm, pooling and classifier: 1. A model without a list ``blocks``
+    (ConvNeXt, Swin) is divided into layers as its ``group_matcher`` says, with the same rule: the last layer has
+    decay^1, each one before it a further decay.
+    Raises InputError for a decay outside (0, 1], for a model that has neither, and for a parameter beside the blocks
+    whose place is unknown.
     """
     if not 0 < decay <= 1:
         raise InputError(f"layer decay must be above 0 and at most 1, got {decay}")
     names = [name for name, _ in model.named_parameters()]
     blocks = getattr(model, "blocks", None)
-    listed = isinstance(blocks, nn.ModuleList | nn.Sequential)
-    if listed and all(name.partition(".")[0] in {"blocks", *_STEM, *_TAIL} for name in names):
-        return {name: decay ** _distance(name, len(blocks)) for name in names}  # type: ignore[arg-type]
+    if isinstance(blocks, nn.ModuleList | nn.Sequential):
+        return {name: decay ** _distance(name, len(blocks)) for name in names}
     matcher = getattr(model, "group_matcher", None)
     if matcher is None:
         raise InputError(
-            f"layer decay does not know the layers of {type(model).__name__}; set layer_decay to 1 for this model"
+            f"layer decay needs a model with a list 'blocks' or a group_matcher; {type(model).__name__} has none; set "
+            "layer_decay to 1"
         )
     layers: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
     last = max((layer for name, layer in layers.items() if name.partition(".")[0] not in _TAIL), default=0)
@@ -45,4 +46,8 @@ def _distance(name: str, depth: int) -> int:
     head, _, rest = name.partition(".")
     if head == "blocks":
         return depth - int(rest.partition(".")[0])
-    return depth + 1 if head in _STEM else 0
+    if head in _STEM:
+        return depth + 1
+    if head in _TAIL:
+        return 0
+    raise InputError(f"layer decay does not know where parameter '{name}' lies; set layer_decay to 1 for this model")

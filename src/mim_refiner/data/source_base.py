@@ -44,6 +44,9 @@ class ImageSource(ABC):
     def close(self) -> None:  # noqa: B027 - most sources hold nothing
         """Release buffers; the next ``read`` opens them again."""
 
+    def stream(self) -> None:  # noqa: B027 - most sources hold nothing
+        """From now on images are read about in order: hold no more than that needs, however large the data."""
+
 
 def short_hash(parts: Iterable[object]) -> str:
     """Hash a sequence of strings, numbers and arrays to 16 hexadecimal digits."""
@@ -103,6 +106,9 @@ class SlicedSource(ImageSource):
     def close(self) -> None:
         self.source.close()
 
+    def stream(self) -> None:
+        self.source.stream()
+
 
 class ConcatSource(ImageSource):
     """Several sources one after the other. All or none have labels, and their class names agree."""
@@ -122,20 +128,26 @@ class ConcatSource(ImageSource):
             for part, stop in zip(self.parts, self.ends.tolist(), strict=True):
                 part.labels = self.labels[stop - len(part) : stop]
         self.class_names = parts[0].class_names
+        self._recent: list[ImageSource] | None = None  # the parts read last, when streaming
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def _locate(self, index: int) -> tuple[ImageSource, int]:
+    def locate(self, index: int) -> tuple[ImageSource, int]:
+        """The part that image ``index`` comes from, and its number there."""
         part = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[part], index - (int(self.ends[part - 1]) if part else 0)
 
     def read(self, index: int) -> bytes | NDArray[Any]:
-        part, local = self._locate(index)
+        part, local = self.locate(index)
+        if self._recent is not None and part not in self._recent:
+            self._recent.append(part)
+            if len(self._recent) > 2:  # another thread may still read the one before
+                self._recent.pop(0).close()
         return part.read(local)
 
     def name(self, index: int) -> str:
-        part, local = self._locate(index)
+        part, local = self.locate(index)
         return part.name(local)
 
     def fingerprint(self) -> str:
@@ -144,3 +156,8 @@ class ConcatSource(ImageSource):
     def close(self) -> None:
         for part in self.parts:
             part.close()
+
+    def stream(self) -> None:
+        self._recent = []
+        for part in self.parts:
+            part.stream()

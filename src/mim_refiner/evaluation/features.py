@@ -129,19 +129,22 @@ def feature_sets(
     precision = resolve_precision(precision, device)
     size = image_size or square_image_size(backbone.info)
     chosen = None if indices is None else np.asarray(indices, dtype=np.int64)
-    identity = cache and _identity(backbone, images, chosen, transform, size, precision, device)
+    identity = {} if cache is None else _identity(backbone, images, chosen, transform, size, precision, device)
     found = {} if cache is None else {key: cache.get({**identity, **_key_identity(key)}) for key in keys}
     missing = [key for key in keys if found.get(key) is None]
-    batches = transform.batches(images, size, batch_size, chosen)
-    total = len(images) if chosen is None else len(chosen)
-    computed, rows = _forward(backbone, batches, missing, total, device, precision, progress) if missing else ({}, None)
     values: dict[_FullKey, Tensor] = {}
-    for key in keys:
-        entry = found.get(key)
-        values[key] = computed[key] if entry is None else entry["features"]
-        rows = rows if entry is None else entry["rows"]
-        if entry is None and cache is not None and identity is not None:
-            cache.put({**identity, **_key_identity(key)}, {"features": computed[key], "rows": rows})
+    rows: Tensor | None = None
+    if missing:
+        batches = transform.batches(images, size, batch_size, chosen)
+        total = len(images) if chosen is None else len(chosen)
+        values, rows = _forward(backbone, batches, missing, total, device, precision, progress)
+        if cache is not None:
+            for key in missing:
+                cache.put({**identity, **_key_identity(key)}, {"features": values[key], "rows": rows})
+    for key, entry in found.items():
+        if entry is not None:
+            values[key], rows = entry["features"], entry["rows"]
+    values = {key: values[key] for key in keys}  # in the order of extraction
     return {norm: _of_norm(backbone, images, values, rows, norm) for norm in dict.fromkeys(map(bool, norms))}
 
 

@@ -17,7 +17,7 @@ from mim_refiner.models.positions import RULES, Grid, resize_absolute, resize_re
 from mim_refiner.models.postnorm import PostNormVisionTransformer
 from mim_refiner.models.runners import free_image_size, runner_for
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, check_image_size, create_vit
-from mim_refiner.types import BackboneInfo, BlockOutput
+from mim_refiner.types import BackboneInfo, BlockOutput, Pooling
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "create_vit"]
 
@@ -56,7 +56,7 @@ class Backbone(nn.Module):
         coverage: float = 1.0,
         source: str = "",
         position_rule: str = "timm",
-        pooling: str | None = None,
+        pooling: Pooling | None = None,
     ) -> Backbone:
         """Wrap a timm model; its facts are read from the model itself.
 
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
             coverage=coverage,
             source=source,
             position_rule=position_rule,
-            norm_eps=_norm_eps(model),
+            norm_eps=norm_eps(model),
             pooling=pooling or ("cls" if structure["has_cls"] else "mean"),
             **structure,
         )
@@ -325,7 +325,7 @@ def _per_channel(given: Sequence[float] | None, imagenet: tuple[float, ...], cha
     return imagenet if channels == 3 else (sum(imagenet) / 3,) * channels
 
 
-def _norm_eps(model: nn.Module) -> float | None:
+def norm_eps(model: nn.Module) -> float | None:
     """The constant in the norms of the blocks; None where there is none, or several."""
     found = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.eps}
     return float(found.pop()) if len(found) == 1 else None

@@ -28,11 +28,11 @@ class GridAttention(Attention):  # type: ignore[misc]
         # Set anew in every call, so that a recomputed block sees the grid of its own images.
         own = isinstance(shared_rel_pos_bias, OwnTable)
         self._wanted = shared_rel_pos_bias if own else None  # type: ignore[assignment]
-        return super().forward(x, shared_rel_pos_bias=None if own else shared_rel_pos_bias)  # type: ignore[no-any-return]
+        return super().forward(x, shared_rel_pos_bias=None if own else shared_rel_pos_bias)
 
     def _get_rel_pos_bias(self) -> Tensor:
         if self._wanted is None:
-            return super()._get_rel_pos_bias()  # type: ignore[no-any-return]
+            return super()._get_rel_pos_bias()
         return relative_bias(self.relative_position_bias_table, tuple(self.window_size), *self._wanted)
 
 

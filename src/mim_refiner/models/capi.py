@@ -49,7 +49,7 @@ class RotaryBlock(Block):  # type: ignore[misc]
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), positions)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))  # type: ignore[no-any-return]
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class CapiVisionTransformer(VisionTransformer):  # type: ignore[misc]

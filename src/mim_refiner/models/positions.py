@@ -32,13 +32,13 @@ def resize_absolute(table: Tensor, old: Grid, new: Grid, *, num_prefix: int, rul
         )
         return resized
     prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
-    image = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    image = patches.reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # float32 as in the published code and in timm
     if rule == "dino":
         factors = [(side + 0.1) / before for side, before in zip(new, old, strict=True)]
         image = F.interpolate(image, scale_factor=factors, mode="bicubic")
     else:
         image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
-    return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2).to(table)], dim=1)
 
 
 def resize_relative(table: Tensor, old: Grid, new: Grid, *, rule: str) -> Tensor:

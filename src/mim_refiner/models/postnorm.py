@@ -10,7 +10,7 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
@@ -36,7 +36,8 @@ class PostNormVisionTransformer(VisionTransformer):  # type: ignore[misc]
         kwargs |= {"block_fn": PostNormBlock, "fc_norm": False}
         # timm leaves out the projection's bias with pre_norm, so the norm is put in afterwards.
         super().__init__(*args, pre_norm=False, final_norm=True, **kwargs)
-        self.norm_pre, self.norm = self.norm, self.norm_pre
+        parts: Any = self
+        parts.norm_pre, parts.norm = parts.norm, nn.Identity()
 
 
 default_cfgs = generate_default_cfgs(

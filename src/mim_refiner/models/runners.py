@@ -36,7 +36,7 @@ class PlainRunner:
         """Tokens [B, P+N, D] that enter block 0, for images [B, C, H, W]."""
         x = model.patch_embed(images)
         grid, tokens = (x.shape[1], x.shape[2]), x.flatten(1, 2)
-        prefix = [token.expand(len(x), -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]
         table = model.pos_embed
         if table is not None:
             num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
@@ -50,7 +50,7 @@ class PlainRunner:
         tokens = model.pos_drop(tokens)
         if isinstance(model.patch_drop, nn.Module):
             tokens = model.patch_drop(tokens)
-        return model.norm_pre(tokens)  # type: ignore[no-any-return]
+        return model.norm_pre(tokens)
 
     def context(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Any:
         """What all blocks need beside the tokens; built once a call."""
@@ -79,13 +79,13 @@ class BeitRunner(PlainRunner):
 
     def embed(self, model: Any, images: Tensor, rule: str) -> Tensor:
         tokens = model.patch_embed(images)
-        tokens = torch.cat([model.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = torch.cat([model.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         if model.pos_embed is not None:
             native = tuple(model.patch_embed.grid_size)
             grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
             tokens = tokens + resize_absolute(model.pos_embed, native, grid, num_prefix=1, rule=rule)
         tokens = model.pos_drop(tokens)
-        return tokens  # type: ignore[no-any-return]
+        return tokens
 
     def context(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Any:
         return shared_bias(model, grid, rule)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mim_refiner.checkpoints.families.keymap import Mapped
 from mim_refiner.checkpoints.store import Contents
-from mim_refiner.types import BackboneInfo
+from mim_refiner.types import BackboneInfo, Pooling
 
 PROJECTION = "patch_embed.proj.weight"  # timm's name of a ViT's first convolution
 
@@ -70,7 +70,7 @@ class Converted:
     without: tuple[str, ...] = ()  # norms that timm would build and the encoder has not
     projection: str = PROJECTION  # the first convolution's weight, for other numbers of channels
     position_rule: str = "timm"  # how tables are resized to other resolutions, see models.positions
-    pooling: str | None = None  # what the family's authors pool by, where it is not the class token
+    pooling: Pooling | None = None  # what the family's authors pool by, where it is not the class token
     notes: tuple[str, ...] = field(default=())
 
 
@@ -89,6 +89,7 @@ class Family:
     convert: Callable[[View, Wishes], Converted]
     to_source: Callable[[Mapping[str, Tensor], BackboneInfo], dict[str, Tensor]] | None = None
     reads_config: bool = False  # a config.json tells the architecture, so the tensors may have other names
+    any_names: bool = False  # the anchor may be missing: a key map says what the names mean
     default_encoder: tuple[str, ...] = ()  # labels to prefer before the usual ones (teacher, EMA)
 
 

@@ -97,7 +97,7 @@ def norm_eps(view: View) -> float:
 
 def mean_and_std(
     view: View, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
-) -> dict[str, tuple[float, ...]]:
+) -> dict[str, Any]:
     """Fields mean and std: those of preprocessor_config.json, else the defaults given."""
     found: Mapping[str, Any] = (view.contents.config or {}).get("preprocessor") or {}
     return {"mean": tuple(found.get("image_mean") or mean), "std": tuple(found.get("image_std") or std)}

@@ -63,7 +63,8 @@ class KeyMap:
                 raise InputError(f"tensors {parts[target][part]} and {name} both mean {target}; keep one of them")
             parts[target][part] = name
             counts[target] = count
-        tensors, origin = {}, {}
+        tensors: dict[str, Tensor] = {}
+        origin: dict[str, str] = {}
         for target, names in parts.items():
             if len(names) < counts[target]:
                 rest.extend(names.values())

@@ -44,7 +44,10 @@ def convert(view: View, wishes: Wishes) -> Converted:
     patch = mapped.tensors[PROJECTION].shape[2:]
     mapped.tensors["pos_embed"] = table.flatten(1, 2)
     size = (table.shape[1] * patch[0], table.shape[2] * patch[1])
-    vit = infer_structure(mapped.tensors, wishes, view.where, final_norm=not post_norm, known_size=size)
+    heads = (view.contents.config or {}).get("num_heads", 0)  # of our exports; a bare file does not tell
+    vit = infer_structure(
+        mapped.tensors, wishes, view.where, final_norm=not post_norm, known_heads=heads, known_size=size
+    )
     return Converted(
         "vit_postnorm" if post_norm else vit.architecture,
         vit.arguments,

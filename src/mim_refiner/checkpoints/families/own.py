@@ -80,14 +80,15 @@ def own_family(given: Mapping[str, Any] | str | Path) -> Family:
     def convert(view: View, wishes: Wishes) -> Converted:
         return _convert(view, wishes, key_map, keys)
 
-    return Family(key_map.family, anchor, matches, convert, reads_config=True)
+    return Family(key_map.family, anchor, matches, convert, any_names=True)
 
 
 def _convert(view: View, wishes: Wishes, key_map: OwnKeyMap, keys: KeyMap) -> Converted:
     mapped = keys.to_timm(view.tensors)
     heads = wishes.num_heads or key_map.num_heads
-    arguments, notes = dict(key_map.arguments), ()
-    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    given = key_map.arguments.items()
+    arguments: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
+    notes: tuple[str, ...] = ()
     architecture = key_map.architecture
     plain = architecture == "vit" or architecture in _SIZED_BY_TENSORS
     if not plain and not timm.is_model(architecture.partition(".")[0]):

@@ -163,12 +163,12 @@ def table_grid(
     if table.ndim != 3:
         raise CheckpointError(f"{where}: the position table has shape {list(table.shape)}, not [1, entries, width]")
     length = table.shape[1]
-    for prefix in (num_prefix, 0):
-        side = math.isqrt(max(length - prefix, 0))
-        square = (side, side) if side and side * side == length - prefix else None
-        fits = [grid for grid in (known, square, wished) if grid and grid[0] * grid[1] == length - prefix]
-        if fits:
-            return fits[0], prefix
+    for kind in ("known", "square", "wished"):
+        for prefix in (num_prefix, 0):
+            side = math.isqrt(max(length - prefix, 0))
+            grid = {"known": known, "square": (side, side), "wished": wished}[kind]
+            if grid and 0 not in grid and grid[0] * grid[1] == length - prefix:
+                return grid, prefix
     raise CheckpointError(
         f"{where}: the position table has {length} entries, no square grid; pass its image_size=(height, width)"
     )

@@ -53,7 +53,10 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
     first_conv = preprocessing.get("first_conv")
     classifier = preprocessing.get("classifier") or "head"
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    starts = tuple(f"{head}." for head in heads)
+    without = tuple(str(name) for name in facts.get("without") or ())
+    reasons = {f"{head}.": "classifier" for head in heads}
+    reasons |= {f"{name}.": "only there for timm, not part of the encoder" for name in without}
+    starts = tuple(reasons)
     tensors = {name: tensor for name, tensor in view.tensors.items() if not name.startswith(starts)}
     rest = tuple(name for name in view.tensors if name not in tensors)
     mapped = Mapped(tensors, {name: name for name in tensors}, rest)
@@ -61,7 +64,7 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
         architecture,
         arguments,
         wishes.num_heads or -1,
-        **account(view, mapped, dict.fromkeys(starts, "classifier")),
+        **account(view, mapped, reasons),
         mean=_floats(preprocessing.get("mean")),
         std=_floats(preprocessing.get("std")),
         licence=facts.get("licence") or preprocessing.get("license"),
@@ -69,6 +72,7 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
         norm_eps=facts.get("norm_eps"),
         position_rule=facts.get("position_rule") or "timm",
         pooling=facts.get("encoder_pooling"),
+        without=without,
         projection=f"{first_conv}.weight" if isinstance(first_conv, str) else PROJECTION,
     )
 
