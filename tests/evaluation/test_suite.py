@@ -130,9 +130,10 @@ def test_bad_requests_are_refused_before_any_work(make_backbone, make_images, tm
 
 
 @pytest.mark.parametrize("protocol", ["finetune", "long_tail", "robustness", "segmentation"])
-def test_protocols_made_for_photographs_refuse_other_channels(protocol, make_backbone):
+def test_protocols_made_for_photographs_refuse_other_channels(protocol, make_backbone, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 4), dtype=np.uint8)
-    images = ImageSet(ArraySource(pixels, np.arange(20) % 2, None, "four channels"), channels=4)
+    np.savez(tmp_path / "four.npz", images=pixels, labels=np.arange(20) % 2)
+    images = ImageSet(open_source(tmp_path / "four.npz"), channels=4)
     with pytest.raises(InputError, match=f"protocol {protocol} takes RGB images, not 4 channels"):
         evaluate_backbone(make_backbone(), images, None, protocols=("rank", protocol))
 
