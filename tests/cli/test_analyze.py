@@ -55,6 +55,15 @@ def test_the_verdict_by_labels_has_the_one_without_beside_it(analysed):
     assert verdict["label_free"]["measures"][-1]["measure"] == "drift of patch features"
 
 
+def test_the_verdict_alone_is_the_same_and_looks_at_one_block(mae, refined, shapes, analysed, cli, tmp_path):
+    words = ("analyze", "--model", mae.export, "--compare", refined.path, "--data", shapes, "--out", tmp_path / "out")
+    outcome = cli.call(*words, "--parts", "verdict", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["verdict"] == analysed[1].json["verdict"]
+    assert set(outcome.json["records"]) == {"verdict"}
+    assert outcome.json["figures"] == {}
+
+
 def test_regimes_recommendation_and_placement(analysed):
     result = analysed[1].json
     assert [b for blocks in result["regimes"]["before"].values() for b in blocks] == [0, 1, 2]

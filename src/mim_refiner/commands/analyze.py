@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mim_refiner.analysis.atlas import Atlas
 from mim_refiner.analysis.blocks import curves_from_scores
@@ -27,6 +28,7 @@ from mim_refiner.commands.survey import (
     choose_samples,
     default_key,
     judged_without_labels,
+    knn_hits,
     measures_of,
 )
 from mim_refiner.core.device import pick_device
@@ -147,9 +149,7 @@ class _Analysis:
         unlabelled = judged_without_labels(self.models, self.samples, self.how) if enough else None
         judged = unlabelled or {}
         if self.samples.labelled:
-            self._measure_blocks()
-            keys = {name: default_key(model.info) for name, model in self.models.items()}
-            hits = [self.atlases[name].scores[keys[name]] for name in ("before", "after")]
+            hits = [self._hits(name) for name in ("before", "after")]
             judged = verdict(*hits) | ({"label_free": unlabelled} if unlabelled else {})
         self.result["verdict"] = judged
         self._keep("verdict", {"kind": "verdict", **judged, "seed": self.how.seed}, None)
@@ -211,6 +211,13 @@ class _Analysis:
                     figure = head_behaviour(metrics, self.out / f"heads-{name}.png")
                     self.result["figures"][f"heads-{name}"] = str(figure)
                     break
+
+    def _hits(self, name: str) -> NDArray[np.float64]:
+        """k-NN hits of the usual features: from the atlas where there is one, else of these features alone."""
+        key = default_key(self.models[name].info)
+        if name in self.atlases:
+            return self.atlases[name].scores[key]
+        return knn_hits(self.models[name], self.samples, self.how, key=key, name=name)
 
     def _measure_blocks(self) -> None:
         """The atlases and the curves that several parts need; once."""

@@ -129,17 +129,7 @@ def refine_and_compare(
     job = Refinement(
         refiner, ema, chosen, loader, photometrics, device=torch_device, precision=precision, labels=images.labels
     )
-    monitor = None
-    if bank.labels is not None and chosen.knn_every:
-        monitor = OnlineKnn(
-            backbone,
-            bank,
-            test,
-            blocks=refiner.blocks,
-            pooling=chosen.heads.pooling,
-            device=torch_device,
-            precision=precision,
-        )
+    monitor = online_knn(refiner, bank, test, chosen, torch_device, precision)
     loop = LoopSettings(seed, torch_device, chosen.log_every, chosen.checkpoint_every, chosen.knn_every)
     with contextlib.closing(loader):
         fit(job.phases(), {"model": refiner, "ema": ema}, run, loop, reporter, monitor)
@@ -178,6 +168,23 @@ def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
     config = HeadConfig(heads.projector_hidden, heads.predictor_hidden, heads.out_dim, heads.queue_size)
     blocks = [int(block) for block in heads.blocks]
     return Refiner(backbone, blocks, config, pooling=heads.pooling, frozen_blocks=recipe.frozen_blocks)
+
+
+def online_knn(
+    refiner: Refiner, bank: ImageSet, test: ImageSet | None, recipe: RefineRecipe, device: torch.device, precision: str
+) -> OnlineKnn | None:
+    """k-NN of the head blocks during training; None without labels or when the recipe turns it off."""
+    if bank.labels is None or not recipe.knn_every:
+        return None
+    return OnlineKnn(
+        refiner.backbone,
+        bank,
+        test,
+        blocks=refiner.blocks,
+        pooling=recipe.heads.pooling,
+        device=device,
+        precision=precision,
+    )
 
 
 def conclude(

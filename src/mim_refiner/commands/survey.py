@@ -130,19 +130,21 @@ def atlas_of(
             **how.options,
         )
         return atlas_of_views(views, how, name=name, default=default, both=both), dict(views.clean)
-    bank = _features(backbone, samples.bank, samples.bank_rows, how, f"bank images, {name}")
-    queries = _features(backbone, samples.queries, samples.query_rows, how, f"query images, {name}")
-    number = class_numbers(samples.bank, samples.queries)
-    if number is not None:
-        queries = {
-            norm: dataclasses.replace(found, labels=None if found.labels is None else number[found.labels])
-            for norm, found in queries.items()
-        }
+    bank, queries = _bank_and_queries(backbone, samples, how, name)
     how.reporter.phase(f"atlas: {name}", 0)
     progress = _progress(how.reporter)
     return labelled_atlas(
         bank, queries, default=default, probe=probe, both=both, seed=how.seed, progress=progress
     ), queries
+
+
+def knn_hits(backbone: Backbone, samples: Samples, how: How, *, key: Key, name: str) -> NDArray[np.float64]:
+    """[N]: whether k-NN of one block, pooling and norm classifies each query image rightly; needs labels."""
+    block, pooling, norm = key
+    options = {"blocks": (block,), "poolings": (pooling,), "norms": (norm,)}
+    bank, queries = _bank_and_queries(backbone, samples, how, name, **options)
+    default = labelled_atlas(bank, queries, default=key, probe=False, both=False, seed=how.seed)
+    return default.scores[key]
 
 
 def atlas_of_views(views: PairedViews, how: How, *, name: str, default: Key, both: bool = True) -> Atlas:
@@ -204,11 +206,29 @@ def drift_of(before: Backbone, after: Backbone, samples: Samples, how: How) -> N
     return np.concatenate(parts)
 
 
+def _bank_and_queries(
+    backbone: Backbone, samples: Samples, how: How, name: str, **options: Any
+) -> tuple[dict[bool, Features], dict[bool, Features]]:
+    """Features {norm applied?: Features} of bank and query images, classes numbered as in the bank.
+
+    ``options`` go to ``feature_sets``: everything unless blocks, poolings or norms are named.
+    """
+    bank = _features(backbone, samples.bank, samples.bank_rows, how, f"bank images, {name}", options)
+    queries = _features(backbone, samples.queries, samples.query_rows, how, f"query images, {name}", options)
+    number = class_numbers(samples.bank, samples.queries)
+    if number is not None:
+        queries = {
+            norm: dataclasses.replace(found, labels=None if found.labels is None else number[found.labels])
+            for norm, found in queries.items()
+        }
+    return bank, queries
+
+
 def _features(
-    backbone: Backbone, images: ImageSet, rows: NDArray[np.int64], how: How, what: str
+    backbone: Backbone, images: ImageSet, rows: NDArray[np.int64], how: How, what: str, options: Mapping[str, Any]
 ) -> dict[bool, Features]:
     how.reporter.phase(f"features of the {what}", len(rows))
-    return feature_sets(backbone, images, indices=rows, progress=_progress(how.reporter), **how.options)
+    return feature_sets(backbone, images, indices=rows, progress=_progress(how.reporter), **{**how.options, **options})
 
 
 def _progress(reporter: Reporter) -> Any:
