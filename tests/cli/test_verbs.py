@@ -93,7 +93,7 @@ def test_base_and_peak_learning_rate_are_printed(refined, mae):
 
 def test_summary_has_before_after_verdict_and_seconds(refined):
     summary = refined.summary()
-    assert summary.keys() == {"before", "after", "verdict", "seconds"}
+    assert summary.keys() == {"before", "after", "recommendation", "verdict", "seconds"}
     for stage in ("before", "after"):
         assert summary[stage].keys() >= SUMMARY_METRICS
         assert all(isinstance(summary[stage][name], float) for name in SUMMARY_METRICS)
