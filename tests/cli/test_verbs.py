@@ -474,7 +474,7 @@ def test_as_a_process_stdout_holds_the_json_alone(mae, shapes, cli, tmp_path):
     process = cli.start(*cli.refine(shapes, mae.export, tmp_path / "run"), "--json")
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
-    assert json.loads(stdout).keys() == {"before", "after", "verdict", "seconds"}
+    assert json.loads(stdout).keys() == {"before", "after", "recommendation", "verdict", "seconds"}
     assert stdout.count("\n") == 1
     assert "refinement 6/6" in stderr
     assert "Traceback" not in stderr
