@@ -120,9 +120,8 @@ def refine_and_compare(
     precision = resolve_precision(chosen.precision, torch_device)
     bank, test = evaluation_sets(images, eval_data, eval_test, reporter)
     how = How(torch_device, seed, reporter, precision)
-    placement = None
-    if not plan:
-        placement = place_in_recipe(chosen, base, backbone, bank, test, how, None if overwrite else Path(out))
+    before = None if overwrite else Path(out)
+    placement = None if plan else place_in_recipe(chosen, base, backbone, bank, test, how, before)
     chosen = resolve(chosen, backbone)
     if torch_device.type == "cpu":
         backbone.use_math_attention()
@@ -130,9 +129,9 @@ def refine_and_compare(
         backbone.compile_blocks()
     torch.manual_seed(seed)
     refiner = make_refiner(backbone, chosen).to(torch_device)
-    ema = ExponentialMovingAverage(backbone)
-    views = view_specs(chosen)
-    loader = TrainLoader(images, views, chosen.batch_size, seed, **run_settings(images, chosen, torch_device))
+    loader = TrainLoader(
+        images, view_specs(chosen), chosen.batch_size, seed, **run_settings(images, chosen, torch_device)
+    )
     if plan:
         return run_plan(chosen, refiner, len(images), torch_device, precision, memory_budget)
     if memory_budget is not None:
@@ -145,11 +144,7 @@ def refine_and_compare(
     skipped = list_skipped(images, run, reporter)
     announce(chosen, backbone, len(images), loader.steps_per_epoch, precision, reporter)
 
-    info = backbone.info
-    photometrics = [BatchPhotometric(view, info.mean, info.std) for view in views for _ in range(view.count)]
-    job = Refinement(
-        refiner, ema, chosen, loader, photometrics, device=torch_device, precision=precision, labels=images.labels
-    )
+    job = make_job(chosen, refiner, loader, images, torch_device, precision)
     monitor = online_knn(refiner, bank, test, chosen, torch_device, precision)
     loop = LoopSettings(seed, torch_device, chosen.log_every, chosen.checkpoint_every, chosen.knn_every)
     with contextlib.closing(loader):
@@ -164,16 +159,28 @@ def refine_and_compare(
     summary = conclude(
         stages, bank, test, chosen, run, f"{Path(data).name} ({len(images)} images)", torch_device, seed, reporter
     )
-    if placement is not None:
-        summary["head_placement"] = placement
     summary["seconds"] = {"training": trained, "total": time.perf_counter() - started}
-    if stopped:
-        summary["stopped"] = str(stopped)
+    more = {"head_placement": placement, "stopped": str(stopped) if stopped else None}
+    summary |= {key: value for key, value in more.items() if value is not None}
     write_json(run.path / "summary.json", summary)
     reporter.done()
     if stopped:
         raise stopped
     return summary
+
+
+def make_job(
+    recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, images: ImageSet, device: torch.device, precision: str
+) -> Refinement:
+    """What the training phases are made of."""
+    info = refiner.backbone.info
+    photometrics = [
+        BatchPhotometric(view, info.mean, info.std) for view in view_specs(recipe) for _ in range(view.count)
+    ]
+    ema = ExponentialMovingAverage(refiner.backbone)
+    return Refinement(
+        refiner, ema, recipe, loader, photometrics, device=device, precision=precision, labels=images.labels
+    )
 
 
 def train(
