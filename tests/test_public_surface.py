@@ -35,14 +35,14 @@ SIGNATURES = {
 VERBS = {
     "pretrain": {"data", "arch", "out", "recipe", "settings", "device", "seed", "overwrite", "reporter"},
     "refine": {
-        "data", "model", "out", "recipe", "eval_data", "eval_test", "settings", "device", "seed", "overwrite",
-        "memory_budget", "plan", "reporter",
+        "data", "model", "out", "recipe", "eval_data", "eval_test", "head_blocks", "settings", "device", "seed",
+        "overwrite", "memory_budget", "plan", "reporter",
     },
     "evaluate": {
         "model", "data", "test", "compare", "suite", "protocols", "blocks", "pooling", "norm", "shifted", "transfer",
         "out", "cache", "cache_size", "settings", "device", "seed", "reporter",
     },
-    "analyze": {"model", "data", "compare", "test", "out", "device", "seed", "reporter"},
+    "analyze": {"model", "data", "compare", "test", "out", "parts", "cache", "device", "seed", "reporter"},
     "embed": {
         "model", "data", "out", "block", "pooling", "norm", "image_size", "batch_size", "precision", "dtype", "device",
         "overwrite", "reporter",

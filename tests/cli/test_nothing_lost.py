@@ -208,7 +208,7 @@ def test_two_processes_refine_as_one_and_one_goes_on_for_two(mae, shapes, cli, f
     words = [*cli.refine(shapes, mae.export, out, *settings, "micro_batch=3"), "--json"]
     first, second = processes(2, words)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert json.loads(first.stdout).keys() == {"before", "after", "verdict", "seconds"}
+    assert json.loads(first.stdout).keys() == {"before", "after", "verdict", "recommendation", "seconds"}
     assert (second.stdout, second.stderr) == ("", "")
     compare_runs(single.path, out, mae.export)
 

@@ -32,6 +32,14 @@ EvalTestOption = Annotated[
     str | None,
     typer.Option("--eval-test", metavar="SRC", help="Labelled test images that go with --eval-data."),
 ]
+HeadBlocksOption = Annotated[
+    str | None,
+    typer.Option(
+        "--head-blocks",
+        metavar="auto|last_third|8,9",
+        help="Blocks that get a head; auto measures every block of the encoder first. Default: the recipe's.",
+    ),
+]
 
 
 MemoryBudgetOption = Annotated[
@@ -54,6 +62,7 @@ def refine(
     recipe: RecipeOption = None,
     eval_data: EvalDataOption = None,
     eval_test: EvalTestOption = None,
+    head_blocks: HeadBlocksOption = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -79,6 +88,7 @@ def refine(
         recipe=recipe,
         eval_data=eval_data,
         eval_test=eval_test,
+        head_blocks=head_blocks,
         settings=settings,
         device=device,
         seed=seed,

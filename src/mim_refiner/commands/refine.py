@@ -12,10 +12,13 @@ import torch
 
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.comparison import SUMMARY_TEST_LIMIT, SUMMARY_TRAIN_LIMIT, compare, thinned
+from mim_refiner.commands.head_blocks import FILE as PLACEMENT_FILE
+from mim_refiner.commands.head_blocks import head_block_settings, place_in_recipe
 from mim_refiner.commands.monitor import OnlineKnn
 from mim_refiner.commands.plan import fit_into
 from mim_refiner.commands.plan import plan as run_plan
 from mim_refiner.commands.runs import list_skipped, open_images, refuse_to_overwrite_inputs, run_settings
+from mim_refiner.commands.survey import How
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.launch import join_processes
@@ -52,6 +55,7 @@ def refine(
     recipe: str | None = None,
     eval_data: str | None = None,
     eval_test: str | None = None,
+    head_blocks: str | None = None,
     settings: list[str] | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -64,10 +68,11 @@ def refine(
 
     Head warm-up on the frozen encoder, then refinement (paper section 3.3). ``eval_data``/``eval_test``: labelled
     images to measure on; without them the labels of ``data``, if any, are used. The same call on the same folder
-    resumes. ``memory_budget`` ("24GB", "auto") picks micro_batch and checkpointing so that a step fits; ``plan`` only
-    returns what the run would need and cost. Returns the summary {"before", "after", "verdict", "seconds"}, also in
-    summary.json; export/ is a timm folder. Raises MimRefinerError with one line on bad input, GuardStopError when the
-    guard stopped the run (export/ then holds the best state).
+    resumes. ``head_blocks``: "auto" places the heads by measurement (``analysis.placement``), "last_third" or block
+    numbers such as "8,9" overrule the recipe. ``memory_budget`` ("24GB", "auto") picks micro_batch and checkpointing so
+    that a step fits; ``plan`` only returns what the run would need and cost. Returns the summary {"before", "after",
+    "verdict", "recommendation", "seconds"}, also in summary.json; export/ is a timm folder. Raises MimRefinerError with
+    one line on bad input, GuardStopError when the guard stopped the run (export/ then holds the best state).
     """
     return refine_and_compare(
         data=data,
@@ -76,7 +81,7 @@ def refine(
         recipe=recipe,
         eval_data=eval_data,
         eval_test=eval_test,
-        settings=settings or [],
+        settings=[*(settings or []), *head_block_settings(head_blocks)],
         device=device,
         seed=seed,
         overwrite=overwrite,
@@ -110,18 +115,23 @@ def refine_and_compare(
     backbone = load_backbone(model)
     images = open_images(data, reporter, channels=backbone.info.in_chans)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
-    chosen = resolve(override(refine_recipe(recipe, image_size=max(backbone.info.image_size)), settings), backbone)
+    base = refine_recipe(recipe, image_size=max(backbone.info.image_size))
+    chosen = override(base, settings)
     precision = resolve_precision(chosen.precision, torch_device)
     bank, test = evaluation_sets(images, eval_data, eval_test, reporter)
+    how = How(torch_device, seed, reporter, precision)
+    before = None if overwrite else Path(out)
+    placement = None if plan else place_in_recipe(chosen, base, backbone, bank, test, how, before)
+    chosen = resolve(chosen, backbone)
     if torch_device.type == "cpu":
         backbone.use_math_attention()
     if chosen.compile:
         backbone.compile_blocks()
     torch.manual_seed(seed)
     refiner = make_refiner(backbone, chosen).to(torch_device)
-    ema = ExponentialMovingAverage(backbone)
-    views = view_specs(chosen)
-    loader = TrainLoader(images, views, chosen.batch_size, seed, **run_settings(images, chosen, torch_device))
+    loader = TrainLoader(
+        images, view_specs(chosen), chosen.batch_size, seed, **run_settings(images, chosen, torch_device)
+    )
     if plan:
         return run_plan(chosen, refiner, len(images), torch_device, precision, memory_budget)
     if memory_budget is not None:
@@ -129,15 +139,13 @@ def refine_and_compare(
     resolved = {"command": "refine", "data": data, "model": model, "seed": seed, **chosen.model_dump(mode="json")}
     resolved["data_fingerprint"] = images.source.fingerprint()
     run = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=chosen.keep_checkpoints)
+    if placement is not None:
+        write_json(run.path / PLACEMENT_FILE, placement)
     skipped = list_skipped(images, run, reporter)
     announce(chosen, backbone, len(images), loader.steps_per_epoch, precision, reporter)
 
-    info = backbone.info
-    photometrics = [BatchPhotometric(view, info.mean, info.std) for view in views for _ in range(view.count)]
-    job = Refinement(
-        refiner, ema, chosen, loader, photometrics, device=torch_device, precision=precision, labels=images.labels
-    )
-    monitor = make_monitor(job, bank, test) if bank.labels is not None and chosen.knn_every else None
+    job = make_job(chosen, refiner, loader, images, torch_device, precision)
+    monitor = online_knn(refiner, bank, test, chosen, torch_device, precision)
     loop = LoopSettings(seed, torch_device, chosen.log_every, chosen.checkpoint_every, chosen.knn_every)
     with contextlib.closing(loader):
         refined, stopped = train(job, images, run, loop, model, monitor, reporter)
@@ -152,8 +160,8 @@ def refine_and_compare(
         stages, bank, test, chosen, run, f"{Path(data).name} ({len(images)} images)", torch_device, seed, reporter
     )
     summary["seconds"] = {"training": trained, "total": time.perf_counter() - started}
-    if stopped:
-        summary["stopped"] = str(stopped)
+    more = {"head_placement": placement, "stopped": str(stopped) if stopped else None}
+    summary |= {key: value for key, value in more.items() if value is not None}
     write_json(run.path / "summary.json", summary)
     reporter.done()
     if stopped:
@@ -161,17 +169,17 @@ def refine_and_compare(
     return summary
 
 
-def make_monitor(job: Refinement, bank: ImageSet, test: ImageSet | None) -> OnlineKnn:
-    """Online k-NN of the blocks that have heads."""
-    refiner = job.refiner
-    return OnlineKnn(
-        refiner.backbone,
-        bank,
-        test,
-        blocks=refiner.blocks,
-        pooling=refiner.pooling,
-        device=job.device,
-        precision=job.precision,
+def make_job(
+    recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, images: ImageSet, device: torch.device, precision: str
+) -> Refinement:
+    """What the training phases are made of."""
+    info = refiner.backbone.info
+    photometrics = [
+        BatchPhotometric(view, info.mean, info.std) for view in view_specs(recipe) for _ in range(view.count)
+    ]
+    ema = ExponentialMovingAverage(refiner.backbone)
+    return Refinement(
+        refiner, ema, recipe, loader, photometrics, device=device, precision=precision, labels=images.labels
     )
 
 
@@ -236,6 +244,23 @@ def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
     return refiner
 
 
+def online_knn(
+    refiner: Refiner, bank: ImageSet, test: ImageSet | None, recipe: RefineRecipe, device: torch.device, precision: str
+) -> OnlineKnn | None:
+    """k-NN of the head blocks during training; None without labels or when the recipe turns it off."""
+    if bank.labels is None or not recipe.knn_every:
+        return None
+    return OnlineKnn(
+        refiner.backbone,
+        bank,
+        test,
+        blocks=refiner.blocks,
+        pooling=recipe.heads.pooling,
+        device=device,
+        precision=precision,
+    )
+
+
 def conclude(
     stages: dict[str, Backbone],
     bank: ImageSet,
@@ -267,8 +292,9 @@ def conclude(
         "before": summary["before"],
         "after": summary["after"],
     }
-    recommended = {"block": -1, "pooling": recipe.heads.pooling, "norm": False}
-    export_timm(stages["after"].to("cpu"), run.path / "export", card=card, facts=recommended)
+    recommended = summary["recommendation"]
+    facts = {key: recommended[key] for key in ("block", "pooling", "norm")} | {"recommendation": recommended["reason"]}
+    export_timm(stages["after"].to("cpu"), run.path / "export", card=card, facts=facts)
     return summary
 
 
@@ -276,7 +302,7 @@ def resolve(recipe: RefineRecipe, backbone: Backbone) -> RefineRecipe:
     """Replace every "auto" by what the encoder gives; raises InputError for sizes that do not fit its patches."""
     info = backbone.info
     recipe = recipe.model_copy(deep=True)
-    if recipe.heads.blocks == "last_third":
+    if recipe.heads.blocks in ("last_third", "auto"):  # "auto" has been measured before; a mere plan stays with this
         recipe.heads.blocks = list(range(info.depth - max(1, info.depth // 3), info.depth))
     wrong = [block for block in recipe.heads.blocks if not -info.depth <= int(block) < info.depth]
     if wrong:

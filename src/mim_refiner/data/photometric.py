@@ -117,7 +117,7 @@ def apply_params(images: Tensor, params: PhotometricParams, view: ViewSpec) -> T
     images = _apply_to(images, params.jitter, lambda part, rows: jitter(part, params.factors[rows], params.order[rows]))
     radius = blur_radius(view, min(images.shape[2:]))
     images = _apply_to(images, params.blur, lambda part, rows: gaussian_blur(part, params.sigma[rows], radius))
-    images = _apply_to(images, params.gray, lambda part, rows: to_gray(part).expand_as(part))
+    images = _apply_to(images, params.gray, lambda part, rows: to_gray(part).expand_as(part).contiguous())
     threshold = view.solarize_threshold / 255
     return _apply_to(images, params.solarize, lambda part, rows: solarize(part, threshold))
 

@@ -60,9 +60,9 @@ class Views(_Settings):
 
 
 class Heads(_Settings):
-    """One head per listed block (0-indexed); "last_third" is resolved from the encoder's depth."""
+    """One head per listed block (0-indexed); "last_third" comes from the encoder's depth, "auto" from measuring it."""
 
-    blocks: list[int] | Literal["last_third"] = "last_third"
+    blocks: list[int] | Literal["last_third", "auto"] = "last_third"
     pooling: Literal["auto", "cls", "mean"] = "auto"
     projector_hidden: PositiveInt = 2048
     predictor_hidden: PositiveInt = 4096
