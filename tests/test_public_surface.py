@@ -36,7 +36,7 @@ VERBS = {
     "pretrain": {"data", "arch", "out", "recipe", "settings", "device", "seed", "overwrite", "reporter"},
     "refine": {
         "data", "model", "out", "recipe", "eval_data", "eval_test", "head_blocks", "settings", "device", "seed",
-        "overwrite", "reporter",
+        "overwrite", "memory_budget", "plan", "reporter",
     },
     "evaluate": {
         "model", "data", "test", "compare", "suite", "protocols", "blocks", "pooling", "norm", "shifted", "transfer",

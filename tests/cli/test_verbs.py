@@ -50,6 +50,7 @@ def test_refine_fills_the_run_folder(refined):
         "recipe.yaml",
         "environment.json",
         "metrics.jsonl",
+        "guard.json",
         "checkpoints",
         "export",
         "evaluation",

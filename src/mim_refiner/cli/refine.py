@@ -42,6 +42,19 @@ HeadBlocksOption = Annotated[
 ]
 
 
+MemoryBudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget",
+        metavar="SIZE|auto",
+        help="Memory of the device, such as 24GB: picks micro-batch and checkpointing so that the step fits, exactly.",
+    ),
+]
+PlanOption = Annotated[
+    bool, typer.Option("--plan", help="Only print what the run will need and cost: memory, hours, traffic.")
+]
+
+
 def refine(
     data: DataOption,
     model: ModelOption,
@@ -57,6 +70,8 @@ def refine(
     encoder: EncoderOption = None,
     num_heads: HeadsOption = None,
     key_map: KeyMapOption = None,
+    memory_budget: MemoryBudgetOption = None,
+    plan: PlanOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -78,4 +93,6 @@ def refine(
         device=device,
         seed=seed,
         overwrite=overwrite,
+        memory_budget=memory_budget,
+        plan=plan,
     )
