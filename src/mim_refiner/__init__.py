@@ -15,10 +15,12 @@ from mim_refiner._version import __version__
 if TYPE_CHECKING:
     from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
     from mim_refiner.commands.analyze import analyze
+    from mim_refiner.commands.doctor import doctor
     from mim_refiner.commands.evaluate import evaluate
     from mim_refiner.commands.export import export
     from mim_refiner.commands.pretrain import pretrain
     from mim_refiner.commands.refine import refine
+    from mim_refiner.commands.report import report
     from mim_refiner.core.knn import knn_predict
     from mim_refiner.core.layer_decay import layer_decay_scales
     from mim_refiner.core.metrics import clustering_accuracy
@@ -40,6 +42,7 @@ _HOME = {
     "NeighborResult": "types",
     "analyze": "commands.analyze",
     "clustering_accuracy": "core.metrics",
+    "doctor": "commands.doctor",
     "evaluate": "commands.evaluate",
     "export": "commands.export",
     "inspect_checkpoint": "checkpoints.load",
@@ -50,6 +53,7 @@ _HOME = {
     "nna_loss": "core.nna",
     "pretrain": "commands.pretrain",
     "refine": "commands.refine",
+    "report": "commands.report",
     "warmup_cosine": "core.schedules",
 }
 
@@ -65,6 +69,7 @@ __all__ = [
     "__version__",
     "analyze",
     "clustering_accuracy",
+    "doctor",
     "evaluate",
     "export",
     "inspect_checkpoint",
@@ -75,6 +80,7 @@ __all__ = [
     "nna_loss",
     "pretrain",
     "refine",
+    "report",
     "warmup_cosine",
 ]
 

@@ -15,11 +15,13 @@ from mim_refiner._version import __version__
 from mim_refiner.cli.analyze import analyze
 from mim_refiner.cli.common import example
 from mim_refiner.cli.demo import demo
+from mim_refiner.cli.doctor import doctor
 from mim_refiner.cli.evaluate import evaluate
 from mim_refiner.cli.export import export
 from mim_refiner.cli.inspect import inspect
 from mim_refiner.cli.pretrain import pretrain
 from mim_refiner.cli.refine import refine
+from mim_refiner.cli.report import report
 from mim_refiner.errors import MimRefinerError, did_you_mean
 
 PROGRAM = "mim-refiner"
@@ -73,6 +75,11 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     analyze: (f"{PROGRAM} analyze --model runs/mae/export --compare runs/b/export --data train.parquet --out curves",),
     export: (f"{PROGRAM} export --model runs/photos --format timm --out photos-timm",),
+    doctor: (
+        f"{PROGRAM} doctor --data photos/ --model mae_pretrain_vit_base.pth --out checked",
+        f"{PROGRAM} doctor --data train.parquet --test test.parquet",
+    ),
+    report: (f"{PROGRAM} report runs/photos", f"{PROGRAM} report runs/a runs/b --out comparison.html"),
     inspect: (f"{PROGRAM} inspect mae_pretrain_vit_base.pth",),
 }
 for verb, lines in EXAMPLES.items():

@@ -9,7 +9,9 @@ import typer
 from mim_refiner.cli.common import (
     DataOption,
     DeviceOption,
+    ExcludeOption,
     JsonOption,
+    LogOption,
     ModelOption,
     OverwriteOption,
     QuietOption,
@@ -17,6 +19,7 @@ from mim_refiner.cli.common import (
     RunFolderOption,
     SeedOption,
     SetOption,
+    comma_list,
     execute,
 )
 
@@ -41,10 +44,14 @@ def refine(
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
+    exclude: ExcludeOption = None,
+    log: LogOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Refine an encoder: warm up the heads on the frozen encoder, then train everything."""
+    loggers = comma_list(log, "--log") if log is not None else ()
+
     from mim_refiner.commands.refine import refine as run
 
     execute(
@@ -61,4 +68,6 @@ def refine(
         device=device,
         seed=seed,
         overwrite=overwrite,
+        exclude=exclude,
+        log=loggers,
     )

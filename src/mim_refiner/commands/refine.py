@@ -12,7 +12,9 @@ import torch
 
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.comparison import SUMMARY_TEST_LIMIT, SUMMARY_TRAIN_LIMIT, compare, thinned
+from mim_refiner.commands.loggers import logging_to
 from mim_refiner.commands.monitor import OnlineKnn
+from mim_refiner.commands.report import finish_with_report, write_gallery
 from mim_refiner.commands.runs import list_skipped, open_images, refuse_to_overwrite_inputs, run_settings
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.ema import ExponentialMovingAverage
@@ -49,28 +51,33 @@ def refine(
     device: str = "auto",
     seed: int = 0,
     overwrite: bool = False,
+    exclude: str | None = None,
+    log: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Refine the encoder ``model`` on the images ``data`` (labels optional) and compare it with what it was.
 
     Head warm-up on the frozen encoder, then refinement (paper section 3.3). ``eval_data``/``eval_test``: labelled
-    images to measure on; without them the labels of ``data``, if any, are used. The same call on the same folder
+    images to measure on; without them the labels of ``data``, if any, are used. ``exclude``: list of images to leave
+    out (as doctor writes it). ``log``: further loggers (tensorboard, wandb, mlflow). The same call on the same folder
     resumes. Returns the summary {"before", "after", "verdict", "seconds"}, also in summary.json; export/ is a timm
     folder. Raises MimRefinerError with one line on bad input.
     """
-    return refine_and_compare(
-        data=data,
-        model=model,
-        out=out,
-        recipe=recipe,
-        eval_data=eval_data,
-        eval_test=eval_test,
-        settings=settings or [],
-        device=device,
-        seed=seed,
-        overwrite=overwrite,
-        reporter=reporter or NullReporter(),
-    )
+    with logging_to(log, out, reporter or NullReporter()) as told:
+        return refine_and_compare(
+            data=data,
+            model=model,
+            out=out,
+            recipe=recipe,
+            eval_data=eval_data,
+            eval_test=eval_test,
+            settings=settings or [],
+            device=device,
+            seed=seed,
+            overwrite=overwrite,
+            exclude=exclude,
+            reporter=told,
+        )
 
 
 def refine_and_compare(
@@ -86,13 +93,14 @@ def refine_and_compare(
     seed: int,
     overwrite: bool,
     reporter: Reporter,
+    exclude: str | None = None,
     others: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Do what :func:`refine` says; ``others`` are further encoders {stage: source} to measure beside."""
     started = time.perf_counter()
     torch_device = pick_device(device)
     backbone = load_backbone(model)
-    images = open_images(data, reporter)
+    images = open_images(data, reporter, exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
     chosen = resolve(override(refine_recipe(recipe, image_size=max(backbone.info.image_size)), settings), backbone)
     precision = resolve_precision(chosen.precision, torch_device)
@@ -106,6 +114,8 @@ def refine_and_compare(
     loader = TrainLoader(images, views, chosen.batch_size, seed, **run_settings(images, chosen, torch_device))
     resolved = {"command": "refine", "data": data, "model": model, "seed": seed, **chosen.model_dump(mode="json")}
     resolved["data_fingerprint"] = images.source.fingerprint()
+    if exclude is not None:
+        resolved["exclude"] = exclude
     run = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=chosen.keep_checkpoints)
     skipped = list_skipped(images, run, reporter)
     announce(chosen, backbone, len(images), loader.steps_per_epoch, precision, reporter)
@@ -142,6 +152,7 @@ def refine_and_compare(
     )
     summary["seconds"] = {"training": trained, "total": time.perf_counter() - started}
     write_json(run.path / "summary.json", summary)
+    finish_with_report(run.path, reporter)
     reporter.done()
     return summary
 
@@ -189,6 +200,9 @@ def conclude(
         seed=seed,
         reporter=reporter,
     )
+    shown = bank if test is None else test
+    pooling = recipe.heads.pooling
+    write_gallery(stages, shown, run.path, pooling=pooling, device=device, seed=seed, reporter=reporter)
     card = {
         "base": Path(stages["before"].info.source).name,
         "data": data,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.exclude import without_listed
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError
 from mim_refiner.files import write_bytes
@@ -20,9 +21,10 @@ from mim_refiner.training.state import RunFolder
 SMALL_PIXELS = 64  # side in pixels up to which images count as small
 
 
-def open_images(spec: str, reporter: Reporter) -> ImageSet:
-    """Open and, when they fit, decode all images; raises DataError."""
-    images = ImageSet(open_source(spec))
+def open_images(spec: str, reporter: Reporter, exclude: str | None = None) -> ImageSet:
+    """Open and, when they fit, decode all images but those listed in ``exclude``; raises DataError."""
+    source = open_source(spec)
+    images = ImageSet(source if exclude is None else without_listed(source, exclude))
     labels = "no labels" if images.labels is None else f"{len(np.unique(images.labels))} classes"
     reporter.message(f"data: {images.description}, {len(images)} images, {labels}")
     return images
