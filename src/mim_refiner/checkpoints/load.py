@@ -147,7 +147,8 @@ def _build(converted: Converted, where: str) -> Any:
         return timm.create_model(converted.architecture, pretrained=False, num_classes=0, **arguments)
     except (InputError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise CheckpointError(
-            f"{where}: timm cannot build '{converted.architecture}' as described ({one_line(error)})"
+            f"{where}: timm cannot build '{converted.architecture}' as described ({one_line(error)}); "
+            "correct the architecture in its config.json, or give the weight file alone"
         ) from error
 
 

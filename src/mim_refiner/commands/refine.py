@@ -264,7 +264,7 @@ def evaluation_sets(
 ) -> tuple[ImageSet, ImageSet | None]:
     """The labelled images to measure on: the ones given, else the training images themselves."""
     if eval_test is not None and eval_data is None:
-        raise InputError("--eval-test needs --eval-data: give the labelled bank that the test images are compared with")
+        raise InputError("--eval-test needs --eval-data; give the labelled bank that the test images are compared with")
     bank = images if eval_data is None else open_images(eval_data, reporter)
     test = None if eval_test is None else open_images(eval_test, reporter)
     for option, given in (("--eval-data", None if eval_data is None else bank), ("--eval-test", test)):

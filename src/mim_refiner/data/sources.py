@@ -11,7 +11,7 @@ from mim_refiner.data.source_arrays import ArraySource
 from mim_refiner.data.source_base import ConcatSource, ImageSource, SlicedSource
 from mim_refiner.data.source_files import IMAGE_SUFFIXES, folder_source, list_source, walk_files
 from mim_refiner.data.source_parquet import ParquetSource
-from mim_refiner.errors import DataError
+from mim_refiner.errors import DataError, nearest_path
 
 __all__ = ["ImageSource", "open_source"]
 
@@ -50,7 +50,8 @@ def _open_whole(text: str) -> ImageSource:
         expanded = os.path.expanduser(part)
         found = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded))
         if not part or not found:
-            raise DataError(f"{part or text}: no such file or folder; check the path given as data")
+            advice = nearest_path(part) or "; check the path given as data"
+            raise DataError(f"{part or text}: no such file or folder{advice}")
         paths += [Path(name) for name in found]
     if len(paths) == 1:
         return _open_path(paths[0])

@@ -82,7 +82,10 @@ def timm_config(backbone: Backbone, facts: Mapping[str, Any] | None = None) -> d
         # The name is free here, since every argument is written; take the one that tells the size.
         architecture = standard_name(info.embed_dim, info.depth, info.num_heads, info.patch_size) or BASE_ARCHITECTURE
     if architecture is None:
-        raise InputError(f"{type(model).__name__} was not made by timm.create_model, so timm cannot rebuild it")
+        raise InputError(
+            f"{type(model).__name__} was not made by timm.create_model, so timm cannot rebuild it; "
+            "load it by load_backbone"
+        )
     own = {
         "version": __version__,
         "family": info.family,
@@ -146,7 +149,8 @@ def _compare(backbone: Backbone, folder: Path, images: Tensor | None) -> tuple[f
     if not difference <= tolerance:
         raise InputError(
             f"export: timm's reloaded model differs by {difference:.2g} (allowed {tolerance:.2g}), nothing written; "
-            f"the architecture '{info.architecture}' has parts that its timm name does not describe"
+            f"the architecture '{info.architecture}' has parts that its timm name does not describe: "
+            "keep its run folder instead"
         )
     return difference, tolerance
 

@@ -175,7 +175,9 @@ class Backbone(nn.Module):
         try:
             intermediates = self.model.forward_intermediates(images, output_fmt="NCHW", **options)
         except AssertionError as error:  # timm's way to refuse an image size
-            raise InputError(f"{self.info.architecture} refuses images {tuple(images.shape)}: {error}") from error
+            raise InputError(
+                f"{self.info.architecture} refuses images {tuple(images.shape)} ({error}); give its own size"
+            ) from error
         outputs = {index: _as_tokens(value) for index, value in zip(indices, intermediates, strict=True)}
         return outputs[stop - 1], {index: outputs[index] for index in indices if index in wanted}
 
