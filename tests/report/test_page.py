@@ -95,7 +95,7 @@ def test_nothing_is_fetched(make_run):
 
 def test_names_from_outside_are_escaped(make_run):
     text = write_report([make_run()]).read_text()
-    assert "<b>" not in text.replace("<b>1/3</b>", "").replace("<b>0/3</b>", "") or "dog </script>" not in text
+    assert "dog </script" not in text
     assert "</script><b>" not in text
     assert "img<3>" not in text
     assert "img&lt;" in text

@@ -77,7 +77,7 @@ def near_matches(thumbs: NDArray[np.uint8], others: NDArray[np.uint8], threshold
 
 def _unit_vectors(thumbs: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Thumbnails less their mean, at unit length [N, 3 S S]; zero for those that are too plain to compare."""
-    vectors = thumbs.reshape(len(thumbs), -1).astype(np.float32)
+    vectors = thumbs.reshape(len(thumbs), int(np.prod(thumbs.shape[1:]))).astype(np.float32)
     vectors -= vectors.mean(1, keepdims=True)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     plain = length[:, 0] < _FLAT * vectors.shape[1] ** 0.5
