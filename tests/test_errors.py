@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -27,9 +28,10 @@ PASSED_ON = {
 
 # What to do: an instruction after a semicolon, or the allowed values. Words that an instruction begins with.
 VERBS = (
-    "add|ask|average|call|change|check|choose|close|continue|convert|copy|correct|cut|delete|did you mean|download|end|"
-    "evaluate|fill|finish|free|give|install|keep|leave|load|lower|make|mend|move|name|open|pass|pick|put|quote|"
-    "raise|remove|rename|repair|report|rerun|run|save|say|see|set|shorten|show|shrink|stay|start|store|take|try|update|use|"
+    "add|ask|average|call|change|check|choose|close|continue|convert|copy|correct|cut|delete|did you mean|download|get|"
+    "end|evaluate|fill|finish|free|give|install|keep|leave|load|lower|make|mend|move|name|open|pass|pick|pip|put|quote|"
+    "raise|remove|rename|repair|report|rerun|run|save|say|see|set|shorten|show|shrink|stay|start|"
+    "store|take|try|unpack|update|use|"
     "widen|write"
 )
 ADVICE = re.compile(
@@ -39,25 +41,35 @@ ADVICE = re.compile(
 )
 
 
-def text_of(node: ast.expr) -> str:
-    """The text of a message; what is filled in stands in braces."""
+def text_of(node: ast.expr, constants: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The text of a message; what is filled in stands in braces, but for the texts that the module itself names."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(text_of(part) for part in node.values)
+        return "".join(text_of(part, constants) for part in node.values)
     if isinstance(node, ast.BinOp):
-        return text_of(node.left) + text_of(node.right)
+        return text_of(node.left, constants) + text_of(node.right, constants)
     if isinstance(node, ast.FormattedValue):
-        return "{" + ast.unparse(node.value) + "}"
+        name = ast.unparse(node.value)
+        return constants.get(name, "{" + name + "}")
     return "{" + ast.unparse(node) + "}"
+
+
+def named_texts(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(name, text) of the constants of a module."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield ast.unparse(node.targets[0]), node.value.value
 
 
 def messages() -> Iterator[tuple[str, str]]:
     """(where, text) of every error of ours that the package builds."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        constants = dict(named_texts(tree))
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ERRORS and node.args:
-                yield f"{path.relative_to(PACKAGE)}:{node.lineno}", text_of(node.args[0])
+                yield f"{path.relative_to(PACKAGE)}:{node.lineno}", text_of(node.args[0], constants)
 
 
 def test_every_message_says_what_to_do():

@@ -12,7 +12,7 @@ import mim_refiner
 
 PUBLIC = {
     "Backbone", "BackboneInfo", "BlockOutput", "CheckpointReport", "MimRefinerError", "NNAOutput", "NeighborQueue",
-    "NeighborResult", "__version__", "analyze", "clustering_accuracy", "doctor", "evaluate", "export",
+    "NeighborResult", "__version__", "analyze", "clustering_accuracy", "doctor", "embed", "evaluate", "export",
     "inspect_checkpoint", "knn_predict", "layer_decay_scales", "load_backbone", "multi_view_nna_loss", "nna_loss",
     "pretrain", "refine", "report", "warmup_cosine",
 }  # fmt: skip
@@ -47,7 +47,14 @@ VERBS = {
     "analyze": {"model", "data", "compare", "test", "out", "device", "seed", "reporter"},
     "doctor": {"data", "model", "test", "out", "recipe", "device", "reporter"},
     "report": {"runs", "out", "reporter"},
-    "export": {"model", "format", "out", "data", "device", "reporter"},
+    "embed": {
+        "model", "data", "out", "block", "pooling", "norm", "image_size", "batch_size", "precision", "dtype", "device",
+        "overwrite", "reporter",
+    },
+    "export": {
+        "model", "format", "out", "block", "pooling", "norm", "batch", "image_size", "data", "push_to_hub", "private",
+        "device", "reporter",
+    },
 }  # fmt: skip
 
 

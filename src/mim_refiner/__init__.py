@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
     from mim_refiner.commands.analyze import analyze
     from mim_refiner.commands.doctor import doctor
+    from mim_refiner.commands.embed import embed
     from mim_refiner.commands.evaluate import evaluate
     from mim_refiner.commands.export import export
     from mim_refiner.commands.pretrain import pretrain
@@ -43,6 +44,7 @@ _HOME = {
     "analyze": "commands.analyze",
     "clustering_accuracy": "core.metrics",
     "doctor": "commands.doctor",
+    "embed": "commands.embed",
     "evaluate": "commands.evaluate",
     "export": "commands.export",
     "inspect_checkpoint": "checkpoints.load",
@@ -70,6 +72,7 @@ __all__ = [
     "analyze",
     "clustering_accuracy",
     "doctor",
+    "embed",
     "evaluate",
     "export",
     "inspect_checkpoint",

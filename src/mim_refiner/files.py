@@ -6,21 +6,35 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mim_refiner.errors import RunFolderError
 
+CACHE_VARIABLE = "MIM_REFINER_CACHE"
 
-def write_bytes(path: str | Path, content: bytes) -> Path:
-    """Write a neighbour, sync it and rename it; folders are made. Raises RunFolderError when that is not possible."""
+
+def cache_folder() -> Path:
+    """Where downloads and indices are kept: $MIM_REFINER_CACHE, else mim-refiner below the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "mim-refiner"
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write; it takes the name ``path`` when the block ends well, and vanishes when it does not.
+
+    Folders are made, the content is synced before the rename. Raises RunFolderError when writing is not possible.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -31,7 +45,13 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return path
+
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Write a whole file at once; see :func:`atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content)
+    return Path(path)
 
 
 def write_json(path: str | Path, value: Any) -> Path:

@@ -53,6 +53,9 @@ class BackboneInfo:
     licence: str
     coverage: float  # share of the encoder's tensors that came from the checkpoint, 0-1
     source: str = ""
+    position_rule: str = "timm"  # how tables of positions are resized to other image sizes, see models.positions
+    norm_eps: float | None = None  # constant in the norms; None = not the same everywhere
+    pooling: Pooling = "cls"  # what the encoder's authors pool by
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,15 @@ class CheckpointReport:
     tensors: tuple[TensorRecord, ...] = ()
     missing: tuple[str, ...] = ()  # encoder tensors the file does not provide
     notes: tuple[str, ...] = field(default=())
+    encoder: str = ""  # which of the file's encoders this is about
+    encoders: tuple[str, ...] = ()  # all encoders in the file
+    in_chans: int = 3
+    has_cls: bool = True
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    position_rule: str = "timm"
+    norm_eps: float | None = None
+    pooling: Pooling = "cls"
 
 
 @dataclass(frozen=True)

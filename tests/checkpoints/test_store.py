@@ -106,7 +106,7 @@ def write_broken(kind: str, path: Path, state: dict[str, Tensor]) -> None:
         ("truncated torch", "truncated torch file"),
         ("truncated legacy", "damaged"),
         ("truncated safetensors", "damaged or truncated safetensors"),
-        ("another zip", "damaged, truncated or no torch checkpoint"),
+        ("another zip", "a zip file but no torch checkpoint"),
         ("no tensors", "holds no tensors"),
         ("empty", "the file is empty"),
         ("text", "is not a checkpoint"),

@@ -19,8 +19,8 @@ from mim_refiner.commands.doctor import doctor
 from mim_refiner.data.sources import open_source
 
 PLANTED = (
-    "unreadable", "truncated", "tiny", "huge", "constant", "animated", "CMYK", "16-bit", "channels", "exact duplicate",
-    "near duplicate", "leak from test",
+    "unreadable", "truncated", "tiny", "huge", "constant", "animated", "CMYK", "16-bit", "transparent",
+    "exact duplicate", "near duplicate", "leak from test",
 )  # fmt: skip
 # True near duplicates in the CIFAR-10 test set, each pair looked at: (row, the earlier row).
 CIFAR10_PAIRS = {
@@ -72,7 +72,7 @@ def faulty(kind: str, data: bytes, rng: np.random.Generator, huge: bytes) -> byt
         return encoded(image.convert("CMYK"), "JPEG", quality=95)
     if kind == "16-bit":
         return encoded(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257))
-    if kind == "channels":
+    if kind == "transparent":
         image.putalpha(int(rng.integers(60, 250)))
         return encoded(image)
     assert kind == "huge"
@@ -188,7 +188,7 @@ def test_through_the_command_line_to_a_list_that_refine_takes(embedded, tmp_path
     assert result == json.loads((out / "doctor.json").read_text())
     assert result["model"]["estimated_hours"] >= 0
     assert result["model"]["training_memory_gb"] > 0
-    kept = open_images(str(data), NullReporter(), str(out / "exclude.txt"))
+    kept = open_images(str(data), NullReporter(), exclude=str(out / "exclude.txt"))
     assert len(kept) == 120 - result["to_exclude"]
     assert kept.unreadable == []
     assert 0 < result["to_exclude"] <= len(places)

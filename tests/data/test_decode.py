@@ -42,7 +42,8 @@ def test_transparency_lies_on_white(encode):
     image.putpixel((1, 0), (200, 0, 0, 0))
     expected = [[[200, 0, 0], [255, 255, 255]]]
     assert decode_rgb(encode(image)).tolist() == expected
-    assert decode_rgb(np.asarray(image)).tolist() == expected
+    with pytest.raises(ValueError, match="has 4 channels and the encoder takes 3"):
+        decode_rgb(np.asarray(image))  # a fourth channel of an array need not be transparency
 
 
 def test_palette_with_transparent_entry(encode):

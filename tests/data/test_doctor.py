@@ -87,7 +87,7 @@ def test_odd_images():
         png(Image.fromarray(noise(4)[:, :, 0].astype(np.int32) * 1000), "TIFF"),
     ]
     assert kinds_of(*items) == {
-        0: {"tiny"}, 1: {"constant"}, 2: {"animated"}, 3: {"CMYK"}, 4: {"16-bit"}, 5: {"channels"}, 6: {"elongated"},
+        0: {"tiny"}, 1: {"constant"}, 2: {"animated"}, 3: {"CMYK"}, 4: {"16-bit"}, 5: {"transparent"}, 6: {"elongated"},
         7: {"16-bit"},
     }  # fmt: skip
 
@@ -206,3 +206,23 @@ def test_lists_that_cannot_be_meant_are_refused(image_folder, tmp_path):
     listed.write_text("a.png\nb.png\n")
     with pytest.raises(DataError, match="leaves none of the 2 images"):
         without_listed(source, listed)
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def test_other_numbers_of_channels_are_told_by_the_encoder():
+    four = np.random.default_rng(0).integers(0, 60_000, (32, 32, 4)).astype(np.uint16)
+    pages = [Image.fromarray(four[:, :, channel]) for channel in range(4)]
+    tiff = png(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    assert kinds_of(npy(four), four, tiff, npy(four[:, :, :3])) == {
+        0: {"channels"}, 1: {"channels"}, 2: {"channels"}, 3: {"16-bit"},
+    }  # fmt: skip
+    found = scan(Listed([npy(four), tiff, four, png(Image.fromarray(noise(0)))]), channels=4)
+    assert [(finding.kind, finding.index) for finding in found.findings] == [("channels", 3)]
+    assert found.rows.tolist() == [0, 1, 2]
+    assert exact_duplicates(found.digests) == [(0, 1), (0, 2)]
+    assert np.allclose(found.mean, (four >> 8).reshape(-1, 4).mean(0) / 255)

@@ -15,7 +15,7 @@ from mim_refiner.models.backbone import Backbone, create_vit
 CARD = {
     "base": "mae_pretrain.pth",
     "data": "CIFAR-10 train | 50000 images",
-    "recipe": {"epochs": 10, "temperature": 0.2},
+    "recipe": {"epochs": 10, "heads": {"temperature": 0.2, "queue": None}},
     "command": "mim-refiner refine --data x --model y --out z",
     "before": {"knn_top1": 0.5, "rank": 10.25},
     "after": {"knn_top1": 0.75, "rank": 20.5, "nmi": 0.3},
@@ -42,12 +42,15 @@ def test_content(tmp_path: Path) -> None:
         "| k-NN top-1 | 50.0 % | 75.0 % |",
         "| effective rank | 10.25 | 20.5 |",
         "| normalised mutual information | – | 30.0 % |",
-        "| temperature | 0.2 |",
+        "| heads.temperature | 0.2 |",
+        "| epochs | 10 |",
         "mim-refiner refine --data x --model y --out z",
         "Made for a test.",
     ):
         assert line in text.splitlines(), line
-    assert "CC-BY-NC-4.0 (a refined encoder stays under" in text
+    assert "CC-BY-NC-4.0 (a refined encoder stays under the licence of its base weights; no commercial use)" in text
+    assert "heads.queue" not in text
+    assert "| Verified | largest difference to the encoder 0 " in text
 
 
 @pytest.mark.parametrize(

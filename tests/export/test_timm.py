@@ -12,7 +12,7 @@ import torch
 
 from mim_refiner.checkpoints import load_backbone
 from mim_refiner.errors import InputError
-from mim_refiner.export import export_timm
+from mim_refiner.export import CheckImages, export_timm
 from mim_refiner.models.backbone import Backbone, create_vit
 
 VARIANTS: list[dict[str, Any]] = [
@@ -59,6 +59,10 @@ def test_config_is_what_timm_reads_and_keeps_our_facts(tmp_path: Path) -> None:
     assert (config["num_classes"], config["num_features"]) == (0, 32)
     facts = config["mim_refiner"]
     assert facts | {"family": "mae", "base": "base.pth", "block": -2, "pooling": "cls", "norm": False} == facts
+    parity = facts["parity"]
+    assert parity["max_abs_difference"] <= parity["tolerance"] == 1e-6
+    assert (parity["images"], parity["source"]) == (4, "CIFAR-10 test images embedded in mim-refiner")
+    assert "| Verified | largest difference to the encoder 0 (values" in (tmp_path / "out" / "README.md").read_text()
     data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'out'}"))
     assert (data["input_size"], list(data["mean"])) == ((3, 32, 32), [0.485, 0.456, 0.406])
 
@@ -80,9 +84,11 @@ def test_other_architectures(tmp_path: Path) -> None:
 
 def test_check_images_and_training_mode_are_left_alone(tmp_path: Path) -> None:
     backbone = make().train()
-    images = torch.randn(3, 3, 16, 48)
+    images = CheckImages(torch.randn(3, 3, 16, 48), "drawn at random")
     before = torch.get_rng_state()
-    assert export_timm(backbone, tmp_path / "out", check_images=images)["max_abs_difference"] <= 1e-6
+    report = export_timm(backbone, tmp_path / "out", images=images)
+    assert report["max_abs_difference"] <= 1e-6
+    assert report["checked"].endswith("of 3 images, drawn at random")
     assert backbone.training
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -90,7 +96,7 @@ def test_check_images_and_training_mode_are_left_alone(tmp_path: Path) -> None:
 def test_a_model_that_timm_would_rebuild_differently_is_refused(tmp_path: Path) -> None:
     backbone = make()
     backbone.model.blocks[1].mlp.act = torch.nn.ReLU()
-    with pytest.raises(InputError, match="timm's reloaded model differs by"):
+    with pytest.raises(InputError, match="the model as timm loads it differs by"):
         export_timm(backbone, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []  # nothing half-written
 
@@ -125,3 +131,12 @@ def test_unusable_targets(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="plain JSON"):
         export_timm(make(), tmp_path / "out", facts={"x": torch.ones(1)})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in ("config.json", "model.safetensors"):  # a downloaded model has files of the same names
+        (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(InputError, match=r"holds other files \(config.json, model.safetensors\)"):
+        export_timm(make(), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "{}"

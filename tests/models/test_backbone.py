@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import timm
 import torch
@@ -167,8 +169,9 @@ def test_other_timm_models_through_intermediates(name: str) -> None:
         torch.testing.assert_close(last.patches, expected[:, 1:], rtol=0, atol=1e-5)
     else:
         torch.testing.assert_close(last.patches, expected.flatten(2).transpose(1, 2), rtol=0, atol=1e-5)
-    with pytest.raises(InputError, match="without frozen blocks"):
-        backbone.run_blocks(images, 1, 2)
+    if backbone.runner is None:
+        with pytest.raises(InputError, match="without frozen blocks"):
+            backbone.run_blocks(images, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -208,3 +211,19 @@ def test_unusable_architecture(arch: str, size: int, message: str) -> None:
 def test_a_model_without_intermediates_is_refused() -> None:
     with pytest.raises(InputError, match="Linear has no forward_intermediates"):
         Backbone.wrap(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the tracer looks at every input
+def test_compiled_blocks_give_the_same_tokens_and_keep_their_names():
+    torch.manual_seed(0)
+    backbone = Backbone.wrap(create_vit("vit_w32_d2_h2_p8", image_size=16))
+    images = torch.randn(2, 3, 16, 16)
+    names, before = list(backbone.state_dict()), backbone.forward_blocks(images, [-1])[0]
+    backbone.compile_blocks()
+    assert list(backbone.state_dict()) == names
+    after = backbone.forward_blocks(images, [-1])[0]
+    torch.testing.assert_close(after.patches, before.patches, rtol=1e-5, atol=1e-5)
+    after.patches.sum().backward()
+    assert backbone.model.blocks[0].mlp.fc1.weight.grad is not None

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 
 from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.models.backbone import Backbone
@@ -46,32 +45,19 @@ def our_name(name: str) -> str:
 
 def make_refiner(step_dir: Path, dtype: torch.dtype, top_k: int) -> Refiner:
     encoder = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=6, num_heads=4, num_classes=0)
-    refiner = Refiner(Backbone.wrap(encoder), (3, 4, 5), HeadConfig(48, 40, 16, 48), pooling="cls")
+    refiner = Refiner(
+        Backbone.wrap(encoder, position_rule="bicubic"), (3, 4, 5), HeadConfig(48, 40, 16, 48), pooling="cls"
+    )
     state = {
         our_name(key.removeprefix("init/")): value
         for key, value in load_file(step_dir / "init_state.safetensors").items()
         if not key.endswith("queue.cls")
     }
-    # The published encoder resamples its position table without antialiasing; for local views of 16 px that differs.
     table = state["backbone.model.pos_embed"]
     state["backbone.model.pos_embed"] = torch.cat([torch.zeros(1, 1, 64), table.flatten(1, 2)], dim=1)
     refiner.load_state_dict(state)
     refiner.set_top_k(top_k)
     return refiner.to(dtype)
-
-
-@pytest.fixture
-def published_position_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resample positions as the published code does: bicubic without antialiasing."""
-    import timm.models.vision_transformer as timm_vit
-
-    def resample(table: Tensor, new_size: tuple[int, int], old_size: tuple[int, int], num_prefix_tokens: int) -> Tensor:
-        prefix, grid = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
-        grid = grid.reshape(1, *old_size, -1).permute(0, 3, 1, 2)
-        grid = torch.nn.functional.interpolate(grid.float(), size=new_size, mode="bicubic", align_corners=False)
-        return torch.cat([prefix, grid.flatten(2).transpose(1, 2).to(prefix)], dim=1)
-
-    monkeypatch.setattr(timm_vit, "resample_abs_pos_embed", resample)
 
 
 def golden_recipe(top_k: int) -> RefineRecipe:
@@ -136,7 +122,6 @@ def nearly_zero_gradient(step_dir: Path) -> set[str]:
     return {our_name(name.split("[")[0]) for name in names}
 
 
-@pytest.mark.usefixtures("published_position_rule")
 @pytest.mark.parametrize("top_k", [1, 20])
 def test_losses_gradients_and_queues_of_refinement_in_float32(step_dir: Path, top_k: int) -> None:
     steps = Steps(step_dir, f"stage3_topk{top_k}", dtype=torch.float32, top_k=top_k)
@@ -159,7 +144,6 @@ def test_losses_gradients_and_queues_of_refinement_in_float32(step_dir: Path, to
         steps.assert_losses(step, 1e-3)
 
 
-@pytest.mark.usefixtures("published_position_rule")
 def test_three_steps_in_float64_give_the_published_parameters_and_ema(step_dir: Path) -> None:
     recorded = load_file(step_dir / "stage3_float64.safetensors")
     steps = Steps(step_dir, "stage3_topk1", dtype=torch.float64, top_k=1)
@@ -186,7 +170,6 @@ def test_three_steps_in_float64_give_the_published_parameters_and_ema(step_dir: 
             torch.testing.assert_close(ours, float32[key], rtol=0, atol=5e-6, msg=name)
 
 
-@pytest.mark.usefixtures("published_position_rule")
 def test_head_warmup_keeps_the_encoder_and_its_gradients_out(step_dir: Path) -> None:
     steps = Steps(step_dir, "stage2_frozen_topk1", dtype=torch.float32, top_k=1, frozen=True)
     before = {n: p.clone() for n, p in steps.refiner.backbone.named_parameters()}

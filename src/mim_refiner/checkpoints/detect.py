@@ -2,40 +2,127 @@
 
 from __future__ import annotations
 
-from mim_refiner.checkpoints.families import FAMILIES, Family
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from mim_refiner.checkpoints.families import FAMILIES, Family, View, Wishes
 from mim_refiner.checkpoints.store import Contents, strip_wrappers
-from mim_refiner.errors import CheckpointError
+from mim_refiner.errors import CheckpointError, InputError, did_you_mean
+
+# Names of running averages of an encoder, best first; the others come in the order of the file.
+_AVERAGES = ("teacher", "target_encoder", "ema")
+# Parts of paths and prefixes that do not tell encoders apart.
+_UNTELLING = {"", "model", "state_dict", "backbone", "net", "network", "vit", "beit", "trunk", "visual"}
 
 # Telling parts of names in files that are recognised but not loadable here; first match wins.
 _KNOWN_OTHERS = (
     ("layer1.0.conv1.weight", "a ResNet"),
-    ("relative_position_bias_table", "BEiT or SimMIM (relative positions)"),
-    ("attn.q_bias", "BEiT (separate query bias)"),
-    ("target_encoder.", "I-JEPA"),
-    ("teacher.", "a self-distillation run (DINO, iBOT)"),
-    ("alibi", "data2vec 2.0"),
-    ("embeddings.patch_embeddings", "a Hugging Face transformers model"),
     ("stages.0.", "a hierarchical network (ConvNeXt or Swin)"),
     ("layers.0.blocks.", "a Swin Transformer"),
+    ("w12.weight", "a ViT with SwiGLU (DINOv2 giant)"),
+    ("relative_position_bias_table", "a BEiT with parts missing"),
+    ("alibi", "another modality of data2vec 2.0"),
+    ("embeddings.patch_embeddings", "another Hugging Face transformers model"),
 )
 
 
-def detect_family(contents: Contents) -> tuple[Family, str]:
-    """Return (family, path of the section that holds the encoder).
+@dataclass(frozen=True)
+class Detected:
+    """A file's family, the encoder chosen in it, and the labels of all its encoders."""
 
-    Raises CheckpointError for a file that no family claims, with a guess at what it is.
+    family: Family
+    view: View
+    encoders: tuple[str, ...]
+
+
+def detect(contents: Contents, wishes: Wishes, families: Sequence[Family] = FAMILIES) -> Detected:
+    """The first family that claims an encoder of the file, and the encoder to take.
+
+    That is the one ``wishes.encoder`` names, else the running average (teacher, target encoder, EMA) unless the family
+    prefers another. Raises CheckpointError for a file that no family claims, with a guess at what it is, and InputError
+    for an encoder that is not there.
     """
-    for family in FAMILIES:
-        section = family.find_section(contents)
-        if section is not None:
-            return family, section
+    for family in families:
+        found = [view for view in _views(contents, family) if family.matches(view)]
+        if found:
+            found = _labelled(found)
+            encoders = tuple(view.label for view in found)
+            return Detected(family, _choose(found, family, wishes), encoders)
+    raise _unknown(contents)
+
+
+def _views(contents: Contents, family: Family) -> Iterator[View]:
+    """Everything in the file that may be an encoder: wherever the anchor is, what stands before it is the prefix."""
+    anchor = family.anchor
+    for section, tensors in contents.sections.items():
+        stripped = {name: strip_wrappers(name) for name in tensors}
+        if len(set(stripped.values())) < len(stripped):
+            twice = Counter(stripped.values()).most_common(1)[0][0]
+            raise CheckpointError(
+                f"{contents.source}: two tensors are named {twice} once wrappers are left out; save the encoder alone"
+            )
+        prefixes = [
+            name.removesuffix(anchor) for name in stripped.values() if name == anchor or name.endswith("." + anchor)
+        ]
+        told = family.any_names or (family.reads_config and contents.config is not None)
+        if told and not prefixes and not section.startswith("opt"):
+            prefixes = [""]
+        for prefix in prefixes:
+            inside = {name: short for name, short in stripped.items() if short.startswith(prefix)}
+            yield View(
+                contents=contents,
+                section=section,
+                prefix=prefix,
+                label=_label(section, prefix),
+                tensors={short.removeprefix(prefix): tensors[name] for name, short in inside.items()},
+                names={short.removeprefix(prefix): name for name, short in inside.items()},
+                outside={short: name for name, short in stripped.items() if name not in inside},
+            )
+
+
+def _label(section: str, prefix: str) -> str:
+    """What an encoder is called: the telling part of its place, nearest first; "model" where nothing tells."""
+    for part in reversed([*section.split("."), *prefix.split(".")]):
+        if "ema" in part.split("_"):
+            return "ema"
+        if part not in _UNTELLING:
+            return part
+    return "model"
+
+
+def _labelled(views: list[View]) -> list[View]:
+    """Encoders of the same label are called by their full place instead."""
+    counts = Counter(view.label for view in views)
+    return [
+        replace(view, label=f"{view.section}:{view.prefix.rstrip('.')}".strip(":")) if counts[view.label] > 1 else view
+        for view in views
+    ]
+
+
+def _choose(views: list[View], family: Family, wishes: Wishes) -> View:
+    by_label = {view.label: view for view in views}
+    if wishes.encoder is not None:
+        if wishes.encoder not in by_label:
+            raise InputError(
+                f"{views[0].where}: has no encoder '{wishes.encoder}'{did_you_mean(wishes.encoder, by_label)}; "
+                f"it holds {', '.join(by_label)}; pass one of them as encoder= (--encoder)"
+            )
+        return by_label[wishes.encoder]
+    preferred = [label for label in (*family.default_encoder, *_AVERAGES) if label in by_label]
+    return by_label[preferred[0]] if preferred else views[0]
+
+
+def _unknown(contents: Contents) -> CheckpointError:
     names = [f"{path}.{strip_wrappers(name)}".lstrip(".") for path, held in contents.sections.items() for name in held]
-    guess = next((what for part, what in _KNOWN_OTHERS if any(part in name for name in names)), None)
+    kind = None if contents.config is None else contents.config.get("model_type")
+    guess = f"a Hugging Face model of type '{kind}'" if kind else None
+    guess = guess or next((what for part, what in _KNOWN_OTHERS if any(part in name for name in names)), None)
     if guess is None and any("attn.qkv.weight" in name for name in names):
         guess = "a transformer with parts that a plain ViT has not, or without patch_embed.proj.weight"
     seen = f"it looks like {guess}" if guess else f"its tensors are named {', '.join(names[:3])}"
     known = ", ".join(family.name for family in FAMILIES)
-    raise CheckpointError(
-        f"{contents.source}: is not a ViT checkpoint of a known family ({known}); {seen}; "
-        "give an encoder's weights under timm's names, or a timm folder"
+    return CheckpointError(
+        f"{contents.source}: is not a checkpoint of a known family ({known}); {seen}; "
+        "give an encoder's weights under timm's names, a timm folder, or a key map (see the README)"
     )

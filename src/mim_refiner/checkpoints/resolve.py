@@ -9,12 +9,15 @@ from pathlib import Path
 import timm
 from huggingface_hub import snapshot_download
 
+from mim_refiner.checkpoints.catalog import CATALOGUE
+from mim_refiner.checkpoints.download import fetch
 from mim_refiner.checkpoints.store import Contents, one_line, read_checkpoint, read_config
 from mim_refiner.errors import CheckpointError, did_you_mean, nearest_path
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
-_WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
-_HUB_FILES = ["config.json", *_WEIGHT_FILES]
+_WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".th")
+_PREPROCESSOR = "preprocessor_config.json"  # of transformers: mean and std of the images
+_HUB_FILES = ["config.json", _PREPROCESSOR, *_WEIGHT_FILES]
 
 
 def read_source(source: str | Path) -> Contents:
@@ -31,14 +34,21 @@ def read_source(source: str | Path) -> Contents:
     match = re.fullmatch(r"hf[-_]hub:([^@]+)(?:@(.+))?", text)
     if match:
         return replace(_read_folder(_download(match[1], match[2], text)), source=text)
+    if text in CATALOGUE:
+        return replace(_read_catalogue(text), source=text)
     if timm.is_model(text.partition(".")[0]):
         return _read_timm_name(text)
     if "/" in text or "\\" in text or path.suffix in _WEIGHT_ENDINGS:
         raise CheckpointError(f"{text}: no such file or folder{nearest_path(text) or '; check the path'}")
-    close = did_you_mean(text, timm.list_models("vit*"))
+    close = did_you_mean(text, [*CATALOGUE, *timm.list_models("vit*")])
     raise CheckpointError(
-        f"'{text}' is no file, folder, timm model name or hf-hub:owner/name{close or '; check the name'}"
+        f"'{text}' is no file, folder, catalogue or timm model name or hf-hub:owner/name{close or '; check the name'}"
     )
+
+
+def _read_catalogue(name: str) -> Contents:
+    address = CATALOGUE[name].address
+    return read_source(address) if address.startswith("hf-hub:") else read_checkpoint(fetch(CATALOGUE[name]))
 
 
 def _read_folder(folder: Path) -> Contents:
@@ -48,6 +58,8 @@ def _read_folder(folder: Path) -> Contents:
     elif (folder / "recipe.yaml").exists() and not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: this run has no export/ yet; run its command again to finish it")
     config = read_config(folder)
+    if (folder / _PREPROCESSOR).exists():
+        config["preprocessor"] = read_config(folder, _PREPROCESSOR)
     contents = read_checkpoint(_weight_file(folder), config=config)
     return replace(contents, source=str(folder))
 

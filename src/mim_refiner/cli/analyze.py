@@ -6,13 +6,17 @@ from mim_refiner.cli.common import (
     CompareOption,
     DataOption,
     DeviceOption,
+    EncoderOption,
+    HeadsOption,
     JsonOption,
+    KeyMapOption,
     ModelOption,
     OutOption,
     QuietOption,
     SeedOption,
     TestOption,
     execute,
+    model_source,
 )
 
 
@@ -24,6 +28,9 @@ def analyze(
     test: TestOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
+    encoder: EncoderOption = None,
+    num_heads: HeadsOption = None,
+    key_map: KeyMapOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -34,7 +41,7 @@ def analyze(
         run,
         as_json=as_json,
         quiet=quiet,
-        model=model,
+        model=model_source(model, encoder=encoder, num_heads=num_heads, key_map=key_map),
         data=data,
         out=out,
         compare=compare,

@@ -16,9 +16,11 @@ from mim_refiner.cli.analyze import analyze
 from mim_refiner.cli.common import example
 from mim_refiner.cli.demo import demo
 from mim_refiner.cli.doctor import doctor
+from mim_refiner.cli.embed import embed
 from mim_refiner.cli.evaluate import evaluate
 from mim_refiner.cli.export import export
 from mim_refiner.cli.inspect import inspect
+from mim_refiner.cli.models import models
 from mim_refiner.cli.pretrain import pretrain
 from mim_refiner.cli.refine import refine
 from mim_refiner.cli.report import report
@@ -74,13 +76,21 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         f"{PROGRAM} evaluate --model runs/mae/export --compare runs/b/export --data train.parquet --blocks all",
     ),
     analyze: (f"{PROGRAM} analyze --model runs/mae/export --compare runs/b/export --data train.parquet --out curves",),
-    export: (f"{PROGRAM} export --model runs/photos --format timm --out photos-timm",),
+    embed: (
+        f"{PROGRAM} embed --model runs/photos --data photos/ --out features.parquet",
+        f"{PROGRAM} embed --model runs/photos --data photos/ --out patches.safetensors --block 8 --pooling patches",
+    ),
+    export: (
+        f"{PROGRAM} export --model runs/photos --format timm --out photos-timm",
+        f"{PROGRAM} export --model runs/photos --format onnx --block 8 --pooling mean --out photos-onnx",
+    ),
     doctor: (
         f"{PROGRAM} doctor --data photos/ --model mae_pretrain_vit_base.pth --out checked",
         f"{PROGRAM} doctor --data train.parquet --test test.parquet",
     ),
     report: (f"{PROGRAM} report runs/photos", f"{PROGRAM} report runs/a runs/b --out comparison.html"),
     inspect: (f"{PROGRAM} inspect mae_pretrain_vit_base.pth",),
+    models: (f"{PROGRAM} models", f"{PROGRAM} models mae_l16"),
 }
 for verb, lines in EXAMPLES.items():
     app.command(epilog=example(*lines))(verb)

@@ -21,11 +21,20 @@ from mim_refiner.errors import InputError
 
 Device = Literal["auto", "cpu", "cuda"]
 
-SOURCES = "folder, .txt/.csv list, .parquet file(s), .npz/.npy arrays"
+SOURCES = "folder, .txt/.csv list, .parquet file(s), .tar shards, .npz/.npy arrays, hf:owner/name; #split, \\[a:b]"
 MODELS = "checkpoint file, timm folder or timm model name"
 
 DataOption = Annotated[str, typer.Option("--data", metavar="SRC", help=f"Images: {SOURCES}.")]
 ModelOption = Annotated[str, typer.Option("--model", metavar="SRC", help=f"Encoder: {MODELS}.")]
+EncoderOption = Annotated[
+    str | None, typer.Option("--encoder", metavar="NAME", help="Which of several encoders, such as student or teacher.")
+]
+HeadsOption = Annotated[
+    int | None, typer.Option("--num-heads", min=1, help="Attention heads, where the weights do not tell them.")
+]
+KeyMapOption = Annotated[
+    str | None, typer.Option("--key-map", metavar="FILE", help="YAML file that names the tensors of your own encoder.")
+]
 CompareOption = Annotated[
     str | None,
     typer.Option(
@@ -67,6 +76,13 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no m
 def example(*lines: str) -> str:
     """Return a help epilog that shows the lines one below the other."""
     return "\n\n".join(("Example:", *(f"  {line}" for line in lines)))
+
+
+def model_source(model: str, **options: object) -> str:
+    """The model source with the options given beside it ("FILE::num_heads=4"), as every verb's function takes it."""
+    from mim_refiner.checkpoints.options import with_options
+
+    return with_options(model, **options)
 
 
 def comma_list(text: str, option: str) -> tuple[str, ...]:

@@ -10,7 +10,10 @@ from mim_refiner.cli.common import (
     CompareOption,
     DataOption,
     DeviceOption,
+    EncoderOption,
+    HeadsOption,
     JsonOption,
+    KeyMapOption,
     ModelOption,
     QuietOption,
     SeedOption,
@@ -18,6 +21,7 @@ from mim_refiner.cli.common import (
     TestOption,
     comma_list,
     execute,
+    model_source,
 )
 
 ProtocolsOption = Annotated[
@@ -49,6 +53,9 @@ def evaluate(
     settings: SetOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
+    encoder: EncoderOption = None,
+    num_heads: HeadsOption = None,
+    key_map: KeyMapOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -62,7 +69,7 @@ def evaluate(
         run,
         as_json=as_json,
         quiet=quiet,
-        model=model,
+        model=model_source(model, encoder=encoder, num_heads=num_heads, key_map=key_map),
         data=data,
         test=test,
         compare=compare,

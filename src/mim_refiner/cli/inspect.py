@@ -7,24 +7,41 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from mim_refiner.cli.common import JsonOption, show
+from mim_refiner.cli.common import EncoderOption, HeadsOption, JsonOption, KeyMapOption, show
+from mim_refiner.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mim_refiner.types import CheckpointReport
 
-FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="Checkpoint file or timm folder.")]
+FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="Checkpoint file, timm or Hugging Face folder.")]
 TensorsOption = Annotated[bool, typer.Option("--tensors", help="List every tensor, not only the ones left out.")]
+_LISTED = 30  # tensors left out that are shown without --tensors
 
 
-def inspect(file: FileArgument, tensors: TensorsOption = False, as_json: JsonOption = False) -> None:
-    """Say what a checkpoint is, and what becomes of every tensor in it."""
+def inspect(
+    file: FileArgument,
+    tensors: TensorsOption = False,
+    encoder: EncoderOption = None,
+    num_heads: HeadsOption = None,
+    key_map: KeyMapOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a checkpoint is, and what becomes of every tensor in it.
+
+    Exit code 2 when the file does not hold the whole encoder.
+    """
     from mim_refiner.checkpoints.load import inspect_checkpoint
 
-    report = inspect_checkpoint(file)
+    report = inspect_checkpoint(file, encoder=encoder, num_heads=num_heads, key_map=key_map)
     if as_json:
         show(report, as_json=True, file=sys.stdout)
     else:
         print_report(report, every_tensor=tensors, file=sys.stdout)
+    if report.missing:
+        raise CheckpointError(
+            f"{file}: gives {100 * report.coverage:.1f} % of the encoder's tensors, {len(report.missing)} are missing; "
+            "it cannot be loaded"
+        )
 
 
 def print_report(report: CheckpointReport, *, every_tensor: bool, file: TextIO) -> None:
@@ -32,42 +49,54 @@ def print_report(report: CheckpointReport, *, every_tensor: bool, file: TextIO) 
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=file, highlight=False, soft_wrap=True)
+    console = Console(file=file, highlight=False, soft_wrap=True, markup=False)
     facts = Table(box=None, show_header=False, pad_edge=False)
     for name, value in _facts(report).items():
         facts.add_row(name, value)
     console.print(facts)
 
     listed = [tensor for tensor in report.tensors if every_tensor or tensor.status == "dropped"]
-    if listed:
+    shown = listed if every_tensor else listed[:_LISTED]
+    if shown:
         table = Table(box=None, pad_edge=False)
         for column in ("tensor", "shape", "status", "goes to", "reason"):
             table.add_column(column)
-        for tensor in listed:
+        for tensor in shown:
             shape = "x".join(map(str, tensor.shape))
             table.add_row(tensor.name, shape, tensor.status, tensor.target or "-", tensor.reason)
+        console.print()
         console.print(table)
+    if len(listed) > len(shown):
+        console.print(f"... and {len(listed) - len(shown)} more left out; --tensors lists all")
     for name in report.missing:
-        console.print(f"missing: {name}", markup=False)
+        console.print(f"missing: {name}")
     for note in report.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
 
 
 def _facts(report: CheckpointReport) -> dict[str, str]:
     counts: dict[str, int] = {}
     for tensor in report.tensors:
         counts[tensor.status] = counts.get(tensor.status, 0) + 1
+    heads = report.num_heads or "an unknown number of"
+    class_token = "class token" if report.has_cls else "no class token"
+    registers = report.num_prefix_tokens - report.has_cls
     return {
         "file": report.source,
         "family": report.family,
         "architecture": report.architecture,
-        "encoder": f"{report.depth} blocks, width {report.embed_dim}, {report.num_heads} attention heads",
-        "image": f"{_size(report.image_size)} px, patches of {_size(report.patch_size)} px",
-        "prefix tokens": str(report.num_prefix_tokens),
+        "encoder": f"{report.encoder}: {report.depth} blocks, width {report.embed_dim}, {heads} attention heads",
+        "image": f"{_size(report.image_size)} px, patches of {_size(report.patch_size)} px, {report.in_chans} channels",
+        "tokens": class_token + (f", {registers} registers" if registers else "") + f"; pooling {report.pooling}",
+        "mean, std": f"{_numbers(report.mean)}, {_numbers(report.std)}",
         "licence": report.licence,
         "coverage": f"{100 * report.coverage:.1f} % of the encoder's tensors",
         "tensors": ", ".join(f"{count} {status}" for status, count in counts.items()) or "none",
     }
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "(" + " ".join(f"{value:g}" for value in values) + ")"
 
 
 def _size(pair: tuple[int, int]) -> str:

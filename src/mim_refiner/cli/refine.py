@@ -9,8 +9,11 @@ import typer
 from mim_refiner.cli.common import (
     DataOption,
     DeviceOption,
+    EncoderOption,
     ExcludeOption,
+    HeadsOption,
     JsonOption,
+    KeyMapOption,
     LogOption,
     ModelOption,
     OverwriteOption,
@@ -21,6 +24,7 @@ from mim_refiner.cli.common import (
     SetOption,
     comma_list,
     execute,
+    model_source,
 )
 
 EvalDataOption = Annotated[
@@ -46,6 +50,9 @@ def refine(
     overwrite: OverwriteOption = False,
     exclude: ExcludeOption = None,
     log: LogOption = None,
+    encoder: EncoderOption = None,
+    num_heads: HeadsOption = None,
+    key_map: KeyMapOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -59,7 +66,7 @@ def refine(
         as_json=as_json,
         quiet=quiet,
         data=data,
-        model=model,
+        model=model_source(model, encoder=encoder, num_heads=num_heads, key_map=key_map),
         out=out,
         recipe=recipe,
         eval_data=eval_data,

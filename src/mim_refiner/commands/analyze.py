@@ -34,8 +34,8 @@ def analyze(
     models = {"before": load_backbone(model)}
     if compare:
         models["after"] = load_backbone(compare)
-    train = open_images(data, reporter)
-    held_out = open_images(test, reporter) if test else None
+    train = open_images(data, reporter, channels=models["before"].info.in_chans)
+    held_out = open_images(test, reporter, channels=train.channels) if test else None
     curves = knn_by_block(models, train, held_out, device=torch_device, seed=seed, reporter=reporter)
     record = curves.write(out)
     figure = block_curves(curves.record, Path(out) / "block_curves.png")

@@ -95,4 +95,4 @@ def thinned(images: ImageSet, limit: int) -> ImageSet:
     step = math.ceil(len(images) / limit)
     if step <= 1:
         return images
-    return ImageSet(SlicedSource(images.source, slice(None, None, step), f"[::{step}]"))
+    return ImageSet(SlicedSource(images.source, slice(None, None, step), f"[::{step}]"), channels=images.channels)

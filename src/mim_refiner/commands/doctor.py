@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.estimate import check_model
 from mim_refiner.data.doctor import KINDS, Finding, Scan, scan
 from mim_refiner.data.duplicates import exact_duplicates, exact_matches, near_duplicates, near_matches
@@ -39,13 +40,15 @@ def doctor(
     """
     reporter = reporter or NullReporter()
     started = time.perf_counter()
+    backbone = load_backbone(model) if model else None
+    channels = 3 if backbone is None else backbone.info.in_chans
     source = open_source(data)
     held_out = open_source(test) if test else None
-    found = _scan(source, "images", reporter)
+    found = _scan(source, "images", reporter, channels)
     seconds = time.perf_counter() - started
     findings = found.findings + _duplicates(found, source)
     if held_out is not None:
-        findings += _leaks(found, _scan(held_out, "test images", reporter), source, held_out)
+        findings += _leaks(found, _scan(held_out, "test images", reporter, channels), source, held_out)
     findings.sort(key=lambda finding: (finding.index, list(KINDS).index(finding.kind)))
     counts = Counter(finding.kind for finding in findings)
     left_out = sorted({finding.index for finding in findings if finding.exclude})
@@ -62,9 +65,10 @@ def doctor(
         "seconds": round(time.perf_counter() - started, 2),
         "images_per_s": round(len(source) / max(seconds, 1e-9)),
     }
-    if model:
+    if model and backbone is not None:
         reporter.phase("model", 0)
-        result["model"] = check_model(model, found, len(source) - len(left_out), recipe=recipe, device=device)
+        left = len(source) - len(left_out)
+        result["model"] = check_model(model, backbone, found, left, recipe=recipe, device=device)
     if out:
         result["exclude_list"] = str(write_bytes(Path(out) / LIST_NAME, _list_text(data, findings)))
         write_json(Path(out) / "doctor.json", result)
@@ -72,10 +76,11 @@ def doctor(
     return result
 
 
-def _scan(source: ImageSource, what: str, reporter: Reporter) -> Scan:
+def _scan(source: ImageSource, what: str, reporter: Reporter, channels: int) -> Scan:
     reporter.message(f"looking at {source.description}")
     reporter.phase(what, len(source))
-    return scan(source, lambda done: reporter.update(done, {}))
+    source.stream()
+    return scan(source, lambda done: reporter.update(done, {}), channels=channels)
 
 
 def _duplicates(found: Scan, source: ImageSource) -> list[Finding]:

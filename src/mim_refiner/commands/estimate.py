@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
+from mim_refiner.checkpoints.load import inspect_checkpoint
 from mim_refiner.core.device import autocast, pick_device, resolve_precision
 from mim_refiner.data.doctor import Scan
 from mim_refiner.models.backbone import Backbone
@@ -20,15 +20,14 @@ BACKWARD = 3.0  # forward and backward against forward alone
 
 
 def check_model(
-    model: str, found: Scan, images: int, *, recipe: str | None = None, device: str = "auto"
+    model: str, backbone: Backbone, found: Scan, images: int, *, recipe: str | None = None, device: str = "auto"
 ) -> dict[str, Any]:
-    """Load the encoder and say what it covers, how it fits the images, and what refining it would cost here.
+    """Say what the encoder ``backbone`` covers, how it fits the images, and what refining it would cost here.
 
     Time is measured by forward passes for some seconds and scaled to all views of both phases; a loaded machine gives
-    a high figure. Raises CheckpointError for a file that load_backbone refuses.
+    a high figure. Raises RecipeError for an unknown ``recipe``.
     """
     report = inspect_checkpoint(model)
-    backbone = load_backbone(model)
     info = backbone.info
     chosen = refine_recipe(recipe, image_size=max(info.image_size))
     target = pick_device(device)

@@ -41,8 +41,8 @@ def evaluate(
     reporter = reporter or NullReporter()
     torch_device = pick_device(device)
     backbones = {"": load_backbone(model)} | ({"compare-": load_backbone(compare)} if compare else {})
-    train = open_images(data, reporter)
-    held_out = open_images(test, reporter) if test else None
+    train = open_images(data, reporter, channels=backbones[""].info.in_chans)
+    held_out = open_images(test, reporter, channels=train.channels) if test else None
     sources = {"": model, "compare-": compare or ""}
     found = {
         prefix: evaluate_backbone(

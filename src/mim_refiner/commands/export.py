@@ -6,14 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from mim_refiner.checkpoints.load import load_backbone
+from mim_refiner.checkpoints.options import bare_source
 from mim_refiner.commands.runs import open_images
-from mim_refiner.data.loaders import eval_batches
-from mim_refiner.data.photometric import normalize
-from mim_refiner.errors import InputError
-from mim_refiner.export.timm import export_timm
+from mim_refiner.core.device import pick_device
+from mim_refiner.errors import InputError, did_you_mean
+from mim_refiner.export.hub import check_repository
+from mim_refiner.export.hub import push_to_hub as upload
+from mim_refiner.export.huggingface import HUGGING_FACE
+from mim_refiner.export.onnx import ONNX, check_options
+from mim_refiner.export.parity import check_images
+from mim_refiner.export.refiner import REFINER
+from mim_refiner.export.timm import TIMM
+from mim_refiner.export.writing import check_target, source_facts, write_export
+from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import NullReporter, Reporter
 
-CHECK_IMAGES = 16
+FORMATS = {format.name: format for format in (TIMM, HUGGING_FACE, ONNX, REFINER)}
 
 
 def export(
@@ -21,24 +29,88 @@ def export(
     model: str,
     out: str,
     format: str = "timm",
+    block: int | None = None,
+    pooling: str | None = None,
+    norm: bool | None = None,
+    batch: str = "dynamic",
+    image_size: int | None = None,
     data: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
     device: str = "auto",
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Write ``model`` to the folder ``out`` as timm loads it, and compare its outputs with ours.
+    """Write ``model`` to the folder ``out``, run the exported model on images, and compare it with the encoder.
 
-    ``data``: images for that comparison (default: random ones). Returns the report with the largest difference.
-    Raises MimRefinerError on bad input, or when the exported model differs.
+    ``format``: "timm" (``timm.create_model("local-dir:...")``), "hf" (``AutoModel.from_pretrained``), "onnx" (a graph
+    for onnxruntime), "refiner" (state dict of the published MIM-Refiner checkpoints).
+    ``block``, ``pooling`` and ``norm``: the features that the model card recommends and that an ONNX graph gives (its
+    pooling may also be "tokens", all of them). None: what the source itself recommends, else the last block
+    without the final norm, pooled as the encoder's authors do.
+    ``batch`` of an ONNX graph: "dynamic", or a number of images. ``image_size``: pixels, resizes the position table.
+    ``data``: images for the comparison (default: some embedded in the package).
+    ``push_to_hub``: "owner/name", uploads the finished folder to the Hugging Face Hub (``private``: a repository made
+    for it is not public). ``device`` is checked and not used: exports are made and compared on the CPU.
+    Returns the report with the largest difference. Raises MimRefinerError on bad input, and when the exported model
+    differs by more than 1e-6 (timm, refiner), 1e-5 (hf) or 1e-4 (onnx) of the largest value; then nothing is written.
     """
     reporter = reporter or NullReporter()
-    if format != "timm":
-        raise InputError(f"--format {format}: unknown format; use timm")
-    backbone = load_backbone(model)
-    check_images = None
-    if data:
-        images = open_images(data, reporter)
-        batch, _ = next(eval_batches(images, backbone.info.image_size[0], CHECK_IMAGES))
-        check_images = normalize(batch, backbone.info.mean, backbone.info.std)
-    report = export_timm(backbone, Path(out), card={"base": Path(model).name}, check_images=check_images)
+    if format not in FORMATS:
+        raise InputError(f"--format {format}: unknown format; use {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
+    if push_to_hub:
+        check_repository(push_to_hub)
+    pick_device(device)
+    bare = bare_source(model)
+    _check_place(bare, Path(out))
+    backbone = load_backbone(model, image_size=image_size)
+    card, facts = _about(bare, backbone, block, pooling, norm)
+    if format == "onnx":
+        facts["batch"] = _batch(batch)
+        check_options(backbone, facts["block"], facts["pooling"], facts["batch"])
+    elif facts["pooling"] == "tokens":
+        raise InputError(f"--pooling tokens is for --format onnx; leave it out, {format} always gives all tokens")
+    images = check_images(backbone.info, open_images(data, reporter, channels=backbone.info.in_chans) if data else None)
+    report = write_export(FORMATS[format], backbone, out, card=card, facts=facts, images=images)
+    features = {key: facts[key] for key in ("block", "pooling", "norm")}
+    if push_to_hub:
+        report["repository"] = upload(out, push_to_hub, private=private)
     reporter.done()
-    return report
+    return report | {"features": features}
+
+
+def _check_place(model: str, out: Path) -> None:
+    """Refuse an ``out`` that is taken, or that the model itself is read from, before anything is computed."""
+    source = Path(model.removeprefix("local-dir:")).expanduser()
+    if source.exists() and out.resolve() in (source.resolve(), (source / "export").resolve()):
+        raise InputError(f"--out {out}: is the folder that --model is read from; choose another")
+    check_target(out.absolute())
+
+
+def _about(
+    model: str, backbone: Backbone, block: int | None, pooling: str | None, norm: bool | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The card, as far as an earlier export of the encoder recorded it, and the recommended features."""
+    recorded = source_facts(model)
+    card = dict(recorded.get("card") or {})
+    card.setdefault("base", recorded.get("base") or Path(model).name if "hub:" not in model else model)
+    block = recorded.get("block", -1) if block is None else block
+    pooling = recorded.get("pooling") if pooling is None else pooling
+    facts = {
+        "block": block,
+        "pooling": pooling or (backbone.info.pooling if backbone.info.has_cls else "mean"),
+        "norm": bool(recorded.get("norm", False)) if norm is None else norm,
+    }
+    if facts["pooling"] == "cls" and not backbone.info.has_cls:
+        raise InputError(f"--pooling cls: {backbone.info.architecture} has no class token; use mean")
+    if facts["pooling"] not in ("cls", "mean", "tokens"):
+        raise InputError(f"--pooling {facts['pooling']}: unknown; use cls, mean or tokens")
+    backbone.resolve_blocks([block])
+    return card, facts
+
+
+def _batch(text: str) -> int | str:
+    if text == "dynamic":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"--batch {text}: give 'dynamic' or a number of images from 1")
+    return int(text)

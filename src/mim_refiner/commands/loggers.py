@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import yaml
 
@@ -129,7 +129,7 @@ class _WeightsAndBiases:
             name=out.resolve().name,
             dir=str(folder),
             config=dict(recipe),
-            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]  # wandb checks it
+            mode=cast(Any, os.environ.get("WANDB_MODE", "offline")),  # wandb checks it
             settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
         )
 

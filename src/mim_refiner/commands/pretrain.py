@@ -75,7 +75,7 @@ def _pretrain(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     torch_device = pick_device(device)
-    images = open_images(data, reporter, exclude)
+    images = open_images(data, reporter, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data)
     chosen = override(pretrain_recipe(recipe, image_size=common_image_size(images)), settings)
     chosen.image_size = chosen.image_size or common_image_size(images)
@@ -85,6 +85,8 @@ def _pretrain(
     backbone = Backbone.wrap(encoder, family="mae", architecture=arch, licence="as your images allow", source=out)
     if torch_device.type == "cpu":
         backbone.use_math_attention()
+    if chosen.compile:
+        backbone.compile_blocks()
     torch.manual_seed(seed)
     mae = make_autoencoder(encoder, chosen).to(torch_device)
 
@@ -121,7 +123,8 @@ def _pretrain(
         fit([phase], {"model": mae}, run, loop, reporter, monitor)
     list_skipped(images, run, reporter, skipped)
 
-    card = {"base": "trained from scratch", "data": f"{Path(data).name} ({len(images)} images)", "recipe": chosen.name}
+    card: dict[str, Any] = {"base": "trained from scratch", "data": f"{Path(data).name} ({len(images)} images)"}
+    card["recipe"] = chosen.model_dump(mode="json")
     export_timm(backbone.to("cpu"), Path(out) / "export", card=card)
     summary = {
         "run": str(out),

@@ -100,13 +100,15 @@ def refine_and_compare(
     started = time.perf_counter()
     torch_device = pick_device(device)
     backbone = load_backbone(model)
-    images = open_images(data, reporter, exclude)
+    images = open_images(data, reporter, channels=backbone.info.in_chans, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
     chosen = resolve(override(refine_recipe(recipe, image_size=max(backbone.info.image_size)), settings), backbone)
     precision = resolve_precision(chosen.precision, torch_device)
     bank, test = evaluation_sets(images, eval_data, eval_test, reporter)
     if torch_device.type == "cpu":
         backbone.use_math_attention()
+    if chosen.compile:
+        backbone.compile_blocks()
     torch.manual_seed(seed)
     refiner = make_refiner(backbone, chosen).to(torch_device)
     ema = ExponentialMovingAverage(backbone)
@@ -206,7 +208,7 @@ def conclude(
     card = {
         "base": Path(stages["before"].info.source).name,
         "data": data,
-        "recipe": recipe.name,
+        "recipe": recipe.model_dump(mode="json"),
         "before": summary["before"],
         "after": summary["after"],
     }
@@ -265,8 +267,8 @@ def evaluation_sets(
     """The labelled images to measure on: the ones given, else the training images themselves."""
     if eval_test is not None and eval_data is None:
         raise InputError("--eval-test needs --eval-data; give the labelled bank that the test images are compared with")
-    bank = images if eval_data is None else open_images(eval_data, reporter)
-    test = None if eval_test is None else open_images(eval_test, reporter)
+    bank = images if eval_data is None else open_images(eval_data, reporter, channels=images.channels)
+    test = None if eval_test is None else open_images(eval_test, reporter, channels=images.channels)
     for option, given in (("--eval-data", None if eval_data is None else bank), ("--eval-test", test)):
         if given is not None and given.labels is None:
             raise DataError(f"{option}: {given.description} has no labels; give labelled images, or leave {option} out")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mim_refiner.checkpoints.options import bare_source
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.exclude import without_listed
 from mim_refiner.data.sources import open_source
@@ -21,10 +22,13 @@ from mim_refiner.training.state import RunFolder
 SMALL_PIXELS = 64  # side in pixels up to which images count as small
 
 
-def open_images(spec: str, reporter: Reporter, exclude: str | None = None) -> ImageSet:
-    """Open and, when they fit, decode all images but those listed in ``exclude``; raises DataError."""
+def open_images(spec: str, reporter: Reporter, *, channels: int = 3, exclude: str | None = None) -> ImageSet:
+    """Open and, when they fit, decode all images but those listed in ``exclude``, for an encoder of ``channels``.
+
+    Raises DataError.
+    """
     source = open_source(spec)
-    images = ImageSet(source if exclude is None else without_listed(source, exclude))
+    images = ImageSet(source if exclude is None else without_listed(source, exclude), channels=channels)
     labels = "no labels" if images.labels is None else f"{len(np.unique(images.labels))} classes"
     reporter.message(f"data: {images.description}, {len(images)} images, {labels}")
     return images
@@ -33,7 +37,7 @@ def open_images(spec: str, reporter: Reporter, exclude: str | None = None) -> Im
 def refuse_to_overwrite_inputs(out: str, overwrite: bool, **sources: str | None) -> None:
     """Raise InputError when ``overwrite`` would delete a source, {option: path}, because it lies inside ``out``."""
     for option, source in sources.items() if overwrite else ():
-        path = Path((source or "").removeprefix("local-dir:").partition("[")[0]).expanduser()
+        path = Path(bare_source(source or "").removeprefix("local-dir:").partition("[")[0]).expanduser()
         if source and path.exists() and path.resolve().is_relative_to(Path(out).resolve()):
             flag = "--" + option.replace("_", "-")
             raise InputError(f"{flag} {source} lies in {out}, which --overwrite would delete; choose another --out")

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from timm.models import group_parameters
 from torch import nn
 
 from mim_refiner.errors import InputError
 
 _STEM = {
     "cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "patch_embed", "norm_pre", "embed_norm",
-    "rel_pos_bias", "rope",
+    "rel_pos_bias", "rope", "pos_embed_win", "pos_embed_spatial", "pos_embed_temporal",
 }  # fmt: skip
 _TAIL = {"norm", "fc_norm", "attn_pool", "head", "head_dist"}
 
 
 def layer_decay_scales(model: nn.Module, decay: float) -> dict[str, float]:
-    """Return {parameter name: learning-rate scale} for a timm ViT (a module with a list ``blocks``).
+    """Return {parameter name: learning-rate scale} for a timm model.
 
     Block b of ``depth`` blocks: decay^(depth-b), so the last block has decay^1; stem (patch embedding, tokens,
-    position table): decay^(depth+1); final norm, pooling and classifier: 1.
-    Raises InputError for a decay outside (0, 1] and for a model whose parameters do not follow these names.
+    position table): decay^(depth+1); final norm, pooling and classifier: 1. A model without a list ``blocks``
+    (ConvNeXt, Swin) is divided into layers as its ``group_matcher`` says, with the same rule: the last layer has
+    decay^1, each one before it a further decay.
+    Raises InputError for a decay outside (0, 1], for a model that has neither, and for a parameter beside the blocks
+    whose place is unknown.
     """
     if not 0 < decay <= 1:
         raise InputError(f"layer decay must be above 0 and at most 1, got {decay}")
+    names = [name for name, _ in model.named_parameters()]
     blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList | nn.Sequential):
-        raise InputError(f"layer decay needs a model with a list 'blocks' (a ViT); {type(model).__name__} has none")
-    return {name: decay ** _distance(name, len(blocks)) for name, _ in model.named_parameters()}
+    if isinstance(blocks, nn.ModuleList | nn.Sequential):
+        return {name: decay ** _distance(name, len(blocks)) for name in names}
+    matcher = getattr(model, "group_matcher", None)
+    if matcher is None:
+        raise InputError(
+            f"layer decay needs a model with a list 'blocks' or a group_matcher; {type(model).__name__} has none; set "
+            "layer_decay to 1"
+        )
+    layers: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
+    last = max((layer for name, layer in layers.items() if name.partition(".")[0] not in _TAIL), default=0)
+    return {name: 1.0 if name.partition(".")[0] in _TAIL else decay ** (last + 1 - layers[name]) for name in names}
 
 
 def _distance(name: str, depth: int) -> int:

@@ -12,32 +12,40 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mim_refiner.data.channels import NPY, WrongChannelsError, as_channels_last, check_size, decode_channels, read_npy
 from mim_refiner.data.source_base import ImageSource, Labels
 from mim_refiner.errors import DataError
 
-Pixels = NDArray[np.uint8]  # [H, W, 3]
+Pixels = NDArray[Any]  # [H, W, 3] uint8; for encoders of other channels [H, W, C] uint8 or uint16
 CACHE_LIMIT_BYTES = 2 * 10**9
 MAX_UNREADABLE_SHARE = 0.1
 _PROBES = 32  # images decoded to estimate the size of the whole set
 _CHUNK = 1024
 
 
-def decode_rgb(data: bytes | NDArray[np.uint8]) -> Pixels:
-    """Decode an encoded image, or a uint8 array [H, W] or [H, W, C], to RGB uint8 [H, W, 3].
+def decode_rgb(data: bytes | NDArray[Any]) -> Pixels:
+    """Decode an encoded image, .npy bytes, or an array [H, W] or [H, W, C], to RGB uint8 [H, W, 3].
 
     EXIF rotation is applied; grayscale, palette and CMYK are converted; transparency is shown on white; 16-bit
-    images keep their upper 8 bits. Raises OSError, ValueError or a Pillow error when the data is not a whole image.
+    images keep their upper 8 bits. Arrays of other than 1 or 3 channels and TIFF files of several pages are refused,
+    as nobody knows which channels to leave out. Raises OSError, ValueError or a Pillow error when the data is not a
+    whole image.
     """
-    if isinstance(data, np.ndarray):
-        pixels = data[:, :, None] if data.ndim == 2 else data
-        if pixels.shape[2] == 3:
-            return np.ascontiguousarray(pixels)
-        if pixels.shape[2] == 1:
-            return np.repeat(pixels, 3, axis=2)
-        return _to_rgb(Image.fromarray(np.ascontiguousarray(pixels)))
+    if isinstance(data, np.ndarray) or data[:6] == NPY:
+        return _array_to_rgb(as_channels_last(data if isinstance(data, np.ndarray) else read_npy(data)))
     with Image.open(io.BytesIO(data)) as image:
+        check_size(image)
+        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            raise WrongChannelsError(f"has {image.n_frames} pages (channels?) and the encoder takes RGB")  # type: ignore[attr-defined]
         image.load()  # damaged pixels raise here, before the metadata is looked at
         return _to_rgb(_upright(image))
+
+
+def _array_to_rgb(pixels: Pixels) -> Pixels:
+    if pixels.shape[2] not in (1, 3):
+        raise WrongChannelsError(f"has {pixels.shape[2]} channels and the encoder takes 3 (RGB)")
+    narrow = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
+    return narrow if narrow.shape[2] == 3 else np.repeat(narrow, 3, axis=2)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -62,13 +70,16 @@ def _to_rgb(image: Image.Image) -> Pixels:
 class ImageSet:
     """Decoded images of a source: ``load(i)`` gives RGB uint8 [H, W, 3].
 
+    ``channels`` other than 3: the pixels as stored, [H, W, channels] uint8 or uint16; images of another number of
+    channels count as unreadable.
     ``cache``: "auto" keeps all decoded images in memory when they need less than 2 GB; True and False force it.
     An unreadable image never raises: ``load`` gives the next readable one instead and the failure is listed in
     ``unreadable`` as (name, reason). Raises DataError when no image can be read.
     """
 
-    def __init__(self, source: ImageSource, cache: Literal["auto"] | bool = "auto") -> None:
+    def __init__(self, source: ImageSource, cache: Literal["auto"] | bool = "auto", *, channels: int = 3) -> None:
         self.source = source
+        self.channels = channels
         self.labels: Labels | None = source.labels
         self.class_names = source.class_names
         self.description = source.description
@@ -151,7 +162,8 @@ class ImageSet:
 
     def _decode(self, index: int) -> Pixels | None:
         try:
-            pixels = decode_rgb(self.source.read(index))
+            data = self.source.read(index)
+            pixels = decode_rgb(data) if self.channels == 3 else decode_channels(data, self.channels)
             if pixels.size == 0:
                 raise ValueError("the image has no pixels")
             return pixels
@@ -182,8 +194,8 @@ class ImageSet:
         uniform = True
         for index, pixels in enumerate(self._decode_all()):
             if uniform and pixels is not None:
-                array = np.zeros((self._length, *pixels.shape), dtype=np.uint8) if array is None else array
-                uniform = pixels.shape == array.shape[1:]
+                array = np.zeros((self._length, *pixels.shape), dtype=pixels.dtype) if array is None else array
+                uniform = pixels.shape == array.shape[1:] and pixels.dtype == array.dtype
                 if uniform:
                     array[index] = pixels
                     pixels = array[index]

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mim_refiner.data.channels import NPY, Raw, WrongChannelsError, as_channels_last, decode_channels, read_npy
 from mim_refiner.data.decode import decode_rgb
 from mim_refiner.data.source_base import ImageSource
 
@@ -33,6 +34,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "unreadable": (True, "not an image; training would skip it"),
     "empty": (True, "no bytes; copy the file again"),
     "truncated": (True, "begins like an image and breaks off or is damaged; copy or download it again"),
+    "channels": (True, "another number of channels than the encoder takes; training would skip it (--model tells it)"),
     "tiny": (True, "far smaller than the others; crops of it are blurs"),
     "huge": (True, f"more than {HUGE_PIXELS // 10**6} million pixels; shrink it, it slows every epoch"),
     "constant": (True, "one colour throughout; it teaches nothing"),
@@ -42,7 +44,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "animated": (False, "only its first frame is used"),
     "CMYK": (False, "converted to RGB without a colour profile; colours may shift"),
     "16-bit": (False, "only the upper 8 bits are used"),
-    "channels": (False, "not RGB or grey: transparency is shown on white, further channels are dropped"),
+    "transparent": (False, "transparency is shown on white"),
     "elongated": (False, "the longer side is more than 8 times the shorter; crops see a small part"),
 }
 
@@ -70,8 +72,8 @@ class Probe:
     size: tuple[int, int] | None = None  # width, height
     digest: bytes | None = None
     thumb: NDArray[np.uint8] | None = None  # [THUMB, THUMB, 3]
-    mean: NDArray[np.float64] | None = None  # [3], 0-255
-    square: NDArray[np.float64] | None = None  # [3], mean of squares
+    mean: NDArray[np.float64] | None = None  # [C], 0-255
+    square: NDArray[np.float64] | None = None  # [C], mean of squares
     gray: bool = False
 
 
@@ -92,13 +94,13 @@ class Scan:
     gray: int = 0
 
 
-def scan(source: ImageSource, progress: Callable[[int], None] | None = None) -> Scan:
-    """Probe every image with one thread a core; ``progress`` gets the number of images done."""
+def scan(source: ImageSource, progress: Callable[[int], None] | None = None, *, channels: int = 3) -> Scan:
+    """Probe every image with one thread a core, for an encoder of ``channels``; ``progress`` gets the number done."""
     probes: list[Probe] = []
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning)  # broken metadata around whole pixels
-        for done, probe in enumerate(_probe_all(source), 1):
+        for done, probe in enumerate(_probe_all(source, channels), 1):
             probes.append(probe)
             if progress and (done % 256 == 0 or done == len(source)):
                 progress(done)
@@ -124,11 +126,12 @@ def scan(source: ImageSource, progress: Callable[[int], None] | None = None) -> 
     return result
 
 
-def _probe_all(source: ImageSource) -> Iterator[Probe]:
-    yield _probe(source, 0)  # opens the source once, before the threads share it
+def _probe_all(source: ImageSource, channels: int) -> Iterator[Probe]:
+    yield _probe(source, 0, channels)  # opens the source once, before the threads share it
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for start in range(1, len(source), 1024):
-            yield from pool.map(lambda index: _probe(source, index), range(start, min(start + 1024, len(source))))
+            chunk = range(start, min(start + 1024, len(source)))
+            yield from pool.map(lambda index: _probe(source, index, channels), chunk)
 
 
 def _tiny_side(sides: Sequence[int]) -> float:
@@ -138,24 +141,31 @@ def _tiny_side(sides: Sequence[int]) -> float:
     return max(min(TINY_SIDE, median / 2), median / 8)
 
 
-def _probe(source: ImageSource, index: int) -> Probe:
+def _probe(source: ImageSource, index: int, channels: int) -> Probe:
     try:
         raw = source.read(index)
     except Exception as error:  # a missing file, or a row without an image
         return Probe((("unreadable", _short(error)),))
-    if isinstance(raw, np.ndarray):
-        channels = raw.shape[2] if raw.ndim == 3 else 1
-        kinds = [("channels", f"{channels} channels")] if channels not in (1, 3) else []
-        return _measured(decode_rgb(raw), kinds)
-    if not raw:
+    if not len(raw):
         return Probe((("empty", ""),))
     try:
+        if channels != 3:
+            return _measured(decode_channels(raw, channels), [])
+        if isinstance(raw, np.ndarray) or raw[:6] == NPY:
+            return _probe_array(as_channels_last(raw if isinstance(raw, np.ndarray) else read_npy(raw)))
         return _probe_encoded(raw)
+    except WrongChannelsError as error:
+        return Probe((("channels", _short(error)),))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return Probe((("huge", "more pixels than the decoder accepts"),))
     except Exception as error:  # decoders raise almost anything on damaged input
-        kind = "truncated" if known_signature(raw) else "unreadable"
+        kind = "truncated" if isinstance(raw, bytes) and known_signature(raw) else "unreadable"
         return Probe(((kind, _short(error)),))
+
+
+def _probe_array(pixels: Raw) -> Probe:
+    kinds = [("16-bit", "numbers")] if pixels.dtype == np.uint16 else []
+    return _measured(decode_rgb(pixels), kinds, gray=pixels.shape[2] == 1)
 
 
 def _probe_encoded(raw: bytes) -> Probe:
@@ -164,6 +174,8 @@ def _probe_encoded(raw: bytes) -> Probe:
         kinds = _kinds_of_header(image, raw)
         if width * height > HUGE_PIXELS:
             return Probe((*kinds, ("huge", f"{width}x{height} px")))
+        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            decode_rgb(raw)  # says why training refuses it
         if max(width, height) > 2 * DRAFT_SIDE:
             image.draft("RGB", (DRAFT_SIDE, DRAFT_SIDE))  # a JPEG of this size is decoded at a fraction of the cost
         image.load()
@@ -182,7 +194,7 @@ def _kinds_of_header(image: Image.Image, raw: bytes) -> list[tuple[str, str]]:
         kinds.append(("16-bit", f"mode {image.mode}"))
     bands = image.getbands()
     if image.mode != "CMYK" and (len(bands) not in (1, 3) or "transparency" in image.info):
-        kinds.append(("channels", f"mode {image.mode}" + (" with transparency" if len(bands) in (1, 3) else "")))
+        kinds.append(("transparent", f"mode {image.mode}"))
     return kinds
 
 
@@ -198,21 +210,24 @@ def bits_per_channel(image: Image.Image, raw: bytes) -> int:
 
 
 def _measured(
-    pixels: NDArray[np.uint8], kinds: Sequence[tuple[str, str]], size: tuple[int, int] | None = None, gray: bool = False
+    pixels: Raw, kinds: Sequence[tuple[str, str]], size: tuple[int, int] | None = None, gray: bool = False
 ) -> Probe:
     height, width = pixels.shape[:2]
     size = size or (width, height)
     found = list(kinds)
     step = max(1, min(height, width) // STATISTICS_SIDE)
-    sample = pixels[::step, ::step].reshape(-1, 3).astype(np.float32)
+    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(pixels).data)
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    sample = pixels[::step, ::step].reshape(-1, pixels.shape[2]).astype(np.float32)
     mean, square = sample.mean(0, dtype=np.float64), (sample * sample).mean(0, dtype=np.float64)
     if float(np.sqrt(np.maximum(square - mean**2, 0)).max()) < CONSTANT_STD:
         found.append(("constant", "colour " + " ".join(f"{value:.0f}" for value in mean)))
     if max(size) > LONG_ASPECT * min(size):
         found.append(("elongated", f"{size[0]}x{size[1]} px"))
-    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(pixels))
-    thumb = np.asarray(Image.fromarray(pixels).resize((THUMB, THUMB), Image.Resampling.BOX))
+    shown = pixels if pixels.shape[2] == 3 else pixels[:, :, [0, pixels.shape[2] // 2, pixels.shape[2] - 1]]
+    thumb = np.asarray(Image.fromarray(shown).resize((THUMB, THUMB), Image.Resampling.BOX))
     return Probe(tuple(found), size, digest.digest(), thumb, mean, square, gray)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ class SubsetSource(ImageSource):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, index: int) -> bytes | NDArray[np.uint8]:
+    def read(self, index: int) -> bytes | NDArray[Any]:
         return self.source.read(int(self.indices[index]))
 
     def name(self, index: int) -> str:
@@ -34,6 +35,9 @@ class SubsetSource(ImageSource):
 
     def close(self) -> None:
         self.source.close()
+
+    def stream(self) -> None:
+        self.source.stream()
 
 
 def without_listed(source: ImageSource, path: str | Path) -> SubsetSource:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mim_refiner.data.channels import common_type, resize
 from mim_refiner.data.decode import ImageSet, Pixels
 from mim_refiner.data.prefetch import in_background
 from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order
@@ -26,7 +26,9 @@ from mim_refiner.errors import DataError, InputError
 
 @dataclass(frozen=True)
 class ViewBatch:
-    """One training batch: ``views[v]`` uint8 [B, 3, size, size]; a damaged image is replaced by another of the set.
+    """One training batch: ``views[v]`` [B, C, size, size], uint8 or, from 16-bit images, uint16.
+
+    A damaged image is replaced by another of the set.
 
     ``sample_ids`` and ``labels`` are those of the images really shown; ``skipped`` lists (name, reason) of images found
     unreadable since the previous batch (the first batch of a loader lists all that are known).
@@ -98,7 +100,7 @@ class _Assembler(Dataset[_Assembled]):
         return ViewBatch(views, torch.from_numpy(ids), labels)
 
 
-def _channels_first(pixels: NDArray[np.uint8]) -> Tensor:
+def _channels_first(pixels: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 
@@ -223,8 +225,8 @@ def resize_center_crop(pixels: Pixels, image_size: int, crop_ratio: float) -> Pi
     short = round(image_size / crop_ratio)
     if min(height, width) != short:
         long = int(short * max(height, width) / min(height, width))
-        size = (short, long) if width <= height else (long, short)
-        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        new_width, new_height = (short, long) if width <= height else (long, short)
+        pixels = resize(pixels, new_width, new_height)
         height, width = pixels.shape[:2]
     top, left = round((height - image_size) / 2), round((width - image_size) / 2)
     return pixels[top : top + image_size, left : left + image_size]
@@ -269,5 +271,5 @@ def _eval_items(
             images.raise_if_too_many_unreadable()
             kept = [index for index, pixels in zip(chosen, loaded, strict=True) if pixels is not None]
             if kept:
-                batch = _channels_first(np.stack([pixels for pixels in loaded if pixels is not None]))
+                batch = _channels_first(np.stack(common_type([pixels for pixels in loaded if pixels is not None])))
                 yield batch, torch.tensor(kept, dtype=torch.int64)

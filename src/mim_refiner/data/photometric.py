@@ -31,8 +31,13 @@ def seeded_generator(seed: int, *path: int) -> torch.Generator:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Turn uint8 [B, C, H, W] into float32 (x / 255 - mean) / std on the images' device."""
-    return _standardize(images.float().div_(255), mean, std)
+    """Turn uint8 [B, C, H, W] into float32 (x / 255 - mean) / std on the images' device; uint16: x / 65535."""
+    return _standardize(_to_unit(images), mean, std)
+
+
+def _to_unit(images: Tensor) -> Tensor:
+    """Float32 on the 0-1 scale."""
+    return images.float().div_(65535 if images.dtype == torch.uint16 else 255)
 
 
 def _standardize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -76,9 +81,10 @@ def draw_params(spec: ViewSpec, count: int, generator: torch.Generator) -> Photo
 
 
 class BatchPhotometric:
-    """The photometric augmentations of one view: uint8 [B, C, H, W] in, normalised float32 [B, C, H, W] out.
+    """The photometric augmentations of one view: uint8 or uint16 [B, C, H, W] in, normalised float32 out.
 
-    Raises InputError when colour operations meet images without three channels.
+    Images of other than three channels have no colour: the jitter then changes brightness and contrast, each channel
+    about its own mean; saturation, hue, grayscale and solarise are left out.
     """
 
     def __init__(self, view: ViewSpec, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -90,24 +96,38 @@ class BatchPhotometric:
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Augment ``images`` on their device with random numbers of the CPU ``generator``."""
         view = self.view
-        if images.shape[1] != 3 and max(view.jitter_prob, view.gray_prob, view.solarize_prob) > 0:
-            raise InputError(
-                f"view '{view.name}': colour jitter, grayscale and solarise need 3 channels and the images have "
-                f"{images.shape[1]}; set their probabilities to 0"
-            )
         params = draw_params(view, len(images), generator)
         with torch.autocast(images.device.type, enabled=False):
-            return _standardize(apply_params(images.float().div_(255), params, view), self.mean, self.std)
+            return _standardize(apply_params(_to_unit(images), params, view), self.mean, self.std)
 
 
 def apply_params(images: Tensor, params: PhotometricParams, view: ViewSpec) -> Tensor:
     """Apply drawn parameters to float32 images [B, C, H, W] on the 0-1 scale, in place where possible."""
+    if images.shape[1] != 3:
+        return _apply_without_colour(images, params, view)
     images = _apply_to(images, params.jitter, lambda part, rows: jitter(part, params.factors[rows], params.order[rows]))
     radius = blur_radius(view, min(images.shape[2:]))
     images = _apply_to(images, params.blur, lambda part, rows: gaussian_blur(part, params.sigma[rows], radius))
     images = _apply_to(images, params.gray, lambda part, rows: to_gray(part).expand_as(part))
     threshold = view.solarize_threshold / 255
     return _apply_to(images, params.solarize, lambda part, rows: solarize(part, threshold))
+
+
+def _apply_without_colour(images: Tensor, params: PhotometricParams, view: ViewSpec) -> Tensor:
+    """Brightness and contrast in the drawn order, then the blur."""
+    for slot in range(4):
+        operation = params.order[:, slot]
+        for kind in (BRIGHTNESS, CONTRAST):
+            change = partial(_blend_channels, params.factors[:, kind], about_mean=kind == CONTRAST)
+            images = _apply_to(images, params.jitter & (operation == kind), change)
+    radius = blur_radius(view, min(images.shape[2:]))
+    return _apply_to(images, params.blur, lambda part, rows: gaussian_blur(part, params.sigma[rows], radius))
+
+
+def _blend_channels(factors: Tensor, images: Tensor, rows: Tensor, *, about_mean: bool) -> Tensor:
+    factor = factors[rows].view(-1, 1, 1, 1).to(images.device, non_blocking=True)
+    mean = images.mean(dim=(2, 3), keepdim=True) if about_mean else images.new_zeros(1)
+    return images.mul(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def _apply_to(images: Tensor, mask: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

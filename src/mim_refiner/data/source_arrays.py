@@ -14,11 +14,11 @@ from mim_refiner.errors import DataError
 
 
 class ArraySource(ImageSource):
-    """Pixels uint8 [N, H, W, C] or [N, H, W] of a NumPy file; an .npy file is memory-mapped."""
+    """Pixels uint8 or uint16 [N, H, W, C] or [N, H, W] of a NumPy file; an .npy file is memory-mapped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._images: NDArray[np.uint8] | None = None
+        self._images: NDArray[Any] | None = None
         labels = self._open()
         shape = self._array().shape
         if labels is not None and labels.shape != (shape[0],):
@@ -44,7 +44,7 @@ class ArraySource(ImageSource):
         self._images = _checked_images(images, self.path)
         return arrays.get("labels", arrays.get("y"))
 
-    def _array(self) -> NDArray[np.uint8]:
+    def _array(self) -> NDArray[Any]:
         if self._images is None:
             self._open()
         assert self._images is not None
@@ -57,7 +57,7 @@ class ArraySource(ImageSource):
     def __len__(self) -> int:
         return self.shape[0]
 
-    def read(self, index: int) -> NDArray[np.uint8]:
+    def read(self, index: int) -> NDArray[Any]:
         return np.asarray(self._array()[index])
 
     def name(self, index: int) -> str:
@@ -70,11 +70,13 @@ class ArraySource(ImageSource):
         self._images = None
 
 
-def _checked_images(images: NDArray[Any], path: Path) -> NDArray[np.uint8]:
-    if images.dtype != np.uint8:
-        raise DataError(f"{path}: images are {images.dtype}; convert them to uint8 (0-255)")
-    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3, 4)):
-        raise DataError(f"{path}: images have shape {images.shape}; give [N, H, W] or [N, H, W, C], C = 1, 3 or 4")
+def _checked_images(images: NDArray[Any], path: Path) -> NDArray[Any]:
+    if images.dtype not in (np.uint8, np.uint16):
+        raise DataError(f"{path}: images are {images.dtype}; convert them to uint8 (0-255) or uint16 (0-65535)")
+    if images.ndim not in (3, 4):
+        raise DataError(f"{path}: images have shape {images.shape}; give [N, H, W] or [N, H, W, C]")
+    if images.ndim == 4 and images.shape[1] in (1, 3, 4) and images.shape[1] < min(images.shape[2:]):
+        raise DataError(f"{path}: images have shape {images.shape}, channels first it seems; give [N, H, W, C]")
     if 0 in images.shape:
         raise DataError(f"{path}: the array of shape {images.shape} holds no image; save at least one")
     return images

@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +30,8 @@ class ImageSource(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def read(self, index: int) -> bytes | NDArray[np.uint8]:
-        """Return the encoded file, or pixels uint8 [H, W, C]. May raise OSError or ValueError for a bad item."""
+    def read(self, index: int) -> bytes | NDArray[Any]:
+        """Return the encoded file, or pixels uint8 or uint16 [H, W, C]. OSError or ValueError for a bad item."""
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -42,6 +43,9 @@ class ImageSource(ABC):
 
     def close(self) -> None:  # noqa: B027 - most sources hold nothing
         """Release buffers; the next ``read`` opens them again."""
+
+    def stream(self) -> None:  # noqa: B027 - most sources hold nothing
+        """From now on images are read about in order: hold no more than that needs, however large the data."""
 
 
 def short_hash(parts: Iterable[object]) -> str:
@@ -90,7 +94,7 @@ class SlicedSource(ImageSource):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, index: int) -> bytes | NDArray[np.uint8]:
+    def read(self, index: int) -> bytes | NDArray[Any]:
         return self.source.read(self.indices[index])
 
     def name(self, index: int) -> str:
@@ -101,6 +105,9 @@ class SlicedSource(ImageSource):
 
     def close(self) -> None:
         self.source.close()
+
+    def stream(self) -> None:
+        self.source.stream()
 
 
 class ConcatSource(ImageSource):
@@ -117,16 +124,24 @@ class ConcatSource(ImageSource):
         if len({part.class_names for part in parts}) > 1:
             raise DataError(f"{description}: the parts have different class names; name one data set, not several")
         self.labels = np.concatenate(labelled) if labelled else None
+        if self.labels is not None:  # one copy of the labels is enough
+            for part, stop in zip(self.parts, self.ends.tolist(), strict=True):
+                part.labels = self.labels[stop - len(part) : stop]
         self.class_names = parts[0].class_names
+        self._recent: list[int] | None = None  # the parts read last, when streaming
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def _locate(self, index: int) -> tuple[ImageSource, int]:
         part = int(np.searchsorted(self.ends, index, side="right"))
+        if self._recent is not None and part not in self._recent:
+            self._recent.append(part)
+            if len(self._recent) > 2:  # another thread may still read the one before
+                self.parts[self._recent.pop(0)].close()
         return self.parts[part], index - (int(self.ends[part - 1]) if part else 0)
 
-    def read(self, index: int) -> bytes | NDArray[np.uint8]:
+    def read(self, index: int) -> bytes | NDArray[Any]:
         part, local = self._locate(index)
         return part.read(local)
 
@@ -140,3 +155,8 @@ class ConcatSource(ImageSource):
     def close(self) -> None:
         for part in self.parts:
             part.close()
+
+    def stream(self) -> None:
+        self._recent = []
+        for part in self.parts:
+            part.stream()

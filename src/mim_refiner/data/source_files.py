@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from mim_refiner.data.packed import PackedStrings
 from mim_refiner.data.source_base import ImageSource, Labels, checked_labels, encode_labels, short_hash
 from mim_refiner.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"})
+ARRAY_SUFFIX = ".npy"  # one image an array, in a folder
 _HEADER_NAMES = frozenset({"path", "image", "file", "filename", "image_path"})
 
 
@@ -22,13 +25,13 @@ class FileSource(ImageSource):
     def __init__(
         self,
         root: Path,
-        names: Sequence[str],
+        names: Iterable[str],
         labels: Labels | None,
         class_names: tuple[str, ...] | None,
         description: str,
     ) -> None:
         self.root = root
-        self.names = list(names)
+        self.names = PackedStrings.pack(names)
         self.labels = labels
         self.class_names = class_names
         self.description = description
@@ -43,8 +46,9 @@ class FileSource(ImageSource):
         return self.names[index]
 
     def fingerprint(self) -> str:
-        sizes = [_size(self.root / name) for name in self.names]
-        return short_hash(["files", *self.names, *sizes, "" if self.labels is None else self.labels])
+        sizes = (_size(self.root / name) for name in self.names)
+        labels = "" if self.labels is None else self.labels
+        return short_hash(itertools.chain(["files"], self.names, sizes, [labels]))
 
 
 def _size(path: Path) -> int:
@@ -55,29 +59,56 @@ def _size(path: Path) -> int:
 
 
 def walk_files(root: Path) -> Iterator[str]:
-    """Yield the relative paths of all files below ``root`` in sorted order, without hidden files and folders."""
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+    """Yield the relative paths of all files below ``root`` in sorted order, without hidden files and folders.
+
+    Folders that are links are followed, except back into a folder above them.
+    """
+    yield from _walk(str(root), "", set())
 
 
-def folder_source(root: Path, names: Sequence[str]) -> FileSource:
-    """Make a source of the image files ``names`` below ``root``.
+def _walk(folder: str, prefix: str, above: set[tuple[int, int]]) -> Iterator[str]:
+    facts = os.stat(folder)
+    here = (facts.st_dev, facts.st_ino)
+    if here in above:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            # "a/" as a folder's name: the order is then that of the whole paths.
+            found = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
+    except OSError:  # a folder that may not be read; os.walk leaves it out too
+        return
+    for name in found:
+        if name.startswith("."):
+            continue
+        if name.endswith("/"):
+            yield from _walk(os.path.join(folder, name[:-1]), prefix + name, above | {here})
+        else:
+            yield prefix + name
+
+
+def folder_source(root: Path, names: Iterable[str]) -> FileSource:
+    """Make a source of the image files ``names`` below ``root``, which come sorted.
 
     The sub-folders directly below the root are the classes when every image lies in one of them and there are at
     least two; with any other layout (flat, deeper, or a single sub-folder) there are no labels.
     """
-    names = sorted(names)
-    parts = [name.split("/") for name in names]
+    packed = PackedStrings.pack(names)
+    index: dict[str, int] = {}
+    numbers = np.empty(len(packed), dtype=np.int64)
+    for position, name in enumerate(packed):
+        folder, _, rest = name.partition("/")
+        if not rest or "/" in rest:
+            index.clear()
+            break
+        numbers[position] = index.setdefault(folder, len(index))
     labels, class_names = None, None
-    if all(len(part) == 2 for part in parts) and len({part[0] for part in parts}) >= 2:
-        class_names = tuple(sorted({part[0] for part in parts}))
-        index = {name: position for position, name in enumerate(class_names)}
-        labels = np.asarray([index[part[0]] for part in parts], dtype=np.int64)
+    if len(index) >= 2:
+        class_names = tuple(sorted(index))
+        order = np.empty(len(index), dtype=np.int64)
+        order[[index[name] for name in class_names]] = np.arange(len(index))
+        labels = order[numbers]
     kind = "no labels" if class_names is None else f"{len(class_names)} class folders"
-    return FileSource(root, names, labels, class_names, f"folder {root} ({len(names)} images, {kind})")
+    return FileSource(root, packed, labels, class_names, f"folder {root} ({len(packed)} images, {kind})")
 
 
 def list_source(path: Path) -> FileSource:

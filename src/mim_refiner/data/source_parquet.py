@@ -100,7 +100,11 @@ class ParquetSource(ImageSource):
         return short_hash(["parquet", self._rows, self.size, "" if self.labels is None else self.labels])
 
     def close(self) -> None:
-        self._groups = OrderedDict()
+        with self._lock:  # never under the hands of a thread that reads
+            self._groups = OrderedDict()
+
+    def stream(self) -> None:
+        self.lazy = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_groups", "_lock")}

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from mim_refiner.data.channels import common_type, resize_view
 from mim_refiner.errors import InputError
 
 _ATTEMPTS = 10
@@ -177,22 +178,25 @@ def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[i
 
 
 def crop_batch(
-    images: Sequence[NDArray[np.uint8]], spec: ViewSpec, *, seed: int, epoch: int, position: int, view: int
-) -> NDArray[np.uint8]:
-    """Crop one view of every image to uint8 [B, size, size, 3]; the images lie at ``position``, ``position + 1``, ...
+    images: Sequence[NDArray[Any]], spec: ViewSpec, *, seed: int, epoch: int, position: int, view: int
+) -> NDArray[Any]:
+    """Crop one view of every image [H, W, C] to [B, size, size, C]; they lie at ``position``, ``position + 1``, ...
 
-    ``view`` numbers the views of a sample. Bicubic with antialiasing (Pillow), then the flip.
+    ``view`` numbers the views of a sample. Bicubic with antialiasing, then the flip. uint8 stays uint8; where
+    16-bit images are among them, all become uint16.
     """
     uniforms = _uniforms(seed, epoch, _FIRST_VIEW_STREAM + view, position, len(images))
     shapes = np.array([image.shape[:2] for image in images], dtype=np.int64)
     boxes, flips = crop_boxes(uniforms, shapes[:, 0], shapes[:, 1], spec)
-    size = (spec.size, spec.size)
-    output = np.empty((len(images), spec.size, spec.size, 3), dtype=np.uint8)
+    images = common_type(list(images))
+    # Channels first in memory: the tensors made of it need no further copy.
+    planes = np.empty((len(images), images[0].shape[2], spec.size, spec.size), dtype=images[0].dtype)
+    output = planes.transpose(0, 2, 3, 1)
     for row, (image, (top, left, height, width), flip) in enumerate(
         zip(images, boxes.tolist(), flips.tolist(), strict=True)
     ):
         crop = image[top : top + height, left : left + width]
-        if crop.shape[:2] != size:
-            crop = np.asarray(Image.fromarray(crop).resize(size, Image.Resampling.BICUBIC))
+        if crop.shape[:2] != (spec.size, spec.size):
+            crop = resize_view(crop, spec.size)
         output[row] = crop[:, ::-1] if flip else crop
     return output

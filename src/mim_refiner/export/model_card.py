@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mim_refiner.export.parity import Parity
+from mim_refiner.export.usage import LIBRARIES, usage
 from mim_refiner.types import BackboneInfo
 
 _METRIC_NAMES = {
@@ -23,27 +25,34 @@ def model_card(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, 
 
     ``card`` keys, all optional: title, base (name of the starting weights), data, recipe (text or mapping), command,
     before and after ({metric: value}, shares on 0-1), notes (text). ``facts`` is the "mim_refiner" part of
-    config.json; its block, pooling and norm become the recommended features.
+    config.json: its format chooses the usage snippet; block, pooling and norm become the recommended features.
     """
     parts = [
-        _front_matter(info),
+        _front_matter(info, card, facts),
         f"# {card.get('title') or _title(info, card)}",
         _facts_table(info, card, facts),
         _figures(card),
         _recipe(card),
-        _usage(info, facts),
+        usage(info, facts),
         str(card["notes"]) if card.get("notes") else "",
     ]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
-def _front_matter(info: BackboneInfo) -> str:
+def _front_matter(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     known = info.licence != "unknown" and re.fullmatch(r"[\w.-]+", info.licence)
     licence = info.licence.lower() if known else "other"  # the hub takes identifiers only
-    return (
-        "---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\n"
-        f"license: {licence}\ntags:\n- image-feature-extraction\n- timm\n- mim-refiner\n---"
-    )
+    library = LIBRARIES[facts.get("format", "timm")]
+    base = re.fullmatch(r"(?:hf[-_]hub:)?([\w.-]+/[\w.-]+)", str(card.get("base") or ""))
+    lines = [
+        f"library_name: {library}",
+        "pipeline_tag: image-feature-extraction",
+        f"license: {licence}",
+        *([f"base_model: {base[1]}"] if base and str(card["base"]).startswith("hf") else []),
+        "tags:",
+        *(f"- {tag}" for tag in dict.fromkeys(("image-feature-extraction", library, "mim-refiner"))),
+    ]
+    return "\n".join(["---", *lines, "---"])
 
 
 def _title(info: BackboneInfo, card: Mapping[str, Any]) -> str:
@@ -54,24 +63,37 @@ def _title(info: BackboneInfo, card: Mapping[str, Any]) -> str:
 def _facts_table(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     rows = {
         "Architecture": f"{info.architecture}, {info.depth} blocks, width {info.embed_dim}, {info.num_heads} heads",
-        "Input": f"{info.image_size[0]}x{info.image_size[1]} px or any multiple of the patch "
-        f"({info.patch_size[0]}x{info.patch_size[1]}), {info.in_chans} channels",
+        "Input": _input(info, facts),
         "Normalisation": f"mean {_numbers(info.mean)}, std {_numbers(info.std)} on the 0-1 scale",
         "Base weights": card.get("base") or facts.get("base") or "not recorded",
         "Family": info.family,
         "Licence of the weights": _licence(info),
         "Training data": card.get("data") or "not recorded",
         "Recommended features": _recommended(facts),
+        "Verified": _verified(facts),
         "Written by": f"mim-refiner {facts.get('version', '')}".strip(),
     }
     lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
+def _input(info: BackboneInfo, facts: Mapping[str, Any]) -> str:
+    (height, width), (rows, columns) = info.image_size, info.patch_size
+    sizes = {
+        "onnx": f", batch {facts.get('batch', 'dynamic')}",
+        "hf": "; other sizes with interpolate_pos_encoding=True, where transformers resizes positions by its own rule",
+    }
+    other = sizes.get(facts.get("format", "timm"), f" or any multiple of the patch ({rows}x{columns})")
+    return f"{info.in_chans} channels, {height}x{width} px{other}"
+
+
 def _licence(info: BackboneInfo) -> str:
     if info.licence == "unknown":
         return "not recorded; a refined encoder stays under the licence of its base weights, so check there"
-    return f"{info.licence} (a refined encoder stays under the licence of its base weights)"
+    note = "a refined encoder stays under the licence of its base weights"
+    if "-NC" in info.licence.upper():
+        note += "; no commercial use"
+    return f"{info.licence} ({note})"
 
 
 def _recommended(facts: Mapping[str, Any]) -> str:
@@ -79,6 +101,11 @@ def _recommended(facts: Mapping[str, Any]) -> str:
         return ""
     norm = "with" if facts.get("norm") else "without"
     return f"block {facts.get('block', -1)}, pooling {facts.get('pooling', 'cls')}, {norm} the final norm"
+
+
+def _verified(facts: Mapping[str, Any]) -> str:
+    parity = facts.get("parity")
+    return Parity(**parity).sentence() if parity else ""
 
 
 def _figures(card: Mapping[str, Any]) -> str:
@@ -102,40 +129,20 @@ def _recipe(card: Mapping[str, Any]) -> str:
     if command:
         parts.append(f"```bash\n{command}\n```")
     if isinstance(recipe, Mapping):
-        parts.append(
-            "\n".join(["| setting | value |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in recipe.items())])
-        )
+        rows = [f"| {key} | {_cell(value)} |" for key, value in _flat(recipe)]
+        parts.append("\n".join(["| setting | value |", "|---|---|", *rows]))
     elif recipe:
         parts.append(str(recipe))
     return "\n\n".join(["## How it was made", *parts]) if parts else ""
 
 
-def _usage(info: BackboneInfo, facts: Mapping[str, Any]) -> str:
-    height, width = info.image_size
-    block, norm = facts.get("block", -1), bool(facts.get("norm", False))
-    pooling = facts.get("pooling", "cls" if info.has_cls else "mean")
-    if info.num_prefix_tokens:
-        options, unpack = ", return_prefix_tokens=True", "[(patches, prefix)]"
-    else:
-        options, unpack = "", "[patches]"
-    features = "prefix[:, 0]  # class token" if pooling == "cls" else "patches.mean(dim=(2, 3))  # mean of patch tokens"
-    return f"""## Use
-
-```python
-import timm, torch
-
-model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()
-images = torch.rand(1, {info.in_chans}, {height}, {width})  # your images on the 0-1 scale
-mean, std = torch.tensor({list(info.mean)}), torch.tensor({list(info.std)})
-images = (images - mean[:, None, None]) / std[:, None, None]
-with torch.inference_mode():
-    {unpack} = model.forward_intermediates(
-        images, indices=[{block % info.depth}], norm={norm}, intermediates_only=True{options}
-    )  # patches: [1, {info.embed_dim}, h, w]
-features = {features}
-```
-
-With mim-refiner: `load_backbone("PATH_OF_THIS_FOLDER").forward_blocks(images, [{block}], norm={norm})`."""
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings of a nested recipe as ``refinement.base_lr``, those that are unset left out."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", value
 
 
 def _numbers(values: tuple[float, ...]) -> str:

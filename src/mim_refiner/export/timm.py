@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,18 +9,17 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-from mim_refiner._version import __version__
+from mim_refiner.data.loaders import default_crop_ratio
 from mim_refiner.errors import InputError
-from mim_refiner.export.model_card import model_card
-from mim_refiner.models.backbone import Backbone
+from mim_refiner.export.parity import CheckImages
+from mim_refiner.export.writing import Format, Pairs, write_export
+from mim_refiner.models.backbone import Backbone, norm_eps
+from mim_refiner.models.capi import CapiVisionTransformer
 from mim_refiner.models.vit import BASE_ARCHITECTURE, registered_name, standard_name, vit_arguments
-
-# Largest difference to the reloaded model, relative to the largest output, that still counts as the same function.
-TOLERANCE = 1e-6
-_WRITTEN = ("config.json", "model.safetensors", "README.md")
 
 
 def export_timm(
@@ -34,42 +28,13 @@ def export_timm(
     *,
     card: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
-    check_images: Tensor | None = None,
+    images: CheckImages | None = None,
 ) -> dict[str, Any]:
-    """Write config.json, model.safetensors and README.md, reload them through timm and compare.
-
-    ``card``: what :func:`model_card` shows (base, data, recipe, before, after, ...). ``facts``: JSON-ready extras kept
-    under "mim_refiner" in config.json, such as the recommended block, pooling and norm. ``check_images`` [B, C, H, W]
-    (normalised; random if None) go through both models.
-    The folder appears complete or not at all; an earlier export of ours there is replaced.
-    Returns {"path", "max_abs_difference", "tolerance", "parameters", "files"}. Raises InputError if the folder holds
-    something else or cannot be written, or if timm's model gives other outputs.
-    """
-    out = Path(out_dir).absolute()
-    _check_target(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
-    try:
-        _write(backbone, work, card or {}, facts or {})
-        difference, tolerance = _compare(backbone, work, check_images)
-        _swap(work, out)
-    except OSError as error:
-        raise InputError(f"{out}: writing failed ({error.strerror}); free space or choose another --out") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return {
-        "path": str(out),
-        "max_abs_difference": difference,
-        "tolerance": tolerance,
-        "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
-        "files": list(_WRITTEN),
-    }
+    """Write config.json, model.safetensors and README.md; arguments and result as of :func:`write_export`."""
+    return write_export(TIMM, backbone, out_dir, card=card, facts=facts, images=images)
 
 
-def timm_config(backbone: Backbone, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def timm_config(backbone: Backbone) -> dict[str, Any]:
     """The config.json of the folder, in the layout that timm's ``local-dir:`` and ``hf-hub:`` sources read."""
     model, info = backbone.model, backbone.info
     if type(model) is VisionTransformer:
@@ -77,6 +42,8 @@ def timm_config(backbone: Backbone, facts: Mapping[str, Any] | None = None) -> d
     else:
         recorded = getattr(model, "_model_args", {})  # what timm's factory was called with
         arguments = {name: value for name, value in recorded.items() if name != "num_classes"}
+        if "img_size" in arguments:  # it may have changed since
+            arguments["img_size"] = list(info.image_size)
     architecture = registered_name(model)
     if type(model) is VisionTransformer and architecture in (None, BASE_ARCHITECTURE):
         # The name is free here, since every argument is written; take the one that tells the size.
@@ -86,13 +53,6 @@ def timm_config(backbone: Backbone, facts: Mapping[str, Any] | None = None) -> d
             f"{type(model).__name__} was not made by timm.create_model, so timm cannot rebuild it; "
             "load it by load_backbone"
         )
-    own = {
-        "version": __version__,
-        "family": info.family,
-        "licence": info.licence,
-        "base": Path(info.source).name if info.source else "",  # a folder of ours concerns nobody else
-        "architecture": info.architecture,
-    }
     return {
         "architecture": architecture,
         "num_classes": int(getattr(model, "num_classes", 0)),
@@ -104,7 +64,7 @@ def timm_config(backbone: Backbone, facts: Mapping[str, Any] | None = None) -> d
             "input_size": [info.in_chans, *info.image_size],
             "fixed_input_size": False,
             "interpolation": "bicubic",
-            "crop_pct": 1.0,
+            "crop_pct": default_crop_ratio(max(info.image_size)),
             "mean": list(info.mean),
             "std": list(info.std),
             "num_classes": int(getattr(model, "num_classes", 0)),
@@ -113,71 +73,66 @@ def timm_config(backbone: Backbone, facts: Mapping[str, Any] | None = None) -> d
             "classifier": _default(model, "classifier", "head"),
             "license": info.licence,
         },
-        "mim_refiner": own | dict(facts or {}),
     }
 
 
-def _write(backbone: Backbone, folder: Path, card: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    config = timm_config(backbone, facts)
-    try:
-        text = json.dumps(config, indent=2)
-    except TypeError as error:
-        raise InputError(f"export facts and model arguments must be plain JSON values: {error}") from error
-    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in backbone.model.state_dict().items()}
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    config = timm_config(backbone)
+    state = {name: tensor.detach().clone().contiguous() for name, tensor in backbone.model.state_dict().items()}
+    model, width = backbone.model, backbone.info.embed_dim
+    if type(model) is Beit and isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity):
+        # timm's Beit has one norm at least; the one after pooling changes no token. Our reader leaves it out again.
+        config["model_args"] |= {"use_fc_norm": True, "global_pool": "avg"}
+        state |= {"fc_norm.weight": torch.ones(width), "fc_norm.bias": torch.zeros(width)}
+        facts["without"] = ["fc_norm"]
+    eps = norm_eps(_build(config))
+    if backbone.info.norm_eps not in (None, eps):
+        facts["set_norm_eps"] = backbone.info.norm_eps  # no argument of timm's says it; the card's snippet does
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "README.md").write_text(model_card(backbone.info, card, config["mim_refiner"]), encoding="utf-8")
-    folder.chmod(0o755)  # mkdtemp makes it private
+    return config
 
 
-def _compare(backbone: Backbone, folder: Path, images: Tensor | None) -> tuple[float, float]:
-    """Return (largest difference of the output tokens, what is allowed); InputError above it."""
-    info = backbone.info
-    if images is None:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(2, info.in_chans, *info.image_size, generator=generator)
-    with torch.random.fork_rng(devices=[]):  # timm draws weights before it loads them
-        reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    ours = copy.deepcopy(backbone.model).cpu().float().eval()
-    for module in (*ours.modules(), *reloaded.modules()):
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # the same kernel on both sides
-    with torch.inference_mode():
-        expected, got = (model.forward_features(images.cpu().float()) for model in (ours, reloaded))
-    tolerance = TOLERANCE * max(1.0, float(expected.abs().max()))
-    difference = float((expected - got).abs().max()) if expected.shape == got.shape else float("inf")
-    if not difference <= tolerance:
-        raise InputError(
-            f"export: timm's reloaded model differs by {difference:.2g} (allowed {tolerance:.2g}), nothing written; "
-            f"the architecture '{info.architecture}' has parts that its timm name does not describe: "
-            "keep its run folder instead"
-        )
-    return difference, tolerance
+def _build(config: Mapping[str, Any]) -> Any:
+    """What timm builds of a config, without memory for its weights."""
+    given = config["model_args"].items()
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return timm.create_model(config["architecture"], pretrained=False, num_classes=0, **arguments)
 
 
-def _check_target(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; give a folder for the export")
-    others = [path.name for path in out.iterdir() if path.name not in _WRITTEN] if out.is_dir() else []
-    if others:
-        raise InputError(f"{out}: holds other files ({', '.join(sorted(others)[:3])}); choose an empty or new folder")
-
-
-def _swap(work: Path, out: Path) -> None:
-    """Put the finished folder in place; an earlier export is moved aside first, so that no moment shows a mixture."""
-    if not out.exists():
-        os.replace(work, out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-    os.replace(out, old)  # onto an empty folder: allowed and atomic
+def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, Any]) -> Pairs:
+    """Every block's output and the final tokens, as timm itself gives them after the lines of the card's snippet."""
     try:
-        os.replace(work, out)
-    except OSError:
-        os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except Exception as error:  # whatever timm raises for weights that do not fit the model it builds
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"--format timm: timm cannot rebuild {backbone.info.architecture} ({reason}); keep its run folder instead"
+        ) from error
+    reloaded = Backbone.wrap(model) if isinstance(model, CapiVisionTransformer) else Backbone(model, backbone.info)
+    reloaded.use_math_attention()  # the same kernel on both sides
+    ours = _outputs(backbone, images)
+    if "set_norm_eps" in facts:
+        plain = zip(ours, _outputs(reloaded, images), strict=True)
+        facts["difference_with_timms_norm_eps"] = max(float((a - b).abs().max()) for a, b in plain)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = facts["set_norm_eps"]
+    yield from zip(ours, _outputs(reloaded, images), strict=True)
+
+
+def _outputs(backbone: Backbone, images: Tensor) -> list[Tensor]:
+    if isinstance(backbone.model, CapiVisionTransformer):  # its blocks need positions, which timm's loop does not give
+        depth = backbone.info.depth
+        final, blocks = backbone.run_blocks(backbone.embed(images), 0, depth, range(depth))
+        return [*blocks.values(), backbone.final_norm(final)]
+    final, intermediates = backbone.model.forward_intermediates(images, output_fmt="NCHW")
+    return [*intermediates, final]
 
 
 def _default(model: Any, key: str, otherwise: str) -> Any:
     config = getattr(model, "pretrained_cfg", None)
     return config.get(key, otherwise) if isinstance(config, dict) else otherwise
+
+
+TIMM = Format("timm", 1e-6, "timm", "every block and the final tokens", _write, _pairs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,24 +13,35 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mim_refiner.errors import InputError
+from mim_refiner.models.positions import RULES, Grid, resize_absolute, resize_relative
+from mim_refiner.models.postnorm import PostNormVisionTransformer
+from mim_refiner.models.runners import free_image_size, runner_for
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, check_image_size, create_vit
-from mim_refiner.types import BackboneInfo, BlockOutput
+from mim_refiner.types import BackboneInfo, BlockOutput, Pooling
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "create_vit"]
+
+
+_NEVER_TRAINED = (
+    "pos_embed", "pos_embed_abs", "pos_embed_win", "pos_embed_spatial", "pos_embed_temporal", "absolute_pos_embed",
+    "fc_norm", "attn_pool", "head", "head_dist",
+)  # fmt: skip
 
 
 class Backbone(nn.Module):
     """A timm model and what is known about it.
 
-    A plain ``VisionTransformer`` runs block by block here: raw tokens, any resolution, any sub-range of blocks.
-    Any other timm model is asked through its ``forward_intermediates``; such a model cannot run a sub-range.
+    Plain and post-norm ViTs, Beit, Eva and CAPI's ViT run block by block here: raw tokens, any resolution, any
+    sub-range of blocks. Any other timm model is asked through its ``forward_intermediates``, where its stages count as
+    blocks; such a model cannot run a sub-range.
     """
 
     def __init__(self, model: nn.Module, info: BackboneInfo) -> None:
         super().__init__()
         self.model: Any = model  # timm models carry no types
         self.info = info
-        self.is_plain_vit = type(model) is VisionTransformer
+        self.runner = runner_for(model)
+        self.is_plain_vit = type(model) in (VisionTransformer, PostNormVisionTransformer)
 
     @classmethod
     def wrap(
@@ -42,18 +55,26 @@ class Backbone(nn.Module):
         licence: str = "unknown",
         coverage: float = 1.0,
         source: str = "",
+        position_rule: str = "timm",
+        pooling: Pooling | None = None,
     ) -> Backbone:
         """Wrap a timm model; its facts are read from the model itself.
 
-        ``mean``/``std`` default to ImageNet's on the 0-1 scale. A plain ViT is switched to dynamic image sizes (its
-        position table is then resampled bicubically with antialiasing, as timm does).
+        ``mean``/``std`` default to ImageNet's on the 0-1 scale. ``position_rule`` (see models.positions) says how
+        tables of positions are resized for other image sizes, ``pooling`` what the encoder's authors pool by (class
+        token where there is one, if None). A model that runs block by block is switched to dynamic image sizes.
         Raises InputError for a model without ``forward_intermediates``.
         """
-        if not hasattr(model, "forward_intermediates"):
+        runner = runner_for(model)
+        if runner is None and not hasattr(model, "forward_intermediates"):
             raise InputError(f"{type(model).__name__} has no forward_intermediates; use a timm ViT instead")
-        if type(model) is VisionTransformer:
-            _enable_dynamic_image_size(model)
-        in_chans = _in_channels(model)
+        if position_rule not in RULES:
+            raise InputError(f"position rule '{position_rule}' is unknown; use {', '.join(RULES)}")
+        if runner is not None:
+            runner.prepare(model)
+        else:
+            free_image_size(model)
+        in_chans, structure = _in_channels(model), _structure(model)
         info = BackboneInfo(
             family=family,
             architecture=architecture or architecture_name(model),
@@ -63,9 +84,19 @@ class Backbone(nn.Module):
             licence=licence,
             coverage=coverage,
             source=source,
-            **_structure(model),
+            position_rule=position_rule,
+            norm_eps=norm_eps(model),
+            pooling=pooling or ("cls" if structure["has_cls"] else "mean"),
+            **structure,
         )
         return cls(model, info)
+
+    @property
+    def block_dims(self) -> tuple[int, ...]:
+        """Width of every block's output; the stages of a hierarchical encoder differ."""
+        if self.runner is not None:
+            return (self.info.embed_dim,) * self.info.depth
+        return tuple(int(stage["num_chs"]) for stage in self.model.feature_info)
 
     def forward(
         self, images: Tensor, block_indices: Sequence[int] | None = None, *, norm: bool = False
@@ -85,7 +116,7 @@ class Backbone(nn.Module):
         indices = self.resolve_blocks(block_indices)
         if not indices:
             return []
-        _, tokens = self.run_blocks(self.embed(images), 0, max(indices) + 1, indices)
+        _, tokens = self.run_blocks(self.embed(images), 0, max(indices) + 1, indices, grid=self.grid(images))
         return [self.split(self.final_norm(tokens[index]) if norm else tokens[index]) for index in indices]
 
     def resolve_blocks(self, block_indices: Sequence[int] | None) -> list[int]:
@@ -99,35 +130,55 @@ class Backbone(nn.Module):
                 )
         return [index % depth for index in indices]
 
+    def grid(self, images: Tensor) -> Grid:
+        """Rows and columns of patches of ``images`` [B, C, H, W]."""
+        rows, columns = (side // patch for side, patch in zip(images.shape[-2:], self.info.patch_size, strict=True))
+        return rows, columns
+
     def embed(self, images: Tensor) -> Tensor:
         """Tokens [B, P+N, D] that enter block 0, prefix tokens first, for ``images`` [B, C, H, W].
 
-        Architectures other than a plain ViT embed inside their own forward pass; there the images pass through.
+        Architectures that do not run block by block embed inside their own forward pass; there the images pass
+        through.
         """
         self._check_images(images)
-        if not self.is_plain_vit:
+        if self.runner is None:
             return images
-        tokens = self.model._pos_embed(self.model.patch_embed(images))
-        return self.model.norm_pre(self.model.patch_drop(tokens))
+        return self.runner.embed(self.model, images, self.info.position_rule)
 
     def run_blocks(
-        self, tokens: Tensor, start: int, stop: int, wanted: Sequence[int] = ()
+        self, tokens: Tensor, start: int, stop: int, wanted: Sequence[int] = (), *, grid: Grid | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run blocks ``start`` to ``stop - 1`` on the output of :meth:`embed` or of an earlier call.
 
         Returns the tokens [B, P+N, D] after the last of them and {block: raw tokens} for the ``wanted`` ones.
-        So a frozen prefix can run under ``torch.no_grad()`` and the rest with gradients.
+        So a frozen prefix can run under ``torch.no_grad()`` and the rest with gradients. ``grid`` (:meth:`grid` of
+        the images) is for blocks that know positions; None = that of square images.
         """
-        if not self.is_plain_vit:
+        if self.runner is None:
             return self._run_intermediates(tokens, start, stop, wanted)
+        context = None
+        if not self.is_plain_vit:
+            grid = grid or self._square_grid(tokens)
+            context = self.runner.context(self.model, grid, self.info.position_rule, tokens.device)
         outputs: dict[int, Tensor] = {}
         recompute = self.model.grad_checkpointing and torch.is_grad_enabled()
         for index in range(start, stop):
-            block = self.model.blocks[index]
-            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
+            block, arguments = self.model.blocks[index], self.runner.arguments(context, index)
+            if recompute:
+                tokens = checkpoint(block, tokens, *arguments, use_reentrant=False)
+            else:
+                tokens = block(tokens, *arguments)
             if index in wanted:
                 outputs[index] = tokens
         return tokens, outputs
+
+    def _square_grid(self, tokens: Tensor) -> Grid:
+        patches = tokens.shape[1] - self.info.num_prefix_tokens
+        side = math.isqrt(max(patches, 0))
+        if side * side != patches:
+            raise InputError(f"{patches} patches are no square image; pass the grid of the images to run_blocks")
+        return side, side
 
     def final_norm(self, tokens: Tensor) -> Tensor:
         """The encoder's final norm on ``tokens`` [B, L, D]; the tokens themselves where it has none that fits them.
@@ -145,21 +196,61 @@ class Backbone(nn.Module):
     def fixed_parameters(self, frozen_blocks: int = 0) -> Iterator[nn.Parameter]:
         """Parameters that refinement leaves alone.
 
-        Always the position table (fixed in the published recipes) and what no block output depends on (pooling,
+        Always absolute positions (fixed in the published recipes) and what no block output depends on (pooling,
         its norm, classifier); with ``frozen_blocks`` > 0 also the stem and that many first blocks.
         """
-        always = ("pos_embed", "fc_norm", "attn_pool", "head", "head_dist")
         for name, parameter in self.model.named_parameters():
             part, _, rest = name.partition(".")
             in_prefix = int(rest.partition(".")[0]) < frozen_blocks if part == "blocks" else part != "norm"
-            if part in always or (frozen_blocks > 0 and in_prefix):
+            always = part in _NEVER_TRAINED or name.endswith(".attn.freqs")
+            if always or (frozen_blocks > 0 and in_prefix):
                 yield parameter
+
+    @torch.no_grad()
+    def set_image_size(self, image_size: tuple[int, int]) -> None:
+        """Bring the tables of positions to ``image_size`` (H, W pixels) by the encoder's own rule; in place.
+
+        Raises InputError for a size that the patch does not divide and for an encoder of fixed size.
+        """
+        check_image_size(image_size, self.info.patch_size)
+        if image_size == self.info.image_size:
+            return
+        if not hasattr(self.model, "set_input_size"):
+            raise InputError(f"{self.info.architecture} cannot change its image size; leave image_size out")
+        resized = {} if self.runner is None else self._resized_tables(self.grid_of(image_size))
+        self.model.set_input_size(img_size=image_size)
+        parameters = dict(self.model.named_parameters())
+        for name, table in resized.items():  # in place of timm's own resizing
+            parameters[name].copy_(table)
+        rule = self.info.position_rule.removesuffix("_transposed")  # a resized table is in order
+        self.info = replace(self.info, image_size=image_size, position_rule=rule)
+
+    def grid_of(self, image_size: tuple[int, int]) -> Grid:
+        """Rows and columns of patches of an image of (H, W) pixels."""
+        return image_size[0] // self.info.patch_size[0], image_size[1] // self.info.patch_size[1]
+
+    def _resized_tables(self, new: Grid) -> dict[str, Tensor]:
+        """Every table of positions at grid ``new``, by parameter name."""
+        old, rule = self.grid_of(self.info.image_size), self.info.position_rule
+        tables = {}
+        for name, table in self.model.named_parameters():
+            if name.endswith("relative_position_bias_table"):
+                tables[name] = resize_relative(table, old, new, rule=rule)
+            elif name == "pos_embed":
+                num_prefix = table.shape[1] - old[0] * old[1]
+                tables[name] = resize_absolute(table, old, new, num_prefix=num_prefix, rule=rule)
+        return tables
 
     def use_math_attention(self) -> None:
         """Use plain matrix products for attention: on CPU faster than the fused kernel for short sequences."""
         for module in self.model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
+
+    def compile_blocks(self) -> None:
+        """``torch.compile`` every block in place; parameter names stay as they are."""
+        for block in getattr(self.model, "blocks", ()):
+            block.compile(dynamic=False)
 
     def _run_intermediates(
         self, images: Tensor, start: int, stop: int, wanted: Sequence[int]
@@ -174,9 +265,14 @@ class Backbone(nn.Module):
             options["return_prefix_tokens"] = True
         try:
             intermediates = self.model.forward_intermediates(images, output_fmt="NCHW", **options)
-        except AssertionError as error:  # timm's way to refuse an image size
+        except (AssertionError, RuntimeError) as error:  # timm's ways to refuse an image size
+            height, width = images.shape[-2:]
+            if (height, width) == self.info.image_size:
+                raise
+            native = "x".join(map(str, self.info.image_size))
             raise InputError(
-                f"{self.info.architecture} refuses images {tuple(images.shape)} ({error}); give its own size"
+                f"{self.info.architecture} takes images of {native} pixels only, got {height}x{width}; give every view "
+                "and image that size, or load it with another image_size"
             ) from error
         outputs = {index: _as_tokens(value) for index, value in zip(indices, intermediates, strict=True)}
         return outputs[stop - 1], {index: outputs[index] for index in indices if index in wanted}
@@ -192,16 +288,16 @@ class Backbone(nn.Module):
 
 def _structure(model: Any) -> dict[str, Any]:
     """Width, depth, heads, patch, tokens and image size of any timm model, as far as it shows them."""
-    is_plain = type(model) is VisionTransformer
+    by_block = runner_for(model) is not None
     blocks = getattr(model, "blocks", None)
     attention = getattr(blocks[0], "attn", None) if blocks is not None and len(blocks) else None
     patch_embed: Any = getattr(model, "patch_embed", None)
-    patch = patch_embed.patch_size if is_plain else model.feature_info[-1]["reduction"]
+    patch = patch_embed.patch_size if by_block else model.feature_info[-1]["reduction"]
     image = getattr(patch_embed, "img_size", None) or _default_config(model).get("input_size", (3, 224, 224))[1:]
     num_prefix = int(getattr(model, "num_prefix_tokens", 0))
     return {
         "embed_dim": int(model.num_features),
-        "depth": len(model.blocks) if is_plain else len(model.feature_info),
+        "depth": len(model.blocks) if by_block else len(model.feature_info),
         "num_heads": int(getattr(attention, "num_heads", 0)),
         "patch_size": (patch, patch) if isinstance(patch, int) else tuple(patch),
         "num_prefix_tokens": num_prefix,
@@ -229,15 +325,10 @@ def _per_channel(given: Sequence[float] | None, imagenet: tuple[float, ...], cha
     return imagenet if channels == 3 else (sum(imagenet) / 3,) * channels
 
 
-def _enable_dynamic_image_size(model: Any) -> None:
-    """What timm's ``dynamic_img_size=True`` sets at construction, on a model built without it."""
-    if model.dynamic_img_size:
-        return
-    model.dynamic_img_size = True
-    patch_embed = model.patch_embed
-    patch_embed.strict_img_size = False
-    patch_embed.flatten = False
-    patch_embed.output_fmt = type(patch_embed.output_fmt)("NHWC")
+def norm_eps(model: nn.Module) -> float | None:
+    """The constant in the norms of the blocks; None where there is none, or several."""
+    found = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.eps}
+    return float(found.pop()) if len(found) == 1 else None
 
 
 def _as_tokens(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:

@@ -45,7 +45,9 @@ class Refiner(nn.Module):
         self.blocks = sorted(set(blocks))
         self.pooling = pooling
         self.frozen_blocks = frozen_blocks
-        self.heads = nn.ModuleDict({str(block): RefinerHead(backbone.info.embed_dim, config) for block in self.blocks})
+        self.heads = nn.ModuleDict(
+            {str(block): RefinerHead(backbone.block_dims[block], config) for block in self.blocks}
+        )
         self.encoder_frozen = False
 
     def freeze_encoder(self) -> None:

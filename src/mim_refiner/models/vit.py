@@ -30,6 +30,14 @@ _TIMM_SIZES = {
     (1280, 32, 16): "huge",
 }
 
+# Kinds of models whose sizes are free, by class.
+_KINDS = {
+    "VisionTransformer": "vit",
+    "PostNormVisionTransformer": "vit_postnorm",
+    "CapiVisionTransformer": "vit_capi",
+    "Beit": "beit",
+}
+
 
 def create_vit(arch: str, image_size: int | tuple[int, int] | None = None, **kwargs: Any) -> VisionTransformer:
     """Build a randomly initialised timm ViT without a classifier that takes any multiple of its patch size.
@@ -85,22 +93,23 @@ def check_image_size(image_size: tuple[int, int], patch_size: tuple[int, int]) -
 
 
 def architecture_name(model: Any) -> str:
-    """Name of a built ViT: a timm name if its size is a registered one, else "vit(dim=..,depth=..,heads=..,patch=..)".
+    """timm's name of a built encoder if its size is a registered one, else "vit(dim=..,depth=..,heads=..,patch=..)".
 
-    A model that is not a plain ViT is called what timm calls it.
+    A model of another kind is called what timm calls it.
     """
-    if type(model) is not VisionTransformer:
-        return str(registered_name(model) or type(model).__name__)
+    registered, kind = registered_name(model), _KINDS.get(type(model).__name__)
+    if kind is None:
+        return str(registered or type(model).__name__)
     width, depth, heads = model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads
     patch = model.patch_embed.patch_size
-    size, registered = _TIMM_SIZES.get((width, depth, heads)), registered_name(model)
+    size = _TIMM_SIZES.get((width, depth, heads))
     if size and registered and f"_{size}_patch{patch[0]}_" in registered:
         return registered
-    standard = standard_name(width, depth, heads, patch)
+    standard = standard_name(width, depth, heads, patch) if kind == "vit" else None
     if standard is not None:
         return standard
     shown = str(patch[0]) if patch[0] == patch[1] else f"{patch[0]}x{patch[1]}"
-    return f"vit(dim={width},depth={depth},heads={heads},patch={shown})"
+    return f"{kind}(dim={width},depth={depth},heads={heads},patch={shown})"
 
 
 def standard_name(width: int, depth: int, heads: int, patch_size: tuple[int, int]) -> str | None:
@@ -136,6 +145,7 @@ def vit_arguments(model: VisionTransformer) -> dict[str, Any]:
         "num_heads": block.attn.num_heads,
         "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
         "qkv_bias": block.attn.qkv.bias is not None,
+        "proj_bias": block.attn.proj.bias is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         # The value is only the initial one; the weights replace it.
         "init_values": None if layer_scale is None else 1e-5,

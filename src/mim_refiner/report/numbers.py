@@ -143,10 +143,11 @@ def cost_rows(run: RunFiles) -> dict[str, str]:
         rows["speed (median)"] = f"{sorted(speeds)[len(speeds) // 2]:.0f} images/s"
     if run.metrics:
         last = run.metrics[-1]
-        rows["training steps"] = str(last.get("total_step", last.get("step")))
+        steps = int(last["total_step"] if "total_step" in last else last.get("step") or 0)
+        rows["training steps"] = str(steps)
         batch = run.recipe.get("batch_size")
         if isinstance(batch, int):
-            rows["images seen"] = f"{batch * int(last.get('total_step', last.get('step', 0))):,}"
+            rows["images seen"] = f"{batch * steps:,}"
     if run.environment.get("device"):
         rows["device"] = str(run.environment["device"])
     return rows

@@ -107,7 +107,7 @@ def data_lines(run: RunFiles) -> list[str]:
         lines.append(
             f"trained on {run.recipe['data']} (fingerprint {run.recipe.get('data_fingerprint', 'not recorded')})"
         )
-    measured = {}
+    measured: dict[str, None] = {}
     for record in run.results.values():
         for part in ("train", "test"):
             source = (record.get("data") or {}).get(part) or {}

@@ -166,7 +166,7 @@ def _draw_log(axis: Axes, lines: Mapping[str, tuple[list[int], list[float]]], st
 
 
 def _figure() -> tuple[Figure, Axes]:
-    colours = {"text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": AXIS, "xtick.color": TEXT,
+    colours: Any = {"text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": AXIS, "xtick.color": TEXT,
                "ytick.color": TEXT, "xtick.labelcolor": TEXT, "ytick.labelcolor": TEXT}  # fmt: skip
     with mpl.rc_context(colours):
         figure = Figure(figsize=(WIDTH, HEIGHT), dpi=PNG_DPI, layout="constrained")

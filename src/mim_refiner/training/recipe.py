@@ -81,6 +81,7 @@ class Recipe(_Settings):
     batch_size: PositiveInt
     betas: tuple[float, float] = (0.9, 0.95)
     precision: Precision = "auto"  # bf16 on GPU, fp32 on CPU; "fast": bf16 also on CPUs that have it
+    compile: bool = False  # torch.compile of the encoder's blocks: fewer passes over memory, half a minute to begin
     workers: int = Field(default=-1, ge=-1)  # loader processes; -1: decided from data and cores
     checkpoint_every: PositiveInt = 500  # steps
     keep_checkpoints: PositiveInt = 2

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from mim_refiner.checkpoints.families.keymap import Mapped
 from mim_refiner.checkpoints.store import Contents
+from mim_refiner.types import BackboneInfo, Pooling
+
+PROJECTION = "patch_embed.proj.weight"  # timm's name of a ViT's first convolution
 
 
 @dataclass(frozen=True)
@@ -18,34 +22,102 @@ class Wishes:
     image_size: tuple[int, int] | None = None
     num_heads: int | None = None
     in_chans: int | None = None
+    encoder: str | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """One group of tensors in a file that may be an encoder, under names without wrappers and common prefix."""
+
+    contents: Contents
+    section: str  # path of the mapping that holds it
+    prefix: str  # common start of its names in the file, such as "module.backbone."
+    label: str  # what it is called: "teacher", "target_encoder", "model"
+    tensors: dict[str, Tensor]  # short name -> value
+    names: dict[str, str]  # short name -> name in the section
+    outside: dict[str, str]  # tensors of the section without the prefix: name without wrappers -> name in the section
+
+    @property
+    def where(self) -> str:
+        return self.contents.source
+
+    @property
+    def model_type(self) -> str | None:
+        """``model_type`` of a transformers config.json beside the weights."""
+        return None if self.contents.config is None else self.contents.config.get("model_type")
 
 
 @dataclass(frozen=True)
 class Converted:
     """A checkpoint in timm's terms.
 
-    ``num_heads`` 0 = the file does not tell. ``architecture`` and ``arguments`` go to ``create_vit``; they describe
-    the encoder as it is in the file (its own image size and channels).
+    ``num_heads`` 0 = the file does not tell, -1 = the architecture itself says. ``architecture`` and ``arguments``
+    describe the encoder as it is in the file (its own image size and channels).
     """
 
     architecture: str
     arguments: dict[str, Any]
     num_heads: int
     tensors: dict[str, Tensor]  # timm name -> value
-    origin: dict[str, str]  # timm name -> name in the file
+    origin: dict[str, str]  # name in the file -> timm name
     dropped: dict[str, str]  # name in the file -> why the encoder does not take it
     unplaced: tuple[str, ...] = ()  # names in the file that this family does not know
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     licence: str | None = None  # None = the family's
     family: str | None = None  # a family that the file names itself
+    norm_eps: float | None = None  # None = timm's for the architecture
+    without: tuple[str, ...] = ()  # norms that timm would build and the encoder has not
+    projection: str = PROJECTION  # the first convolution's weight, for other numbers of channels
+    position_rule: str = "timm"  # how tables are resized to other resolutions, see models.positions
+    pooling: Pooling | None = None  # what the family's authors pool by, where it is not the class token
     notes: tuple[str, ...] = field(default=())
 
 
 @dataclass(frozen=True)
 class Family:
-    """A source format: how to recognise it by keys and shapes, and how to turn it into a timm state dict."""
+    """A source format: how to recognise it by keys and shapes, and its tensors in timm's terms and back.
+
+    ``anchor``: name of the patch projection's weight; whatever stands before it in a file is the prefix of an encoder.
+    ``to_source`` (formats that we write): state dict of a timm model -> state dict of the format, bit for bit what
+    ``convert`` would read back.
+    """
 
     name: str
-    find_section: Callable[[Contents], str | None]  # path of the section with the encoder, None = not this family
-    convert: Callable[[Contents, str, Wishes], Converted]
+    anchor: str
+    matches: Callable[[View], bool]
+    convert: Callable[[View, Wishes], Converted]
+    to_source: Callable[[Mapping[str, Tensor], BackboneInfo], dict[str, Tensor]] | None = None
+    reads_config: bool = False  # a config.json tells the architecture, so the tensors may have other names
+    any_names: bool = False  # the anchor may be missing: a key map says what the names mean
+    default_encoder: tuple[str, ...] = ()  # labels to prefer before the usual ones (teacher, EMA)
+
+
+def account(
+    view: View, mapped: Mapped, reasons: Mapping[str, str], outside: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The fields tensors, origin, dropped and unplaced of :class:`Converted`.
+
+    ``reasons``: start of a short name -> why it is left out. ``outside``: the same for names without the prefix; what
+    it does not know is left out because it lies outside the encoder.
+    """
+    dropped, unplaced = {}, []
+    for short in mapped.rest:
+        reason = _reason(short, reasons)
+        if reason is None:
+            unplaced.append(view.names[short])
+        else:
+            dropped[view.names[short]] = reason
+    elsewhere = f"outside the encoder, whose names start with '{view.prefix}'"
+    for short, name in view.outside.items():
+        dropped[name] = _reason(short, {**(outside or {}), **reasons}) or elsewhere
+    return {
+        "tensors": mapped.tensors,
+        "origin": {view.names[short]: target for short, target in mapped.origin.items()},
+        "dropped": dropped,
+        "unplaced": tuple(unplaced),
+    }
+
+
+def _reason(name: str, reasons: Mapping[str, str]) -> str | None:
+    return next((reason for start, reason in reasons.items() if name.startswith(start)), None)

@@ -7,82 +7,73 @@ from typing import Any
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import Converted, Family, Wishes
-from mim_refiner.checkpoints.families.plain_vit import has_plain_vit, infer_structure, is_encoder_name
-from mim_refiner.checkpoints.store import Contents, strip_wrappers
+from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.keymap import Mapped
+from mim_refiner.checkpoints.families.plain_vit import TIMM_NAMES, has_plain_vit, infer_structure
 from mim_refiner.errors import CheckpointError
+from mim_refiner.types import BackboneInfo
 
-NAME = "timm"
 OWN_FACTS = "mim_refiner"  # key in config.json under which our exports keep what timm has no field for
 
-_CLASSIFIER = ("head.", "head_dist.", "fc.", "classifier.")
+_CLASSIFIER = {f"{name}.": "classifier" for name in ("head", "head_dist", "fc", "classifier")}
 
 
-def find_section(contents: Contents) -> str | None:
-    """The first of the usual places that holds a ViT under timm's names."""
-    for path in ("", "model", "state_dict"):
-        if has_plain_vit({strip_wrappers(name) for name in contents.section(path)}):
-            return path
-    return "" if contents.config is not None and contents.section("") else None
+def matches(view: View) -> bool:
+    """A plain ViT under timm's names, or anything with a config.json that no other family claims."""
+    return view.contents.config is not None or has_plain_vit(view.tensors)
 
 
-def convert(contents: Contents, section: str, wishes: Wishes) -> Converted:
+def convert(view: View, wishes: Wishes) -> Converted:
     """Names stay as they are; a classifier is left out.
 
     With a config.json the architecture is built as it says, otherwise the structure is read from the tensors.
     """
-    tensors = {strip_wrappers(name): tensor for name, tensor in contents.section(section).items()}
-    names = {strip_wrappers(name): name for name in contents.section(section)}
-    if contents.config is not None:
-        return _from_config(contents, contents.config, tensors, names, wishes)
-    dropped = {names[name]: "classifier" for name in tensors if name.startswith(_CLASSIFIER)}
-    kept = {name: tensor for name, tensor in tensors.items() if names[name] not in dropped}
-    encoder = {name: tensor for name, tensor in kept.items() if is_encoder_name(name)}
-    vit = infer_structure(encoder, wishes, contents.source)
+    if view.contents.config is not None:
+        return _from_config(view, view.contents.config, wishes)
+    mapped = TIMM_NAMES.to_timm(view.tensors)
+    vit = infer_structure(mapped.tensors, wishes, view.where)
     return Converted(
-        architecture=vit.architecture,
-        arguments=vit.arguments,
-        num_heads=vit.num_heads,
-        tensors=encoder,
-        origin={name: names[name] for name in encoder},
-        dropped=dropped,
-        unplaced=tuple(names[name] for name in kept if name not in encoder),
-        notes=vit.notes,
+        vit.architecture, vit.arguments, vit.num_heads, **account(view, mapped, _CLASSIFIER), notes=vit.notes
     )
 
 
-def _from_config(
-    contents: Contents,
-    config: Mapping[str, Any],
-    tensors: dict[str, Tensor],
-    names: dict[str, str],
-    wishes: Wishes,
-) -> Converted:
+def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Converted:
     architecture = config.get("architecture")
     if not isinstance(architecture, str):
         kind = config.get("model_type") or ", ".join(list(config)[:4]) or "nothing"
         raise CheckpointError(
-            f"{contents.source}: its config.json names no timm 'architecture' (it has: {kind}); give a timm folder"
+            f"{view.where}: its config.json names no timm 'architecture' (it has: {kind}), and is not of a "
+            "supported transformers model; give a timm folder"
         )
-    preprocessing = _mapping(config, "pretrained_cfg", contents.source) or config  # older folders have one level only
-    facts = _mapping(config, OWN_FACTS, contents.source)
-    model_args = _mapping(config, "model_args", contents.source)
+    preprocessing = _mapping(config, "pretrained_cfg", view.where) or config  # older folders have one level only
+    facts = _mapping(config, OWN_FACTS, view.where)
+    model_args = _mapping(config, "model_args", view.where)
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in model_args.items()}
     arguments.pop("num_classes", None)
+    first_conv = preprocessing.get("first_conv")
     classifier = preprocessing.get("classifier") or "head"
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    dropped = {name for name in tensors if name.startswith(tuple(f"{head}." for head in heads))}
+    without = tuple(str(name) for name in facts.get("without") or ())
+    reasons = {f"{head}.": "classifier" for head in heads}
+    reasons |= {f"{name}.": "only there for timm, not part of the encoder" for name in without}
+    starts = tuple(reasons)
+    tensors = {name: tensor for name, tensor in view.tensors.items() if not name.startswith(starts)}
+    rest = tuple(name for name in view.tensors if name not in tensors)
+    mapped = Mapped(tensors, {name: name for name in tensors}, rest)
     return Converted(
-        architecture=architecture,
-        arguments=arguments,
-        num_heads=wishes.num_heads or -1,  # -1: the architecture itself says
-        tensors={name: tensor for name, tensor in tensors.items() if name not in dropped},
-        origin={name: names[name] for name in tensors},
-        dropped={names[name]: "classifier" for name in dropped},
+        architecture,
+        arguments,
+        wishes.num_heads or -1,
+        **account(view, mapped, reasons),
         mean=_floats(preprocessing.get("mean")),
         std=_floats(preprocessing.get("std")),
         licence=facts.get("licence") or preprocessing.get("license"),
         family=facts.get("family"),
+        norm_eps=facts.get("norm_eps"),
+        position_rule=facts.get("position_rule") or "timm",
+        pooling=facts.get("encoder_pooling"),
+        without=without,
+        projection=f"{first_conv}.weight" if isinstance(first_conv, str) else PROJECTION,
     )
 
 
@@ -97,4 +88,9 @@ def _floats(values: Any) -> tuple[float, ...] | None:
     return tuple(float(value) for value in values) if values else None
 
 
-FAMILY = Family(NAME, find_section, convert)
+def to_source(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tensor]:
+    """timm's own names."""
+    return dict(state)
+
+
+FAMILY = Family("timm", PROJECTION, matches, convert, to_source, reads_config=True)

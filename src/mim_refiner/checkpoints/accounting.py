@@ -1,0 +1,98 @@
+"""The coverage report: what becomes of every tensor of a file, and what every tensor of the model comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from mim_refiner.checkpoints.families import Converted, View
+from mim_refiner.checkpoints.store import Contents
+from mim_refiner.errors import CheckpointError
+from mim_refiner.types import TensorRecord
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What loading a source means, tensor by tensor."""
+
+    contents: Contents
+    view: View
+    family: str
+    converted: Converted
+    licence: str
+    encoders: tuple[str, ...]
+
+
+def account(plan: Plan, model: nn.Module) -> tuple[list[TensorRecord], list[str], list[str]]:
+    """Return (fate of every tensor, encoder tensors not provided, file tensors without a place).
+
+    Raises CheckpointError for a tensor of the wrong shape.
+    """
+    converted, section = plan.converted, plan.contents.section(plan.view.section)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    sources: dict[str, list[str]] = {}
+    for name, target in converted.origin.items():
+        sources.setdefault(target, []).append(name)
+    records, unplaced = [], list(converted.unplaced)
+    for target, names in sources.items():
+        if target not in expected:
+            unplaced.extend(names)
+            continue
+        shape = tuple(converted.tensors[target].shape)
+        if shape != expected[target]:
+            raise CheckpointError(
+                f"{plan.contents.source}: {names[0]} has shape {list(shape)}, the encoder needs "
+                f"{list(expected[target])}; "
+                "the file does not fit its config or arguments (patch size, image size, channels)"
+            )
+        records += [_placed(name, target, tuple(section[name].shape), shape, len(names)) for name in names]
+    for name, reason in converted.dropped.items():
+        records.append(TensorRecord(name, tuple(section[name].shape), "dropped", reason=reason))
+    for name in unplaced:
+        records.append(TensorRecord(name, tuple(section[name].shape), "dropped", reason="no place in the encoder"))
+    records.extend(_other_sections(plan))
+    missing = [name for name in expected if name not in converted.tensors]
+    return records, missing, unplaced
+
+
+def coverage(model: nn.Module, missing: list[str]) -> float:
+    """Share of the model's tensors that the file provides, 0-1."""
+    total = len(model.state_dict())
+    return (total - len(missing)) / total
+
+
+def some(names: Iterable[str], limit: int = 4) -> str:
+    """The first names and how many more there are."""
+    listed = list(names)
+    rest = len(listed) - limit
+    return ", ".join(listed[:limit]) + (f" (+{rest} more)" if rest > 0 else "")
+
+
+def _placed(name: str, target: str, in_file: tuple[int, ...], shape: tuple[int, ...], parts: int) -> TensorRecord:
+    if parts > 1:
+        return TensorRecord(name, in_file, "reshaped", target, f"joined with {parts - 1} others to {list(shape)}")
+    if in_file != shape:
+        return TensorRecord(name, in_file, "reshaped", target, f"from {list(in_file)} to {list(shape)}")
+    return TensorRecord(name, in_file, "loaded" if name == target else "renamed", target)
+
+
+def _other_sections(plan: Plan) -> Iterator[TensorRecord]:
+    for path, tensors in plan.contents.sections.items():
+        if path == plan.view.section:
+            continue
+        reason = _why_not(path, plan)
+        for name, tensor in tensors.items():
+            yield TensorRecord(f"{path}.{name}".lstrip("."), tuple(tensor.shape), "dropped", reason=reason)
+
+
+def _why_not(path: str, plan: Plan) -> str:
+    first, last = path.split(".")[0], path.split(".")[-1].lstrip("_")
+    if first.startswith("opt"):
+        return "optimiser state"
+    if last in plan.encoders:
+        return f"another encoder of the file, choose it by --encoder {last}"
+    if "loss" in first or first in ("scaler", "amp_scaler", "lr_scheduler", "criterion"):
+        return "state of the training"
+    return "not part of the encoder"

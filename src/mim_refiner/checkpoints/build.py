@@ -1,0 +1,92 @@
+"""Build the model that a converted checkpoint describes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import timm
+import torch
+from timm.models import is_model_in_modules
+from torch import nn
+
+from mim_refiner.checkpoints.families import Converted
+from mim_refiner.checkpoints.limits import check_architecture, check_arguments
+from mim_refiner.checkpoints.store import one_line
+from mim_refiner.errors import CheckpointError, InputError
+from mim_refiner.models import capi, postnorm  # noqa: F401  (registers their architectures with timm)
+from mim_refiner.models.vit import create_vit
+
+_VIT_MODULES = ["vision_transformer", "deit"]  # timm modules whose models take dynamic image sizes as plain ViTs do
+
+
+def build(converted: Converted, where: str) -> Any:
+    """The timm model of a conversion, at the file's own image size; CheckpointError if timm cannot build it."""
+    arguments = dict(converted.arguments)
+    if converted.num_heads > 0:
+        arguments["num_heads"] = converted.num_heads
+    check_architecture(converted.architecture, where)
+    check_arguments(arguments, where)
+    try:
+        if is_model_in_modules(converted.architecture.partition(".")[0], _VIT_MODULES):
+            model: Any = create_vit(converted.architecture, **arguments)
+        else:
+            model = timm.create_model(converted.architecture, pretrained=False, num_classes=0, **arguments)
+    except (InputError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise CheckpointError(
+            f"{where}: timm cannot build '{converted.architecture}' as described ({one_line(error)}); correct its "
+            "config.json, or take the files from their source again"
+        ) from error
+    for name in converted.without:
+        setattr(model, name, nn.Identity())
+    if converted.norm_eps is not None:
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+                module.eps = converted.norm_eps
+    return model
+
+
+def adapt_channels(converted: Converted, in_chans: int) -> Converted:
+    """Patch projection for another number of input channels, as timm does it.
+
+    One channel gets the sum of all; otherwise channels repeat in order, scaled so that a constant image gives the
+    same tokens on average. Raises InputError for a number below 1 and for an encoder without patch projection.
+    """
+    if in_chans < 1:
+        raise InputError(f"in_chans must be at least 1, got {in_chans}")
+    weight = converted.tensors.get(converted.projection)
+    if weight is None or weight.ndim != 4:
+        raise InputError(f"in_chans: '{converted.architecture}' has no patch projection to adapt; leave in_chans out")
+    channels = weight.shape[1]
+    if channels == in_chans:
+        return converted
+    if in_chans == 1:
+        adapted = weight.sum(dim=1, keepdim=True)
+    else:
+        adapted = weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
+    return replace(
+        converted,
+        arguments=converted.arguments | {"in_chans": in_chans},
+        tensors=converted.tensors | {converted.projection: adapted},
+        mean=_repeat(converted.mean, in_chans),
+        std=_repeat(converted.std, in_chans),
+        notes=(*converted.notes, f"the patch projection was adapted from {channels} to {in_chans} channels"),
+    )
+
+
+def _repeat(values: tuple[float, ...] | None, in_chans: int) -> tuple[float, ...] | None:
+    """Mean or std per channel as the projection's channels are laid out: repeated in order, averaged for one."""
+    if values is None:
+        return None
+    if in_chans == 1:
+        return (sum(values) / len(values),)
+    return tuple(values[index % len(values)] for index in range(in_chans))
+
+
+@contextmanager
+def untouched_random_state() -> Iterator[None]:
+    """The caller's random state stays as it is although timm draws initial weights."""
+    with torch.random.fork_rng(devices=[]):
+        yield

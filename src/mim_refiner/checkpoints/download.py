@@ -1,0 +1,193 @@
+"""Download a file of the catalogue into the cache: resumed, verified, complete or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mim_refiner._version import __version__
+from mim_refiner.checkpoints.catalog import Entry
+from mim_refiner.errors import CheckpointError
+from mim_refiner.files import CACHE_VARIABLE, cache_folder, write_json
+
+_OFFLINE_VARIABLES = ("MIM_REFINER_OFFLINE", "HF_HUB_OFFLINE")
+_ATTEMPTS = 5
+_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between the attempts
+_TIMEOUT = 30.0  # seconds without a byte
+_LOCK_TIMEOUT = 3600.0  # another process may be downloading the same file
+_CHUNK = 2**20
+_SPARE_BYTES = 64 * 2**20  # left free on the disk
+
+Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all if known
+
+
+class _TryAgainError(Exception):
+    """The transfer broke; another attempt may get further."""
+
+
+def cached_path(entry: Entry) -> Path:
+    """Where the file of ``entry`` is, or would be after a download."""
+    return cache_folder() / entry.name / entry.file_name
+
+
+def fetch(entry: Entry, *, progress: Progress | None = None, sleep: Callable[[float], None] = time.sleep) -> Path:
+    """Path of the entry's file, downloaded on the first call.
+
+    An interrupted transfer goes on where it stopped, if the server still has the same file. The file gets its name
+    only when its length and (where known) its hash are right. Raises CheckpointError in one line that says how to get
+    the file by hand: offline, server gone after a few attempts, wrong hash (the file is removed), disk full.
+    """
+    path = cached_path(entry)
+    if path.is_file():
+        return path
+    if not entry.address.startswith(("http://", "https://")):
+        raise CheckpointError(
+            f"'{entry.name}' cannot be downloaded by a program; get the file from {entry.page} and pass its path"
+        )
+    if any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in _OFFLINE_VARIABLES):
+        raise _by_hand(entry, path, "offline mode is on")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_TIMEOUT):
+            if not path.is_file():
+                _download(entry, path, progress or (lambda done, total: None), sleep)
+    except Timeout as error:
+        raise _by_hand(entry, path, "another process has been downloading it for an hour") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"'{entry.name}': cannot write to the cache {path.parent} ({error.strerror or error}); choose another "
+            f"folder with {CACHE_VARIABLE}"
+        ) from error
+    return path
+
+
+def _by_hand(entry: Entry, path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"'{entry.name}': cannot download {entry.address} ({reason}); download it elsewhere and pass its path, or put "
+        f"it at {path}"
+    )
+
+
+def _download(entry: Entry, path: Path, progress: Progress, sleep: Callable[[float], None]) -> None:
+    part, notes = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
+    reason = ""
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            sleep(_WAITS[min(attempt, len(_WAITS)) - 1])
+        try:
+            _transfer(entry, path, part, notes, progress)
+        except _TryAgainError as error:
+            reason = str(error)
+            continue
+        _verify(entry, part, notes)
+        part.replace(path)
+        notes.unlink(missing_ok=True)
+        return
+    kept = part.stat().st_size if part.exists() else 0
+    so_far = f", {kept} bytes are kept and the next call goes on" if kept else ""
+    raise _by_hand(entry, path, f"{reason} after {_ATTEMPTS} attempts{so_far}")
+
+
+def _transfer(entry: Entry, path: Path, part: Path, notes: Path, progress: Progress) -> None:
+    """Fetch what is missing of ``part``; raises _TryAgainError when the connection fails or ends early."""
+    known = _read_notes(notes, entry.address)
+    have = part.stat().st_size if part.exists() and known else 0
+    headers = {"User-Agent": f"mim-refiner/{__version__}", "Accept-Encoding": "identity"}
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": str(known["validator"])}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(entry.address, headers=headers), timeout=_TIMEOUT) as answer:
+            start, total = _extent(answer, have)
+            validator = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+            if validator.startswith("W/"):
+                validator = ""  # a weak tag does not promise the same bytes
+            _check_space(entry, path, (total or 0) - start)
+            write_json(notes, {"address": entry.address, "validator": validator, "total": total})
+            with part.open("r+b" if start else "wb") as file:
+                file.seek(start)
+                file.truncate()
+                done = start
+                while chunk := answer.read(_CHUNK):
+                    done += len(chunk)
+                    if total is not None and done > total:
+                        raise _TryAgainError(f"the server sent more than the {total} bytes it announced")
+                    file.write(chunk)
+                    progress(done, total)
+                file.flush()
+                os.fsync(file.fileno())
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:  # our part is longer than the file: begin anew
+            part.unlink(missing_ok=True)
+            raise _TryAgainError("the server has another file now") from error
+        if error.code in (408, 429) or error.code >= 500:
+            raise _TryAgainError(f"the server answers {error.code} {error.reason}") from error
+        raise _by_hand(entry, path, f"the server answers {error.code} {error.reason}") from error
+    except urllib.error.URLError as error:
+        raise _TryAgainError(_reason(error.reason)) from error
+    except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        raise _TryAgainError(_reason(error)) from error
+    if total is not None and done < total:
+        raise _TryAgainError(f"the connection ended at {done} of {total} bytes")
+
+
+def _read_notes(notes: Path, address: str) -> dict[str, Any]:
+    """What an earlier transfer wrote down; empty when it cannot be continued."""
+    try:
+        known = json.loads(notes.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    usable = isinstance(known, dict) and known.get("address") == address and known.get("validator")
+    return known if usable else {}
+
+
+def _extent(answer: Any, have: int) -> tuple[int, int | None]:
+    """(offset of the first byte that comes, length of the whole file if told)."""
+    if answer.status == 206:
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+        if not match or int(match[1]) != have:
+            raise _TryAgainError("the server sent another part than asked for")
+        return have, None if match[2] == "*" else int(match[2])
+    length = answer.headers.get("Content-Length", "")
+    return 0, int(length) if length.isdigit() else None
+
+
+def _check_space(entry: Entry, path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if needed + _SPARE_BYTES > free:
+        raise CheckpointError(
+            f"'{entry.name}': needs {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} GB free; make room or "
+            f"choose another folder with {CACHE_VARIABLE}"
+        )
+
+
+def _verify(entry: Entry, part: Path, notes: Path) -> None:
+    """Compare the whole file with the catalogue's hash; a wrong file is removed."""
+    for algorithm, expected in (("sha256", entry.sha256), ("md5", entry.md5_start)):
+        if not expected:
+            continue
+        with part.open("rb") as file:
+            found = hashlib.file_digest(file, algorithm).hexdigest()
+        if not found.startswith(expected):
+            part.unlink()
+            notes.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"'{entry.name}': {entry.address} has {algorithm.upper()} {found[: len(expected)]} and not {expected} "
+                "as published, so it was removed; try again, and do not use a copy with this hash"
+            )
+
+
+def _reason(error: Any) -> str:
+    return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())[:100]

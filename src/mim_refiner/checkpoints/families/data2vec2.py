@@ -1,0 +1,54 @@
+"""Files of data2vec 2.0 (Baevski et al., arXiv 2212.07525; layout of fairseq examples/data2vec), images only.
+
+Post-norm blocks, a norm after the embedding, none at the end. Pre-training files hold the student and, as a nested
+dictionary ``_ema``, its running average; the authors fine-tune the student, and so it is the default.
+"""
+
+from __future__ import annotations
+
+from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.keymap import KeyMap
+from mim_refiner.checkpoints.families.plain_vit import infer_structure, is_encoder_name
+from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
+
+_IMAGE = "modality_encoders.IMAGE."
+ANCHOR = f"{_IMAGE}local_encoder.proj.weight"
+KEYS = KeyMap(
+    [
+        (f"{_IMAGE}local_encoder.proj.{{p}}", "patch_embed.proj.{p}"),
+        (f"{_IMAGE}extra_tokens", "cls_token"),
+        (f"{_IMAGE}fixed_positional_encoder.positions", "pos_embed"),
+        (f"{_IMAGE}context_encoder.norm.{{p}}", "norm_pre.{p}"),
+    ],
+    same=lambda name: name.startswith("blocks.") and is_encoder_name(name),
+)
+_DROPPED = {
+    f"{_IMAGE}decoder.": "decoder, used only for reconstruction",
+    f"{_IMAGE}alibi": "bias of the attention, unused for images",
+    "head.": "classifier",
+    "fc_norm.": "norm of the classifier",
+}
+
+
+def matches(view: View) -> bool:
+    return view.contents.config is None and "blocks.0.attn.qkv.weight" in view.tensors
+
+
+def convert(view: View, wishes: Wishes) -> Converted:
+    mapped = KEYS.to_timm(view.tensors)
+    vit = infer_structure(
+        mapped.tensors, wishes, view.where, final_norm=False, known_heads=view.contents.number("num_heads")
+    )
+    return Converted(
+        "vit_postnorm",
+        vit.arguments | {"no_embed_class": True},
+        vit.num_heads,
+        **account(view, mapped, _DROPPED),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        position_rule="bicubic",
+        notes=tuple(note for note in vit.notes if "final norm" not in note),
+    )
+
+
+FAMILY = Family("data2vec2", ANCHOR, matches, convert, default_encoder=("model", "student"))

@@ -1,0 +1,77 @@
+"""Hugging Face transformers: DINOv2, with and without registers (our exports of ViTs with layer scale or registers)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mim_refiner.checkpoints.families import hf
+from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.keymap import KeyMap
+from mim_refiner.checkpoints.families.plain_vit import infer_structure
+from mim_refiner.errors import CheckpointError
+from mim_refiner.types import BackboneInfo
+
+_BLOCK = "encoder.layer.{i}."
+_KEYS = KeyMap(
+    [
+        ("embeddings.patch_embeddings.projection.{p}", "patch_embed.proj.{p}"),
+        ("embeddings.cls_token", "cls_token"),
+        ("embeddings.register_tokens", "reg_token"),
+        ("embeddings.position_embeddings", "pos_embed"),
+        ("layernorm.{p}", "norm.{p}"),
+        (_BLOCK + "norm1.{p}", "blocks.{i}.norm1.{p}"),
+        (_BLOCK + "norm2.{p}", "blocks.{i}.norm2.{p}"),
+        (
+            tuple(f"{_BLOCK}attention.attention.{name}.{{p}}" for name in ("query", "key", "value")),
+            "blocks.{i}.attn.qkv.{p}",
+        ),
+        (_BLOCK + "attention.output.dense.{p}", "blocks.{i}.attn.proj.{p}"),
+        (_BLOCK + "layer_scale1.lambda1", "blocks.{i}.ls1.gamma"),
+        (_BLOCK + "layer_scale2.lambda1", "blocks.{i}.ls2.gamma"),
+        (_BLOCK + "mlp.fc1.{p}", "blocks.{i}.mlp.fc1.{p}"),
+        (_BLOCK + "mlp.fc2.{p}", "blocks.{i}.mlp.fc2.{p}"),
+    ]
+)
+_TYPES = ("dinov2", "dinov2_with_registers")
+
+
+def matches(view: View) -> bool:
+    """Layer scale under DINOv2's name; a config.json, if any, says dinov2."""
+    known = view.contents.config is None or view.model_type in _TYPES
+    return known and "encoder.layer.0.layer_scale1.lambda1" in view.tensors
+
+
+def convert(view: View, wishes: Wishes) -> Converted:
+    hf.check_activation(view)
+    if (view.contents.config or {}).get("use_swiglu_ffn"):
+        raise CheckpointError(f"{view.where}: a DINOv2 with SwiGLU blocks is not supported; choose a smaller one")
+    mapped = _KEYS.to_timm(view.tensors)
+    # The table counts the class token and not the registers, as no table of timm does: its first entry goes to the
+    # class token, which gives the same tokens.
+    if "reg_token" in mapped.tensors and "cls_token" in mapped.tensors and "pos_embed" in mapped.tensors:
+        table = mapped.tensors["pos_embed"]
+        mapped.tensors["cls_token"] = mapped.tensors["cls_token"] + table[:, :1]
+        mapped.tensors["pos_embed"] = table[:, 1:]
+    vit = infer_structure(mapped.tensors, wishes, view.where, final_norm=True, **hf.facts(view))
+    return Converted(
+        vit.architecture,
+        vit.arguments,
+        vit.num_heads,
+        **account(view, mapped, hf.DROPPED),
+        **hf.mean_and_std(view),
+        norm_eps=float((view.contents.config or {}).get("layer_norm_eps", 1e-6)),
+        position_rule="timm" if "reg_token" in mapped.tensors else "hf",
+        notes=vit.notes,
+    )
+
+
+def to_source(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tensor]:
+    """State dict of a Dinov2Model or Dinov2WithRegistersModel file; the table of ``state`` counts the class token."""
+    mask = torch.zeros(1, info.embed_dim)  # the model has it and does not use it
+    return {**_KEYS.from_timm(state), "embeddings.mask_token": mask}
+
+
+FAMILY = Family("hf_dinov2", hf.ANCHOR, matches, convert, to_source)

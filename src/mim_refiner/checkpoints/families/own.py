@@ -1,0 +1,135 @@
+"""Encoders of one's own: a key map (Python mapping or YAML file) says which of its tensors is which of timm's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from timm.models import is_model_in_modules
+
+from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.keymap import KeyMap, Template
+from mim_refiner.checkpoints.families.plain_vit import infer_structure
+from mim_refiner.checkpoints.store import one_line
+from mim_refiner.errors import CheckpointError, InputError, did_you_mean
+
+_SIZED_BY_TENSORS = ("vit_postnorm",)  # beside timm's plain ViTs
+
+
+class OwnKeyMap(BaseModel):
+    """A key map. ``keys``: timm's name -> the file's name, or the names that are joined along dimension 0.
+
+    ``{i}`` stands for a block number, ``{p}`` for weight or bias. Names that are timm's already need no entry.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    keys: dict[str, str | list[str]] = Field(default_factory=dict)
+    drop: dict[str, str] = Field(default_factory=dict)  # start of a name -> why the encoder does not take it
+    architecture: str = "vit"  # a timm name; "vit" = a plain ViT of the size that the tensors have
+    arguments: dict[str, Any] = Field(default_factory=dict)  # for timm's constructor; they win over the tensors
+    num_heads: int | None = Field(None, ge=1)
+    norm_eps: float | None = Field(None, gt=0)
+    position_rule: Literal["timm", "bicubic", "dino", "hf"] = "timm"
+    pooling: Literal["cls", "mean"] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    family: str = "own"
+    licence: str | None = None
+
+
+def read_key_map(given: Mapping[str, Any] | str | Path) -> OwnKeyMap:
+    """Check a key map given as a mapping or as a YAML file; InputError in one line for what is wrong."""
+    where = "key_map"
+    if isinstance(given, str | Path):
+        where = str(given)
+        try:
+            given = yaml.safe_load(Path(given).expanduser().read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{where}: the key map cannot be read ({one_line(error)}); give a YAML file") from error
+    if not isinstance(given, Mapping):
+        raise InputError(f"{where}: a key map is a mapping with the entry 'keys'; see the README")
+    try:
+        return OwnKeyMap.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        hint = did_you_mean(name, OwnKeyMap.model_fields) if first["type"] == "extra_forbidden" else ""
+        raise InputError(f"{where}: {name}: {one_line(first['msg'])}{hint}") from error
+
+
+def own_family(given: Mapping[str, Any] | str | Path) -> Family:
+    """A family that reads files as the key map says."""
+    key_map = read_key_map(given)
+    rules: list[tuple[Template, str]] = [
+        (source if isinstance(source, str) else tuple(source), target) for target, source in key_map.keys.items()
+    ]
+    keys = KeyMap(rules, same=_unchanged(rules, key_map.drop))
+    anchor = next((source for source, target in rules if _names_projection(target)), PROJECTION)
+    if not isinstance(anchor, str):
+        raise InputError(f"key map: {PROJECTION} cannot be joined of several tensors; name one")
+    anchor = anchor.replace("{p}", "weight")
+
+    def matches(view: View) -> bool:
+        return True  # the caller says so; what does not fit shows in the coverage
+
+    def convert(view: View, wishes: Wishes) -> Converted:
+        return _convert(view, wishes, key_map, keys)
+
+    return Family(key_map.family, anchor, matches, convert, any_names=True)
+
+
+def _convert(view: View, wishes: Wishes, key_map: OwnKeyMap, keys: KeyMap) -> Converted:
+    mapped = keys.to_timm(view.tensors)
+    heads = wishes.num_heads or key_map.num_heads
+    given = key_map.arguments.items()
+    arguments: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
+    notes: tuple[str, ...] = ()
+    architecture = key_map.architecture
+    plain = architecture == "vit" or architecture in _SIZED_BY_TENSORS
+    if not plain and not timm.is_model(architecture.partition(".")[0]):
+        close = did_you_mean(architecture, timm.list_models())
+        raise InputError(f"key map: architecture '{architecture}' is unknown to timm{close}")
+    if plain or is_model_in_modules(architecture.partition(".")[0], ["vision_transformer", "deit"]):
+        if PROJECTION not in mapped.tensors:
+            raise CheckpointError(
+                f"{view.where}: the key map leads no tensor to {PROJECTION}; name the first convolution in its keys"
+            )
+        vit = infer_structure(
+            mapped.tensors, wishes, view.where, known_heads=heads or 0, known_size=_size(arguments.get("img_size"))
+        )
+        arguments, heads, notes = vit.arguments | arguments, vit.num_heads, vit.notes
+        architecture = vit.architecture if architecture == "vit" else architecture
+    else:
+        heads = heads or arguments.get("num_heads") or -1
+    return Converted(
+        architecture,
+        arguments,
+        int(arguments.pop("num_heads", None) or heads or 0),
+        **account(view, mapped, key_map.drop),
+        mean=key_map.mean,
+        std=key_map.std,
+        licence=key_map.licence,
+        norm_eps=key_map.norm_eps,
+        position_rule=key_map.position_rule,
+        pooling=key_map.pooling,
+        notes=notes,
+    )
+
+
+def _size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _names_projection(target: str) -> bool:
+    return target.replace("{p}", "weight") == PROJECTION
+
+
+def _unchanged(rules: list[tuple[Template, str]], drop: Mapping[str, str]) -> Callable[[str], bool]:
+    """Names that pass as they are: all that neither a rule nor a reason to drop speaks of."""
+    named = KeyMap(rules)
+    return lambda name: not named.knows(name) and not name.startswith(tuple(drop))

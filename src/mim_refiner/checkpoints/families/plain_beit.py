@@ -1,0 +1,114 @@
+"""Read the structure of a timm Beit (relative or absolute positions, layer scale) from its tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mim_refiner.checkpoints.families.base import Wishes
+from mim_refiner.checkpoints.families.keymap import KeyMap
+from mim_refiner.checkpoints.families.plain_vit import (
+    Structure,
+    choose_heads,
+    count_blocks,
+    has_any,
+    mlp_ratio,
+    projection_sizes,
+    table_grid,
+)
+from mim_refiner.errors import CheckpointError
+
+_NAME = re.compile(
+    r"blocks\.\d+\.(norm[12]\.(weight|bias)|attn\.(q_bias|v_bias|qkv\.weight|proj\.(weight|bias)"
+    r"|relative_position_bias_table)|mlp\.fc[12]\.(weight|bias)|gamma_[12])"
+    r"|patch_embed\.proj\.(weight|bias)|(norm|fc_norm)\.(weight|bias)|cls_token|pos_embed"
+    r"|rel_pos_bias\.relative_position_bias_table"
+)
+SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+OWN_TABLE = "blocks.0.attn.relative_position_bias_table"
+_STANDARD = {(768, 12, 12): "base", (1024, 24, 16): "large"}
+
+BEIT_NAMES = KeyMap(same=lambda name: _NAME.fullmatch(name) is not None)
+
+
+def infer_beit(
+    tensors: Mapping[str, Tensor],
+    wishes: Wishes,
+    where: str,
+    *,
+    index: Tensor | None = None,
+    known_heads: int = 0,
+    known_size: tuple[int, int] | None = None,
+    name: str = "beit",
+) -> Structure:
+    """Structure of the Beit that ``tensors`` (timm names) belong to.
+
+    ``index``: the file's relative_position_index, which tells a grid that is no square; ``known_heads`` and
+    ``known_size`` come from a config. The number of heads is that of the relative table where there is one.
+    Raises CheckpointError for a table whose grid nothing tells.
+    """
+    width, in_chans, patch = projection_sizes(tensors, where)
+    relative = tensors.get(SHARED_TABLE, tensors.get(OWN_TABLE))
+    if relative is not None:
+        grid = _relative_grid(relative, index, patch, (known_size, wishes.image_size), where)
+    else:
+        grid, _ = table_grid(tensors.get("pos_embed"), 1, patch, (known_size, wishes.image_size), where)
+    depth, fc_norm = count_blocks(tensors), "fc_norm.weight" in tensors
+    heads, notes = choose_heads(width, depth, known_heads if relative is None else relative.shape[1], wishes, where)
+    if relative is not None and heads != relative.shape[1]:
+        raise CheckpointError(
+            f"{where}: num_heads={heads}, but its tables of relative positions are for {relative.shape[1]} heads; "
+            "leave num_heads out"
+        )
+    arguments = {
+        "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
+        "patch_size": patch[0] if patch[0] == patch[1] else patch,
+        "in_chans": in_chans,
+        "embed_dim": width,
+        "depth": depth,
+        "mlp_ratio": mlp_ratio(tensors, width),
+        "qkv_bias": has_any(tensors, "attn.q_bias"),
+        "init_values": 0.1 if has_any(tensors, "gamma_1") else None,  # only switches layer scale on
+        "use_abs_pos_emb": "pos_embed" in tensors,
+        "use_rel_pos_bias": OWN_TABLE in tensors,
+        "use_shared_rel_pos_bias": SHARED_TABLE in tensors,
+        "use_fc_norm": fc_norm,
+        "global_pool": "avg" if fc_norm else "token",
+    }
+    size = _STANDARD.get((width, depth, heads), "base")
+    return Structure(f"{name}_{size}_patch16_224", arguments, heads, tuple(notes))
+
+
+def _relative_grid(
+    table: Tensor,
+    index: Tensor | None,
+    patch: tuple[int, int],
+    sizes: tuple[tuple[int, int] | None, tuple[int, int] | None],
+    where: str,
+) -> tuple[int, int]:
+    """Grid of a table with (2 rows - 1)(2 columns - 1) + 3 entries."""
+    entries = table.shape[0] - 3
+    known, wished = (None if size is None else (size[0] // patch[0], size[1] // patch[1]) for size in sizes)
+    side = math.isqrt(max(entries, 0))
+    square = ((side + 1) // 2,) * 2 if side * side == entries and side % 2 else None
+    for grid in (known, None if index is None else _grid_of_index(index), square, wished):
+        if grid and (2 * grid[0] - 1) * (2 * grid[1] - 1) == entries:
+            return grid[0], grid[1]
+    raise CheckpointError(
+        f"{where}: its table of relative positions has {table.shape[0]} entries, no square grid; "
+        "pass its image_size=(height, width)"
+    )
+
+
+def _grid_of_index(index: Tensor) -> tuple[int, int] | None:
+    """Grid of a relative_position_index [1 + N, 1 + N]: the index falls by one along a row of patches."""
+    if index.ndim != 2 or index.shape[0] < 2:
+        return None
+    from_first = index[1, 1].item() - index[1, 1:].to(torch.int64)
+    along_row = from_first == torch.arange(len(from_first))
+    columns = len(along_row) if bool(along_row.all()) else int((~along_row).to(torch.int64).argmax())
+    return len(from_first) // columns, columns

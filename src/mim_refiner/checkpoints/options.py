@@ -1,0 +1,71 @@
+"""Options of loading that stand in a model source, so that every verb takes them: ``FILE::num_heads=4,in_chans=1``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mim_refiner.errors import InputError, did_you_mean
+
+_MARK = "::"
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What a source says about itself; None = nothing."""
+
+    image_size: tuple[int, int] | None = None
+    num_heads: int | None = None
+    in_chans: int | None = None
+    encoder: str | None = None
+    key_map: str | None = None
+
+
+def with_options(source: str, **options: object) -> str:
+    """``source`` with the options that are not None written behind it."""
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    if not given:
+        return source
+    return f"{source}{',' if _MARK in source else _MARK}{','.join(given)}"
+
+
+def bare_source(source: str) -> str:
+    """``source`` without options."""
+    return split_options(source)[0]
+
+
+def split_options(source: str | Path) -> tuple[str, SourceOptions]:
+    """(source without options, options); InputError for an unknown option or an unusable value.
+
+    A file whose name contains the mark is taken literally.
+    """
+    text = str(source)
+    bare, mark, listed = text.rpartition(_MARK)
+    if not mark or "=" not in listed or Path(text).exists():
+        return text, SourceOptions()
+    values: dict[str, object] = {}
+    for item in listed.split(","):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if name not in SourceOptions.__dataclass_fields__ or not equals or not value:
+            known = ", ".join(SourceOptions.__dataclass_fields__)
+            close = did_you_mean(name, SourceOptions.__dataclass_fields__)
+            raise InputError(f"{text}: '{item}' is no option of a model source{close}; use NAME=VALUE with {known}")
+        values[name] = _number(name, value) if name in ("num_heads", "in_chans") else value
+    if "image_size" in values:
+        values["image_size"] = parse_size(str(values["image_size"]))
+    return bare, SourceOptions(**values)  # type: ignore[arg-type]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "224" or "192x256" (height x width) as a pair; InputError otherwise."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise InputError(f"image_size '{text}': give one number or HEIGHTxWIDTH, for example 224 or 192x256")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _number(name: str, value: str) -> int:
+    if not value.isdigit() or int(value) < 1:
+        raise InputError(f"{name} '{value}': give a whole number of at least 1")
+    return int(value)

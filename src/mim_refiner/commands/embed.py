@@ -1,0 +1,160 @@
+"""``embed``: features of a data set to one file, with a manifest that says what they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mim_refiner._version import __version__
+from mim_refiner.checkpoints.load import load_backbone
+from mim_refiner.core.device import pick_device, resolve_precision
+from mim_refiner.core.identity import weights_sha256
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.sources import open_source
+from mim_refiner.errors import InputError, MimRefinerError
+from mim_refiner.evaluation.embedding import FeatureSpec, compute_parts
+from mim_refiner.evaluation.feature_files import assemble, check_ending, rows_file
+from mim_refiner.evaluation.feature_parts import PartFolder, read_json, refuse_difference
+from mim_refiner.files import write_json
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.reporting import NullReporter, Reporter
+
+LISTED_UNREADABLE = 5  # in messages; the manifest has them all
+
+
+def embed(
+    *,
+    model: str,
+    data: str,
+    out: str,
+    block: int = -1,
+    pooling: str | None = None,
+    norm: bool = False,
+    image_size: int | None = None,
+    batch_size: int = 256,
+    precision: str = "fp32",
+    dtype: str = "float32",
+    device: str = "auto",
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Write the features of every image of ``data`` to ``out`` (.parquet, .npy or .safetensors), one row an image.
+
+    ``block``: negative numbers count from the last. ``pooling``: "cls", "mean" of the patch tokens, or "patches" (all
+    of them, [N, D] a row); None: what the encoder's authors pool by, mostly cls. ``norm`` applies the encoder's
+    final norm. ``image_size``: pixels, default the encoder's own. ``precision`` of the forward pass: fp32, bf16, auto.
+    ``dtype`` of the file: float32, float16.
+
+    ``<out>.manifest.json`` says what the rows are. Finished parts stay in ``<out>.parts/`` until the file is complete,
+    so the same call after an interruption goes on and gives the same bytes; once complete it does nothing.
+    Unreadable images have no row and are listed in the manifest. Returns what was written and images/s.
+    Raises MimRefinerError with one line on bad input, or for an ``out`` made with other settings (``overwrite``
+    replaces it).
+    """
+    reporter = reporter or NullReporter()
+    path = Path(out).expanduser()
+    _check_arguments(path, precision)
+    torch_device = pick_device(device)
+    backbone = load_backbone(model)
+    spec = FeatureSpec.choose(
+        backbone.info,
+        block=block,
+        pooling=pooling,
+        norm=norm,
+        image_size=image_size,
+        batch_size=batch_size,
+        precision=resolve_precision(precision, torch_device),
+        dtype=dtype,
+    )
+    source = open_source(data)
+    source.stream()
+    images = ImageSet(source, cache=False, channels=backbone.info.in_chans)
+    reporter.message(f"data: {images.description}, {len(images)} images")
+    settings = _settings(spec, backbone, images, torch_device.type)
+    manifest_file = path.with_name(path.name + ".manifest.json")
+    parts = PartFolder(path.with_name(path.name + ".parts"))
+    if path.exists() and not overwrite:
+        stored = read_json(manifest_file)
+        refuse_difference(path, stored if stored or not parts.path.exists() else settings, settings)
+        if stored is not None and stored.get("bytes") == path.stat().st_size:
+            parts.remove()
+            reporter.message(f"{path} is complete already")
+            return _result(path, manifest_file, stored, images_per_s=None)
+    if parts.open(settings, overwrite=overwrite):
+        reporter.message(f"going on with {parts.count()} finished parts in {parts.path}")
+    try:
+        speed = compute_parts(backbone, images, spec, parts, device=torch_device, reporter=reporter)
+    except MimRefinerError:
+        if not parts.count():
+            parts.remove()
+        raise
+    reporter.done()
+    unreadable = [{"index": index, "name": name, "reason": why} for index, name, why in images.unreadable_items()]
+    _tell_unreadable(unreadable, manifest_file, reporter)
+    manifest = settings | _facts(backbone, model, data, images) | {"unreadable": unreadable}
+    shape = assemble(path, parts, images, manifest)
+    beside = rows_file(path)
+    more = {"rows": shape[0], "shape": list(shape), "file": path.name, "bytes": path.stat().st_size}
+    manifest |= more | ({} if beside is None else {"rows_file": beside.name})
+    write_json(manifest_file, manifest)
+    parts.remove()
+    return _result(path, manifest_file, manifest, images_per_s=speed)
+
+
+def _check_arguments(path: Path, precision: str) -> None:
+    check_ending(path)
+    if path.is_dir():
+        raise InputError(f"--out {path}: is a folder; name a file in it")
+    if precision not in ("fp32", "bf16", "auto"):
+        raise InputError(f"--precision {precision}: unknown; use fp32, bf16 or auto")
+
+
+def _settings(spec: FeatureSpec, backbone: Backbone, images: ImageSet, device: str) -> dict[str, Any]:
+    """Everything that decides the bytes of the features; two runs of equal settings may share parts."""
+    return {
+        "version": __version__,
+        "model_sha256": weights_sha256(backbone.model),
+        "architecture": backbone.info.architecture,
+        "block": spec.block,
+        "pooling": spec.pooling,
+        "norm": spec.norm,
+        "transform": spec.transform(backbone.info),
+        "precision": spec.precision,
+        "dtype": spec.dtype,
+        "device": device,
+        "batch_size": spec.batch_size,
+        "part_images": spec.part_images,
+        "data_fingerprint": images.source.fingerprint(),
+        "images": len(images),
+    }
+
+
+def _facts(backbone: Backbone, model: str, data: str, images: ImageSet) -> dict[str, Any]:
+    info = backbone.info
+    return {
+        "model": model,
+        "family": info.family,
+        "licence": info.licence,
+        "depth": info.depth,
+        "data": data,
+        "data_description": images.description,
+        "class_names": None if images.class_names is None else list(images.class_names),
+    }
+
+
+def _tell_unreadable(unreadable: list[dict[str, Any]], manifest: Path, reporter: Reporter) -> None:
+    if unreadable:
+        some = "; ".join(f"{item['name']}: {item['reason']}" for item in unreadable[:LISTED_UNREADABLE])
+        more = ", ..." if len(unreadable) > LISTED_UNREADABLE else ""
+        reporter.message(f"{len(unreadable)} unreadable images have no row ({some}{more}); listed in {manifest}")
+
+
+def _result(path: Path, manifest_file: Path, manifest: dict[str, Any], *, images_per_s: float | None) -> dict[str, Any]:
+    shown = ("rows", "shape", "block", "pooling", "norm", "dtype", "model_sha256")
+    return {
+        "out": str(path),
+        "manifest": str(manifest_file),
+        **{key: manifest[key] for key in shown},
+        "unreadable": len(manifest["unreadable"]),
+        "images_per_s": images_per_s,
+    }

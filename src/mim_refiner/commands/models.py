@@ -1,0 +1,32 @@
+"""The verb ``models``: what the catalogue knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mim_refiner.checkpoints.catalog import CATALOGUE, record
+from mim_refiner.checkpoints.download import cached_path
+from mim_refiner.errors import InputError, did_you_mean
+
+
+def models(*, name: str | None = None) -> dict[str, Any]:
+    """Facts of one catalogue entry, or {"models": a record for each}.
+
+    Size and hash are "unknown" where the publisher states none. Raises InputError for a name that is not there.
+    """
+    if name is None:
+        return {"models": [_listed(each) for each in CATALOGUE]}
+    if name not in CATALOGUE:
+        close = did_you_mean(name, CATALOGUE)
+        raise InputError(f"no model '{name}' in the catalogue{close}; mim-refiner models lists them")
+    entry = CATALOGUE[name]
+    here = cached_path(entry) if entry.file_name else None
+    return record(entry) | {"downloaded": str(here) if here is not None and here.is_file() else "no"}
+
+
+def _listed(name: str) -> dict[str, Any]:
+    facts = record(CATALOGUE[name])
+    md5 = f"md5 {CATALOGUE[name].md5_start}..." if CATALOGUE[name].md5_start else "unknown"
+    facts["hash"] = f"sha256 {facts['sha256'][:8]}..." if CATALOGUE[name].sha256 else md5
+    keys = ("name", "family", "architecture", "image_size", "data", "licence", "size", "hash", "sha256", "address")
+    return {key: facts[key] for key in keys}

@@ -1,0 +1,274 @@
+"""Write an encoder as a transformers folder: ``AutoModel.from_pretrained(FOLDER)`` gives the same tokens.
+
+A masked autoencoder becomes a ``ViTModel``, not a ``ViTMAEModel``: that one masks and shuffles the patches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.layers import Mlp
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mim_refiner.checkpoints.families import hf_beit, hf_dinov2, hf_ijepa, hf_vitmae
+from mim_refiner.data.loaders import default_crop_ratio
+from mim_refiner.errors import InputError
+from mim_refiner.export.writing import Format, Pairs
+from mim_refiner.models.backbone import Backbone
+
+_NEEDS = "--format hf needs transformers; install mim-refiner[hf]"
+
+
+def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    kind = architecture(backbone)
+    state = _CONVERTERS[kind](backbone)
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    preprocessing = json.dumps(_preprocessing(backbone), indent=2)
+    (folder / "preprocessor_config.json").write_text(preprocessing + "\n", encoding="utf-8")
+    return _config(backbone, kind)
+
+
+def architecture(backbone: Backbone) -> str:
+    """``model_type`` of the transformers model that computes what the encoder computes; InputError if none does."""
+    model = backbone.model
+    if type(model) is Beit:
+        _check_blocks(model, (nn.LayerNorm,))
+        # The same network twice; of the two, AutoModel gives only BeitModel the norm after pooling.
+        pooled_norm, norm = not isinstance(model.fc_norm, nn.Identity), not isinstance(model.norm, nn.Identity)
+        plain = not pooled_norm and (not norm or "data2vec" in backbone.info.family)
+        return "data2vec-vision" if plain else "beit"
+    if type(model) is not VisionTransformer:
+        raise _refusal(backbone, f"a {type(model).__name__}")
+    _check_blocks(model, (nn.LayerNorm,))
+    block = model.blocks[0]
+    missing = {
+        "normalises its tokens before block 0": not isinstance(model.norm_pre, nn.Identity),
+        "has no final norm": isinstance(model.norm, nn.Identity),
+        "normalises queries and keys": not isinstance(block.attn.q_norm, nn.Identity),
+        "has no position table": model.pos_embed is None,
+    }
+    for what, present in missing.items():
+        if present:
+            raise _refusal(backbone, f"a ViT that {what}")
+    layer_scale = not isinstance(block.ls1, nn.Identity)
+    if not backbone.info.has_cls:
+        if layer_scale or backbone.info.num_prefix_tokens:
+            raise _refusal(backbone, "a ViT with layer scale or registers and no class token")
+        return "ijepa"
+    if (layer_scale or backbone.info.num_prefix_tokens > 1) and block.mlp.fc1.out_features % backbone.info.embed_dim:
+        raise _refusal(backbone, "a ViT with layer scale or registers and an MLP of no whole multiple of its width")
+    if backbone.info.num_prefix_tokens > 1:
+        return "dinov2_with_registers"
+    return "dinov2" if layer_scale else "vit"
+
+
+def _check_blocks(model: Any, norms: tuple[type, ...]) -> None:
+    """Refuse blocks of other parts than those of the transformers ViTs: LayerNorm, and an MLP with exact GELU."""
+    for block in model.blocks:
+        activation = getattr(block.mlp, "act", None)
+        exact = isinstance(activation, nn.GELU) and activation.approximate == "none"
+        if type(block.mlp) is not Mlp or not exact or not isinstance(block.norm1, norms):
+            raise InputError(
+                f"--format hf: {type(model).__name__} with {type(block.mlp).__name__}, {type(activation).__name__} and "
+                f"{type(block.norm1).__name__} has no counterpart in transformers; use --format timm or onnx"
+            )
+
+
+def _refusal(backbone: Backbone, what: str) -> InputError:
+    return InputError(
+        f"--format hf: {backbone.info.architecture} ({backbone.info.family}) is {what}, which no transformers model "
+        "computes; use --format timm or onnx"
+    )
+
+
+def _config(backbone: Backbone, kind: str) -> dict[str, Any]:
+    model, info = backbone.model, backbone.info
+    block = model.blocks[0]
+    config: dict[str, Any] = {
+        "model_type": kind,
+        "architectures": [_CLASSES[kind]],
+        "hidden_size": info.embed_dim,
+        "num_hidden_layers": info.depth,
+        "num_attention_heads": info.num_heads,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": block.norm1.eps,
+        "image_size": _square(info.image_size),
+        "patch_size": _square(info.patch_size),
+        "num_channels": info.in_chans,
+    }
+    if kind in ("beit", "data2vec-vision"):
+        return config | {
+            "intermediate_size": block.mlp.fc1.out_features,
+            "use_mask_token": False,
+            "use_absolute_position_embeddings": model.pos_embed is not None,
+            "use_relative_position_bias": getattr(block.attn, "relative_position_bias_table", None) is not None,
+            "use_shared_relative_position_bias": model.rel_pos_bias is not None,
+            "layer_scale_init_value": 0.0 if block.gamma_1 is None else 0.1,  # the weights replace the value
+            "use_mean_pooling": isinstance(model.norm, nn.Identity),
+            "drop_path_rate": 0.0,
+        }
+    config["qkv_bias"] = block.attn.qkv.bias is not None
+    if kind.startswith("dinov2"):
+        more = {"num_register_tokens": info.num_prefix_tokens - 1} if kind == "dinov2_with_registers" else {}
+        return (
+            config
+            | more
+            | {
+                "mlp_ratio": block.mlp.fc1.out_features // info.embed_dim,
+                "layerscale_value": 1.0,
+                "use_swiglu_ffn": False,
+                "drop_path_rate": 0.0,
+            }
+        )
+    config["intermediate_size"] = block.mlp.fc1.out_features
+    # The pooler is the identity, so that pooler_output is the class token and not a random projection of it.
+    return config | ({"pooler_output_size": info.embed_dim, "pooler_act": "linear"} if kind == "vit" else {})
+
+
+def _vit_state(backbone: Backbone) -> dict[str, Tensor]:
+    state = hf_vitmae.to_source(_with_class_position(backbone), backbone.info)
+    width = backbone.info.embed_dim
+    return {**state, "pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
+
+
+def _with_class_position(backbone: Backbone) -> dict[str, Tensor]:
+    """The encoder's tensors with a table that counts the class token: an entry of zero changes no token."""
+    state = dict(backbone.model.state_dict())
+    if backbone.model.no_embed_class:
+        table = state["pos_embed"]
+        state["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
+    return state
+
+
+def _dinov2_state(backbone: Backbone) -> dict[str, Tensor]:
+    state = _with_class_position(backbone)
+    registers = backbone.info.num_prefix_tokens - 1
+    if registers and not backbone.model.no_embed_class:  # the table has entries for registers too; add them there
+        table = state["pos_embed"]
+        state["reg_token"] = state["reg_token"] + table[:, 1 : 1 + registers]
+        state["pos_embed"] = torch.cat([table[:, :1], table[:, 1 + registers :]], dim=1)
+    if "blocks.0.ls1.gamma" not in state:  # layer scale of one
+        for number in range(backbone.info.depth):
+            for part in (1, 2):
+                state[f"blocks.{number}.ls{part}.gamma"] = torch.ones(backbone.info.embed_dim)
+    return hf_dinov2.to_source(state, backbone.info)
+
+
+def _preprocessing(backbone: Backbone) -> dict[str, Any]:
+    """Our evaluation transform: shorter side resized, centre cropped, normalised."""
+    height, width = backbone.info.image_size
+    side = max(height, width)
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": round(side / default_crop_ratio(side))},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(backbone.info.mean),
+        "image_std": list(backbone.info.std),
+        "do_convert_rgb": backbone.info.in_chans == 3,
+    }
+
+
+def _square(size: tuple[int, int]) -> int | list[int]:
+    return size[0] if size[0] == size[1] else list(size)
+
+
+def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, Any]) -> Pairs:
+    """Every block's tokens and those after the final norm."""
+    theirs = _load(folder)
+    tokens, blocks = backbone.run_blocks(backbone.embed(images), 0, backbone.info.depth, range(backbone.info.depth))
+    try:
+        output = theirs(pixel_values=images, output_hidden_states=True)
+    except Exception as error:  # whatever transformers raises for a configuration that it cannot run
+        raise InputError(
+            f"export: transformers cannot run the exported model ({_line(error)}); choose --format timm"
+        ) from error
+    for number in range(backbone.info.depth):
+        yield blocks[number], output.hidden_states[number + 1]
+    yield backbone.final_norm(tokens), output.last_hidden_state
+
+
+def _load(folder: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of transformers about itself
+            from transformers import AutoModel
+    except ImportError as error:
+        raise InputError(f"{_NEEDS} (missing: {error.name})") from error
+    try:
+        with _quiet():
+            model, report = AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    except Exception as error:  # see above
+        raise InputError(
+            f"export: transformers cannot load the exported model ({_line(error)}); choose --format timm"
+        ) from error
+    problems = {key: sorted(map(str, value)) for key, value in report.items() if key.endswith("_keys") and value}
+    if problems:
+        raise InputError(f"export: transformers reads the exported weights in part ({problems}); choose --format timm")
+    return model.eval()
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and reports of transformers; what matters is checked and raised here."""
+    from transformers.utils import logging as transformers_logging
+
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+_CLASSES = {
+    "vit": "ViTModel",
+    "ijepa": "IJepaModel",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "beit": "BeitModel",
+    "data2vec-vision": "Data2VecVisionModel",
+}
+
+
+def _plain(to_source: Any) -> Any:
+    return lambda backbone: to_source(backbone.model.state_dict(), backbone.info)
+
+
+_CONVERTERS = {
+    "vit": _vit_state,
+    "ijepa": _plain(hf_ijepa.FAMILY.to_source),
+    "dinov2": _dinov2_state,
+    "dinov2_with_registers": _dinov2_state,
+    "beit": _plain(hf_beit.to_source),
+    "data2vec-vision": _plain(hf_beit.to_source),
+}
+
+HUGGING_FACE = Format("hf", 1e-5, "transformers", "every block and the final tokens", _write, _pairs)

@@ -1,0 +1,153 @@
+"""Write an encoder as an ONNX graph: normalised images in, features of one block and pooling out."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mim_refiner.errors import InputError
+from mim_refiner.export.writing import Format, Pairs
+from mim_refiner.models.backbone import Backbone
+
+POOLINGS = ("cls", "mean", "tokens")
+_FILE = "model.onnx"
+_OPSET = 18
+_EXTERNAL_BYTES = 1_500_000_000  # a protobuf file ends at 2 GB; larger weights go to model.onnx.data
+_NEEDS = "ONNX export needs onnx, onnxscript and onnxruntime; install mim-refiner[onnx]"
+
+
+class Features(nn.Module):
+    """The graph: images [B, C, H, W] to [B, D] (cls, mean) or all tokens [B, P+N, D], prefix tokens first."""
+
+    def __init__(self, backbone: Backbone, block: int, pooling: str, norm: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        [self.block] = backbone.resolve_blocks([block])
+        self.pooling = pooling
+        self.norm = norm
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens, _ = self.backbone.run_blocks(self.backbone.embed(images), 0, self.block + 1)
+        if self.norm:
+            tokens = self.backbone.final_norm(tokens)
+        return tokens if self.pooling == "tokens" else self.backbone.split(tokens).pooled(self.pooling)
+
+
+def check_options(backbone: Backbone, block: int, pooling: str, batch: int | str) -> None:
+    """Raise InputError for a pooling, block or batch that the graph cannot have."""
+    if pooling not in POOLINGS:
+        raise InputError(f"--pooling {pooling}: unknown; use cls, mean or tokens")
+    if pooling == "cls" and not backbone.info.has_cls:
+        raise InputError(f"--pooling cls: {backbone.info.architecture} has no class token; use mean or tokens")
+    if batch != "dynamic" and (not isinstance(batch, int) or batch < 1):
+        raise InputError(f"--batch {batch}: give 'dynamic' or a number of images from 1")
+    backbone.resolve_blocks([block])
+
+
+def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    onnx, _ = _libraries()
+    info, batch = backbone.info, facts["batch"]
+    check_options(backbone, facts["block"], facts["pooling"], batch)
+    module = Features(backbone, facts["block"], facts["pooling"], facts["norm"]).eval()
+    # Two images: torch.export takes a size of one for a constant.
+    example = torch.zeros(2 if batch == "dynamic" else batch, info.in_chans, *info.image_size)
+    shapes = {"images": {0: torch.export.Dim("batch")}} if batch == "dynamic" else None
+    size = sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters())
+    try:
+        with _silence():
+            torch.onnx.export(
+                module,
+                (example,),
+                str(folder / _FILE),
+                input_names=["images"],
+                output_names=["features"],
+                dynamic_shapes=shapes,
+                opset_version=_OPSET,
+                external_data=size > _EXTERNAL_BYTES,
+                verbose=False,
+                dynamo=True,
+            )
+    except Exception as error:  # the exporter raises its own kinds, and any that the model raises under it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise InputError(
+            f"export: torch cannot turn {info.architecture} into an ONNX graph ({reason}); choose --format timm"
+        ) from error
+    graph = onnx.load(str(folder / _FILE), load_external_data=False)
+    onnx.helper.set_model_props(graph, {"mim_refiner": json.dumps(dict(facts))})
+    onnx.save(graph, str(folder / _FILE))
+    with torch.inference_mode():
+        shape = list(module(example).shape)
+    return {
+        "file": _FILE,
+        "opset": _OPSET,
+        "input": {"name": "images", "type": "float32", "shape": [_batch_name(batch), *example.shape[1:]]},
+        "output": {"name": "features", "type": "float32", "shape": [_batch_name(batch), *shape[1:]]},
+        "num_prefix_tokens": info.num_prefix_tokens,
+    }
+
+
+def _batch_name(batch: int | str) -> int | str:
+    return "batch" if batch == "dynamic" else batch
+
+
+def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, Any]) -> Pairs:
+    """The graph's output: for a dynamic batch at two sizes, for a fixed one with images repeated to fill it."""
+    _, runtime = _libraries()
+    module = Features(backbone, facts["block"], facts["pooling"], facts["norm"]).eval()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors only
+    session = runtime.InferenceSession(str(folder / _FILE), options, providers=["CPUExecutionProvider"])
+    batch = facts["batch"]
+    if batch == "dynamic":
+        batches = [images, images[:1]]
+    else:
+        repeated = images.repeat(-(-batch // len(images)), 1, 1, 1)
+        batches = list(repeated[: max(batch, len(images) // batch * batch)].split(batch))
+    for some in batches:
+        try:
+            [got] = session.run(["features"], {"images": some.numpy()})
+        except Exception as error:  # onnxruntime has its own kinds
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"export: onnxruntime cannot run the graph on {len(some)} images ({reason}); try another --batch"
+            ) from error
+        yield module(some), torch.from_numpy(got)
+
+
+def _libraries() -> tuple[Any, Any]:
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError as error:
+        raise InputError(f"{_NEEDS} (missing: {error.name})") from error
+    return onnx, onnxruntime
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter talks on stdout, in logs and in warnings about its own parts."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+ONNX = Format("onnx", 1e-4, "onnxruntime", "the features", _write, _pairs)

@@ -1,0 +1,48 @@
+"""Write an encoder in the format of the published MIM-Refiner checkpoints: {"state_dict": ...}, pre- or post-norm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mim_refiner.checkpoints.families import mim_refiner_format
+from mim_refiner.checkpoints.load import load_backbone
+from mim_refiner.errors import CheckpointError, InputError
+from mim_refiner.export.writing import Format, Pairs
+from mim_refiner.models.backbone import Backbone
+
+_FILE = "model.th"  # the published files' ending
+
+
+def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    extras = [name for name in ("ls1.gamma", "attn.q_norm.weight") if f"blocks.0.{name}" in backbone.model.state_dict()]
+    if extras:
+        raise InputError(f"--format refiner: the format has no {extras[0]} in its blocks; use --format timm or onnx")
+    try:
+        state = mim_refiner_format.to_source(backbone.model.state_dict(), backbone.info)
+    except InputError as error:
+        raise InputError(f"--format refiner: {error}; use --format timm or onnx") from error
+    torch.save({"state_dict": {name: tensor.detach().clone() for name, tensor in state.items()}}, folder / _FILE)
+    return {"file": _FILE, "num_heads": backbone.info.num_heads}
+
+
+def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, Any]) -> Pairs:
+    """Every block's tokens, as this package's reader of the format gives them (it equals the published code)."""
+    try:
+        again = load_backbone(folder, num_heads=backbone.info.num_heads)
+    except CheckpointError as error:
+        raise InputError(f"--format refiner: the format does not hold this encoder ({error}); choose timm") from error
+    again.use_math_attention()
+    depth = backbone.info.depth
+    (last, ours), (_, theirs) = (
+        model.run_blocks(model.embed(images), 0, depth, range(depth)) for model in (backbone, again)
+    )
+    for number in range(depth):
+        yield ours[number], theirs[number]
+    yield backbone.final_norm(last), again.final_norm(theirs[depth - 1])
+
+
+REFINER = Format("refiner", 1e-6, "mim-refiner", "every block and the final tokens", _write, _pairs)

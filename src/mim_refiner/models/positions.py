@@ -1,0 +1,99 @@
+"""Resize tables of positions to other grids, each family by its own rule."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+Grid = tuple[int, int]  # rows and columns of patches
+
+# Rule -> what it does. Absolute tables first, then BEiT's tables of relative positions.
+RULES = {
+    "timm": "bicubic with antialiasing; relative: linear at geometrically spaced distances",
+    "bicubic": "bicubic without antialiasing; relative: linear at geometrically spaced distances",
+    "dino": "bicubic without antialiasing, scale computed with an offset of 0.1",
+    "hf": "bicubic without antialiasing; relative: bilinear",
+    "hf_transposed": "bicubic without antialiasing; relative: bilinear, rows and columns exchanged (as transformers)",
+}
+_CLASS_ENTRIES = 3  # of a relative table: class token to patch, patch to class token, class token to itself
+
+
+def resize_absolute(table: Tensor, old: Grid, new: Grid, *, num_prefix: int, rule: str) -> Tensor:
+    """Table [1, P+N, D] of grid ``old`` for grid ``new``; the first ``num_prefix`` entries stay as they are."""
+    if old == new:
+        return table
+    if rule == "timm":
+        resized: Tensor = resample_abs_pos_embed(
+            table, new_size=list(new), old_size=list(old), num_prefix_tokens=num_prefix
+        )
+        return resized
+    prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
+    image = patches.reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # float32 as in the published code and in timm
+    if rule == "dino":
+        factors = [(side + 0.1) / before for side, before in zip(new, old, strict=True)]
+        image = F.interpolate(image, scale_factor=factors, mode="bicubic")
+    else:
+        image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2).to(table)], dim=1)
+
+
+def resize_relative(table: Tensor, old: Grid, new: Grid, *, rule: str) -> Tensor:
+    """BEiT's table [(2 rows - 1)(2 columns - 1) + 3, K] of grid ``old`` for grid ``new``; differentiable."""
+    if old == new and rule != "hf_transposed":
+        return table
+    if rule in ("hf", "hf_transposed"):
+        distances, rest = table[:-_CLASS_ENTRIES], table[-_CLASS_ENTRIES:]
+        shape = _span(old) if rule == "hf" else _span(old)[::-1]
+        image = distances.reshape(1, *shape, -1).permute(0, 3, 1, 2)
+        image = F.interpolate(image, size=_span(new), mode="bilinear")
+        return torch.cat([image.permute(0, 2, 3, 1).flatten(0, 2), rest])
+    return _geometric(old, new).to(table) @ table
+
+
+@lru_cache(maxsize=16)
+def _geometric(old: Grid, new: Grid) -> Tensor:
+    """BEiT's resizing of a relative table as a matrix [entries of new, entries of old].
+
+    As a matrix it is fast, and gradients pass through it to the table.
+    """
+    rows, columns = (_interpolation(before, after) for before, after in zip(_span(old), _span(new), strict=True))
+    with torch.inference_mode(False):
+        return torch.block_diag(torch.kron(rows, columns), torch.eye(_CLASS_ENTRIES))
+
+
+def _interpolation(before: int, after: int) -> Tensor:
+    """Linear interpolation [after, before] along one axis of distances.
+
+    The ``before`` known values lie at 0, +-1, +-(1 + q), +-(1 + q + q^2), ...: dense near 0, with q such that the last
+    reaches the largest new distance. Beyond the last known one its value holds.
+    """
+    ratio = _ratio(before // 2, after // 2)
+    half = torch.tensor([ratio**k for k in range(before // 2)], dtype=torch.float64).cumsum(0)
+    known = torch.cat([-half.flip(0), torch.zeros(1, dtype=torch.float64), half])
+    wanted = torch.arange(-(after // 2), after // 2 + 1, dtype=torch.float64).clamp(known[0], known[-1])
+    right = torch.searchsorted(known, wanted).clamp(1 if before > 1 else 0, before - 1)
+    left = (right - 1).clamp(min=0)
+    weight = (wanted - known[left]) / (known[right] - known[left]).clamp(min=1e-12)
+    matrix = torch.zeros(after, before, dtype=torch.float64)
+    rows = torch.arange(after)
+    matrix[rows, left] += 1 - weight
+    matrix[rows, right] += weight
+    return matrix.float()
+
+
+def _ratio(count: int, reach: int) -> float:
+    """q between 1.01 and 1.5 for which 1 + q + ... + q^(count - 1) is ``reach``, to 1e-6, by bisection."""
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q**count) / (1 - q) > reach else (q, high)
+    return (low + high) / 2
+
+
+def _span(grid: Grid) -> Grid:
+    """Number of vertical and of horizontal distances between patches."""
+    return 2 * grid[0] - 1, 2 * grid[1] - 1
