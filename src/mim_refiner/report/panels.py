@@ -28,6 +28,7 @@ THEMED = {
     **{colour.lower(): f"var(--more-{number})" for number, (colour, _) in enumerate(MORE_STYLES)},
 }
 WIDTH, HEIGHT = 4.8, 3.3  # inches
+LABEL_ROOM = 0.25  # share of the axis that the name of a phase takes
 PNG_DPI = 130
 
 
@@ -157,9 +158,13 @@ def _draw_log(axis: Axes, lines: Mapping[str, tuple[list[int], list[float]]], st
         dash = ("-", "--", ":")[position // len(_LINES) % 3]
         points = marker if len(steps) < 30 else ""
         axis.plot(steps, values, label=name, color=colour, linestyle=dash, linewidth=1.3, marker=points, ms=3)
-    for name, start in starts.items():
+    longest = max(steps[-1] for steps, _ in lines.values())
+    places = sorted(starts.items(), key=lambda item: item[1])
+    for position, (name, start) in enumerate(places):
         axis.axvline(start, color=AXIS, linewidth=0.8, linestyle=":")
-        axis.annotate(name, (start, 1.0), xycoords=("data", "axes fraction"), fontsize=8, va="bottom", color=AXIS)
+        follows = places[position + 1][1] if position + 1 < len(places) else longest
+        height = 1.0 if follows - start > LABEL_ROOM * longest else 1.07  # above the label of the phase that follows
+        axis.annotate(name, (start, height), xycoords=("data", "axes fraction"), fontsize=9, va="bottom", color=AXIS)
     axis.set_xlabel("training step")
     if len(lines) > 1:
         _legend(axis)
@@ -182,7 +187,7 @@ def _legend(axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
     figure = axis.figure
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8,
+        handles, labels, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9,
         labelcolor=TEXT,
     )  # fmt: skip
 
