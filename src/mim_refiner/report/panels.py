@@ -28,6 +28,7 @@ THEMED = {
     **{colour.lower(): f"var(--more-{number})" for number, (colour, _) in enumerate(MORE_STYLES)},
 }
 WIDTH, HEIGHT = 4.8, 3.3  # inches
+LEGEND_LETTERS = 62  # a line of the legend, with about 6 for each mark
 LABEL_ROOM = 0.25  # share of the axis that the name of a phase takes
 PNG_DPI = 130
 
@@ -49,7 +50,7 @@ def block_curve_panels(record: Mapping[str, Any], prefix: str = "") -> list[Pane
     curves: Mapping[str, Mapping[str, Any]] = record["curves"]
     panels = []
     for pooling in dict.fromkeys(pooling for by_pooling in curves.values() for pooling in by_pooling):
-        figure, axis = _figure()
+        figure, axis = new_figure()
         for number, block in enumerate(sorted(record.get("head_blocks", []))):
             label = None if number else "blocks with heads"
             axis.axvspan(block - 0.5, block + 0.5, color=SHADE, alpha=0.25, linewidth=0, label=label)
@@ -70,10 +71,10 @@ def block_curve_panels(record: Mapping[str, Any], prefix: str = "") -> list[Pane
         axis.set_ylabel("k-NN accuracy (%)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlim(-0.6, max(by[pooling]["blocks"][-1] for by in curves.values() if pooling in by) + 0.6)
-        _legend(axis)
+        legend(axis)
         title = POOLINGS.get(pooling, pooling)
         alt = f"k-NN by block, {title}. " + "; ".join(said)
-        panels.append(_panel(figure, f"{prefix}block-curves-{pooling}", title, alt))
+        panels.append(finish(figure, f"{prefix}block-curves-{pooling}", title, alt))
     return panels
 
 
@@ -95,11 +96,11 @@ def learning_panels(records: Sequence[Mapping[str, Any]], prefix: str = "") -> l
         if key == "loss" and len(series(records, "loss/", 1)) == 1:
             continue  # the sum over one head is that head
         if lines:
-            figure, axis = _figure()
+            figure, axis = new_figure()
             _draw_log(axis, lines, phase_starts(records))
             ends = "; ".join(f"{name} ends at {values[-1]:.3g}" for name, (_, values) in list(lines.items())[:12])
             name = key.rstrip("/").replace("_", "-") + ("-by-head" if key.endswith("/") else "")
-            panels.append(_panel(figure, f"{prefix}{name}", title, f"{title} by training step. {ends}"))
+            panels.append(finish(figure, f"{prefix}{name}", title, f"{title} by training step. {ends}"))
     return panels
 
 
@@ -113,10 +114,10 @@ def comparison_panels(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[P
             if found:
                 lines[name] = found[next(iter(found))]
         if lines:
-            figure, axis = _figure()
+            figure, axis = new_figure()
             _draw_log(axis, lines, {})
             ends = "; ".join(f"{name} ends at {values[-1]:.3g}" for name, (_, values) in lines.items())
-            panels.append(_panel(figure, f"runs-{key}", title, f"{title} of the runs. {ends}"))
+            panels.append(finish(figure, f"runs-{key}", title, f"{title} of the runs. {ends}"))
     return panels
 
 
@@ -167,10 +168,11 @@ def _draw_log(axis: Axes, lines: Mapping[str, tuple[list[int], list[float]]], st
         axis.annotate(name, (start, height), xycoords=("data", "axes fraction"), fontsize=9, va="bottom", color=AXIS)
     axis.set_xlabel("training step")
     if len(lines) > 1:
-        _legend(axis)
+        legend(axis)
 
 
-def _figure() -> tuple[Figure, Axes]:
+def new_figure() -> tuple[Figure, Axes]:
+    """One axis in the colours that the page themes."""
     colours: Any = {"text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": AXIS, "xtick.color": TEXT,
                "ytick.color": TEXT, "xtick.labelcolor": TEXT, "ytick.labelcolor": TEXT}  # fmt: skip
     with mpl.rc_context(colours):
@@ -178,21 +180,24 @@ def _figure() -> tuple[Figure, Axes]:
         FigureCanvasAgg(figure)
         axis = figure.subplots()
     axis.grid(axis="y", color=GRID, linewidth=0.6)
+    axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     return figure, axis
 
 
-def _legend(axis: Axes) -> None:
+def legend(axis: Axes) -> None:
     """Below the axis, where it hides nothing."""
     handles, labels = axis.get_legend_handles_labels()
+    columns = max(1, min(4, len(handles), LEGEND_LETTERS // (max(map(len, labels)) + 6)))
     figure = axis.figure
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9,
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
         labelcolor=TEXT,
     )  # fmt: skip
 
 
-def _panel(figure: Figure, name: str, title: str, alt: str) -> Panel:
+def finish(figure: Figure, name: str, title: str, alt: str) -> Panel:
+    """The panel of a drawn figure; ``name`` is unique on the page."""
     svg = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
