@@ -19,6 +19,7 @@ from mim_refiner.analysis.gallery import (
     neighbor_lists,
     prepare,
 )
+from mim_refiner.analysis.thumbnails import thumbnail_sheet
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError
@@ -107,3 +108,12 @@ def test_the_record_is_complete_and_json(tmp_path, labelled):
 def test_too_few_images(tmp_path):
     with pytest.raises(DataError, match="too few"):
         make_gallery({"before": encoder()}, write_set(tmp_path, count=2), pooling="cls")
+
+
+def test_thumbnails_of_other_channels_and_sixteen_bits(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "images.npy", rng.integers(0, 2**16, (5, 32, 32, 4), dtype=np.uint16))
+    images = ImageSet(open_source(str(tmp_path / "images.npy")), channels=4)
+    sheet = thumbnail_sheet(images, [0, 2, 4])
+    assert (sheet["tile"], sheet["columns"], sheet["count"]) == (32, 2, 3)
+    assert Image.open(io.BytesIO(base64.b64decode(sheet["jpeg"]))).size == (64, 64)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mim_refiner.data.channels import for_display
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import resize_center_crop
 
@@ -26,7 +27,7 @@ def thumbnail_sheet(images: ImageSet, indices: Sequence[int]) -> dict[str, Any]:
     Returns {"tile" (px), "columns", "count", "jpeg" (base64)}; tile number i lies at column i % columns, row
     i // columns.
     """
-    pixels = [images.load(int(index)) for index in indices]
+    pixels = [for_display(images.load(int(index))) for index in indices]
     short = min(min(image.shape[:2]) for image in pixels)
     tile = int(min(LARGEST, max(SMALLEST, short // JPEG_BLOCK * JPEG_BLOCK)))
     columns = math.ceil(math.sqrt(len(pixels)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.estimate import check_model
@@ -87,9 +88,9 @@ def _duplicates(found: Scan, source: ImageSource) -> list[Finding]:
     """Exact duplicates, and near ones among the images that are not constant and not exact duplicates."""
     exact = exact_duplicates(found.digests)
     copies = {row for _, row in exact}
-    singles = np.array([row for row in range(len(found.rows)) if row not in copies], dtype=np.int64)
+    singles = np.array([row for row in _structured(found) if row not in copies], dtype=np.int64)
     near = [(int(singles[a]), int(singles[b])) for a, b in near_duplicates(found.thumbs[singles])]
-    constant = {finding.index for finding in found.findings if finding.kind == "constant"}
+    constant = _constant(found)
     findings = []
     for kind, pairs in (("exact duplicate", exact), ("near duplicate", near)):
         for first, row in pairs:
@@ -102,7 +103,9 @@ def _duplicates(found: Scan, source: ImageSource) -> list[Finding]:
 def _leaks(found: Scan, test: Scan, source: ImageSource, held_out: ImageSource) -> list[Finding]:
     exact = exact_matches(found.digests, test.digests)
     known = {row for _, row in exact}
-    near = [pair for pair in near_matches(found.thumbs, test.thumbs) if pair[1] not in known]
+    ours, theirs = _structured(found), _structured(test)
+    close = near_matches(found.thumbs[ours], test.thumbs[theirs])
+    near = [(int(theirs[other]), int(ours[row])) for other, row in close if int(ours[row]) not in known]
     findings = []
     for how, pairs in (("same pixels as", exact), ("nearly", near)):
         for other, row in pairs:
@@ -110,6 +113,15 @@ def _leaks(found: Scan, test: Scan, source: ImageSource, held_out: ImageSource) 
             detail = f"{how} {held_out.name(int(test.rows[other]))}"
             findings.append(Finding("leak from test", index, source.name(index), detail))
     return findings
+
+
+def _constant(found: Scan) -> set[int]:
+    return {finding.index for finding in found.findings if finding.kind == "constant"}
+
+
+def _structured(found: Scan) -> NDArray[np.int64]:
+    """Rows to compare: a one-coloured image would be near to every picture of about its tint."""
+    return np.flatnonzero(~np.isin(found.rows, list(_constant(found))))
 
 
 def _pair_detail(source: ImageSource, index: int, other_source: ImageSource, other: int) -> str:

@@ -118,6 +118,14 @@ def _with_tifffile(data: bytes) -> Raw:
     return as_channels_last(pixels)
 
 
+def for_display(pixels: Raw) -> NDArray[np.uint8]:
+    """Any image as uint8 [H, W, 3] to look at: its upper 8 bits; of N channels the first, middle and last."""
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    count = pixels.shape[2]
+    return pixels if count == 3 else pixels[:, :, [0, count // 2, count - 1]]
+
+
 def resize(pixels: Raw, width: int, height: int) -> Raw:
     """Bicubic with antialiasing (Pillow), each channel for itself; the type stays."""
     size, method = (width, height), Image.Resampling.BICUBIC

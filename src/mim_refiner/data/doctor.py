@@ -17,7 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mim_refiner.data.channels import NPY, Raw, WrongChannelsError, as_channels_last, decode_channels, read_npy
+from mim_refiner.data.channels import (
+    NPY,
+    Raw,
+    WrongChannelsError,
+    as_channels_last,
+    decode_channels,
+    for_display,
+    read_npy,
+)
 from mim_refiner.data.decode import decode_rgb
 from mim_refiner.data.source_base import ImageSource
 
@@ -226,8 +234,7 @@ def _measured(
         found.append(("constant", "colour " + " ".join(f"{value:.0f}" for value in mean)))
     if max(size) > LONG_ASPECT * min(size):
         found.append(("elongated", f"{size[0]}x{size[1]} px"))
-    shown = pixels if pixels.shape[2] == 3 else pixels[:, :, [0, pixels.shape[2] // 2, pixels.shape[2] - 1]]
-    thumb = np.asarray(Image.fromarray(shown).resize((THUMB, THUMB), Image.Resampling.BOX))
+    thumb = np.asarray(Image.fromarray(for_display(pixels)).resize((THUMB, THUMB), Image.Resampling.BOX))
     return Probe(tuple(found), size, digest.digest(), thumb, mean, square, gray)
 
 
