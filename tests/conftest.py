@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy, scikit-learn and torch load their thread pools
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("MIM_REFINER_CACHE", "off")  # tests of the cache name a folder of their own
 
 import random
 from pathlib import Path

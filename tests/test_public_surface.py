@@ -37,14 +37,14 @@ VERBS = {
         "data", "arch", "out", "recipe", "settings", "device", "seed", "overwrite", "exclude", "log", "reporter",
     },
     "refine": {
-        "data", "model", "out", "recipe", "eval_data", "eval_test", "settings", "device", "seed", "overwrite",
-        "exclude", "log", "reporter",
+        "data", "model", "out", "recipe", "eval_data", "eval_test", "head_blocks", "settings", "device", "seed",
+        "overwrite", "memory_budget", "plan", "exclude", "log", "reporter",
     },
     "evaluate": {
-        "model", "data", "test", "compare", "protocols", "blocks", "pooling", "norm", "out", "settings", "device",
-        "seed", "reporter",
+        "model", "data", "test", "compare", "suite", "protocols", "blocks", "pooling", "norm", "shifted", "transfer",
+        "out", "cache", "cache_size", "settings", "device", "seed", "reporter",
     },
-    "analyze": {"model", "data", "compare", "test", "out", "device", "seed", "reporter"},
+    "analyze": {"model", "data", "compare", "test", "out", "parts", "cache", "device", "seed", "reporter"},
     "doctor": {"data", "model", "test", "out", "recipe", "device", "reporter"},
     "report": {"runs", "out", "reporter"},
     "embed": {

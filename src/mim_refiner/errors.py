@@ -24,6 +24,10 @@ class DataError(MimRefinerError):
     """A data source is missing, empty, unreadable or too damaged to use."""
 
 
+class WorkerError(DataError):
+    """A loader process was killed, or gives no batch any more."""
+
+
 class CheckpointError(MimRefinerError):
     """A checkpoint cannot be read safely, is of an unknown family, or does not cover the encoder."""
 
@@ -36,14 +40,21 @@ class RunFolderError(MimRefinerError):
     """A run folder cannot be written, or belongs to another recipe."""
 
 
-class NonFiniteLossError(MimRefinerError):
-    """The loss became NaN or infinite; the message names the step, the rate and the last good checkpoint."""
-
-
 class GuardStopError(MimRefinerError):
     """The do-no-harm guard stopped the run; the best state is kept."""
 
     exit_code = 3
+
+
+class NonFiniteLossError(MimRefinerError):
+    """The loss became NaN or infinite; the message names the step, the rate and the last good checkpoint.
+
+    ``batch``: (phase number, step) of the batch whose loss it was.
+    """
+
+    def __init__(self, text: str, batch: tuple[int, int] | None = None) -> None:
+        super().__init__(text)
+        self.batch = batch
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

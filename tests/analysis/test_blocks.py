@@ -1,4 +1,4 @@
-"""Curves over blocks, from results made by hand and from two tiny encoders."""
+"""Curves over blocks, from results and scores made by hand."""
 
 from __future__ import annotations
 
@@ -6,17 +6,11 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from timm.models.vision_transformer import VisionTransformer
 
-from mim_refiner.analysis.blocks import curves_from_results, knn_by_block
+from mim_refiner.analysis.blocks import curves_from_results, curves_from_scores
 from mim_refiner.core.metrics import accuracy_interval, paired_interval
-from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.results import Result
-from mim_refiner.evaluation.settings import EvaluationSettings
-from mim_refiner.models.backbone import Backbone
 
 
 def results(rates, pooling="cls", seed=0, count=300):
@@ -87,23 +81,16 @@ def test_results_without_k_nn_are_refused():
         curves_from_results({"before": {}})
 
 
-def test_two_encoders_end_to_end(tmp_path):
+def test_curves_from_scores_are_written_and_read_back(tmp_path):
     rng = np.random.default_rng(0)
-    labels = np.arange(60) % 3
-    images = (rng.integers(0, 256, (3, 1, 1, 3))[labels] // 2 + rng.integers(0, 128, (60, 32, 32, 3))).astype(np.uint8)
-    np.savez(tmp_path / "set.npz", images=images, labels=labels)
-    models = {}
-    for seed, name in enumerate(["before", "after"]):
-        torch.manual_seed(seed)
-        vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0)
-        models[name] = Backbone.wrap(vit)
-    data = ImageSet(open_source(tmp_path / "set.npz"))
-    curves = knn_by_block(models, data, None, head_blocks=[2], settings=EvaluationSettings(knn_k=3), poolings=["mean"])
-    path = curves.write(tmp_path / "out")
-    record = json.loads(path.read_text())
+    scores = {name: {"mean": {b: rng.random(12) for b in range(3)}} for name in ("before", "after")}
+    curves = curves_from_scores(scores, measure="consistency", head_blocks=[2], seed=1)
+    record = json.loads(curves.write(tmp_path / "out").read_text())
     assert record == json.loads(json.dumps(curves.record))
-    assert list(record["curves"]) == ["before", "after"]
-    assert record["curves"]["after"]["mean"]["blocks"] == [0, 1, 2]
+    assert (record["measure"], record["seed"], list(record["curves"])) == ("consistency", 1, ["before", "after"])
+    assert record["curves"]["after"]["mean"]["value"] == pytest.approx(
+        [x.mean() for x in scores["after"]["mean"].values()]
+    )
+    assert record["statements"][0].startswith("before, mean pooling: neighbour consistency peaks")
     with np.load(tmp_path / "out" / "blocks.npz") as arrays:
-        assert arrays["after/mean"].shape == (3, 12)
-        assert arrays["after/mean"].mean(1).tolist() == pytest.approx(record["curves"]["after"]["mean"]["value"])
+        assert arrays["after/mean"].tolist() == [x.tolist() for x in scores["after"]["mean"].values()]

@@ -50,6 +50,7 @@ def test_refine_fills_the_run_folder(refined):
         "recipe.yaml",
         "environment.json",
         "metrics.jsonl",
+        "guard.json",
         "checkpoints",
         "export",
         "evaluation",
@@ -94,7 +95,7 @@ def test_base_and_peak_learning_rate_are_printed(refined, mae):
 
 def test_summary_has_before_after_verdict_and_seconds(refined):
     summary = refined.summary()
-    assert summary.keys() == {"before", "after", "verdict", "seconds"}
+    assert summary.keys() == {"before", "after", "recommendation", "verdict", "seconds"}
     for stage in ("before", "after"):
         assert summary[stage].keys() >= SUMMARY_METRICS
         assert all(isinstance(summary[stage][name], float) for name in SUMMARY_METRICS)
@@ -317,14 +318,24 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(mae, shapes, cli
 # --- kinds of input
 
 
-def test_unlabelled_images_give_no_verdict(mae, unlabelled, cli, tmp_path):
+def test_unlabelled_images_get_a_verdict_without_labels(mae, unlabelled, cli, tmp_path):
     outcome = cli.call(*cli.refine(unlabelled, mae.export, tmp_path / "run"), "--json")
     assert outcome.code == 0, outcome.err
-    assert outcome.json["verdict"]["verdict"] == "not measured"
-    assert "--eval-data" in outcome.json["verdict"]["reason"]
+    verdict = outcome.json["verdict"]
+    assert verdict["verdict"] in ("better", "no clear change", "worse")
+    assert "Judged without labels; confidence" in verdict["reason"]
+    assert {row["measure"] for row in verdict["measures"]} > {"neighbour consistency", "effective rank"}
+    assert outcome.json["recommendation"]["measure"] == "consistency"
     for stage in ("before", "after"):
         assert outcome.json[stage]["knn_top1"] is None
         assert outcome.json[stage]["rank"] > 0
+
+
+def test_a_handful_of_unlabelled_images_gives_no_verdict_and_no_error(mae, unlabelled, cli, tmp_path):
+    outcome = cli.call(*cli.refine(f"{unlabelled}[:16]", mae.export, tmp_path / "run"), "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["verdict"]["verdict"] == "not measured"
+    assert "20 images or more" in outcome.json["verdict"]["reason"]
 
 
 def test_labelled_images_beside_unlabelled_ones_give_a_verdict(mae, unlabelled, shapes, cli, tmp_path):
@@ -408,7 +419,8 @@ def test_the_seed_decides(shapes, mae, cli, finish, tmp_path):
 def test_evaluate_compares_two_models(mae, refined, shapes, cli, tmp_path):
     out = tmp_path / "measured"
     words = ("evaluate", "--model", mae.export, "--compare", refined.path, "--data", shapes, "--test", f"{shapes}[::2]")
-    outcome = cli.call(*words, "--blocks", "0,-1", "--pooling", "cls", "--set", "knn_k=5", "--out", out, "--json")
+    fewer = [word for item in ("knn_k=5", "knn_last=0", "linear.last=1", "cluster_seeds=3") for word in ("--set", item)]
+    outcome = cli.call(*words, "--blocks", "0,-1", "--pooling", "cls", *fewer, "--out", out, "--json")
     assert outcome.code == 0, outcome.err
     results, change = outcome.json["results"], outcome.json["change"]
     assert {row["model"] for row in results} == {str(mae.export), str(refined.path)}
@@ -424,7 +436,7 @@ def test_evaluate_compares_two_models(mae, refined, shapes, cli, tmp_path):
 
 def test_evaluate_agrees_with_the_summary_of_the_run(refined, shapes, cli):
     words = ("evaluate", "--model", refined.path, "--data", shapes, "--protocols", "knn", "--pooling", "cls")
-    outcome = cli.call(*words, "--json", "--device", "cpu")
+    outcome = cli.call(*words, "--set", "knn_last=0", "--json", "--device", "cpu")
     assert outcome.code == 0, outcome.err
     (row,) = outcome.json["results"]
     assert row["value"] == refined.summary()["after"]["knn_top1"]
@@ -435,17 +447,6 @@ def test_evaluate_prints_a_table(mae, shapes, cli):
     assert outcome.code == 0, outcome.err
     assert "knn_top1" in outcome.out
     assert outcome.err == ""
-
-
-def test_analyze_draws_the_blocks(mae, refined, shapes, cli, tmp_path):
-    words = ("analyze", "--model", mae.path, "--compare", refined.path, "--data", shapes, "--out", tmp_path / "curves")
-    outcome = cli.call(*words, "--json")
-    assert outcome.code == 0, outcome.err
-    assert outcome.json["curves"]["after"]["cls"]["blocks"] == [0, 1, 2]
-    assert len(outcome.json["change"]["after"]["cls"]["value"]) == 3
-    assert Path(outcome.json["figure"]).read_bytes().startswith(b"\x89PNG")
-    stored = json.loads(Path(outcome.json["record"]).read_text())
-    assert stored["curves"] == outcome.json["curves"]
 
 
 def test_export_writes_a_timm_folder(refined, shapes, cli, tmp_path):
@@ -475,7 +476,7 @@ def test_as_a_process_stdout_holds_the_json_alone(mae, shapes, cli, tmp_path):
     process = cli.start(*cli.refine(shapes, mae.export, tmp_path / "run"), "--json")
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
-    assert json.loads(stdout).keys() == {"before", "after", "verdict", "seconds"}
+    assert json.loads(stdout).keys() == {"before", "after", "recommendation", "verdict", "seconds"}
     assert stdout.count("\n") == 1
     assert "refinement 6/6" in stderr
     assert "Traceback" not in stderr

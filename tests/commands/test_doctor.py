@@ -212,7 +212,10 @@ def test_a_one_coloured_image_is_no_near_duplicate_of_a_tinted_one(tmp_path):
     rng = np.random.default_rng(0)
     tint = np.array([30, 90, 220])
     tinted = (tint + rng.normal(0, 9, (32, 32, 1))).clip(0, 255).astype(np.uint8)
-    images = [encoded(Image.new("RGB", (32, 32), tuple(int(value) for value in tint))), encoded(Image.fromarray(tinted))]
+    images = [
+        encoded(Image.new("RGB", (32, 32), tuple(int(value) for value in tint))),
+        encoded(Image.fromarray(tinted)),
+    ]
     images += [encoded(Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))) for _ in range(4)]
     data = write(tmp_path / "data.parquet", images, [0] * 6)
     test = write(tmp_path / "test.parquet", images[:1], [0])

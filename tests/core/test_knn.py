@@ -12,6 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from mim_refiner.core.knn import knn_predict
+from mim_refiner.core.search import Bank, nearest
 from mim_refiner.errors import InputError
 
 
@@ -55,11 +56,11 @@ def test_equals_scikit_learn(temperature: float) -> None:
     assert knn_predict(train_x, train_y, test_x, temperature=temperature).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 128, 200, 256, 1000])
+@pytest.mark.parametrize("chunk_size", [1, 128, 256, 300, 600, 1000])
 def test_chunk_size_never_changes_a_prediction(chunk_size: int) -> None:
     # every query is a palindrome and every train row has its mirror image in another class: equally near but for the
     # rounding, which depends on the order of summation and hence on the shape of the matrix product
-    half, base = torch.randn(320, 12), torch.randn(40, 24)
+    half, base = torch.randn(640, 12), torch.randn(40, 24)
     test_x = torch.cat([half, half.flip(1)], dim=1)
     train_x, train_y = torch.cat([base, base.flip(1)]), torch.arange(80)
     whole = knn_predict(train_x, train_y, test_x, k=1, standardize=False, chunk_size=10_000)
@@ -108,3 +109,74 @@ def test_unusable_input_is_refused(change: dict, message: str) -> None:
     arguments = {"train_x": train_x, "train_y": train_y, "test_x": test_x, **change}
     with pytest.raises(InputError, match=message):
         knn_predict(**arguments)
+
+
+def slow_neighbors(train_x: Tensor, test_x: Tensor, k: int) -> Tensor:
+    """The k nearest by cosine in float64, all at once, from the description."""
+    train, test = train_x.double(), test_x.double()
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    train, test = (train - mean) / std, (test - mean) / std
+    cosines = (test / test.norm(dim=1, keepdim=True)) @ (train / train.norm(dim=1, keepdim=True)).T
+    return cosines.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(9000, 300, 24, 10), (40_000, 60, 8, 3), (700, 40, 64, 100)])
+def test_the_search_finds_exactly_the_nearest_rows(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    count, tests, dim, k = shape
+    generator = torch.Generator().manual_seed(3)
+    train_x = torch.randn(count, dim, generator=generator) * torch.linspace(0.1, 3, dim) + 5
+    test_x = torch.randn(tests, dim, generator=generator) * torch.linspace(0.1, 3, dim) + 5
+    found, cosines = nearest(Bank.of(train_x, True), test_x, k, dtype=dtype, chunk_size=256)
+    expected = slow_neighbors(train_x, test_x, k)
+    assert (found == expected).float().mean() > 0.999  # float32 cosines may swap two that differ in the 7th digit
+    assert (cosines.diff(dim=1) <= 0).all()
+
+
+def test_half_precision_search_never_changes_a_prediction() -> None:
+    """Thousands of nearly equal cosines: bf16 alone would be wrong for most queries."""
+    generator = torch.Generator().manual_seed(4)
+    centre = torch.randn(32, generator=generator)
+    train_x = centre + 0.01 * torch.randn(6000, 32, generator=generator)
+    train_y = torch.randint(50, (6000,), generator=generator)
+    test_x = centre + 0.01 * torch.randn(300, 32, generator=generator)
+    arguments = {"k": 5, "standardize": False}
+    exact = knn_predict(train_x, train_y, test_x, search="fp32", **arguments)
+    assert torch.equal(knn_predict(train_x, train_y, test_x, search="bf16", **arguments), exact)
+
+
+def test_collapsed_features_end_quickly_and_alike() -> None:
+    train_x, train_y = torch.ones(30_000, 16), torch.arange(30_000) % 3
+    for search in ("fp32", "bf16"):
+        predicted = knn_predict(train_x, train_y, torch.ones(40, 16), search=search)
+        assert predicted.shape == (40,)
+        assert len(predicted.unique()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_of_any_float_type(dtype: torch.dtype) -> None:
+    train_x, train_y, test_x = (x.to(dtype) if x.is_floating_point() else x for x in clusters(400, 150))
+    upcast = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = knn_predict(train_x.to(upcast), train_y, test_x.to(upcast))
+    for chunk_size in (1, 300):
+        assert torch.equal(knn_predict(train_x, train_y, test_x, chunk_size=chunk_size), expected)
+
+
+def test_memory_stays_within_its_bound() -> None:
+    """The largest tensor made on the way is a tile, whatever the number of rows."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and not result._is_view():
+                self.elements = max(self.elements, result.numel())
+            return result
+
+    train_x, train_y = torch.randn(60_000, 8), torch.randint(4, (60_000,))
+    test_x = torch.randn(1000, 8)
+    with Largest() as largest:
+        knn_predict(train_x, train_y, test_x, search="fp32")
+    assert largest.elements <= 256 * 16384 < 1000 * 60_000

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from mim_refiner.core.layer_decay import layer_decay_scales
+from mim_refiner.core.layer_decay import layer_decay_scales, negligible_blocks
 from mim_refiner.errors import InputError
 
 
@@ -50,3 +50,10 @@ def test_unusable_input_is_refused() -> None:
     model.register_parameter("adapter", nn.Parameter(torch.zeros(1)))
     with pytest.raises(InputError, match="'adapter'"):
         layer_decay_scales(model, 0.65)
+
+
+def test_blocks_that_hardly_move() -> None:
+    """ViT-L with decay 0.65: 0.65^17 = 6.6e-4 at block 7, 0.65^16 = 1.02e-3 at block 8."""
+    assert negligible_blocks(24, 0.65, 1e-3) == 8
+    assert negligible_blocks(24, 1.0, 1e-3) == 0
+    assert negligible_blocks(12, 0.9, 1e-3) == 0

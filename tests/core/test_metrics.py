@@ -10,7 +10,9 @@ import torch
 from mim_refiner.core.metrics import (
     accuracy_interval,
     clustering_accuracy,
+    crossed_interval,
     effective_rank,
+    mean_iou_interval,
     normalized_mutual_information,
     paired_interval,
 )
@@ -89,3 +91,73 @@ def test_unusable_input_is_refused() -> None:
         accuracy_interval([0.5, 1.0])
     with pytest.raises(InputError, match="finite"):
         effective_rank(torch.full((3, 3), float("nan")))
+
+
+def test_wilson_interval_covers_the_true_accuracy() -> None:
+    """Exactly, by summing the binomial distribution over the counts whose interval holds the true rate."""
+    from scipy.stats import binom
+
+    coverage = []
+    for n in (50, 200):
+        intervals = np.array([accuracy_interval(np.r_[np.ones(k), np.zeros(n - k)])[1:] for k in range(n + 1)])
+        for rate in np.linspace(0.1, 0.95, 40):
+            inside = (intervals[:, 0] <= rate) & (rate <= intervals[:, 1])
+            coverage.append(binom.pmf(np.arange(n + 1), n, rate)[inside].sum())
+    assert np.mean(coverage) == pytest.approx(0.95, abs=0.005)
+    assert min(coverage) > 0.92
+
+
+@pytest.mark.parametrize(("draws", "images"), [(1, 300), (3, 300), (3, 2000), (10, 300)])
+def test_crossed_interval_covers_the_expected_accuracy(draws: int, images: int) -> None:
+    """Images of different difficulty, training draws of different quality; truth is the mean over both populations."""
+    rng = np.random.default_rng(2)
+    covered, runs, spread = 0, 800, 0.0 if draws == 1 else 0.05
+    for _ in range(runs):
+        chance = rng.uniform(0.2, 0.9, images)[None] + spread * rng.normal(size=(draws, 1))
+        correct = rng.random((draws, images)) < chance
+        _, low, high = crossed_interval(correct)
+        covered += low <= 0.55 <= high
+    assert 0.93 <= covered / runs <= 0.99  # a little conservative, as it says
+
+
+def test_crossed_interval_of_paired_differences_and_of_constants() -> None:
+    rng = np.random.default_rng(3)
+    difference = rng.choice([-1.0, 0.0, 1.0], size=(1, 400))
+    mean, low, high = crossed_interval(difference)
+    half = 1.966 * difference.std(ddof=1) / 20
+    assert (mean, low, high) == pytest.approx((difference.mean(), mean - half, mean + half), abs=1e-4)
+    assert crossed_interval(np.ones((3, 5))) == (1, 1, 1)
+    with pytest.raises(InputError, match="draws, images"):
+        crossed_interval([1, 0])
+
+
+def test_mean_iou_interval_covers_and_pairs() -> None:
+    """Two classes; every image has its own share of right pixels. The true value comes from very many images."""
+    rng = np.random.default_rng(4)
+
+    def images(count: int, rng: np.random.Generator) -> np.ndarray:
+        right = rng.beta(8, 3, (count, 2)) * 50
+        counts = np.zeros((count, 2, 2))
+        for truth in range(2):
+            counts[:, truth, truth], counts[:, truth, 1 - truth] = right[:, truth], 50 - right[:, truth]
+        return counts.round()
+
+    from mim_refiner.core.metrics import mean_iou
+
+    true_value = mean_iou(images(20_000, rng))
+    runs = 80
+    covered = 0
+    for seed in range(runs):
+        value, low, high = mean_iou_interval(images(60, rng), resamples=200, seed=seed)
+        assert low <= value <= high
+        covered += low <= true_value <= high
+    assert 0.87 <= covered / runs <= 0.99
+    first = images(60, rng)
+    better = first.copy()
+    moved = np.minimum(better[:, 0, 1], 3)
+    better[:, 0, 1] -= moved
+    better[:, 0, 0] += moved
+    difference, low, high = mean_iou_interval(better, first, resamples=200)
+    assert difference == pytest.approx(mean_iou(better) - mean_iou(first))
+    assert 0 < low < difference < high
+    assert mean_iou_interval(first, first, resamples=20) == (0, 0, 0)

@@ -152,6 +152,14 @@ def test_no_photometrics_is_normalisation(images):
     torch.testing.assert_close(result, tv.normalize(to_float(images), list(MEAN), list(STD)), **CLOSE)
 
 
+def test_a_batch_that_is_gray_as_a_whole(images):
+    """Every image drawn gray: the three channels must not share memory when they are normalised in place."""
+    view = ViewSpec("gray", 12, jitter_prob=0, gray_prob=1)
+    shown = BatchPhotometric(view, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))(images, seeded_generator(0))
+    expected = tv.rgb_to_grayscale(to_float(images), num_output_channels=3)
+    torch.testing.assert_close(shown, expected - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), **CLOSE)
+
+
 def test_drawn_parameters_have_the_recipe_distribution():
     view = dataclasses.replace(ViewSpec("v", 32), blur_prob=0.5, solarize_prob=0.2)
     params = draw_params(view, 20_000, seeded_generator(0))

@@ -13,7 +13,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.preprocessing import StandardScaler, normalize
 
 from mim_refiner.errors import DataError, InputError
-from mim_refiner.evaluation.clustering import clustering_protocol, prepare, score_clusters
+from mim_refiner.evaluation.clustering import class_separation, clustering_protocol, prepare, score_clusters
 
 
 def test_finds_separated_classes(make_features):
@@ -53,6 +53,29 @@ def test_scores_equal_their_definitions():
     assert score.ci95[0] < best < score.ci95[1]
     assert score.nmi == pytest.approx(normalized_mutual_info_score(labels, clusters))
     assert score.ari == pytest.approx(adjusted_rand_score(labels, clusters))
+    assert -0.1 < score.ami < score.nmi  # chance agreement is taken off
+
+
+def test_class_separation_equals_its_definitions():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 12)
+    x = rng.normal(size=(36, 4)) + labels[:, None] * np.array([2.0, 0, 1, 0])
+    silhouette, davies_bouldin = class_separation(x, labels)
+    distance = np.linalg.norm(x[:, None] - x[None], axis=2)
+    widths = []
+    for row in range(36):
+        means = {c: distance[row][(labels == c) & (np.arange(36) != row)].mean() for c in range(3)}
+        own = means.pop(labels[row])
+        widths.append((min(means.values()) - own) / max(min(means.values()), own))
+    assert silhouette == pytest.approx(np.mean(widths))
+    centres = np.stack([x[labels == c].mean(0) for c in range(3)])
+    spread = [np.linalg.norm(x[labels == c] - centres[c], axis=1).mean() for c in range(3)]
+    ratios = [
+        max((spread[i] + spread[j]) / np.linalg.norm(centres[i] - centres[j]) for j in range(3) if j != i)
+        for i in range(3)
+    ]
+    assert davies_bouldin == pytest.approx(np.mean(ratios))
+    assert np.isnan(class_separation(x, np.zeros(36, int))).all()
 
 
 def test_collapsed_features_score_like_one_cluster(make_features):

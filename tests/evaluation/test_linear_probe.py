@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from mim_refiner.errors import DataError, InputError
-from mim_refiner.evaluation.linear_probe import LinearProbeSettings, ProbeGrid, linear_probe
+from mim_refiner.evaluation.features import Features
+from mim_refiner.evaluation.linear_probe import (
+    Layout,
+    LinearProbeSettings,
+    ProbeGrid,
+    fitted_probe,
+    linear_probe,
+    paper_sets,
+    probe_sets,
+)
 
 QUICK = LinearProbeSettings(epochs=3, batch_size=32)
 
@@ -41,15 +50,15 @@ def reference_probe(x, y, classes, rate, settings, seed):
 def test_every_probe_of_the_grid_equals_a_probe_trained_alone(make_features):
     train, test = make_features(150), make_features(60, seed=5)
     x, y = train[1, "cls"] * 3 + 2, train.labels
-    grid = ProbeGrid(8, 4, QUICK, seed=3, device="cpu")
-    grid.fit(x, y)
-    predicted = grid.predict(test[1, "cls"])
+    grid = ProbeGrid(Layout.of([((1, "cls"),)], {(1, "cls"): 8}), 4, QUICK, seed=3, device="cpu")
+    grid.fit(lambda _: x, y)
+    predicted = grid.predict(test[1, "cls"])[:, 0]
     assert predicted.shape == (60, 13)
     for column, rate in enumerate(QUICK.learning_rates):
         alone = reference_probe(x, y, 4, rate, QUICK, seed=3)
         part = slice(4 * column, 4 * column + 4)
-        torch.testing.assert_close(grid.weight[:, part].T.double(), alone[1].weight.data, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(grid.bias[part].double(), alone[1].bias.data, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grid.weights[0][:, part].T.double(), alone[1].weight.data, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grid.biases[0][part].double(), alone[1].bias.data, rtol=1e-4, atol=1e-5)
         expected = alone(test[1, "cls"].double()).argmax(1)
         assert (predicted[:, column] == expected).float().mean() >= 59 / 60
 
@@ -76,11 +85,11 @@ def test_the_selected_rate_never_sees_the_test_set(make_features):
 def test_no_probe_trains_on_the_held_out_part(make_features, monkeypatch):
     rows = []
     fit = ProbeGrid.fit
-    monkeypatch.setattr(ProbeGrid, "fit", lambda self, x, y: rows.append(len(x)) or fit(self, x, y))
+    monkeypatch.setattr(ProbeGrid, "fit", lambda self, x, y: rows.append(len(y)) or fit(self, x, y))
     train, test = make_features(200), make_features(40, seed=2)
     linear_probe(train, test, QUICK)
     whole = linear_probe(train, test, dataclasses.replace(QUICK, held_out=0.0))
-    assert rows == [180, 180, 200, 200]
+    assert rows == [180, 200]  # one pass for both (block, pooling)
     assert all(score.selected is None and score.selected_rate is None for score in whole.values())
 
 
@@ -107,3 +116,81 @@ def test_unusable_settings_are_refused(make_features, wrong):
 def test_labels_are_needed(make_features):
     with pytest.raises(DataError, match="test images have no labels"):
         linear_probe(make_features(), dataclasses.replace(make_features(), labels=None), QUICK)
+
+
+@pytest.fixture
+def four_blocks():
+    """Class-shifted features of four blocks and both poolings, widths all different from each other."""
+
+    def make(count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(count) % 4
+        centres = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+        values = {
+            (block, name): centres[labels] * (1 + block) + torch.randn(count, 6, generator=generator)
+            for block in range(4)
+            for name in ("cls", "mean")
+        }
+        return Features(values, labels, torch.arange(count), depth=4)
+
+    return make
+
+
+def test_the_papers_grid_is_52_probes_in_four_runs_of_columns():
+    settings = LinearProbeSettings()
+    sets = paper_sets(range(12), ("cls", "mean"), settings)
+    assert [len(feature_set) for feature_set in sets] == [1, 2, 4, 8]
+    assert sets[0] == ((11, "cls"),)
+    assert {key[0] for key in sets[3]} == {8, 9, 10, 11}
+    assert len(sets) * len(settings.learning_rates) == 52
+    layout = Layout.of(sets, dict.fromkeys(sets[3], 5))
+    assert all(isinstance(columns, slice) for columns in layout.columns)  # no copies
+    assert paper_sets([0, 1], ("mean",), settings) == [((1, "mean"),), ((0, "mean"), (1, "mean"))]
+    assert paper_sets([3], ("cls", "mean"), dataclasses.replace(settings, concatenate=False)) == [((3, "cls"),)]
+
+
+def test_sets_trained_together_equal_probes_trained_alone(four_blocks):
+    train, test = four_blocks(96, 0), four_blocks(60, 1)
+    sets = [*paper_sets(range(4), ("cls", "mean"), QUICK), ((0, "cls"), (2, "mean"))]  # the last is no run of columns
+    layout = Layout.of(sets, dict.fromkeys(train.keys, 6))
+    x, queries = layout.gather(train), layout.gather(test)
+    grid = ProbeGrid(layout, 4, QUICK, seed=2, device="cpu")
+    grid.fit(lambda _: x, train.labels)
+    predicted = grid.predict(queries)
+    assert predicted.shape == (60, 5, 13)
+    for number, columns in enumerate(layout.columns):
+        for rate in (1e-3, 0.1):
+            alone = reference_probe(x[:, columns], train.labels, 4, rate, QUICK, seed=2)
+            expected = alone(queries[:, columns].double()).argmax(1)
+            found = predicted[:, number, QUICK.learning_rates.index(rate)]
+            assert (found == expected).float().mean() >= 59 / 60
+
+
+def test_every_set_is_scored_under_its_own_name(four_blocks):
+    train, test = four_blocks(96, 0), four_blocks(60, 1)
+    sets = paper_sets(range(4), ("cls", "mean"), QUICK)
+    together = probe_sets(train, test, sets, QUICK, seed=2)
+    assert list(together) == sets
+    first = probe_sets(train, test, sets[:1], QUICK, seed=2)[sets[0]]
+    assert together[sets[0]].by_rate == pytest.approx(first.by_rate, abs=1 / 60)
+
+
+def test_augmented_epochs_are_asked_for_one_by_one(four_blocks):
+    train, test, asked = four_blocks(96, 0), four_blocks(60, 1), []
+
+    def features(epoch):
+        asked.append(epoch)
+        return train
+
+    sets = [((3, "cls"),)]
+    fixed = probe_sets(train, test, sets, QUICK)
+    found = probe_sets(train, test, sets, QUICK, epoch_features=features)
+    assert asked == [0, 1, 2]
+    assert found[sets[0]].by_rate == fixed[sets[0]].by_rate
+
+
+def test_a_fitted_probe_chooses_among_the_classes_that_occur(make_features):
+    train, test = make_features(200, shift=6.0), make_features(40, shift=6.0, seed=1)
+    predict = fitted_probe(train, (1, "cls"), QUICK)
+    assert (predict(test[1, "cls"], None) == test.labels).float().mean() > 0.85
+    assert set(predict(test[1, "cls"], torch.tensor([1, 3])).tolist()) == {1, 3}

@@ -16,6 +16,35 @@ def test_defaults_are_those_of_the_method():
     assert (LEARNING_RATES[0], LEARNING_RATES[-1]) == (1e-4, 0.5)
 
 
+def test_the_rest_of_the_papers_settings():
+    settings = EvaluationSettings()
+    assert (settings.knn_last, settings.cluster_seeds) == (4, 100)
+    assert (settings.linear.last, settings.linear.concatenate, settings.linear.crop_scale) == (4, True, (0.08, 1.0))
+    assert (settings.linear.augment, EvaluationSettings.paper().linear.augment) == (False, True)
+    low = settings.low_shot
+    assert (low.shots, low.splits, low.penalty, low.scoring) == ((1, 2, 5), 3, 0.00025, "same")
+    tuned = settings.finetune
+    assert (tuned.epochs, tuned.lr, tuned.layer_decay, tuned.drop_path) == (50, 1e-3, 0.75, 0.2)
+    assert (tuned.mixup, tuned.cutmix, tuned.shares, tuned.warmup_epochs) == (0.8, 1.0, (0.01, 0.1, 1.0), 5.0)
+    assert (settings.segmentation.every, settings.segmentation.count) == (4, 4)
+    assert len(settings.robustness.kinds) == 12
+    assert settings.robustness.severities == (1, 2, 3, 4, 5)
+
+
+def test_overrides_of_every_kind():
+    changed = EvaluationSettings.from_overrides(
+        ["low_shot.shots=[1, 3]", "low_shot.scoring=reference", "finetune.shares=0.1", "robustness.kinds=fog,jpeg",
+         "robustness.images=50", "linear.augment=true", "knn_last=0", "segmentation.window=96",
+         "finetune.randaugment="],
+        EvaluationSettings.quick(),
+    )  # fmt: skip
+    assert (changed.low_shot.shots, changed.low_shot.scoring) == ((1, 3), "reference")
+    assert (changed.finetune.shares, changed.finetune.randaugment) == ((0.1,), "")
+    assert (changed.robustness.kinds, changed.robustness.images) == (("fog", "jpeg"), 50)
+    assert (changed.linear.augment, changed.knn_last, changed.segmentation.window) == (True, 0, 96)
+    assert changed.cluster_seeds == 10  # from the base
+
+
 def test_overrides():
     settings = EvaluationSettings.from_overrides(
         [
@@ -40,7 +69,7 @@ def test_overrides():
     [
         ("knn_kk=3", "did you mean 'knn_k'"),
         ("linear.epoch=3", "did you mean 'linear.epochs'"),
-        ("linear.augment=true", "unknown"),
+        ("linear.augment=1", "must be like false"),
         ("knn_k", "key=value"),
         ("knn_k=many", "must be like 10"),
         ("knn_k=0", "must be like 10"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mim_refiner.core.metrics import effective_rank
@@ -14,11 +15,14 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError, InputError, RunFolderError
 from mim_refiner.evaluation.features import extract_features
+from mim_refiner.evaluation.finetune import FinetuneSettings
 from mim_refiner.evaluation.knn import knn_protocol
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings
-from mim_refiner.evaluation.results import CONTRACT_FIELDS
+from mim_refiner.evaluation.long_tail import LongTailSettings
+from mim_refiner.evaluation.results import CONTRACT_FIELDS, paired_change
+from mim_refiner.evaluation.robustness import RobustnessSettings
 from mim_refiner.evaluation.settings import EvaluationSettings
-from mim_refiner.evaluation.suite import evaluate_backbone, summary_metrics
+from mim_refiner.evaluation.suite import evaluate_backbone, suite_protocols, suite_settings, summary_metrics
 
 QUICK = EvaluationSettings(knn_k=5, linear=LinearProbeSettings(epochs=3, batch_size=16), cluster_seeds=2)
 ALL = ("knn", "linear", "clustering", "rank")
@@ -28,8 +32,17 @@ def test_every_protocol_writes_its_files(make_backbone, make_images, tmp_path):
     backbone, train, test = make_backbone(), make_images(60), make_images(30, seed=1)
     options = {"protocols": ALL, "settings": QUICK, "model_sha256": "abc", "seed": 3}
     results = evaluate_backbone(backbone, train, test, out_dir=tmp_path / "run", **options)
-    metrics = ["knn_top1", "linear_top1_best", "linear_top1", "cluster_accuracy", "nmi", "ari", "rank"]
-    assert set(results) == {f"{metric}-block02-{pooling}" for metric in metrics for pooling in ("cls", "mean")}
+    clusters = ["cluster_accuracy", "nmi", "ami", "ari", "silhouette", "davies_bouldin"]
+    metrics = ["knn_top1", "knn_top1_last3", "linear_top1_best", "linear_top1", *clusters, "rank"]
+    expected = {f"{metric}-block02-{pooling}" for metric in metrics for pooling in ("cls", "mean")}
+    for metric in ("linear_top1", "linear_top1_best"):
+        expected |= {f"{metric}-block02-cls+mean", f"{metric.replace('top1', 'top1_last3')}-block02-cls"}
+        expected |= {f"{metric.replace('top1', 'top1_last3')}-block02-cls+mean"}
+    expected |= {"linear_top1_grid-block02-grid", "linear_top1_grid_best-block02-grid"}
+    assert set(results) == expected
+    grid = results["linear_top1_grid_best-block02-grid"]
+    assert grid.value == max(r.value for r in results.values() if r.metric.endswith("_best"))
+    assert grid.settings["probes"] == 52
     files = {path.name: path.read_text() for path in (tmp_path / "run" / "evaluation").iterdir()}
     assert set(files) == {f"{name}.json" for name in results}
     for name, result in results.items():
@@ -43,7 +56,7 @@ def test_every_protocol_writes_its_files(make_backbone, make_images, tmp_path):
         if record["ci95"] is not None:
             assert record["ci95"][0] <= record["value"] <= record["ci95"][1]
             assert result.correct.mean() == pytest.approx(record["value"])
-    assert {r.metric for r in results.values() if r.ci95 is None} == {"nmi", "ari", "rank"}
+    assert {r.metric for r in results.values() if r.ci95 is None} == {*clusters[1:], "rank"}
 
     again = evaluate_backbone(backbone, train, test, out_dir=tmp_path / "run", name_prefix="after-", **options)
     for name in again:  # same seed, same bytes; the prefix keeps two encoders in one folder apart
@@ -85,6 +98,7 @@ def test_knn_may_cover_more_blocks_and_the_summary_collects(make_backbone, make_
     )
     assert sorted(r.block for r in results.values() if r.metric == "knn_top1" and r.pooling == "cls") == [0, 1, 2]
     assert {r.block for r in results.values() if r.metric != "knn_top1"} == {2}
+    assert all(len(r.settings["blocks"]) == 3 for r in results.values() if r.metric == "knn_top1_last3")
     summary = summary_metrics(results, block=2, pooling="cls")
     assert list(summary) == ["knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank", "knn_by_block"]
     assert summary["nmi"] == results["nmi-block02-cls"].value
@@ -113,6 +127,15 @@ def test_bad_requests_are_refused_before_any_work(make_backbone, make_images, tm
     ]:
         with pytest.raises(InputError, match=words):
             evaluate_backbone(backbone, train, None, **options)
+
+
+@pytest.mark.parametrize("protocol", ["finetune", "long_tail", "robustness", "segmentation"])
+def test_protocols_made_for_photographs_refuse_other_channels(protocol, make_backbone, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 4), dtype=np.uint8)
+    np.savez(tmp_path / "four.npz", images=pixels, labels=np.arange(20) % 2)
+    images = ImageSet(open_source(tmp_path / "four.npz"), channels=4)
+    with pytest.raises(InputError, match=f"protocol {protocol} takes RGB images, not 4 channels"):
+        evaluate_backbone(make_backbone(), images, None, protocols=("rank", protocol))
 
 
 def test_unwritable_folder(make_backbone, make_images, tmp_path):
@@ -145,3 +168,67 @@ def test_classes_are_matched_by_name_when_the_folders_differ(make_backbone, tmp_
     strange = colour_folder(tmp_path / "strange", ["green", "white"], 4)
     with pytest.raises(DataError, match="class 'white' does not occur"):
         evaluate_backbone(make_backbone(), train, strange, **knn)
+
+
+def test_the_protocols_that_go_back_to_the_images(make_backbone, make_images, tmp_path):
+    backbone, train, test = make_backbone(), make_images(60), make_images(30, seed=1)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    settings = replace(
+        QUICK,
+        finetune=FinetuneSettings(epochs=1, batch_size=20, shares=(0.5,)),
+        long_tail=LongTailSettings(imbalance=10, many=15, few=5),
+        robustness=RobustnessSettings(kinds=("contrast", "fog"), severities=(1, 5), images=12),
+    )
+    seconds = {}
+    protocols = ("low_shot", "finetune", "long_tail", "robustness")
+    shifted = {"other": make_images(20, classes=2, seed=5)}
+    results = evaluate_backbone(
+        backbone, train, test, protocols=protocols, settings=settings, seconds=seconds, shifted=shifted
+    )
+    assert set(seconds) == {"features", *protocols}
+    metrics = {r.metric for r in results.values()}
+    assert {f"low_shot_{shots}_top1" for shots in (1, 2, 5)} <= metrics
+    assert {"finetune_50pct_top1", "robustness_knn_top1", "robustness_linear_top1"} <= metrics
+    assert {"shift_other_knn_top1", "shift_other_linear_top1"} <= metrics
+    for method in ("knn", "linear", "finetune"):
+        overall = results[f"long_tail_{method}_top1-block02-cls"]
+        parts = [results.get(f"long_tail_{method}_{name}-block02-cls") for name in ("many", "medium", "few")]
+        sizes = [part.settings["test_images"] for part in parts if part]
+        assert sum(sizes) == 30
+        assert np.average([part.value for part in parts if part], weights=sizes) == pytest.approx(overall.value)
+    robust = results["robustness_knn_top1-block02-cls"]
+    by_set = dict(robust.settings["accuracy_by_set"])
+    assert set(by_set) == {"clean", "contrast/1", "contrast/5", "fog/1", "fog/5"}
+    by_set.pop("clean")
+    assert robust.value == pytest.approx(np.mean(list(by_set.values())))
+    for result in results.values():
+        assert result.ci95[0] <= result.value <= result.ci95[1]
+        json.dumps(result.to_json(), allow_nan=False)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_a_pair_is_compared_image_by_image(make_backbone, make_images):
+    train, test = make_images(60), make_images(30, seed=1)
+    options = {"protocols": ("knn", "low_shot", "robustness"), "settings": replace(
+        QUICK, robustness=RobustnessSettings(kinds=("fog",), severities=(3,), classifiers=("knn",)))}  # fmt: skip
+    first, second = (evaluate_backbone(make_backbone(seed), train, test, **options) for seed in (0, 1))
+    for name, result in first.items():
+        change, low, high = paired_change(result, second[name])
+        assert change == pytest.approx(second[name].value - result.value)
+        assert low <= change <= high
+        assert paired_change(result, result)[0] == 0
+    rank = evaluate_backbone(make_backbone(), train, test, protocols=("rank",))["rank-block02-cls"]
+    assert paired_change(rank, rank) is None
+
+
+def test_suites(make_images):
+    labelled, bare = make_images(20), make_images(20, labelled=False)
+    assert suite_protocols("quick", labelled) == ("knn", "linear", "low_shot", "clustering", "rank")
+    assert "finetune" in suite_protocols("paper", labelled)
+    for suite, images, words in (("dense", labelled, "no masks"), ("quick", bare, "no labels")):
+        with pytest.raises(DataError, match=words):
+            suite_protocols(suite, images)
+    with pytest.raises(InputError, match="did you mean 'quick'"):
+        suite_protocols("quik", labelled)
+    assert suite_settings("paper").linear.augment
+    assert suite_settings("quick").cluster_seeds == 10

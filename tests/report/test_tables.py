@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from mim_refiner.report.tables import comparison_rows, comparison_table
+from mim_refiner.report.tables import (
+    comparison_rows,
+    comparison_table,
+    latex_table,
+    markdown_table,
+    results_rows,
+)
 
 
 @pytest.fixture
@@ -30,3 +36,45 @@ def test_two_stages(summary):
     del summary["full"]
     assert comparison_rows(summary)[0] == ["metric", "before", "after this run"]
     assert len(comparison_table(summary).columns) == 3
+
+
+@pytest.fixture
+def records():
+    def one(model, metric, value, ci95):
+        return {"model": model, "metric": metric, "value": value, "ci95": ci95, "block": 11, "pooling": "cls"}
+
+    results = [one("runs/a/export", "knn_top1", 0.5, [0.48, 0.52]), one("runs/a/export", "rank", 40.25, None)]
+    results += [one("runs/b/export", "knn_top1", 0.53, [0.51, 0.55])]
+    change = [{"model": "runs/b/export", "metric": "knn_top1", "block": 11, "pooling": "cls", "difference": 0.03,
+               "ci95": [0.01, 0.05], "verdict": "better"}]  # fmt: skip
+    return results, change
+
+
+def test_several_models_side_by_side(records):
+    header, rows = results_rows(*records)
+    assert header == ["metric", "block", "pooling", "a/export", "b/export"]
+    assert rows == [
+        ["knn_top1", "11", "cls", "50.0 [48.0, 52.0]", "53.0 [51.0, 55.0] (+3.0*)"],
+        ["rank", "11", "cls", "40.25", "-"],
+    ]
+    records[1][0]["ci95"] = [-0.01, 0.05]
+    assert results_rows(*records)[1][0][-1].endswith("(+3.0)")  # no star: the interval holds zero
+
+
+def test_data_sets_get_a_column_of_their_own(records):
+    results = [{"set": name, **record} for name in ("pets", "mean") for record in records[0]]
+    header, rows = results_rows(results, ())
+    assert header[0] == "set"
+    assert [row[0] for row in rows] == ["pets", "pets", "mean", "mean"]
+
+
+def test_markdown_and_latex(records):
+    header, rows = results_rows(*records)
+    lines = markdown_table(header, rows).splitlines()
+    assert lines[0] == "| metric | block | pooling | a/export | b/export |"
+    assert lines[1] == "| --- | --- | --- | ---: | ---: |"
+    assert len({line.count("|") for line in lines}) == 1
+    text = latex_table(header, rows)
+    assert text.startswith("\\begin{tabular}{lllrr}\n\\toprule\nmetric & block")
+    assert "knn\\_top1 & 11 & cls & 50.0 [48.0, 52.0]" in text
+    assert text.endswith("\\bottomrule\n\\end{tabular}\n")

@@ -41,13 +41,16 @@ def test_save_and_restore_give_back_weights_optimizer_and_position(tmp_path: Pat
     assert (tmp_path / "run" / "checkpoints" / "last" / "state.json").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "no_state"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "no_state", "other_step"])
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path: Path, damage: str) -> None:
     run = open_run(tmp_path / "run")
     run.save(Position(0, 1, 1), {"model": make_module(1.0)}, None)
     last = run.save(Position(0, 2, 2), {"model": make_module(2.0)}, None)
     if damage == "truncate":
         os.truncate(last / "model.safetensors", 20)
+    elif damage == "other_step":
+        state = last / "state.json"
+        state.write_text(state.read_text().replace('"step": 2', '"step": 3'))
     else:
         (last / ("model.safetensors" if damage == "remove" else "state.json")).unlink()
     module = make_module(0.0)
@@ -64,6 +67,14 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         run.save(Position(0, step, step), {"model": make_module(step)}, None)
     assert sorted(p.name for p in run.checkpoints.glob("step-*")) == ["step-000003", "step-000004"]
     assert run.last.resolve().name == "step-000004"
+
+
+def test_a_run_of_more_than_a_million_steps_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    for step in (999_998, 999_999, 1_000_000):
+        run.save(Position(0, step, step), {"model": make_module(1.0)}, None)
+    assert sorted(p.name for p in run.checkpoints.glob("step-*")) == ["step-1000000", "step-999999"]
+    assert run.restore({"model": make_module(0.0)})[0].total_step == 1_000_000
 
 
 def test_metrics_after_the_restored_step_are_forgotten(tmp_path: Path) -> None:
@@ -108,3 +119,52 @@ def test_write_json_replaces_whole_files(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"x": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_settings_that_change_no_result_may_differ_on_resume(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", {**RECIPE, "micro_batch": None, "workers": 4, "checkpoint_every": 10})
+    assert open_run(tmp_path / "run", {**RECIPE, "micro_batch": 2, "workers": 0, "checkpoint_every": 99}).resumed
+
+
+def test_skipped_batches_are_remembered(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    assert run.skipped == []
+    run.skip(1, 17)
+    assert open_run(tmp_path / "run").skipped == [(1, 17)]
+
+
+def test_leftovers_of_a_killed_write_are_cleared_away(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    run.save(Position(0, 1, 1), {"model": make_module(1.0)}, None)
+    (run.checkpoints / ".step-000002.tmp").mkdir()
+    (run.checkpoints / ".step-000002.tmp" / "model.safetensors").write_bytes(b"half")
+    (run.checkpoints / ".last.tmp").symlink_to("step-000002")
+    open_run(tmp_path / "run")
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["last", "step-000001"]
+
+
+def test_a_disk_that_refuses_is_one_clear_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    from mim_refiner.training import state
+
+    run = open_run(tmp_path / "run")
+    run.save(Position(0, 1, 1), {"model": make_module(1.0)}, None)
+    for error in (
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: StorageFull"),
+        RuntimeError("pos 4"),
+    ):
+
+        def refuse(tensors: object, path: Path, error: Exception = error) -> None:
+            path.write_bytes(b"half")
+            raise error
+
+        monkeypatch.setattr(state, "save_file", refuse)
+        with pytest.raises(RunFolderError, match=r"cannot write the checkpoint .*free space") as caught:
+            run.save(Position(0, 2, 2), {"model": make_module(2.0)}, None)
+        assert "\n" not in str(caught.value)
+        assert sorted(path.name for path in run.checkpoints.iterdir()) == ["last", "step-000001"]
+        assert run.last.resolve().name == "step-000001"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from mim_refiner.cli.common import (
     CompareOption,
     DataOption,
@@ -15,9 +19,18 @@ from mim_refiner.cli.common import (
     QuietOption,
     SeedOption,
     TestOption,
+    comma_list,
     execute,
     model_source,
 )
+
+PartsOption = Annotated[
+    str,
+    typer.Option("--parts", help="atlas, verdict, similarity, reconstruction, heads; comma-separated, or all."),
+]
+CacheOption = Annotated[
+    str | None, typer.Option("--cache", metavar="DIR", help="Folder of the feature cache, or 'off'.")
+]
 
 
 def analyze(
@@ -26,6 +39,8 @@ def analyze(
     out: OutOption,
     compare: CompareOption = None,
     test: TestOption = None,
+    parts: PartsOption = "all",
+    cache: CacheOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     encoder: EncoderOption = None,
@@ -34,7 +49,12 @@ def analyze(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Draw the k-NN accuracy of every block, for one encoder or for two (PNG and JSON)."""
+    """Say which block, pooling and norm to use, and with --compare whether the second encoder is better than the first.
+
+    Labels are used when there are any and never needed. Draws k-NN, reconstruction and similarity by block, writes
+    JSON beside every figure, and looks at a subset of large data sets (printed).
+    """
+    from mim_refiner.commands.analyze import PARTS
     from mim_refiner.commands.analyze import analyze as run
 
     execute(
@@ -46,6 +66,8 @@ def analyze(
         out=out,
         compare=compare,
         test=test,
+        parts=PARTS if parts == "all" else comma_list(parts, "--parts"),
+        cache=cache,
         device=device,
         seed=seed,
     )

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
@@ -105,15 +106,16 @@ def execute(
 
     With ``as_json`` stdout carries the JSON object alone: whatever else prints during the run goes to stderr.
     """
-    reporter = make_reporter(sys.stderr, quiet=quiet, live=not as_json)
+    speaks = os.environ.get("RANK", "0") == "0"  # of torchrun's processes only the first one
+    reporter = make_reporter(sys.stderr, quiet=quiet or not speaks, live=not as_json)
     with stdout_for_result(as_json) as stdout:
         try:
             result = verb(**arguments, reporter=reporter)
         finally:
             reporter.done()
-        if printer is not None and not as_json:
+        if speaks and printer is not None and not as_json:
             printer(to_jsonable(result), stdout)
-        else:
+        elif speaks:
             show(result, as_json=as_json, file=stdout)
     return result
 

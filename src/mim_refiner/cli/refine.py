@@ -35,6 +35,27 @@ EvalTestOption = Annotated[
     str | None,
     typer.Option("--eval-test", metavar="SRC", help="Labelled test images that go with --eval-data."),
 ]
+HeadBlocksOption = Annotated[
+    str | None,
+    typer.Option(
+        "--head-blocks",
+        metavar="auto|last_third|8,9",
+        help="Blocks that get a head; auto measures every block of the encoder first. Default: the recipe's.",
+    ),
+]
+
+
+MemoryBudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget",
+        metavar="SIZE|auto",
+        help="Memory of the device, such as 24GB: picks micro-batch and checkpointing so that the step fits, exactly.",
+    ),
+]
+PlanOption = Annotated[
+    bool, typer.Option("--plan", help="Only print what the run will need and cost: memory, hours, traffic.")
+]
 
 
 def refine(
@@ -44,6 +65,7 @@ def refine(
     recipe: RecipeOption = None,
     eval_data: EvalDataOption = None,
     eval_test: EvalTestOption = None,
+    head_blocks: HeadBlocksOption = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -53,6 +75,8 @@ def refine(
     encoder: EncoderOption = None,
     num_heads: HeadsOption = None,
     key_map: KeyMapOption = None,
+    memory_budget: MemoryBudgetOption = None,
+    plan: PlanOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -71,10 +95,13 @@ def refine(
         recipe=recipe,
         eval_data=eval_data,
         eval_test=eval_test,
+        head_blocks=head_blocks,
         settings=settings,
         device=device,
         seed=seed,
         overwrite=overwrite,
         exclude=exclude,
         log=loggers,
+        memory_budget=memory_budget,
+        plan=plan,
     )

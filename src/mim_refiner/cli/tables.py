@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mim_refiner.report.tables import STAGES, comparison_table
+from mim_refiner.report.tables import STAGES, comparison_table, results_rows
 
 SHARES = ("top1", "accuracy", "nmi", "ami", "coverage")  # printed in percent
+
+REASONED = {"recommendation": "features to use", "head_placement": "head placement"}  # shown by their reason alone
 
 
 def print_result(result: Any, file: TextIO) -> None:
@@ -29,6 +31,15 @@ def print_result(result: Any, file: TextIO) -> None:
         if key == "verdict" and isinstance(value, Mapping):
             for line in verdict_lines(value):
                 console.print(escape(line))
+            for title, measured in measured_tables(value).items():
+                console.print(record_table(title, measured))
+        elif key in REASONED and isinstance(value, Mapping) and "reason" in value:
+            console.print(escape(f"{REASONED[key]}: {value['reason']}"))
+        elif key in ("results", "transfer") and is_records(value) and "model" in value[0]:
+            change = result.get("change", ()) if key == "results" else ()
+            console.print(models_table(key, *results_rows(value, change)))
+        elif key == "change" and is_records(value) and "difference" in value[0]:
+            console.print("in brackets: difference to the first model; * marks a 95 % interval that leaves zero out")
         elif is_records(value):
             console.print(record_table(key, value))
         else:
@@ -56,7 +67,15 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
     lines = [f"verdict: {verdict['verdict']}. {verdict['reason']}"]
     further = {stage: value for stage, value in verdict.items() if stage in STAGES and isinstance(value, Mapping)}
     lines += [f"{STAGES[stage]}: {value['verdict']}. {value['reason']}" for stage, value in further.items()]
+    if isinstance(value := verdict.get("label_free"), Mapping):
+        lines.append(f"without labels: {value['verdict']}. {value['reason']}")
     return lines + [str(statement) for statement in verdict.get("statements", [])]
+
+
+def measured_tables(verdict: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of label-free measures in a verdict, under the title that they are shown with."""
+    tables = {"label-free measures": verdict.get("measures") or verdict.get("label_free", {}).get("measures", [])}
+    return {title: rows for title, rows in tables.items() if rows}
 
 
 def record_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
@@ -69,6 +88,17 @@ def record_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(column)
     for record in records:
         table.add_row(*(escape(format_value(column, record.get(column))) for column in columns))
+    return table
+
+
+def models_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A row a number, a column a model."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    names = header.index("pooling") + 1
+    for position, column in enumerate(header):
+        table.add_column(escape(column), justify="left" if position < names else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
     return table
 
 

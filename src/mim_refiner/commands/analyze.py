@@ -1,16 +1,47 @@
-"""``analyze``: k-NN accuracy of every block, for one encoder or before and after."""
+"""``analyze``: what is where in an encoder, which features to use, and whether refinement helped; labels optional."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mim_refiner.analysis.blocks import knn_by_block
+import numpy as np
+from numpy.typing import NDArray
+
+from mim_refiner.analysis.atlas import Atlas
+from mim_refiner.analysis.blocks import curves_from_scores
+from mim_refiner.analysis.label_free import MIN_IMAGES
+from mim_refiner.analysis.placement import place_heads
+from mim_refiner.analysis.reconstruction import ReconstructionSettings, reconstruction_by_block
+from mim_refiner.analysis.regimes import regimes_record
+from mim_refiner.analysis.similarity import block_similarity
+from mim_refiner.analysis.verdict import verdict
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.runs import open_images
+from mim_refiner.commands.survey import (
+    How,
+    Limits,
+    Samples,
+    atlas_of,
+    choose_samples,
+    default_key,
+    judged_without_labels,
+    knn_hits,
+    measures_of,
+)
 from mim_refiner.core.device import pick_device
+from mim_refiner.errors import DataError, InputError, did_you_mean
+from mim_refiner.evaluation.cache import FeatureCache
+from mim_refiner.evaluation.features import Features
+from mim_refiner.files import write_json
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.report.analysis_figures import atlas_map, head_behaviour, regimes_plot, similarity_map
 from mim_refiner.report.figures import block_curves
 from mim_refiner.reporting import NullReporter, Reporter
+
+PARTS = ("atlas", "verdict", "similarity", "reconstruction", "heads")
 
 
 def analyze(
@@ -20,30 +51,196 @@ def analyze(
     out: str,
     compare: str | None = None,
     test: str | None = None,
+    parts: Sequence[str] = PARTS,
+    cache: str | None = None,
     device: str = "auto",
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Measure and draw the k-NN accuracy of every block and pooling of ``model``, and of ``compare`` beside it.
+    """Analyse ``model`` and, with ``compare``, what changed from it ("before") to the second encoder ("after").
 
-    With ``compare``, ``model`` is "before" and ``compare`` "after". Writes blocks.json, blocks.npz (per-image hits)
-    and block_curves.png to ``out``. Returns the curves with their peaks. Raises MimRefinerError on bad input.
+    ``parts``: "atlas" (every block, pooling and norm; curves; recommendation; head placement), "verdict" (did it help:
+    by k-NN when there are labels, and without labels always), "similarity" (CKA of blocks), "reconstruction" (by
+    block, and the three regimes), "heads" (from the run folders' metrics.jsonl). Labels are optional throughout.
+    ``cache``: folder of the feature cache, or "off". Writes JSON and PNG files to ``out`` and returns the figures, the
+    recommendation, the verdict, the sample sizes and the seconds of each part. Raises MimRefinerError on bad input.
     """
     reporter = reporter or NullReporter()
-    torch_device = pick_device(device)
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        named = f"{unknown[0]!r} is unknown{did_you_mean(unknown[0], PARTS)}" if unknown else "none given"
+        raise InputError(f"parts: {named}; choose from {', '.join(PARTS)}")
+    how = How(pick_device(device), seed, reporter, cache=FeatureCache.open(cache))
     models = {"before": load_backbone(model)}
     if compare:
         models["after"] = load_backbone(compare)
     train = open_images(data, reporter, channels=models["before"].info.in_chans)
     held_out = open_images(test, reporter, channels=train.channels) if test else None
-    curves = knn_by_block(models, train, held_out, device=torch_device, seed=seed, reporter=reporter)
-    record = curves.write(out)
-    figure = block_curves(curves.record, Path(out) / "block_curves.png")
+    samples = choose_samples(train, held_out, seed=seed)
+    reporter.message(
+        "looking at "
+        + ", ".join(f"{name} {text}" for name, text in samples.described().items() if name != "labels")
+        + ("" if samples.labelled else "; no labels: neighbour consistency stands in for k-NN accuracy")
+    )
+    analysis = _Analysis(models, {"before": model, "after": compare or ""}, samples, how, Path(out))
+    for part in PARTS:
+        if part in parts:
+            analysis.run(part)
     reporter.done()
-    return {
-        "curves": curves.record["curves"],
-        "change": curves.record["change"],
-        "statements": curves.record["statements"],
-        "record": str(record),
-        "figure": str(figure),
-    }
+    if how.cache is not None:
+        analysis.result["cache"] = how.cache.summary()
+    return analysis.result
+
+
+class _Analysis:
+    """The parts one after the other; each adds to ``result`` and writes its files."""
+
+    def __init__(
+        self, models: Mapping[str, Backbone], sources: Mapping[str, str], samples: Samples, how: How, out: Path
+    ) -> None:
+        self.models, self.sources, self.samples, self.how, self.out = models, sources, samples, how, out
+        self.atlases: dict[str, Atlas] = {}
+        self.features: dict[str, Features] = {}  # raw, of the query images
+        self.curves: dict[str, dict[str, Any]] = {}
+        self.result: dict[str, Any] = {
+            "samples": samples.described(),
+            "statements": [],
+            "figures": {},
+            "records": {},
+            "seconds": {},
+        }
+
+    def run(self, part: str) -> None:
+        started = time.perf_counter()
+        steps: dict[str, Callable[[], None]] = {
+            "atlas": self.atlas,
+            "verdict": self.verdict,
+            "similarity": self.similarity,
+            "reconstruction": self.reconstruction,
+            "heads": self.heads,
+        }
+        steps[part]()
+        self.result["seconds"][part] = round(time.perf_counter() - started, 1)
+
+    def atlas(self) -> None:
+        """Every block, pooling and norm of every model; curves over blocks; where heads would go."""
+        self._measure_blocks()
+        for name, atlas in self.atlases.items():
+            self._keep(f"atlas-{name}", atlas.record, atlas_map)
+        last = list(self.atlases)[-1]
+        self.result["recommendation"] = self.atlases[last].recommendation
+        self.result["statements"].append(f"recommended ({last}): {self.atlases[last].recommendation['reason']}")
+        first = self.models["before"].info
+        third = list(range(first.depth - max(1, first.depth // 3), first.depth))
+        pooling = default_key(first)[1]
+        self.result["head_placement"] = place_heads(self.atlases["before"], pooling=pooling, recipe_blocks=third)
+
+    def verdict(self) -> None:
+        """Did it help: by labels where there are any, and without."""
+        enough = len(self.samples.view_rows) >= MIN_IMAGES
+        if not enough and not self.samples.labelled:
+            raise DataError(f"a verdict without labels needs at least {MIN_IMAGES} images; give more")
+        if "after" not in self.models:
+            info = self.models["before"].info
+            if enough:
+                found = measures_of(self.models["before"], self.samples, self.how, key=default_key(info), name="before")
+                self.result["label_free"] = found.summary()
+            return
+        unlabelled = judged_without_labels(self.models, self.samples, self.how) if enough else None
+        judged = unlabelled or {}
+        if self.samples.labelled:
+            hits = [self._hits(name) for name in ("before", "after")]
+            judged = verdict(*hits) | ({"label_free": unlabelled} if unlabelled else {})
+        self.result["verdict"] = judged
+        self._keep("verdict", {"kind": "verdict", **judged, "seed": self.how.seed}, None)
+
+    def similarity(self) -> None:
+        """CKA between blocks, within and across the models."""
+        self._measure_blocks()
+        pooling = default_key(self.models["before"].info)[1]
+        chosen = {
+            name: found.select(np.arange(min(len(found), Limits().similarity))) for name, found in self.features.items()
+        }
+        record = block_similarity(chosen, pooling)
+        self.result["statements"] += record["statements"]
+        self._keep("similarity", record, similarity_map)
+
+    def reconstruction(self) -> None:
+        """Reconstruction error by block, shares of the improvement, and the three regimes."""
+        others = [backbone.info.architecture for backbone in self.models.values() if not backbone.is_plain_vit]
+        if others:
+            self.how.reporter.message(f"reconstruction by block left out: {others[0]} is not a plain ViT")
+            return
+        self._measure_blocks()
+        settings = ReconstructionSettings()
+        rows = self.samples.bank_rows[: settings.train_images], self.samples.query_rows[: settings.test_images]
+        errors = {}
+        for name, backbone in self.models.items():
+            self.how.reporter.phase(f"reconstruction by block: {name}", settings.steps(len(rows[0])))
+            errors[name] = reconstruction_by_block(
+                backbone,
+                self.samples.bank,
+                self.samples.queries,
+                train_rows=rows[0],
+                test_rows=rows[1],
+                settings=settings,
+                device=self.how.device,
+                seed=self.how.seed,
+                progress=lambda done, _: self.how.reporter.update(done, {}),
+            )
+        pooling = default_key(self.models["before"].info)[1]
+        record = regimes_record(
+            {name: curves[pooling] for name, curves in self.curves.items()},
+            errors,
+            measure=self.atlases["before"].record["measure"],
+            pooling=pooling,
+            settings=settings.__dict__,
+            samples={"train": len(rows[0]), "test": len(rows[1])},
+            seed=self.how.seed,
+        )
+        self.result["regimes"] = {name: found["regimes"] for name, found in record["models"].items()}
+        self.result["statements"] += [found["statement"] for found in record["models"].values()]
+        self._keep("regimes", record, regimes_plot)
+
+    def heads(self) -> None:
+        """Head behaviour of every refine run among the sources."""
+        for name, source in self.sources.items():
+            for folder in (Path(source), Path(source).parent) if source else ():  # a run folder, or export/ in one
+                metrics = folder / "metrics.jsonl"
+                if metrics.is_file() and '"alignment/' in metrics.read_text(encoding="utf-8", errors="replace"):
+                    figure = head_behaviour(metrics, self.out / f"heads-{name}.png")
+                    self.result["figures"][f"heads-{name}"] = str(figure)
+                    break
+
+    def _hits(self, name: str) -> NDArray[np.float64]:
+        """k-NN hits of the usual features: from the atlas where there is one, else of these features alone."""
+        key = default_key(self.models[name].info)
+        if name in self.atlases:
+            return self.atlases[name].scores[key]
+        return knn_hits(self.models[name], self.samples, self.how, key=key, name=name)
+
+    def _measure_blocks(self) -> None:
+        """The atlases and the curves that several parts need; once."""
+        if self.atlases:
+            return
+        for name, backbone in self.models.items():
+            self.atlases[name], features = atlas_of(backbone, self.samples, self.how, name=name)
+            self.features[name] = features[False]
+        measure = self.atlases["before"].record["measure"]
+        curves = curves_from_scores(
+            {name: atlas.curves() for name, atlas in self.atlases.items()},
+            measure=measure,
+            norm=False,
+            data=self.samples.described(),
+            seed=self.how.seed,
+        )
+        self.curves = curves.record["curves"]
+        self.result["curves"], self.result["change"] = self.curves, curves.record["change"]
+        self.result["statements"] += curves.record["statements"]
+        self.result["records"]["blocks"] = str(curves.write(self.out))
+        self.result["figures"]["blocks"] = str(block_curves(curves.record, self.out / "block_curves.png"))
+
+    def _keep(self, name: str, record: Mapping[str, Any], draw: Callable[..., Path] | None) -> None:
+        self.result["records"][name] = str(write_json(self.out / f"{name}.json", record))
+        if draw is not None:
+            self.result["figures"][name] = str(draw(record, self.out / f"{name}.png"))

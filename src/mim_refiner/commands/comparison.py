@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from mim_refiner.analysis.blocks import curves_from_results
+from mim_refiner.analysis.label_free import MIN_IMAGES
 from mim_refiner.analysis.verdict import verdict
+from mim_refiner.commands.survey import How, Samples, atlas_of, choose_samples, default_key, judged_without_labels
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.source_base import SlicedSource
@@ -22,6 +24,10 @@ from mim_refiner.report.figures import block_curves
 from mim_refiner.reporting import Reporter
 
 SUMMARY_TRAIN_LIMIT, SUMMARY_TEST_LIMIT = 10_000, 5_000  # evenly spaced images: quick, and stated in the JSON
+TOO_FEW = {
+    "verdict": "not measured",
+    "reason": f"a verdict without labels needs {MIN_IMAGES} images or more; give them, or labels by --eval-data",
+}
 
 
 def compare(
@@ -37,10 +43,12 @@ def compare(
     seed: int,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Evaluate the encoders {"before": ..., "after": ...[, "full": ...]} and return their summary entries and verdict.
+    """Evaluate the encoders {"before": ..., "after": ...[, "full": ...]} and return their summary entries,
+    the verdict, and the features of "after" to use ("recommendation").
 
     With labels: k-NN of every block, linear probe, clustering and effective rank of the last one; writes
-    evaluation/<stage>-<name>.json, evaluation/blocks.json and block_curves.png. Without labels: effective rank only.
+    evaluation/<stage>-<name>.json, evaluation/blocks.json and block_curves.png. Without labels: effective rank, and the
+    verdict of the label-free measures.
     """
     labelled = train.labels is not None and (test is None or test.labels is not None)
     protocols = ("knn", "linear", "clustering", "rank") if labelled else ("rank",)
@@ -54,7 +62,7 @@ def compare(
             protocols=protocols,
             blocks=(-1,),
             knn_blocks="all",
-            settings=EvaluationSettings(precision=precision),
+            settings=EvaluationSettings.quick(precision=precision),
             out_dir=out,
             name_prefix=f"{stage}-",
             model_sha256=weights_sha256(backbone.model),
@@ -66,13 +74,12 @@ def compare(
     summary: dict[str, Any] = {
         stage: summary_metrics(found, block=last, pooling=pooling) for stage, found in results.items()
     }
+    how = How(device, seed, reporter, precision)
+    samples = choose_samples(train, test, seed=seed)
+    enough = labelled or len(samples.view_rows) >= MIN_IMAGES
+    summary["recommendation"] = _recommended(stages["after"], samples, how, pooling, enough)
     if not labelled:
-        ranks = [summary[stage]["rank"] for stage in stages]
-        summary["verdict"] = {
-            "verdict": "not measured",
-            "reason": f"no labels to judge by (effective rank {ranks[0]:.1f} before, {ranks[1]:.1f} after); "
-            "give labelled images with --eval-data for a verdict",
-        }
+        summary["verdict"] = judged_without_labels(stages, samples, how, pooling=pooling) if enough else TOO_FEW
         return summary
     curves = curves_from_results(results, head_blocks=head_blocks)
     curves.write(out / "evaluation")
@@ -88,6 +95,15 @@ def compare(
         summary["verdict"][stage] = verdict(before, further)
     summary["verdict"]["statements"] = curves.record["statements"]
     return summary
+
+
+def _recommended(backbone: Backbone, samples: Samples, how: How, pooling: str, enough: bool) -> dict[str, Any]:
+    """Block, pooling and norm to use, by the atlas; the usual ones when there are too few images to tell."""
+    if enough:
+        atlas, _ = atlas_of(backbone, samples, how, name="after", pooling=pooling, probe=False, both=False)
+        return atlas.recommendation
+    block, pooling, norm = default_key(backbone.info, pooling)
+    return {"block": block, "pooling": pooling, "norm": norm, "reason": "the usual features: too few images to measure"}
 
 
 def thinned(images: ImageSet, limit: int) -> ImageSet:

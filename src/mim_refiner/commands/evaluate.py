@@ -1,20 +1,39 @@
-"""``evaluate``: the protocols on one encoder, or on two side by side."""
+"""``evaluate``: the protocols on one encoder, or on several side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mim_refiner.analysis.verdict import verdict
+import torch
+
+from mim_refiner.analysis.verdict import BETTER, UNCLEAR, WORSE
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.runs import open_images
 from mim_refiner.core.device import pick_device
 from mim_refiner.core.identity import weights_sha256
-from mim_refiner.evaluation.results import Result
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.errors import DataError, InputError
+from mim_refiner.evaluation.cache import FeatureCache
+from mim_refiner.evaluation.results import Result, paired_change
 from mim_refiner.evaluation.settings import EvaluationSettings
-from mim_refiner.evaluation.suite import evaluate_backbone
+from mim_refiner.evaluation.suite import (
+    NEEDS_LABELS,
+    check_protocols,
+    evaluate_backbone,
+    suite_protocols,
+    suite_settings,
+)
+from mim_refiner.files import write_bytes
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.report.tables import latex_table, markdown_table, results_rows
 from mim_refiner.reporting import NullReporter, Reporter
+
+TRANSFER_PROTOCOLS = ("knn", "linear")  # unless protocols are named
 
 
 def evaluate(
@@ -22,63 +41,220 @@ def evaluate(
     model: str,
     data: str,
     test: str | None = None,
-    compare: str | None = None,
-    protocols: Sequence[str] = ("knn", "linear", "clustering"),
+    compare: str | Sequence[str] | None = None,
+    suite: str | None = None,
+    protocols: Sequence[str] | None = None,
     blocks: str = "-1",
     pooling: Sequence[str] | None = None,
     norm: bool = False,
+    shifted: Sequence[str] = (),
+    transfer: str | None = None,
     out: str | None = None,
+    cache: str | None = None,
+    cache_size: str | None = None,
     settings: list[str] | None = None,
     device: str = "auto",
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Measure frozen features of ``model`` (and of ``compare`` in the same way) on labelled images.
+    """Measure frozen features of ``model`` (and of each of ``compare`` in the same way) on labelled images.
 
-    Returns {"results": [one record a number]}, with ``compare`` also {"change": [paired differences]}; with ``out``
-    every number is a JSON file in evaluation/ there. Raises MimRefinerError with one line on bad input.
+    ``suite`` quick, paper or dense names protocols and settings at once; ``protocols`` (default knn, linear,
+    clustering) chooses its own. ``shifted``: "NAME=SRC" test sets for the protocol robustness (ImageNet-A, -R, Sketch;
+    a folder kind/severity/class as ImageNet-C is expanded). ``transfer``: a CSV file name,train[,test] of further data
+    sets. ``cache``: folder of the feature cache or "off"; ``cache_size`` such as "5GB".
+
+    Returns {"results": [a record a number], "seconds": {model: {protocol: seconds}}, "feature_cache"}, with ``compare``
+    also {"change": [paired differences to ``model``]}, with ``transfer`` {"transfer": [a record a set and metric]}.
+    With ``out`` every number is a JSON file in evaluation/ there, beside results.md and results.tex.
+    Raises MimRefinerError with one line on bad input.
     """
-    reporter = reporter or NullReporter()
-    torch_device = pick_device(device)
-    backbones = {"": load_backbone(model)} | ({"compare-": load_backbone(compare)} if compare else {})
-    train = open_images(data, reporter, channels=backbones[""].info.in_chans)
-    held_out = open_images(test, reporter, channels=train.channels) if test else None
-    sources = {"": model, "compare-": compare or ""}
-    found = {
-        prefix: evaluate_backbone(
+    run = _Run(
+        blocks=blocks,
+        poolings=pooling,
+        norm=norm,
+        settings=EvaluationSettings.from_overrides(settings, suite_settings(suite)),
+        out=out,
+        device=pick_device(device),
+        seed=seed,
+        cache=FeatureCache.open(cache, cache_size),
+        reporter=reporter or NullReporter(),
+    )
+    if protocols is not None:
+        check_protocols(protocols)
+    others = [compare] if isinstance(compare, str) else list(compare or ())
+    backbones = {source: load_backbone(source) for source in (model, *others)}
+    if len(backbones) <= len(others):
+        raise InputError("--compare names a model twice (or --model again); give different ones")
+    train = open_images(data, run.reporter, channels=backbones[model].info.in_chans)
+    held_out = open_images(test, run.reporter, channels=train.channels) if test else None
+    chosen = tuple(protocols) if protocols else suite_protocols(suite, train) if suite else NEEDS_LABELS
+    sets = _shifted_sets(shifted, train.channels, run.reporter)
+    found = {source: run.one(backbones[source], source, number, chosen, train, held_out, sets)
+             for number, source in enumerate(backbones)}  # fmt: skip
+    summary = _summary(found)
+    if transfer:
+        names = tuple(protocols) if protocols else TRANSFER_PROTOCOLS
+        summary["transfer"] = _transfer(run, backbones, Path(transfer), names)
+    run.reporter.done()
+    summary["seconds"] = run.seconds
+    if run.cache is not None:
+        summary["feature_cache"] = run.cache.summary()
+        run.reporter.message(f"feature cache: {run.cache.hits} found, {run.cache.misses} computed ({run.cache.folder})")
+    if out:
+        _write_tables(Path(out), summary)
+        summary["out"] = str(Path(out) / "evaluation")
+    return summary
+
+
+@dataclass
+class _Run:
+    """The options that all models and data sets share."""
+
+    blocks: str
+    poolings: Sequence[str] | None
+    norm: bool
+    settings: EvaluationSettings
+    out: str | None
+    device: torch.device
+    seed: int
+    cache: FeatureCache | None
+    reporter: Reporter
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def one(
+        self,
+        backbone: Backbone,
+        source: str,
+        number: int,
+        protocols: Sequence[str],
+        train: ImageSet,
+        test: ImageSet | None,
+        shifted: Mapping[str, ImageSet] | None = None,
+        prefix: str = "",
+    ) -> dict[str, Result]:
+        """Evaluate one model; the first has file names without a prefix, the others compare-, compare2-, ..."""
+        self.reporter.message(f"evaluating {source}: {', '.join(protocols)}")
+        position = "" if number == 0 else "compare-" if number == 1 else f"compare{number}-"
+        return evaluate_backbone(
             backbone,
             train,
-            held_out,
+            test,
             protocols=protocols,
-            blocks=blocks,
-            poolings=pooling,
-            norm=norm,
-            settings=EvaluationSettings.from_overrides(settings or []),
-            out_dir=out,
-            name_prefix=prefix,
+            blocks=self.blocks,
+            poolings=self.poolings,
+            norm=self.norm,
+            settings=self.settings,
+            out_dir=self.out,
+            name_prefix=position + prefix,
             model_sha256=weights_sha256(backbone.model),
-            device=torch_device,
-            seed=seed,
-            reporter=reporter,
+            device=self.device,
+            seed=self.seed,
+            cache=self.cache,
+            shifted=shifted,
+            seconds=self.seconds.setdefault(source + (f" ({prefix.rstrip('-')})" if prefix else ""), {}),
+            reporter=self.reporter,
         )
-        for prefix, backbone in backbones.items()
-    }
-    reporter.done()
+
+
+def _summary(found: Mapping[str, Mapping[str, Result]]) -> dict[str, Any]:
     summary: dict[str, Any] = {
-        "results": [_row(sources[prefix], result) for prefix, results in found.items() for result in results.values()]
+        "results": [_row(source, result) for source, results in found.items() for result in results.values()]
     }
-    if compare:
+    first, *others = found
+    if others:
         summary["change"] = [
-            {"metric": result.metric, "block": result.block, "pooling": result.pooling}
-            | verdict(result.correct, other.correct, measure=result.metric)
-            for name, result in found[""].items()
-            if (other := found["compare-"].get(name)) and result.correct is not None and other.correct is not None
+            row
+            for source in others
+            for name, result in found[first].items()
+            if name in found[source] and (row := _change(source, result, found[source][name]))
         ]
-    if out:
-        summary["out"] = str(Path(out) / "evaluation")
     return summary
 
 
 def _row(model: str, result: Result) -> dict[str, Any]:
     keys = ("metric", "value", "ci95", "block", "pooling")
     return {"model": model} | {key: value for key, value in result.to_json().items() if key in keys}
+
+
+def _change(source: str, before: Result, after: Result) -> dict[str, Any] | None:
+    """The paired difference to the first model, and whether its interval leaves zero out."""
+    interval = paired_change(before, after)
+    if interval is None:
+        return None
+    difference, low, high = interval
+    word = BETTER if low > 0 else WORSE if high < 0 else UNCLEAR
+    place = {"model": source, "metric": before.metric, "block": before.block, "pooling": before.pooling}
+    return place | {"difference": difference, "ci95": [low, high], "verdict": word}
+
+
+def _shifted_sets(specs: Sequence[str], channels: int, reporter: Reporter) -> dict[str, ImageSet]:
+    """{"name": images} of "NAME=SRC"; a folder kind/severity/class/image gives one set a kind and severity."""
+    sets: dict[str, ImageSet] = {}
+    for spec in specs:
+        name, equals, source = spec.partition("=")
+        if not equals or not name or not source:
+            raise InputError(f"--shifted {spec!r}: write it as NAME=SRC, such as sketch=data/imagenet-sketch")
+        root = Path(source).expanduser()
+        severities = sorted(path for path in root.glob("*/[1-5]") if path.is_dir())
+        for path in severities:
+            sets[f"{name}/{path.parent.name}/{path.name}"] = open_images(str(path), reporter, channels=channels)
+        if not severities:
+            sets[name] = open_images(source, reporter, channels=channels)
+    for name, images in sets.items():
+        if images.labels is None:
+            raise DataError(f"--shifted {name}: {images.description} has no labels; give class folders")
+    return sets
+
+
+def _transfer(
+    run: _Run, backbones: Mapping[str, Backbone], path: Path, protocols: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Evaluate every model on every data set of the list; a record a set, model and metric, and their means."""
+    rows: list[dict[str, Any]] = []
+    for name, train_spec, test_spec in _transfer_list(path):
+        channels = next(iter(backbones.values())).info.in_chans
+        train = open_images(train_spec, run.reporter, channels=channels)
+        test = open_images(test_spec, run.reporter, channels=channels) if test_spec else None
+        for number, (source, backbone) in enumerate(backbones.items()):
+            found = run.one(backbone, source, number, protocols, train, test, prefix=f"transfer-{name}-")
+            rows += [{"set": name, **_row(source, result)} for result in found.values()]
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        if row["value"] is not None:
+            groups.setdefault((row["model"], row["metric"], row["block"], row["pooling"]), []).append(row["value"])
+    names = ("model", "metric", "block", "pooling")
+    sets = len({row["set"] for row in rows})
+    means = [
+        {"set": "mean", **dict(zip(names, key, strict=True)), "value": sum(values) / len(values), "ci95": None}
+        for key, values in groups.items()
+        if len(values) == sets
+    ]
+    return rows + means
+
+
+def _transfer_list(path: Path) -> list[tuple[str, str, str]]:
+    """(name, train, test or "") of every line of a CSV file; paths are relative to the working directory."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot read the list of data sets ({error}); give a CSV name,train[,test]") from None
+    rows = [row for row in rows if row[0].lower() != "name" and not row[0].startswith("#")]
+    for number, row in enumerate(rows, 1):
+        if not 2 <= len(row) <= 3 or not all(row[:2]) or not re.fullmatch(r"[\w.-]+", row[0]):
+            raise DataError(f"{path}: data set {number} is {','.join(row)!r}; write name,train[,test], a plain name")
+    if not rows:
+        raise DataError(f"{path}: names no data set; write a line name,train[,test] for each")
+    if len({row[0] for row in rows}) < len(rows):
+        raise DataError(f"{path}: two data sets have the same name; rename one")
+    return [(row[0], row[1], row[2] if len(row) == 3 else "") for row in rows]
+
+
+def _write_tables(out: Path, summary: Mapping[str, Any]) -> None:
+    tables = [("results", *results_rows(summary["results"], summary.get("change", ())))]
+    if summary.get("transfer"):
+        tables.append(("transfer", *results_rows(summary["transfer"], ())))
+    for name, header, rows in tables:
+        write_bytes(out / f"{name}.md", markdown_table(header, rows).encode())
+        write_bytes(out / f"{name}.tex", latex_table(header, rows).encode())

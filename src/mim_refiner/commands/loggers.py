@@ -50,7 +50,7 @@ def logging_to(names: Sequence[str], out: str, reporter: Reporter) -> Iterator[R
         module, extra = LOGGERS[name]
         if find_spec(module) is None:
             raise InputError(f"--log {name}: {module} is not installed; pip install 'mim-refiner[{extra}]'")
-    if not names:
+    if not names or os.environ.get("RANK", "0") != "0":  # of torchrun's processes only the first one logs
         yield reporter
         return
     recorder = _Recorder([_OPENERS[name] for name in dict.fromkeys(names)], Path(out))

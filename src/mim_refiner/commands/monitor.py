@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from mim_refiner.core.collectives import from_ranks, rank, world_size
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.evaluation.features import extract_features
@@ -45,25 +48,32 @@ class OnlineKnn:
 
     def __call__(self) -> dict[str, float]:
         """Metrics ``knn_top1`` (the last block) and ``knn_top1/<block>``."""
-        bank, test = (
-            extract_features(
-                self.backbone,
-                images,
-                blocks=self.blocks,
-                poolings=(self.pooling,),
-                device=self.device,
-                precision=self.precision,
-                indices=indices,
-            )
-            for images, indices in ((self.bank, self.bank_indices), (self.test, self.test_indices))
+        (bank, bank_labels), (test, truth) = (
+            self._features(self.bank, self.bank_indices),
+            self._features(self.test, self.test_indices),
         )
-        assert bank.labels is not None
-        assert test.labels is not None
         number = class_numbers(self.bank, self.test)
-        truth = test.labels if number is None else number[test.labels]
+        truth = truth if number is None else number[truth]
         metrics = {}
         for block in self.blocks:
-            key = (block, self.pooling)
-            predicted = knn_predict(bank[key], bank.labels, test[key])
+            predicted = knn_predict(bank[block], bank_labels, test[block])
             metrics[f"knn_top1/{block}"] = predicted.eq(truth).float().mean().item()
         return {"knn_top1": metrics[f"knn_top1/{self.blocks[-1]}"], **metrics}
+
+    def _features(self, images: ImageSet, indices: NDArray[np.int64]) -> tuple[dict[int, Tensor], Tensor]:
+        """Features {block: [N, D]} and labels [N]; every rank computes a part, and all get the whole in order."""
+        part = np.array_split(indices, world_size())[rank()]
+        found = extract_features(
+            self.backbone,
+            images,
+            blocks=self.blocks,
+            poolings=(self.pooling,),
+            device=self.device,
+            precision=self.precision,
+            indices=part,
+        )
+        assert found.labels is not None
+        parts = from_ranks(({block: found[block, self.pooling] for block in self.blocks}, found.labels))
+        return {block: torch.cat([features[block] for features, _ in parts]) for block in self.blocks}, torch.cat(
+            [labels for _, labels in parts]
+        )

@@ -21,7 +21,9 @@ from mim_refiner.commands.runs import (
     run_settings,
 )
 from mim_refiner.core.device import pick_device, resolve_precision
+from mim_refiner.core.launch import join_processes
 from mim_refiner.core.schedules import peak_learning_rate
+from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import ViewSpec
@@ -33,10 +35,12 @@ from mim_refiner.reporting import NullReporter, Reporter
 from mim_refiner.training.pretraining import pretraining_phase
 from mim_refiner.training.recipe import PretrainRecipe, override
 from mim_refiner.training.recipes import pretrain_recipe
+from mim_refiner.training.signals import stops_cleanly
 from mim_refiner.training.state import RunFolder
 from mim_refiner.training.trainer import LoopSettings, fit
 
 
+@stops_cleanly
 def pretrain(
     *,
     data: str,
@@ -74,7 +78,7 @@ def _pretrain(
     reporter: Reporter,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    torch_device = pick_device(device)
+    torch_device = join_processes(pick_device(device))
     images = open_images(data, reporter, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data)
     chosen = override(pretrain_recipe(recipe, image_size=common_image_size(images)), settings)
@@ -105,23 +109,15 @@ def _pretrain(
         f"{len(images)} images, {chosen.training.epochs} epochs of {loader.steps_per_epoch} steps, {precision}; "
         f"learning rate base {chosen.training.base_lr:.3g}, peak {peak:.3g}"
     )
-    monitor = None
-    if images.labels is not None and chosen.knn_every:
-        pooling = "cls" if backbone.info.has_cls else "mean"
-        monitor = OnlineKnn(
-            backbone,
-            images,
-            None,
-            blocks=range(backbone.info.depth),
-            pooling=pooling,
-            device=torch_device,
-            precision=precision,
-        )
+    watched = images.labels is not None and chosen.knn_every
+    monitor = make_monitor(backbone, images, torch_device, precision) if watched else None
     phase = pretraining_phase(mae, chosen, loader, photometric, device=torch_device, precision=precision)
     loop = LoopSettings(seed, torch_device, chosen.log_every, chosen.checkpoint_every, chosen.knn_every)
     with contextlib.closing(loader):
         fit([phase], {"model": mae}, run, loop, reporter, monitor)
     list_skipped(images, run, reporter, skipped)
+    if not run.writes:  # the rest is rank 0's
+        return {}
 
     card: dict[str, Any] = {"base": "trained from scratch", "data": f"{Path(data).name} ({len(images)} images)"}
     card["recipe"] = chosen.model_dump(mode="json")
@@ -136,6 +132,13 @@ def _pretrain(
         summary["after"] = monitor()
     write_json(Path(out) / "summary.json", summary)
     return summary
+
+
+def make_monitor(backbone: Backbone, images: ImageSet, device: torch.device, precision: str) -> OnlineKnn:
+    """Online k-NN of every block, on labelled training images."""
+    pooling = "cls" if backbone.info.has_cls else "mean"
+    blocks = range(backbone.info.depth)
+    return OnlineKnn(backbone, images, None, blocks=blocks, pooling=pooling, device=device, precision=precision)
 
 
 def make_autoencoder(encoder: VisionTransformer, recipe: PretrainRecipe) -> MaskedAutoencoder:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mim_refiner.checkpoints.options import bare_source
+from mim_refiner.core.collectives import rank, world_size
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.exclude import without_listed
 from mim_refiner.data.sources import open_source
@@ -56,13 +57,20 @@ def run_settings(images: ImageSet, recipe: Recipe, device: torch.device) -> dict
     if workers < 0:
         cores = os.cpu_count() or 1
         workers = 0 if images.cached and cores <= 2 else max(1, min(12, cores - 1))
-    return {"workers": workers, "pin_memory": device.type == "cuda"}
+    return {
+        "workers": workers,
+        "pin_memory": device.type == "cuda",
+        "timeout": recipe.loader_timeout,
+        "rank": rank(),
+        "world_size": world_size(),
+    }
 
 
 def list_skipped(images: ImageSet, run: RunFolder, reporter: Reporter, already: int = 0) -> int:
     """List the images that could not be read in skipped_images.txt, say how many if more than ``already``."""
     if len(images.unreadable) > already:
         lines = "".join(f"{name}\t{reason}\n" for name, reason in images.unreadable)
-        write_bytes(run.path / "skipped_images.txt", lines.encode())
+        if run.writes:
+            write_bytes(run.path / "skipped_images.txt", lines.encode())
         reporter.message(f"skipped {len(images.unreadable)} unreadable images; listed in {run.path}/skipped_images.txt")
     return len(images.unreadable)

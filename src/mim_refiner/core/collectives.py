@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+BUCKET_BYTES = 64 * 2**20  # of gradients sent by one call
 
 
 def is_distributed() -> bool:
@@ -36,6 +40,30 @@ def all_gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks; every rank's loss depends on it, so the gradient is summed over ranks too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        grad = grad_outputs[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum of ``x`` over ranks, with gradient; see :func:`all_gather_with_grad` for the convention."""
+    if not is_distributed():
+        return x
+    total: Tensor = _AllReduceSum.apply(x)
+    return total
+
+
 class _AllGather(torch.autograd.Function):
     """All-gather whose backward sums, over ranks, the gradient of this rank's rows."""
 
@@ -62,3 +90,70 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
         return x
     gathered: Tensor = _AllGather.apply(x)
     return gathered
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over ranks.
+
+    One exchange after the backward pass, in buckets: the micro-batches of a cached step have several backward passes,
+    so DistributedDataParallel's overlap would not fit; the exchange is a small part of a step (docs/scale.md).
+    """
+    if not is_distributed():
+        return
+    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+        flat = _flatten_dense_tensors(bucket)
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for gradient, averaged in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+            gradient.copy_(averaged)
+
+
+@torch.no_grad()
+def broadcast_state(modules: Iterable[nn.Module]) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    if is_distributed():
+        for module in modules:
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+
+def agree(value: float, *, largest: bool = True) -> float:
+    """The largest (or smallest) of the ranks' numbers, on every rank; by way of the CPU, without waiting for a GPU."""
+    if not is_distributed():
+        return value
+    agreed = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(agreed, dist.ReduceOp.MAX if largest else dist.ReduceOp.MIN)
+    return agreed.item()
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value (anything that can be pickled) on every rank."""
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def from_ranks(value: Any) -> list[Any]:
+    """Every rank's value (anything that can be pickled), in rank order, on every rank."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
+    """Consecutive gradients of one type, at most BUCKET_BYTES together (one alone may be larger)."""
+    buckets: list[list[Tensor]] = []
+    size = 0
+    for gradient in gradients:
+        own = gradient.numel() * gradient.element_size()
+        if not buckets or buckets[-1][0].dtype != gradient.dtype or size + own > BUCKET_BYTES:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(gradient)
+        size += own
+    return buckets

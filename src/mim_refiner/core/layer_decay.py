@@ -41,6 +41,11 @@ def layer_decay_scales(model: nn.Module, decay: float) -> dict[str, float]:
     return {name: 1.0 if name.partition(".")[0] in _TAIL else decay ** (last + 1 - layers[name]) for name in names}
 
 
+def negligible_blocks(depth: int, decay: float, scale: float) -> int:
+    """How many first blocks have a learning-rate scale below ``scale``: they hardly move, and may as well be frozen."""
+    return sum(decay ** (depth - block) < scale for block in range(depth))
+
+
 def _distance(name: str, depth: int) -> int:
     """Number of decays between the output and parameter ``name``."""
     head, _, rest = name.partition(".")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import t as student_t
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
@@ -80,6 +81,66 @@ def paired_interval(
     centre = p_gained - p_lost
     half = _Z95 * math.sqrt((p_gained + p_lost - centre**2) / (n + 2))
     return (gained - lost) / n, max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def crossed_interval(values: ArrayLike | Tensor) -> tuple[float, float, float]:
+    """Return (mean, low, high), 95 %, of ``values`` [S, N]: S draws of training images, judged on N test images.
+
+    Both are random: the variance is that of the image means over N plus that of the draw means over S (two-way random
+    effects; a little conservative), the degrees of freedom are Satterthwaite's. With S = 1 only the test images count.
+    Values may be 0/1 or differences of such (a paired comparison). Raises InputError for an empty or 1-d array.
+    """
+    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+    if array.ndim != 2 or not array.size:
+        raise InputError(f"a crossed interval needs values [draws, images], got shape {array.shape}")
+    draws, images = array.shape
+    of_images = array.mean(0).var(ddof=1) / images if images > 1 else 0.0
+    of_draws = array.mean(1).var(ddof=1) / draws if draws > 1 else 0.0
+    variance, mean = of_images + of_draws, float(array.mean())
+    if variance == 0:
+        return mean, mean, mean
+    freedom = variance**2 / (of_images**2 / max(1, images - 1) + of_draws**2 / max(1, draws - 1))
+    half = float(student_t.ppf(0.975, freedom)) * math.sqrt(variance)
+    return mean, mean - half, mean + half
+
+
+def mean_iou(confusion: ArrayLike) -> float:
+    """Mean over classes of intersection / union, from pixel counts [..., C (truth), C (predicted)] in sum.
+
+    Classes that neither occur nor are predicted are left out; 0.0 when there is none.
+    """
+    ratios = class_iou(np.asarray(confusion))
+    return float(np.nanmean(ratios)) if np.isfinite(ratios).any() else 0.0
+
+
+def class_iou(confusion: NDArray[Any]) -> NDArray[np.float64]:
+    """Intersection / union of every class [C]; NaN where the union is empty."""
+    counts = confusion.reshape(-1, *confusion.shape[-2:]).sum(0).astype(np.float64)
+    shared = np.diagonal(counts)
+    union = counts.sum(0) + counts.sum(1) - shared
+    return np.divide(shared, union, out=np.full(len(union), np.nan), where=union > 0)
+
+
+def mean_iou_interval(
+    confusions: ArrayLike, minus: ArrayLike | None = None, *, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return (mIoU, low, high): 95 % bootstrap interval over images, from pixel counts [N, C, C] of each image.
+
+    With ``minus`` (the counts of another model on the same images) the paired difference to it.
+    """
+    first = np.asarray(confusions, dtype=np.float64)
+    pair = [first] if minus is None else [first, np.asarray(minus, dtype=np.float64)]
+    if first.ndim != 3 or not len(first) or any(counts.shape != first.shape for counts in pair):
+        raise InputError(f"an mIoU interval needs pixel counts [images, classes, classes], got {first.shape}")
+    rng, count = np.random.default_rng(seed), len(first)
+
+    def value(weights: NDArray[Any]) -> float:
+        scores = [mean_iou(np.tensordot(weights, counts, 1)) for counts in pair]
+        return scores[0] - (scores[1] if len(scores) == 2 else 0.0)
+
+    drawn = [value(rng.multinomial(count, np.full(count, 1 / count))) for _ in range(resamples)]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return value(np.ones(count)), float(low), float(high)
 
 
 def _array(values: ArrayLike | Tensor) -> NDArray[Any]:

@@ -68,7 +68,9 @@ class NeighborQueue(nn.Module):
             best = similarity.max(1, keepdim=True) if self.top_k == 1 else similarity.topk(self.top_k, dim=1)
             nearest.append((best[0], best[1]))
         ranked_similarity, ranked = torch.cat([b[0] for b in nearest]), torch.cat([b[1] for b in nearest])
-        drawn = self._draw(rows, generator, choice).to(z.device)
+        drawn = self.draw(rows, generator) if choice is None else choice.view(rows, 1)
+        drawn = torch.zeros(rows, 1, dtype=torch.long) if drawn is None else drawn
+        drawn = drawn.to(z.device)
         indices = ranked.gather(1, drawn).squeeze(1)
         return NeighborResult(
             neighbors=self.entries[indices],
@@ -108,11 +110,10 @@ class NeighborQueue(nn.Module):
             )
         return sample_ids.to(self.sample_ids).repeat(rows // len(sample_ids))
 
-    def _draw(self, rows: int, generator: torch.Generator | None, choice: Tensor | None) -> Tensor:
-        if choice is not None:
-            return choice.view(rows, 1)
+    def draw(self, rows: int, generator: torch.Generator | None = None) -> Tensor | None:
+        """Draw which of the top_k neighbours each row takes, [rows, 1]; None where there is no choice."""
         if self.top_k == 1:
-            return torch.zeros(rows, 1, dtype=torch.long)
+            return None
         device = "cpu" if generator is None else generator.device
         return torch.randint(self.top_k, (rows, 1), generator=generator, device=device)
 

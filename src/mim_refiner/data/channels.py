@@ -120,10 +120,9 @@ def _with_tifffile(data: bytes) -> Raw:
 
 def for_display(pixels: Raw) -> NDArray[np.uint8]:
     """Any image as uint8 [H, W, 3] to look at: its upper 8 bits; of N channels the first, middle and last."""
-    if pixels.dtype == np.uint16:
-        pixels = (pixels >> 8).astype(np.uint8)
-    count = pixels.shape[2]
-    return pixels if count == 3 else pixels[:, :, [0, count // 2, count - 1]]
+    narrow = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels.astype(np.uint8, copy=False)
+    count = narrow.shape[2]
+    return narrow if count == 3 else narrow[:, :, [0, count // 2, count - 1]]
 
 
 def resize(pixels: Raw, width: int, height: int) -> Raw:

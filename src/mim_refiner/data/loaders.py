@@ -21,6 +21,7 @@ from mim_refiner.data.channels import common_type, resize
 from mim_refiner.data.decode import ImageSet, Pixels
 from mim_refiner.data.prefetch import in_background
 from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order
+from mim_refiner.data.workers import end_workers, watched
 from mim_refiner.errors import DataError, InputError
 
 
@@ -123,6 +124,8 @@ class TrainLoader:
     Every random choice is a function of (seed, epoch, position in the epoch): any number of workers, and an epoch
     entered at any step, give the same batches. ``batch_size`` counts the images of all ranks; rank r gets the r-th
     part of each batch. ``workers`` > 0 assembles in that many processes, which live until ``close``; 0 in a thread.
+    A worker that is killed, or gives nothing for ``timeout`` seconds (0: waits for ever), is a WorkerError in
+    ``epoch``; ``restart`` makes new ones.
 
     Raises DataError when the batch is larger than the set or too many images are unreadable, InputError for sizes
     that do not fit.
@@ -140,6 +143,7 @@ class TrainLoader:
         world_size: int = 1,
         prefetch: int = 2,
         pin_memory: bool = False,
+        timeout: float = 0,
     ) -> None:
         if batch_size < 1 or workers < 0 or not views:
             sizes = f"batch size {batch_size}, {workers} workers and {len(views)} views"
@@ -161,18 +165,20 @@ class TrainLoader:
         self._prefetch = prefetch
         self._steps = _Steps()
         self._closed = False
-        self._loader = self._make_loader(workers, pin_memory) if workers else None
+        self._workers, self._pin_memory, self._timeout = workers, pin_memory, timeout
+        self._loader = self._make_loader() if workers else None
 
-    def _make_loader(self, workers: int, pin_memory: bool) -> DataLoader[Any]:
+    def _make_loader(self) -> DataLoader[Any]:
         fork = sys.platform == "linux" and "fork" in multiprocessing.get_all_start_methods()
         return DataLoader(
             self._assembler,
             batch_size=None,
             sampler=self._steps,
-            num_workers=workers,
+            num_workers=self._workers,
             prefetch_factor=self._prefetch,
             persistent_workers=True,
-            pin_memory=pin_memory,
+            pin_memory=self._pin_memory,
+            timeout=self._timeout,
             multiprocessing_context="fork" if fork else None,
             generator=torch.Generator(),  # or the loader would consume the global generator's numbers
         )
@@ -196,7 +202,7 @@ class TrainLoader:
             # Python 3.12 warns of fork with threads about; the workers use neither our threads nor CUDA.
             warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
             iterator = iter(self._loader)
-        yield from iterator
+        yield from watched(iterator)
 
     def _accept(self, item: _Assembled) -> ViewBatch:
         """Record what the worker found unreadable and hand on the batch, or raise its error."""
@@ -207,6 +213,11 @@ class TrainLoader:
         fresh = [(name, why) for index, name, why in self.images.unreadable_items() if index not in self._reported]
         self._reported.update(self.images.unreadable_indices)
         return replace(item.batch, skipped=fresh) if fresh else item.batch
+
+    def restart(self) -> None:
+        """Replace the worker processes, after one was killed or hung."""
+        end_workers(self._loader)
+        self._loader = self._make_loader() if self._workers else None
 
     def close(self) -> None:
         """End the worker processes; the loader cannot be used afterwards. The garbage collector does the same."""

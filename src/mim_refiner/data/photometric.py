@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mim_refiner.core.rows import Rows
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import InputError
 
@@ -61,6 +62,10 @@ class PhotometricParams:
     gray: Tensor  # bool [B]
     solarize: Tensor  # bool [B]
 
+    def of(self, rows: Rows) -> PhotometricParams:
+        """Those of some rows, from parameters drawn for ``rows.total`` images."""
+        return PhotometricParams(*(getattr(self, item.name)[rows.start : rows.stop] for item in fields(self)))
+
 
 def draw_params(spec: ViewSpec, count: int, generator: torch.Generator) -> PhotometricParams:
     """Draw the parameters of ``count`` images from a CPU generator."""
@@ -93,10 +98,14 @@ class BatchPhotometric:
         self.std = tuple(std)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augment ``images`` on their device with random numbers of the CPU ``generator``."""
+    def __call__(self, images: Tensor, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
+        """Augment ``images`` on their device with random numbers of the CPU ``generator``.
+
+        ``rows``: which rows of the batch of all processes they are; drawn is for the whole batch.
+        """
         view = self.view
-        params = draw_params(view, len(images), generator)
+        params = draw_params(view, len(images) if rows is None else rows.total, generator)
+        params = params if rows is None else params.of(rows)
         with torch.autocast(images.device.type, enabled=False):
             return _standardize(apply_params(_to_unit(images), params, view), self.mean, self.std)
 
@@ -108,7 +117,7 @@ def apply_params(images: Tensor, params: PhotometricParams, view: ViewSpec) -> T
     images = _apply_to(images, params.jitter, lambda part, rows: jitter(part, params.factors[rows], params.order[rows]))
     radius = blur_radius(view, min(images.shape[2:]))
     images = _apply_to(images, params.blur, lambda part, rows: gaussian_blur(part, params.sigma[rows], radius))
-    images = _apply_to(images, params.gray, lambda part, rows: to_gray(part).expand_as(part))
+    images = _apply_to(images, params.gray, lambda part, rows: to_gray(part).expand_as(part).contiguous())
     threshold = view.solarize_threshold / 255
     return _apply_to(images, params.solarize, lambda part, rows: solarize(part, threshold))
 

@@ -128,25 +128,26 @@ class ConcatSource(ImageSource):
             for part, stop in zip(self.parts, self.ends.tolist(), strict=True):
                 part.labels = self.labels[stop - len(part) : stop]
         self.class_names = parts[0].class_names
-        self._recent: list[int] | None = None  # the parts read last, when streaming
+        self._recent: list[ImageSource] | None = None  # the parts read last, when streaming
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def _locate(self, index: int) -> tuple[ImageSource, int]:
+    def locate(self, index: int) -> tuple[ImageSource, int]:
+        """The part that image ``index`` comes from, and its number there."""
         part = int(np.searchsorted(self.ends, index, side="right"))
-        if self._recent is not None and part not in self._recent:
-            self._recent.append(part)
-            if len(self._recent) > 2:  # another thread may still read the one before
-                self.parts[self._recent.pop(0)].close()
         return self.parts[part], index - (int(self.ends[part - 1]) if part else 0)
 
     def read(self, index: int) -> bytes | NDArray[Any]:
-        part, local = self._locate(index)
+        part, local = self.locate(index)
+        if self._recent is not None and part not in self._recent:
+            self._recent.append(part)
+            if len(self._recent) > 2:  # another thread may still read the one before
+                self._recent.pop(0).close()
         return part.read(local)
 
     def name(self, index: int) -> str:
-        part, local = self._locate(index)
+        part, local = self.locate(index)
         return part.name(local)
 
     def fingerprint(self) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, davies_bouldin_score, silhouette_score
 from torch import Tensor
 
 from mim_refiner.core.metrics import clustering_accuracy, normalized_mutual_information
@@ -22,18 +22,25 @@ from mim_refiner.errors import InputError
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import AccuracyScore, required_labels
 
+SILHOUETTE_ROWS = 5000  # it compares all pairs
+
 
 @dataclass(frozen=True)
 class ClusteringScore:
-    """Agreement of the clustering of lowest inertia with the classes, all in 0-1 (ARI may be slightly negative).
+    """Agreement of the clustering of lowest inertia with the classes, in 0-1 (ARI and AMI may be slightly negative).
 
-    ``ci95`` is the Wilson interval of the accuracy at the found assignment: test images are its only randomness.
+    ``silhouette`` (-1 to 1, higher is better) and ``davies_bouldin`` (from 0, lower is better) say how separate the
+    classes themselves lie in the features; NaN where there is one class only. ``ci95`` is the Wilson interval of the
+    accuracy at the found assignment: test images are its only randomness.
     """
 
     accuracy: float
     ci95: tuple[float, float]
     nmi: float
+    ami: float
     ari: float
+    silhouette: float
+    davies_bouldin: float
     inertia: float
     clusters: NDArray[np.int64]  # [N]
     correct: NDArray[np.bool_]  # [N] under the best one-to-one map of clusters to classes
@@ -43,7 +50,7 @@ def clustering_protocol(
     features: Features,
     *,
     num_clusters: int | None = None,
-    num_seeds: int = 10,
+    num_seeds: int = 100,
     batch_size: int = 1024,
     max_iter: int = 100,
     seed: int = 0,
@@ -63,10 +70,9 @@ def clustering_protocol(
         )
     scores = {}
     for done, key in enumerate(features.keys):
-        clusters, inertia = _best_kmeans(
-            prepare(features[key]).numpy(), k, num_seeds, {"batch_size": batch_size, "max_iter": max_iter}, seed
-        )
-        scores[key] = score_clusters(labels, clusters, inertia)
+        x = prepare(features[key]).numpy()
+        clusters, inertia = _best_kmeans(x, k, num_seeds, {"batch_size": batch_size, "max_iter": max_iter}, seed)
+        scores[key] = score_clusters(labels, clusters, inertia, class_separation(x, labels, seed))
         if progress:
             progress(done + 1, len(features.keys))
     return scores
@@ -77,14 +83,32 @@ def prepare(x: Tensor) -> Tensor:
     return F.normalize((x - x.mean(0)) / (x.std(0, correction=min(1, len(x) - 1)) + 1e-6), dim=1)
 
 
-def score_clusters(labels: NDArray[np.int64], clusters: NDArray[np.int64], inertia: float) -> ClusteringScore:
+def class_separation(x: NDArray[np.float32], labels: NDArray[np.int64], seed: int = 0) -> tuple[float, float]:
+    """(silhouette, Davies-Bouldin) of the classes in features [N, D]; the silhouette of at most 5,000 random rows."""
+    rows = np.sort(np.random.default_rng([seed, 3]).permutation(len(x))[:SILHOUETTE_ROWS])
+    if not 1 < len(np.unique(labels[rows])) < len(rows):
+        return float("nan"), float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # classes that lie in one point divide by zero
+        return float(silhouette_score(x[rows], labels[rows])), float(davies_bouldin_score(x, labels))
+
+
+def score_clusters(
+    labels: NDArray[np.int64],
+    clusters: NDArray[np.int64],
+    inertia: float,
+    separation: tuple[float, float] = (float("nan"), float("nan")),
+) -> ClusteringScore:
     """Compare clusters [N] with classes [N]."""
     correct = _correct_under_best_map(labels, clusters)
     return ClusteringScore(
         accuracy=clustering_accuracy(labels, clusters),
         ci95=AccuracyScore.of(torch.from_numpy(correct)).ci95,
         nmi=normalized_mutual_information(labels, clusters),
+        ami=float(adjusted_mutual_info_score(labels, clusters)),
         ari=float(adjusted_rand_score(labels, clusters)),
+        silhouette=separation[0],
+        davies_bouldin=separation[1],
         inertia=inertia,
         clusters=clusters,
         correct=correct,

@@ -1,10 +1,11 @@
-"""Frozen features: one forward pass of an image set for all blocks and poolings asked for."""
+"""Frozen features: one forward pass of an image set for all blocks, poolings and norms asked for, or none if cached."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from mim_refiner.core.device import autocast, resolve_precision
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.loaders import eval_batches
+from mim_refiner.data.loaders import default_crop_ratio, eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import DataError, InputError
+from mim_refiner.evaluation.cache import FeatureCache, data_identity, model_identity, rows_identity
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.types import BackboneInfo
+from mim_refiner.types import BackboneInfo, BlockOutput
 
 POOLINGS = ("cls", "mean")
 FeatureKey = tuple[int, str]  # (block, counted from 0; pooling)
@@ -57,6 +59,23 @@ class Features:
         return Features(values, labels, self.indices[rows], self.depth, self.norm)
 
 
+@dataclass(frozen=True)
+class ImageTransform:
+    """How the images of a set become uint8 batches [B, 3, S, S] and their positions in the set [B].
+
+    ``name`` says everything that the pixels depend on (with all numbers and seeds): it is part of a cache entry's key.
+    ``batches`` takes (images, image size, batch size, indices or None), as ``data.loaders.eval_batches``.
+    """
+
+    name: str
+    batches: Callable[..., Iterator[tuple[Tensor, Tensor]]]
+
+
+CENTRE_CROP = ImageTransform(
+    "centre crop", lambda images, size, batch, indices: eval_batches(images, size, batch, indices=indices)
+)
+
+
 def extract_features(
     backbone: Backbone,
     images: ImageSet,
@@ -64,64 +83,152 @@ def extract_features(
     blocks: str | Sequence[int] = "all",
     poolings: Sequence[str] | None = None,
     norm: bool = False,
+    **options: Any,
+) -> Features:
+    """Pool the tokens after each of ``blocks`` by each of ``poolings``, in one forward pass, images in order.
+
+    ``norm`` applies the final norm to every block output. ``options``: image_size, batch_size, device, precision,
+    indices, transform, cache, progress as in :func:`feature_sets`, which gives features with and without the norm at
+    once. Same inputs, same bits on one machine.
+    """
+    return feature_sets(backbone, images, blocks=blocks, poolings=poolings, norms=(norm,), **options)[norm]
+
+
+def feature_sets(
+    backbone: Backbone,
+    images: ImageSet,
+    *,
+    blocks: str | Sequence[int] = "all",
+    poolings: Sequence[str] | None = None,
+    norms: Sequence[bool] = (False, True),
     image_size: int | None = None,
     batch_size: int = 256,
     device: torch.device | str | None = None,
     precision: str = "fp32",
     indices: Sequence[int] | NDArray[np.int64] | Tensor | None = None,
+    transform: ImageTransform = CENTRE_CROP,
+    cache: FeatureCache | None = None,
     progress: Progress | None = None,
-) -> Features:
-    """Pool the tokens after each of ``blocks`` by each of ``poolings``, in one forward pass, images in order.
+) -> dict[bool, Features]:
+    """Features of every block and pooling, for each of ``norms`` (False: raw tokens, True: the final norm applied).
 
-    Images are resized and centre-cropped to ``image_size`` (the encoder's own when None) and normalised as the
-    encoder wants it. ``norm`` applies the final norm to every block output. The backbone is moved to ``device`` (None:
-    stays where it is), runs in eval mode, and gets every module's mode back. Same inputs, same bits on one machine.
+    Images are resized and centre-cropped to ``image_size`` (the encoder's own when None) unless ``transform`` says
+    otherwise, and normalised as the encoder wants it. With ``cache`` every (block, pooling, norm) found there is read
+    and only the rest is computed, in one forward pass. The backbone is moved to ``device`` (None: stays where it is),
+    runs in eval mode, and gets every module's mode back.
     Raises InputError for an unknown block or pooling, DataError for non-finite features or > 10 % unreadable images.
     """
-    block_numbers = resolve_blocks(blocks, backbone.info.depth)
-    names = resolve_poolings(poolings, backbone.info)
+    keys = [
+        (block, pooling, bool(norm))
+        for norm in dict.fromkeys(norms)
+        for block in resolve_blocks(blocks, backbone.info.depth)
+        for pooling in resolve_poolings(poolings, backbone.info)
+    ]
     device = _device_of(backbone) if device is None else torch.device(device)
     backbone.to(device)
     precision = resolve_precision(precision, device)
     size = image_size or square_image_size(backbone.info)
-    total = len(images) if indices is None else len(indices)
-    buffers: dict[FeatureKey, Tensor] = {}
+    chosen = None if indices is None else np.asarray(indices, dtype=np.int64)
+    identity = {} if cache is None else _identity(backbone, images, chosen, transform, size, precision, device)
+    found = {} if cache is None else {key: cache.get({**identity, **_key_identity(key)}) for key in keys}
+    missing = [key for key in keys if found.get(key) is None]
+    values: dict[_FullKey, Tensor] = {}
+    rows: Tensor | None = None
+    if missing:
+        batches = transform.batches(images, size, batch_size, chosen)
+        total = len(images) if chosen is None else len(chosen)
+        values, rows = _forward(backbone, batches, missing, total, device, precision, progress)
+        if cache is not None:
+            for key in missing:
+                cache.put({**identity, **_key_identity(key)}, {"features": values[key], "rows": rows})
+    for key, entry in found.items():
+        if entry is not None:
+            values[key], rows = entry["features"], entry["rows"]
+    values = {key: values[key] for key in keys}  # in the order of extraction
+    return {norm: _of_norm(backbone, images, values, rows, norm) for norm in dict.fromkeys(map(bool, norms))}
+
+
+_FullKey = tuple[int, str, bool]  # block, pooling, norm
+
+
+def _forward(
+    backbone: Backbone,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    keys: Sequence[_FullKey],
+    total: int,
+    device: torch.device,
+    precision: str,
+    progress: Progress | None,
+) -> tuple[dict[_FullKey, Tensor], Tensor]:
+    """One pass over the images for all ``keys``: {key: float32 [N, D]} and the positions of the rows [N]."""
+    wanted = list(dict.fromkeys(key[0] for key in keys))
+    buffers: dict[_FullKey, Tensor] = {}
     seen: list[Tensor] = []
     done = 0
     with evaluation_mode(backbone), torch.inference_mode():
-        for batch, positions in eval_batches(images, size, batch_size, indices=indices):
+        for batch, positions in batches:
             inputs = normalize(batch.to(device, non_blocking=True), backbone.info.mean, backbone.info.std)
-            with autocast(precision, device):
-                outputs = backbone.forward_blocks(inputs, block_numbers, norm=norm)
             rows = slice(done, done + len(positions))
-            for block, output in zip(block_numbers, outputs, strict=True):
-                for name in names:
-                    pooled = output.pooled(name).float().cpu()
-                    if (block, name) not in buffers:
-                        with torch.inference_mode(False):  # an ordinary tensor, free to be trained on later
-                            buffers[block, name] = torch.empty(total, pooled.shape[1])
-                    buffers[block, name][rows] = pooled
+            with autocast(precision, device):
+                outputs = dict(zip(wanted, backbone.forward_blocks(inputs, wanted), strict=True))
+                normed = {key[0]: _normed(backbone, outputs[key[0]]) for key in keys if key[2]}
+            for block, pooling, norm in keys:
+                pooled = (normed if norm else outputs)[block].pooled(pooling).float().cpu()
+                if (block, pooling, norm) not in buffers:
+                    with torch.inference_mode(False):  # an ordinary tensor, free to be trained on later
+                        buffers[block, pooling, norm] = torch.empty(total, pooled.shape[1])
+                buffers[block, pooling, norm][rows] = pooled
             seen.append(positions)
             done = rows.stop
             if progress:
                 progress(done, total)
-    return _finish(backbone, images, buffers, torch.cat(seen) if seen else None, norm)
-
-
-def _finish(
-    backbone: Backbone, images: ImageSet, buffers: dict[FeatureKey, Tensor], rows: Tensor | None, norm: bool
-) -> Features:
-    if rows is None:
-        raise DataError(f"{images.description}: no image to compute features of; give at least one readable image")
-    values = {key: buffer[: len(rows)] for key, buffer in buffers.items()}  # unreadable images have no row
-    for (block, name), value in values.items():
+    if not seen:
+        raise DataError("no image to compute features of; give at least one readable image")
+    values = {key: buffer[:done] for key, buffer in buffers.items()}  # unreadable images have no row
+    for (block, pooling, _), value in values.items():
         if not bool(torch.isfinite(value).all()):
             raise DataError(
-                f"{images.description}: {name} features of block {block} hold NaN or infinity; "
-                "check the checkpoint, or use fp32 precision"
+                f"{pooling} features of block {block} hold NaN or infinity; check the checkpoint, or use fp32 precision"
             )
+    return values, torch.cat(seen)
+
+
+def _normed(backbone: Backbone, output: BlockOutput) -> BlockOutput:
+    cls = None if output.cls is None else backbone.final_norm(output.cls[:, None])[:, 0]
+    return BlockOutput(cls=cls, patches=backbone.final_norm(output.patches))
+
+
+def _of_norm(
+    backbone: Backbone, images: ImageSet, values: Mapping[_FullKey, Tensor], rows: Tensor | None, norm: bool
+) -> Features:
+    assert rows is not None  # every key was found or computed
     labels = None if images.labels is None else torch.from_numpy(images.labels[rows.numpy()])
-    return Features(values, labels, rows, backbone.info.depth, norm)
+    chosen = {key[:2]: value for key, value in values.items() if key[2] == norm}
+    return Features(chosen, labels, rows, backbone.info.depth, norm)
+
+
+def _identity(
+    backbone: Backbone,
+    images: ImageSet,
+    indices: NDArray[np.int64] | None,
+    transform: ImageTransform,
+    size: int,
+    precision: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """All that the features depend on but block, pooling and norm. The batch size is left out: it moves last bits."""
+    return {
+        "kind": "pooled",
+        "model": model_identity(backbone),
+        "data": data_identity(images),
+        "rows": rows_identity(indices),
+        "transform": [transform.name, size, default_crop_ratio(size)],
+        "computed": [precision, device.type, torch.__version__],
+    }
+
+
+def _key_identity(key: _FullKey) -> dict[str, Any]:
+    return dict(zip(("block", "pooling", "norm"), key, strict=True))
 
 
 def resolve_blocks(blocks: str | Sequence[int], depth: int) -> tuple[int, ...]:

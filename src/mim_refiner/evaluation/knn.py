@@ -39,7 +39,7 @@ def knn_protocol(
     k: int = 10,
     temperature: float = 0.07,
     standardize: bool = True,
-    chunk_size: int = 1024,
+    chunk_size: int = 16384,
     device: torch.device | str = "cpu",
 ) -> dict[FeatureKey, AccuracyScore]:
     """Score every (block, pooling) of ``train`` (the bank) by the paper's settings (method section 6).

@@ -1,13 +1,14 @@
-"""Linear probe: a grid of learning rates on frozen features, trained in one pass (method section 6).
+"""Linear probe: a grid of learning rates and feature sets on frozen features, trained in one pass (method section 6).
 
-All probes of a grid see the same batches, so their weights lie side by side in one matrix [D, R * C] and a step of the
-whole grid is two matrix products.
+All probes of a grid see the same batches behind the same BatchNorm (it has no parameters of its own, so features that
+several sets share are normalised once). The weights of all learning rates on one set lie side by side in one matrix
+[D, R * C]: a step of the whole grid is two matrix products a set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,12 +23,19 @@ from mim_refiner.evaluation.splits import stratified_split
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.3, 0.5)
 
 
+FeatureSet = tuple[FeatureKey, ...]  # (block, pooling) whose features are concatenated
+EpochFeatures = Callable[[int], Features]  # the train features of an epoch, in the row order of the train set
+
+
 @dataclass(frozen=True)
 class LinearProbeSettings:
-    """The paper's values, except that features are computed once: no augmentation (``augment`` is always False).
+    """The paper's values, except that by default features are computed once, from centre crops.
 
-    ``learning_rates`` are for 256 images a step and scale with the batch. ``held_out`` is the share of train that the
-    rate is selected on and no probe trains on; 0 trains on everything and only reports the best on test.
+    With ``augment`` every epoch sees new crops (of ``crop_scale`` of the image's area) and flips, as in the paper: one
+    forward pass an epoch. ``learning_rates`` are for 256 images a step and scale with the batch. ``held_out`` is the
+    share of train that rate and feature set are selected on and no probe trains on; 0 trains on everything and only
+    reports the best on test. ``last`` > 1 adds the concatenation of that many last blocks, ``concatenate`` that of
+    class token and mean patch.
     """
 
     learning_rates: Sequence[float] = LEARNING_RATES
@@ -38,7 +46,10 @@ class LinearProbeSettings:
     end_rate: float = 1e-6
     init_std: float = 0.01
     held_out: float = 0.1
-    augment: bool = field(default=False, init=False)
+    last: int = 4
+    concatenate: bool = True
+    augment: bool = False
+    crop_scale: Sequence[float] = (0.08, 1.0)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class LinearProbeScore:
     selected: AccuracyScore | None  # rate selected on the held-out part of train; None with held_out=0
     selected_rate: float | None
     by_rate: tuple[float, ...]  # test accuracy of every rate
+    held_out_accuracy: float | None = None  # of the selected rate
 
 
 def linear_probe(
@@ -60,69 +72,165 @@ def linear_probe(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[FeatureKey, LinearProbeScore]:
-    """Train and score one grid for every (block, pooling).
+    """Train and score the learning rates for every (block, pooling); see :func:`probe_sets`."""
+    scores = probe_sets(train, test, [(key,) for key in train.keys], settings, seed=seed, device=device)
+    return {feature_set[0]: score for feature_set, score in scores.items()}
 
+
+def probe_sets(
+    train: Features,
+    test: Features,
+    sets: Sequence[FeatureSet],
+    settings: LinearProbeSettings | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    epoch_features: EpochFeatures | None = None,
+) -> dict[FeatureSet, LinearProbeScore]:
+    """Train every learning rate on every feature set, all at once, and score each set.
+
+    ``epoch_features`` gives the training features of an epoch (augmented); by default they are ``train`` throughout.
     Raises DataError without labels, InputError for unusable settings.
     """
     settings = settings or LinearProbeSettings()
-    _check(settings)
+    check_linear(settings)
     labels, test_y = required_labels(train, "train"), required_labels(test, "test")
     kept, held = torch.arange(len(labels)), torch.arange(0)
     if settings.held_out > 0:
         kept, held = map(torch.from_numpy, stratified_split(labels.numpy(), settings.held_out, seed))
     num_classes = int(torch.cat([labels, test_y]).max()) + 1
-    scores = {}
-    for key in train.keys:
-        x = train[key]
-        grid = ProbeGrid(x.shape[1], num_classes, settings, seed=seed, device=device)
-        grid.fit(x[kept], labels[kept])
-        on_test = grid.predict(test[key]) == test_y[:, None]
-        on_held_out = grid.predict(x[held]) == labels[held][:, None] if len(held) else None
-        scores[key] = _score(on_test, on_held_out, settings.learning_rates)
-    return scores
+    layout = Layout.of(sets, {key: train[key].shape[1] for feature_set in sets for key in feature_set})
+    grid = ProbeGrid(layout, num_classes, settings, seed=seed, device=device)
+    fixed = layout.gather(train)[kept] if epoch_features is None else torch.empty(0)
+
+    def features(epoch: int) -> Tensor:
+        return fixed if epoch_features is None else layout.gather(epoch_features(epoch))[kept]
+
+    grid.fit(features, labels[kept])
+    on_test = grid.predict(layout.gather(test)) == test_y[:, None, None]
+    on_held_out = grid.predict(layout.gather(train)[held]) == labels[held][:, None, None] if len(held) else None
+    return {
+        feature_set: _score(
+            on_test[:, number], None if on_held_out is None else on_held_out[:, number], settings.learning_rates
+        )
+        for number, feature_set in enumerate(sets)
+    }
+
+
+def fitted_probe(
+    train: Features,
+    key: FeatureKey,
+    settings: LinearProbeSettings,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Train one (block, pooling) and return (features [N, D], classes that may occur or None) -> classes [N].
+
+    The rate is the one that is best on the held-out part of train, on train itself when nothing is held out.
+    """
+    check_linear(settings)
+    labels = required_labels(train, "train")
+    kept = held = torch.arange(len(labels))
+    if settings.held_out > 0:
+        kept, held = map(torch.from_numpy, stratified_split(labels.numpy(), settings.held_out, seed))
+    layout = Layout.of([(key,)], {key: train[key].shape[1]})
+    grid = ProbeGrid(layout, int(labels.max()) + 1, settings, seed=seed, device=device)
+    fixed = train[key][kept]
+    grid.fit(lambda _: fixed, labels[kept])
+    rate = int((grid.predict(train[key][held])[:, 0] == labels[held][:, None]).float().mean(0).argmax())
+    return lambda x, present: grid.predict(x, classes=present)[:, 0, rate]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order of (block, pooling) in one matrix, such that most sets are a run of columns and need no copy."""
+
+    keys: FeatureSet
+    columns: tuple[slice | Tensor, ...]  # of every set
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sets: Sequence[FeatureSet], dims: Mapping[FeatureKey, int]) -> Layout:
+        """The paper's four sets are runs of [mean of last, class of last, other class tokens, other means]."""
+        last = max(key[0] for feature_set in sets for key in feature_set)
+        every = dict.fromkeys(key for feature_set in sets for key in feature_set)
+
+        def place(key: FeatureKey) -> tuple[bool, bool, int]:
+            return key[0] != last, (key[1] == "cls") == (key[0] == last), key[0]
+
+        keys = tuple(sorted(every, key=place))
+        start, starts = 0, {}
+        for key in keys:
+            starts[key], start = start, start + dims[key]
+        columns: list[slice | Tensor] = []
+        for feature_set in sets:
+            chosen = sorted(feature_set, key=keys.index)
+            index = torch.cat([torch.arange(starts[key], starts[key] + dims[key]) for key in chosen])
+            run = int(index[-1]) - int(index[0]) + 1 == len(index)
+            columns.append(slice(int(index[0]), int(index[-1]) + 1) if run else index)
+        widths = tuple(sum(dims[key] for key in feature_set) for feature_set in sets)
+        return cls(keys, tuple(columns), widths)
+
+    def gather(self, features: Features) -> Tensor:
+        """All features side by side, [N, sum of dims]."""
+        return features[self.keys[0]] if len(self.keys) == 1 else torch.cat([features[key] for key in self.keys], 1)
 
 
 class ProbeGrid:
-    """R linear classifiers of C classes behind one BatchNorm without affine parameters."""
+    """S feature sets times R linear classifiers of C classes behind one BatchNorm without affine parameters."""
 
     def __init__(
-        self, dim: int, num_classes: int, settings: LinearProbeSettings, *, seed: int, device: torch.device | str
+        self,
+        layout: Layout,
+        num_classes: int,
+        settings: LinearProbeSettings,
+        *,
+        seed: int,
+        device: torch.device | str,
     ) -> None:
-        self.settings, self.seed, self.device, self.num_classes = settings, seed, torch.device(device), num_classes
-        self.num_probes = len(settings.learning_rates)
+        self.layout, self.settings, self.seed, self.num_classes = layout, settings, seed, num_classes
+        self.device = torch.device(device)
+        self.rates = len(settings.learning_rates)
+        self.columns = [part if isinstance(part, slice) else part.to(device) for part in layout.columns]
+        dim = max(part.stop if isinstance(part, slice) else int(part.max()) + 1 for part in layout.columns)
         self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6).to(device)
-        start = torch.randn(dim, num_classes, generator=torch.Generator().manual_seed(seed)) * settings.init_std
-        # the same start for every rate: the grid then differs in nothing else
-        self.weight = start.repeat(1, self.num_probes).to(device)  # [D, R * C]
-        self.bias = torch.zeros(self.num_probes * num_classes, device=device)
+        self.weights = []  # per set [D, R * C]
+        for width in layout.widths:
+            start = torch.randn(width, num_classes, generator=torch.Generator().manual_seed(seed)) * settings.init_std
+            # the same start for every rate: the grid then differs in nothing else
+            self.weights.append(start.repeat(1, self.rates).to(device))
+        self.biases = [torch.zeros(self.rates * num_classes, device=device) for _ in layout.widths]
 
     @torch.no_grad()
-    def fit(self, x: Tensor, y: Tensor) -> None:
-        """SGD on cross-entropy over features [N, D], labels [N]; the incomplete last batch of an epoch is dropped."""
-        settings = self.settings
-        x, y = x.to(self.device), y.to(self.device)
-        batch_size = min(settings.batch_size, len(x))
-        steps = len(x) // batch_size
+    def fit(self, features: Callable[[int], Tensor], y: Tensor) -> None:
+        """SGD on cross-entropy over ``features(epoch)`` [N, D], labels [N]; an incomplete last batch is dropped."""
+        settings, y = self.settings, y.to(self.device)
+        batch_size = min(settings.batch_size, len(y))
+        steps = len(y) // batch_size
         total = settings.epochs * steps
-        velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        velocities = [
+            (torch.zeros_like(w), torch.zeros_like(b)) for w, b in zip(self.weights, self.biases, strict=True)
+        ]
         generator = torch.Generator().manual_seed(self.seed)
         self.norm.train()
         for step in range(total):
             if step % steps == 0:
-                order = torch.randperm(len(x), generator=generator).to(self.device)
+                x = features(step // steps).to(self.device)
+                order = torch.randperm(len(y), generator=generator).to(self.device)
             rows = order[(step % steps) * batch_size : (step % steps + 1) * batch_size]
-            self._step(x[rows], y[rows], self._rates(step, total, batch_size), velocity)
+            normed, targets, rates = self.norm(x[rows]), y[rows], self._rates(step, total, batch_size)
+            for number, velocity in enumerate(velocities):
+                self._step(number, normed[:, self.columns[number]], targets, rates, velocity)
 
-    def _step(self, x: Tensor, y: Tensor, rates: Tensor, velocity: tuple[Tensor, Tensor]) -> None:
-        normed = self.norm(x)
-        logits = torch.addmm(self.bias, normed, self.weight).view(len(x), self.num_probes, self.num_classes)
+    def _step(self, number: int, normed: Tensor, y: Tensor, rates: Tensor, velocity: tuple[Tensor, Tensor]) -> None:
+        weight, bias = self.weights[number], self.biases[number]
+        error = torch.addmm(bias, normed, weight).view(-1, self.num_classes).softmax(1)
         # gradient of the mean cross-entropy: (softmax - one-hot) / B
-        error = logits.softmax(2)
-        error[torch.arange(len(x), device=x.device), :, y] -= 1
-        error = error.div_(len(x)).view(len(x), -1)
-        for parameter, gradient, moving in zip(
-            (self.weight, self.bias), (normed.T @ error, error.sum(0)), velocity, strict=True
-        ):
+        error = error.view(len(y), self.rates, self.num_classes)
+        error[torch.arange(len(y), device=y.device), :, y] -= 1
+        error = error.div_(len(y)).view(len(y), -1)
+        for parameter, gradient, moving in zip((weight, bias), (normed.T @ error, error.sum(0)), velocity, strict=True):
             moving.mul_(self.settings.momentum).add_(gradient)
             parameter.addcmul_(moving, rates, value=-1)
 
@@ -143,31 +251,54 @@ class ProbeGrid:
         return torch.tensor(rates, device=self.device).repeat_interleave(self.num_classes)
 
     @torch.no_grad()
-    def predict(self, x: Tensor, *, chunk_size: int = 8192) -> Tensor:
-        """Classes [N, R] of features [N, D], on the CPU."""
+    def predict(self, x: Tensor, *, classes: Tensor | None = None, chunk_size: int = 8192) -> Tensor:
+        """Classes [N, S, R] of features [N, D], on the CPU; only among ``classes`` when given."""
+        barred = torch.zeros(self.num_classes, device=self.device)
+        if classes is not None:
+            barred.fill_(-torch.inf)[classes.to(self.device)] = 0
         self.norm.eval()
         parts = []
         for chunk in x.split(chunk_size):
-            logits = torch.addmm(self.bias, self.norm(chunk.to(self.device)), self.weight)
-            parts.append(logits.view(len(chunk), self.num_probes, self.num_classes).argmax(2).cpu())
+            normed = self.norm(chunk.to(self.device))
+            logits = [
+                torch.addmm(bias, normed[:, columns], weight).view(len(chunk), self.rates, self.num_classes)
+                for columns, weight, bias in zip(self.columns, self.weights, self.biases, strict=True)
+            ]
+            parts.append(torch.stack([(part + barred).argmax(2) for part in logits], dim=1).cpu())
         return torch.cat(parts)
+
+
+def paper_sets(blocks: Sequence[int], poolings: Sequence[str], settings: LinearProbeSettings) -> list[FeatureSet]:
+    """{class, class + mean} x {last block, last few}; what the encoder and ``poolings`` do not have is left out.
+
+    ``blocks`` are the available ones; the grid uses the deepest.
+    """
+    firsts: list[tuple[str, ...]] = [("cls",) if "cls" in poolings else ("mean",)]
+    if settings.concatenate and len(set(poolings)) > 1:
+        firsts.append(("cls", "mean"))
+    spans = dict.fromkeys((1, min(max(1, settings.last), len(blocks))))
+    ordered = sorted(blocks)
+    return [tuple((block, name) for block in ordered[-span:] for name in names) for span in spans for names in firsts]
 
 
 def _score(on_test: Tensor, on_held_out: Tensor | None, rates: Sequence[float]) -> LinearProbeScore:
     """Pick columns of [N, R] booleans; among equals the smallest rate wins."""
     accuracy = on_test.float().mean(0)
     best = int(np.argmax(accuracy.numpy()))
-    selected = None if on_held_out is None else int(np.argmax(on_held_out.float().mean(0).numpy()))
+    held = None if on_held_out is None else on_held_out.float().mean(0).numpy()
+    selected = None if held is None else int(np.argmax(held))
     return LinearProbeScore(
         best=AccuracyScore.of(on_test[:, best]),
         best_rate=rates[best],
         selected=None if selected is None else AccuracyScore.of(on_test[:, selected]),
         selected_rate=None if selected is None else rates[selected],
         by_rate=tuple(on_test.double().mean(0).tolist()),
+        held_out_accuracy=None if held is None or selected is None else float(held[selected]),
     )
 
 
-def _check(settings: LinearProbeSettings) -> None:
+def check_linear(settings: LinearProbeSettings) -> None:
+    """Raise InputError for settings that mean nothing."""
     rates = list(settings.learning_rates)
     if not rates or sorted(rates) != rates or rates[0] <= 0:
         raise InputError(f"linear probe: learning_rates must be positive and ascending, got {rates}")

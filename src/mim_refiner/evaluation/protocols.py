@@ -1,139 +1,206 @@
-"""The protocols behind one interface: features in, results out. A new protocol is one function and one table row."""
+"""The protocols on frozen features behind one interface: a job in, results out."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mim_refiner.core.metrics import effective_rank
-from mim_refiner.data.loaders import default_crop_ratio
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.views import ViewSpec, crop_batch
 from mim_refiner.evaluation.clustering import clustering_protocol
-from mim_refiner.evaluation.features import Features
-from mim_refiner.evaluation.knn import knn_protocol
-from mim_refiner.evaluation.linear_probe import linear_probe
+from mim_refiner.evaluation.features import FeatureKey, Features, ImageTransform
+from mim_refiner.evaluation.jobs import Job
+from mim_refiner.evaluation.knn import AccuracyScore, knn_protocol
+from mim_refiner.evaluation.linear_probe import FeatureSet, LinearProbeScore, paper_sets, probe_sets
+from mim_refiner.evaluation.low_shot import low_shot_protocol
 from mim_refiner.evaluation.results import Result
-from mim_refiner.evaluation.settings import EvaluationSettings
 
-NEEDS_LABELS = ("knn", "linear", "clustering")
-PROTOCOLS = (*NEEDS_LABELS, "rank")
 RANK_ROWS = 10_000  # rows that the effective rank looks at
 
 
-@dataclass(frozen=True)
-class Context:
-    """What the protocols share and every result repeats."""
-
-    settings: EvaluationSettings
-    seed: int
-    device: torch.device
-    data: Mapping[str, Any]
-    model_sha256: str | None
-
-    def result(
-        self, protocol: str, metric: str, features: Features, key: tuple[int, str], value: float, **rest: Any
-    ) -> Result:
-        size = self.settings.image_size
-        transform = {"image_size": size, "crop_ratio": None if size is None else default_crop_ratio(size)}
-        settings = {**transform, "precision": self.settings.precision, **rest.pop("settings")}
-        return Result(
-            protocol=protocol,
-            metric=metric,
-            value=value,
-            block=key[0],
-            pooling=key[1],
-            norm=features.norm,
-            settings=settings,
-            data=self.data,
-            model_sha256=self.model_sha256,
-            seed=self.seed,
-            **{"ci95": None, **rest},
-        )
-
-
-def _knn(train: Features, test: Features, context: Context) -> list[Result]:
-    options = {"k": context.settings.knn_k, "temperature": context.settings.knn_temperature, "standardize": True}
-    scores = knn_protocol(train, test, device=context.device, **options)  # type: ignore[arg-type]
-    return [
-        context.result(
-            "knn", "knn_top1", test, key, score.accuracy, ci95=score.ci95, correct=score.correct, settings=options
-        )
-        for key, score in scores.items()
-    ]
-
-
-def _linear(train: Features, test: Features, context: Context) -> list[Result]:
-    options = dataclasses.asdict(context.settings.linear)
+def knn(job: Job) -> list[Result]:
+    """k-NN of every block and pooling, and of the last few blocks concatenated."""
+    options: dict[str, Any] = {
+        "k": job.settings.knn_k,
+        "temperature": job.settings.knn_temperature,
+        "standardize": True,
+    }
     results = []
-    for key, score in linear_probe(
-        train, test, context.settings.linear, seed=context.seed, device=context.device
+    for key, score in knn_protocol(
+        job.of_blocks(job.train), job.of_blocks(job.test), device=job.device, **options
     ).items():
-        grid = {**options, "accuracy_by_rate": score.by_rate}
-        chosen = [("linear_top1_best", score.best, score.best_rate, "best on test")]
-        if score.selected is not None:
-            chosen.append(
-                ("linear_top1", score.selected, score.selected_rate or 0.0, "best on a held-out part of train")
-            )
-        for metric, accuracy, rate, selection in chosen:
-            shown = {**grid, "selection": selection, "selected_rate": rate}
-            results.append(
-                context.result(
-                    "linear",
-                    metric,
-                    test,
-                    key,
-                    accuracy.accuracy,
-                    ci95=accuracy.ci95,
-                    correct=accuracy.correct,
-                    settings=shown,
-                )
-            )
+        results.append(_accuracy(job, "knn", "knn_top1", key, score, options))
+    together = job.last_blocks(job.settings.knn_last)
+    if len(together) > 1:
+        train, test = (_concatenated(features, together, job.poolings) for features in (job.train, job.test))
+        shown = {**options, "blocks": list(together)}
+        results += [
+            _accuracy(job, "knn", f"knn_top1_last{len(together)}", key, score, shown)
+            for key, score in knn_protocol(train, test, device=job.device, **options).items()
+        ]
     return results
 
 
-def _clustering(_: Features, test: Features, context: Context) -> list[Result]:
+def linear(job: Job) -> list[Result]:
+    """The linear probe of every block and pooling, and the paper's grid over feature sets, in one pass."""
+    settings = job.settings.linear
+    singles: list[FeatureSet] = [(key,) for key in job.of_blocks(job.train).keys]
+    grid = paper_sets(job.last_blocks(max(1, settings.last)), job.poolings, settings) if _concatenates(job) else []
+    sets = list(dict.fromkeys(singles + grid))
+    scores = probe_sets(
+        job.train,
+        job.test,
+        sets,
+        settings,
+        seed=job.seed,
+        device=job.device,
+        epoch_features=_augmented(job, sets) if settings.augment else None,
+    )
     results = []
-    for key, score in clustering_protocol(test, num_seeds=context.settings.cluster_seeds, seed=context.seed).items():
-        options = {
-            "algorithm": "mini-batch k-means",
-            "clusters": len(np.unique(test.labels)) if test.labels is not None else 0,
-            "seeds": context.settings.cluster_seeds,
-            "features": "standardised, L2-normalised",
-            "inertia": score.inertia,
-        }
-        results += [
-            context.result(
-                "clustering",
-                "cluster_accuracy",
-                test,
+    for feature_set in sets:
+        for suffix, accuracy, shown in _selections(job, scores[feature_set]):
+            blocks = sorted({key[0] for key in feature_set})
+            name = f"linear_top1{f'_last{len(blocks)}' if len(blocks) > 1 else ''}{suffix}"
+            key = blocks[-1], "+".join(dict.fromkeys(key[1] for key in feature_set))
+            results.append(_accuracy(job, "linear", name, key, accuracy, {**shown, "blocks": blocks}))
+    return results + (_grid_results(job, {chosen: scores[chosen] for chosen in grid}) if len(grid) > 1 else [])
+
+
+def low_shot(job: Job) -> list[Result]:
+    """Logistic regression on 1, 2, 5 images a class."""
+    settings = job.settings.low_shot
+    suffix = "_reference" if settings.scoring == "reference" else ""
+    results = []
+    for (key, shots), score in low_shot_protocol(
+        job.of_blocks(job.train), job.of_blocks(job.test), settings, seed=job.seed
+    ).items():
+        options = {**dataclasses.asdict(settings), "shots": shots, "accuracy_by_split": score.by_split}
+        results.append(
+            job.result(
+                "low_shot",
+                f"low_shot_{shots}_top1{suffix}",
                 key,
                 score.accuracy,
                 ci95=score.ci95,
                 correct=score.correct,
                 settings=options,
-            ),
-            context.result("clustering", "nmi", test, key, score.nmi, settings=options),
-            context.result("clustering", "ari", test, key, score.ari, settings=options),
-        ]
+            )
+        )
     return results
 
 
-def _rank(train: Features, _: Features, context: Context) -> list[Result]:
-    rows = np.sort(np.random.default_rng(context.seed).permutation(len(train))[:RANK_ROWS])
+def clustering(job: Job) -> list[Result]:
+    """Mini-batch k-means on the test features, and the separation of the classes."""
+    test = job.of_blocks(job.test)
+    seeds = job.settings.cluster_seeds
+    results = []
+    for key, score in clustering_protocol(test, num_seeds=seeds, seed=job.seed).items():
+        options = {
+            "algorithm": "mini-batch k-means",
+            "clusters": len(np.unique(test.labels)) if test.labels is not None else 0,
+            "seeds": seeds,
+            "features": "standardised, L2-normalised",
+            "inertia": score.inertia,
+        }
+        best = AccuracyScore(score.accuracy, score.ci95, score.correct)
+        results.append(_accuracy(job, "clustering", "cluster_accuracy", key, best, options))
+        for metric in ("nmi", "ami", "ari", "silhouette", "davies_bouldin"):
+            results.append(job.result("clustering", metric, key, getattr(score, metric), settings=options))
+    return results
+
+
+def rank(job: Job) -> list[Result]:
+    """Effective rank of the train features; needs no labels."""
+    rows = np.sort(np.random.default_rng(job.seed).permutation(len(job.train))[:RANK_ROWS])
     options = {"rows": len(rows), "features": "raw, of train"}
     return [
-        context.result("rank", "rank", train, key, effective_rank(train[key][rows]), settings=options)
-        for key in train.keys
+        job.result("rank", "rank", key, effective_rank(job.train[key][rows]), settings=options)
+        for key in job.of_blocks(job.train).keys
     ]
 
 
-RUNNERS: dict[str, Callable[[Features, Features, Context], list[Result]]] = {
-    "knn": _knn,
-    "linear": _linear,
-    "clustering": _clustering,
-    "rank": _rank,
-}
+def _concatenates(job: Job) -> bool:
+    settings = job.settings.linear
+    return settings.last > 1 or (settings.concatenate and len(job.poolings) > 1)
+
+
+def _selections(job: Job, score: LinearProbeScore) -> Iterator[tuple[str, AccuracyScore, dict[str, Any]]]:
+    """("_best" and "", accuracy, settings): the paper's selection on the test set, and the honest one."""
+    options = {**dataclasses.asdict(job.settings.linear), "accuracy_by_rate": score.by_rate}
+    yield "_best", score.best, {**options, "selection": "best on test", "selected_rate": score.best_rate}
+    if score.selected is not None:
+        chosen = {"selection": "best on a held-out part of train", "selected_rate": score.selected_rate}
+        yield "", score.selected, {**options, **chosen}
+
+
+def _grid_results(job: Job, scores: dict[FeatureSet, LinearProbeScore]) -> list[Result]:
+    """The whole grid as one number: the best probe on test (the paper's), and the best on the held-out part."""
+    probes = len(scores) * len(job.settings.linear.learning_rates)
+
+    def one(feature_set: FeatureSet, metric: str, accuracy: AccuracyScore, shown: dict[str, Any]) -> Result:
+        blocks, poolings = sorted({key[0] for key in feature_set}), dict.fromkeys(key[1] for key in feature_set)
+        options = {**shown, "probes": probes, "blocks": blocks, "chosen_pooling": "+".join(poolings)}
+        return _accuracy(job, "linear", metric, (blocks[-1], "grid"), accuracy, options)
+
+    best = max(scores, key=lambda feature_set: scores[feature_set].best.accuracy)
+    (_, accuracy, shown), *_ = _selections(job, scores[best])
+    results = [one(best, "linear_top1_grid_best", accuracy, shown)]
+    chosen = max(scores, key=lambda feature_set: scores[feature_set].held_out_accuracy or 0.0)
+    for suffix, accuracy, shown in _selections(job, scores[chosen]):
+        if not suffix:
+            results.append(one(chosen, "linear_top1_grid", accuracy, shown))
+    return results
+
+
+def _augmented(job: Job, sets: list[FeatureSet]) -> Any:
+    """Features of random crops and flips, new ones every epoch (the paper's training augmentation)."""
+    blocks = sorted({key[0] for feature_set in sets for key in feature_set})
+    low, high = job.settings.linear.crop_scale
+
+    def features(epoch: int) -> Features:
+        # not cached: used once, and fifty such entries would push everything else out
+        return job.features_of(
+            job.train_images,
+            job.train.indices,
+            blocks=blocks,
+            poolings=job.poolings,
+            transform=random_crops(float(low), float(high), seed=job.seed, epoch=epoch),
+            what=f"linear: augmented epoch {epoch + 1} of {job.settings.linear.epochs}",
+            cached=False,
+        )
+
+    return features
+
+
+def random_crops(low: float, high: float, *, seed: int, epoch: int) -> ImageTransform:
+    """Random resized crops of ``low`` to ``high`` of the area, flipped half the time; a function of seed and epoch."""
+
+    def batches(
+        images: ImageSet, size: int, batch_size: int, indices: NDArray[np.int64] | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        spec = ViewSpec("probe", size, scale=(low, high), jitter_prob=0.0, gray_prob=0.0)
+        rows = np.arange(len(images)) if indices is None else indices
+        for start in range(0, len(rows), batch_size):
+            chosen = [int(row) for row in rows[start : start + batch_size]]
+            pixels = [images.load(row) for row in chosen]
+            crops = crop_batch(pixels, spec, seed=seed, epoch=epoch, position=start, view=0)
+            yield torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2))), torch.tensor(chosen)
+
+    return ImageTransform(f"random crop {low}-{high} and flip, seed {seed} epoch {epoch}", batches)
+
+
+def _concatenated(features: Features, blocks: tuple[int, ...], poolings: tuple[str, ...]) -> Features:
+    values = {(blocks[-1], name): torch.cat([features[block, name] for block in blocks], 1) for name in poolings}
+    return dataclasses.replace(features, values=values)
+
+
+def _accuracy(
+    job: Job, protocol: str, metric: str, key: FeatureKey, score: AccuracyScore, options: dict[str, Any]
+) -> Result:
+    return job.result(protocol, metric, key, score.accuracy, ci95=score.ci95, correct=score.correct, settings=options)

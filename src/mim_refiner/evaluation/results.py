@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim_refiner._version import __version__
+from mim_refiner.core.metrics import crossed_interval, mean_iou_interval, paired_interval
 from mim_refiner.files import json_value
 
 
@@ -18,8 +19,9 @@ from mim_refiner.files import json_value
 class Result:
     """A metric of one block and pooling. The fields up to ``version`` are the public JSON contract.
 
-    ``ci95`` is None for metrics without a sampling interval (rank, NMI, ARI). ``correct`` [N] (per test image, in
-    test order) allows paired comparisons and stays out of the JSON.
+    ``ci95`` is None for metrics without a sampling interval (rank, NMI, ARI ...). What allows paired comparisons stays
+    out of the JSON: ``correct`` per test image in test order, [N], or [draws, N] when several training sets were drawn
+    (shares where an image was judged several times), and ``confusions``, pixel counts per test image [N, C, C].
     """
 
     protocol: str
@@ -34,7 +36,8 @@ class Result:
     model_sha256: str | None
     seed: int
     version: str = __version__
-    correct: NDArray[np.bool_] | None = field(default=None, repr=False, compare=False)
+    correct: NDArray[Any] | None = field(default=None, repr=False, compare=False)
+    confusions: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -52,6 +55,17 @@ CONTRACT_FIELDS = (
     "protocol", "metric", "value", "ci95", "block", "pooling", "norm", "settings", "data", "model_sha256", "seed",
     "version",
 )  # fmt: skip
+
+
+def paired_change(before: Result, after: Result) -> tuple[float, float, float] | None:
+    """(difference after - before, low, high), 95 %, on the same test images; None where nothing per image is known."""
+    if before.confusions is not None and after.confusions is not None:
+        return mean_iou_interval(after.confusions, before.confusions)
+    if before.correct is None or after.correct is None or before.correct.shape != after.correct.shape:
+        return None
+    if before.correct.ndim == 2 or before.correct.dtype != bool:
+        return crossed_interval(np.atleast_2d(after.correct.astype(float) - before.correct))
+    return paired_interval(before.correct, after.correct)
 
 
 def result_name(metric: str, block: int, pooling: str) -> str:

@@ -9,29 +9,61 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mim_refiner.errors import InputError, did_you_mean
+from mim_refiner.evaluation.finetune import FinetuneSettings
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings
+from mim_refiner.evaluation.long_tail import LongTailSettings
+from mim_refiner.evaluation.low_shot import LowShotSettings
+from mim_refiner.evaluation.robustness import RobustnessSettings
+from mim_refiner.evaluation.segmentation import SegmentationSettings
+
+QUICK_CLUSTER_SEEDS = 10
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Settings of the protocols; the defaults are the paper's where method.md gives them."""
+    """Settings of the protocols; the defaults are the paper's where method.md gives them.
+
+    One exception: ``linear.augment`` is off (one forward pass, not one an epoch); the suite ``paper`` turns it on.
+    """
 
     knn_k: int = 10
     knn_temperature: float = 0.07
+    knn_last: int = 4  # also the concatenation of so many last blocks; 0 or 1: not
+    cluster_seeds: int = 100
     linear: LinearProbeSettings = field(default_factory=LinearProbeSettings)
-    cluster_seeds: int = 10
+    low_shot: LowShotSettings = field(default_factory=LowShotSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    long_tail: LongTailSettings = field(default_factory=LongTailSettings)
+    segmentation: SegmentationSettings = field(default_factory=SegmentationSettings)
+    robustness: RobustnessSettings = field(default_factory=RobustnessSettings)
     test_share: float = 0.2  # held out of train when there is no test set
     image_size: int | None = None  # None: the encoder's own
     batch_size: int = 256
     precision: str = "fp32"
 
     @classmethod
-    def from_overrides(cls, items: Iterable[str] | None) -> EvaluationSettings:
-        """Apply ``["knn_k=20", "linear.epochs=10", "linear.learning_rates=[0.1, 0.2]"]`` to the defaults.
+    def quick(cls, **changes: Any) -> EvaluationSettings:
+        """For comparisons along the way: one block, one pooling at a time, few starts of the clustering."""
+        quick = cls(
+            knn_last=1,
+            cluster_seeds=QUICK_CLUSTER_SEEDS,
+            linear=LinearProbeSettings(last=1, concatenate=False),
+            robustness=RobustnessSettings(images=1000),
+        )
+        return dataclasses.replace(quick, **changes)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> EvaluationSettings:
+        """Every setting of the paper: the linear probe sees new crops every epoch."""
+        return dataclasses.replace(cls(linear=LinearProbeSettings(augment=True)), **changes)
+
+    @classmethod
+    def from_overrides(cls, items: Iterable[str] | None, base: EvaluationSettings | None = None) -> EvaluationSettings:
+        """Apply ``["knn_k=20", "linear.epochs=10", "linear.learning_rates=[0.1, 0.2]"]`` to ``base`` (the defaults).
 
         Raises InputError for an unknown key (naming the nearest), a missing ``=`` or a value of the wrong type.
         """
-        settings = cls()
+        settings = base or cls()
         for item in items or ():
             key, equals, text = item.partition("=")
             if not equals:
@@ -45,18 +77,22 @@ def _replaced(settings: EvaluationSettings, key: str, text: str) -> EvaluationSe
     if key not in known:
         raise InputError(f"setting {key!r} is unknown{did_you_mean(key, known)}; known: {', '.join(known)}")
     value = _parse(key, text, known[key])
-    if key.startswith("linear."):
-        changed = dataclasses.replace(settings.linear, **{key.removeprefix("linear."): value})
-        return dataclasses.replace(settings, linear=changed)
+    group, dot, name = key.partition(".")
+    if dot:
+        return dataclasses.replace(settings, **{group: dataclasses.replace(getattr(settings, group), **{name: value})})
     return dataclasses.replace(settings, **{key: value})
 
 
 def _known_keys(settings: EvaluationSettings) -> dict[str, Any]:
-    """{key: present value}; the fields of the linear probe as ``linear.<name>``."""
-    known = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings) if item.name != "linear"}
-    probe = {f"linear.{item.name}": getattr(settings.linear, item.name) for item in dataclasses.fields(settings.linear)}
-    probe.pop("linear.augment")
-    return {**known, **probe}
+    """{key: present value}; the fields of a protocol's settings as ``linear.<name>``."""
+    known: dict[str, Any] = {}
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        if dataclasses.is_dataclass(value):
+            known |= {f"{item.name}.{inner.name}": getattr(value, inner.name) for inner in dataclasses.fields(value)}
+        else:
+            known[item.name] = value
+    return known
 
 
 def _parse(key: str, text: str, default: Any) -> Any:
@@ -65,19 +101,38 @@ def _parse(key: str, text: str, default: Any) -> Any:
         value = json.loads(text)
     except ValueError:
         value = text
-    if isinstance(default, float) and value in ("inf", "Infinity"):
-        return float("inf")
-    if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(default, str) and isinstance(value, str):
-        return value
+    parsed: Any
     if isinstance(default, tuple):
-        numbers = value if isinstance(value, list) else [value]
-        if all(isinstance(number, int | float) for number in numbers):
-            return tuple(float(number) for number in numbers)
-    elif (isinstance(default, int) or default is None) and type(value) is int and value > 0:
-        return value
-    kind = (
-        "numbers" if isinstance(default, tuple) else "a whole number above 0" if default is None else f"like {default}"
-    )
+        parsed = _parse_list(value, default)
+    elif isinstance(default, bool):
+        parsed = value if isinstance(value, bool) else None
+    elif isinstance(default, float):
+        parsed = float(value) if value in ("inf", "Infinity") or _is_number(value) else None
+    elif isinstance(default, str):
+        parsed = value if isinstance(value, str) else None
+    else:
+        lowest = 1 if default is None or default > 0 else 0
+        may_be_zero = key in ("knn_last", "linear.last", "finetune.workers")
+        parsed = value if type(value) is int and value >= (0 if may_be_zero else lowest) else None
+    if parsed is not None:
+        return parsed
+    if isinstance(default, tuple):
+        kind = "names" if default and isinstance(default[0], str) else "numbers"
+    else:
+        kind = "a whole number above 0" if default is None else f"like {json.dumps(default)}"
     raise InputError(f"setting {key}={text}: must be {kind}")
+
+
+def _parse_list(value: Any, default: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if default and isinstance(default[0], str):
+        names = value if isinstance(value, list) else str(value).split(",")
+        return tuple(names) if all(isinstance(name, str) and name for name in names) else None
+    numbers = value if isinstance(value, list) else [value]
+    if not all(_is_number(number) for number in numbers):
+        return None
+    whole = all(isinstance(number, int) for number in (*default, *numbers)) and bool(default)
+    return tuple(numbers) if whole else tuple(float(number) for number in numbers)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,43 @@ import numpy as np
 import torch
 
 from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.masks import has_masks
 from mim_refiner.errors import DataError, InputError, did_you_mean
-from mim_refiner.evaluation.features import (
-    Features,
-    extract_features,
-    resolve_blocks,
-    resolve_poolings,
-    square_image_size,
-)
-from mim_refiner.evaluation.protocols import NEEDS_LABELS, PROTOCOLS, RUNNERS, Context
+from mim_refiner.evaluation import protocols as frozen
+from mim_refiner.evaluation import protocols_images as retrained
+from mim_refiner.evaluation.cache import FeatureCache
+from mim_refiner.evaluation.features import Features, resolve_blocks, resolve_poolings, square_image_size
+from mim_refiner.evaluation.finetune import check_finetune
+from mim_refiner.evaluation.jobs import Job
+from mim_refiner.evaluation.linear_probe import check_linear
+from mim_refiner.evaluation.long_tail import check_long_tail
+from mim_refiner.evaluation.low_shot import check_low_shot
 from mim_refiner.evaluation.results import Result, result_name
+from mim_refiner.evaluation.robustness import check_robustness
+from mim_refiner.evaluation.segmentation import check_segmentation, segmentation_protocol
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import NullReporter, Reporter
+
+RUNNERS: dict[str, Callable[[Job], list[Result]]] = {
+    "knn": frozen.knn,
+    "linear": frozen.linear,
+    "clustering": frozen.clustering,
+    "rank": frozen.rank,
+    "low_shot": frozen.low_shot,
+    "finetune": retrained.finetuning,
+    "long_tail": retrained.long_tail,
+    "robustness": retrained.robustness,
+}
+NEEDS_LABELS = ("knn", "linear", "clustering")  # what runs unless protocols are named
+PROTOCOLS = (*RUNNERS, "segmentation")
+SUITES: dict[str, tuple[str, ...]] = {
+    "quick": ("knn", "linear", "low_shot", "clustering", "rank"),
+    "paper": ("knn", "linear", "low_shot", "clustering", "finetune", "long_tail", "robustness"),
+    "dense": ("segmentation",),
+}
 
 
 def evaluate_backbone(
@@ -44,44 +67,89 @@ def evaluate_backbone(
     model_sha256: str | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
+    cache: FeatureCache | None = None,
+    shifted: Mapping[str, ImageSet] | None = None,
+    seconds: dict[str, float] | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Result]:
     """Run ``protocols`` for every block and pooling; return {result name: Result}, e.g. ``knn_top1-block11-cls``.
 
     ``test=None`` holds a stratified share of train out. ``knn_blocks`` (None: as ``blocks``) lets the cheap k-NN cover
-    more blocks than the rest, from the same forward pass. With ``out_dir`` each result goes to
+    more blocks than the rest, from the same forward pass. Fine-tuning, long-tailed training and robustness look at the
+    deepest of ``blocks`` and the first pooling. With ``out_dir`` each result goes to
     ``evaluation/<name_prefix><name>.json`` there. The k-NN bank, the probe's training set and the rank come from train,
-    accuracies and clusters from test. Raises InputError for unknown names, DataError when labels are missing.
+    accuracies and clusters from test. ``shifted``: further labelled test sets for the protocol robustness.
+    ``seconds`` is filled with the wall time of every protocol. Raises InputError for unknown names, DataError when
+    labels (or masks, for segmentation) are missing.
     """
     settings = settings or EvaluationSettings()
     reporter = reporter or NullReporter()
-    _check_protocols(protocols)
-    _check_labels(protocols, train, test)
+    seconds = {} if seconds is None else seconds
+    check_protocols(protocols)
+    _check_settings(protocols, settings, backbone)
+    _check_data(protocols, train, test)
     wanted = resolve_blocks(blocks, backbone.info.depth)
     knn_wanted = resolve_blocks(blocks if knn_blocks is None else knn_blocks, backbone.info.depth)
-    every = tuple(dict.fromkeys(wanted + knn_wanted)) if "knn" in protocols else wanted
-    names = resolve_poolings(poolings, backbone.info)
-    device = next(backbone.parameters()).device if device is None else torch.device(device)
-    size = settings.image_size or square_image_size(backbone.info)
-    context = Context(
-        dataclasses.replace(settings, image_size=size),
-        seed,
-        device,
-        _describe(train, test, settings, seed),
-        model_sha256,
+    job = Job(
+        backbone=backbone,
+        train_images=train,
+        test_images=test if test is not None else train,
+        train=_NOTHING,
+        test=_NOTHING,
+        blocks=wanted,
+        poolings=resolve_poolings(poolings, backbone.info),
+        norm=norm,
+        settings=dataclasses.replace(settings, image_size=settings.image_size or square_image_size(backbone.info)),
+        seed=seed,
+        device=next(backbone.parameters()).device if device is None else torch.device(device),
+        data=_describe(train, test, settings, seed),
+        model_sha256=model_sha256,
+        reporter=reporter,
+        cache=cache,
+        shifted={name: (images, class_numbers(train, images)) for name, images in (shifted or {}).items()},
     )
-    bank, queries = _features(backbone, train, test, every, names, norm, context, reporter)
-
-    results: dict[str, Result] = {}
+    results: list[Result] = []
+    pooled = [protocol for protocol in dict.fromkeys(protocols) if protocol in RUNNERS]
+    if pooled:
+        started = time.perf_counter()
+        job = _with_features(
+            job, train, test, _blocks_needed(pooled, wanted, knn_wanted, settings, backbone.info.depth)
+        )
+        seconds["features"] = time.perf_counter() - started
     for protocol in dict.fromkeys(protocols):
+        started = time.perf_counter()
         reporter.phase(protocol, 0)
-        chosen = knn_wanted if protocol == "knn" else wanted
-        found = RUNNERS[protocol](_of_blocks(bank, chosen), _of_blocks(queries, chosen), context)
-        results.update({result.name: result for result in found})
+        if protocol == "segmentation":
+            results += _segmentation(job, train, test)
+        else:
+            results += RUNNERS[protocol](dataclasses.replace(job, blocks=knn_wanted) if protocol == "knn" else job)
+        seconds[protocol] = time.perf_counter() - started
     if out_dir is not None:
-        for name, result in results.items():
-            write_json(Path(out_dir) / "evaluation" / f"{name_prefix}{name}.json", result.to_json())
-    return results
+        for result in results:
+            write_json(Path(out_dir) / "evaluation" / f"{name_prefix}{result.name}.json", result.to_json())
+    return {result.name: result for result in results}
+
+
+def suite_protocols(suite: str, images: ImageSet) -> tuple[str, ...]:
+    """The protocols of a suite that ``images`` allow: the paper's holds segmentation too where there are masks.
+
+    Raises InputError for an unknown suite, DataError when nothing of it can run.
+    """
+    if suite not in SUITES:
+        raise InputError(f"suite {suite!r} is unknown{did_you_mean(suite, SUITES)}; choose from {', '.join(SUITES)}")
+    masks, chosen = has_masks(images.source), SUITES[suite]
+    if suite == "paper" and masks:
+        chosen = (*chosen, "segmentation")
+    runnable = tuple(n for n in chosen if n == "rank" or (masks if n == "segmentation" else images.labels is not None))
+    if not [name for name in runnable if name != "rank"]:
+        needed = "masks" if suite == "dense" else "labels"
+        raise DataError(f"{images.description}: no {needed}, and suite {suite} needs them; give data that has them")
+    return runnable
+
+
+def suite_settings(suite: str | None) -> EvaluationSettings:
+    """The settings a suite starts from; those of no suite are the defaults."""
+    return {"paper": EvaluationSettings.paper, "quick": EvaluationSettings.quick}.get(suite or "", EvaluationSettings)()
 
 
 def summary_metrics(results: Mapping[str, Result], *, block: int, pooling: str) -> dict[str, Any]:
@@ -101,39 +169,52 @@ def summary_metrics(results: Mapping[str, Result], *, block: int, pooling: str) 
     return {**metrics, "knn_by_block": by_block}
 
 
-def _features(
-    backbone: Backbone,
-    train: ImageSet,
-    test: ImageSet | None,
-    blocks: tuple[int, ...],
-    poolings: tuple[str, ...],
-    norm: bool,
-    context: Context,
-    reporter: Reporter,
-) -> tuple[Features, Features]:
-    """Features of the train and test images; without a test set, two parts of the train images' features."""
+_NOTHING = Features({}, None, torch.arange(0), 0)
 
-    def extract(images: ImageSet, what: str) -> Features:
-        reporter.phase(f"features of the {what} images", len(images))
-        return extract_features(
-            backbone,
-            images,
-            blocks=blocks,
-            poolings=poolings,
-            norm=norm,
-            image_size=context.settings.image_size,
-            batch_size=context.settings.batch_size,
-            device=context.device,
-            precision=context.settings.precision,
-            progress=lambda done, _: reporter.update(done, {}),
-        )
 
-    bank = extract(train, "train")
+def _blocks_needed(
+    protocols: Sequence[str],
+    wanted: tuple[int, ...],
+    knn_wanted: tuple[int, ...],
+    settings: EvaluationSettings,
+    depth: int,
+) -> tuple[int, ...]:
+    """Every block that some protocol looks at, from one forward pass."""
+    needed = [*wanted, *(knn_wanted if "knn" in protocols else ())]
+    for protocol, count in (("knn", settings.knn_last), ("linear", settings.linear.last)):
+        if protocol in protocols and count > 1:
+            needed += [block for block in range(max(wanted) - count + 1, max(wanted)) if block >= 0]
+    return tuple(sorted(dict.fromkeys(needed)))
+
+
+def _with_features(job: Job, train: ImageSet, test: ImageSet | None, blocks: tuple[int, ...]) -> Job:
+    """Add the features of the train and test images; without a test set, two parts of the train images' features."""
+    bank = job.features_of(train, None, blocks=blocks, poolings=job.poolings, what="features of the train images")
     if test is not None:
-        return bank, _with_labels_of(train, test, extract(test, "test"))
+        queries = job.features_of(test, None, blocks=blocks, poolings=job.poolings, what="features of the test images")
+        return dataclasses.replace(job, train=bank, test=_with_labels_of(train, test, queries))
     labels = np.zeros(len(bank), dtype=np.int64) if bank.labels is None else bank.labels.numpy()
-    kept, held = stratified_split(labels, context.settings.test_share, context.seed)
-    return bank.select(kept), bank.select(held)
+    kept, held = stratified_split(labels, job.settings.test_share, job.seed)
+    return dataclasses.replace(job, train=bank.select(kept), test=bank.select(held))
+
+
+def _segmentation(job: Job, train: ImageSet, test: ImageSet | None) -> list[Result]:
+    if test is None:
+        raise DataError(f"{train.description}: segmentation holds no images out; give test images with masks")
+    settings = job.settings.segmentation
+    score = segmentation_protocol(
+        job.backbone,
+        train,
+        test,
+        settings,
+        seed=job.seed,
+        device=job.device,
+        precision=job.settings.precision,
+        cache=job.cache,
+        progress=lambda done, _: job.reporter.update(done, {}),
+    )
+    made = retrained.segmentation_result(job.result, score, settings)
+    return [dataclasses.replace(result, norm=settings.norm) for result in made]
 
 
 def _with_labels_of(train: ImageSet, test: ImageSet, features: Features) -> Features:
@@ -160,12 +241,6 @@ def class_numbers(train: ImageSet, test: ImageSet) -> torch.Tensor | None:
     return torch.tensor([train.class_names.index(name) for name in test.class_names])
 
 
-def _of_blocks(features: Features, blocks: Sequence[int]) -> Features:
-    return dataclasses.replace(
-        features, values={key: value for key, value in features.values.items() if key[0] in blocks}
-    )
-
-
 def _describe(train: ImageSet, test: ImageSet | None, settings: EvaluationSettings, seed: int) -> dict[str, Any]:
     def one(images: ImageSet) -> dict[str, Any]:
         return {"source": images.description, "images": len(images), "fingerprint": images.source.fingerprint()}
@@ -174,7 +249,8 @@ def _describe(train: ImageSet, test: ImageSet | None, settings: EvaluationSettin
     return {"train": one(train), "test": one(test) if test is not None else held_out}
 
 
-def _check_protocols(protocols: Sequence[str]) -> None:
+def check_protocols(protocols: Sequence[str]) -> None:
+    """Raise InputError for an unknown protocol, or for none."""
     for name in protocols:
         if name not in PROTOCOLS:
             raise InputError(
@@ -184,11 +260,37 @@ def _check_protocols(protocols: Sequence[str]) -> None:
         raise InputError(f"no protocol named; choose from {', '.join(PROTOCOLS)}")
 
 
-def _check_labels(protocols: Sequence[str], train: ImageSet, test: ImageSet | None) -> None:
-    needy = [name for name in protocols if name in NEEDS_LABELS]
+def _check_settings(protocols: Sequence[str], settings: EvaluationSettings, backbone: Backbone) -> None:
+    """Raise InputError before any work for settings that would stop a protocol later."""
+    checks: dict[str, Callable[[], object]] = {
+        "linear": lambda: check_linear(settings.linear),
+        "low_shot": lambda: check_low_shot(settings.low_shot),
+        "finetune": lambda: check_finetune(settings.finetune),
+        "long_tail": lambda: check_long_tail(settings.long_tail),
+        "robustness": lambda: check_robustness(settings.robustness),
+        "segmentation": lambda: check_segmentation(settings.segmentation, backbone),
+    }
+    for protocol in protocols:
+        if protocol in checks:
+            checks[protocol]()
+
+
+NEEDS_RGB = ("finetune", "long_tail", "robustness", "segmentation")  # their image operations are made for photographs
+
+
+def _check_data(protocols: Sequence[str], train: ImageSet, test: ImageSet | None) -> None:
+    coloured = [name for name in protocols if name in NEEDS_RGB]
+    if coloured and train.channels != 3:
+        raise InputError(f"protocol {coloured[0]} takes RGB images, not {train.channels} channels; leave it out")
+    needy = [name for name in protocols if name not in ("rank", "segmentation")]
     for images in (train, test):
         if needy and images is not None and images.labels is None:
             raise DataError(
                 f"{images.description}: no labels, and protocol {needy[0]} needs them; "
                 "give class folders, a label column or labels array"
+            )
+        if "segmentation" in protocols and images is not None and not has_masks(images.source):
+            raise DataError(
+                f"{images.description}: no masks, and protocol segmentation needs them; "
+                "give parquet with a column 'mask', or folders images/ and masks/"
             )

@@ -9,9 +9,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from mim_refiner.core.collectives import all_gather, all_gather_with_grad, is_distributed
+from mim_refiner.core.collectives import (
+    all_gather,
+    all_gather_with_grad,
+    all_reduce_sum,
+    is_distributed,
+    world_size,
+)
 from mim_refiner.core.neighbors import NeighborQueue
 from mim_refiner.core.nna import ViewPairing, multi_view_nna_loss
+from mim_refiner.core.rows import process_rows
 from mim_refiner.errors import InputError
 
 
@@ -46,12 +53,42 @@ class HeadOutput:
     predicted: Tensor  # [V, B, out_dim]
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over the batch of all ranks.
+
+    (torch's SyncBatchNorm has no CPU kernel and refuses float64; a head's inputs are small next to an encoder's.)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and is_distributed()):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = _at_least_float32(x)
+            total = len(x) * world_size()
+            mean = all_reduce_sum(wide.sum(0)) / total
+            centred = wide - mean
+            variance = all_reduce_sum(centred.square().sum(0)) / total
+            self._track(mean.detach(), variance.detach() * (total / (total - 1)))
+            output = centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        return output.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+        self.running_var.lerp_(variance.to(self.running_var), self.momentum)
+
+
 class RefinerHead(nn.Module):
     """One head on the pooled output of one block.
 
     Projector: (Linear, BatchNorm, GELU) per hidden layer, then Linear, BatchNorm; predictor the same with one hidden
-    layer. Linears have no bias (BatchNorm follows) and Xavier-uniform weights. All views pass as one batch, so the
-    statistics mix them; convert with ``nn.SyncBatchNorm.convert_sync_batchnorm`` for several processes.
+    layer. Linears have no bias (BatchNorm follows) and Xavier-uniform weights. All views of all ranks pass as one
+    batch, so the statistics mix them.
     ``head.queue.top_k`` may be changed between phases.
     """
 
@@ -89,9 +126,11 @@ class RefinerHead(nn.Module):
             projected = _at_least_float32(projected).view(num_views, batch, -1)
             predicted = _at_least_float32(predicted).view(num_views, batch, -1)
             targets = projected[:num_global].detach()
-            found = self.queue.lookup(
-                targets.flatten(0, 1), sample_ids, exclude_same=self.training, generator=generator, choice=choice
-            )
+            if choice is None:  # drawn for the rows of all ranks, so that their number changes nothing
+                rows = process_rows(batch)
+                drawn = self.queue.draw(num_global * rows.total, generator)
+                choice = None if drawn is None else rows.take(drawn)
+            found = self.queue.lookup(targets.flatten(0, 1), sample_ids, exclude_same=self.training, choice=choice)
             neighbor_ids = self.queue.sample_ids[found.indices]
             result = multi_view_nna_loss(
                 predicted,
@@ -125,6 +164,6 @@ def _mlp(widths: Sequence[int]) -> nn.Sequential:
     for index, (width_in, width_out) in enumerate(pairwise(widths)):
         linear = nn.Linear(width_in, width_out, bias=False)
         nn.init.xavier_uniform_(linear.weight)
-        layer: list[nn.Module] = [linear, nn.BatchNorm1d(width_out)]
+        layer: list[nn.Module] = [linear, BatchNorm(width_out)]
         layers.append(nn.Sequential(*layer, *([nn.GELU()] if index < len(widths) - 2 else [])))
     return nn.Sequential(*layers)

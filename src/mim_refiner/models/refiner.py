@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from mim_refiner.core.nna import ViewPairing
 from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadConfig, HeadOutput, RefinerHead
+from mim_refiner.models.stochastic import draw_by_row
 
 
 class RefinerOutput(NamedTuple):
@@ -41,6 +42,7 @@ class Refiner(nn.Module):
             raise InputError(
                 f"frozen_blocks {frozen_blocks}: must be between 0 and the first head's block {min(blocks)}"
             )
+        draw_by_row(backbone)
         self.backbone = backbone
         self.blocks = sorted(set(blocks))
         self.pooling = pooling
@@ -74,26 +76,34 @@ class Refiner(nn.Module):
             self.backbone.eval()
         return self
 
-    def features(self, views: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Pooled input of every head, {block: [V, B, D]}, for ``views`` of [B, C, h, w] (normalised).
-
-        Views of equal size pass through the encoder as one batch.
-        """
+    def view_groups(self, views: Sequence[Tensor]) -> list[list[int]]:
+        """Numbers of the views of equal size; each group passes through the encoder as one batch."""
         by_size: dict[torch.Size, list[int]] = {}
         for index, view in enumerate(views):
             by_size.setdefault(view.shape, []).append(index)
+        return list(by_size.values())
+
+    def features(self, views: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Pooled input of every head, {block: [V, B, D]}, for ``views`` of [B, C, h, w] (normalised)."""
         pooled: dict[int, dict[int, Tensor]] = {block: {} for block in self.blocks}
         with torch.no_grad() if self.encoder_frozen else nullcontext():
-            for indices in by_size.values():
-                images = torch.cat([views[index] for index in indices])
-                for block, output in self._pooled_blocks(images).items():
-                    pooled[block].update(zip(indices, output.chunk(len(indices)), strict=True))
+            for group in self.view_groups(views):
+                images = torch.cat([views[index] for index in group])
+                for block, output in self.pooled_blocks(self.frozen_prefix(images)).items():
+                    pooled[block].update(zip(group, output.chunk(len(group)), strict=True))
         return {block: torch.stack([by_view[v] for v in range(len(views))]) for block, by_view in pooled.items()}
 
-    def _pooled_blocks(self, images: Tensor) -> dict[int, Tensor]:
-        with torch.no_grad() if self.frozen_blocks else nullcontext():
-            tokens = self.backbone.embed(images)
-            tokens, _ = self.backbone.run_blocks(tokens, 0, self.frozen_blocks, ())
+    def frozen_prefix(self, images: Tensor) -> Tensor:
+        """Tokens [B, P+N, D] after the frozen blocks, without graph; the images themselves where none is frozen."""
+        if not self.frozen_blocks:
+            return images
+        with torch.no_grad():
+            tokens, _ = self.backbone.run_blocks(self.backbone.embed(images), 0, self.frozen_blocks)
+        return tokens
+
+    def pooled_blocks(self, prefix: Tensor) -> dict[int, Tensor]:
+        """Pooled outputs {block: [B, D]} of the head blocks, from what :meth:`frozen_prefix` gave."""
+        tokens = prefix if self.frozen_blocks else self.backbone.embed(prefix)
         _, outputs = self.backbone.run_blocks(tokens, self.frozen_blocks, self.blocks[-1] + 1, self.blocks)
         last = self.backbone.info.depth - 1
         if last in outputs:
@@ -113,10 +123,34 @@ class Refiner(nn.Module):
         choices: dict[int, Tensor] | None = None,
     ) -> RefinerOutput:
         """Loss over all heads for ``views`` (global views first) of the samples ``sample_ids`` [B]."""
+        return self.head_losses(
+            self.features(views),
+            sample_ids,
+            num_global=num_global,
+            temperature=temperature,
+            view_pairing=view_pairing,
+            swap_negatives=swap_negatives,
+            generator=generator,
+            choices=choices,
+        )
+
+    def head_losses(
+        self,
+        features: Mapping[int, Tensor],
+        sample_ids: Tensor,
+        *,
+        num_global: int,
+        temperature: float,
+        view_pairing: ViewPairing = "cross",
+        swap_negatives: bool = False,
+        generator: torch.Generator | None = None,
+        choices: dict[int, Tensor] | None = None,
+    ) -> RefinerOutput:
+        """Loss over all heads from their pooled inputs ``features`` {block: [V, B, D]}."""
         outputs: dict[int, HeadOutput] = {}
-        for block, features in self.features(views).items():
+        for block, inputs in features.items():
             outputs[block] = self.heads[str(block)](
-                features,
+                inputs,
                 sample_ids,
                 num_global=num_global,
                 temperature=temperature,

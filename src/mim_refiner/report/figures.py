@@ -31,12 +31,12 @@ def block_curves(result: Mapping[str, Any] | str | Path, path: str | Path, *, ti
     ``result`` is the record (or JSON file) of ``analysis.blocks``; its ``head_blocks`` are shaded. Returns ``path``.
     Raises InputError for another kind of JSON.
     """
-    record = _read_record(result)
+    record = read_record(result, "knn_by_block", "curves")
     curves: Mapping[str, Mapping[str, Any]] = record["curves"]
     poolings = list(dict.fromkeys(pooling for by_pooling in curves.values() for pooling in by_pooling))
-    figure, axes = _panels(len(poolings), columns=len(poolings), share_y=True)
+    figure, axes = panels(len(poolings), columns=len(poolings), share_y=True)
     for axis, pooling in zip(axes, poolings, strict=True):
-        _shade_blocks(axis, record.get("head_blocks", []))
+        shade_blocks(axis, record.get("head_blocks", []))
         for position, (model, by_pooling) in enumerate(curves.items()):
             if pooling in by_pooling:
                 _draw_curve(axis, model, position, by_pooling[pooling])
@@ -44,11 +44,12 @@ def block_curves(result: Mapping[str, Any] | str | Path, path: str | Path, *, ti
         axis.set_xlabel("encoder block (from 0)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlim(-0.6, max(by[pooling]["blocks"][-1] for by in curves.values() if pooling in by) + 0.6)
-    axes[0].set_ylabel("k-NN accuracy (%)")
+    what = "neighbour consistency" if record.get("measure") == "consistency" else "k-NN accuracy"
+    axes[0].set_ylabel(f"{what} (%)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    figure.suptitle(title or "k-NN accuracy by block, with 95 % intervals", fontsize=11)
-    return _save(figure, path)
+    figure.suptitle(title or f"{what} by block, with 95 % intervals", fontsize=11)
+    return save_figure(figure, path)
 
 
 def learning_curves(metrics: str | Path, path: str | Path) -> Path:
@@ -58,18 +59,21 @@ def learning_curves(metrics: str | Path, path: str | Path) -> Path:
     """
     records = read_metrics(metrics)
     groups = [
-        (_series(records, "loss", "loss"), "loss"),
-        (_series(records, "loss/", "block "), "loss of each head"),
-        (_series(records, "alignment/", "block "), "alignment (cosine)"),
-        (_series(records, "neighbor_similarity/", "block "), "neighbour similarity (cosine)"),
-        (_series(records, "knn_top1/", "block ") or _series(records, "knn_top1", "last block"), "online k-NN accuracy"),
-        (_series(records, "lr", "peak of all groups"), "learning rate"),
+        (series_of(records, "loss", "loss"), "loss"),
+        (series_of(records, "loss/", "block "), "loss of each head"),
+        (series_of(records, "alignment/", "block "), "alignment (cosine)"),
+        (series_of(records, "neighbor_similarity/", "block "), "neighbour similarity (cosine)"),
+        (
+            series_of(records, "knn_top1/", "block ") or series_of(records, "knn_top1", "last block"),
+            "online k-NN accuracy",
+        ),
+        (series_of(records, "lr", "peak of all groups"), "learning rate"),
     ]
     shown = [(lines, label) for lines, label in groups if lines]
     if not shown:
         raise InputError(f"{metrics}: no loss, k-NN or learning rate to draw; give the metrics.jsonl of a run")
-    figure, axes = _panels(len(shown), columns=min(3, len(shown)))
-    starts = _phase_starts(records)
+    figure, axes = panels(len(shown), columns=min(3, len(shown)))
+    starts = phase_starts(records)
     for axis, (lines, label) in zip(axes, shown, strict=True):
         for position, (name, (steps, values)) in enumerate(lines.items()):
             shade = 0.15 + 0.7 * position / max(1, len(lines) - 1)
@@ -84,7 +88,7 @@ def learning_curves(metrics: str | Path, path: str | Path) -> Path:
         axis.set_ylabel(label)
         if len(lines) > 1:
             axis.legend(fontsize=7, frameon=False, ncols=2)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -106,7 +110,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _series(records: Sequence[Mapping[str, Any]], key: str, label: str) -> dict[str, tuple[list[int], list[float]]]:
+def series_of(records: Sequence[Mapping[str, Any]], key: str, label: str) -> dict[str, tuple[list[int], list[float]]]:
     """{line name: (steps, values)} of one metric, or of ``key/<block>`` for every block."""
     series: dict[str, tuple[list[int], list[float]]] = {}
     for record in records:
@@ -119,7 +123,8 @@ def _series(records: Sequence[Mapping[str, Any]], key: str, label: str) -> dict[
     return series
 
 
-def _phase_starts(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def phase_starts(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """{phase: step at which it begins}, on the axis of all steps."""
     starts: dict[str, int] = {}
     for record in records:
         step = int(record.get("total_step", record.get("step", 0)))
@@ -128,7 +133,8 @@ def _phase_starts(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return starts
 
 
-def _read_record(result: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+def read_record(result: Mapping[str, Any] | str | Path, kind: str, content: str) -> Mapping[str, Any]:
+    """The record of an analysis, or its JSON file; InputError unless it is of ``kind`` and has ``content``."""
     if isinstance(result, str | Path):
         try:
             result = json.loads(Path(result).read_text(encoding="utf-8"))
@@ -136,12 +142,13 @@ def _read_record(result: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
             raise InputError(f"{result}: cannot read ({error.strerror}); give the JSON of an analysis") from None
         except ValueError:
             raise InputError(f"{result}: not a JSON file; give the JSON of an analysis") from None
-    if not isinstance(result, Mapping) or result.get("kind") != "knn_by_block" or not result.get("curves"):
-        raise InputError("block curves need the JSON of an analysis (kind 'knn_by_block'); run mim-refiner analyze")
+    if not isinstance(result, Mapping) or result.get("kind") != kind or not result.get(content):
+        raise InputError(f"this figure needs the JSON of an analysis (kind '{kind}'); run mim-refiner analyze")
     return result
 
 
-def _panels(count: int, *, columns: int, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+def panels(count: int, *, columns: int, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` axes in rows of ``columns``."""
     rows = -(-count // columns)
     figure = Figure(figsize=(4.6 * columns + 0.4, 3.4 * rows + 0.5), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -171,7 +178,8 @@ def _draw_curve(axis: Axes, model: str, position: int, curve: Mapping[str, Any])
     )
 
 
-def _shade_blocks(axis: Axes, blocks: Sequence[int]) -> None:
+def shade_blocks(axis: Axes, blocks: Sequence[int]) -> None:
+    """Shade the blocks that carry heads."""
     for number, block in enumerate(sorted(blocks)):
         axis.axvspan(
             block - 0.5,
@@ -183,7 +191,8 @@ def _shade_blocks(axis: Axes, blocks: Sequence[int]) -> None:
         )
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write the PNG atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return write_bytes(path, buffer.getvalue())

@@ -1,8 +1,9 @@
-"""One table of the metrics before and after (and after the full recipe)."""
+"""Tables of measured numbers: before and after for the terminal, several models as Markdown and LaTeX."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from rich.table import Table
@@ -51,3 +52,82 @@ def comparison_table(summary: Mapping[str, Any], titles: Mapping[str, str] | Non
     for row in rows:
         table.add_row(*row)
     return table
+
+
+UNSCALED = ("rank", "silhouette", "davies_bouldin")  # all other metrics are shares, shown in percent
+
+
+def results_rows(
+    results: Sequence[Mapping[str, Any]], change: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows) of text: a row a number, a column a model, in the order in which they occur.
+
+    ``results`` and ``change`` are lists of records as ``evaluate`` returns them. A cell holds the value and its 95 %
+    interval, a later model's also the paired difference to the first (with * where its interval leaves zero out).
+    """
+    models = list(dict.fromkeys(str(record["model"]) for record in results))
+    keys = list(dict.fromkeys(_row_key(record) for record in results))
+    values = {(record["model"], _row_key(record)): record for record in results}
+    changes = {(record["model"], _row_key(record)): record for record in change}
+    with_sets = any("set" in record for record in results)
+    rows = []
+    for key in keys:
+        cells = [_cell(key[1], values.get((model, key)), changes.get((model, key))) for model in models]
+        rows.append([*map(str, key if with_sets else key[1:]), *cells])
+    header = ["metric", "block", "pooling", *_short_names(models)]
+    return (["set", *header] if with_sets else header), rows
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A GitHub table; numbers are right-aligned by their first occurrence in the header after the names."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    names = header.index("pooling") + 1
+    rule = ["---"] * names + ["---:"] * (len(header) - names)
+    return "\n".join([line(header), line(rule), *map(line, rows)]) + "\n"
+
+
+def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A tabular with the rules of the package booktabs."""
+    names = header.index("pooling") + 1
+    columns = "l" * names + "r" * (len(header) - names)
+    body = [" & ".join(_latex(cell) for cell in row) + " \\\\" for row in (header, *rows)]
+    lines = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", body[0], "\\midrule", *body[1:], "\\bottomrule"]
+    return "\n".join([*lines, "\\end{tabular}"]) + "\n"
+
+
+def _row_key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return record.get("set", ""), record["metric"], record["block"], record["pooling"]
+
+
+def _cell(metric: str, record: Mapping[str, Any] | None, change: Mapping[str, Any] | None) -> str:
+    if record is None or record.get("value") is None:
+        return "-"
+    factor, digits = (1, 2) if metric in UNSCALED else (100, 1)
+    text = f"{factor * record['value']:.{digits}f}"
+    if record.get("ci95"):
+        low, high = record["ci95"]
+        text += f" [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
+    if change:
+        low, high = change["ci95"]
+        text += f" ({factor * change['difference']:+.{digits}f}{'*' if low > 0 or high < 0 else ''})"
+    return text
+
+
+def _short_names(models: Sequence[str]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    for count in range(1, 6):
+        names = ["/".join(PurePath(model).parts[-count:]) for model in models]
+        if len(set(names)) == len(models):
+            return names
+    return list(models)
+
+
+def _latex(text: str) -> str:
+    for plain, escaped in (
+        ("\\", "\\textbackslash "), ("_", "\\_"), ("%", "\\%"), ("&", "\\&"), ("#", "\\#"), ("$", "\\$"),
+    ):  # fmt: skip
+        text = text.replace(plain, escaped)
+    return text

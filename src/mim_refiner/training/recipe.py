@@ -60,9 +60,9 @@ class Views(_Settings):
 
 
 class Heads(_Settings):
-    """One head per listed block (0-indexed); "last_third" is resolved from the encoder's depth."""
+    """One head per listed block (0-indexed); "last_third" comes from the encoder's depth, "auto" from measuring it."""
 
-    blocks: list[int] | Literal["last_third"] = "last_third"
+    blocks: list[int] | Literal["last_third", "auto"] = "last_third"
     pooling: Literal["auto", "cls", "mean"] = "auto"
     projector_hidden: PositiveInt = 2048
     predictor_hidden: PositiveInt = 4096
@@ -71,6 +71,19 @@ class Heads(_Settings):
     temperature: PositiveFloat = 0.2
     view_pairing: Literal["cross", "reference"] = "cross"
     swap_negatives: bool = False
+
+
+class GuardSettings(_Settings):
+    """When refinement is stopped for doing harm (training/guard.py); shares are of what the START had."""
+
+    enabled: bool = True
+    every: PositiveInt = 100  # steps between looks, at most a fifth of the phase
+    images: PositiveInt = 256
+    patience: PositiveInt = 2  # bad looks running
+    min_rank: NonNegativeFloat = 0.35
+    min_spread: NonNegativeFloat = 0.1
+    min_retrieval: NonNegativeFloat = 0.7
+    max_knn_drop: NonNegativeFloat = 0.05  # in k-NN accuracy, 0-1; more where few test images make it noisy
 
 
 class Recipe(_Settings):
@@ -83,6 +96,7 @@ class Recipe(_Settings):
     precision: Precision = "auto"  # bf16 on GPU, fp32 on CPU; "fast": bf16 also on CPUs that have it
     compile: bool = False  # torch.compile of the encoder's blocks: fewer passes over memory, half a minute to begin
     workers: int = Field(default=-1, ge=-1)  # loader processes; -1: decided from data and cores
+    loader_timeout: NonNegativeFloat = 600  # seconds without a batch after which loader processes are replaced
     checkpoint_every: PositiveInt = 500  # steps
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10  # steps
@@ -97,10 +111,15 @@ class RefineRecipe(Recipe):
     warmup: Phase = Phase(epochs=20, base_lr=2e-4)
     refinement: Phase = Phase(epochs=30, base_lr=4e-4, top_k=20, layer_decay=0.65)
     frozen_blocks: NonNegativeInt = 0  # stem and first blocks stay as they are
+    freeze_below: NonNegativeFloat = 0.0  # freezes also the first blocks whose layer-decay scale is below; 0: none
+    # Memory; neither changes what a step computes.
+    micro_batch: PositiveInt | None = None  # images a process holds activations of at a time; None: its whole batch
+    checkpointing: bool = False  # keep block inputs only and compute the rest again in the backward pass
     weight_decay: NonNegativeFloat = 0.05
     head_weight_decay: NonNegativeFloat = 1e-5
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     export_weights: Literal["model", "ema"] = "model"
+    guard: GuardSettings = GuardSettings()
 
 
 class PretrainRecipe(Recipe):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mim_refiner.core.device import autocast
 from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.layer_decay import layer_decay_scales
+from mim_refiner.core.rows import process_rows
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.models.heads import HeadOutput
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.optim import adamw, parameter_groups, phase_schedule
 from mim_refiner.training.recipe import Phase, RefineRecipe
+from mim_refiner.training.step import forward_backward
 from mim_refiner.training.trainer import StepOutput, TrainingPhase
 
 NUM_GLOBAL = 2
@@ -40,23 +45,25 @@ class Refinement:
         self.refiner, self.ema, self.recipe, self.loader = refiner, ema, recipe, loader
         self.photometrics, self.device, self.precision = photometrics, device, precision
         self.labels = None if labels is None else torch.as_tensor(labels, device=device)
+        if recipe.checkpointing:
+            refiner.backbone.model.set_grad_checkpointing(True)
 
     def phases(self) -> list[TrainingPhase]:
         return [
-            self._phase("warmup", self.recipe.warmup, self.begin_warmup),
+            self._phase("warmup", self.recipe.warmup, self.begin_warmup, moves_encoder=False),
             self._phase("refinement", self.recipe.refinement, self.begin_refinement, after_step=self.update_ema),
         ]
 
-    def _phase(self, name: str, settings: Phase, begin, after_step=lambda: None) -> TrainingPhase:  # type: ignore[no-untyped-def]
+    def _phase(self, name: str, settings: Phase, begin: Callable[[], Optimizer], **options: Any) -> TrainingPhase:
         schedule = phase_schedule(settings, self.recipe.batch_size, self.loader.steps_per_epoch)
-        return TrainingPhase(name, settings.epochs, self.loader, schedule, begin, self.step, after_step)
+        return TrainingPhase(name, settings.epochs, self.loader, schedule, begin, self.step, **options)
 
-    def begin_warmup(self) -> torch.optim.Optimizer:
+    def begin_warmup(self) -> Optimizer:
         self.refiner.freeze_encoder()
         self.refiner.set_top_k(self.recipe.warmup.top_k)
         return adamw(self._head_groups(), self.recipe.betas)
 
-    def begin_refinement(self) -> torch.optim.Optimizer:
+    def begin_refinement(self) -> Optimizer:
         self.refiner.unfreeze_encoder()
         self.refiner.set_top_k(self.recipe.refinement.top_k)
         return adamw(self.encoder_groups() + self._head_groups(), self.recipe.betas)
@@ -74,27 +81,28 @@ class Refinement:
         self.ema.update(self.refiner.backbone, self.recipe.ema_decay)
 
     def step(self, batch: ViewBatch, generator: torch.Generator) -> StepOutput:
-        """One forward pass over all views and heads: the loss to descend and what the heads saw."""
+        """Gradients of all views and heads into the parameters; returns the loss and what the heads saw."""
         views = [
-            photometric(view.to(self.device, non_blocking=True), generator)
+            photometric(view.to(self.device, non_blocking=True), generator, process_rows(len(view)))
             for photometric, view in zip(self.photometrics, batch.views, strict=True)
         ]
         sample_ids = batch.sample_ids.to(self.device, non_blocking=True)
         heads = self.recipe.heads
-        with autocast(self.precision, self.device):
-            output = self.refiner(
-                views,
-                sample_ids,
-                num_global=NUM_GLOBAL,
-                temperature=heads.temperature,
-                view_pairing=heads.view_pairing,
-                swap_negatives=heads.swap_negatives,
-                generator=generator,
-            )
+        losses = partial(
+            self.refiner.head_losses,
+            sample_ids=sample_ids,
+            num_global=NUM_GLOBAL,
+            temperature=heads.temperature,
+            view_pairing=heads.view_pairing,
+            swap_negatives=heads.swap_negatives,
+            generator=generator,
+        )
+        mixed = partial(autocast, self.precision, self.device)
+        output = forward_backward(self.refiner, views, losses, micro_batch=self.recipe.micro_batch, mixed=mixed)
         metrics: dict[str, Tensor] = {}
         for block, head in output.heads.items():
             metrics |= {f"{key}/{block}": value for key, value in self._head_metrics(head, sample_ids).items()}
-        return StepOutput(output.loss, metrics)
+        return StepOutput(output.loss.detach(), metrics)
 
     def _head_metrics(self, head: HeadOutput, sample_ids: Tensor) -> dict[str, Tensor]:
         metrics = {

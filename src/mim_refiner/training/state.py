@@ -19,11 +19,15 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mim_refiner.core.collectives import from_rank_0, rank
 from mim_refiner.errors import RunFolderError
 from mim_refiner.files import write_bytes, write_json
+
+SKIPS = "skipped_batches.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,39 +39,68 @@ class Position:
     total_step: int = 0
 
 
+# Settings that change how a run is computed, watched or kept, and not what it computes: free to differ on resume.
+FREE_SETTINGS = {
+    "micro_batch", "checkpointing", "workers", "loader_timeout", "checkpoint_every", "keep_checkpoints", "log_every",
+    "knn_every", "expected",
+}  # fmt: skip
+
+
 class RunFolder:
-    """One run on disk. ``open`` creates it, or continues it when the recipe is the same."""
+    """One run on disk. ``open`` creates it, or continues it when the recipe is the same.
+
+    In a distributed run rank 0 alone writes; all ranks read.
+    """
 
     def __init__(self, path: Path, *, keep_checkpoints: int = 2) -> None:
         self.path = path
         self.keep_checkpoints = keep_checkpoints
         self.resumed = False
+        self.writes = rank() == 0
+        self.skipped: list[tuple[int, int]] = []  # (phase number, step) of batches left out after a loss of NaN
 
     @classmethod
     def open(cls, path: str | Path, recipe: dict[str, Any], *, overwrite: bool, keep_checkpoints: int = 2) -> RunFolder:
         """Create or continue ``path``. Raises RunFolderError for another recipe, foreign files, or no permission."""
-        path = Path(path)
-        recipe_file = path / "recipe.yaml"
-        try:
-            if overwrite and recipe_file.exists():
-                shutil.rmtree(path)
-            if recipe_file.exists():
-                _refuse_other_recipe(recipe_file, recipe)
-            elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise RunFolderError(f"{path}: not empty and not a run folder; choose a new --out folder")
-            path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, keep_checkpoints=keep_checkpoints)
-            run.resumed = recipe_file.exists()
-            if not run.resumed:  # first of all files: a folder with others but without it is taken for a foreign one
-                write_bytes(recipe_file, yaml.safe_dump(recipe, sort_keys=False).encode())
-            run.checkpoints.mkdir(exist_ok=True)
-            if not (path / "environment.json").exists():
-                write_json(path / "environment.json", environment())
-        except OSError as error:
-            raise RunFolderError(
-                f"{path}: cannot write the run folder ({error.strerror}); choose a writable --out"
-            ) from None
+        run = cls(Path(path), keep_checkpoints=keep_checkpoints)
+        problem = ""
+        if run.writes:
+            try:
+                run._prepare(recipe, overwrite)
+            except RunFolderError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"{path}: cannot write the run folder ({error.strerror}); choose a writable --out"
+        problem, run.resumed = from_rank_0((problem, run.resumed))
+        if problem:
+            raise RunFolderError(problem)
+        skips = run.path / SKIPS
+        run.skipped = [(phase, step) for phase, step in json.loads(skips.read_text())] if skips.exists() else []
         return run
+
+    def _prepare(self, recipe: dict[str, Any], overwrite: bool) -> None:
+        path, recipe_file = self.path, self.path / "recipe.yaml"
+        if overwrite and recipe_file.exists():
+            shutil.rmtree(path)
+        if recipe_file.exists():
+            _refuse_other_recipe(recipe_file, recipe)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunFolderError(f"{path}: not empty and not a run folder; choose a new --out folder")
+        path.mkdir(parents=True, exist_ok=True)
+        self.resumed = recipe_file.exists()
+        if not self.resumed:  # first of all files: a folder with others but without it is taken for a foreign one
+            write_bytes(recipe_file, yaml.safe_dump(recipe, sort_keys=False).encode())
+        self.checkpoints.mkdir(exist_ok=True)
+        if not (path / "environment.json").exists():
+            write_json(path / "environment.json", environment())
+        for leftover in self.checkpoints.glob(".*.tmp"):  # of a run that was killed while writing
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+
+    def skip(self, phase: int, step: int) -> None:
+        """Leave out this batch from now on, in this run and when it is resumed."""
+        self.skipped.append((phase, step))
+        if self.writes:
+            write_json(self.path / SKIPS, self.skipped)
 
     @property
     def checkpoints(self) -> Path:
@@ -79,41 +112,58 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one JSON object to metrics.jsonl."""
+        if not self.writes:
+            return
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def save(
         self, position: Position, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None
     ) -> Path:
-        """Write a checkpoint; it exists whole or not at all."""
+        """Write a checkpoint; it exists whole or not at all. Raises RunFolderError when the disk refuses."""
         name = f"step-{position.total_step:06d}"
-        target, temporary = self.checkpoints / name, self.checkpoints / f".{name}.tmp"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            for key, module in modules.items():
-                save_file({n: t.contiguous() for n, t in module.state_dict().items()}, temporary / f"{key}.safetensors")
-            if optimizer is not None:
-                torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-            hashes = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
-            write_json(temporary / "state.json", {**dataclasses.asdict(position), "sha256": hashes})
-            for file in temporary.iterdir():
-                _sync(file)
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.rename(target)
-            link = self.checkpoints / ".last.tmp"
-            link.unlink(missing_ok=True)
-            link.symlink_to(name)
-            link.replace(self.last)
-            _sync(self.checkpoints)
-        except OSError as error:
-            raise RunFolderError(
-                f"{target}: cannot write the checkpoint ({error.strerror}); free space or mend permissions, then run "
-                "the same command again: it resumes from the checkpoint before"
-            ) from None
-        self._prune()
+        target = self.checkpoints / name
+        if self.writes:
+            temporary = self.checkpoints / f".{name}.tmp"
+            try:
+                self._write(temporary, position, modules, optimizer)
+                if target.exists():
+                    shutil.rmtree(target)
+                temporary.rename(target)
+                link = self.checkpoints / ".last.tmp"
+                link.unlink(missing_ok=True)
+                link.symlink_to(name)
+                link.replace(self.last)
+                _sync(self.checkpoints)
+            except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap the system's refusal
+                shutil.rmtree(temporary, ignore_errors=True)
+                reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+                raise RunFolderError(
+                    f"{target}: cannot write the checkpoint ({reason}); free space or mend permissions, then run "
+                    "the same command again: it resumes from the checkpoint before"
+                ) from None
+            self._prune()
         return target
+
+    def _write(
+        self,
+        folder: Path,
+        position: Position,
+        modules: Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for key, module in modules.items():
+            save_file({n: t.contiguous() for n, t in module.state_dict().items()}, folder / f"{key}.safetensors")
+        if optimizer is not None:
+            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        hashes = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
+        state = {**dataclasses.asdict(position), "sha256": hashes}
+        write_json(folder / "state.json", {**state, "digest": _digest(state)})
+        for file in folder.iterdir():
+            _sync(file)
+        _sync(folder)
 
     def restore(self, modules: Mapping[str, nn.Module]) -> tuple[Position, dict[str, Any] | None, list[str]]:
         """Load the newest whole checkpoint.
@@ -121,7 +171,7 @@ class RunFolder:
         Returns its position, the optimizer's state, and a note on every damaged checkpoint passed over.
         """
         notes: list[str] = []
-        for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
+        for folder in reversed(self._saved()):
             problem = _damage(folder)
             if problem:
                 notes.append(f"{folder.name} is damaged ({problem}); using the checkpoint before it")
@@ -140,14 +190,18 @@ class RunFolder:
     def _forget_metrics_after(self, position: Position) -> None:
         """Drop log lines of steps that will be run again."""
         path = self.path / "metrics.jsonl"
-        if path.exists():
+        if self.writes and path.exists():
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line).get("total_step", 0) <= position.total_step]
             write_bytes(path, "".join(kept).encode())
 
     def _prune(self) -> None:
-        for folder in sorted(self.checkpoints.glob("step-*"))[: -self.keep_checkpoints]:
+        for folder in self._saved()[: -self.keep_checkpoints]:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _saved(self) -> list[Path]:
+        """Folders of checkpoints, the newest last; names of a million steps and more are longer."""
+        return sorted(self.checkpoints.glob("step-*"), key=lambda folder: (len(folder.name), folder.name))
 
 
 def file_sha256(path: Path) -> str:
@@ -173,9 +227,17 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def _damage(folder: Path) -> str | None:
     try:
-        hashes = json.loads((folder / "state.json").read_text())["sha256"]
+        state = json.loads((folder / "state.json").read_text())
+        digest = state.pop("digest", None)
+        if digest is not None and digest != _digest(state):
+            return "state.json was changed"
+        hashes = state["sha256"]
         wrong = [name for name, digest in hashes.items() if file_sha256(folder / name) != digest]
     except (OSError, ValueError, KeyError):
         return "incomplete"
@@ -196,7 +258,7 @@ def _refuse_other_recipe(recipe_file: Path, recipe: dict[str, Any]) -> None:
     except (yaml.YAMLError, AttributeError):
         raise RunFolderError(f"{recipe_file}: not readable as a recipe; use --overwrite to start anew") from None
     now = _flat(yaml.safe_load(yaml.safe_dump(recipe)))
-    keys = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
+    keys = sorted(key for key in (stored.keys() | now.keys()) - FREE_SETTINGS if stored.get(key) != now.get(key))
     if keys:
         difference = "; ".join(f"{key}: {stored.get(key)} there, {now.get(key)} now" for key in keys[:5])
         more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""

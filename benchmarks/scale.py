@@ -1,0 +1,157 @@
+"""Tables of docs/scale.md from the cost model: python benchmarks/scale.py
+
+The hardware figures are makers' peaks; MFU and network efficiency are assumptions, named below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mim_refiner.training.cost import ENCODERS, Job
+
+TFLOPS = {"24 GB card": 165e12, "A100 80 GB": 312e12, "H100 80 GB": 989e12}  # bf16 dense
+MFU = 0.4
+# Bytes a second that a ring of collectives moves: NVLink inside a node, eight adapters of 50 GB/s between nodes.
+NODE_BYTES, NETWORK_BYTES, EFFICIENCY = 450e9, 8 * 50e9, 0.7
+LATENCY = 15e-6  # seconds a collective call and doubling of the processes
+CALLS_A_HEAD = 5 * 4 + 4  # BatchNorms, forward and backward; predictions and queue
+IMAGE_BYTES = 110e3  # a JPEG of ImageNet
+LOADER_SECONDS = 17.3e-3  # CPU of twelve views of one image, published pipeline (golden/README.md)
+
+
+def jobs() -> dict[str, Job]:
+    large = [(224, 2), (96, 10)]
+    huge = [(224, 2), (98, 10)]
+    return {
+        "ViT-B/16": Job(ENCODERS["ViT-B/16"], 1024, range(8, 12), large),
+        "ViT-L/16": Job(ENCODERS["ViT-L/16"], 1024, range(16, 24), large),
+        "ViT-H/14": Job(ENCODERS["ViT-H/14"], 512, range(20, 32), huge),
+        "ViT-2B/14": Job(ENCODERS["ViT-2B/14"], 512, range(16, 24), huge, frozen_blocks=6),
+    }
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    print(f"\n### {title}\n")
+    print("| " + " | ".join(header) + " |")
+    print("|" + "---|" + "---:|" * (len(header) - 1))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def gb(value: float) -> str:
+    return f"{value / 1e9:.1f}"
+
+
+def largest(job: Job, budget: float) -> str:
+    """The largest micro-batch that fits, or what is needed at 1."""
+    for micro in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1):
+        if micro <= job.local_batch and sum(replace(job, micro_batch=micro).memory().values()) <= budget:
+            return str(micro)
+    need = sum(replace(job, micro_batch=1, checkpointing=True).memory().values())
+    return f"- ({gb(need)} GB)"
+
+
+def network_seconds(job: Job) -> tuple[float, float]:
+    """(gradients, all the rest) of a step."""
+    speed = (NODE_BYTES if job.processes <= 8 else NETWORK_BYTES) * EFFICIENCY
+    sent = job.traffic()
+    gradients = sent.pop("gradients") / speed
+    calls = len(job.head_blocks) * CALLS_A_HEAD * LATENCY * max(1, job.processes - 1).bit_length()
+    return gradients, sum(sent.values()) / speed + calls
+
+
+def main() -> None:
+    rows = []
+    for name, job in jobs().items():
+        operations = job.model_operations() / job.batch
+        cached = sum(replace(job, micro_batch=1).operations().values()) / job.batch
+        rows.append(
+            [
+                name,
+                f"{job.encoder.parameters / 1e6:.0f}",
+                f"{job.heads_parameters / 1e6:.0f}",
+                f"{job.views} / {len(job.head_blocks)}",
+                f"{operations / 1e12:.2f}",
+                f"{cached / operations:.2f}",
+                *(f"{rate * MFU / operations:.0f}" for rate in TFLOPS.values()),
+            ]
+        )
+    header = ["encoder", "encoder M", "heads M", "views / heads", "T operations an image", "cached / plain"]
+    table("Computation", header + [f"images/s, {device}" for device in TFLOPS], rows)
+
+    rows = []
+    for name, job in jobs().items():
+        for micro in (None, 32):
+            parts = replace(job, micro_batch=micro).memory()
+            rows.append(
+                [
+                    f"{name}, {'plain' if micro is None else 'cached, 32 at a time'}",
+                    *map(gb, parts.values()),
+                    gb(sum(parts.values())),
+                ]
+            )
+    table("Memory of one process at the recipe's batch (GB)", ["step", *parts, "sum"], rows)
+
+    rows = [[name, *(largest(job, size * 0.92e9) for size in (24, 40, 80, 141))] for name, job in jobs().items()]
+    table(
+        "Largest micro-batch by memory, whole batch on one GPU", ["encoder", "24 GB", "40 GB", "80 GB", "141 GB"], rows
+    )
+
+    rows = []
+    for nodes in (0, 1, 2, 4, 8, 16, 32, 64):
+        row = ["1 GPU" if nodes == 0 else f"{nodes} x 8"]
+        for name in ("ViT-L/16", "ViT-H/14"):
+            job = replace(jobs()[name], processes=max(1, 8 * nodes))
+            compute = job.model_operations() / (TFLOPS["H100 80 GB"] * MFU * job.processes)
+            gradients, rest = network_seconds(job)
+            whole = compute + gradients + rest
+            if job.local_batch >= 1:
+                row += [
+                    f"{job.local_batch}",
+                    f"{1e3 * compute:.0f}",
+                    f"{1e3 * gradients:.0f}",
+                    f"{1e3 * rest:.0f}",
+                    f"{100 * compute / whole:.0f} %",
+                ]
+            else:
+                row += ["-"] * 5
+        rows.append(row)
+    parts_header = ["images", "compute", "gradients", "rest", "efficiency"]
+    table(
+        "A step on H100s at the recipe's batch (ms)",
+        ["processes", *(f"L: {part}" for part in parts_header), *(f"H: {part}" for part in parts_header)],
+        rows,
+    )
+
+    rows = []
+    for images in (1e4, 1e5, 1.28e6, 1e7, 1e8, 1e9):
+        row = [f"{images:.0e}" if images != 1.28e6 else "1.28e+06"]
+        for name, gpus in (("ViT-B/16", 1), ("ViT-L/16", 1), ("ViT-L/16", 8), ("ViT-L/16", 64), ("ViT-H/14", 64)):
+            job = replace(jobs()[name], processes=gpus)
+            device = "24 GB card" if (name, gpus) == ("ViT-B/16", 1) else "H100 80 GB"
+            seconds = job.model_operations() / (TFLOPS[device] * MFU * gpus) + sum(network_seconds(job))
+            row.append(f"{images / job.batch * seconds / 3600:.3g}")
+        rows.append(row)
+    header = ["images", "B, one 24 GB card", "L, one H100", "L, 8 H100", "L, 64 H100", "H, 64 H100"]
+    table("Hours an epoch of refinement", header, rows)
+
+    rows = []
+    for name, job in jobs().items():
+        for gpus in (1, 8, 64):
+            spread = replace(job, processes=gpus)
+            rate = job.batch / (
+                job.model_operations() / (TFLOPS["H100 80 GB"] * MFU * gpus) + sum(network_seconds(spread))
+            )
+            rows.append(
+                [
+                    f"{name}, {gpus} H100",
+                    f"{rate:.0f}",
+                    f"{rate * IMAGE_BYTES / 1e6:.0f}",
+                    f"{rate * LOADER_SECONDS / gpus:.1f}",
+                ]
+            )
+    table("What the data path must deliver", ["step", "images/s", "MB/s read", "CPU cores a GPU"], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Atlas of an encoder: every block, pooling (class, mean, both) and norm (raw, final) measured, and which to use.
+
+With labels the measure is k-NN accuracy, without labels the neighbour consistency of two views (``label_free.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import RidgeClassifierCV
+from torch import Tensor
+
+from mim_refiner._version import __version__
+from mim_refiner.analysis.augmented import PairedViews
+from mim_refiner.analysis.label_free import neighbor_consistency, paired_scores, rank_of_rows, score_interval
+from mim_refiner.core.knn import knn_predict
+from mim_refiner.evaluation.features import Features
+from mim_refiner.evaluation.knn import required_labels
+
+KIND = "atlas"
+RANK_ROWS = 2000
+PROBE_ROWS = 4000
+COLLAPSE = 0.5  # cells with less than this share of the median effective rank are never recommended without labels
+_ALPHAS = tuple(10.0**power for power in range(-1, 6))
+Key = tuple[int, str, bool]  # block from 0; "cls", "mean" or "both"; final norm applied
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """``record`` is the JSON form; ``scores`` holds per-image scores [N] of each cell, for paired comparisons."""
+
+    record: dict[str, Any]
+    scores: dict[Key, NDArray[np.float64]]
+
+    def curves(self, norm: bool = False) -> dict[str, dict[int, NDArray[np.float64]]]:
+        """Per-image scores by pooling and block, {pooling: {block: [N]}}, for one norm and single poolings."""
+        found: dict[str, dict[int, NDArray[np.float64]]] = {}
+        for (block, pooling, normed), score in self.scores.items():
+            if normed == norm and pooling != "both":
+                found.setdefault(pooling, {})[block] = score
+        return {pooling: dict(sorted(blocks.items())) for pooling, blocks in found.items()}
+
+    @property
+    def recommendation(self) -> dict[str, Any]:
+        """{"block", "pooling", "norm", "measure", "value", "gain", "reason", ...}."""
+        found: dict[str, Any] = self.record["recommendation"]
+        return found
+
+
+def labelled_atlas(
+    bank: Mapping[bool, Features],
+    queries: Mapping[bool, Features],
+    *,
+    default: Key,
+    probe: bool = True,
+    both: bool = True,
+    k: int = 10,
+    temperature: float = 0.07,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Atlas:
+    """Measure every cell: k-NN top-1, ridge probe top-1 (``probe``), effective rank of the bank.
+
+    ``bank`` and ``queries`` hold features {norm applied?: Features}; ``default`` is the cell that is in use now;
+    ``both`` adds the two poolings side by side as a third.
+    Raises DataError without labels.
+    """
+    train_y = required_labels(next(iter(bank.values())), "bank")
+    test_y = required_labels(next(iter(queries.values())), "query")
+    cells, scores = [], {}
+    pairs = list(zip(_cells(bank, both), _cells(queries, both), strict=True))
+    for done, ((key, train_x), (_, test_x)) in enumerate(pairs, 1):
+        hits = (knn_predict(train_x, train_y, test_x, k=k, temperature=temperature) == test_y).numpy()
+        hits = hits.astype(np.float64)
+        cell = _cell(key, train_x) | {"knn_top1": float(hits.mean()), "ci95": list(score_interval(hits))}
+        if probe:
+            cell["probe_top1"] = ridge_probe(train_x[:PROBE_ROWS], train_y[:PROBE_ROWS], test_x, test_y)
+        cells.append(cell)
+        scores[key] = hits
+        if progress:
+            progress(done, len(pairs))
+    samples = {"bank": len(train_y), "queries": len(test_y), "rank_rows": min(RANK_ROWS, len(train_y))}
+    samples |= {"probe_rows": min(PROBE_ROWS, len(train_y))} if probe else {}
+    return _atlas("knn_top1", cells, scores, default, samples, seed)
+
+
+def label_free_atlas(
+    views: PairedViews,
+    *,
+    default: Key,
+    both: bool = True,
+    neighbors: int = 10,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Atlas:
+    """Measure every cell without labels: neighbour consistency of two views, and effective rank."""
+    cells, scores = [], {}
+    triples = list(zip(*(_cells(part, both) for part in (views.clean, views.first, views.second)), strict=True))
+    for done, ((key, clean), (_, first), (_, second)) in enumerate(triples, 1):
+        shares = neighbor_consistency(clean, first, second, neighbors=neighbors)
+        cells.append(_cell(key, clean) | {"consistency": float(shares.mean()), "ci95": list(score_interval(shares))})
+        scores[key] = shares
+        if progress:
+            progress(done, len(triples))
+    count = len(next(iter(views.clean.values())))
+    samples = {"images": count, "rank_rows": min(RANK_ROWS, count)}
+    return _atlas("consistency", cells, scores, default, samples, seed)
+
+
+def ridge_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
+    """Test accuracy of a linear classifier by ridge regression, its penalty chosen by leave-one-out on train.
+
+    Closed form and so cheap enough for every cell; it ranks features as the trained probe of ``evaluate`` does, a
+    few points below it.
+    """
+    mean, std = train_x.mean(0), train_x.std(0) + 1e-6
+    model = RidgeClassifierCV(alphas=_ALPHAS).fit(((train_x - mean) / std).double().numpy(), train_y.numpy())
+    predicted = model.predict(((test_x - mean) / std).double().numpy())
+    return float((predicted == test_y.numpy()).mean())
+
+
+def recommend(
+    measure: str, cells: Sequence[Mapping[str, Any]], scores: Mapping[Key, NDArray[np.float64]], default: Key, seed: int
+) -> dict[str, Any]:
+    """The cell to use: the best one, if cells chosen on one half of the images beat ``default`` on the other half.
+
+    The best of many cells looks better than it is. So the gain is cross-fitted: each half of the images is scored by
+    the cell that is best on the other half. Unless its paired 95 % interval lies above zero, ``default`` stays.
+    """
+    # Features on few directions agree with each other and tell nothing apart: neighbour consistency is blind to that.
+    floor = COLLAPSE * float(np.median([cell["rank"] for cell in cells]))
+    sound = {_key_of(cell) for cell in cells if measure == "knn_top1" or cell["rank"] >= floor}
+    keys = [key for key in scores if key in sound]
+    table = np.stack([scores[key] for key in keys])  # [cells, N]
+    best = keys[_first_best(table.mean(1), keys)]
+    order = np.random.default_rng(seed).permutation(table.shape[1])
+    chosen = np.empty(table.shape[1])
+    for mine, other in ((order[::2], order[1::2]), (order[1::2], order[::2])):
+        chosen[mine] = table[_first_best(table[:, other].mean(1), keys), mine]
+    value, low, high = paired_scores(scores[default], chosen, seed=seed)
+    key = best if low > 0 else default
+    cell = next(cell for cell in cells if _key_of(cell) == key)
+    return {
+        **dict(zip(("block", "pooling", "norm"), key, strict=True)),
+        "measure": measure,
+        "value": cell[measure],
+        "best": dict(zip(("block", "pooling", "norm"), best, strict=True)) | {"value": float(scores[best].mean())},
+        "default": dict(zip(("block", "pooling", "norm"), default, strict=True))
+        | {"value": float(scores[default].mean())},
+        "gain": {"value": value, "ci95": [low, high], "how": "each half of the images scored by the other half's best"},
+        "reason": _reason(measure, key, best, default, (value, low, high)),
+    }
+
+
+def name_of(key: Key) -> str:
+    """E.g. ``block 9, pooling both, final norm``."""
+    block, pooling, norm = key
+    return f"block {block}, pooling {pooling}, {'final norm' if norm else 'raw'}"
+
+
+def _reason(measure: str, key: Key, best: Key, default: Key, gain: tuple[float, float, float]) -> str:
+    what = "k-NN accuracy" if measure == "knn_top1" else "neighbour consistency (no labels)"
+    value, low, high = (100 * number for number in gain)
+    interval = f"95 % interval {low:+.1f} to {high:+.1f}"
+    if best == default:
+        return f"{name_of(default)} has the best {what} of all blocks, poolings and norms."
+    if key == best:
+        return f"{what}: choosing it gains {value:+.1f} points over {name_of(default)} ({interval})."
+    return (
+        f"{name_of(default)} stays: {name_of(best)} is best by {what}, but choosing the best gains {value:+.1f} "
+        f"points on images it was not chosen on ({interval}), which may be chance."
+    )
+
+
+def _atlas(
+    measure: str,
+    cells: list[dict[str, Any]],
+    scores: dict[Key, NDArray[np.float64]],
+    default: Key,
+    samples: Mapping[str, int],
+    seed: int,
+) -> Atlas:
+    record = {
+        "kind": KIND,
+        "measure": measure,
+        "cells": cells,
+        "recommendation": recommend(measure, cells, scores, default, seed),
+        "samples": dict(samples),
+        "seed": seed,
+        "version": __version__,
+    }
+    return Atlas(record, scores)
+
+
+def _cells(features: Mapping[bool, Features], both: bool) -> Iterator[tuple[Key, Tensor]]:
+    """Every (block, pooling, norm) with its features; "both" lays class token and mean side by side."""
+    for norm, found in features.items():
+        for block in dict.fromkeys(block for block, _ in found.keys):
+            poolings = [pooling for b, pooling in found.keys if b == block]
+            for pooling in poolings:
+                yield (block, pooling, norm), found[block, pooling]
+            if both and len(poolings) > 1:
+                yield (block, "both", norm), torch.cat([found[block, pooling] for pooling in poolings], dim=1)
+
+
+def _cell(key: Key, x: Tensor) -> dict[str, Any]:
+    rank = rank_of_rows(x[:RANK_ROWS])(np.arange(min(RANK_ROWS, len(x))))
+    return {**dict(zip(("block", "pooling", "norm"), key, strict=True)), "dimensions": x.shape[1], "rank": rank}
+
+
+def _key_of(cell: Mapping[str, Any]) -> Key:
+    return cell["block"], cell["pooling"], cell["norm"]
+
+
+def _first_best(values: NDArray[np.float64], keys: Sequence[Key]) -> int:
+    """Among equals the plainer cell: one pooling before both, raw before normed, later blocks first."""
+    return min(range(len(keys)), key=lambda row: (-values[row], keys[row][1] == "both", keys[row][2], -keys[row][0]))

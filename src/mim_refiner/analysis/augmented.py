@@ -1,0 +1,99 @@
+"""Two random views of the same images as feature inputs: what the label-free measures compare.
+
+A view is an :class:`ImageTransform`, so that its features come from the same extraction (and cache) as all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.photometric import BatchPhotometric, seeded_generator
+from mim_refiner.data.views import ViewSpec, crop_batch
+from mim_refiner.evaluation.features import Features, ImageTransform, feature_sets
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.reporting import Reporter
+
+# Crops of at least 40 % of the area and the paper's colour changes: strong enough that a copy of the pixels is no
+# help, mild enough that both views mostly show the same thing.
+VIEW = ViewSpec("label-free", 1, scale=(0.4, 1.0), gray_prob=0.2, blur_prob=0.25, blur_sigma=(0.1, 1.0))
+BLUR_REFERENCE = 32  # pixels; the blur grows with the image
+
+
+@dataclass(frozen=True)
+class PairedViews:
+    """Features of the images as they are, and of two random views of each; rows correspond. Keys: norm applied?"""
+
+    clean: Mapping[bool, Features]
+    first: Mapping[bool, Features]
+    second: Mapping[bool, Features]
+
+
+def paired_views(
+    backbone: Backbone, images: ImageSet, *, seed: int, reporter: Reporter, what: str = "", **options: Any
+) -> PairedViews:
+    """Features of the centre crop and of two random views, one forward pass each.
+
+    ``options`` go to ``feature_sets`` (blocks, poolings, norms, indices, image_size, device, precision, cache). The
+    draws depend on (seed, view, position) alone: every encoder sees the same views, and so comparisons are paired.
+    """
+    count = len(images) if options.get("indices") is None else len(options["indices"])
+    found = []
+    for name, transform in (
+        ("images", None),
+        ("first views", augmented_view(seed, 0)),
+        ("second views", augmented_view(seed, 1)),
+    ):
+        reporter.phase(f"features of the {name}{what}", count)
+        chosen: dict[str, Any] = {} if transform is None else {"transform": transform}
+        found.append(
+            feature_sets(backbone, images, progress=lambda done, _: reporter.update(done, {}), **chosen, **options)
+        )
+    return PairedViews(*found)
+
+
+def augmented_view(seed: int, number: int) -> ImageTransform:
+    """Random crop, flip, colour jitter, grayscale and blur of every image; ``number`` tells the views apart."""
+
+    def batches(
+        images: ImageSet, size: int, batch_size: int, indices: Sequence[int] | NDArray[np.int64] | Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        spec = scaled_view(size)
+        photometric = BatchPhotometric(spec, (0.0,) * 3, (1.0,) * 3)  # 0-1 values: normalised after the rounding
+        wanted = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
+        with ThreadPoolExecutor(4) as pool:
+            load: Callable[..., Any] = map if images.cached else pool.map
+            for start in range(0, len(wanted), batch_size):
+                rows = wanted[start : start + batch_size]
+                loaded = list(load(images.try_load, rows.tolist()))
+                images.raise_if_too_many_unreadable()
+                kept = [row for row, pixels in enumerate(loaded) if pixels is not None]
+                if not kept:
+                    continue
+                # random numbers belong to the position in the set asked for, whether or not others are readable
+                whole = [pixels if pixels is not None else loaded[kept[0]] for pixels in loaded]
+                crops = crop_batch(whole, spec, seed=seed, epoch=0, position=start, view=number)
+                views = photometric(
+                    torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2))),
+                    seeded_generator(seed, number, start),
+                )
+                pixels = views.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+                yield pixels[kept], torch.from_numpy(rows[kept])
+
+    return ImageTransform(f"random view {number} of seed {seed}: {VIEW}", batches)
+
+
+def scaled_view(size: int) -> ViewSpec:
+    """The view at ``size`` pixels, its blur as wide in proportion."""
+    low, high = VIEW.blur_sigma
+    factor = max(1.0, size / BLUR_REFERENCE)
+    shown = {**VIEW.__dict__, "size": size, "blur_sigma": (low, high * factor)}
+    return ViewSpec(**shown)

@@ -1,0 +1,190 @@
+"""How good features are, without a label: four measures of one encoder, with what a paired comparison needs.
+
+Neighbour consistency carries the verdict; the other three say whether it can be trusted (see ``verdict.py``).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import adjusted_rand_score
+from torch import Tensor
+
+from mim_refiner.core.metrics import accuracy_interval, paired_interval
+from mim_refiner.errors import InputError
+
+_ROWS = 1024  # rows of one similarity product
+
+
+@dataclass(frozen=True)
+class LabelFreeMeasures:
+    """Measures of one encoder on N images; arrays are per image [N] or per pair of clusterings [P]."""
+
+    consistency: NDArray[np.float64]  # [N] share of neighbours that two views of an image have in common
+    retrieval: NDArray[np.float64]  # [N] 0, 0.5 or 1: each view's nearest among the other views is its partner
+    stability: NDArray[np.float64]  # [P] adjusted Rand index of clusterings of different halves
+    features: Tensor  # [N, D] of the images as they are; effective rank is computed from them
+
+    def summary(self) -> dict[str, float]:
+        """One number for each measure."""
+        return {
+            "neighbour consistency": float(self.consistency.mean()),
+            "view retrieval": float(self.retrieval.mean()),
+            "effective rank": rank_of_rows(self.features)(np.arange(len(self.features))),
+            "cluster stability": float(self.stability.mean()),
+        }
+
+
+def label_free_measures(
+    clean: Tensor, first: Tensor, second: Tensor, *, neighbors: int = 10, clusters: int = 20, pairs: int = 10, seed: int
+) -> LabelFreeMeasures:
+    """Measure features [N, D] of the images as they are and of two random views of each.
+
+    ``neighbors`` and ``clusters`` shrink for few images. Raises InputError for fewer than 20 images.
+    """
+    if len(clean) < MIN_IMAGES:
+        raise InputError(f"label-free measures need at least {MIN_IMAGES} images, got {len(clean)}; give more")
+    return LabelFreeMeasures(
+        consistency=neighbor_consistency(clean, first, second, neighbors=neighbors),
+        retrieval=view_retrieval(clean, first, second),
+        stability=cluster_stability(clean, clusters=clusters, pairs=pairs, seed=seed),
+        features=clean,
+    )
+
+
+MIN_IMAGES = 20
+
+
+@torch.no_grad()
+def neighbor_consistency(clean: Tensor, first: Tensor, second: Tensor, *, neighbors: int = 10) -> NDArray[np.float64]:
+    """Share [N] of the ``neighbors`` nearest images that both views of an image agree on.
+
+    Neighbours are looked up by cosine among the features ``clean`` [N, D] of the other images, everything standardised
+    by the mean and deviation of ``clean``. Chance is about neighbors / N.
+    """
+    count = min(neighbors, max(1, (len(clean) - 1) // 2))
+    gallery, one, two = _prepared(clean, first, second)
+    shares = []
+    for start in range(0, len(gallery), _ROWS):
+        rows = torch.arange(start, min(start + _ROWS, len(gallery)))
+        a, b = (_nearest(x[rows], gallery, rows, count) for x in (one, two))
+        shares.append((a[:, :, None] == b[:, None, :]).any(2).double().mean(1))
+    return torch.cat(shares).cpu().numpy()
+
+
+@torch.no_grad()
+def view_retrieval(clean: Tensor, first: Tensor, second: Tensor) -> NDArray[np.float64]:
+    """[N]: how often the nearest of all second views is the own one, and the nearest of all first views, averaged."""
+    _, one, two = _prepared(clean, first, second)
+    hits = torch.zeros(len(one), dtype=torch.float64)
+    for queries, gallery in ((one, two), (two, one)):
+        for start in range(0, len(queries), _ROWS):
+            nearest = (queries[start : start + _ROWS] @ gallery.T).argmax(1).cpu()
+            hits[start : start + _ROWS] += 0.5 * (nearest == torch.arange(start, start + len(nearest)))
+    return hits.numpy()
+
+
+def cluster_stability(x: Tensor, *, clusters: int = 20, pairs: int = 10, seed: int = 0) -> NDArray[np.float64]:
+    """Adjusted Rand index [P] of two k-means clusterings of all N images, each fitted on one half of them.
+
+    Pair p splits the images by (seed, p): the same halves for every encoder, so that differences are paired by p.
+    """
+    k = min(clusters, len(x) // 4)
+    points = _standardized(x, x).double().cpu().numpy().astype(np.float32)
+    scores = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # collapsed features have fewer points than clusters
+        for pair in range(pairs):
+            order = np.random.default_rng([seed, pair]).permutation(len(points))
+            half = len(points) // 2
+            found = [
+                KMeans(k, n_init=1, max_iter=30, random_state=2 * pair + side).fit(points[part]).predict(points)
+                for side, part in enumerate((order[:half], order[half:]))
+            ]
+            scores.append(adjusted_rand_score(*found))
+    return np.asarray(scores)
+
+
+def dense_drift(before: Tensor, after: Tensor) -> NDArray[np.float64]:
+    """[B]: 1 - mean cosine of the patch features [B, N, D] of two encoders; 0 for the same, about 1 for unrelated ones.
+
+    Raises InputError when the encoders give other numbers of patches or other widths.
+    """
+    if before.shape != after.shape:
+        raise InputError(f"drift compares patch features of one shape, got {list(before.shape)}, {list(after.shape)}")
+    return (1 - F.cosine_similarity(before.double(), after.double(), dim=2).mean(1)).cpu().numpy()
+
+
+def bootstrap_interval(
+    statistic: Callable[[NDArray[np.int64]], float], count: int, *, replicates: int = 1000, seed: int = 0
+) -> tuple[float, float, float, NDArray[np.float64]]:
+    """(value, low, high, replicates [R]): percentile bootstrap at 95 % of ``statistic(rows)`` over ``count`` images.
+
+    The statistic gets row numbers drawn with replacement; one that looks up two encoders by the same rows is paired.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = np.array([statistic(rng.integers(0, count, count)) for _ in range(replicates)])
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return statistic(np.arange(count)), float(low), float(high), drawn
+
+
+def paired_scores(
+    before: NDArray[np.float64], after: NDArray[np.float64], *, seed: int = 0
+) -> tuple[float, float, float]:
+    """(mean difference after - before, low, high) of per-image scores [N] of the same images, at 95 %.
+
+    0/1 scores by the formula for paired proportions (``core.metrics.paired_interval``), shares by the bootstrap.
+    """
+    if np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all():
+        return paired_interval(before, after)
+    difference = after - before
+    return bootstrap_interval(lambda rows: float(difference[rows].mean()), len(difference), seed=seed)[:3]
+
+
+def score_interval(scores: NDArray[np.float64]) -> tuple[float, float]:
+    """95 % interval of the mean of per-image scores [N]: Wilson's for 0/1, the normal approximation for shares."""
+    if np.isin(scores, (0, 1)).all():
+        accuracy, low, high = accuracy_interval(scores)
+        return min(low, accuracy), max(high, accuracy)  # the formula may miss an accuracy of 0 or 1 by the last bit
+    half = 1.96 * float(scores.std()) / len(scores) ** 0.5
+    return float(scores.mean()) - half, float(scores.mean()) + half
+
+
+def rank_of_rows(x: Tensor) -> Callable[[NDArray[np.int64]], float]:
+    """RankMe of chosen rows of ``x`` [N, D] (with repetition), from D x D products: quick enough to bootstrap."""
+    x = x.double()
+
+    def rank(rows: NDArray[np.int64]) -> float:
+        weights = torch.from_numpy(np.bincount(rows, minlength=len(x))).double()
+        squares = torch.linalg.eigvalsh(x.T @ (weights[:, None] * x)).clamp(min=0)
+        singular = squares.sqrt()
+        if float(singular.sum()) == 0:
+            return 0.0
+        share = singular / singular.sum()
+        return float(torch.exp(-torch.xlogy(share, share).sum()))
+
+    return rank
+
+
+def _prepared(clean: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _standardized(clean, clean), _standardized(first, clean), _standardized(second, clean)
+
+
+def _standardized(x: Tensor, reference: Tensor) -> Tensor:
+    """As k-NN sees features: standardised by the reference's mean and deviation, then of length one."""
+    return F.normalize((x - reference.mean(0)) / (reference.std(0) + 1e-6), dim=1)
+
+
+def _nearest(queries: Tensor, gallery: Tensor, own: Tensor, count: int) -> Tensor:
+    """Row numbers [M, count] of the nearest gallery entries but the own one."""
+    similarity = queries @ gallery.T
+    similarity[torch.arange(len(own)), own] = -2
+    return similarity.topk(count, dim=1).indices

@@ -1,0 +1,176 @@
+"""Did refinement help, judged without labels? A rule on four measures, calibrated where labels exist (LOG.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mim_refiner.analysis.label_free import LabelFreeMeasures, bootstrap_interval, rank_of_rows
+from mim_refiner.analysis.verdict import BETTER, UNCLEAR, WORSE
+from mim_refiner.errors import InputError
+
+Rows = NDArray[np.int64]
+OBJECTION = 0.75  # an effective rank below this share of the base's casts doubt on "better"
+
+
+@dataclass(frozen=True)
+class VerdictRule:
+    """``min_change``: smaller changes of neighbour consistency (a share, 0-1) are no clear change, however certain.
+
+    ``collapse``: an effective rank below this share of the base's is worse, whatever the neighbours say: features that
+    fall on few directions agree with each other without telling images apart.
+    """
+
+    min_change: float = 0.02
+    collapse: float = 0.5
+
+
+def label_free_verdict(
+    before: LabelFreeMeasures,
+    after: LabelFreeMeasures,
+    *,
+    drift: NDArray[np.float64] | None = None,
+    rule: VerdictRule | None = None,
+    replicates: int = 200,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compare two encoders on the same N images and views.
+
+    Better or worse: neighbour consistency changed by more than ``min_change``, and so did its paired 95 % interval;
+    worse too when the effective rank collapsed. Returns {"verdict", "reason", "measures": [a row each], "confidence",
+    "samples", "rule"}. ``drift`` [M]: see ``dense_drift``. Raises InputError when the images differ.
+    """
+    rule = rule or VerdictRule()
+    count = len(before.consistency)
+    if len(after.consistency) != count:
+        raise InputError(f"a paired verdict needs the same images, got {count} and {len(after.consistency)}")
+    rows = {
+        "neighbour consistency": _row(before.consistency, after.consistency, replicates=1000, seed=seed),
+        "view retrieval": _row(before.retrieval, after.retrieval, replicates=1000, seed=seed),
+        "effective rank": _rank_row(before, after, replicates, seed),
+        "cluster stability": _row(before.stability, after.stability, replicates=1000, seed=seed),
+    }
+    word, why = _decide(rows["neighbour consistency"], rows["effective rank"], rule)
+    measures = [{"measure": name, **row.shown()} for name, row in rows.items()]
+    if drift is not None:
+        measures.append(_drift_row(drift, seed))
+    confidence = _confidence(word, rows, rule)
+    return {
+        "verdict": word,
+        "reason": f"{why} Judged without labels; confidence {confidence['word']}: {confidence['why']}.",
+        "measures": measures,
+        "confidence": confidence,
+        "samples": {"images": count, "cluster_pairs": len(before.stability)},
+        "rule": asdict(rule),
+    }
+
+
+@dataclass(frozen=True)
+class _Row:
+    before: float
+    after: float
+    difference: float
+    low: float
+    high: float
+    drawn: NDArray[np.float64]  # bootstrap replicates of the difference
+
+    def shown(self) -> dict[str, Any]:
+        change = "rose" if self.low > 0 else "fell" if self.high < 0 else "unclear"
+        return {
+            "before": self.before,
+            "after": self.after,
+            "difference": self.difference,
+            "ci95": [self.low, self.high],
+            "change": change,
+        }
+
+
+def _row(before: NDArray[np.float64], after: NDArray[np.float64], *, replicates: int, seed: int) -> _Row:
+    """Means of per-image (or per-pair) values and the paired bootstrap of their difference."""
+    difference = after - before
+    value, low, high, drawn = bootstrap_interval(
+        lambda rows: float(difference[rows].mean()), len(difference), replicates=replicates, seed=seed
+    )
+    return _Row(float(before.mean()), float(after.mean()), value, low, high, drawn)
+
+
+def _rank_row(before: LabelFreeMeasures, after: LabelFreeMeasures, replicates: int, seed: int) -> _Row:
+    """Effective ranks; the difference is bootstrapped over images, in pairs.
+
+    An effective rank of a resample is lower than that of as many different images, about alike for both encoders; the
+    interval is moved so that its centre is the measured difference.
+    """
+    ranks: tuple[Callable[[Rows], float], ...] = (rank_of_rows(before.features), rank_of_rows(after.features))
+    every = np.arange(len(before.features))
+    values = [rank(every) for rank in ranks]
+    difference, low, high, drawn = bootstrap_interval(
+        lambda rows: ranks[1](rows) - ranks[0](rows), len(every), replicates=replicates, seed=seed
+    )
+    shift = difference - float(np.median(drawn))
+    return _Row(values[0], values[1], difference, low + shift, high + shift, drawn + shift)
+
+
+def _decide(consistency: _Row, rank: _Row, rule: VerdictRule) -> tuple[str, str]:
+    if rank.after < rule.collapse * rank.before and rank.high < 0:
+        return WORSE, (
+            f"The effective rank of the features collapsed from {rank.before:.1f} to {rank.after:.1f}: "
+            "images are no longer told apart."
+        )
+    word = BETTER if consistency.low > rule.min_change else WORSE if consistency.high < -rule.min_change else UNCLEAR
+    interval = f"95 % interval {100 * consistency.low:+.1f} to {100 * consistency.high:+.1f}"
+    moved = f"{100 * consistency.before:.1f} to {100 * consistency.after:.1f} % ({interval})"
+    if word == UNCLEAR:
+        limit = f"{100 * rule.min_change:.0f} points"
+        return (
+            word,
+            f"Two views of an image share {moved} of their neighbours: not clearly more than {limit} of change.",
+        )
+    kind = "more" if word == BETTER else "less"
+    return word, f"Two views of an image share {kind} of their neighbours than before: {moved}."
+
+
+def _confidence(word: str, rows: Mapping[str, _Row], rule: VerdictRule) -> dict[str, Any]:
+    """How sure: the share of bootstrap replicates on the same side, and whether retrieval or rank object.
+
+    Cluster stability has no say: where labels exist it fell with real refinements and rose with collapse.
+    """
+    drawn = rows["neighbour consistency"].drawn
+    shares = {
+        BETTER: float((drawn > rule.min_change).mean()),
+        WORSE: float((drawn < -rule.min_change).mean()),
+        UNCLEAR: float((np.abs(drawn) <= rule.min_change).mean()),
+    }
+    collapsed = rows["effective rank"].after < rule.collapse * rows["effective rank"].before
+    share = 1.0 if word == WORSE and collapsed else shares[word]
+    retrieval, rank = rows["view retrieval"], rows["effective rank"]
+    objections = {
+        BETTER: {"view retrieval": retrieval.high < 0, "effective rank": rank.after < OBJECTION * rank.before},
+        WORSE: {"view retrieval": retrieval.low > 0 and not collapsed},
+        UNCLEAR: {"view retrieval": retrieval.low > rule.min_change or retrieval.high < -rule.min_change},
+    }[word]
+    against = [name for name, objects in objections.items() if objects]
+    level = "high" if share >= 0.99 and not against else "medium" if share >= 0.9 and len(against) < 2 else "low"
+    objects = f"{' and '.join(against)} {'objects' if len(against) == 1 else 'object'}" if against else "none objects"
+    return {
+        "word": level,
+        "bootstrap_agreement": share,
+        "against": against,
+        "why": f"{100 * share:.0f} % of resamples agree, and of retrieval and rank {objects}",
+    }
+
+
+def _drift_row(drift: NDArray[np.float64], seed: int) -> dict[str, Any]:
+    """1 - cosine of the patch features of before and after: how far the dense features moved; no part of the rule."""
+    value, low, high, _ = bootstrap_interval(lambda rows: float(drift[rows].mean()), len(drift), seed=seed)
+    return {
+        "measure": "drift of patch features",
+        "before": 0.0,
+        "after": value,
+        "difference": value,
+        "ci95": [low, high],
+        "change": "shown only",
+    }

@@ -1,0 +1,208 @@
+"""How well the pixels can be restored from each block: a small MAE decoder on every block of the frozen encoder.
+
+Masked prediction as in MAE (arXiv 2111.06377), from the tokens of any block instead of the last (MIM-Refiner, section
+2): the encoder sees a quarter of the patches, the decoders predict the normalised pixels of the rest. One pass of the
+frozen encoder serves the decoders of all blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mim_refiner.core.device import autocast
+from mim_refiner.core.schedules import warmup_cosine
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.loaders import eval_batches
+from mim_refiner.data.photometric import normalize, seeded_generator
+from mim_refiner.errors import DataError, InputError
+from mim_refiner.evaluation.features import evaluation_mode, square_image_size
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.models.mae import patchify, sincos_position_table
+from mim_refiner.types import BackboneInfo
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ReconstructionSettings:
+    """Size and training of the decoders; ``dim`` 512 is the width of MAE's own decoder, the default is for a CPU."""
+
+    dim: int = 64
+    depth: int = 2
+    head_dim: int = 32
+    mask_ratio: float = 0.75
+    epochs: int = 8
+    batch_size: int = 64
+    learning_rate: float = 4e-3
+    warmup: float = 0.1  # share of all steps
+    weight_decay: float = 0.05
+    train_images: int = 2000
+    test_images: int = 500
+
+    def steps(self, images: int) -> int:
+        """Training steps for so many images."""
+        return self.epochs * (images // min(self.batch_size, images))
+
+
+def reconstruction_by_block(
+    backbone: Backbone,
+    train: ImageSet,
+    test: ImageSet,
+    *,
+    train_rows: NDArray[np.int64],
+    test_rows: NDArray[np.int64],
+    settings: ReconstructionSettings | None = None,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> NDArray[np.float64]:
+    """Train a decoder per block on ``train`` and return the masked error of each image of ``test``: [depth, N].
+
+    Mean squared error of normalised pixels (1 = predicting the mean of each patch). Start weights, image order and
+    masks depend on the seed alone, so two encoders of one size are compared in pairs.
+    Raises InputError for an encoder that is not a plain ViT.
+    """
+    settings, device = settings or ReconstructionSettings(), torch.device(device)
+    if not backbone.is_plain_vit:
+        raise InputError(f"{backbone.info.architecture} is not a plain ViT; reconstruction by block needs one")
+    if len(train_rows) < 2:
+        raise DataError(f"{train.description}: too few images to train decoders on; give more")
+    backbone.to(device)
+    size = square_image_size(backbone.info)
+    decoders = BlockDecoders(backbone, settings, seed).to(device)
+    optimizer = torch.optim.AdamW(decoders.parameters(), weight_decay=settings.weight_decay, betas=(0.9, 0.95))
+    pixels = _pixels(train, size, train_rows)
+    batch = min(settings.batch_size, len(pixels))
+    steps = len(pixels) // batch
+    total = settings.steps(len(pixels))
+    with evaluation_mode(backbone):
+        for step in range(total):
+            if step % steps == 0:
+                order = torch.randperm(len(pixels), generator=seeded_generator(seed, 1, step // steps))
+            rows = order[(step % steps) * batch : (step % steps + 1) * batch]
+            for group in optimizer.param_groups:
+                group["lr"] = warmup_cosine(
+                    step,
+                    total_steps=total,
+                    warmup_steps=round(settings.warmup * total),
+                    peak=settings.learning_rate,
+                    end=0.0,
+                )
+            noise = decoders.noise(len(rows), seeded_generator(seed, 2, step))
+            with autocast(precision, device):
+                errors = decoders(_inputs(pixels[rows], backbone, device), noise)
+            optimizer.zero_grad(set_to_none=True)
+            errors.mean(1).sum().backward()
+            optimizer.step()
+            if progress:
+                progress(step + 1, total)
+        return _evaluate(decoders, backbone, test, size, test_rows, device, precision, seed)
+
+
+@torch.no_grad()
+def _evaluate(
+    decoders: BlockDecoders,
+    backbone: Backbone,
+    test: ImageSet,
+    size: int,
+    rows: NDArray[np.int64],
+    device: torch.device,
+    precision: str,
+    seed: int,
+) -> NDArray[np.float64]:
+    parts = []
+    for number, (pixels, _) in enumerate(eval_batches(test, size, 128, indices=rows)):
+        noise = decoders.noise(len(pixels), seeded_generator(seed, 3, number))
+        with autocast(precision, device):
+            parts.append(decoders(_inputs(pixels, backbone, device), noise).float().cpu())
+    return torch.cat(parts, dim=1).double().numpy()
+
+
+class BlockDecoders(nn.Module):
+    """One decoder for each block of a frozen encoder; the encoder is no sub-module and gets no gradient."""
+
+    def __init__(self, backbone: Backbone, settings: ReconstructionSettings, seed: int) -> None:
+        super().__init__()
+        self._encoder = (backbone,)  # in a tuple: not registered, so neither trained nor saved
+        info = backbone.info
+        self.grid = tuple(side // patch for side, patch in zip(info.image_size, info.patch_size, strict=True))
+        self.visible = max(1, int(self.grid[0] * self.grid[1] * (1 - settings.mask_ratio)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            first = _Decoder(info, self.grid, settings)
+        self.decoders = nn.ModuleList(copy.deepcopy(first) for _ in range(info.depth))  # one start for all blocks
+
+    def noise(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random numbers [B, N] that decide what is hidden."""
+        return torch.rand(count, self.grid[0] * self.grid[1], generator=generator)
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Masked error [depth, B] of normalised images [B, C, H, W]; the smallest ``noise`` [B, N] stay visible."""
+        (backbone,) = self._encoder
+        prefix = backbone.info.num_prefix_tokens
+        order = noise.to(images.device).argsort(dim=1)
+        shown, hidden = order[:, : self.visible], order[:, self.visible :]
+        with torch.no_grad():
+            tokens = backbone.embed(images)
+            width = tokens.shape[2]
+            patches = tokens[:, prefix:].gather(1, shown[..., None].expand(-1, -1, width))
+            blocks = range(backbone.info.depth)
+            _, outputs = backbone.run_blocks(
+                torch.cat([tokens[:, :prefix], patches], dim=1), 0, len(blocks), list(blocks)
+            )
+            target = patchify(images, backbone.info.patch_size)
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+            target = target.gather(1, hidden[..., None].expand(-1, -1, target.shape[2]))
+        errors = []
+        for block, decoder in enumerate(self.decoders):
+            predicted = decoder(outputs[block], order, prefix)
+            predicted = predicted.gather(1, hidden[..., None].expand(-1, -1, predicted.shape[2]))
+            errors.append((predicted.float() - target).square().mean((1, 2)))
+        return torch.stack(errors)
+
+
+class _Decoder(nn.Module):
+    """Tokens of the visible patches in, pixels of all patches out; the parts of MAE's decoder, small."""
+
+    positions: Tensor  # [1, prefix + N, dim], fixed
+
+    def __init__(self, info: BackboneInfo, grid: tuple[int, ...], settings: ReconstructionSettings) -> None:
+        super().__init__()
+        dim, heads = settings.dim, max(1, settings.dim // settings.head_dim)
+        # block outputs differ in scale by far; without this the learning rate would favour some blocks
+        self.scale = nn.LayerNorm(info.embed_dim, elementwise_affine=False)
+        self.embed = nn.Linear(info.embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.register_buffer("positions", sincos_position_table(dim, grid[0], grid[1], info.num_prefix_tokens))
+        self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True) for _ in range(settings.depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.pixels = nn.Linear(dim, info.patch_size[0] * info.patch_size[1] * info.in_chans)
+
+    def forward(self, tokens: Tensor, order: Tensor, prefix: int) -> Tensor:
+        """Predict pixels [B, N, P] from [B, prefix + visible, D]; ``order`` [B, N] lists the visible patches first."""
+        tokens = self.embed(self.scale(tokens.float()))
+        visible = tokens[:, prefix:]
+        hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), order.shape[1] - visible.shape[1], -1)
+        places = order.argsort(dim=1)[..., None].expand(-1, -1, tokens.shape[2])
+        patches = torch.cat([visible, hidden], dim=1).gather(1, places)
+        tokens = torch.cat([tokens[:, :prefix], patches], dim=1) + self.positions
+        pixels: Tensor = self.pixels(self.norm(self.blocks(tokens)))
+        return pixels[:, prefix:]
+
+
+def _inputs(pixels: Tensor, backbone: Backbone, device: torch.device) -> Tensor:
+    return normalize(pixels.to(device, non_blocking=True), backbone.info.mean, backbone.info.std)
+
+
+def _pixels(images: ImageSet, size: int, rows: NDArray[np.int64]) -> Tensor:
+    """The chosen images in memory, uint8 [N, 3, S, S]."""
+    return torch.cat([batch for batch, _ in eval_batches(images, size, 256, indices=rows)])

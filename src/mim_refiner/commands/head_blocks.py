@@ -1,0 +1,78 @@
+"""``--head-blocks auto``: measure the encoder before it is refined, and put the heads where the rule says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mim_refiner.analysis.placement import place_heads
+from mim_refiner.commands.survey import How, atlas_of, choose_samples
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.errors import InputError
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.training.recipe import RefineRecipe
+
+FILE = "head_placement.json"
+NAMED = ("auto", "last_third")
+
+
+def head_block_settings(choice: str | None) -> list[str]:
+    """The recipe override that ``--head-blocks`` stands for; InputError unless auto, last_third or block numbers."""
+    if choice is None:
+        return []
+    if choice in NAMED:
+        return [f"heads.blocks={choice}"]
+    try:
+        return [f"heads.blocks={[int(part) for part in choice.split(',')]}"]
+    except ValueError:
+        raise InputError(
+            f"--head-blocks {choice!r}: give auto, last_third or block numbers such as 8,9,10,11"
+        ) from None
+
+
+def place_in_recipe(
+    recipe: RefineRecipe,
+    base: RefineRecipe,
+    backbone: Backbone,
+    bank: ImageSet,
+    test: ImageSet | None,
+    how: How,
+    out: Path | None,
+) -> dict[str, Any] | None:
+    """Replace ``heads.blocks: auto`` of ``recipe`` by measured blocks; return the placement, None without "auto".
+
+    By k-NN accuracy when the images to measure on have labels, else by neighbour consistency. ``base`` is the recipe
+    before any override: its blocks are shown beside. A placement in the run folder ``out`` is used again, so that a
+    run resumes with the heads it began with.
+    """
+    if recipe.heads.blocks != "auto":
+        return None
+    placement = _kept(out)
+    if placement is None:
+        how.reporter.message("placing heads: measuring every block of the encoder")
+        pooling = recipe.heads.pooling
+        if pooling == "auto":
+            pooling = "cls" if backbone.info.has_cls else "mean"
+        atlas, _ = atlas_of(
+            backbone, choose_samples(bank, test, seed=how.seed), how, name="before", probe=False, both=False
+        )
+        placement = place_heads(atlas, pooling=pooling, recipe_blocks=_blocks_of(base, backbone.info.depth))
+    recipe.heads.blocks = placement["blocks"]
+    how.reporter.message(placement["reason"])
+    return placement
+
+
+def _blocks_of(recipe: RefineRecipe, depth: int) -> list[int]:
+    """The recipe's own blocks as numbers from 0, those that this encoder has."""
+    if isinstance(recipe.heads.blocks, str):
+        return list(range(depth - max(1, depth // 3), depth))
+    return sorted({block % depth for block in recipe.heads.blocks if -depth <= block < depth})
+
+
+def _kept(out: Path | None) -> dict[str, Any] | None:
+    try:
+        found = json.loads((out / FILE).read_text(encoding="utf-8")) if out else None
+        return found if found and all(isinstance(block, int) for block in found["blocks"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,162 @@
+"""``refine --plan`` and ``--memory-budget``: what the run at hand will need and cost, before it starts."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from mim_refiner.core.collectives import world_size
+from mim_refiner.core.device import autocast
+from mim_refiner.models.refiner import Refiner
+from mim_refiner.reporting import Reporter
+from mim_refiner.training.cost import EncoderShape, Job
+from mim_refiner.training.memory import Choice, choose, format_bytes, measure_needs, parse_budget
+from mim_refiner.training.recipe import RefineRecipe
+
+RATE_SECONDS = 0.3  # of measuring how fast the device runs a block
+
+
+def fit_into(
+    recipe: RefineRecipe, refiner: Refiner, budget: str, device: torch.device, precision: str, reporter: Reporter
+) -> RefineRecipe:
+    """The recipe with the micro-batch and checkpointing that fit into the budget; says what was picked."""
+    available = parse_budget(budget, device)
+    picked = choose(
+        refiner,
+        view_shapes(recipe),
+        recipe.batch_size // world_size(),
+        available,
+        precision=precision,
+        micro_batch=recipe.micro_batch,
+        checkpointing=recipe.checkpointing,
+    )
+    reporter.message(
+        f"memory: {format_bytes(picked.peak)} of {format_bytes(available)} expected; micro_batch="
+        f"{picked.micro_batch or 'none'}, checkpointing={str(picked.checkpointing).lower()} ({picked.words})"
+    )
+    return recipe.model_copy(update={"micro_batch": picked.micro_batch, "checkpointing": picked.checkpointing})
+
+
+def plan(
+    recipe: RefineRecipe, refiner: Refiner, images: int, device: torch.device, precision: str, budget: str | None
+) -> dict[str, Any]:
+    """The cost of the run: memory by part, operations, hours at the speed this device shows, traffic."""
+    local = recipe.batch_size // world_size()
+    shapes = view_shapes(recipe)
+    needs = measure_needs(refiner, shapes, local, precision=precision, checkpointing=recipe.checkpointing)
+    peak = needs.whole() if recipe.micro_batch is None else needs.cached(recipe.micro_batch)
+    picked = Choice(recipe.micro_batch, recipe.checkpointing, peak, "as the recipe says")
+    if budget is not None:
+        picked = choose(
+            refiner,
+            shapes,
+            local,
+            parse_budget(budget, device),
+            precision=precision,
+            micro_batch=recipe.micro_batch,
+            checkpointing=recipe.checkpointing,
+        )
+    sizes = vars(needs) | {"plain_step": needs.whole(), "one_image_at_a_time": needs.cached(1)}
+    result: dict[str, Any] = {
+        "setting": {
+            "micro_batch": picked.micro_batch,
+            "checkpointing": picked.checkpointing,
+            "peak": format_bytes(picked.peak),
+            "why": picked.words,
+        },
+        "memory": {name: format_bytes(value) for name, value in sizes.items()},
+        "bytes": {"peak": picked.peak, **sizes},
+    }
+    if refiner.backbone.is_plain_vit:
+        chosen = recipe.model_copy(update={"micro_batch": picked.micro_batch, "checkpointing": picked.checkpointing})
+        result |= _costs(chosen, refiner, images, device, precision)
+    return {"plan": result}
+
+
+def view_shapes(recipe: RefineRecipe) -> list[tuple[int, int]]:
+    """(pixels, how many such views); views of one size pass through the encoder together."""
+    views = recipe.views
+    assert views.global_size is not None
+    shapes = {views.global_size: 2}
+    if views.num_local:
+        shapes[views.local_size] = shapes.get(views.local_size, 0) + views.num_local
+    return list(shapes.items())
+
+
+def job_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Job:
+    """What the cost model needs to know of a run with a plain ViT."""
+    model, info, heads = refiner.backbone.model, refiner.backbone.info, recipe.heads
+    block = model.blocks[0]
+    shape = EncoderShape(
+        info.embed_dim,
+        info.depth,
+        info.num_heads,
+        info.patch_size[0],
+        info.num_prefix_tokens,
+        info.in_chans,
+        block.mlp.fc1.out_features / info.embed_dim,
+        max(info.image_size),
+    )
+    return Job(
+        shape,
+        recipe.batch_size,
+        refiner.blocks,
+        view_shapes(recipe),
+        heads.projector_hidden,
+        heads.predictor_hidden,
+        heads.out_dim,
+        heads.queue_size,
+        recipe.frozen_blocks,
+        recipe.micro_batch,
+        recipe.checkpointing,
+        bf16=precision == "bf16",
+        fused_attention=bool(block.attn.fused_attn),
+        processes=world_size(),
+    )
+
+
+def _costs(recipe: RefineRecipe, refiner: Refiner, images: int, device: torch.device, precision: str) -> dict[str, Any]:
+    job = job_of(recipe, refiner, precision)
+    rate = measured_rate(refiner, job, device, precision)
+    steps = images // recipe.batch_size
+    step_seconds = sum(job.operations().values()) / (rate * job.processes)
+    frozen = job.batch * job.view_operations(prefix=False) / job.encoder.depth  # warm-up: one pass, no gradients
+    warm_seconds = (frozen * job.encoder.depth + job.operations()["heads"]) / (rate * job.processes)
+    hours = (recipe.warmup.epochs * warm_seconds + recipe.refinement.epochs * step_seconds) * steps / 3600
+    return {
+        "operations_a_step": dict(job.operations()),
+        "device_rate": f"{rate / 1e12:.3g} T operations/s (measured on one block)",
+        "hours": hours,
+        "seconds_a_step": step_seconds,
+        "images_a_second": recipe.batch_size / step_seconds,
+        "steps": {"warmup": recipe.warmup.epochs * steps, "refinement": recipe.refinement.epochs * steps},
+        "sent_a_step_and_process": {name: format_bytes(value) for name, value in job.traffic().items()},
+    }
+
+
+def measured_rate(refiner: Refiner, job: Job, device: torch.device, precision: str) -> float:
+    """Operations a second of the last block, forward and backward, on a few views of the first size."""
+    block = refiner.backbone.model.blocks[-1]
+    modes = {parameter: parameter.requires_grad for parameter in block.parameters()}
+    tokens = job.encoder.tokens(job.view_sizes[0][0])
+    x = torch.randn(max(1, min(32, 4096 // tokens)), tokens, job.encoder.dim, device=device, requires_grad=True)
+    for parameter in modes:
+        parameter.requires_grad_(True)
+    done, seconds = 0, 0.0
+    while seconds < RATE_SECONDS:
+        started = time.perf_counter()
+        with autocast(precision, device):
+            output = block(x)
+        output.sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if done or seconds:  # the first round warms up
+            seconds += time.perf_counter() - started
+        done += 1
+        seconds = max(seconds, 1e-9)
+    for parameter, mode in modes.items():
+        parameter.requires_grad_(mode)
+        parameter.grad = None
+    return 3 * len(x) * job.encoder.block_operations(tokens) * (done - 1) / seconds

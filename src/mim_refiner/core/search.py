@@ -1,0 +1,185 @@
+"""Exact nearest neighbours by cosine in bounded memory: a fast search for candidates, then their exact order.
+
+The search may run in half precision. Its error is bounded rigorously (from the rounding of the vectors at hand), every
+row that could still be among the k nearest is kept as a candidate, and the candidates are ranked in full precision.
+All products have fixed shapes, so no result depends on how many queries are handled at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mim_refiner.core.device import cpu_has_fast_bf16
+
+_ROWS = 256  # queries a matrix product
+_COLUMNS = 16384  # bank rows a matrix product
+_GROUP = 64  # at most so many columns share one running maximum
+_CANDIDATES = 1024  # a query, on average over a tile; more means that very many rows are equally near
+_RERANK_ROWS = 4096  # candidates ranked at once
+
+
+@dataclass
+class Bank:
+    """Features [N, D] of any float type, standardised and L2-normalised on the fly, a part at a time.
+
+    float64 features are handled in float64, all others in float32.
+    """
+
+    features: Tensor
+    mean: Tensor | None
+    std: Tensor | None
+
+    @classmethod
+    def of(cls, features: Tensor, standardize: bool) -> Bank:
+        """With ``standardize``: mean and unbiased standard deviation + 1e-6 of ``features``, found in two passes."""
+        if not standardize:
+            return cls(features, None, None)
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        parts = features.split(_COLUMNS)
+        total = sum((part.to(dtype).sum(0).double() for part in parts), torch.zeros((), device=features.device))
+        mean = (total / len(features)).to(dtype)
+        squares = sum(
+            (((part.to(dtype) - mean) ** 2).sum(0).double() for part in parts), torch.zeros((), device=features.device)
+        )
+        return cls(features, mean, (squares / max(1, len(features) - 1)).sqrt().to(dtype) + 1e-6)
+
+    def prepare(self, rows: Tensor) -> Tensor:
+        """Rows [R, D] as they are compared: standardised like the bank, of length 1."""
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if self.mean is not None and self.std is not None:
+            rows = (rows - self.mean).div_(self.std)
+        return F.normalize(rows, dim=1)
+
+
+def search_dtype(precision: str, features: Tensor) -> torch.dtype:
+    """``auto``: bf16 where a CPU multiplies it in hardware, else (and for float64) full precision.
+
+    GPUs search in full precision: their bf16 products may be summed in bf16, which no bound here covers.
+    """
+    full = torch.promote_types(features.dtype, torch.float32)
+    fast = features.device.type == "cpu" and full == torch.float32 and cpu_has_fast_bf16()
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else full
+
+
+@torch.no_grad()
+def nearest(bank: Bank, queries: Tensor, k: int, *, dtype: torch.dtype, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """The k nearest bank rows of every query [M, D]: indices [M, k] and cosines [M, k], nearest first.
+
+    Equally near rows are ordered by index. ``chunk_size`` queries share one pass over the bank. Needs memory for the
+    two inputs, 6 bytes a number of ``chunk_size`` queries, and a tile of 256 x 16,384 cosines.
+    """
+    count = len(bank.features)
+    group = 2 ** max(0, min(int(math.log2(_GROUP)), int(math.log2(max(1, count // (8 * k))))))
+    indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+    cosines = torch.empty(
+        len(queries), k, dtype=torch.promote_types(queries.dtype, torch.float32), device=queries.device
+    )
+    rows = max(1, chunk_size // _ROWS) * _ROWS
+    for start in range(0, len(queries), rows):
+        parts = [_Tile(bank.prepare(part), k, dtype) for part in queries[start : start + rows].split(_ROWS)]
+        _pass_over(bank, parts, group)
+        crowded = [number for number, part in enumerate(parts) if part.crowded and dtype != part.queries.dtype]
+        for number in crowded:  # half precision cannot tell the rows apart
+            parts[number] = _Tile(parts[number].queries, k, parts[number].queries.dtype)
+        _pass_over(bank, [parts[number] for number in crowded], group)
+        for number, part in enumerate(parts):
+            place = slice(start + number * _ROWS, start + number * _ROWS + len(part.queries))
+            indices[place], cosines[place] = part.ranked(bank)
+    return indices, cosines
+
+
+def _pass_over(bank: Bank, parts: list[_Tile], group: int) -> None:
+    for first in range(0, len(bank.features), _COLUMNS) if parts else ():
+        exact = bank.prepare(bank.features[first : first + _COLUMNS])
+        for dtype in {part.dtype for part in parts}:
+            rough = exact.to(dtype)
+            error = float((exact - rough).norm(dim=1).max()) if dtype != exact.dtype else 0.0
+            for part in parts:
+                if part.dtype == dtype:
+                    part.offer(rough, error, first, group)
+
+
+@dataclass
+class _Tile:
+    """Up to 256 queries on their way through the bank."""
+
+    queries: Tensor  # [Q, D], full precision
+    k: int
+    dtype: torch.dtype
+    found: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # query, bank row, rough cosine
+    crowded: bool = False
+
+    def __post_init__(self) -> None:
+        self.rough = self.queries.to(self.dtype)
+        self.peaks = self.queries.new_full((len(self.queries), self.k), -math.inf)
+        self.query_error = (self.queries - self.rough).norm(dim=1) if self.dtype != self.queries.dtype else 0.0
+        self.error = torch.zeros((), dtype=self.queries.dtype, device=self.queries.device)
+
+    def offer(self, rows: Tensor, row_error: float, first: int, group: int) -> None:
+        """Take the candidates among bank rows [C, D], which start at row ``first`` and are off by ``row_error``."""
+        cosines = self.rough @ rows.T
+        if len(rows) % group:
+            cosines = F.pad(cosines, (0, group - len(rows) % group), value=-math.inf)
+        grouped = cosines.view(len(cosines), group, -1)  # a group: every (C / group)-th column
+        peaks = grouped.amax(1).to(self.peaks.dtype)
+        self.peaks = torch.cat([self.peaks, peaks], dim=1).topk(self.k).values
+        self.error = torch.maximum(self.error, self._bound(row_error))
+        least = self._threshold()
+        query, column = (peaks >= least[:, None]).nonzero(as_tuple=True)
+        members = grouped[query, :, column].to(self.peaks.dtype)  # [H, group]
+        near = (members >= least[query, None]) & (members > -math.inf)
+        hit, place = near.nonzero(as_tuple=True)
+        self.found.append((query[hit], first + place * grouped.shape[2] + column[hit], members[hit, place]))
+        self._compact()
+
+    def ranked(self, bank: Bank) -> tuple[Tensor, Tensor]:
+        """Indices and exact cosines [Q, k] of the nearest candidates."""
+        self._compact(always=True)
+        query, row, _ = self.found[0]
+        order = (query * len(bank.features) + row).argsort()
+        query, row = query[order], row[order]
+        parts = zip(query.split(_RERANK_ROWS), row.split(_RERANK_ROWS), strict=True)
+        exact = torch.cat([(self.queries[q] * bank.prepare(bank.features[r])).sum(1) for q, r in parts])
+        place = _position_in_run(query, len(self.queries))
+        shape = (len(self.queries), int(place.max()) + 1)
+        cosines = exact.new_full(shape, -math.inf).index_put_((query, place), exact)
+        rows = row.new_zeros(shape).index_put_((query, place), row)
+        cosines, order = cosines.sort(dim=1, descending=True, stable=True)
+        return rows.gather(1, order[:, : self.k]), cosines[:, : self.k]
+
+    def _threshold(self) -> Tensor:
+        """A rough cosine below it belongs to none of the k nearest: k rows are better by more than both errors."""
+        return self.peaks[:, -1] - 2 * self.error
+
+    def _bound(self, row_error: float) -> Tensor:
+        """|rough cosine - cosine| of unit vectors: rounding of both vectors, of the sum, and of the result."""
+        sum_error = (self.queries.shape[1] + 2) * torch.finfo(self.queries.dtype).eps
+        rounding = 0.0 if self.dtype == self.queries.dtype else torch.finfo(self.dtype).eps / 2
+        return torch.as_tensor(self.query_error * (1 + row_error) + row_error + rounding + sum_error).to(self.error)
+
+    def _compact(self, *, always: bool = False) -> None:
+        """Drop candidates that have fallen behind; beyond the limit keep the best of each query."""
+        limit = _CANDIDATES * len(self.queries)
+        if not always and sum(len(part[0]) for part in self.found) <= limit:
+            return
+        query, row, cosine = (torch.cat(parts) for parts in zip(*self.found, strict=True))
+        kept = cosine >= self._threshold()[query]
+        query, row, cosine = query[kept], row[kept], cosine[kept]
+        if len(query) > limit:
+            self.crowded = True
+            order = cosine.argsort(descending=True, stable=True)
+            order = order[query[order].argsort(stable=True)]
+            best = order[_position_in_run(query[order], len(self.queries)) < max(self.k, _CANDIDATES // 2)]
+            query, row, cosine = query[best], row[best], cosine[best]
+        self.found = [(query, row, cosine)]
+
+
+def _position_in_run(numbers: Tensor, count: int) -> Tensor:
+    """0, 1, 2, ... within each run of equal ``numbers`` (sorted, below ``count``)."""
+    lengths = torch.bincount(numbers, minlength=count)
+    return torch.arange(len(numbers), device=numbers.device) - (lengths.cumsum(0) - lengths)[numbers]

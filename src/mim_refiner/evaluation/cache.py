@@ -1,0 +1,223 @@
+"""Frozen features on disk: an entry is found again by what it was computed from, never by a name.
+
+One safetensors file an entry, named by the SHA-256 of its identity. Files are written beside their place and renamed,
+so any number of runs can share a folder without locks: a reader sees a whole entry or none, two writers of one entry
+write the same bytes, and an entry deleted by another run is a miss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+import uuid
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mim_refiner._version import __version__
+from mim_refiner.core.identity import weights_sha256
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.errors import InputError
+from mim_refiner.models.backbone import Backbone
+
+FOLDER_VARIABLE, SIZE_VARIABLE = "MIM_REFINER_CACHE", "MIM_REFINER_CACHE_SIZE"
+OFF = ("off", "none", "0")
+DEFAULT_SIZE = "5GB"
+_FORMAT = 1  # raise it when features of the same identity would change
+_SAMPLED_IMAGES = 1024  # of a set that does not fit into memory
+_STALE_SECONDS = 24 * 3600  # a half-written file of a killed run is removed after this
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+@dataclass
+class FeatureCache:
+    """A folder of entries, at most ``max_bytes`` large: the least recently used ones go first.
+
+    ``hits`` and ``misses`` count the look-ups of this object. Errors of the disk never reach the caller: what cannot
+    be read is a miss, what cannot be written is left out, and ``problem`` says why.
+    """
+
+    folder: Path
+    max_bytes: int
+    hits: int = 0
+    misses: int = 0
+    problem: str = field(default="", compare=False)
+
+    @classmethod
+    def open(cls, folder: str | Path | None = None, size: str | int | None = None) -> FeatureCache | None:
+        """Return the cache in ``folder`` ("off": None), by default in $MIM_REFINER_CACHE or the user's cache folder.
+
+        ``size`` such as "5GB" or bytes; default $MIM_REFINER_CACHE_SIZE, else 5 GB. Raises InputError for a size that
+        cannot be read.
+        """
+        chosen = str(folder or os.environ.get(FOLDER_VARIABLE) or _user_cache() / "features")
+        limit = parse_size(size if size is not None else os.environ.get(SIZE_VARIABLE) or DEFAULT_SIZE)
+        return None if chosen.lower() in OFF or limit == 0 else cls(Path(chosen).expanduser(), limit)
+
+    def get(self, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """Return the tensors stored under ``identity``; None when there are none, or when they are damaged."""
+        path = self.path_of(identity)
+        tensors = _read(path)
+        if tensors is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        with contextlib.suppress(OSError):
+            os.utime(path)  # most recently used
+        return tensors
+
+    def put(self, identity: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Store ``tensors`` under ``identity`` and make room for them."""
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        size = sum(tensor.nbytes for tensor in stored.values())
+        if size > self.max_bytes:
+            self.problem = f"an entry of {_readable(size)} is larger than the whole cache ({_readable(self.max_bytes)})"
+            return
+        path = self.path_of(identity)
+        temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
+        notes = {"identity": json.dumps(identity, sort_keys=True), "sha256": _digest(stored)}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_room(size)
+            save_file(stored, temporary, metadata=notes)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            self.problem = f"{self.folder}: cannot write ({getattr(error, 'strerror', None) or error})"
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def path_of(self, identity: Mapping[str, Any]) -> Path:
+        """Where the entry of ``identity`` (plain JSON values) lies or would lie."""
+        text = json.dumps({**identity, "format": _FORMAT, "version": __version__}, sort_keys=True)
+        name = hashlib.sha256(text.encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def total_bytes(self) -> int:
+        """Size of all entries, of this and of other runs."""
+        return sum(size for _, size, _ in self._entries())
+
+    def summary(self) -> dict[str, Any]:
+        """What to show: {"hits", "misses", "folder"}, and "problem" when something could not be stored."""
+        shown = {"hits": self.hits, "misses": self.misses, "folder": str(self.folder)}
+        return shown | ({"problem": self.problem} if self.problem else {})
+
+    def _entries(self) -> list[tuple[float, int, Path]]:
+        """(last use, bytes, path) of every entry, oldest first."""
+        found = []
+        for path in self.folder.glob("??/*.safetensors"):
+            with contextlib.suppress(OSError):  # another run may have removed it just now
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        return sorted(found)
+
+    def _make_room(self, size: int) -> None:
+        for path in self.folder.glob("??/.*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink(missing_ok=True)
+        entries = self._entries()
+        total = size + sum(entry[1] for entry in entries)
+        for _, bytes_, path in entries:
+            if total <= self.max_bytes:
+                return
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                total -= bytes_
+
+
+def model_identity(backbone: Backbone) -> dict[str, Any]:
+    """What the features depend on in an encoder: its weights, and the structure that weights do not tell."""
+    info = backbone.info
+    structure = hashlib.sha256(repr(backbone.model).encode()).hexdigest()
+    return {
+        "weights": weights_sha256(backbone.model),
+        "structure": structure,
+        "architecture": [info.family, info.architecture, info.num_heads, info.depth, list(info.patch_size)],
+        "normalisation": [list(info.mean), list(info.std)],
+    }
+
+
+_IDENTITIES: weakref.WeakKeyDictionary[ImageSet, str] = weakref.WeakKeyDictionary()
+
+
+def data_identity(images: ImageSet) -> str:
+    """SHA-256 of what the images show. Labels are no part of it: they are taken from the set, not from the cache.
+
+    A set in memory is hashed pixel by pixel. Of a larger one: the fingerprint (names, sizes), and the encoded bytes
+    of 1,024 images spread over it; an image exchanged for another of the same name and size may go unnoticed there.
+    """
+    if images not in _IDENTITIES:
+        _IDENTITIES[images] = _hash_images(images)
+    return _IDENTITIES[images]
+
+
+def rows_identity(indices: NDArray[np.int64] | None) -> str:
+    """Hash of the chosen images; "all" for None."""
+    return "all" if indices is None else hashlib.sha256(np.ascontiguousarray(indices).tobytes()).hexdigest()
+
+
+def parse_size(size: str | int) -> int:
+    """``"5GB"``, ``"500 MB"`` or a number to bytes; InputError otherwise."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b?)\s*", str(size).lower())
+    if not match or match[2] not in _UNITS:
+        raise InputError(f"cache size {size!r}: write it like 5GB, 500MB or 0")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _hash_images(images: ImageSet) -> str:
+    digest = hashlib.sha256(f"{len(images)} {images.unreadable_indices}".encode())
+    if images.array is not None:
+        digest.update(f"{images.array.shape}".encode())
+        digest.update(images.array.data)
+    elif images.cached:
+        for index in range(len(images)):
+            pixels = images.try_load(index)
+            if pixels is not None:
+                digest.update(f"{index} {pixels.shape}".encode() + pixels.tobytes())
+    else:
+        digest.update(images.source.fingerprint().encode())
+        for index in np.linspace(0, len(images) - 1, min(_SAMPLED_IMAGES, len(images))).astype(int):
+            with contextlib.suppress(Exception):  # an unreadable image has no row in the features either
+                data = images.source.read(int(index))
+                digest.update(data if isinstance(data, bytes) else data.tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            notes = file.metadata() or {}
+    except (OSError, SafetensorError, ValueError, RuntimeError):
+        return None
+    return tensors if notes.get("sha256") == _digest(tensors) else None
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mim-refiner"
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 10**8 else f"{size / 1e6:.2f} MB"

@@ -1,0 +1,162 @@
+"""Common corruptions of images at five severities, as batched tensor operations.
+
+Kinds and severities follow those of Hendrycks and Dietterich (ICLR 2019); lengths (blur radii, displacements) are
+shares of the image side, so that they mean the same at 32 and at 224 px. The operations are our own: numbers compare
+between encoders measured here, not with published ImageNet-C tables (for those, give the ImageNet-C folders).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mim_refiner.data.photometric import seeded_generator
+from mim_refiner.errors import InputError
+
+SEVERITIES = (1, 2, 3, 4, 5)
+Draw = Callable[..., Tensor]  # shape -> standard normal numbers, one generator an image
+
+
+def corrupt(images: Tensor, positions: Tensor, kind: str, severity: int, seed: int) -> Tensor:
+    """Corrupt uint8 images [B, 3, S, S]; image i's random numbers depend on (seed, kind, its position) alone.
+
+    Raises InputError for an unknown kind or a severity outside 1 to 5.
+    """
+    if kind not in CORRUPTIONS or severity not in SEVERITIES:
+        raise InputError(f"corruption {kind!r} at severity {severity}: use 1 to 5 and one of {', '.join(CORRUPTIONS)}")
+    number = list(CORRUPTIONS).index(kind)
+    generators = [seeded_generator(seed, 31, number, int(position)) for position in positions]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+    result = CORRUPTIONS[kind](images.float() / 255, severity - 1, draw)
+    return result.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def _gaussian_noise(x: Tensor, level: int, draw: Draw) -> Tensor:
+    return x + (0.08, 0.12, 0.18, 0.26, 0.38)[level] * draw(*x.shape[1:])
+
+
+def _shot_noise(x: Tensor, level: int, draw: Draw) -> Tensor:
+    """Photon noise: variance x / photons (the normal limit of the Poisson distribution)."""
+    photons = (60, 25, 12, 5, 3)[level]
+    return x + (x / photons).sqrt() * draw(*x.shape[1:])
+
+
+def _impulse_noise(x: Tensor, level: int, draw: Draw) -> Tensor:
+    """Salt and pepper on a share of all values."""
+    share = (0.03, 0.06, 0.09, 0.17, 0.27)[level]
+    uniform = torch.special.ndtr(draw(*x.shape[1:]))
+    return torch.where(uniform < share / 2, 0.0, torch.where(uniform > 1 - share / 2, 1.0, x))
+
+
+def _defocus_blur(x: Tensor, level: int, draw: Draw) -> Tensor:
+    radius = (3, 4, 6, 8, 10)[level] / 224 * x.shape[-1]
+    reach = math.floor(radius) + 1
+    grid = torch.arange(-reach, reach + 1.0)
+    distance = (grid[:, None] ** 2 + grid[None] ** 2).sqrt()
+    return _filtered(x, (radius + 1 - distance).clamp(0, 1))  # a disk, blurred by the pixel's own size
+
+
+def _motion_blur(x: Tensor, level: int, draw: Draw) -> Tensor:
+    length = (10, 15, 15, 20, 25)[level] / 224 * x.shape[-1]
+    angles = (torch.special.ndtr(draw()) - 0.5) * math.pi / 2
+    taps = max(3, 2 * math.ceil(length) + 1)
+    offsets = torch.linspace(-length / 2, length / 2, taps) * 2 / x.shape[-1]
+    base = F.affine_grid(torch.eye(2, 3).expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    direction = torch.stack([angles.cos(), angles.sin()], dim=1)[:, None, None]
+    views = [
+        F.grid_sample(x, base + offset * direction, padding_mode="reflection", align_corners=False)
+        for offset in offsets
+    ]
+    return torch.stack(views).mean(0)
+
+
+def _zoom_blur(x: Tensor, level: int, draw: Draw) -> Tensor:
+    largest = (1.11, 1.16, 1.21, 1.26, 1.31)[level]
+    views = []
+    for factor in torch.linspace(1, largest, 8).tolist():
+        theta = torch.tensor([[1 / factor, 0, 0], [0, 1 / factor, 0]]).expand(len(x), 2, 3)
+        views.append(F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False))
+    return torch.stack(views).mean(0)
+
+
+def _fog(x: Tensor, level: int, draw: Draw) -> Tensor:
+    """Smooth noise of several scales over the image, then the range pressed back."""
+    strength = (1.5, 2.0, 2.5, 2.5, 3.0)[level]
+    size, haze = x.shape[-1], torch.zeros(len(x), 1, *x.shape[2:])
+    for octave in range(1, 6):
+        cells = min(2**octave, size)
+        haze = haze + F.interpolate(draw(1, cells, cells), size=x.shape[2:], mode="bilinear") / 2**octave
+    haze = haze - haze.amin((2, 3), keepdim=True)
+    haze = haze / haze.amax((2, 3), keepdim=True).clamp_min(1e-6)
+    brightest = x.amax((1, 2, 3), keepdim=True)
+    return (x + strength * haze) * brightest / (brightest + strength)
+
+
+def _brightness(x: Tensor, level: int, draw: Draw) -> Tensor:
+    """Raise the value (largest channel) of every pixel, hue and saturation kept."""
+    value = x.amax(1, keepdim=True).clamp_min(1e-6)
+    return x * ((value + (0.1, 0.2, 0.3, 0.4, 0.5)[level]).clamp(max=1) / value)
+
+
+def _contrast(x: Tensor, level: int, draw: Draw) -> Tensor:
+    mean = x.mean((2, 3), keepdim=True)
+    return mean + (0.4, 0.3, 0.2, 0.1, 0.05)[level] * (x - mean)
+
+
+def _elastic(x: Tensor, level: int, draw: Draw) -> Tensor:
+    """Displace pixels by smooth random vectors of this typical length (share of the side)."""
+    length = (0.008, 0.012, 0.018, 0.026, 0.036)[level]
+    cells = max(3, min(12, x.shape[-1] // 4))
+    shift = F.interpolate(draw(2, cells, cells), size=x.shape[2:], mode="bicubic", align_corners=True)
+    base = F.affine_grid(torch.eye(2, 3).expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    grid = base + 2 * length * shift.permute(0, 2, 3, 1)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+
+def _pixelate(x: Tensor, level: int, draw: Draw) -> Tensor:
+    side = max(1, round((0.6, 0.5, 0.4, 0.3, 0.25)[level] * x.shape[-1]))
+    return F.interpolate(F.interpolate(x, size=(side, side), mode="area"), size=x.shape[2:], mode="nearest")
+
+
+def _jpeg(x: Tensor, level: int, draw: Draw) -> Tensor:
+    quality = (25, 18, 15, 10, 7)[level]
+    pixels = x.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    decoded = []
+    for image in pixels:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+        decoded.append(np.asarray(Image.open(buffer)))
+    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).float() / 255
+
+
+def _filtered(x: Tensor, kernel: Tensor) -> Tensor:
+    reach = kernel.shape[-1] // 2
+    weight = (kernel / kernel.sum()).expand(x.shape[1], 1, -1, -1)
+    mode = "reflect" if reach < min(x.shape[2:]) else "replicate"
+    return F.conv2d(F.pad(x, (reach,) * 4, mode=mode), weight, groups=x.shape[1])
+
+
+CORRUPTIONS: dict[str, Callable[[Tensor, int, Draw], Tensor]] = {
+    "gaussian_noise": _gaussian_noise,
+    "shot_noise": _shot_noise,
+    "impulse_noise": _impulse_noise,
+    "defocus_blur": _defocus_blur,
+    "motion_blur": _motion_blur,
+    "zoom_blur": _zoom_blur,
+    "fog": _fog,
+    "brightness": _brightness,
+    "contrast": _contrast,
+    "elastic": _elastic,
+    "pixelate": _pixelate,
+    "jpeg": _jpeg,
+}

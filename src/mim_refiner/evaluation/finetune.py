@@ -1,0 +1,304 @@
+"""Fine-tuning protocol: the whole encoder and a new classifier, on all or a share of the labels (method section 6)."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data import Mixup, create_transform, rand_augment_transform
+from timm.layers import DropPath
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose
+
+from mim_refiner.core.device import autocast, resolve_precision
+from mim_refiner.core.layer_decay import layer_decay_scales
+from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.loaders import eval_batches
+from mim_refiner.data.photometric import normalize
+from mim_refiner.errors import InputError
+from mim_refiner.evaluation.features import evaluation_mode
+from mim_refiner.evaluation.knn import AccuracyScore
+from mim_refiner.models.backbone import Backbone
+
+Progress = Callable[[int, int], None]
+_NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed")
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """The MAE recipe with the paper's values. ``lr`` is for 256 images a step and scales with the batch.
+
+    ``shares`` of the labels to train on (stratified, at least one image a class). Mixup, cutmix, random erasing and
+    RandAugment are timm's; 0 or "" switches one off. ``pooling``: "auto" is the class token where there is one.
+    """
+
+    shares: Sequence[float] = (0.01, 0.1, 1.0)
+    epochs: int = 50
+    batch_size: int = 1024  # or the whole train set when that is smaller
+    lr: float = 1e-3
+    end_lr: float = 1e-6
+    warmup_epochs: float = 5.0
+    layer_decay: float = 0.75
+    drop_path: float = 0.2
+    weight_decay: float = 0.05
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    label_smoothing: float = 0.1
+    randaugment: str = "rand-m9-mstd0.5-inc1"
+    erasing: float = 0.25
+    crop_scale: Sequence[float] = (0.08, 1.0)
+    pooling: str = "auto"
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """Some images of a set with their class numbers (which need not be those of the set)."""
+
+    images: ImageSet
+    rows: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+    def select(self, chosen: NDArray[np.int64]) -> LabelledRows:
+        """Return the images at positions ``chosen``."""
+        return LabelledRows(self.images, self.rows[chosen], self.labels[chosen])
+
+
+class Classifier(nn.Module):
+    """A copy of an encoder with the final norm, and a linear layer on its pooled last block."""
+
+    def __init__(self, backbone: Backbone, num_classes: int, pooling: str, drop_path: float) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(backbone)
+        self.backbone.requires_grad_(True)
+        self.pooling = pooling
+        self.head = nn.Linear(backbone.info.embed_dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+        _set_drop_path(self.backbone, drop_path)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, C] of normalised images [B, 3, H, W]."""
+        output = self.backbone.forward_blocks(images, (-1,), norm=True)[0]
+        return self.head(output.pooled(self.pooling))
+
+
+def finetune(
+    backbone: Backbone,
+    train: LabelledRows,
+    test: LabelledRows,
+    settings: FinetuneSettings | None = None,
+    *,
+    image_size: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    progress: Progress | None = None,
+) -> AccuracyScore:
+    """Train a copy of ``backbone`` on ``train`` and score it on ``test`` after the last epoch.
+
+    The backbone itself stays as it is. On a CPU the same seed gives the same bits (with workers = 0 or any fixed
+    number). Raises InputError for unusable settings.
+    """
+    settings = settings or FinetuneSettings()
+    check_finetune(settings)
+    device = torch.device(device)
+    precision = resolve_precision(precision, device)
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+    pooling = ("cls" if backbone.info.has_cls else "mean") if settings.pooling == "auto" else settings.pooling
+    with _seeded(seed):
+        model = Classifier(backbone, num_classes, pooling, settings.drop_path).to(device)
+        _train(model, train, settings, num_classes, image_size, seed, device, precision, progress)
+    predicted = _predict(model, test, image_size, settings.batch_size, device, precision)
+    return AccuracyScore.of(predicted == torch.from_numpy(test.labels))
+
+
+def share_of(rows: LabelledRows, share: float, seed: int) -> LabelledRows:
+    """A stratified ``share`` of the images, at least one a class; nested: a smaller share is part of a larger one."""
+    if share >= 1:
+        return rows
+    order = np.random.default_rng([seed, 1]).permutation(len(rows.labels))
+    kept = []
+    for name in np.unique(rows.labels):
+        members = order[rows.labels[order] == name]
+        kept.append(members[: max(1, round(share * len(members)))])
+    return rows.select(np.sort(np.concatenate(kept)))
+
+
+def _train(
+    model: Classifier,
+    train: LabelledRows,
+    settings: FinetuneSettings,
+    num_classes: int,
+    image_size: int,
+    seed: int,
+    device: torch.device,
+    precision: str,
+    progress: Progress | None,
+) -> None:
+    batch_size = min(settings.batch_size, len(train.rows))
+    batch_size -= batch_size % 2  # mixup pairs the images of a batch
+    loader = _loader(train, model.backbone, settings, image_size, max(1, batch_size), seed)
+    mixup = _mixup(settings, num_classes) if batch_size else None
+    loss_of = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    steps, peak = len(loader), peak_learning_rate(settings.lr, max(1, batch_size))
+    optimizer = torch.optim.AdamW(_groups(model, settings), lr=0.0, betas=(0.9, 0.999))
+    step, total = 0, settings.epochs * steps
+    warmup = min(round(settings.warmup_epochs * steps), total)
+    model.train()
+    for _ in range(settings.epochs):
+        for images, labels in loader:
+            rate = warmup_cosine(step, total_steps=total, warmup_steps=warmup, peak=peak, end=settings.end_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            images, targets = images.to(device), labels.to(device)
+            if mixup:
+                images, targets = mixup(images, targets)
+            with autocast(precision, device):
+                loss = loss_of(model(images), targets)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            step += 1
+            if progress:
+                progress(step, total)
+
+
+def _groups(model: Classifier, settings: FinetuneSettings) -> list[dict[str, Any]]:
+    """AdamW groups by (learning-rate scale, weight decay); the position table moves, unlike in refinement."""
+    encoder = model.backbone.model
+    scales = layer_decay_scales(encoder, settings.layer_decay) if settings.layer_decay < 1 else {}
+    named = [(name, parameter, scales.get(name, 1.0)) for name, parameter in encoder.named_parameters()]
+    named += [(f"head.{name}", parameter, 1.0) for name, parameter in model.head.named_parameters()]
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter, scale in named:
+        decay = settings.weight_decay if parameter.ndim > 1 and not name.endswith(_NO_DECAY) else 0.0
+        group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _set_drop_path(backbone: Backbone, rate: float) -> None:
+    """Stochastic depth that grows linearly from 0 at the first block to ``rate`` at the last."""
+    blocks = getattr(backbone.model, "blocks", None)
+    if not blocks or rate == 0:
+        return
+    for number, block in enumerate(blocks):
+        share = rate * number / max(1, len(blocks) - 1)
+        for name in ("drop_path", "drop_path1", "drop_path2"):
+            if share and hasattr(block, name):
+                setattr(block, name, DropPath(share))
+
+
+def _mixup(settings: FinetuneSettings, num_classes: int) -> Mixup | None:
+    if not settings.mixup and not settings.cutmix:
+        return None
+    return Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=num_classes)
+
+
+class _Augmented(Dataset[tuple[Tensor, int]]):
+    def __init__(self, train: LabelledRows, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.train, self.transform = train, transform
+
+    def __len__(self) -> int:
+        return len(self.train.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        pixels = self.train.images.load(int(self.train.rows[index]))
+        return self.transform(Image.fromarray(pixels)), int(self.train.labels[index])
+
+
+def _loader(
+    train: LabelledRows, backbone: Backbone, settings: FinetuneSettings, image_size: int, batch_size: int, seed: int
+) -> DataLoader[Any]:
+    transform = training_transform(settings, image_size, backbone.info.mean, backbone.info.std)
+    generator = torch.Generator().manual_seed(seed)
+    options: dict[str, Any] = {"num_workers": settings.workers, "persistent_workers": settings.workers > 0}
+    return DataLoader(
+        _Augmented(train, transform), batch_size, shuffle=True, drop_last=True, generator=generator, **options
+    )
+
+
+def training_transform(
+    settings: FinetuneSettings, image_size: int, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Image.Image], Tensor]:
+    """timm's training transform: random resized crop, flip, RandAugment, normalisation, random erasing."""
+    crop, _, final = create_transform(
+        image_size,
+        is_training=True,
+        scale=tuple(settings.crop_scale),
+        color_jitter=None,
+        interpolation="bicubic",
+        re_prob=settings.erasing,
+        re_mode="pixel",
+        mean=tuple(mean),
+        std=tuple(std),
+        separate=True,
+    )
+    if not settings.randaugment:
+        return Compose([crop, final])
+    options = {
+        "translate_const": int(image_size * 0.45),
+        "img_mean": tuple(min(255, round(255 * value)) for value in mean),
+        "interpolation": Image.Resampling.BICUBIC,
+        # at the full magnitude timm posterises to 0 bits, which newer Pillow refuses
+        "magnitude_max": 9.99,
+    }
+    return Compose([crop, rand_augment_transform(settings.randaugment, options), final])
+
+
+@torch.inference_mode()
+def _predict(
+    model: Classifier, test: LabelledRows, image_size: int, batch_size: int, device: torch.device, precision: str
+) -> Tensor:
+    """Classes [N] in the order of ``test``; an image that cannot be read counts as wrong (-1)."""
+    classes = torch.full((len(test.images),), -1)
+    info = model.backbone.info
+    with evaluation_mode(model):
+        for batch, rows in eval_batches(test.images, image_size, min(256, batch_size), indices=test.rows):
+            with autocast(precision, device):
+                logits = model(normalize(batch.to(device), info.mean, info.std))
+            classes[rows] = logits.argmax(1).cpu()
+    return classes[torch.from_numpy(test.rows)].clone()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators that timm's augmentations use, and give them back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def check_finetune(settings: FinetuneSettings) -> None:
+    """Raise InputError for settings that mean nothing."""
+    problems = []
+    if not settings.shares or not all(0 < share <= 1 for share in settings.shares):
+        problems.append(f"shares {list(settings.shares)} must lie above 0 and at most 1")
+    if settings.epochs < 1 or settings.batch_size < 2:
+        problems.append(f"epochs {settings.epochs} and batch_size {settings.batch_size} must be at least 1 and 2")
+    if settings.pooling not in ("auto", "cls", "mean"):
+        problems.append(f"pooling {settings.pooling!r} must be auto, cls or mean")
+    if not 0 <= settings.drop_path < 1 or not 0 < settings.layer_decay <= 1:
+        problems.append(f"drop_path {settings.drop_path} and layer_decay {settings.layer_decay} must be shares")
+    if problems:
+        raise InputError(f"fine-tuning: {'; '.join(problems)}")

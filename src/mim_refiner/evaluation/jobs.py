@@ -1,0 +1,115 @@
+"""What one evaluation hands to every protocol: the encoder, the images, their features, and how to report a number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.loaders import default_crop_ratio
+from mim_refiner.evaluation.cache import FeatureCache
+from mim_refiner.evaluation.features import CENTRE_CROP, FeatureKey, Features, ImageTransform, extract_features
+from mim_refiner.evaluation.finetune import LabelledRows
+from mim_refiner.evaluation.results import Result
+from mim_refiner.evaluation.settings import EvaluationSettings
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.reporting import Reporter
+
+
+@dataclass(frozen=True)
+class Job:
+    """One encoder on one pair of image sets.
+
+    ``train`` and ``test`` hold the features of all blocks that any protocol of this run needs, ``blocks`` the ones to
+    report; ``test_images`` is the train set itself when a part of it is held out. ``shifted``: further labelled test
+    sets by name, for robustness.
+    """
+
+    backbone: Backbone
+    train_images: ImageSet
+    test_images: ImageSet
+    train: Features
+    test: Features
+    blocks: tuple[int, ...]
+    poolings: tuple[str, ...]
+    norm: bool
+    settings: EvaluationSettings
+    seed: int
+    device: torch.device
+    data: Mapping[str, Any]
+    model_sha256: str | None
+    reporter: Reporter
+    cache: FeatureCache | None = None
+    shifted: Mapping[str, tuple[ImageSet, torch.Tensor | None]] | None = None
+
+    def of_blocks(self, features: Features) -> Features:
+        """Only the blocks to report."""
+        return replace(features, values={key: value for key, value in features.values.items() if key[0] in self.blocks})
+
+    def last_blocks(self, count: int) -> tuple[int, ...]:
+        """The deepest ``count`` blocks that there are features of."""
+        return tuple(sorted({key[0] for key in self.train.keys})[-count:])
+
+    @property
+    def main_key(self) -> FeatureKey:
+        """The deepest block to report and the first pooling: where a protocol that measures one thing looks."""
+        return max(self.blocks), self.poolings[0]
+
+    def features_of(
+        self,
+        images: ImageSet,
+        rows: NDArray[np.int64] | torch.Tensor | None,
+        *,
+        blocks: Sequence[int],
+        poolings: Sequence[str],
+        transform: ImageTransform = CENTRE_CROP,
+        what: str = "",
+        cached: bool = True,
+    ) -> Features:
+        """Extract (or find) features with this job's settings; ``what`` names the phase shown to the user."""
+        if what:
+            self.reporter.phase(what, len(images) if rows is None else len(rows))
+        return extract_features(
+            self.backbone,
+            images,
+            blocks=blocks,
+            poolings=poolings,
+            norm=self.norm,
+            image_size=self.settings.image_size,
+            batch_size=self.settings.batch_size,
+            device=self.device,
+            precision=self.settings.precision,
+            indices=rows,
+            transform=transform,
+            cache=self.cache if cached else None,
+            progress=(lambda done, _: self.reporter.update(done, {})) if what else None,
+        )
+
+    def labelled(self, features: Features, images: ImageSet) -> LabelledRows:
+        """The images behind ``features`` with their class numbers."""
+        assert features.labels is not None
+        return LabelledRows(images, features.indices.numpy(), features.labels.numpy())
+
+    def result(self, protocol: str, metric: str, key: FeatureKey, value: float, **rest: Any) -> Result:
+        """A result with all that this job repeats; ``rest``: settings, and ci95, correct, confusions where known."""
+        size = self.settings.image_size
+        transform = {"image_size": size, "crop_ratio": None if size is None else default_crop_ratio(size)}
+        settings = {**transform, "precision": self.settings.precision, **rest.pop("settings")}
+        return Result(
+            protocol=protocol,
+            metric=metric,
+            value=float(value),
+            block=key[0],
+            pooling=key[1],
+            norm=self.norm,
+            settings=settings,
+            data=self.data,
+            model_sha256=self.model_sha256,
+            seed=self.seed,
+            **{"ci95": None, **rest},
+        )

@@ -1,0 +1,202 @@
+"""The protocols that go back to the images: fine-tuning, long-tailed training, robustness, segmentation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from mim_refiner.evaluation.features import Features
+from mim_refiner.evaluation.finetune import finetune, share_of
+from mim_refiner.evaluation.jobs import Job
+from mim_refiner.evaluation.knn import AccuracyScore, knn_protocol
+from mim_refiner.evaluation.linear_probe import linear_probe
+from mim_refiner.evaluation.long_tail import class_groups, group_accuracies, imbalanced_subset
+from mim_refiner.evaluation.results import Result
+from mim_refiner.evaluation.robustness import classifiers, corrupted, score_sets
+from mim_refiner.evaluation.segmentation import SegmentationScore, SegmentationSettings
+
+
+def finetuning(job: Job) -> list[Result]:
+    """Fine-tune on every share of the labels."""
+    settings, results = job.settings.finetune, []
+    train, test = job.labelled(job.train, job.train_images), job.labelled(job.test, job.test_images)
+    for share in settings.shares:
+        rows = share_of(train, share, job.seed)
+        score = _tuned(job, rows, test, f"fine-tuning on {100 * share:g} % of the labels")
+        name = "finetune_top1" if share >= 1 else f"finetune_{100 * share:g}pct_top1"
+        options = {**dataclasses.asdict(settings), "share": share, "train_images": len(rows.rows)}
+        results.append(_result(job, "finetune", name, score, options))
+    pooling = ("cls" if job.backbone.info.has_cls else "mean") if settings.pooling == "auto" else settings.pooling
+    return [
+        dataclasses.replace(item, block=job.backbone.info.depth - 1, pooling=pooling, norm=True) for item in results
+    ]
+
+
+def long_tail(job: Job) -> list[Result]:
+    """k-NN, probe and fine-tuning from a long-tailed subset of train: overall, many, medium and few."""
+    settings = job.settings.long_tail
+    assert job.train.labels is not None
+    assert job.test.labels is not None
+    labels = job.train.labels.numpy()
+    chosen = imbalanced_subset(labels, imbalance=settings.imbalance, largest=settings.largest, seed=job.seed)
+    groups = class_groups(labels[chosen], job.test.labels.numpy(), settings)
+    key = job.main_key
+    subset, test = (dataclasses.replace(part, values={key: part[key]}) for part in (job.train.select(chosen), job.test))
+    results = []
+    for method in settings.methods:
+        if method == "knn":
+            k = min(job.settings.knn_k, len(subset))
+            score = knn_protocol(subset, test, k=k, temperature=job.settings.knn_temperature, device=job.device)[key]
+        elif method == "linear":
+            probe = linear_probe(subset, test, job.settings.linear, seed=job.seed, device=job.device)[key]
+            score = probe.selected or probe.best
+        else:
+            rows = job.labelled(job.train, job.train_images).select(chosen)
+            score = _tuned(job, rows, job.labelled(job.test, job.test_images), "fine-tuning on the long tail")
+        options = {
+            **dataclasses.asdict(settings),
+            "method": method,
+            "train_images": len(chosen),
+            "class_sizes": sorted(np.bincount(labels[chosen]).tolist(), reverse=True),
+        }
+        results.append(_result(job, "long_tail", f"long_tail_{method}_top1", score, options))
+        for name, (value, low, high) in group_accuracies(score.correct, groups).items():
+            part = AccuracyScore(value, (min(low, value), max(high, value)), score.correct[groups[name]])
+            shown = {**options, "test_images": int(groups[name].sum())}
+            results.append(_result(job, "long_tail", f"long_tail_{method}_{name}", part, shown))
+    return results
+
+
+def robustness(job: Job) -> list[Result]:
+    """Accuracy under common corruptions, mean over kinds and severities, and on shifted sets."""
+    settings, key = job.settings.robustness, job.main_key
+    made = classifiers(
+        job.train,
+        key,
+        settings.classifiers,
+        k=job.settings.knn_k,
+        temperature=job.settings.knn_temperature,
+        linear=job.settings.linear,
+        seed=job.seed,
+        device=job.device,
+    )
+    clean = job.test.select(_spaced(len(job.test), settings.images))
+    shown = {
+        **dataclasses.asdict(settings),
+        "images": len(clean),
+        "k": job.settings.knn_k,
+        "probe": {"epochs": job.settings.linear.epochs, "selection": "best rate on a held-out part of train"},
+    }
+    scored = score_sets(made, key, _corrupted_sets(job, clean), job.device)
+    results = []
+    for name, by_set in scored.items():
+        sets = {set_name: float(correct.mean()) for set_name, correct in by_set.items()}
+        undisturbed = by_set.pop("clean")
+        together = np.stack(list(by_set.values()))
+        accuracy, low, high = _mean_over_sets(together)
+        details = {**shown, "classifier": name, "accuracy_by_set": sets, "clean": float(undisturbed.mean())}
+        results.append(
+            job.result(
+                "robustness",
+                f"robustness_{name}_top1",
+                key,
+                accuracy,
+                ci95=(low, high),
+                correct=together.mean(0),
+                settings=details,
+            )
+        )
+    return results + _shifted_results(job, made, shown)
+
+
+def segmentation_result(job_like: Any, score: SegmentationScore, settings: SegmentationSettings) -> list[Result]:
+    """The two numbers of the segmentation probe; ``job_like`` makes results (``Job.result``)."""
+    options = {
+        **dataclasses.asdict(settings),
+        "window": score.window,
+        "blocks": list(score.blocks),
+        "iou_by_class": [None if np.isnan(value) else value for value in score.by_class],
+    }
+    key = score.blocks[-1], "patches"
+    return [
+        job_like(
+            "segmentation", "miou", key, score.mean_iou, ci95=score.ci95, confusions=score.confusions, settings=options
+        ),
+        job_like("segmentation", "pixel_accuracy", key, score.pixel_accuracy, settings=options),
+    ]
+
+
+def _corrupted_sets(job: Job, clean: Features) -> Iterator[tuple[str, Features]]:
+    block, pooling = job.main_key
+    yield "clean", clean
+    for kind in job.settings.robustness.kinds:
+        for severity in job.settings.robustness.severities:
+            transform = corrupted(kind, int(severity), job.seed)
+            found = job.features_of(
+                job.test_images,
+                clean.indices,
+                blocks=(block,),
+                poolings=(pooling,),
+                transform=transform,
+                what=f"robustness: {kind} {severity}",
+            )
+            yield f"{kind}/{severity}", dataclasses.replace(found, labels=clean.labels)
+
+
+def _shifted_results(job: Job, made: Any, shown: dict[str, Any]) -> list[Result]:
+    block, pooling = job.main_key
+    results = []
+    for set_name, (images, numbers) in (job.shifted or {}).items():
+        found = job.features_of(
+            images, None, blocks=(block,), poolings=(pooling,), what=f"robustness: {set_name} ({len(images)} images)"
+        )
+        if numbers is not None and found.labels is not None:
+            found = dataclasses.replace(found, labels=numbers[found.labels])
+        for name, by_set in score_sets(made, job.main_key, [(set_name, found)], job.device).items():
+            score = AccuracyScore.of(torch.from_numpy(by_set[set_name]))
+            details = {**shown, "classifier": name, "set": images.description, "images": len(found)}
+            results.append(_result(job, "robustness", f"shift_{_slug(set_name)}_{name}_top1", score, details))
+    return results
+
+
+def _mean_over_sets(correct: np.ndarray[Any, Any]) -> tuple[float, float, float]:
+    """Mean of [sets, N] and its interval over images: the sets are fixed, every image is seen in all of them."""
+    by_image = correct.mean(0)
+    half = 1.96 * by_image.std(ddof=min(1, len(by_image) - 1)) / np.sqrt(len(by_image))
+    value = float(by_image.mean())
+    return value, max(0.0, value - half), min(1.0, value + half)
+
+
+def _tuned(job: Job, train: Any, test: Any, what: str) -> AccuracyScore:
+    job.reporter.phase(what, 0)
+    size = job.settings.image_size
+    assert size is not None
+    return finetune(
+        job.backbone,
+        train,
+        test,
+        job.settings.finetune,
+        image_size=size,
+        seed=job.seed,
+        device=job.device,
+        precision=job.settings.precision,
+        progress=lambda done, _: job.reporter.update(done, {}),
+    )
+
+
+def _result(job: Job, protocol: str, metric: str, score: AccuracyScore, options: dict[str, Any]) -> Result:
+    return job.result(
+        protocol, metric, job.main_key, score.accuracy, ci95=score.ci95, correct=score.correct, settings=options
+    )
+
+
+def _spaced(count: int, limit: int | None) -> np.ndarray[Any, Any]:
+    return np.arange(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).astype(int)
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name).strip("-")

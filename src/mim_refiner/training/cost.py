@@ -1,0 +1,212 @@
+"""What a step of refinement costs on paper: operations, bytes held, bytes sent, bytes read (docs/scale.md).
+
+All counts follow from the shapes; a multiplication and an addition are two operations. Bytes of activations are counted
+as torch keeps them for the backward pass of a timm block (tests compare them with traced ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+GLOBAL_VIEWS = 2
+STATE_BYTES = 4 + 4 + 8  # a trained parameter: weight, gradient, two moments of AdamW, all float32
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """A plain ViT."""
+
+    dim: int
+    depth: int
+    heads: int
+    patch: int
+    prefix: int = 1  # class token, registers
+    channels: int = 3
+    mlp_ratio: float = 4.0
+    image_size: int = 224  # of the position table
+
+    def tokens(self, size: int) -> int:
+        """Tokens of a square view of ``size`` pixels."""
+        return (size // self.patch) ** 2 + self.prefix
+
+    @property
+    def block_parameters(self) -> int:
+        d, hidden = self.dim, int(self.mlp_ratio * self.dim)
+        return (3 * d * d + 3 * d) + (d * d + d) + (2 * d * hidden + hidden + d) + 4 * d
+
+    @property
+    def stem_parameters(self) -> int:
+        d = self.dim
+        return d * self.channels * self.patch**2 + d + self.prefix * d + self.tokens(self.image_size) * d
+
+    @property
+    def parameters(self) -> int:
+        return self.stem_parameters + self.depth * self.block_parameters + 2 * self.dim
+
+    def block_operations(self, tokens: int) -> float:
+        """Forward operations of a block on one view of so many tokens."""
+        return 2 * tokens * (4 + 2 * self.mlp_ratio) * self.dim**2 + 4 * tokens**2 * self.dim
+
+    def block_bytes(self, tokens: int, *, bf16: bool, fused_attention: bool) -> float:
+        """Activations that a block keeps for its backward pass, of one view.
+
+        In float32, in widths of the encoder: input of both norms 2, their outputs 2, queries, keys and values 3 (plain
+        products make a copy of the scaled queries and keys more), attention output 1, MLP hidden 2 x ratio. Under bf16
+        autocast the two norms keep float32 and the rest is half as wide.
+        """
+        size = 2 if bf16 else 4
+        wide = 2 * self.dim * 4
+        narrow = (2 + 3 + 1 + 2 * self.mlp_ratio) * self.dim * size
+        scores = 0 if fused_attention else self.heads * tokens * size
+        return tokens * (wide + narrow + scores)
+
+
+ENCODERS = {
+    "ViT-B/16": EncoderShape(768, 12, 12, 16),
+    "ViT-L/16": EncoderShape(1024, 24, 16, 16),
+    "ViT-H/14": EncoderShape(1280, 32, 16, 14),
+    "ViT-2B/14": EncoderShape(2560, 24, 32, 14),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What of a recipe decides over its cost."""
+
+    encoder: EncoderShape
+    batch: int  # images a step, of all processes
+    head_blocks: Sequence[int]
+    view_sizes: Sequence[tuple[int, int]]  # (pixels, how many such views)
+    projector_hidden: int = 2048
+    predictor_hidden: int = 4096
+    out_dim: int = 256
+    queue_size: int = 65_536
+    frozen_blocks: int = 0
+    micro_batch: int | None = None
+    checkpointing: bool = False
+    bf16: bool = True
+    fused_attention: bool = True
+    processes: int = 1
+    sharded: bool = False  # FSDP2: parameters, gradients and moments spread over the processes
+
+    @property
+    def views(self) -> int:
+        return sum(count for _, count in self.view_sizes)
+
+    @property
+    def local_batch(self) -> int:
+        return self.batch // self.processes
+
+    @property
+    def blocks_run(self) -> int:
+        return max(self.head_blocks) + 1
+
+    @property
+    def head_parameters(self) -> int:
+        d, p, q, o = self.encoder.dim, self.projector_hidden, self.predictor_hidden, self.out_dim
+        return d * p + p * p + p * o + o * q + q * o + 2 * (2 * p + o + q + o)
+
+    @property
+    def trained_parameters(self) -> int:
+        encoder = (self.blocks_run - self.frozen_blocks) * self.encoder.block_parameters
+        return encoder + (0 if self.frozen_blocks else self.encoder.stem_parameters) + self.heads_parameters
+
+    @property
+    def heads_parameters(self) -> int:
+        return len(self.head_blocks) * self.head_parameters
+
+    def view_operations(self, *, prefix: bool) -> float:
+        """Forward operations of the encoder on all views of one image: of the frozen prefix, or of the rest."""
+        e, frozen = self.encoder, self.frozen_blocks
+        blocks = frozen if prefix else self.blocks_run - frozen
+        stem = 2 * e.dim * e.channels * e.patch**2 if prefix == bool(frozen) else 0
+        return sum(
+            count * (blocks * e.block_operations(e.tokens(size)) + stem * e.tokens(size))
+            for size, count in self.view_sizes
+        )
+
+    def operations(self) -> dict[str, float]:
+        """Operations of one step on all processes, by part."""
+        trained = self.view_operations(prefix=False)
+        passes = 3 + bool(self.recomputes)
+        matrices = self.encoder.dim * self.projector_hidden + self.projector_hidden**2
+        matrices += self.out_dim * (self.projector_hidden + 2 * self.predictor_hidden)
+        heads = len(self.head_blocks) * self.batch
+        return {
+            "encoder": self.batch * (self.view_operations(prefix=True) + passes * trained),
+            "heads": heads * self.views * 3 * 2 * matrices,
+            "negatives": heads * GLOBAL_VIEWS * self.views * self.batch * 2 * self.out_dim * 2,
+            "queue": heads * GLOBAL_VIEWS * self.queue_size * 2 * self.out_dim,
+        }
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the trained part runs forward twice."""
+        cached = self.micro_batch is not None and self.micro_batch < self.local_batch
+        return cached or self.checkpointing
+
+    def model_operations(self) -> float:
+        """Operations without recomputation: what MFU counts."""
+        plain = replace(self, micro_batch=None, checkpointing=False)
+        return sum(plain.operations().values())
+
+    def memory(self) -> dict[str, float]:
+        """Bytes a process holds at the peak, by part."""
+        e, share = self.encoder, self.processes if self.sharded else 1
+        fixed = self.trained_parameters
+        idle = e.parameters + self.heads_parameters - fixed
+        micro = min(self.micro_batch or self.local_batch, self.local_batch)
+        size = 2 if self.bf16 else 4
+        groups = []
+        for pixels, count in self.view_sizes:
+            tokens = e.tokens(pixels)
+            kept = e.block_bytes(tokens, bf16=self.bf16, fused_attention=self.fused_attention)
+            blocks = self.blocks_run - self.frozen_blocks
+            held = blocks * tokens * e.dim * 4 + kept if self.checkpointing else blocks * kept
+            groups.append(micro * count * held)
+        rows = self.local_batch * self.views
+        head = rows * (2 * self.projector_hidden + self.predictor_hidden + 2 * self.out_dim) * (2 * size + 4)
+        features = len(self.head_blocks) * rows * e.dim * 4
+        cached = micro < self.local_batch
+        prefix = sum(self.local_batch * count * e.tokens(pixels) * e.dim * 4 for pixels, count in self.view_sizes)
+        return {
+            "parameters and optimizer": (fixed * STATE_BYTES + idle * 4) / share,
+            "average of the encoder": e.parameters * 4 / share,
+            "queues": len(self.head_blocks) * self.queue_size * (self.out_dim * 4 + 16),
+            "images": sum(self.local_batch * count * e.channels * pixels**2 * 4 for pixels, count in self.view_sizes),
+            "features": 2 * features,
+            # a cached step holds one size of views at a time, and the heads' graph before the encoder's
+            "activations": max(max(groups), len(self.head_blocks) * head)
+            if cached
+            else sum(groups) + len(self.head_blocks) * head,
+            "frozen prefix": prefix if cached and self.frozen_blocks else 0,
+        }
+
+    def traffic(self) -> dict[str, float]:
+        """Bytes that one process sends in a step, by part (ring algorithms)."""
+        others = self.processes - 1
+        ring = others / self.processes
+        predictions = len(self.head_blocks) * self.views * self.local_batch * self.out_dim * 4
+        gathered_weights = 2 * 2 * self.encoder.parameters * ring if self.sharded else 0  # bf16, forward and backward
+        return {
+            "gradients": (1 if self.sharded else 2) * ring * self.trained_parameters * 4 + gathered_weights,
+            "predictions": predictions * others + 2 * ring * predictions * self.processes,
+            "queue": len(self.head_blocks) * self.local_batch * (self.out_dim * 4 + 8) * others,
+        }
+
+
+def totals(job: Job, *, images: int, epochs: float, bytes_an_image: float, rate: float) -> dict[str, Any]:
+    """Of a whole run: steps, operations, hours at ``rate`` operations a second and process, bytes read a second."""
+    steps = int(epochs * (images // job.batch))
+    operations = sum(job.operations().values())
+    seconds = operations / (rate * job.processes)
+    return {
+        "steps": steps,
+        "operations_a_step": operations,
+        "seconds_a_step": seconds,
+        "hours": steps * seconds / 3600,
+        "images_a_second": job.batch / seconds,
+        "bytes_read_a_second": job.batch * bytes_an_image / seconds,
+    }

@@ -1,0 +1,257 @@
+"""The do-no-harm guard: looks at the encoder's features while it trains, and compares them with the START.
+
+A few hundred unlabelled images of the training set, two fixed crops each, tell cheaply what goes wrong: the effective
+rank and the spread fall when features collapse, and an image's second crop is no longer found among those of the
+others. With labels the online k-NN is watched too. What a run of a few epochs cannot do to a healthy encoder is bad;
+bad twice running stops the run, and the best state so far is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mim_refiner.core.collectives import from_rank_0, rank
+from mim_refiner.core.device import autocast
+from mim_refiner.core.metrics import effective_rank
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.photometric import normalize
+from mim_refiner.data.views import ViewSpec, crop_batch
+from mim_refiner.errors import GuardStopError
+from mim_refiner.files import write_json
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.training.recipe import GuardSettings
+from mim_refiner.training.state import RunFolder
+
+PROBE_BATCH = 64  # images a forward pass
+NOISE = 2.5  # standard deviations of a difference of two shares that count as noise
+
+
+Encoder = TypeVar("Encoder", bound=torch.nn.Module)
+
+
+class FeatureProbe:
+    """Label-free measures of the last block's pooled features on fixed crops of fixed images."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        images: ImageSet,
+        view: ViewSpec,
+        *,
+        count: int,
+        pooling: str,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        self.backbone, self.images, self.view, self.pooling = backbone, images, view, pooling
+        self.device, self.precision = device, precision
+        self.count = min(count, len(images))
+        self._crops: list[Tensor] | None = None
+
+    def __call__(self) -> dict[str, float]:
+        """Return ``rank``, ``spread``, ``view_alignment`` and ``retrieval``; all NaN for features that are.
+
+        spread: 1 - mean cosine of different images. view_alignment: mean cosine of the two crops of an image.
+        retrieval: share of images whose second crop is, by cosine of standardised features, the nearest to the first.
+        """
+        first, second = (self._features(crops) for crops in self._two_crops())
+        names = ("rank", "spread", "view_alignment", "retrieval")
+        if not bool(torch.isfinite(first).all() and torch.isfinite(second).all()):
+            return dict.fromkeys(names, math.nan)
+        a, b = F.normalize(first, dim=1), F.normalize(second, dim=1)
+        cosine, own = a @ b.T, (a * b).sum(1)
+        others = (cosine.sum() - own.sum()) / max(1, self.count * (self.count - 1))
+        mean, deviation = first.mean(0), first.std(0) + 1e-6
+        standard = [F.normalize((x - mean) / deviation, dim=1) for x in (first, second)]
+        found = (standard[0] @ standard[1].T).argmax(1) == torch.arange(self.count)
+        values = (effective_rank(first), 1 - others.item(), own.mean().item(), found.float().mean().item())
+        return dict(zip(names, values, strict=True))
+
+    def _two_crops(self) -> list[Tensor]:
+        if self._crops is None:  # the same images and crops at every look, also after a resume
+            chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))[: self.count]
+            pixels = [self.images.load_resolved(int(index))[1] for index in chosen]
+            crops = (crop_batch(pixels, self.view, seed=0, epoch=0, position=0, view=view) for view in range(2))
+            self._crops = [torch.from_numpy(crop.transpose(0, 3, 1, 2).copy()) for crop in crops]
+        return self._crops
+
+    @torch.no_grad()
+    def _features(self, crops: Tensor) -> Tensor:
+        modes = {part: part.training for part in self.backbone.modules()}
+        self.backbone.eval()
+        info, pooled = self.backbone.info, []
+        for part in crops.split(PROBE_BATCH):
+            # compiling for one more shape would take longer than all looks
+            with torch.compiler.set_stance("force_eager"), autocast(self.precision, self.device):
+                inputs = normalize(part.to(self.device), info.mean, info.std)
+                pooled.append(self.backbone.forward_blocks(inputs, [-1])[0].pooled(self.pooling).float().cpu())
+        for part_of_model, training in modes.items():
+            part_of_model.training = training
+        return torch.cat(pooled)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """When a measure is bad, and how to say so."""
+
+    measure: str
+    bad: Callable[[float, float], bool]  # (value, START's value)
+    words: str
+
+
+class Guard:
+    """Measures, remembers in guard.json, keeps the best encoder in checkpoints/best, and stops the run.
+
+    ``knn_images``: number of test images of the online k-NN, 0 without labels; with labels it decides what is best.
+    """
+
+    def __init__(
+        self,
+        probe: Callable[[], dict[str, float]],
+        encoder: torch.nn.Module,
+        run: RunFolder,
+        settings: GuardSettings,
+        *,
+        steps: int,
+        probe_images: int,
+        knn_images: int = 0,
+    ) -> None:
+        self.probe, self.encoder, self.run, self.settings = probe, encoder, run, settings
+        self.every = max(1, min(settings.every, steps // 5))  # a short run is looked at too
+        self.score = "knn_top1" if knn_images else "retrieval"
+        self.rules = _rules(settings, probe_images, knn_images)
+        self.file = run.path / "guard.json"
+        self.start: dict[str, float] = {}
+        self.history: list[dict[str, float]] = []
+        self.best_step = 0  # the START
+
+    # --- what the loop calls
+
+    def begin(self, total_step: int) -> None:
+        """Measure the START, or remember it together with what was seen up to ``total_step``."""
+        if self.file.exists():
+            stored = json.loads(self.file.read_text())
+            self.start = _numbers(stored["start"])
+            self.history = [_numbers(entry) for entry in stored["history"] if entry["total_step"] <= total_step]
+            self.best_step = stored["best_step"]
+        if not self.start:
+            self.start = dict(from_rank_0(self.probe() if rank() == 0 else {}))
+            self._write()
+
+    @property
+    def needs_start_knn(self) -> bool:
+        return self.score == "knn_top1" and self.score not in self.start
+
+    def note_start_knn(self, knn: float) -> None:
+        """Take a k-NN accuracy that was measured while the encoder still was what it was at the START."""
+        if self.needs_start_knn:
+            self.start["knn_top1"] = knn
+            self._write()
+
+    def due(self, total_step: int, *, phase_end: bool) -> bool:
+        """Every so many steps, and at the end of a phase."""
+        return phase_end or total_step % self.every == 0
+
+    def check(self, total_step: int, monitor: Callable[[], dict[str, float]] | None = None) -> dict[str, float]:
+        """Measure, with ``monitor`` the online k-NN too, and judge. Returns what was measured.
+
+        Raises GuardStopError with the reason; features that are not finite stop before k-NN would refuse them.
+        """
+        found: dict[str, float] = from_rank_0(self.probe() if rank() == 0 else {})
+        entry: dict[str, float] = {"total_step": total_step, **found}
+        if monitor and _finite(found):
+            found |= monitor()
+            entry["knn_top1"] = found["knn_top1"]
+        self.history.append(entry)
+        value = entry.get(self.score, math.nan)
+        earlier = [known[self.score] for known in (self.start, *self.history[:-1]) if self.score in known]
+        if value > max(earlier, default=-math.inf):
+            self._keep(total_step)
+        reason = self._reason()
+        self._write(reason)
+        if reason:
+            state = f"the state after step {self.best_step}" if self.best_step else "the encoder as it was at the start"
+            raise GuardStopError(
+                f"{self.run.path}: the guard stopped the run after step {total_step}: {reason}. "
+                f"Kept and exported: {state}. Lower base_lr, or see guard.json; --set guard.enabled=false trains on"
+            )
+        return found
+
+    # --- what was kept
+
+    def load_best(self, fresh: Encoder) -> Encoder:
+        """Give ``fresh`` (the encoder as it was at the START) the best state's weights, if that is a later one."""
+        if self.best_step:
+            fresh.load_state_dict(load_file(self.best_file))
+        return fresh
+
+    @property
+    def best_file(self) -> Path:
+        return self.run.checkpoints / "best" / "encoder.safetensors"
+
+    def _keep(self, total_step: int) -> None:
+        self.best_step = total_step
+        if not self.run.writes:
+            return
+        folder, temporary = self.best_file.parent, self.run.checkpoints / ".best.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        state = {name: tensor.contiguous() for name, tensor in self.encoder.state_dict().items()}
+        save_file(state, temporary / self.best_file.name, {"total_step": str(total_step)})
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+    def _reason(self) -> str:
+        if not _finite(self.history[-1]):
+            return "the features are not finite any more"
+        for rule in self.rules:
+            seen = [entry[rule.measure] for entry in self.history if rule.measure in entry]
+            recent = seen[-self.settings.patience :]
+            start = self.start.get(rule.measure)
+            if start is None or len(recent) < self.settings.patience:
+                continue
+            if all(rule.bad(value, start) for value in recent):
+                values = ", ".join(f"{value:.3g}" for value in recent)
+                return f"{rule.words} (at the start {start:.3g}, then {values})"
+        return ""
+
+    def _write(self, stopped: str = "") -> None:
+        if self.run.writes:
+            entries: Sequence[Any] = self.history
+            content = {"start": self.start, "history": entries, "best_step": self.best_step, "stopped": stopped or None}
+            write_json(self.file, content)
+
+
+def _rules(settings: GuardSettings, probe_images: int, knn_images: int) -> list[_Rule]:
+    retrieval_noise, knn_noise = (NOISE * math.sqrt(0.5 / max(1, count)) for count in (probe_images, knn_images))
+    knn_drop = max(settings.max_knn_drop, knn_noise)
+    return [
+        _Rule("rank", lambda now, start: now < settings.min_rank * start, "the features collapse: effective rank"),
+        _Rule("spread", lambda now, start: now < settings.min_spread * start, "the features collapse: spread"),
+        _Rule(
+            "retrieval",
+            lambda now, start: now < settings.min_retrieval * start and start - now > retrieval_noise,
+            "the features lost what tells images apart: share of images found by another crop",
+        ),
+        _Rule("knn_top1", lambda now, start: start - now > knn_drop, "k-NN accuracy fell and stayed low"),
+    ]
+
+
+def _finite(entry: dict[str, float]) -> bool:
+    return all(math.isfinite(value) for value in entry.values())
+
+
+def _numbers(entry: dict[str, Any]) -> dict[str, float]:
+    """JSON has no NaN: files.write_json writes it as text."""
+    return {key: float(value) for key, value in entry.items()}

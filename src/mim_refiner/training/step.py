@@ -1,0 +1,141 @@
+"""Forward and backward pass of one refinement step: plain, or cached so that any batch fits (exactly the same step).
+
+The loss of refinement couples the images of a batch only behind the pooled block features: in the heads' BatchNorm,
+the negatives and the queue. So the cached step runs the encoder without graph over micro-batches, computes the heads
+and their gradients with respect to the features on the whole batch, and then runs the encoder once more with graph,
+micro-batch by micro-batch, each fed with its rows of the feature gradients. Random layers see the same draws in both
+passes and as in the plain step (:mod:`mim_refiner.models.stochastic`). The price is one more forward pass of the part
+that trains. (Gradient caching: Gao et al., arXiv 2101.06983.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mim_refiner.core.rows import Rows, process_rows, use_rows
+from mim_refiner.errors import InputError
+from mim_refiner.models.refiner import Refiner, RefinerOutput
+from mim_refiner.models.stochastic import batch_dependent_layer
+
+HeadLosses = Callable[[Mapping[int, Tensor]], RefinerOutput]  # {block: [V, B, D]} -> losses over the whole batch
+Mixed = Callable[[], AbstractContextManager[None]]  # mixed precision of forward passes
+
+
+def forward_backward(
+    refiner: Refiner,
+    views: Sequence[Tensor],
+    head_losses: HeadLosses,
+    *,
+    micro_batch: int | None = None,
+    mixed: Mixed = nullcontext,
+) -> RefinerOutput:
+    """Leave the gradients of one step in the parameters and return its losses.
+
+    views: [B, C, h, w] each, normalised, of this process. micro_batch: images (with all their views of one size) that
+    pass through the encoder with a graph at a time; None, or at least B: all of them, the plain step.
+    """
+    rows = process_rows(len(views[0]))
+    with use_rows(rows):
+        if micro_batch is not None and micro_batch < rows.count:
+            return _cached(refiner, views, head_losses, rows, micro_batch, mixed)
+        with mixed():
+            output = head_losses(refiner.features(views))
+        output.loss.backward()
+        return output
+
+
+def refuse_batch_dependent(refiner: Refiner) -> None:
+    """Raise InputError when micro-batches would change what the encoder computes."""
+    layer = batch_dependent_layer(refiner.backbone)
+    if layer:
+        raise InputError(
+            f"micro_batch: the encoder's layer {layer} makes the outputs of an image depend on the other images of the "
+            "batch, so micro-batches would change the training; leave micro_batch out (and set checkpointing=true)"
+        )
+
+
+@dataclass
+class _Piece:
+    """One micro-batch of the views of one size, between its two passes."""
+
+    group: list[int]  # numbers of its views
+    rows: slice  # of this process's batch
+    prefix: Tensor | None  # tokens after the frozen blocks; None where there are none
+    state: list[Tensor]  # random state at the start of the trained part
+
+    def images(self, views: Sequence[Tensor]) -> Tensor:
+        return torch.cat([views[index][self.rows] for index in self.group])
+
+    def grads(self, features: Mapping[int, Tensor]) -> list[Tensor]:
+        """Rows of the feature gradients, one [views * rows, D] a block."""
+        return [_grad(value)[self.group][:, self.rows].flatten(0, 1) for value in features.values()]
+
+
+def _cached(
+    refiner: Refiner, views: Sequence[Tensor], head_losses: HeadLosses, rows: Rows, micro_batch: int, mixed: Mixed
+) -> RefinerOutput:
+    features, pieces = _features_without_graph(refiner, views, rows, micro_batch, mixed)
+    trains = not refiner.encoder_frozen
+    for value in features.values():
+        value.requires_grad_(trains)
+    with mixed():
+        output = head_losses(features)
+    output.loss.backward()
+    device = views[0].device
+    while trains and pieces:
+        piece = pieces.pop(0)  # frees what it holds
+        _set_random_state(piece.state, device)
+        with use_rows(rows.part(piece.rows.start, piece.rows.stop)):
+            with mixed():
+                outputs = refiner.pooled_blocks(piece.images(views) if piece.prefix is None else piece.prefix)
+            torch.autograd.backward([outputs[block] for block in features], piece.grads(features))
+    return output
+
+
+@torch.no_grad()
+def _features_without_graph(
+    refiner: Refiner, views: Sequence[Tensor], rows: Rows, micro_batch: int, mixed: Mixed
+) -> tuple[dict[int, Tensor], list[_Piece]]:
+    """First pass: {block: [V, B, D]}, and what the second pass needs."""
+    device = views[0].device
+    pieces: list[_Piece] = []
+    features: dict[int, Tensor] = {}
+    for group in refiner.view_groups(views):
+        begin = _random_state(device)
+        for start in range(0, rows.count, micro_batch):
+            part = slice(start, min(start + micro_batch, rows.count))
+            _set_random_state(begin, device)
+            # autocast keeps the casts it made of weights; ones made without graph must not reach the second pass
+            with use_rows(rows.part(part.start, part.stop)), mixed():
+                piece = _Piece(group, part, None, begin)
+                prefix = refiner.frozen_prefix(piece.images(views))
+                if refiner.frozen_blocks and not refiner.encoder_frozen:
+                    piece.prefix, piece.state = prefix, _random_state(device)
+                pieces.append(piece)
+                for block, output in refiner.pooled_blocks(prefix).items():
+                    if block not in features:
+                        features[block] = output.new_empty(len(views), rows.count, output.shape[1])
+                    for index, of_view in zip(group, output.chunk(len(group)), strict=True):
+                        features[block][index, part] = of_view
+    return features, pieces
+
+
+def _grad(features: Tensor) -> Tensor:
+    assert features.grad is not None
+    return features.grad
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,145 @@
+"""``analyze`` and ``refine --head-blocks`` through the command line, with labels and without."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+def is_png(path: str) -> bool:
+    return Path(path).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def analysed(mae, refined, shapes, cli, tmp_path_factory):
+    out = tmp_path_factory.mktemp("analysis") / "out"
+    words = ("analyze", "--model", mae.export, "--compare", refined.path, "--data", shapes, "--out", out)
+    outcome = cli.call(*words, "--json")
+    assert outcome.code == 0, outcome.err
+    return out, outcome
+
+
+def test_everything_is_written_in_one_command(analysed):
+    out, outcome = analysed
+    result = outcome.json
+    assert set(result["figures"]) == {
+        "blocks", "atlas-before", "atlas-after", "similarity", "regimes", "heads-after",
+    }  # fmt: skip
+    assert all(is_png(path) for path in result["figures"].values())
+    for name, path in result["records"].items():
+        assert json.loads(Path(path).read_text())["kind"], name
+    assert set(result["records"]) == {"blocks", "atlas-before", "atlas-after", "verdict", "similarity", "regimes"}
+    assert set(result["seconds"]) == {"atlas", "verdict", "similarity", "reconstruction", "heads"}
+    stored = json.loads((out / "blocks.json").read_text())
+    assert stored["curves"] == result["curves"]
+    assert result["curves"]["after"]["cls"]["blocks"] == [0, 1, 2]
+    assert len(result["change"]["after"]["cls"]["value"]) == 3
+
+
+def test_sample_sizes_are_said(analysed):
+    _, outcome = analysed
+    assert outcome.json["samples"] == {
+        "bank": "39 of 48 images", "queries": "9 of 48 images", "label_free": "48 images", "labels": True,
+    }  # fmt: skip
+    assert "looking at bank 39 of 48 images" in outcome.err
+
+
+def test_the_verdict_by_labels_has_the_one_without_beside_it(analysed):
+    verdict = analysed[1].json["verdict"]
+    words = ("better", "no clear change", "worse")
+    assert verdict["verdict"] in words
+    assert "k-NN accuracy" in verdict["reason"]
+    assert verdict["label_free"]["verdict"] in words
+    assert verdict["label_free"]["measures"][-1]["measure"] == "drift of patch features"
+
+
+def test_the_verdict_alone_is_the_same_and_looks_at_one_block(mae, refined, shapes, analysed, cli, tmp_path):
+    words = ("analyze", "--model", mae.export, "--compare", refined.path, "--data", shapes, "--out", tmp_path / "out")
+    outcome = cli.call(*words, "--parts", "verdict", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["verdict"] == analysed[1].json["verdict"]
+    assert set(outcome.json["records"]) == {"verdict"}
+    assert outcome.json["figures"] == {}
+
+
+def test_regimes_recommendation_and_placement(analysed):
+    result = analysed[1].json
+    assert [b for blocks in result["regimes"]["before"].values() for b in blocks] == [0, 1, 2]
+    assert result["recommendation"]["measure"] == "knn_top1"
+    assert result["head_placement"]["blocks"][-1] == 2
+    assert sum("regimes by block" in line for line in result["statements"]) == 2
+
+
+def test_without_labels_and_without_a_second_encoder(mae, unlabelled, cli, tmp_path):
+    words = ("analyze", "--model", mae.export, "--data", unlabelled, "--out", tmp_path / "out")
+    outcome = cli.call(*words, "--parts", "verdict,atlas")
+    assert outcome.code == 0, outcome.err
+    assert "no labels: neighbour consistency stands in" in outcome.err
+    assert "label_free: neighbour consistency" in outcome.out
+    assert "features to use: " in outcome.out
+    record = json.loads((tmp_path / "out" / "atlas-before.json").read_text())
+    assert record["measure"] == "consistency"
+    assert not (tmp_path / "out" / "regimes.json").exists()
+
+
+def test_without_labels_the_same_weights_are_no_clear_change(mae, unlabelled, cli, tmp_path):
+    words = ("analyze", "--model", mae.export, "--compare", mae.export, "--data", unlabelled, "--out", tmp_path / "out")
+    outcome = cli.call(*words, "--parts", "verdict", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["verdict"]["verdict"] == "no clear change"
+    assert outcome.json["verdict"]["confidence"]["word"] == "high"
+
+
+@pytest.mark.parametrize(
+    ("data", "parts", "message"),
+    [
+        ("{flat}", "atlas,verdit", "did you mean 'verdict'"),
+        ("{flat}", "atlas,", "empty name"),
+        ("{flat}[:12]", "verdict", "at least 20 images"),
+    ],
+)
+def test_bad_input(mae, unlabelled, cli, tmp_path, data, parts, message):
+    words = ("analyze", "--model", mae.export, "--data", data.format(flat=unlabelled), "--out", tmp_path / "out")
+    outcome = cli.call(*words, "--parts", parts)
+    assert outcome.code == 2
+    assert message in outcome.err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_are_placed_by_measurement_and_kept_on_resume(mae, shapes, cli, tmp_path):
+    run = tmp_path / "run"
+    words = cli.refine(shapes, mae.export, run)
+    outcome = cli.call(*words, "--head-blocks", "auto", "--json")
+    assert outcome.code == 0, outcome.err
+    placement = outcome.json["head_placement"]
+    assert placement == json.loads((run / "head_placement.json").read_text())
+    assert (placement["measure"], placement["recipe_blocks"]) == ("knn_top1", [2])
+    assert placement["reason"] in outcome.err
+    assert f"blocks: {placement['blocks']}" in (run / "recipe.yaml").read_text().replace("\n  - ", " ") or all(
+        f"- {block}" in (run / "recipe.yaml").read_text() for block in placement["blocks"]
+    )
+    again = cli.call(*words, "--set", "heads.blocks=auto", "--json")
+    assert again.code == 0, again.err
+    assert again.json["head_placement"] == placement
+    assert "placing heads" not in again.err
+
+
+def test_named_head_blocks(mae, unlabelled, cli, tmp_path):
+    words = cli.refine(unlabelled, mae.export, tmp_path / "run")
+    outcome = cli.call(*words, "--head-blocks", "0,2")
+    assert outcome.code == 0, outcome.err
+    assert "2 heads on blocks 0 to 2" in outcome.err
+    wrong = cli.call(*words, "--head-blocks", "some")
+    assert wrong.code == 2
+    assert "give auto, last_third or block numbers" in wrong.err
+
+
+def test_the_export_carries_the_recommendation(refined):
+    config = json.loads((refined.export / "config.json").read_text())["mim_refiner"]
+    summary = refined.summary()["recommendation"]
+    assert (config["block"], config["pooling"], config["norm"]) == tuple(
+        summary[key] for key in ("block", "pooling", "norm")
+    )
+    assert config["recommendation"] == summary["reason"]

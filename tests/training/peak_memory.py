@@ -1,0 +1,80 @@
+"""python peak_memory.py ARCH IMAGE LOCAL BATCH MICRO_BATCH PRECISION: expected and measured peak of steps, as JSON.
+
+MICRO_BATCH 0: the plain step. Measured is the growth of the resident memory, read from Linux, over that of the same
+process with all libraries loaded and one small step taken.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mim_refiner.core.device import autocast, keep_freed_memory
+from mim_refiner.core.ema import ExponentialMovingAverage
+from mim_refiner.models.backbone import Backbone, create_vit
+from mim_refiner.models.heads import HeadConfig
+from mim_refiner.models.refiner import Refiner
+from mim_refiner.training.memory import measure_needs
+from mim_refiner.training.optim import adamw, parameter_groups
+from mim_refiner.training.step import forward_backward
+
+LOCALS = 4
+
+
+def status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def make(arch: str, image: int, queue: int) -> Refiner:
+    torch.manual_seed(0)
+    backbone = Backbone.wrap(create_vit(arch, image_size=image))
+    backbone.use_math_attention()
+    depth = backbone.info.depth
+    blocks = range(depth - max(1, depth // 3), depth)
+    refiner = Refiner(backbone, blocks, HeadConfig(512, 1024, 128, queue), pooling="cls")
+    refiner.unfreeze_encoder()
+    return refiner
+
+
+def train(refiner: Refiner, image: int, local: int, batch: int, micro_batch: int | None, precision: str) -> float:
+    """Two steps; returns the CPU seconds of the second."""
+    ema = ExponentialMovingAverage(refiner.backbone)
+    optimizer = adamw(parameter_groups(refiner.named_parameters(), weight_decay=0.05), (0.9, 0.95))
+    mixed = partial(autocast, precision, torch.device("cpu"))
+    for _ in range(2):
+        started = time.process_time()
+        views = [torch.randn(batch, 3, size, size) for size in (image, image, *[local] * LOCALS)]
+        losses = partial(refiner.head_losses, sample_ids=torch.arange(batch), num_global=2, temperature=0.2)
+        optimizer.zero_grad(set_to_none=True)
+        forward_backward(refiner, views, losses, micro_batch=micro_batch, mixed=mixed)
+        optimizer.step()
+        ema.update(refiner.backbone, 0.999)
+    return time.process_time() - started
+
+
+def main() -> None:
+    arch, image, local, batch, micro_batch, precision = sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6]
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    needs = measure_needs(make(arch, image, 8192), [(image, 2), (local, LOCALS)], batch, precision=precision)
+    expected = needs.cached(micro_batch) if micro_batch else needs.whole()
+    train(make("vit_w32_d2_h2_p8", 16, 64), 16, 8, 4, None, precision)
+    gc.collect()
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    seconds = train(make(arch, image, 8192), image, local, batch, micro_batch or None, precision)
+    measured = status("VmHWM") - before
+    print(json.dumps({"expected": expected, "measured": measured, "cpu_s": seconds, **vars(needs)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The do-no-harm guard: what it measures, when it stops, what it keeps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.views import ViewSpec
+from mim_refiner.errors import GuardStopError
+from mim_refiner.models.backbone import Backbone, create_vit
+from mim_refiner.training.guard import FeatureProbe, Guard
+from mim_refiner.training.recipe import GuardSettings
+from mim_refiner.training.state import RunFolder
+
+HEALTHY = {"rank": 40.0, "spread": 0.4, "view_alignment": 0.8, "retrieval": 0.6}
+
+
+def make_probe(images: ImageSet, drop_path: float = 0.0) -> FeatureProbe:
+    torch.manual_seed(0)
+    backbone = Backbone.wrap(create_vit("vit_w32_d3_h2_p8", image_size=16, drop_path_rate=drop_path))
+    view = ViewSpec("global0", 16, scale=(0.4, 1.0))
+    return FeatureProbe(backbone, images, view, count=20, pooling="cls", device=torch.device("cpu"), precision="fp32")
+
+
+class Scripted:
+    """A guard whose measures are written down beforehand."""
+
+    def __init__(self, folder: Path, *looks: dict[str, float], knn_images: int = 0, **settings: Any) -> None:
+        self.run = RunFolder.open(folder, {"name": "x"}, overwrite=False)
+        self.looks = [HEALTHY, *({**HEALTHY, **look} for look in looks)]
+        self.encoder = nn.Linear(1, 1)
+        self.guard = Guard(
+            self._next,
+            self.encoder,
+            self.run,
+            GuardSettings(**settings),
+            steps=1000,
+            probe_images=256,
+            knn_images=knn_images,
+        )
+        self.guard.begin(0)
+
+    def _next(self) -> dict[str, float]:
+        return self.looks.pop(0)
+
+    def look(self, step: int, knn: float | None = None) -> dict[str, float]:
+        nn.init.constant_(self.encoder.weight, float(step))
+        return self.guard.check(step, None if knn is None else lambda: {"knn_top1": knn})
+
+    def kept(self) -> float:
+        """Weight of the best state, 0 for the encoder of the start."""
+        fresh = nn.Linear(1, 1)
+        nn.init.zeros_(fresh.weight)
+        return self.guard.load_best(fresh).weight.item()
+
+
+def test_measures_equal_slow_loops(tiny_images: ImageSet) -> None:
+    probe = make_probe(tiny_images)
+    found = probe()
+    first, second = (probe._features(crops).double() for crops in probe._two_crops())
+    n = len(first)
+
+    def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float(a @ b / (a.norm() * b.norm()))
+
+    own = [cosine(first[i], second[i]) for i in range(n)]
+    others = [cosine(first[i], second[j]) for i in range(n) for j in range(n) if i != j]
+    assert found["view_alignment"] == pytest.approx(sum(own) / n, abs=1e-6)
+    assert found["spread"] == pytest.approx(1 - sum(others) / len(others), abs=1e-6)
+    a, b = ((x - first.mean(0)) / (first.std(0) + 1e-6) for x in (first, second))
+    hits = sum(max(range(n), key=lambda j: cosine(a[i], b[j])) == i for i in range(n))
+    assert found["retrieval"] == pytest.approx(hits / n)
+    assert 1 <= found["rank"] <= n
+
+
+def test_looking_changes_neither_modes_nor_random_numbers_and_is_repeatable(tiny_images: ImageSet) -> None:
+    probe = make_probe(tiny_images, drop_path=0.5)
+    probe.backbone.train()
+    probe.backbone.model.blocks[0].eval()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    assert probe() == probe()
+    torch.manual_seed(3)
+    probe()
+    assert torch.equal(torch.rand(2), expected)
+    assert probe.backbone.training
+    assert not probe.backbone.model.blocks[0].training
+    assert probe.backbone.model.blocks[1].training
+
+
+def test_features_that_are_not_finite_give_nan(tiny_images: ImageSet) -> None:
+    probe = make_probe(tiny_images)
+    nn.init.constant_(probe.backbone.model.blocks[2].mlp.fc2.bias, math.nan)
+    assert all(math.isnan(value) for value in probe().values())
+
+
+def test_ups_and_downs_of_a_healthy_run_do_not_stop_it(tmp_path: Path) -> None:
+    looks = [{"rank": 30.0, "retrieval": 0.5}, {"rank": 15.0}, {"rank": 50.0, "retrieval": 0.9}, {"spread": 0.1}]
+    guard = Scripted(tmp_path / "run", *looks)
+    for step in range(1, 5):
+        guard.look(step)
+    assert guard.kept() == 3.0
+
+
+@pytest.mark.parametrize(
+    ("look", "words"),
+    [
+        ({"rank": 8.0}, r"effective rank \(at the start 40, then 8, 8\)"),
+        ({"spread": 0.03}, "spread"),
+        ({"retrieval": 0.3}, "found by another crop"),
+    ],
+)
+def test_collapse_stops_at_the_second_bad_look_running(tmp_path: Path, look: dict[str, float], words: str) -> None:
+    guard = Scripted(tmp_path / "run", {"retrieval": 0.7}, look, {}, look, look)
+    for step in (1, 2, 3, 4):
+        guard.look(step)
+    with pytest.raises(GuardStopError, match=words) as caught:
+        guard.look(5)
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+    assert "the state after step 1" in str(caught.value)
+    assert guard.kept() == 1.0
+    stored = json.loads((tmp_path / "run" / "guard.json").read_text())
+    assert stored["stopped"] in str(caught.value)
+    assert [entry["total_step"] for entry in stored["history"]] == [1, 2, 3, 4, 5]
+
+
+def test_features_that_are_not_finite_stop_at_once_and_the_start_is_kept(tmp_path: Path) -> None:
+    guard = Scripted(tmp_path / "run", dict.fromkeys(HEALTHY, math.nan))
+    with pytest.raises(GuardStopError, match=r"not finite any more.*the encoder as it was at the start"):
+        guard.look(1)
+    assert guard.kept() == 0.0
+
+
+def test_knn_is_not_measured_on_features_that_are_not_finite(tmp_path: Path) -> None:
+    """It would refuse them as bad data."""
+    guard = Scripted(tmp_path / "run", {"rank": math.nan}, knn_images=1000)
+    with pytest.raises(GuardStopError, match="not finite any more"):
+        guard.guard.check(1, lambda: pytest.fail("measured"))
+
+
+def test_knn_decides_with_labels_and_few_test_images_are_noisy(tmp_path: Path) -> None:
+    for images, stops in ((5000, True), (20, False)):
+        guard = Scripted(tmp_path / str(images), *[{}] * 4, knn_images=images)
+        assert guard.guard.needs_start_knn
+        guard.guard.note_start_knn(0.60)
+        guard.guard.note_start_knn(0.10)  # only the first one is the START's
+        guard.look(1, 0.62)
+        guard.look(2)
+        guard.look(3, 0.50)
+        if stops:
+            with pytest.raises(GuardStopError, match="k-NN accuracy fell"):
+                guard.look(4, 0.50)
+        else:
+            guard.look(4, 0.50)
+        assert guard.kept() == 1.0
+
+
+def test_a_resumed_run_remembers_what_was_seen_before_its_checkpoint(tmp_path: Path) -> None:
+    bad = {"rank": 5.0}
+    first = Scripted(tmp_path / "run", bad, {})
+    first.look(1)
+    first.look(2)
+    resumed = Scripted(tmp_path / "run", bad)
+    resumed.looks.pop(0)  # the START is not measured again
+    resumed.guard.begin(1)  # the checkpoint is older than the second look
+    with pytest.raises(GuardStopError, match="effective rank"):
+        resumed.look(2)
+
+
+def test_a_short_phase_is_looked_at_five_times(tmp_path: Path) -> None:
+    guard = Scripted(tmp_path / "run").guard
+    assert guard.every == 100
+    short = Guard(dict, nn.Linear(1, 1), guard.run, GuardSettings(), steps=23, probe_images=9)
+    assert [step for step in range(1, 24) if short.due(step, phase_end=step == 23)] == [4, 8, 12, 16, 20, 23]
+
+
+def test_the_loop_measures_in_refinement_only(tiny_run: Callable[[], Any], tmp_path: Path) -> None:
+    """Its looks move no weight: the losses are those of a run without a guard."""
+    from mim_refiner.reporting import NullReporter
+    from mim_refiner.training.trainer import LoopSettings, fit
+
+    plain = tiny_run().run(tmp_path / "plain")
+    watched = tiny_run()
+    run = RunFolder.open(tmp_path / "watched", {"name": "x"}, overwrite=False)
+    probe = make_probe(watched.loader.images)
+    probe.backbone = watched.refiner.backbone
+    guard = Guard(probe, watched.refiner.backbone, run, GuardSettings(every=5), steps=60, probe_images=20)
+    loop = LoopSettings(0, torch.device("cpu"), log_every=1, checkpoint_every=3)
+    fit(watched.job.phases(), {"model": watched.refiner, "ema": watched.ema}, run, loop, NullReporter(), guard=guard)
+    metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [m["loss"] for m in metrics] == [m["loss"] for m in plain]
+    assert [m["total_step"] for m in metrics if "rank" in m] == [10, 15, 20]

@@ -1,0 +1,172 @@
+"""The cached step is the plain step: gradients, queues, parameters, with random layers and frozen blocks."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mim_refiner.core.device import autocast
+from mim_refiner.errors import InputError
+from mim_refiner.models.backbone import Backbone, create_vit
+from mim_refiner.models.heads import HeadConfig
+from mim_refiner.models.refiner import Refiner, RefinerOutput
+from mim_refiner.training.optim import adamw, parameter_groups
+from mim_refiner.training.step import forward_backward, refuse_batch_dependent
+
+BATCH = 12
+
+
+def make(frozen_blocks: int = 0, dtype: torch.dtype = torch.float64, pooling: str = "cls", **options: Any) -> Refiner:
+    torch.manual_seed(0)
+    vit = create_vit("vit_w32_d4_h2_p8", image_size=16, **({"drop_path_rate": 0.4} | options))
+    refiner = Refiner(
+        Backbone.wrap(vit), (2, 3), HeadConfig(24, 24, 16, 64), pooling=pooling, frozen_blocks=frozen_blocks
+    )
+    refiner.unfreeze_encoder()
+    refiner.set_top_k(5)
+    return refiner.to(dtype)
+
+
+def views(step: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    sizes = (16, 16, 8, 8, 8)
+    return [torch.randn(BATCH, 3, size, size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+
+
+def run(refiner: Refiner, micro_batch: int | None, step: int = 0, precision: str = "fp32") -> RefinerOutput:
+    """One step as the loop does it: the global generator seeded by the step."""
+    dtype = next(refiner.parameters()).dtype
+    refiner.zero_grad(set_to_none=True)
+    torch.manual_seed(7 + step)
+    losses = partial(
+        refiner.head_losses,
+        sample_ids=torch.arange(BATCH) + step,
+        num_global=2,
+        temperature=0.2,
+        generator=torch.Generator().manual_seed(step),
+    )
+    mixed = partial(autocast, precision, torch.device("cpu"))
+    return forward_backward(refiner, views(step, dtype), losses, micro_batch=micro_batch, mixed=mixed)
+
+
+def gradients(refiner: Refiner) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in refiner.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 6, 11])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"frozen_blocks": 2},
+        {"pooling": "mean"},
+        {"proj_drop_rate": 0.3, "attn_drop_rate": 0.2, "pos_drop_rate": 0.1},
+        {"init_values": 0.1, "reg_tokens": 2},
+    ],
+    ids=str,
+)
+def test_all_gradients_and_buffers_equal_the_plain_step_in_float64(options: dict[str, Any], micro_batch: int) -> None:
+    plain, cached = make(**options), make(**options)
+    expected, output = run(plain, None), run(cached, micro_batch)
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    theirs, ours = gradients(plain), gradients(cached)
+    assert theirs.keys() == ours.keys()
+    assert any(name.startswith("backbone.model.blocks.3") for name in ours)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(dict(cached.named_buffers())[name], buffer, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_the_random_layers_of_the_comparison_do_drop() -> None:
+    """Without this the equality above could hold because nothing is random."""
+    dropping, steady = make(), make(drop_path_rate=0.0)
+    assert run(dropping, 4).loss.item() != run(steady, 4).loss.item()
+    first = run(make(), 4).loss.item()
+    assert run(make(), 4, step=1).loss.item() != first
+
+
+def test_micro_batches_of_any_size_give_the_same_parameters_after_five_steps() -> None:
+    results = {}
+    for micro_batch in (None, 1, 2, 3, 5, 12):
+        refiner = make(frozen_blocks=1)
+        optimizer = adamw(parameter_groups(refiner.named_parameters(), weight_decay=0.05), (0.9, 0.95))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        for step in range(5):
+            run(refiner, micro_batch, step)
+            optimizer.step()
+        results[micro_batch] = refiner.state_dict()
+    moved = (
+        (
+            results[None]["backbone.model.blocks.2.attn.qkv.weight"]
+            - make().state_dict()["backbone.model.blocks.2.attn.qkv.weight"]
+        )
+        .abs()
+        .max()
+    )
+    assert moved > 1e-3
+    for micro_batch, state in results.items():
+        for name, tensor in results[None].items():
+            torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-9, msg=f"{micro_batch} {name}")
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_checkpointing_changes_no_gradient(micro_batch: int | None) -> None:
+    plain, checkpointed = make(), make()
+    checkpointed.backbone.model.set_grad_checkpointing(True)
+    run(plain, None)
+    run(checkpointed, micro_batch)
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(checkpointed)[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_bf16_differs_by_no_more_than_its_rounding() -> None:
+    """Forward passes are the same numbers; gradients differ by the order of sums over rows, a few units of 2^-8."""
+    plain, cached = make(dtype=torch.float32), make(dtype=torch.float32)
+    assert run(cached, 4, precision="bf16").loss.item() == pytest.approx(
+        run(plain, None, precision="bf16").loss.item(), rel=1e-2
+    )
+    exact = make()
+    run(exact, None)
+    for name, gradient in gradients(plain).items():
+        scale = gradients(exact)[name].norm()
+        if scale > 1e-6:  # parameters without effect have rounding noise for a gradient
+            own_error = (gradient - gradients(exact)[name]).norm() / scale
+            difference = (gradients(cached)[name] - gradient).norm() / scale
+            assert difference <= max(2 * own_error, 0.02), (name, difference.item(), own_error.item())
+
+
+def test_frozen_blocks_run_once_and_the_encoder_of_the_warm_up_once() -> None:
+    calls = {0: 0, 3: 0}
+    refiner = make(frozen_blocks=2)
+    for block in calls:
+        refiner.backbone.model.blocks[block].register_forward_hook(lambda *_, b=block: calls.update({b: calls[b] + 1}))
+    run(refiner, 4)
+    assert calls == {0: 6, 3: 12}  # two sizes of view x three micro-batches; trained blocks twice
+    refiner.freeze_encoder()
+    run(refiner, 4)
+    assert calls == {0: 12, 3: 18}
+    assert all(name.startswith("heads.") for name in gradients(refiner))
+
+
+def test_at_most_one_micro_batch_is_held_with_its_graph() -> None:
+    refiner = make(drop_path_rate=0.0)
+    held: list[int] = []
+    hook = lambda module, inputs, output: held.append(len(output)) if torch.is_grad_enabled() else None  # noqa: E731
+    refiner.backbone.model.blocks[0].register_forward_hook(hook)
+    run(refiner, 5)
+    assert held == [10, 10, 4, 15, 15, 6]  # two global views, then three local ones
+
+
+def test_layers_that_mix_the_images_are_refused_with_the_reason() -> None:
+    refiner = make()
+    refuse_batch_dependent(refiner)
+    refiner.backbone.model.norm = nn.BatchNorm1d(32)
+    with pytest.raises(InputError, match=r"model.norm \(BatchNorm1d\).*depend on the other images") as caught:
+        refuse_batch_dependent(refiner)
+    assert "\n" not in str(caught.value)
