@@ -23,6 +23,8 @@ PASSED_ON = {
     "view '{self.name}': {'; '.join(problems)}",
     "{item.error}",
     "{path}: {message}",
+    "{problem}",
+    "fine-tuning: {'; '.join(problems)}",
     "{path}: {_explain_unpickling(error)}",
 }
 
