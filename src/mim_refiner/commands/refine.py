@@ -77,7 +77,8 @@ def refine(
     that a step fits; ``plan`` only returns what the run would need and cost. ``exclude``: list of images to leave out
     (as doctor writes it). ``log``: further loggers (tensorboard, wandb, mlflow). Returns the summary {"before",
     "after", "verdict", "recommendation", "seconds"}, also in summary.json; export/ is a timm folder. Raises
-    MimRefinerError with one line on bad input, GuardStopError when the guard stopped the run (export/ then holds the best state).
+    MimRefinerError with one line on bad input, GuardStopError when the guard stopped the run (export/ then holds the
+    best state).
     """
     with logging_to(log, out, reporter or NullReporter()) as told:
         return refine_and_compare(
