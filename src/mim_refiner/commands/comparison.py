@@ -48,8 +48,8 @@ def compare(
     the verdict, and the features of "after" to use ("recommendation").
 
     With labels: k-NN of every block, linear probe, clustering and effective rank of the last one; writes
-    evaluation/<stage>-<name>.json, evaluation/blocks.json, evaluation/atlas-after.json and block_curves.png. Without labels: effective rank, and the
-    verdict of the label-free measures.
+    evaluation/<stage>-<name>.json, evaluation/blocks.json and block_curves.png. Without labels: effective
+    rank, and the verdict of the label-free measures. evaluation/atlas-after.json is what the recommendation is by.
     """
     labelled = train.labels is not None and (test is None or test.labels is not None)
     protocols = ("knn", "linear", "clustering", "rank") if labelled else ("rank",)
