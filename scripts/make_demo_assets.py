@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from mim_refiner.data.sources import open_source
 
 ASSETS = Path(__file__).resolve().parent.parent / "src" / "mim_refiner" / "assets"
-TRAIN_PER_CLASS, TEST_PER_CLASS, SEED = 300, 200, 0
+TRAIN_PER_CLASS, TEST_PER_CLASS, SEED = 300, 500, 0
 
 
 def write_subset(spec: str, per_class: int, path: Path) -> None:

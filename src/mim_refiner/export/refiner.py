@@ -45,4 +45,5 @@ def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, An
     yield backbone.final_norm(last), again.final_norm(theirs[depth - 1])
 
 
-REFINER = Format("refiner", 1e-6, "mim-refiner", "every block and the final tokens", _write, _pairs)
+# the published code's norms have eps 1e-6, which moves an encoder of another eps by a few 1e-6
+REFINER = Format("refiner", 1e-5, "mim-refiner", "every block and the final tokens", _write, _pairs)
