@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
+READY_DOCS := $(VENV)/.ready-docs
 OUT ?= demo-out
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev demo smoke test check lint format clean distclean
+.PHONY: help venv venv-dev demo smoke test check lint format docs docs-serve wheel lower-bounds clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +20,10 @@ $(READY): pyproject.toml constraints.txt scripts/setup_env.sh
 
 $(READY_DEV): pyproject.toml constraints.txt scripts/setup_env.sh
 	bash scripts/setup_env.sh $(VENV) dev
+	@touch $(READY) $@
+
+$(READY_DOCS): pyproject.toml constraints.txt scripts/setup_env.sh
+	bash scripts/setup_env.sh $(VENV) docs
 	@touch $(READY) $@
 
 venv: $(READY)  ## set up .venv to run the package
@@ -47,8 +52,20 @@ format: $(READY_DEV)  ## rewrite the files in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY_DOCS)  ## the documentation, to site/ (offline; warnings are errors)
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(READY_DOCS)  ## the documentation in a browser, rebuilt as you write
+	$(BIN)/mkdocs serve
+
+wheel:  ## wheel and sdist, to dist/, and the demo from the wheel in an empty environment
+	bash scripts/test_wheel.sh
+
+lower-bounds:  ## the quick tests with the oldest dependencies that pyproject.toml allows
+	bash scripts/test_lower_bounds.sh
+
 clean:  ## remove caches and build products (keeps .venv and run folders)
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv too

@@ -12,9 +12,9 @@ import mim_refiner
 
 PUBLIC = {
     "Backbone", "BackboneInfo", "BlockOutput", "CheckpointReport", "MimRefinerError", "NNAOutput", "NeighborQueue",
-    "NeighborResult", "__version__", "analyze", "clustering_accuracy", "embed", "evaluate", "export",
+    "NeighborResult", "__version__", "analyze", "clustering_accuracy", "doctor", "embed", "evaluate", "export",
     "inspect_checkpoint", "knn_predict", "layer_decay_scales", "load_backbone", "multi_view_nna_loss", "nna_loss",
-    "pretrain", "refine", "warmup_cosine",
+    "pretrain", "refine", "report", "warmup_cosine",
 }  # fmt: skip
 
 # Parameter names in order; a star stands for "keyword-only from here".
@@ -33,16 +33,20 @@ SIGNATURES = {
 }
 
 VERBS = {
-    "pretrain": {"data", "arch", "out", "recipe", "settings", "device", "seed", "overwrite", "reporter"},
+    "pretrain": {
+        "data", "arch", "out", "recipe", "settings", "device", "seed", "overwrite", "exclude", "log", "reporter",
+    },
     "refine": {
         "data", "model", "out", "recipe", "eval_data", "eval_test", "head_blocks", "settings", "device", "seed",
-        "overwrite", "memory_budget", "plan", "reporter",
+        "overwrite", "memory_budget", "plan", "exclude", "log", "reporter",
     },
     "evaluate": {
         "model", "data", "test", "compare", "suite", "protocols", "blocks", "pooling", "norm", "shifted", "transfer",
         "out", "cache", "cache_size", "settings", "device", "seed", "reporter",
     },
     "analyze": {"model", "data", "compare", "test", "out", "parts", "cache", "device", "seed", "reporter"},
+    "doctor": {"data", "model", "test", "out", "recipe", "device", "reporter"},
+    "report": {"runs", "out", "reporter"},
     "embed": {
         "model", "data", "out", "block", "pooling", "norm", "image_size", "batch_size", "precision", "dtype", "device",
         "overwrite", "reporter",

@@ -15,11 +15,13 @@ from mim_refiner._version import __version__
 if TYPE_CHECKING:
     from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
     from mim_refiner.commands.analyze import analyze
+    from mim_refiner.commands.doctor import doctor
     from mim_refiner.commands.embed import embed
     from mim_refiner.commands.evaluate import evaluate
     from mim_refiner.commands.export import export
     from mim_refiner.commands.pretrain import pretrain
     from mim_refiner.commands.refine import refine
+    from mim_refiner.commands.report import report
     from mim_refiner.core.knn import knn_predict
     from mim_refiner.core.layer_decay import layer_decay_scales
     from mim_refiner.core.metrics import clustering_accuracy
@@ -41,6 +43,7 @@ _HOME = {
     "NeighborResult": "types",
     "analyze": "commands.analyze",
     "clustering_accuracy": "core.metrics",
+    "doctor": "commands.doctor",
     "embed": "commands.embed",
     "evaluate": "commands.evaluate",
     "export": "commands.export",
@@ -52,6 +55,7 @@ _HOME = {
     "nna_loss": "core.nna",
     "pretrain": "commands.pretrain",
     "refine": "commands.refine",
+    "report": "commands.report",
     "warmup_cosine": "core.schedules",
 }
 
@@ -67,6 +71,7 @@ __all__ = [
     "__version__",
     "analyze",
     "clustering_accuracy",
+    "doctor",
     "embed",
     "evaluate",
     "export",
@@ -78,6 +83,7 @@ __all__ = [
     "nna_loss",
     "pretrain",
     "refine",
+    "report",
     "warmup_cosine",
 ]
 

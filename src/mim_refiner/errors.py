@@ -6,6 +6,7 @@ The command line prints the message alone (no traceback) and exits with ``exit_c
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -60,3 +61,24 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def nearest_path(text: str) -> str:
+    """Return ``"; did you mean 'runs/mae'?"`` for a path that is one mistyped part away from one that exists.
+
+    The first part that does not exist is compared with what its folder holds; an empty string when nothing is close.
+    """
+    parent, rest = os.path.split(os.path.expanduser(text.rstrip("/\\")))
+    missing = [rest]
+    while parent and not os.path.isdir(parent):
+        parent, name = os.path.split(parent)
+        missing.insert(0, name)
+        if not name:
+            return ""
+    try:
+        names = os.listdir(parent or ".")
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(missing[0], names, n=1, cutoff=0.6)
+    guess = os.path.join(parent, *close, *missing[1:]) if close else ""
+    return f"; did you mean '{guess}'?" if guess and os.path.exists(guess) else ""

@@ -9,7 +9,7 @@ Metric names follow ``metrics.jsonl``: ``loss``, ``loss/<block>``, ``alignment/<
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 
@@ -43,3 +43,30 @@ class NullReporter:
 
     def done(self) -> None:
         """Ignore."""
+
+
+class Tee:
+    """Passes every call on to several reporters."""
+
+    def __init__(self, reporters: Sequence[Reporter]) -> None:
+        self.reporters = list(reporters)
+
+    def phase(self, name: str, total: int) -> None:
+        """Begin the phase everywhere."""
+        for reporter in self.reporters:
+            reporter.phase(name, total)
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hand the newest values to all."""
+        for reporter in self.reporters:
+            reporter.update(step, metrics)
+
+    def message(self, text: str) -> None:
+        """Tell all."""
+        for reporter in self.reporters:
+            reporter.message(text)
+
+    def done(self) -> None:
+        """End every display."""
+        for reporter in self.reporters:
+            reporter.done()

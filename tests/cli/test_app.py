@@ -11,7 +11,7 @@ import pytest
 
 from mim_refiner.cli import app as app_module
 
-VERBS = ("demo", "pretrain", "refine", "evaluate", "analyze", "embed", "export", "inspect")
+VERBS = ("demo", "pretrain", "refine", "evaluate", "analyze", "embed", "export", "inspect", "doctor", "report")
 
 
 # A fixed width and no colour, whatever the machine that runs the tests sets.

@@ -12,10 +12,12 @@ from mim_refiner.cli.progress import (
     eta_parts,
     head_names,
     make_reporter,
+    memory_in_use,
     metric_parts,
     metric_table,
+    sparkline,
 )
-from mim_refiner.reporting import NullReporter
+from mim_refiner.reporting import NullReporter, Tee
 
 VALUES = {
     "loss": 9.0,
@@ -43,7 +45,7 @@ def test_the_reporter_fits_the_stream():
 
 def test_plain_lines_come_at_the_interval_and_at_the_end():
     stream, now = io.StringIO(), [0.0]
-    reporter = PlainReporter(stream, interval=10, clock=lambda: now[0])
+    reporter = PlainReporter(stream, interval=10, clock=lambda: now[0], memory=lambda: "1.5 GB")
     reporter.phase("refine", 100)
     for step in range(1, 26):  # one step a second
         now[0] += 1
@@ -53,9 +55,9 @@ def test_plain_lines_come_at_the_interval_and_at_the_end():
     lines = stream.getvalue().splitlines()
     assert lines == [
         "refine: 100",
-        "refine 10/100  ETA 0:01:30  loss 10.000",
-        "refine 20/100  ETA 0:01:20  loss 20.000",
-        "refine 25/100  ETA 0:01:15  loss 25.000",
+        "refine 10/100  ETA 0:01:30  loss 10.000  1.5 GB",
+        "refine 20/100  ETA 0:01:20  loss 20.000  1.5 GB",
+        "refine 25/100  ETA 0:01:15  loss 25.000  1.5 GB",
     ]
 
 
@@ -104,3 +106,48 @@ def test_live_display_shows_phase_values_and_messages():
     shown = stream.getvalue()
     for text in ("warm-up", "5/10", "120 images/s", "block 10", "half [way]", "refine"):
         assert text in shown
+
+
+def test_the_sparkline_goes_from_lowest_to_highest():
+    assert sparkline([0.1, 0.2, 0.3]) == "▁▅█"
+    assert sparkline([0.5, 0.5]) == "▁▁"
+    assert len(sparkline(list(range(100)))) == 40
+
+
+def test_memory_is_told_in_gigabytes():
+    assert memory_in_use().endswith(" GB") or memory_in_use() == ""
+
+
+def test_the_live_display_shows_every_quantity():
+    terminal = Terminal()
+    reporter = LiveReporter(terminal)
+    reporter.console.width = 120
+    reporter.phase("refinement", 20)
+    reporter.update(10, {"loss": 3.0, "loss/9": 3.0, "alignment/9": 0.4, "images_per_s": 88.0, "knn_top1": 0.41})
+    reporter.update(20, {"loss": 2.0, "loss/9": 2.0, "knn_top1": 0.45})
+    reporter.done()
+    shown = terminal.getvalue()
+    for words in (
+        "refinement",
+        "20/20",
+        "ETA",
+        "88 images/s",
+        "GB",
+        "block 9",
+        "alignment",
+        "k-NN so far",
+        "41.0 to 45.0 %",
+    ):
+        assert words in shown, words
+
+
+def test_calls_reach_every_reporter():
+    heard = [PlainReporter(io.StringIO(), memory=lambda: "") for _ in range(2)]
+    tee = Tee(heard)
+    tee.phase("a", 2)
+    tee.update(2, {"loss": 1.0})
+    tee.message("hello")
+    tee.done()
+    assert [reporter.stream.getvalue().splitlines() for reporter in heard] == [
+        ["a: 2", "a 2/2  loss 1.000", "hello"]
+    ] * 2

@@ -56,6 +56,7 @@ def test_refine_fills_the_run_folder(refined):
         "evaluation",
         "summary.json",
         "block_curves.png",
+        "report.html",
     }
     assert {path.name for path in refined.export.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     last = refined.path / "checkpoints" / "last"

@@ -39,7 +39,14 @@ def test_the_shipped_refinement_is_better_than_the_autoencoder(smoke: Path) -> N
 
 
 def test_it_leaves_a_run_folder_with_curves_and_an_encoder_for_timm(smoke: Path) -> None:
-    for name in ("recipe.yaml", "metrics.jsonl", "block_curves.png", "evaluation/blocks.json", "export/README.md"):
+    for name in (
+        "recipe.yaml",
+        "metrics.jsonl",
+        "block_curves.png",
+        "evaluation/blocks.json",
+        "export/README.md",
+        "report.html",
+    ):
         assert (smoke / name).stat().st_size > 0, name
     ours = load_backbone(smoke / "export")
     theirs = timm.create_model(f"local-dir:{smoke / 'export'}", pretrained=True).eval()

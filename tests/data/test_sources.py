@@ -220,7 +220,7 @@ def _bad_sources(root: Path) -> dict[str, tuple[str, str]]:
     np.savez(root / "minus.npz", images=np.zeros((2, 4, 4), dtype=np.uint8), labels=np.array([0, -3]))
     return {
         "nowhere": ("no such file", "check the path"),
-        "nowhere-*.parquet": ("no such file", "check the path"),
+        "nowhere-*.parquet": ("no such file", "did you mean"),
         "empty": ("the folder is empty", "give a folder"),
         "words": ("none of its 1 files is an image", "give a folder"),
         "a.zip": ("unknown kind of data", "give a folder, .txt"),

@@ -186,7 +186,7 @@ def test_splits(tmp_path, shard, image_folder):
     assert open_source(f"{tmp_path}/set#train").name(0) == "x-train-00.tar/000000.png"
     for word in ("val", "validation", "valid"):
         assert open_source(f"{tmp_path}/set#{word}[:1]").name(0) == "x-val-00.tar/000003.png"
-    with pytest.raises(DataError, match=r"no \.tar file is named so; the splits are train, val"):
+    with pytest.raises(DataError, match=r"no \.tar file is named so; choose one of the splits: train, val"):
         open_source(f"{tmp_path}/set#test")
     root = image_folder(["train/a/1.png", "train/b/2.png", "test/a/3.png", "test/b/4.png"])
     source = open_source(f"{root}#test")

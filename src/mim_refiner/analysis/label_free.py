@@ -119,7 +119,10 @@ def dense_drift(before: Tensor, after: Tensor) -> NDArray[np.float64]:
     Raises InputError when the encoders give other numbers of patches or other widths.
     """
     if before.shape != after.shape:
-        raise InputError(f"drift compares patch features of one shape, got {list(before.shape)}, {list(after.shape)}")
+        raise InputError(
+            f"drift compares patch features of one shape, got {list(before.shape)}, {list(after.shape)}; "
+            "give the same images to encoders of one size"
+        )
     return (1 - F.cosine_similarity(before.double(), after.double(), dim=2).mean(1)).cpu().numpy()
 
 

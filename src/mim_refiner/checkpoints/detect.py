@@ -59,7 +59,9 @@ def _views(contents: Contents, family: Family) -> Iterator[View]:
         stripped = {name: strip_wrappers(name) for name in tensors}
         if len(set(stripped.values())) < len(stripped):
             twice = Counter(stripped.values()).most_common(1)[0][0]
-            raise CheckpointError(f"{contents.source}: two tensors are named {twice} once wrappers are left out")
+            raise CheckpointError(
+                f"{contents.source}: two tensors are named {twice} once wrappers are left out; save the encoder alone"
+            )
         prefixes = [
             name.removesuffix(anchor) for name in stripped.values() if name == anchor or name.endswith("." + anchor)
         ]

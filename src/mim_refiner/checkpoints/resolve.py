@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from mim_refiner.checkpoints.catalog import CATALOGUE
 from mim_refiner.checkpoints.download import fetch
 from mim_refiner.checkpoints.store import Contents, one_line, read_checkpoint, read_config
-from mim_refiner.errors import CheckpointError, did_you_mean
+from mim_refiner.errors import CheckpointError, did_you_mean, nearest_path
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
 _WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".th")
@@ -39,9 +39,11 @@ def read_source(source: str | Path) -> Contents:
     if timm.is_model(text.partition(".")[0]):
         return _read_timm_name(text)
     if "/" in text or "\\" in text or path.suffix in _WEIGHT_ENDINGS:
-        raise CheckpointError(f"{text}: no such file or folder; check the path")
+        raise CheckpointError(f"{text}: no such file or folder{nearest_path(text) or '; check the path'}")
     close = did_you_mean(text, [*CATALOGUE, *timm.list_models("vit*")])
-    raise CheckpointError(f"'{text}' is no file, folder, catalogue or timm model name or hf-hub:owner/name{close}")
+    raise CheckpointError(
+        f"'{text}' is no file, folder, catalogue or timm model name or hf-hub:owner/name{close or '; check the name'}"
+    )
 
 
 def _read_catalogue(name: str) -> Contents:

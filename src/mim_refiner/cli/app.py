@@ -15,6 +15,7 @@ from mim_refiner._version import __version__
 from mim_refiner.cli.analyze import analyze
 from mim_refiner.cli.common import example
 from mim_refiner.cli.demo import demo
+from mim_refiner.cli.doctor import doctor
 from mim_refiner.cli.embed import embed
 from mim_refiner.cli.evaluate import evaluate
 from mim_refiner.cli.export import export
@@ -22,6 +23,7 @@ from mim_refiner.cli.inspect import inspect
 from mim_refiner.cli.models import models
 from mim_refiner.cli.pretrain import pretrain
 from mim_refiner.cli.refine import refine
+from mim_refiner.cli.report import report
 from mim_refiner.errors import MimRefinerError, did_you_mean
 
 PROGRAM = "mim-refiner"
@@ -37,7 +39,6 @@ REFUSALS = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT}
 
 app = typer.Typer(
     name=PROGRAM,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     epilog=example(
@@ -82,6 +83,11 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         f"{PROGRAM} export --model runs/photos --format timm --out photos-timm",
         f"{PROGRAM} export --model runs/photos --format onnx --block 8 --pooling mean --out photos-onnx",
     ),
+    doctor: (
+        f"{PROGRAM} doctor --data photos/ --model mae_pretrain_vit_base.pth --out checked",
+        f"{PROGRAM} doctor --data train.parquet --test test.parquet",
+    ),
+    report: (f"{PROGRAM} report runs/photos", f"{PROGRAM} report runs/a runs/b --out comparison.html"),
     inspect: (f"{PROGRAM} inspect mae_pretrain_vit_base.pth",),
     models: (f"{PROGRAM} models", f"{PROGRAM} models mae_l16"),
 }

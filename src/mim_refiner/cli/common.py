@@ -62,6 +62,14 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of every ra
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Start anew in a folder that holds another run; its files are replaced.")
 ]
+ExcludeOption = Annotated[
+    str | None,
+    typer.Option("--exclude", metavar="FILE", help="Images to leave out: the list that doctor writes."),
+]
+LogOption = Annotated[
+    str | None,
+    typer.Option("--log", metavar="NAMES", help="Further loggers, comma-separated: tensorboard, wandb, mlflow."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no messages.")]
 
@@ -86,8 +94,15 @@ def comma_list(text: str, option: str) -> tuple[str, ...]:
     return names
 
 
-def execute(verb: Callable[..., Any], *, as_json: bool, quiet: bool, **arguments: Any) -> Any:
-    """Run a verb's Python function with a reporter, and print its result.
+def execute(
+    verb: Callable[..., Any],
+    *,
+    as_json: bool,
+    quiet: bool,
+    printer: Callable[[Any, TextIO], None] | None = None,
+    **arguments: Any,
+) -> Any:
+    """Run a verb's Python function with a reporter, and print its result (by ``printer`` where one is given).
 
     With ``as_json`` stdout carries the JSON object alone: whatever else prints during the run goes to stderr.
     """
@@ -98,7 +113,9 @@ def execute(verb: Callable[..., Any], *, as_json: bool, quiet: bool, **arguments
             result = verb(**arguments, reporter=reporter)
         finally:
             reporter.done()
-        if speaks:
+        if speaks and printer is not None and not as_json:
+            printer(to_jsonable(result), stdout)
+        elif speaks:
             show(result, as_json=as_json, file=stdout)
     return result
 

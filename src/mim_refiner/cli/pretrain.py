@@ -9,13 +9,16 @@ import typer
 from mim_refiner.cli.common import (
     DataOption,
     DeviceOption,
+    ExcludeOption,
     JsonOption,
+    LogOption,
     OverwriteOption,
     QuietOption,
     RecipeOption,
     RunFolderOption,
     SeedOption,
     SetOption,
+    comma_list,
     execute,
 )
 
@@ -29,10 +32,14 @@ def pretrain(
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
+    exclude: ExcludeOption = None,
+    log: LogOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Pre-train a masked autoencoder on images without labels, to refine it afterwards."""
+    loggers = comma_list(log, "--log") if log is not None else ()
+
     from mim_refiner.commands.pretrain import pretrain as run
 
     execute(
@@ -47,4 +54,6 @@ def pretrain(
         device=device,
         seed=seed,
         overwrite=overwrite,
+        exclude=exclude,
+        log=loggers,
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from mim_refiner.reporting import NullReporter, Reporter
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 
 PER_HEAD = {"loss": "loss", "alignment": "alignment", "neighbor_similarity": "neighbour similarity"}
 KNN = "knn_top1"
+BARS = "▁▂▃▄▅▆▇█"
 
 
 def make_reporter(stream: TextIO, *, quiet: bool, live: bool = True) -> Reporter:
@@ -29,8 +33,15 @@ def make_reporter(stream: TextIO, *, quiet: bool, live: bool = True) -> Reporter
 class PlainReporter:
     """Writes a line at the start of a phase, then at most one every ``interval`` seconds, and one at its end."""
 
-    def __init__(self, stream: TextIO, interval: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        stream: TextIO,
+        interval: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+        memory: Callable[[], str] | None = None,
+    ) -> None:
         self.stream, self.interval, self.clock = stream, interval, clock
+        self.memory = memory or memory_in_use
         self.name, self.total = "", 0
         self.values: dict[str, float] = {}
         self.first: tuple[int, float] | None = None  # step and time of the phase's first update
@@ -65,6 +76,8 @@ class PlainReporter:
     def _line(self, now: float) -> None:
         progress = f"{self.name} {self.step}/{self.total}" if self.total else f"{self.name} {self.step}"
         parts = [progress, *eta_parts(self.first, self.step, self.total, now), *metric_parts(self.values)]
+        if self.values:
+            parts += [part for part in [self.memory()] if part]
         self.message("  ".join(parts))
         self.printed_step, self.printed_at = self.step, now
 
@@ -81,6 +94,7 @@ class LiveReporter:
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.total, self.started = 0, False
+        self.knn: list[float] = []  # of the whole run, over its phases
 
     def phase(self, name: str, total: int) -> None:
         """Begin a phase below the finished display of the one before."""
@@ -90,7 +104,12 @@ class LiveReporter:
         self.done()
         rate = TextColumn("{task.fields[rate]}")
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), rate
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            rate,
         )
         self.values, self.total, self.started = {}, total, False
         self.task = self.progress.add_task(name, total=total or None, rate="")
@@ -100,13 +119,16 @@ class LiveReporter:
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the newest values; the display redraws by itself."""
         self.values.update(metrics)
+        if KNN in metrics:
+            self.knn.append(metrics[KNN])
         if self.progress is None or self.task is None:
             return
         if not self.started:  # a resumed phase starts above 0, which must not count as speed
             self.progress.reset(self.task, total=self.total or None, completed=step)
             self.started = True
         rate = self.values.get("images_per_s")
-        self.progress.update(self.task, completed=step, rate="" if rate is None else f"{rate:.0f} images/s")
+        parts = ["" if rate is None else f"{rate:.0f} images/s", memory_in_use()]
+        self.progress.update(self.task, completed=step, rate="  ".join(part for part in parts if part))
 
     def message(self, text: str) -> None:
         """Write the text above the display."""
@@ -125,6 +147,8 @@ class LiveReporter:
         if self.progress is not None:
             view.add_row(self.progress)
         view.add_row(metric_table(self.values))
+        if len(self.knn) > 1:
+            view.add_row(f"k-NN so far {sparkline(self.knn)}  {100 * self.knn[0]:.1f} to {100 * self.knn[-1]:.1f} %")
         return view
 
 
@@ -160,6 +184,25 @@ def metric_parts(values: Mapping[str, float]) -> list[str]:
     if "images_per_s" in values:
         parts.append(f"{values['images_per_s']:.0f} images/s")
     return parts
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """Draw the newest ``width`` values as bars between their lowest and highest."""
+    shown = list(values)[-width:]
+    low, span = min(shown), max(shown) - min(shown)
+    return "".join(BARS[round((value - low) / span * (len(BARS) - 1)) if span else 0] for value in shown)
+
+
+def memory_in_use() -> str:
+    """Memory of the GPU where one is in use, else of this process; empty where neither can be told."""
+    torch = sys.modules.get("torch")  # never imported for this
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return f"GPU {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):  # not Linux
+        return ""
+    return f"{pages * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
 
 
 def eta_parts(first: tuple[int, float] | None, step: int, total: int, now: float) -> list[str]:

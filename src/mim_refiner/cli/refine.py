@@ -10,9 +10,11 @@ from mim_refiner.cli.common import (
     DataOption,
     DeviceOption,
     EncoderOption,
+    ExcludeOption,
     HeadsOption,
     JsonOption,
     KeyMapOption,
+    LogOption,
     ModelOption,
     OverwriteOption,
     QuietOption,
@@ -20,6 +22,7 @@ from mim_refiner.cli.common import (
     RunFolderOption,
     SeedOption,
     SetOption,
+    comma_list,
     execute,
     model_source,
 )
@@ -67,6 +70,8 @@ def refine(
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
+    exclude: ExcludeOption = None,
+    log: LogOption = None,
     encoder: EncoderOption = None,
     num_heads: HeadsOption = None,
     key_map: KeyMapOption = None,
@@ -76,6 +81,8 @@ def refine(
     quiet: QuietOption = False,
 ) -> None:
     """Refine an encoder: warm up the heads on the frozen encoder, then train everything."""
+    loggers = comma_list(log, "--log") if log is not None else ()
+
     from mim_refiner.commands.refine import refine as run
 
     execute(
@@ -93,6 +100,8 @@ def refine(
         device=device,
         seed=seed,
         overwrite=overwrite,
+        exclude=exclude,
+        log=loggers,
         memory_budget=memory_budget,
         plan=plan,
     )

@@ -19,6 +19,7 @@ from mim_refiner.data.source_base import SlicedSource
 from mim_refiner.evaluation.results import Result, result_name
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.suite import evaluate_backbone, summary_metrics
+from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.figures import block_curves
 from mim_refiner.reporting import Reporter
@@ -47,8 +48,8 @@ def compare(
     the verdict, and the features of "after" to use ("recommendation").
 
     With labels: k-NN of every block, linear probe, clustering and effective rank of the last one; writes
-    evaluation/<stage>-<name>.json, evaluation/blocks.json and block_curves.png. Without labels: effective rank, and the
-    verdict of the label-free measures.
+    evaluation/<stage>-<name>.json, evaluation/blocks.json and block_curves.png. Without labels: effective
+    rank, and the verdict of the label-free measures. evaluation/atlas-after.json is what the recommendation is by.
     """
     labelled = train.labels is not None and (test is None or test.labels is not None)
     protocols = ("knn", "linear", "clustering", "rank") if labelled else ("rank",)
@@ -77,7 +78,7 @@ def compare(
     how = How(device, seed, reporter, precision)
     samples = choose_samples(train, test, seed=seed)
     enough = labelled or len(samples.view_rows) >= MIN_IMAGES
-    summary["recommendation"] = _recommended(stages["after"], samples, how, pooling, enough)
+    summary["recommendation"] = _recommended(stages["after"], samples, how, pooling, enough, out)
     if not labelled:
         summary["verdict"] = judged_without_labels(stages, samples, how, pooling=pooling) if enough else TOO_FEW
         return summary
@@ -97,10 +98,13 @@ def compare(
     return summary
 
 
-def _recommended(backbone: Backbone, samples: Samples, how: How, pooling: str, enough: bool) -> dict[str, Any]:
+def _recommended(
+    backbone: Backbone, samples: Samples, how: How, pooling: str, enough: bool, out: Path
+) -> dict[str, Any]:
     """Block, pooling and norm to use, by the atlas; the usual ones when there are too few images to tell."""
     if enough:
         atlas, _ = atlas_of(backbone, samples, how, name="after", pooling=pooling, probe=False, both=False)
+        write_json(out / "evaluation" / "atlas-after.json", atlas.record)  # the report draws it
         return atlas.recommendation
     block, pooling, norm = default_key(backbone.info, pooling)
     return {"block": block, "pooling": pooling, "norm": norm, "reason": "the usual features: too few images to measure"}

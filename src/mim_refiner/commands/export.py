@@ -68,7 +68,7 @@ def export(
         facts["batch"] = _batch(batch)
         check_options(backbone, facts["block"], facts["pooling"], facts["batch"])
     elif facts["pooling"] == "tokens":
-        raise InputError(f"--pooling tokens is for --format onnx; the {format} format always gives all tokens")
+        raise InputError(f"--pooling tokens is for --format onnx; leave it out, {format} always gives all tokens")
     images = check_images(backbone.info, open_images(data, reporter, channels=backbone.info.in_chans) if data else None)
     report = write_export(FORMATS[format], backbone, out, card=card, facts=facts, images=images)
     features = {key: facts[key] for key in ("block", "pooling", "norm")}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from mim_refiner.commands.loggers import logging_to
 from mim_refiner.commands.monitor import OnlineKnn
 from mim_refiner.commands.runs import (
     common_image_size,
@@ -49,19 +51,37 @@ def pretrain(
     device: str = "auto",
     seed: int = 0,
     overwrite: bool = False,
+    exclude: str | None = None,
+    log: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Pre-train ``arch`` (a timm ViT name, or vit_w<width>_d<depth>_h<heads>_p<patch>) as a masked autoencoder.
 
-    ``data``: images, labels optional (used for online k-NN only). Writes a run folder whose export/ is a timm folder.
-    The same call on the same folder resumes. Returns the summary. Raises MimRefinerError with one line on bad input.
+    ``data``: images, labels optional (used for online k-NN only), without those listed in ``exclude``. ``log``: further
+    loggers (tensorboard, wandb, mlflow). Writes a run folder whose export/ is a timm folder. The same call on the same
+    folder resumes. Returns the summary. Raises MimRefinerError with one line on bad input.
     """
-    reporter = reporter or NullReporter()
+    with logging_to(log, out, reporter or NullReporter()) as told:
+        return _pretrain(data, arch, out, recipe, settings or [], device, seed, overwrite, exclude, told)
+
+
+def _pretrain(
+    data: str,
+    arch: str,
+    out: str,
+    recipe: str | None,
+    settings: list[str],
+    device: str,
+    seed: int,
+    overwrite: bool,
+    exclude: str | None,
+    reporter: Reporter,
+) -> dict[str, Any]:
     started = time.perf_counter()
     torch_device = join_processes(pick_device(device))
-    images = open_images(data, reporter)
+    images = open_images(data, reporter, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data)
-    chosen = override(pretrain_recipe(recipe, image_size=common_image_size(images)), settings or [])
+    chosen = override(pretrain_recipe(recipe, image_size=common_image_size(images)), settings)
     chosen.image_size = chosen.image_size or common_image_size(images)
     precision = resolve_precision(chosen.precision, torch_device)
 
@@ -79,6 +99,8 @@ def pretrain(
     photometric = BatchPhotometric(view, backbone.info.mean, backbone.info.std)
     resolved = {"command": "pretrain", "data": data, "arch": arch, "seed": seed, **chosen.model_dump(mode="json")}
     resolved["data_fingerprint"] = images.source.fingerprint()
+    if exclude is not None:
+        resolved["exclude"] = exclude
     run = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=chosen.keep_checkpoints)
     skipped = list_skipped(images, run, reporter)
     peak = peak_learning_rate(chosen.training.base_lr, chosen.batch_size)

@@ -14,9 +14,11 @@ from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.comparison import SUMMARY_TEST_LIMIT, SUMMARY_TRAIN_LIMIT, compare, thinned
 from mim_refiner.commands.head_blocks import FILE as PLACEMENT_FILE
 from mim_refiner.commands.head_blocks import head_block_settings, place_in_recipe
+from mim_refiner.commands.loggers import logging_to
 from mim_refiner.commands.monitor import OnlineKnn
 from mim_refiner.commands.plan import fit_into
 from mim_refiner.commands.plan import plan as run_plan
+from mim_refiner.commands.report import finish_with_report, write_gallery
 from mim_refiner.commands.runs import list_skipped, open_images, refuse_to_overwrite_inputs, run_settings
 from mim_refiner.commands.survey import How
 from mim_refiner.core.device import pick_device, resolve_precision
@@ -62,6 +64,8 @@ def refine(
     overwrite: bool = False,
     memory_budget: str | None = None,
     plan: bool = False,
+    exclude: str | None = None,
+    log: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Refine the encoder ``model`` on the images ``data`` (labels optional) and compare it with what it was.
@@ -70,25 +74,29 @@ def refine(
     images to measure on; without them the labels of ``data``, if any, are used. The same call on the same folder
     resumes. ``head_blocks``: "auto" places the heads by measurement (``analysis.placement``), "last_third" or block
     numbers such as "8,9" overrule the recipe. ``memory_budget`` ("24GB", "auto") picks micro_batch and checkpointing so
-    that a step fits; ``plan`` only returns what the run would need and cost. Returns the summary {"before", "after",
-    "verdict", "recommendation", "seconds"}, also in summary.json; export/ is a timm folder. Raises MimRefinerError with
-    one line on bad input, GuardStopError when the guard stopped the run (export/ then holds the best state).
+    that a step fits; ``plan`` only returns what the run would need and cost. ``exclude``: list of images to leave out
+    (as doctor writes it). ``log``: further loggers (tensorboard, wandb, mlflow). Returns the summary {"before",
+    "after", "verdict", "recommendation", "seconds"}, also in summary.json; export/ is a timm folder. Raises
+    MimRefinerError with one line on bad input, GuardStopError when the guard stopped the run (export/ then holds the
+    best state).
     """
-    return refine_and_compare(
-        data=data,
-        model=model,
-        out=out,
-        recipe=recipe,
-        eval_data=eval_data,
-        eval_test=eval_test,
-        settings=[*(settings or []), *head_block_settings(head_blocks)],
-        device=device,
-        seed=seed,
-        overwrite=overwrite,
-        memory_budget=memory_budget,
-        plan=plan,
-        reporter=reporter or NullReporter(),
-    )
+    with logging_to(log, out, reporter or NullReporter()) as told:
+        return refine_and_compare(
+            data=data,
+            model=model,
+            out=out,
+            recipe=recipe,
+            eval_data=eval_data,
+            eval_test=eval_test,
+            settings=[*(settings or []), *head_block_settings(head_blocks)],
+            device=device,
+            seed=seed,
+            overwrite=overwrite,
+            memory_budget=memory_budget,
+            plan=plan,
+            exclude=exclude,
+            reporter=told,
+        )
 
 
 @stops_cleanly
@@ -107,13 +115,14 @@ def refine_and_compare(
     reporter: Reporter,
     memory_budget: str | None = None,
     plan: bool = False,
+    exclude: str | None = None,
     others: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Do what :func:`refine` says; ``others`` are further encoders {stage: source} to measure beside."""
     started = time.perf_counter()
     torch_device = join_processes(pick_device(device))
     backbone = load_backbone(model)
-    images = open_images(data, reporter, channels=backbone.info.in_chans)
+    images = open_images(data, reporter, channels=backbone.info.in_chans, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
     base = refine_recipe(recipe, image_size=max(backbone.info.image_size))
     chosen = override(base, settings)
@@ -138,6 +147,8 @@ def refine_and_compare(
         chosen = fit_into(chosen, refiner, memory_budget, torch_device, precision, reporter)
     resolved = {"command": "refine", "data": data, "model": model, "seed": seed, **chosen.model_dump(mode="json")}
     resolved["data_fingerprint"] = images.source.fingerprint()
+    if exclude is not None:
+        resolved["exclude"] = exclude
     run = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=chosen.keep_checkpoints)
     if placement is not None:
         write_json(run.path / PLACEMENT_FILE, placement)
@@ -163,6 +174,7 @@ def refine_and_compare(
     more = {"head_placement": placement, "stopped": str(stopped) if stopped else None}
     summary |= {key: value for key, value in more.items() if value is not None}
     write_json(run.path / "summary.json", summary)
+    finish_with_report(run.path, reporter)
     reporter.done()
     if stopped:
         raise stopped
@@ -285,6 +297,9 @@ def conclude(
         seed=seed,
         reporter=reporter,
     )
+    shown = bank if test is None else test
+    pooling = recipe.heads.pooling
+    write_gallery(stages, shown, run.path, pooling=pooling, device=device, seed=seed, reporter=reporter)
     card = {
         "base": Path(stages["before"].info.source).name,
         "data": data,
@@ -350,7 +365,7 @@ def evaluation_sets(
 ) -> tuple[ImageSet, ImageSet | None]:
     """The labelled images to measure on: the ones given, else the training images themselves."""
     if eval_test is not None and eval_data is None:
-        raise InputError("--eval-test needs --eval-data: give the labelled bank that the test images are compared with")
+        raise InputError("--eval-test needs --eval-data; give the labelled bank that the test images are compared with")
     bank = images if eval_data is None else open_images(eval_data, reporter, channels=images.channels)
     test = None if eval_test is None else open_images(eval_test, reporter, channels=images.channels)
     for option, given in (("--eval-data", None if eval_data is None else bank), ("--eval-test", test)):

@@ -12,6 +12,7 @@ import torch
 from mim_refiner.checkpoints.options import bare_source
 from mim_refiner.core.collectives import rank, world_size
 from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.exclude import without_listed
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError
 from mim_refiner.files import write_bytes
@@ -22,9 +23,13 @@ from mim_refiner.training.state import RunFolder
 SMALL_PIXELS = 64  # side in pixels up to which images count as small
 
 
-def open_images(spec: str, reporter: Reporter, *, channels: int = 3) -> ImageSet:
-    """Open and, when they fit, decode all images, for an encoder of ``channels``; raises DataError."""
-    images = ImageSet(open_source(spec), channels=channels)
+def open_images(spec: str, reporter: Reporter, *, channels: int = 3, exclude: str | None = None) -> ImageSet:
+    """Open and, when they fit, decode all images but those listed in ``exclude``, for an encoder of ``channels``.
+
+    Raises DataError.
+    """
+    source = open_source(spec)
+    images = ImageSet(source if exclude is None else without_listed(source, exclude), channels=channels)
     labels = "no labels" if images.labels is None else f"{len(np.unique(images.labels))} classes"
     reporter.message(f"data: {images.description}, {len(images)} images, {labels}")
     return images

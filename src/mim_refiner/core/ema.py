@@ -31,7 +31,9 @@ class ExponentialMovingAverage(nn.Module):
         average, current = dict(self.module.named_parameters()), dict(model.named_parameters())
         if average.keys() != current.keys():
             name = min(average.keys() ^ current.keys())
-            raise InputError(f"EMA: the model and its average differ in parameter '{name}'")
+            raise InputError(
+                f"EMA: the model and its average differ in parameter '{name}'; average the model it was made of"
+            )
         for name, parameter in average.items():
             parameter.lerp_(current[name].detach().to(parameter), 1 - decay)  # exact where nothing moved
         if copy_buffers:

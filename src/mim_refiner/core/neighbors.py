@@ -106,7 +106,7 @@ class NeighborQueue(nn.Module):
     def _row_ids(self, sample_ids: Tensor, rows: int) -> Tensor:
         if sample_ids.ndim != 1 or len(sample_ids) == 0 or rows % len(sample_ids):
             raise InputError(
-                f"queue: {rows} rows to look up are no whole number of views of sample_ids {tuple(sample_ids.shape)}"
+                f"queue: {rows} rows to look up must be a whole number of views of sample_ids {tuple(sample_ids.shape)}"
             )
         return sample_ids.to(self.sample_ids).repeat(rows // len(sample_ids))
 

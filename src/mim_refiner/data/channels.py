@@ -18,6 +18,10 @@ _TORCH_SIDE = 64
 MAX_PIXELS = 89_478_485  # Pillow's own bound for a warning; a small file can claim any size
 
 
+class WrongChannelsError(ValueError):
+    """A whole image with another number of channels than the encoder takes."""
+
+
 def read_npy(data: bytes) -> NDArray[Any]:
     """The array in the bytes of a .npy file, without copying; ValueError for objects and for a size that lies."""
     file = io.BytesIO(data)
@@ -59,7 +63,7 @@ def decode_channels(data: bytes | NDArray[Any], channels: int) -> Raw:
     else:
         pixels = _decode_image(data)
     if pixels.shape[2] != channels:
-        raise ValueError(f"has {pixels.shape[2]} channels and the encoder takes {channels}")
+        raise WrongChannelsError(f"has {pixels.shape[2]} channels and the encoder takes {channels}")
     return pixels
 
 
@@ -112,6 +116,13 @@ def _with_tifffile(data: bytes) -> Raw:
         if page.axes.startswith("S"):  # bands in separate planes
             pixels = np.moveaxis(pixels, 0, -1)
     return as_channels_last(pixels)
+
+
+def for_display(pixels: Raw) -> NDArray[np.uint8]:
+    """Any image as uint8 [H, W, 3] to look at: its upper 8 bits; of N channels the first, middle and last."""
+    narrow = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels.astype(np.uint8, copy=False)
+    count = narrow.shape[2]
+    return narrow if count == 3 else narrow[:, :, [0, count // 2, count - 1]]
 
 
 def resize(pixels: Raw, width: int, height: int) -> Raw:

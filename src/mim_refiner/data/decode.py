@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mim_refiner.data.channels import NPY, as_channels_last, check_size, decode_channels, read_npy
+from mim_refiner.data.channels import NPY, WrongChannelsError, as_channels_last, check_size, decode_channels, read_npy
 from mim_refiner.data.source_base import ImageSource, Labels
 from mim_refiner.errors import DataError
 
@@ -36,14 +36,14 @@ def decode_rgb(data: bytes | NDArray[Any]) -> Pixels:
     with Image.open(io.BytesIO(data)) as image:
         check_size(image)
         if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-            raise ValueError(f"has {image.n_frames} pages (channels?) and the encoder takes RGB")  # type: ignore[attr-defined]
+            raise WrongChannelsError(f"has {image.n_frames} pages (channels?) and the encoder takes RGB")  # type: ignore[attr-defined]
         image.load()  # damaged pixels raise here, before the metadata is looked at
         return _to_rgb(_upright(image))
 
 
 def _array_to_rgb(pixels: Pixels) -> Pixels:
     if pixels.shape[2] not in (1, 3):
-        raise ValueError(f"has {pixels.shape[2]} channels and the encoder takes 3 (RGB)")
+        raise WrongChannelsError(f"has {pixels.shape[2]} channels and the encoder takes 3 (RGB)")
     narrow = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
     return narrow if narrow.shape[2] == 3 else np.repeat(narrow, 3, axis=2)
 

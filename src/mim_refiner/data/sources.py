@@ -17,7 +17,7 @@ from mim_refiner.data.source_files import ARRAY_SUFFIX, IMAGE_SUFFIXES, folder_s
 from mim_refiner.data.source_hub import PREFIX, download_dataset
 from mim_refiner.data.source_parquet import ParquetSource
 from mim_refiner.data.source_tar import TarSource
-from mim_refiner.errors import DataError
+from mim_refiner.errors import DataError, nearest_path
 
 __all__ = ["ImageSource", "open_source"]
 
@@ -80,7 +80,8 @@ def _open_whole(text: str) -> ImageSource:
         expanded = os.path.expanduser(part)
         found = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded))
         if not part or not found:
-            raise DataError(f"{part or text}: no such file or folder; check the path given as data")
+            advice = nearest_path(part) or "; check the path given as data"
+            raise DataError(f"{part or text}: no such file or folder{advice}")
         paths += [Path(name) for name in found]
     if len(paths) == 1:
         return _open_path(paths[0])
@@ -189,5 +190,5 @@ def _of_split(names: list[str], split: str | None, root: Path, shown: str, kind:
     chosen = chosen or [name for name in names if word.search(name.lower())]
     if not chosen:
         found = ", ".join(known) or "not named"
-        raise DataError(f"{shown}#{split}: no {kind} file is named so; the splits are {found}")
+        raise DataError(f"{shown}#{split}: no {kind} file is named so; choose one of the splits: {found}")
     return chosen

@@ -35,7 +35,7 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -
     except Exception as error:  # the client raises its own, httpx's and OSError
         raise InputError(
             f"--push-to-hub {repository}: {_reason(error)}; the export is complete in {folder}, "
-            f"upload it later with: hf upload {repository} {folder}"
+            f"to upload it later, run: hf upload {repository} {folder}"
         ) from error
     return str(address)
 

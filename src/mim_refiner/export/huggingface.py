@@ -198,7 +198,9 @@ def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, An
     try:
         output = theirs(pixel_values=images, output_hidden_states=True)
     except Exception as error:  # whatever transformers raises for a configuration that it cannot run
-        raise InputError(f"export: transformers cannot run the exported model ({_line(error)})") from error
+        raise InputError(
+            f"export: transformers cannot run the exported model ({_line(error)}); choose --format timm"
+        ) from error
     for number in range(backbone.info.depth):
         yield blocks[number], output.hidden_states[number + 1]
     yield backbone.final_norm(tokens), output.last_hidden_state
@@ -215,10 +217,12 @@ def _load(folder: Path) -> Any:
         with _quiet():
             model, report = AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     except Exception as error:  # see above
-        raise InputError(f"export: transformers cannot load the exported model ({_line(error)})") from error
+        raise InputError(
+            f"export: transformers cannot load the exported model ({_line(error)}); choose --format timm"
+        ) from error
     problems = {key: sorted(map(str, value)) for key, value in report.items() if key.endswith("_keys") and value}
     if problems:
-        raise InputError(f"export: transformers reads the exported weights only in part: {problems}")
+        raise InputError(f"export: transformers reads the exported weights in part ({problems}); choose --format timm")
     return model.eval()
 
 

@@ -78,7 +78,9 @@ def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str,
             )
     except Exception as error:  # the exporter raises its own kinds, and any that the model raises under it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise InputError(f"export: torch cannot turn {info.architecture} into an ONNX graph ({reason})") from error
+        raise InputError(
+            f"export: torch cannot turn {info.architecture} into an ONNX graph ({reason}); choose --format timm"
+        ) from error
     graph = onnx.load(str(folder / _FILE), load_external_data=False)
     onnx.helper.set_model_props(graph, {"mim_refiner": json.dumps(dict(facts))})
     onnx.save(graph, str(folder / _FILE))
@@ -116,7 +118,9 @@ def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, An
             [got] = session.run(["features"], {"images": some.numpy()})
         except Exception as error:  # onnxruntime has its own kinds
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"export: onnxruntime cannot run the graph on {len(some)} images ({reason})") from error
+            raise InputError(
+                f"export: onnxruntime cannot run the graph on {len(some)} images ({reason}); try another --batch"
+            ) from error
         yield module(some), torch.from_numpy(got)
 
 

@@ -34,7 +34,7 @@ def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, An
     try:
         again = load_backbone(folder, num_heads=backbone.info.num_heads)
     except CheckpointError as error:
-        raise InputError(f"--format refiner: the format does not hold this encoder ({error})") from error
+        raise InputError(f"--format refiner: the format does not hold this encoder ({error}); choose timm") from error
     again.use_math_attention()
     depth = backbone.info.depth
     (last, ours), (_, theirs) = (

@@ -49,7 +49,10 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
         # The name is free here, since every argument is written; take the one that tells the size.
         architecture = standard_name(info.embed_dim, info.depth, info.num_heads, info.patch_size) or BASE_ARCHITECTURE
     if architecture is None:
-        raise InputError(f"{type(model).__name__} was not made by timm.create_model, so timm cannot rebuild it")
+        raise InputError(
+            f"{type(model).__name__} was not made by timm.create_model, so timm cannot rebuild it; "
+            "load it by load_backbone"
+        )
     return {
         "architecture": architecture,
         "num_classes": int(getattr(model, "num_classes", 0)),
@@ -103,7 +106,9 @@ def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, An
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except Exception as error:  # whatever timm raises for weights that do not fit the model it builds
         reason = " ".join(str(error).split())[:160]
-        raise InputError(f"--format timm: timm cannot rebuild {backbone.info.architecture} ({reason})") from error
+        raise InputError(
+            f"--format timm: timm cannot rebuild {backbone.info.architecture} ({reason}); keep its run folder instead"
+        ) from error
     reloaded = Backbone.wrap(model) if isinstance(model, CapiVisionTransformer) else Backbone(model, backbone.info)
     reloaded.use_math_attention()  # the same kernel on both sides
     ours = _outputs(backbone, images)

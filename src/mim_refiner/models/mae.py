@@ -66,7 +66,9 @@ class MaskedAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         if decoder_dim % decoder_heads:
-            raise InputError(f"decoder_dim {decoder_dim} is not a multiple of decoder_heads {decoder_heads}")
+            raise InputError(
+                f"decoder_dim {decoder_dim} is not a multiple of decoder_heads {decoder_heads}; change one"
+            )
         self.encoder = encoder
         self.mask_ratio = mask_ratio
         self.patch_size: tuple[int, int] = tuple(encoder.patch_embed.patch_size)

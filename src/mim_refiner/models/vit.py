@@ -57,7 +57,9 @@ def create_vit(arch: str, image_size: int | tuple[int, int] | None = None, **kwa
     try:
         model = timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, AssertionError) as error:
-        raise InputError(f"architecture '{arch}' cannot be built with {arguments}: {_one_line(error)}") from error
+        raise InputError(
+            f"architecture '{arch}' cannot be built with {arguments} ({_one_line(error)}); change them"
+        ) from error
     patch_embed = getattr(model, "patch_embed", None)
     if image_size is not None and patch_embed is not None:
         check_image_size(patch_embed.img_size, patch_embed.patch_size)

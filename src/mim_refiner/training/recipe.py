@@ -173,7 +173,7 @@ def read_recipe_file(path: Path) -> Any:
             f"{path}: cannot read the recipe file ({error.strerror}); give a recipe name or an existing file"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError):
-        raise RecipeError(f"{path}: not a YAML file; a recipe file looks like recipe.yaml of any run folder") from None
+        raise RecipeError(f"{path}: not a YAML file; write it like recipe.yaml of any run folder") from None
 
 
 def known_keys(recipe: Recipe) -> list[str]:
@@ -199,7 +199,11 @@ def _assign(tree: dict[str, Any], key: str, value: Any, recipe: Recipe, where: s
     keys = known_keys(recipe)
     if key not in keys:
         by_last_part = [full for full in keys if full.split(".")[-1] == key]
-        hint = f"; did you mean '{by_last_part[0]}'?" if by_last_part else did_you_mean(key, keys)
+        hint = (
+            f"; did you mean '{by_last_part[0]}'?"
+            if by_last_part
+            else did_you_mean(key, keys) or "; use a key of recipe.yaml"
+        )
         raise RecipeError(f"{where}unknown recipe key '{key}'{hint}")
     *parents, leaf = key.split(".")
     for parent in parents:
@@ -212,4 +216,4 @@ def _validated(kind: type[R], tree: dict[str, Any]) -> R:
         return kind.model_validate(tree)
     except ValidationError as error:
         problems = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
-        raise RecipeError("recipe: " + "; ".join(problems)) from None
+        raise RecipeError("recipe: " + "; ".join(problems) + "; correct by --set or in the file") from None

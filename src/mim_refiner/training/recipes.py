@@ -154,5 +154,6 @@ def _lookup(name_or_file: str, recipes: dict[str, Callable[[], R]], base: R) -> 
             base = recipes[tree["name"]]()
         return from_tree(base, tree, str(path))
     raise RecipeError(
-        f"unknown recipe '{name_or_file}'{did_you_mean(name_or_file, recipes)} (known: {', '.join(recipes)})"
+        f"unknown recipe '{name_or_file}'{did_you_mean(name_or_file, recipes)}; "
+        f"use a YAML file or one of {', '.join(recipes)}"
     )

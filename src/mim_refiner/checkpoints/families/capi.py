@@ -48,7 +48,9 @@ def convert(view: View, wishes: Wishes) -> Converted:
     tensors = mapped.tensors
     width, in_chans, patch = projection_sizes(tensors, view.where)
     if patch[0] != patch[1] or tensors["reg_token"].shape[1] % 4:
-        raise CheckpointError(f"{view.where}: CAPI has square patches and a multiple of 4 registers; the file has not")
+        raise CheckpointError(
+            f"{view.where}: CAPI has square patches and a multiple of 4 registers; the file has not; download it again"
+        )
     depth = count_blocks(tensors)
     heads, notes = choose_heads(width, depth, width // tensors["blocks.0.attn.freqs"].shape[1], wishes, view.where)
     side = 16  # positions are relative to the image, so the file has no size; 224 px with patches of 14

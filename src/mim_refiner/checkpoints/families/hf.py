@@ -107,4 +107,4 @@ def check_activation(view: View) -> None:
     """CheckpointError for an activation that timm's blocks do not have."""
     activation = (view.contents.config or {}).get("hidden_act", "gelu")
     if activation != "gelu":
-        raise CheckpointError(f"{view.where}: its config says hidden_act '{activation}'; only gelu is supported")
+        raise CheckpointError(f"{view.where}: its config says hidden_act '{activation}'; choose one with gelu")

@@ -47,7 +47,7 @@ def matches(view: View) -> bool:
 def convert(view: View, wishes: Wishes) -> Converted:
     hf.check_activation(view)
     if (view.contents.config or {}).get("use_swiglu_ffn"):
-        raise CheckpointError(f"{view.where}: is a DINOv2 with SwiGLU blocks, which is not supported")
+        raise CheckpointError(f"{view.where}: a DINOv2 with SwiGLU blocks is not supported; choose a smaller one")
     mapped = _KEYS.to_timm(view.tensors)
     # The table counts the class token and not the registers, as no table of timm does: its first entry goes to the
     # class token, which gives the same tokens.

@@ -86,7 +86,7 @@ class KeyMap:
                 (None, ()),
             )
             if match is None:
-                raise InputError(f"{name} has no place in this format; the encoder has parts that the format has not")
+                raise InputError(f"{name} has no place in this format; choose --format timm, which holds every encoder")
             for source, value in zip(sources, tensor.chunk(len(sources)), strict=True):
                 state[source.format(**match.groupdict())] = value.clone() if len(sources) > 1 else value
         return state
@@ -110,7 +110,7 @@ def _pattern(template: str) -> re.Pattern[str]:
         if not placeholder:
             continue
         if placeholder not in _PLACEHOLDERS:
-            raise InputError(f"key map: '{template}' has the placeholder {{{placeholder}}}; only {{i}} and {{p}} exist")
+            raise InputError(f"key map: '{template}' has the placeholder {{{placeholder}}}; use {{i}} or {{p}}")
         text += f"(?P={placeholder})" if placeholder in seen else f"(?P<{placeholder}>{_PLACEHOLDERS[placeholder]})"
         seen.add(placeholder)
     return re.compile(text)

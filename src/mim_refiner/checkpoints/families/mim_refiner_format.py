@@ -39,7 +39,8 @@ def convert(view: View, wishes: Wishes) -> Converted:
     table = mapped.tensors["pos_embed"]
     if table.ndim != 4:
         raise CheckpointError(
-            f"{view.where}: pos_embed.embed has shape {list(table.shape)}, not [1, rows, columns, width]"
+            f"{view.where}: pos_embed.embed has shape {list(table.shape)}, not [1, rows, columns, width]; "
+            "save the encoder with the published code again"
         )
     patch = mapped.tensors[PROJECTION].shape[2:]
     mapped.tensors["pos_embed"] = table.flatten(1, 2)
@@ -70,7 +71,10 @@ def to_source(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tens
     rows, columns = (side // patch for side, patch in zip(info.image_size, info.patch_size, strict=True))
     table, token = tensors.get("pos_embed"), tensors.get("cls_token")
     if table is None or token is None or info.num_prefix_tokens != 1:
-        raise InputError("the MIM-Refiner format holds encoders with a class token, a position table and no registers")
+        raise InputError(
+            "the MIM-Refiner format holds encoders with a class token, a position table and no registers only; "
+            "choose --format timm"
+        )
     if table.shape[1] == rows * columns + 1:
         tensors["cls_token"], table = token + table[:, :1], table[:, 1:]
     tensors["pos_embed"] = table.reshape(1, rows, columns, -1)

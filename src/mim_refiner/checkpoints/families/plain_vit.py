@@ -161,7 +161,9 @@ def table_grid(
     if table is None:
         return known or wished or (224 // patch[0] or 1, 224 // patch[1] or 1), 0
     if table.ndim != 3:
-        raise CheckpointError(f"{where}: the position table has shape {list(table.shape)}, not [1, entries, width]")
+        raise CheckpointError(
+            f"{where}: the position table has shape {list(table.shape)}, not [1, entries, width]; save it in that shape"
+        )
     length = table.shape[1]
     for kind in ("known", "square", "wished"):
         for prefix in (num_prefix, 0):

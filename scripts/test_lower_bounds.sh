@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The quick tests with the oldest direct dependencies that pyproject.toml allows. Needs uv.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+uv venv --quiet --python "${PYTHON:-3.11}" "$work/venv"
+uv pip install --quiet --python "$work/venv/bin/python" --resolution lowest-direct --editable "$here" \
+    "pytest>=8.3" "pytest-timeout>=2.3"
+cd "$here"
+OMP_NUM_THREADS=1 "$work/venv/bin/python" -m pytest -q -p no:cacheprovider -m "not slow" tests "$@"

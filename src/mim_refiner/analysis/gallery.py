@@ -1,0 +1,253 @@
+"""What an encoder finds alike, as pictures: neighbours, clusters, patch features and a map of a few hundred images.
+
+Measured while the models are at hand and written as JSON; the report draws it without a model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from mim_refiner._version import __version__
+from mim_refiner.analysis.thumbnails import encode, thumbnail_sheet
+from mim_refiner.core.device import autocast, resolve_precision
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.loaders import eval_batches
+from mim_refiner.data.photometric import normalize
+from mim_refiner.errors import DataError
+from mim_refiner.evaluation.features import evaluation_mode, extract_features, square_image_size
+from mim_refiner.models.backbone import Backbone
+
+KIND = "gallery"
+Points = NDArray[np.float64]  # [N, 2]
+
+
+@dataclass(frozen=True)
+class GallerySettings:
+    """Bounds of the work: one forward pass of ``images`` images a model, everything else is small beside it."""
+
+    images: int = 600
+    queries: int = 12
+    neighbors: int = 6
+    clusters: int = 10  # number of clusters without labels, and at most so many with labels
+    examples: int = 8  # images shown of each cluster
+    patch_images: int = 8
+    umap: bool = True  # beside PCA, where umap-learn is installed
+
+
+def make_gallery(
+    models: Mapping[str, Backbone],
+    images: ImageSet,
+    *,
+    pooling: str,
+    block: int = -1,
+    settings: GallerySettings | None = None,
+    device: torch.device | str | None = None,
+    precision: str = "fp32",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return the JSON record of the gallery of one or more encoders ({"before": ..., "after": ...}).
+
+    Images are taken evenly spaced from the set, queries and patch images evenly from those: nothing is picked by its
+    result. Features are compared as in k-NN: standardised by dimension, L2-normalised, cosine. Numbers such as
+    ``neighbors`` are rows of ``items``. Raises DataError with fewer than three readable images.
+    """
+    settings = settings or GallerySettings()
+    wanted = np.unique(np.linspace(0, len(images) - 1, min(settings.images, len(images))).astype(int))
+    rows = np.array([index for index in wanted if images.try_load(int(index)) is not None], dtype=np.int64)
+    if len(rows) < 3:
+        raise DataError(f"{images.description}: {len(rows)} readable images are too few to compare; give at least 3")
+    labels = None if images.labels is None else images.labels[rows]
+    shown = np.unique(np.linspace(0, len(rows) - 1, min(settings.queries, len(rows))).astype(int))
+    patch_rows = shown[: settings.patch_images]
+    found: dict[str, dict[str, Any]] = {}
+    first_map: Points | None = None
+    for name, backbone in models.items():
+        features = extract_features(
+            backbone, images, blocks=(block,), poolings=(pooling,), device=device, precision=precision, indices=rows
+        )
+        prepared = prepare(features[block, pooling])
+        maps = feature_maps(prepared, seed, first_map, umap=settings.umap)
+        first_map = maps["pca"]["points"] if first_map is None else first_map
+        found[name] = {
+            **neighbor_lists(prepared, labels, settings.neighbors),
+            "clusters": cluster_images(prepared, labels, settings, seed),
+            "maps": {key: {**value, "points": _rounded(value["points"])} for key, value in maps.items()},
+            "patches": patch_maps(backbone, images, rows[patch_rows], block, device, precision),
+        }
+    return {
+        "kind": KIND,
+        "data": {"source": images.description, "images": len(images), "shown": len(rows)},
+        "block": block % next(iter(models.values())).info.depth,
+        "pooling": pooling,
+        "seed": seed,
+        "version": __version__,
+        "thumbnails": thumbnail_sheet(images, rows.tolist()),
+        "items": {
+            "name": [images.source.name(int(index)).encode("utf-8", "replace").decode() for index in rows],
+            "label": None if labels is None else labels.tolist(),
+        },
+        "class_names": list(images.class_names) if images.class_names else None,
+        "queries": shown.tolist(),
+        "patch_rows": patch_rows.tolist(),
+        "kept_neighbors": _kept(found),
+        "models": {
+            name: {**value, "neighbors": [value["neighbors"][row] for row in shown],
+                   "similarity": [value["similarity"][row] for row in shown]}
+            for name, value in found.items()
+        },
+    }  # fmt: skip
+
+
+def prepare(features: Tensor) -> NDArray[np.float64]:
+    """Standardise each dimension of [N, D] and L2-normalise the rows, as k-NN does."""
+    values = features.double()
+    values = (values - values.mean(0)) / (values.std(0) + 1e-6)
+    return F.normalize(values, dim=1).numpy()
+
+
+def neighbor_lists(features: NDArray[np.float64], labels: NDArray[np.int64] | None, count: int) -> dict[str, Any]:
+    """The ``count`` nearest other images of every image with their cosine, and how often they share its label."""
+    similarity = features @ features.T
+    np.fill_diagonal(similarity, -np.inf)
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : min(count, len(features) - 1)]
+    values = np.take_along_axis(similarity, nearest, axis=1)
+    same = None if labels is None else float((labels[nearest] == labels[:, None]).mean())
+    return {"neighbors": nearest.tolist(), "similarity": np.round(values, 3).tolist(), "same_label": same}
+
+
+def _kept(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Share of the first model's neighbours that each later model keeps."""
+    (_, first), *others = found.items()
+    return {
+        name: float(
+            np.mean(
+                [
+                    len(set(a) & set(b)) / max(1, len(a))
+                    for a, b in zip(first["neighbors"], other["neighbors"], strict=True)
+                ]
+            )
+        )
+        for name, other in others
+    }
+
+
+def cluster_images(
+    features: NDArray[np.float64], labels: NDArray[np.int64] | None, settings: GallerySettings, seed: int
+) -> dict[str, Any]:
+    """k-means; of every cluster its size and the images nearest to its centre, with labels the table of counts.
+
+    Clusters come in the order of the classes they match best (Hungarian), or by size without labels.
+    """
+    classes = None if labels is None else np.unique(labels)
+    wanted = settings.clusters if classes is None else min(len(classes), settings.clusters)
+    k = max(1, min(wanted, len(features) // 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than clusters: some stay empty
+        fitted = KMeans(k, n_init=5, random_state=seed).fit(features)
+    members, distance = fitted.labels_, fitted.transform(features)
+    counts = None
+    order = np.argsort(-np.bincount(members, minlength=k), kind="stable")
+    if labels is not None and classes is not None:
+        counts = np.array([[int(((members == c) & (labels == y)).sum()) for y in classes] for c in range(k)])
+        matched_cluster, matched_class = linear_sum_assignment(counts, maximize=True)
+        order = matched_cluster[np.argsort(matched_class)]
+    nearest = [np.flatnonzero(members == c) for c in order]
+    nearest = [row[np.argsort(distance[row, c], kind="stable")] for row, c in zip(nearest, order, strict=True)]
+    return {
+        "sizes": [len(row) for row in nearest],
+        "examples": [row[: settings.examples].tolist() for row in nearest],
+        "confusion": None if counts is None or classes is None
+        else {"classes": classes.tolist(), "counts": counts[order].tolist()},
+    }  # fmt: skip
+
+
+def feature_maps(
+    features: NDArray[np.float64], seed: int, like: Points | None = None, *, umap: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Two-dimensional maps: PCA, and UMAP where it is installed. Axes are mirrored to resemble ``like``."""
+    centred = features - features.mean(0)
+    left, singular, _ = np.linalg.svd(centred, full_matrices=False)
+    points = left[:, :2] * singular[:2]
+    if points.shape[1] < 2:
+        points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
+    share = singular**2 / max(float((singular**2).sum()), 1e-12)
+    maps: dict[str, dict[str, Any]] = {"pca": {"points": _mirrored(points, like), "explained": share[:2].tolist()}}
+    if umap and find_spec("umap") is not None and len(features) > 20:
+        maps["umap"] = {"points": _umap(features, seed)}
+    return maps
+
+
+def _umap(features: NDArray[np.float64], seed: int) -> Points:
+    from umap import UMAP
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its number of threads
+        return np.asarray(UMAP(n_neighbors=15, metric="cosine", random_state=seed).fit_transform(features), float)
+
+
+def _mirrored(points: Points, like: Points | None) -> Points:
+    """Each axis with the sign that goes best with ``like``; alone, with its longer tail to the positive side."""
+    reference = points**3 if like is None else like * points
+    signs = np.where(reference.sum(0) < 0, -1.0, 1.0)
+    return points * signs
+
+
+def _rounded(points: Points) -> list[list[float]]:
+    return np.round(points, 4).tolist()
+
+
+def patch_maps(
+    backbone: Backbone,
+    images: ImageSet,
+    indices: Sequence[int] | NDArray[np.int64],
+    block: int,
+    device: torch.device | str | None,
+    precision: str,
+) -> dict[str, Any]:
+    """First three principal components of the patch tokens as red, green and blue, one small PNG an image.
+
+    The components are those of all these images' tokens together; each is scaled to its 2nd and 98th percentile.
+    Colours mean nothing across models. Returns {"grid": [rows, columns], "png": [base64], "explained": [3 shares]}.
+    """
+    device = next(backbone.parameters()).device if device is None else torch.device(device)
+    size = square_image_size(backbone.info)
+    grid = (size // backbone.info.patch_size[0], size // backbone.info.patch_size[1])
+    tokens: list[Tensor] = []
+    with evaluation_mode(backbone), torch.inference_mode():
+        for batch, _ in eval_batches(images, size, 8, indices=indices):
+            inputs = normalize(batch.to(device), backbone.info.mean, backbone.info.std)
+            with autocast(resolve_precision(precision, device), device):
+                tokens.append(backbone.forward_blocks(inputs, [block])[0].patches.float().cpu())
+    values = torch.cat(tokens).double().numpy()
+    count, patches, width = values.shape
+    flat = values.reshape(-1, width)
+    flat = flat - flat.mean(0)
+    spread, directions = np.linalg.eigh(flat.T @ flat)
+    colours = _mirrored(flat @ directions[:, ::-1][:, :3], None)
+    low, high = np.percentile(colours, [2, 98], axis=0)
+    scaled = ((colours - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    pixels = (255 * scaled).round().astype(np.uint8).reshape(count, patches, -1)
+    if pixels.shape[2] < 3:
+        pixels = np.pad(pixels, ((0, 0), (0, 0), (0, 3 - pixels.shape[2])))
+    if grid[0] * grid[1] != patches:  # hierarchical encoders end on a coarser grid
+        side = round(patches**0.5)
+        grid = (side, patches // side)
+    explained = spread[::-1][:3] / max(float(spread.sum()), 1e-12)
+    return {
+        "grid": list(grid),
+        "png": [encode(picture.reshape(*grid, 3), "PNG") for picture in pixels],
+        "explained": explained.tolist(),
+    }

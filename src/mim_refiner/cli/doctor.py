@@ -1,0 +1,116 @@
+"""``mim-refiner doctor``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from mim_refiner.cli.common import (
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    RecipeOption,
+    execute,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXAMPLES_SHOWN = 3  # names listed below each kind of finding
+
+CheckedModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="SRC", help="Encoder to check too: coverage, memory, disk, time.")
+]
+LeakOption = Annotated[
+    str | None, typer.Option("--test", metavar="SRC", help="Test images: none of them may be among --data.")
+]
+ListOption = Annotated[
+    str | None,
+    typer.Option("--out", metavar="DIR", help="Folder for doctor.json and exclude.txt (for refine --exclude)."),
+]
+
+
+def doctor(
+    data: DataOption,
+    model: CheckedModelOption = None,
+    test: LeakOption = None,
+    out: ListOption = None,
+    recipe: RecipeOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Check images (and an encoder) before a run: damaged, odd, duplicate and leaked images, classes, cost."""
+    from mim_refiner.commands.doctor import doctor as run
+
+    execute(
+        run,
+        as_json=as_json,
+        quiet=quiet,
+        printer=print_findings,
+        data=data,
+        model=model,
+        test=test,
+        out=out,
+        recipe=recipe,
+        device=device,
+    )
+
+
+def print_findings(result: Mapping[str, Any], file: TextIO) -> None:
+    """Print what was found, worst first, then classes, pixels and the model."""
+    from rich.console import Console
+
+    console = Console(file=file, highlight=False, soft_wrap=True)
+    console.print(f"{result['data']}: {result['images_per_s']} images/s", markup=False)
+    if result["findings"]:
+        _print_kinds(console, result["counts"], result["findings"])
+    else:
+        console.print("nothing found: every image can be read, none is odd, none occurs twice")
+    for title in ("pixels", "classes", "model"):
+        if result.get(title):
+            console.print(f"{title}:", markup=False)
+            for key, value in result[title].items():
+                _print_fact(console, key, value)
+    console.print(f"disk free: {result['disk_free_gb']} GB", markup=False)
+    if result["to_exclude"] and result.get("exclude_list"):
+        advice = f"leave {result['to_exclude']} images out with: refine --exclude {result['exclude_list']}"
+        console.print(advice, markup=False)
+    elif result["to_exclude"]:
+        console.print(
+            f"{result['to_exclude']} images are better left out; --out DIR writes the list for refine --exclude"
+        )
+
+
+def _print_kinds(console: Console, counts: Mapping[str, int], findings: Sequence[Mapping[str, Any]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from mim_refiner.data.doctor import KINDS
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("found", "images", "in the list", "what it means"):
+        table.add_column(column)
+    for kind, count in counts.items():
+        listed, meaning = KINDS[kind]
+        table.add_row(kind, str(count), "yes" if listed else "no", meaning)
+        examples = [finding for finding in findings if finding["kind"] == kind]
+        for finding in examples[:EXAMPLES_SHOWN]:
+            table.add_row("", "", "", escape(f"  {finding['name']} {finding['detail']}".rstrip()))
+        if count > EXAMPLES_SHOWN:
+            table.add_row("", "", "", f"  and {count - EXAMPLES_SHOWN} more")
+    console.print(table)
+
+
+def _print_fact(console: Console, key: str, value: Any) -> None:
+    if key == "notes":
+        for note in value:
+            console.print(f"  note: {note}", markup=False)
+        return
+    if key == "coverage":
+        value = f"{100 * value:.1f} % of the encoder's tensors"
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    console.print(f"  {key.replace('_', ' ')}: {text}", markup=False)

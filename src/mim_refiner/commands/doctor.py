@@ -1,0 +1,196 @@
+"""``doctor``: look at the data (and the model) before hour nine."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mim_refiner.checkpoints.load import load_backbone
+from mim_refiner.commands.estimate import check_model
+from mim_refiner.data.doctor import KINDS, Finding, Scan, scan
+from mim_refiner.data.duplicates import exact_duplicates, exact_matches, near_duplicates, near_matches
+from mim_refiner.data.sources import ImageSource, open_source
+from mim_refiner.files import write_bytes, write_json
+from mim_refiner.reporting import NullReporter, Reporter
+
+LIST_NAME = "exclude.txt"
+
+
+def doctor(
+    *,
+    data: str,
+    model: str | None = None,
+    test: str | None = None,
+    out: str | None = None,
+    recipe: str | None = None,
+    device: str = "auto",
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Check the images ``data`` (and an encoder ``model``) before a run; changes nothing.
+
+    ``test``: images that must not be among ``data``. ``out``: folder for doctor.json and exclude.txt, the list that
+    ``refine --exclude`` takes. ``recipe``: the one to estimate cost by. Returns the findings with counts, classes,
+    statistics and estimates. Raises DataError or CheckpointError when a source cannot be opened at all.
+    """
+    reporter = reporter or NullReporter()
+    started = time.perf_counter()
+    backbone = load_backbone(model) if model else None
+    channels = 3 if backbone is None else backbone.info.in_chans
+    source = open_source(data)
+    held_out = open_source(test) if test else None
+    found = _scan(source, "images", reporter, channels)
+    seconds = time.perf_counter() - started
+    findings = found.findings + _duplicates(found, source)
+    if held_out is not None:
+        findings += _leaks(found, _scan(held_out, "test images", reporter, channels), source, held_out)
+    findings.sort(key=lambda finding: (finding.index, list(KINDS).index(finding.kind)))
+    counts = Counter(finding.kind for finding in findings)
+    left_out = sorted({finding.index for finding in findings if finding.exclude})
+    result: dict[str, Any] = {
+        "data": source.description,
+        "images": len(source),
+        "fingerprint": source.fingerprint(),
+        "counts": {kind: counts[kind] for kind in KINDS if counts[kind]},
+        "to_exclude": len(left_out),
+        "findings": [_row(finding) for finding in findings],
+        "pixels": _pixels(found),
+        "classes": _classes(source),
+        "disk_free_gb": round(shutil.disk_usage(Path(out) if out and Path(out).exists() else Path.cwd()).free / 1e9, 1),
+        "seconds": round(time.perf_counter() - started, 2),
+        "images_per_s": round(len(source) / max(seconds, 1e-9)),
+    }
+    if model and backbone is not None:
+        reporter.phase("model", 0)
+        left = len(source) - len(left_out)
+        result["model"] = check_model(model, backbone, found, left, recipe=recipe, device=device)
+    if out:
+        result["exclude_list"] = str(write_bytes(Path(out) / LIST_NAME, _list_text(data, findings)))
+        write_json(Path(out) / "doctor.json", result)
+    reporter.done()
+    return result
+
+
+def _scan(source: ImageSource, what: str, reporter: Reporter, channels: int) -> Scan:
+    reporter.message(f"looking at {source.description}")
+    reporter.phase(what, len(source))
+    source.stream()
+    return scan(source, lambda done: reporter.update(done, {}), channels=channels)
+
+
+def _duplicates(found: Scan, source: ImageSource) -> list[Finding]:
+    """Exact duplicates, and near ones among the images that are not constant and not exact duplicates."""
+    exact = exact_duplicates(found.digests)
+    copies = {row for _, row in exact}
+    singles = np.array([row for row in _structured(found) if row not in copies], dtype=np.int64)
+    near = [(int(singles[a]), int(singles[b])) for a, b in near_duplicates(found.thumbs[singles])]
+    constant = _constant(found)
+    findings = []
+    for kind, pairs in (("exact duplicate", exact), ("near duplicate", near)):
+        for first, row in pairs:
+            index, other = int(found.rows[row]), int(found.rows[first])
+            if index not in constant:  # one finding is enough
+                findings.append(Finding(kind, index, source.name(index), _pair_detail(source, index, source, other)))
+    return findings
+
+
+def _leaks(found: Scan, test: Scan, source: ImageSource, held_out: ImageSource) -> list[Finding]:
+    exact = exact_matches(found.digests, test.digests)
+    known = {row for _, row in exact}
+    ours, theirs = _structured(found), _structured(test)
+    close = near_matches(found.thumbs[ours], test.thumbs[theirs])
+    near = [(int(theirs[other]), int(ours[row])) for other, row in close if int(ours[row]) not in known]
+    findings = []
+    for how, pairs in (("same pixels as", exact), ("nearly", near)):
+        for other, row in pairs:
+            index = int(found.rows[row])
+            detail = f"{how} {held_out.name(int(test.rows[other]))}"
+            findings.append(Finding("leak from test", index, source.name(index), detail))
+    return findings
+
+
+def _constant(found: Scan) -> set[int]:
+    return {finding.index for finding in found.findings if finding.kind == "constant"}
+
+
+def _structured(found: Scan) -> NDArray[np.int64]:
+    """Rows to compare: a one-coloured image would be near to every picture of about its tint."""
+    return np.flatnonzero(~np.isin(found.rows, list(_constant(found))))
+
+
+def _pair_detail(source: ImageSource, index: int, other_source: ImageSource, other: int) -> str:
+    text = f"of {other_source.name(other)}"
+    if source.labels is not None and source.labels[index] != source.labels[other]:
+        text += ", with another label"
+    return text
+
+
+def _pixels(found: Scan) -> dict[str, Any]:
+    """Size and colour of the images that could be decoded."""
+    if not len(found.rows):
+        return {"decoded": 0}
+    width, height = np.median(found.sizes, axis=0)
+    return {
+        "decoded": len(found.rows),
+        "median_size": f"{width:.0f}x{height:.0f}",
+        "smallest_side": int(found.sizes.min()),
+        "largest_side": int(found.sizes.max()),
+        "gray_share": round(found.gray / len(found.rows), 4),
+        "mean": [round(value, 4) for value in found.mean],
+        "std": [round(value, 4) for value in found.std],
+    }
+
+
+def _classes(source: ImageSource) -> dict[str, Any] | None:
+    """Balance of the classes; None without labels."""
+    if source.labels is None:
+        return None
+    names = source.class_names
+    counts = np.bincount(source.labels, minlength=len(names) if names else 0)
+    present = counts[counts > 0]
+
+    def word(label: int) -> str:
+        return names[label] if names and label < len(names) else str(label)
+
+    notes = []
+    if present.max() >= 10 * present.min():
+        notes.append("unbalanced: accuracy will mostly tell of the large classes")
+    if (counts == 0).any():
+        notes.append(f"{int((counts == 0).sum())} class numbers have no image")
+    if (present < 5).any():
+        notes.append(f"{int((present < 5).sum())} classes have fewer than 5 images: too few to measure on")
+    smallest = int(np.where(counts > 0, counts, counts.max() + 1).argmin())
+    return {
+        "classes": len(present),
+        "smallest": f"{word(smallest)} ({int(present.min())})",
+        "largest": f"{word(int(counts.argmax()))} ({int(present.max())})",
+        "ratio": round(float(present.max() / present.min()), 2),
+        "notes": notes,
+    }
+
+
+def _row(finding: Finding) -> dict[str, Any]:
+    return {
+        "kind": finding.kind,
+        "index": finding.index,
+        "name": finding.name,
+        "detail": finding.detail,
+        "exclude": finding.exclude,
+    }
+
+
+def _list_text(data: str, findings: Sequence[Finding]) -> bytes:
+    """One line an image to leave out: name, tab, reasons."""
+    reasons: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.exclude:
+            reasons.setdefault(finding.name, []).append(f"{finding.kind} {finding.detail}".strip())
+    lines = [f"# images to leave out of {data}; for: mim-refiner refine --exclude", "# name, tab, reason"]
+    lines += [f"{name}\t{'; '.join(why)}" for name, why in reasons.items()]
+    return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")

@@ -1,0 +1,119 @@
+"""What a refinement of a model on a set of images will need: coverage, memory, disk and time."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+
+from mim_refiner.checkpoints.load import inspect_checkpoint
+from mim_refiner.core.device import autocast, pick_device, resolve_precision
+from mim_refiner.data.doctor import Scan
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.training.recipe import RefineRecipe
+from mim_refiner.training.recipes import refine_recipe
+
+PROBE_SECONDS = 4.0
+BACKWARD = 3.0  # forward and backward against forward alone
+
+
+def check_model(
+    model: str, backbone: Backbone, found: Scan, images: int, *, recipe: str | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """Say what the encoder ``backbone`` covers, how it fits the images, and what refining it would cost here.
+
+    Time is measured by forward passes for some seconds and scaled to all views of both phases; a loaded machine gives
+    a high figure. Raises RecipeError for an unknown ``recipe``.
+    """
+    report = inspect_checkpoint(model)
+    info = backbone.info
+    chosen = refine_recipe(recipe, image_size=max(info.image_size))
+    target = pick_device(device)
+    result: dict[str, Any] = {
+        "source": model,
+        "family": info.family,
+        "architecture": info.architecture,
+        "coverage": report.coverage,
+        "licence": info.licence,
+        "image_size": f"{info.image_size[0]}x{info.image_size[1]}",
+        "recipe": chosen.name,
+        "notes": [*report.notes, *_fit_notes(backbone, found, images, chosen)],
+    }
+    rate = forward_rate(backbone, target, chosen.precision)
+    result["forward_images_per_s"] = round(rate, 1)
+    views = image_equivalents(chosen, max(info.image_size))
+    warmup = chosen.warmup.epochs * images * views / rate
+    refinement = chosen.refinement.epochs * images * views * BACKWARD / rate
+    result["estimated_hours"] = round((warmup + refinement) / 3600, 2)
+    result |= _space(backbone, chosen, images, target)
+    return result
+
+
+def image_equivalents(recipe: RefineRecipe, size: int) -> float:
+    """How many full-size images the views of one image cost."""
+    side = recipe.views.global_size or size
+    return 2 * (side / size) ** 2 + recipe.views.num_local * (recipe.views.local_size / size) ** 2
+
+
+def forward_rate(backbone: Backbone, device: torch.device, precision: str) -> float:
+    """Images a second of forward passes, measured for a few seconds after one to warm up."""
+    info = backbone.info
+    backbone.to(device)
+    images = torch.zeros(32 if max(info.image_size) <= 64 else 4, info.in_chans, *info.image_size, device=device)
+
+    def step() -> None:
+        backbone.forward_blocks(images, [-1])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    with torch.inference_mode(), autocast(resolve_precision(precision, device), device):
+        step()
+        started, done = time.perf_counter(), 0
+        while done == 0 or (time.perf_counter() - started < PROBE_SECONDS and done < 20):
+            step()
+            done += 1
+    return done * len(images) / (time.perf_counter() - started)
+
+
+def _space(backbone: Backbone, recipe: RefineRecipe, images: int, device: torch.device) -> dict[str, Any]:
+    """Memory of weights, gradients, optimizer and queues (activations come on top), and disk of the checkpoints."""
+    heads, width = recipe.heads, backbone.info.embed_dim
+    count = max(1, backbone.info.depth // 3) if heads.blocks == "last_third" else len(heads.blocks)
+    per_head = (
+        width * heads.projector_hidden + heads.projector_hidden**2 + heads.projector_hidden * heads.out_dim
+        + heads.out_dim * heads.predictor_hidden + heads.predictor_hidden * heads.out_dim
+    )  # fmt: skip
+    encoder = sum(parameter.numel() for parameter in backbone.parameters())
+    trained = encoder + count * per_head
+    queues = count * heads.queue_size * heads.out_dim
+    training_bytes = 4 * (4 * trained + encoder + queues)  # weights, gradients, two moments; the average; the queues
+    checkpoint = 4 * (3 * trained + encoder + queues)
+    result = {
+        "training_memory_gb": round(training_bytes / 1e9, 2),
+        "disk_gb": round((checkpoint * recipe.keep_checkpoints + 4 * encoder) / 1e9, 2),
+    }
+    if device.type == "cuda":
+        result["device_memory_gb"] = round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1)
+    else:
+        result["machine_memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    return result
+
+
+def _fit_notes(backbone: Backbone, found: Scan, images: int, recipe: RefineRecipe) -> list[str]:
+    notes = []
+    size = max(backbone.info.image_size)
+    if len(found.sizes):
+        median = sorted(found.sizes.min(axis=1).tolist())[len(found.sizes) // 2]
+        if median < size / 2:
+            notes.append(
+                f"images of about {median} px are enlarged to {size} px: they show less than the encoder expects"
+            )
+    if images < recipe.batch_size:
+        notes.append(f"batch_size {recipe.batch_size} is larger than the {images} images; set a smaller one")
+    elif images < 10 * recipe.batch_size:
+        notes.append(
+            f"{images} images are {images // recipe.batch_size} steps an epoch; a smaller batch_size learns more"
+        )
+    return notes

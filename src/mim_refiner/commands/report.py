@@ -1,0 +1,52 @@
+"""``report``: the HTML page of one run, or of several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mim_refiner.analysis.gallery import make_gallery
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.errors import InputError
+from mim_refiner.files import write_json
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.report.page import write_report
+from mim_refiner.reporting import NullReporter, Reporter
+
+
+def report(*, runs: Sequence[str], out: str | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Write report.html for the run folders ``runs`` from their result files; no model is loaded.
+
+    ``out``: the HTML file (default: report.html in the run folder, in the current folder for several runs). Returns
+    {"report", "runs", "bytes"}. Raises InputError for a folder without results.
+    """
+    reporter = reporter or NullReporter()
+    if not runs:
+        raise InputError("no run given; name at least one run folder, as in: mim-refiner report runs/photos")
+    path = Path(out).expanduser() if out is not None else None
+    if path is not None and path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--out {out}: the report is one HTML file; name it something.html")
+    written = write_report(runs, path)
+    reporter.done()
+    return {"report": str(written), "runs": [str(run) for run in runs], "bytes": written.stat().st_size}
+
+
+def write_gallery(
+    stages: Mapping[str, Backbone], images: ImageSet, run: Path, *, pooling: str, device: torch.device, seed: int,
+    reporter: Reporter,
+) -> None:  # fmt: skip
+    """Measure the report's pictures while the encoders are at hand: evaluation/gallery.json of the run folder."""
+    reporter.message("gallery: neighbours, clusters and maps for the report")
+    record = make_gallery(stages, images, pooling=pooling, device=device, seed=seed)
+    write_json(run / "evaluation" / "gallery.json", record)
+
+
+def finish_with_report(run: Path, reporter: Reporter) -> None:
+    """Write the run's own report. A fault in it never costs a finished run: it is told, and can be repeated."""
+    try:
+        reporter.message(f"report: {write_report([run])}")
+    except Exception as error:
+        reporter.message(f"no report was written ({error}); the run is complete, try: mim-refiner report {run}")

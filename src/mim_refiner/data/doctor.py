@@ -1,0 +1,251 @@
+"""Look at every image of a source before a run: what cannot be read, and what a training would stumble over.
+
+Nothing is changed. Each image is read once; duplicates are compared by ``data.duplicates``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mim_refiner.data.channels import (
+    NPY,
+    Raw,
+    WrongChannelsError,
+    as_channels_last,
+    decode_channels,
+    for_display,
+    read_npy,
+)
+from mim_refiner.data.decode import decode_rgb
+from mim_refiner.data.source_base import ImageSource
+
+HUGE_PIXELS = 50_000_000  # judged from the header, never decoded
+TINY_SIDE = 16  # pixels; in a set of large images an eighth of the median side
+CONSTANT_STD = 2.0  # of 255, in every channel
+LONG_ASPECT = 8.0
+DRAFT_SIDE = 256  # large JPEGs are decoded at reduced size
+THUMB = 16  # side of the thumbnails that duplicates are compared by
+STATISTICS_SIDE = 64  # pixels a side that enter mean and std
+
+# kind: (left out of training by the written list, what it means and what to do)
+KINDS: dict[str, tuple[bool, str]] = {
+    "unreadable": (True, "not an image; training would skip it"),
+    "empty": (True, "no bytes; copy the file again"),
+    "truncated": (True, "begins like an image and breaks off or is damaged; copy or download it again"),
+    "channels": (True, "another number of channels than the encoder takes; training would skip it (--model tells it)"),
+    "tiny": (True, "far smaller than the others; crops of it are blurs"),
+    "huge": (True, f"more than {HUGE_PIXELS // 10**6} million pixels; shrink it, it slows every epoch"),
+    "constant": (True, "one colour throughout; it teaches nothing"),
+    "exact duplicate": (True, "the same pixels as an earlier image"),
+    "near duplicate": (True, "an earlier image re-encoded, brightened or slightly cropped"),
+    "leak from test": (True, "this image, or nearly this image, is in the test set"),
+    "animated": (False, "only its first frame is used"),
+    "CMYK": (False, "converted to RGB without a colour profile; colours may shift"),
+    "16-bit": (False, "only the upper 8 bits are used"),
+    "transparent": (False, "transparency is shown on white"),
+    "elongated": (False, "the longer side is more than 8 times the shorter; crops see a small part"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found; ``index`` counts in the source."""
+
+    kind: str
+    index: int
+    name: str
+    detail: str = ""
+
+    @property
+    def exclude(self) -> bool:
+        """Whether the written list leaves the image out."""
+        return KINDS[self.kind][0]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one image showed; ``digest`` and the rest are None when it could not be (or was not) decoded."""
+
+    kinds: tuple[tuple[str, str], ...]  # (kind, detail)
+    size: tuple[int, int] | None = None  # width, height
+    digest: bytes | None = None
+    thumb: NDArray[np.uint8] | None = None  # [THUMB, THUMB, 3]
+    mean: NDArray[np.float64] | None = None  # [C], 0-255
+    square: NDArray[np.float64] | None = None  # [C], mean of squares
+    gray: bool = False
+
+
+@dataclass
+class Scan:
+    """All images of a source: findings in index order, and what duplicates and statistics need.
+
+    ``rows`` is the index of every decoded image; thumbnails, sizes and digests go by row.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # index of every decoded image
+    digests: list[bytes] = field(default_factory=list)
+    thumbs: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, THUMB, THUMB, 3), np.uint8))
+    sizes: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    mean: tuple[float, ...] = ()  # per channel, 0-1, every image with equal weight
+    std: tuple[float, ...] = ()
+    gray: int = 0
+
+
+def scan(source: ImageSource, progress: Callable[[int], None] | None = None, *, channels: int = 3) -> Scan:
+    """Probe every image with one thread a core, for an encoder of ``channels``; ``progress`` gets the number done."""
+    probes: list[Probe] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning)  # broken metadata around whole pixels
+        for done, probe in enumerate(_probe_all(source, channels), 1):
+            probes.append(probe)
+            if progress and (done % 256 == 0 or done == len(source)):
+                progress(done)
+    source.close()
+    result = Scan()
+    tiny = _tiny_side([min(probe.size) for probe in probes if probe.size])
+    for index, probe in enumerate(probes):
+        kinds = list(probe.kinds)
+        if probe.size and min(probe.size) < tiny:
+            kinds.append(("tiny", f"{probe.size[0]}x{probe.size[1]} px"))
+        result.findings += [Finding(kind, index, source.name(index), detail) for kind, detail in kinds]
+    decoded = [(index, probe) for index, probe in enumerate(probes) if probe.digest is not None]
+    result.rows = np.array([index for index, _ in decoded], dtype=np.int64)
+    result.digests = [probe.digest for _, probe in decoded if probe.digest is not None]
+    result.gray = sum(probe.gray for _, probe in decoded)
+    if decoded:
+        result.thumbs = np.stack([probe.thumb for _, probe in decoded if probe.thumb is not None])
+        result.sizes = np.array([probe.size for _, probe in decoded], dtype=np.int64)
+        mean = np.mean([probe.mean for _, probe in decoded if probe.mean is not None], axis=0)
+        square = np.mean([probe.square for _, probe in decoded if probe.square is not None], axis=0)
+        result.mean = tuple((mean / 255).tolist())
+        result.std = tuple((np.sqrt(np.maximum(square - mean**2, 0)) / 255).tolist())
+    return result
+
+
+def _probe_all(source: ImageSource, channels: int) -> Iterator[Probe]:
+    yield _probe(source, 0, channels)  # opens the source once, before the threads share it
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for start in range(1, len(source), 1024):
+            chunk = range(start, min(start + 1024, len(source)))
+            yield from pool.map(lambda index: _probe(source, index, channels), chunk)
+
+
+def _tiny_side(sides: Sequence[int]) -> float:
+    if not sides:
+        return 0.0
+    median = float(np.median(sides))
+    return max(min(TINY_SIDE, median / 2), median / 8)
+
+
+def _probe(source: ImageSource, index: int, channels: int) -> Probe:
+    try:
+        raw = source.read(index)
+    except Exception as error:  # a missing file, or a row without an image
+        return Probe((("unreadable", _short(error)),))
+    if not len(raw):
+        return Probe((("empty", ""),))
+    try:
+        if channels != 3:
+            return _measured(decode_channels(raw, channels), [])
+        if isinstance(raw, np.ndarray) or raw[:6] == NPY:
+            return _probe_array(as_channels_last(raw if isinstance(raw, np.ndarray) else read_npy(raw)))
+        return _probe_encoded(raw)
+    except WrongChannelsError as error:
+        return Probe((("channels", _short(error)),))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return Probe((("huge", "more pixels than the decoder accepts"),))
+    except Exception as error:  # decoders raise almost anything on damaged input
+        kind = "truncated" if isinstance(raw, bytes) and known_signature(raw) else "unreadable"
+        return Probe(((kind, _short(error)),))
+
+
+def _probe_array(pixels: Raw) -> Probe:
+    kinds = [("16-bit", "numbers")] if pixels.dtype == np.uint16 else []
+    return _measured(decode_rgb(pixels), kinds, gray=pixels.shape[2] == 1)
+
+
+def _probe_encoded(raw: bytes) -> Probe:
+    with Image.open(io.BytesIO(raw)) as image:
+        width, height = image.size
+        kinds = _kinds_of_header(image, raw)
+        if width * height > HUGE_PIXELS:
+            return Probe((*kinds, ("huge", f"{width}x{height} px")))
+        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            decode_rgb(raw)  # says why training refuses it
+        if max(width, height) > 2 * DRAFT_SIDE:
+            image.draft("RGB", (DRAFT_SIDE, DRAFT_SIDE))  # a JPEG of this size is decoded at a fraction of the cost
+        image.load()
+        pixels = np.asarray(image) if image.mode == "RGB" else decode_rgb(raw)
+        gray = image.mode in ("L", "LA", "1", "I", "I;16", "F")
+    return _measured(pixels, kinds, (width, height), gray)
+
+
+def _kinds_of_header(image: Image.Image, raw: bytes) -> list[tuple[str, str]]:
+    kinds = []
+    if getattr(image, "is_animated", False):
+        kinds.append(("animated", f"{getattr(image, 'n_frames', 2)} frames"))
+    if image.mode == "CMYK":
+        kinds.append(("CMYK", ""))
+    if image.mode.startswith(("I", "F")) or bits_per_channel(image, raw) > 8:
+        kinds.append(("16-bit", f"mode {image.mode}"))
+    bands = image.getbands()
+    if image.mode != "CMYK" and (len(bands) not in (1, 3) or "transparency" in image.info):
+        kinds.append(("transparent", f"mode {image.mode}"))
+    return kinds
+
+
+def bits_per_channel(image: Image.Image, raw: bytes) -> int:
+    """Bits a channel as the file stores them: Pillow opens 16-bit colour as 8-bit RGB without a word."""
+    if image.format == "PNG" and len(raw) > 24:
+        return raw[24]  # bit depth in the IHDR chunk
+    tags = getattr(image, "tag_v2", None)
+    if tags is not None:  # TIFF
+        bits = tags.get(258, 8)
+        return int(max(bits) if isinstance(bits, tuple) else bits)
+    return 8
+
+
+def _measured(
+    pixels: Raw, kinds: Sequence[tuple[str, str]], size: tuple[int, int] | None = None, gray: bool = False
+) -> Probe:
+    height, width = pixels.shape[:2]
+    size = size or (width, height)
+    found = list(kinds)
+    step = max(1, min(height, width) // STATISTICS_SIDE)
+    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(pixels).data)
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    sample = pixels[::step, ::step].reshape(-1, pixels.shape[2]).astype(np.float32)
+    mean, square = sample.mean(0, dtype=np.float64), (sample * sample).mean(0, dtype=np.float64)
+    if float(np.sqrt(np.maximum(square - mean**2, 0)).max()) < CONSTANT_STD:
+        found.append(("constant", "colour " + " ".join(f"{value:.0f}" for value in mean)))
+    if max(size) > LONG_ASPECT * min(size):
+        found.append(("elongated", f"{size[0]}x{size[1]} px"))
+    thumb = np.asarray(Image.fromarray(for_display(pixels)).resize((THUMB, THUMB), Image.Resampling.BOX))
+    return Probe(tuple(found), size, digest.digest(), thumb, mean, square, gray)
+
+
+def known_signature(raw: bytes) -> bool:
+    """Whether the bytes begin as a JPEG, PNG, GIF, WebP, TIFF, BMP or JPEG 2000 file does."""
+    starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\x00", b"MM\x00*", b"BM", b"\x00\x00\x00\x0cjP")
+    return raw.startswith(starts) or (raw[:4] == b"RIFF" and raw[8:12] == b"WEBP")
+
+
+def _short(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    text = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return "no decoder knows these bytes" if text.startswith("cannot identify") else text[:100]

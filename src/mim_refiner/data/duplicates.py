@@ -1,0 +1,122 @@
+"""Exact and near duplicates, within one set of images and across two.
+
+Near means: the 16x16 thumbnails, less their mean and scaled to unit length, have a cosine of at least ``NEAR``. That
+forgives re-encoding, brightness, contrast and small shifts. In the CIFAR-10 test set exactly 9 of 50 million pairs
+reach 0.97, and all of them (and the 6 down to 0.95) show the same photograph to the eye.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+NEAR = 0.97
+_DIMENSIONS = 64
+_SAMPLE = 4000  # thumbnails that the projection is fitted to
+_CHUNK = 2048
+_FLAT = 3.0  # of 255: thumbnails with less contrast are too plain to compare
+
+Pairs = list[tuple[int, int]]  # (earlier or test row, row)
+
+
+def exact_duplicates(digests: Sequence[bytes]) -> Pairs:
+    """(first row, row) of every row whose digest occurred before."""
+    first: dict[bytes, int] = {}
+    pairs = []
+    for row, digest in enumerate(digests):
+        earlier = first.setdefault(digest, row)
+        if earlier != row:
+            pairs.append((earlier, row))
+    return pairs
+
+
+def exact_matches(digests: Sequence[bytes], others: Sequence[bytes]) -> Pairs:
+    """(row of others, row) of every digest that occurs in ``others``."""
+    where = {digest: row for row, digest in reversed(list(enumerate(others)))}
+    return [(where[digest], row) for row, digest in enumerate(digests) if digest in where]
+
+
+def near_duplicates(thumbs: NDArray[np.uint8], threshold: float = NEAR) -> Pairs:
+    """(first of its group, row) for thumbnails uint8 [N, S, S, 3]; groups are joined by pairs above ``threshold``.
+
+    Every pair is compared: in 64 principal components with an upper bound on the rest, then exactly.
+    """
+    vectors = _unit_vectors(thumbs)
+    if len(vectors) < 2:
+        return []
+    bounded = _bounded(vectors, _projection(vectors))
+    found = list(_close(bounded, bounded, vectors, vectors, threshold))
+    if not found:
+        return []
+    a, b = np.array(found).T
+    _, group = connected_components(coo_matrix((np.ones(len(a)), (a, b)), shape=(len(vectors),) * 2), directed=False)
+    members = sorted({*a.tolist(), *b.tolist()})
+    first: dict[int, int] = {}
+    for row in members:
+        first.setdefault(int(group[row]), row)
+    return [(first[int(group[row])], row) for row in members if first[int(group[row])] != row]
+
+
+def near_matches(thumbs: NDArray[np.uint8], others: NDArray[np.uint8], threshold: float = NEAR) -> Pairs:
+    """(row of others, row) for every thumbnail that has a near duplicate in ``others``; the first such row."""
+    vectors, other_vectors = _unit_vectors(thumbs), _unit_vectors(others)
+    if not len(vectors) or not len(other_vectors):
+        return []
+    projection = _projection(np.concatenate([vectors[:_SAMPLE], other_vectors[:_SAMPLE]]))
+    first: dict[int, int] = {}
+    for other, row in _close(
+        _bounded(other_vectors, projection), _bounded(vectors, projection), other_vectors, vectors, threshold
+    ):
+        first.setdefault(row, other)
+    return [(other, row) for row, other in sorted(first.items())]
+
+
+def _unit_vectors(thumbs: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Thumbnails less their mean, at unit length [N, 3 S S]; zero for those that are too plain to compare."""
+    vectors = thumbs.reshape(len(thumbs), int(np.prod(thumbs.shape[1:]))).astype(np.float32)
+    vectors -= vectors.mean(1, keepdims=True)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    plain = length[:, 0] < _FLAT * vectors.shape[1] ** 0.5
+    vectors /= np.maximum(length, 1e-6)
+    vectors[plain] = 0
+    return vectors
+
+
+def _projection(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Orthonormal directions [3 S S, 64] that hold most of the vectors' length."""
+    sample = vectors[:: max(1, len(vectors) // _SAMPLE)]
+    _, directions = np.linalg.eigh(sample.T @ sample)
+    return np.ascontiguousarray(directions[:, ::-1][:, :_DIMENSIONS])
+
+
+def _bounded(vectors: NDArray[np.float32], projection: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Projections with the length of what they leave out as a last number: products bound the true products above."""
+    short = vectors @ projection
+    rest = np.maximum((vectors**2).sum(1) - (short**2).sum(1), 0) ** 0.5
+    return np.concatenate([short, rest[:, None]], axis=1)
+
+
+def _close(
+    bounded_a: NDArray[np.float32],
+    bounded_b: NDArray[np.float32],
+    a: NDArray[np.float32],
+    b: NDArray[np.float32],
+    threshold: float,
+) -> Iterator[tuple[int, int]]:
+    """(row of a, row of b) of all pairs with a product of at least ``threshold``; of a set with itself, a < b only."""
+    same = bounded_a is bounded_b
+    for start in range(0, len(a), _CHUNK):
+        for begin in range(start if same else 0, len(b), _CHUNK):
+            bound = bounded_a[start : start + _CHUNK] @ bounded_b[begin : begin + _CHUNK].T
+            rows, columns = np.nonzero(bound >= threshold - 1e-4)
+            rows, columns = rows + start, columns + begin
+            if same:
+                rows, columns = rows[rows < columns], columns[rows < columns]
+            if len(rows):
+                exact = np.einsum("nd,nd->n", a[rows], b[columns])
+                keep = exact >= threshold
+                yield from zip(rows[keep].tolist(), columns[keep].tolist(), strict=True)

@@ -1,0 +1,192 @@
+"""The page's tables: metrics with intervals, the atlas, cost, and what differs between runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mim_refiner.report.run_files import RunFiles, flat
+from mim_refiner.report.tables import METRICS, STAGES
+
+HEADLINES = {
+    "better": "The refined encoder is better.",
+    "no clear change": "No clear change.",
+    "worse": "The refined encoder is worse.",
+    "not measured": "Not measured.",
+}
+TONES = {"better": "good", "worse": "bad", "no clear change": "open", "not measured": "open"}
+
+
+def verdict_view(run: RunFiles) -> dict[str, Any]:
+    """{"headline", "tone" (good, bad, open), "reason", "further": [lines]}."""
+    verdict = run.summary.get("verdict")
+    if not isinstance(verdict, Mapping):
+        if run.metrics and not run.summary:
+            last = run.metrics[-1]
+            reason = (
+                f"it stands at step {last.get('total_step', last.get('step'))} ({last.get('phase', 'training')}); "
+                "run the same command again to finish it"
+            )
+            return {"headline": "This run is not finished.", "tone": "open", "reason": reason, "further": []}
+        reason = "no before and after here; refine measures both, evaluate --compare does so for two encoders"
+        return {"headline": "No verdict.", "tone": "open", "reason": reason, "further": []}
+    word = str(verdict.get("verdict", ""))
+    further = [
+        f"{STAGES[stage]}: {value['verdict']}. {value['reason']}"
+        for stage, value in verdict.items()
+        if stage in STAGES and isinstance(value, Mapping)
+    ]
+    return {
+        "headline": HEADLINES.get(word, word[:1].upper() + word[1:] + "."),
+        "tone": TONES.get(word, "open"),
+        "reason": str(verdict.get("reason", "")),
+        "further": further,
+    }
+
+
+def metric_rows(run: RunFiles) -> dict[str, Any]:
+    """{"stages": [(key, title)], "rows": [{"title", "cells": [{"value", "interval", "change", "change_interval"}]}]}.
+
+    Values are those of summary.json; intervals come from evaluation/<stage>-<metric>-block..-<pooling>.json.
+    """
+    stages = [stage for stage in STAGES if isinstance(run.summary.get(stage), Mapping)]
+    rows = []
+    for metric, (title, factor, digits) in METRICS.items():
+        values = [run.summary[stage].get(metric) for stage in stages]
+        if all(value is None for value in values):
+            continue
+        cells = []
+        for stage, value in zip(stages, values, strict=True):
+            cell: dict[str, Any] = {"value": None, "interval": None, "change": None, "change_interval": None}
+            if value is not None:
+                cell["value"] = f"{factor * value:.{digits}f}"
+                cell["interval"] = _interval(_ci95(run, stage, metric, value), factor, digits)
+            if stage != stages[0] and value is not None and values[0] is not None:
+                cell["change"] = f"{factor * (value - values[0]):+.{digits}f}"
+                if metric == "knn_top1":
+                    cell["change_interval"] = _interval(_paired(run, stage), factor, digits, sign="+")
+            cells.append(cell)
+        rows.append({"title": title, "cells": cells})
+    return {"stages": [(stage, STAGES[stage]) for stage in stages], "rows": rows}
+
+
+def _ci95(run: RunFiles, stage: str, metric: str, value: float) -> Sequence[float] | None:
+    """The interval of the very number in the summary."""
+    for stem, record in run.results.items():
+        same = stem.startswith(f"{stage}-") and record.get("metric") == metric
+        if same and record.get("ci95") and abs((record["value"] or 0.0) - value) < 1e-12:
+            interval: Sequence[float] = record["ci95"]
+            return interval
+    return None
+
+
+def _paired(run: RunFiles, stage: str) -> Sequence[float] | None:
+    verdict: Mapping[str, Any] = run.summary.get("verdict") or {}
+    part = verdict if stage == "after" else verdict.get(stage)
+    return part.get("ci95") if isinstance(part, Mapping) else None
+
+
+def _interval(pair: Sequence[float] | None, factor: float, digits: int, sign: str = "") -> str | None:
+    return None if pair is None else " to ".join(f"{factor * bound:{sign}.{digits}f}" for bound in pair)
+
+
+def atlas_tables(run: RunFiles) -> list[dict[str, Any]]:
+    """Heat tables of every atlas record: a row a block, a column a pooling and norm, shaded from worst to best."""
+    tables = []
+    for where, record in run.of_kind("atlas").items():
+        cells, measure = record.get("cells") or [], str(record.get("measure", ""))
+        columns = list(dict.fromkeys((cell["pooling"], bool(cell["norm"])) for cell in cells))
+        value = {(cell["block"], cell["pooling"], bool(cell["norm"])): cell.get(measure) for cell in cells}
+        known = [number for number in value.values() if number is not None]
+        if not known:
+            continue
+        low, high = min(known), max(known)
+        advice: Mapping[str, Any] = record.get("recommendation") or {}
+        chosen = (advice.get("block"), advice.get("pooling"), advice.get("norm"))
+        rows = []
+        for block in sorted({cell["block"] for cell in cells}):
+            shown = [value.get((block, *column)) for column in columns]
+            rows.append(
+                {
+                    "block": block,
+                    "cells": [
+                        {
+                            "text": "–" if number is None else f"{100 * number:.1f}",
+                            "heat": 0 if number is None else round(100 * (number - low) / max(high - low, 1e-12)),
+                            "chosen": (block, *column) == chosen,
+                        }
+                        for number, column in zip(shown, columns, strict=True)
+                    ],
+                }
+            )
+        names = {"knn_top1": "k-NN accuracy (%)", "consistency": "neighbour consistency (%), no labels"}
+        tables.append(
+            {
+                "title": where,
+                "measure": names.get(measure, measure),
+                "columns": [f"{pooling}, {'final norm' if norm else 'raw'}" for pooling, norm in columns],
+                "rows": rows,
+                "advice": str(advice.get("reason", "")),
+            }
+        )
+    return tables
+
+
+def cost_rows(run: RunFiles) -> dict[str, str]:
+    """Seconds and speed, in words."""
+    rows: dict[str, str] = {}
+    for name, seconds in (run.summary.get("seconds") or {}).items():
+        if isinstance(seconds, int | float):
+            rows[f"{name} time"] = duration(seconds)
+    speeds = [record["images_per_s"] for record in run.metrics if isinstance(record.get("images_per_s"), int | float)]
+    if speeds:
+        rows["speed (median)"] = f"{sorted(speeds)[len(speeds) // 2]:.0f} images/s"
+    if run.metrics:
+        last = run.metrics[-1]
+        steps = int(last["total_step"] if "total_step" in last else last.get("step") or 0)
+        rows["training steps"] = str(steps)
+        batch = run.recipe.get("batch_size")
+        if isinstance(batch, int):
+            rows["images seen"] = f"{batch * steps:,}"
+    if run.environment.get("device"):
+        rows["device"] = str(run.environment["device"])
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """E.g. ``3 min 26 s``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
+
+
+def run_row(run: RunFiles, name: str) -> dict[str, Any]:
+    """One line of the comparison of runs."""
+    verdict = run.summary.get("verdict") or {}
+    cells = []
+    for metric, (title, factor, digits) in METRICS.items():
+        before, after = ((run.summary.get(stage) or {}).get(metric) for stage in ("before", "after"))
+        text = "–" if after is None else f"{factor * after:.{digits}f}"
+        if before is not None and after is not None:
+            text += f" ({factor * (after - before):+.{digits}f})"
+        cells.append({"title": title, "text": text})
+    word = str(verdict.get("verdict", "no verdict"))
+    seconds = (run.summary.get("seconds") or {}).get("total")
+    return {
+        "name": name,
+        "verdict": word,
+        "tone": TONES.get(word, "open"),
+        "interval": _interval(verdict.get("ci95"), 100, 1, sign="+"),
+        "cells": cells,
+        "time": "–" if seconds is None else duration(seconds),
+    }
+
+
+def recipe_differences(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
+    """[{"key", "values": [one a run]}] of every recipe key in which the runs differ."""
+    recipes = [flat(run.recipe) for run in runs]
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    rows = [{"key": key, "values": [recipe.get(key) for recipe in recipes]} for key in keys]
+    return [row for row in rows if any(value != row["values"][0] for value in row["values"])]

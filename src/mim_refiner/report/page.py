@@ -1,0 +1,145 @@
+"""``report.html``: one offline file that tells a run, or compares several, from their result JSON alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import DictLoader, Environment, StrictUndefined
+
+from mim_refiner._version import __version__
+from mim_refiner.files import write_bytes
+from mim_refiner.report.gallery import gallery_view
+from mim_refiner.report.numbers import (
+    atlas_tables,
+    cost_rows,
+    metric_rows,
+    recipe_differences,
+    run_row,
+    verdict_view,
+)
+from mim_refiner.report.panels import block_curve_panels, comparison_panels, learning_panels
+from mim_refiner.report.run_files import RunFiles, flat, read_run
+
+TEMPLATES = ("page.html.j2", "run.html.j2", "macros.html.j2", "style.css", "script.js")
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write the page of one or more run folders; returns its path.
+
+    ``out`` is the HTML file (default: report.html in the run's folder, or in the current one for several runs). The
+    page needs no network and shows everything without scripts. Raises InputError for a folder without results.
+    """
+    read = [read_run(run) for run in runs]
+    target = Path(out) if out is not None else (read[0].path / "report.html" if len(read) == 1 else Path("report.html"))
+    return write_bytes(target, render(read).encode("utf-8"))
+
+
+def render(runs: Sequence[RunFiles]) -> str:
+    """The page as text."""
+    folder = files("mim_refiner.report") / "templates"
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in TEMPLATES}
+    environment = Environment(
+        loader=DictLoader(texts), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["text"] = text_of
+    views = [run_view(run, number, compact=len(runs) > 1) for number, run in enumerate(runs)]
+    names = _unique_names(runs)
+    for view, name in zip(views, names, strict=True):
+        view["name"] = name
+    comparison = None
+    if len(runs) > 1:
+        comparison = {
+            "rows": [run_row(run, name) for run, name in zip(runs, names, strict=True)],
+            "recipe": recipe_differences(runs),
+            "panels": comparison_panels({name: run.metrics for run, name in zip(runs, names, strict=True)}),
+        }
+    return environment.get_template("page.html.j2").render(
+        title="Comparison of " + ", ".join(names) if comparison else f"Refinement report: {names[0]}",
+        runs=views,
+        comparison=comparison,
+        style=texts["style.css"],
+        script=texts["script.js"],
+        version=__version__,
+        written=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def run_view(run: RunFiles, number: int, *, compact: bool) -> dict[str, Any]:
+    """What the templates show of one run; ``compact`` leaves the pictures out (several runs on one page)."""
+    prefix = f"run{number}-"
+    curves = run.of_kind("knn_by_block")
+    galleries = {} if compact else run.of_kind("gallery")
+    licence = run.config.get("mim_refiner", {}).get("licence")
+    return {
+        "id": prefix.rstrip("-"),
+        "path": str(run.path),
+        "finished": bool(run.summary),
+        "verdict": verdict_view(run),
+        "metrics": metric_rows(run),
+        "statements": [text for record in curves.values() for text in record.get("statements", [])],
+        "block_panels": [panel for record in curves.values() for panel in block_curve_panels(record, prefix)],
+        "curves": [record["curves"] for record in curves.values()],
+        "atlases": atlas_tables(run),
+        "log_panels": learning_panels(run.metrics, prefix) if run.metrics else [],
+        "gallery": gallery_view(next(iter(galleries.values()))) if galleries else None,
+        "compact": compact,
+        "recipe": flat(run.recipe),
+        "environment": flat(run.environment),
+        "licence": licence,
+        "architecture": run.config.get("mim_refiner", {}).get("architecture") or run.config.get("architecture"),
+        "cost": cost_rows(run),
+        "skipped": run.skipped,
+        "data": data_lines(run),
+        "downloads": _downloads(run),
+    }
+
+
+def data_lines(run: RunFiles) -> list[str]:
+    """Which images were trained on and measured on, in words."""
+    lines = []
+    if run.recipe.get("data"):
+        lines.append(
+            f"trained on {run.recipe['data']} (fingerprint {run.recipe.get('data_fingerprint', 'not recorded')})"
+        )
+    measured: dict[str, None] = {}
+    for record in run.results.values():
+        for part in ("train", "test"):
+            source = (record.get("data") or {}).get(part) or {}
+            if source.get("source"):
+                measured[f"{'bank' if part == 'train' else 'test images'}: {source['source']}"] = None
+            elif source.get("share_of_train"):
+                measured[f"test images: {100 * source['share_of_train']:.0f} % of the bank, held out"] = None
+    return [*lines, *measured]
+
+
+def text_of(value: Any) -> str:
+    """One table cell: short floats, lists in one line."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(text_of(item) for item in value)
+    return str(value)
+
+
+def _downloads(run: RunFiles) -> list[dict[str, str]]:
+    """The small result files, to take away with the page."""
+    found = {"summary.json": run.summary, "recipe.json": run.recipe, "evaluation.json": run.results}
+    return [{"name": name, "uri": _data_uri(value)} for name, value in found.items() if value]
+
+
+def _data_uri(value: Mapping[str, Any]) -> str:
+    return "data:application/json;base64," + base64.b64encode(json.dumps(value, indent=1).encode()).decode()
+
+
+def _unique_names(runs: Sequence[RunFiles]) -> list[str]:
+    """Folder names, or the paths as given where two folders share a name."""
+    names = [run.name for run in runs]
+    return [str(run.path) if names.count(run.name) > 1 else run.name for run in runs]

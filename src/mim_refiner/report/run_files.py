@@ -1,0 +1,119 @@
+"""What a run folder holds, read without a model. Every part may be missing: a run may have stopped early."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mim_refiner.errors import InputError
+from mim_refiner.report.figures import read_metrics
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The parsed files of one run folder; ``results`` is {file stem: record} of single numbers in evaluation/."""
+
+    path: Path
+    name: str
+    summary: Json = field(default_factory=dict)
+    metrics: list[Json] = field(default_factory=list)
+    results: dict[str, Json] = field(default_factory=dict)
+    records: dict[str, Json] = field(default_factory=dict)  # {file stem: record with a "kind"}
+    recipe: Json = field(default_factory=dict)
+    environment: Json = field(default_factory=dict)
+    config: Json = field(default_factory=dict)  # of the exported encoder
+    skipped: list[str] = field(default_factory=list)
+
+    def of_kind(self, kind: str) -> dict[str, Json]:
+        """{where: record} of every record of a kind, at the top of a file or inside one."""
+        found: dict[str, Json] = {}
+        for stem, record in self.records.items():
+            _collect(record, kind, stem, found)
+        return found
+
+
+def read_run(path: str | Path) -> RunFiles:
+    """Read a run folder (of refine, demo, pretrain, evaluate --out or analyze --out).
+
+    Raises InputError when the folder is missing, holds nothing to report, or has a file that is not JSON or YAML.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        path = path.parent
+    if not path.is_dir():
+        raise InputError(f"{path}: no such run folder; give the --out folder of refine, demo or evaluate")
+    results: dict[str, Json] = {}
+    records: dict[str, Json] = {}
+    for file in _json_files(path):
+        record = _mapping(file, json.loads)
+        if "metric" in record and "value" in record:
+            results[file.stem] = record
+        else:
+            records[file.stem] = record
+    metrics = path / "metrics.jsonl"
+    skipped = path / "skipped_images.txt"
+    run = RunFiles(
+        path=path,
+        name=path.resolve().name,
+        summary=_mapping(path / "summary.json", json.loads),
+        metrics=read_metrics(metrics) if metrics.exists() else [],
+        results=results,
+        records=records,
+        recipe=_mapping(path / "recipe.yaml", yaml.safe_load),
+        environment=_mapping(path / "environment.json", json.loads),
+        config=_mapping(path / "export" / "config.json", json.loads),
+        skipped=skipped.read_text(encoding="utf-8", errors="replace").splitlines() if skipped.exists() else [],
+    )
+    if not (run.summary or run.metrics or run.results or run.records):
+        raise InputError(f"{path}: holds no results to report; give the --out folder of refine, demo or evaluate")
+    return run
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _collect(value: Any, kind: str, where: str, found: dict[str, Json]) -> None:
+    if not isinstance(value, dict):
+        return
+    if value.get("kind") == kind:
+        found[where] = value
+        return
+    for key, item in value.items():
+        _collect(item, kind, key, found)
+
+
+def _json_files(path: Path) -> Iterator[Path]:
+    """Result files of the folder itself (analyze --out) and of evaluation/ below it."""
+    for folder in (path, path / "evaluation"):
+        if folder.is_dir():
+            named = ("summary.json", "environment.json")
+            yield from (file for file in sorted(folder.glob("*.json")) if file.name not in named)
+
+
+def _mapping(path: Path, parse: Any) -> Json:
+    """Parse a file that holds a mapping; {} where there is no such file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); mend or delete the file, then report again") from None
+    try:
+        value = parse(text)
+    except (ValueError, yaml.YAMLError):
+        raise InputError(
+            f"{path}: is damaged (not {path.suffix[1:]}); mend or delete the file, then report again"
+        ) from None
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,110 @@
+"""Optional loggers: what reaches them, offline, and what happens where a package is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mim_refiner.commands import loggers
+from mim_refiner.commands.loggers import logging_to
+from mim_refiner.errors import InputError
+
+
+class Heard:
+    """Remembers what the display was told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def phase(self, name, total):
+        self.calls.append(("phase", name, total))
+
+    def update(self, step, metrics):
+        self.calls.append(("update", step))
+
+    def message(self, text):
+        self.calls.append(("message", text))
+
+    def done(self):
+        self.calls.append(("done",))
+
+
+def pretend_run(name: str, out: Path) -> Heard:
+    """Log a run of two records and a summary."""
+    heard = Heard()
+    with logging_to([name], str(out), heard) as reporter:
+        reporter.phase("warmup", 2)
+        reporter.update(1, {})  # a display's update, not a record
+        assert not out.exists()  # nothing is written before the run folder is there
+        out.mkdir()
+        (out / "recipe.yaml").write_text("name: tiny\nheads:\n  out_dim: 8\n")
+        for step in (10, 20):
+            record = {"phase": "warmup", "step": step, "total_step": step, "loss": 5.0 / step, "loss/2": 1.0}
+            reporter.update(step, record)
+        reporter.done()
+        (out / "summary.json").write_text(json.dumps({"after": {"knn_top1": 0.5}, "verdict": {"verdict": "better"}}))
+    assert heard.calls == [("phase", "warmup", 2), ("update", 1), ("update", 10), ("update", 20), ("done",)]
+    return heard
+
+
+def test_without_names_the_reporter_is_handed_back(tmp_path):
+    heard = Heard()
+    with logging_to([], str(tmp_path), heard) as reporter:
+        assert reporter is heard
+
+
+def test_unknown_and_missing_loggers_are_refused_at_once(tmp_path, monkeypatch):
+    with (
+        pytest.raises(InputError, match=r"unknown logger; did you mean 'tensorboard'\?"),
+        logging_to(["tensorbord"], str(tmp_path / "run"), Heard()),
+    ):
+        pass
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    with (
+        pytest.raises(InputError, match=r"not installed; pip install 'mim-refiner\[wandb\]'"),
+        logging_to(["wandb"], str(tmp_path / "run"), Heard()),
+    ):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    pretend_run("tensorboard", tmp_path / "run")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(10, 0.5), (20, 0.25)]
+    assert events.Scalars("after/knn_top1")[0].value == 0.5
+    assert "step" not in events.Tags()["scalars"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    pretend_run("wandb", tmp_path / "run")
+    runs = list((tmp_path / "run" / "logs" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 1
+    assert next(iter(runs[0].glob("*.wandb"))).stat().st_size > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_in_a_local_file(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    pytest.importorskip("sqlalchemy", reason="mlflow without sqlalchemy has no file store")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    pretend_run("mlflow", tmp_path / "run")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'run' / 'logs' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("mim-refiner")
+    run = client.search_runs([experiment.experiment_id])[0]
+    assert run.data.params["heads.out_dim"] == "8"
+    assert run.data.metrics["after/knn_top1"] == 0.5
+    assert [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "loss")] == [
+        (10, 0.5),
+        (20, 0.25),
+    ]

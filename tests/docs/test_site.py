@@ -1,0 +1,54 @@
+"""The documentation builds without warnings, and its pages fetch nothing from elsewhere."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built pages; skipped where the extra ``docs`` is not installed."""
+    pytest.importorskip("material", reason="needs the extra docs")
+    pytest.importorskip("mkdocstrings", reason="needs the extra docs")
+    import subprocess
+
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_every_page_is_built(site):
+    for page in (ROOT / "docs").rglob("*.md"):
+        relative = page.relative_to(ROOT / "docs").with_suffix("")
+        built = site / relative.parent if relative.name == "index" else site / relative
+        assert (built / "index.html").is_file(), relative
+
+
+def test_nothing_is_fetched(site):
+    fetching = re.compile(r"""(?:<(?:script|img|iframe|source)[^>]*\ssrc|<link[^>]*\shref)=["']?(?:https?:)?//""")
+    found = [str(page.relative_to(site)) for page in site.rglob("*.html") if fetching.search(page.read_text())]
+    assert found == []
+
+
+def test_marks_of_the_tests_are_not_shown(site):
+    shown = [
+        str(page.relative_to(site))
+        for page in site.rglob("*.html")
+        if re.search("bash no-run|extra=", page.read_text())
+    ]
+    assert shown == []
+
+
+def test_the_reference_has_signatures(site):
+    text = (site / "api" / "index.html").read_text()
+    for name in ("load_backbone", "nna_loss", "NeighborQueue", "refine", "doctor"):
+        assert f'.{name}"' in text, name  # its anchor
+    assert "temperature" in text

@@ -1,0 +1,226 @@
+"""The report page: every section, no request, nothing unescaped, readable by machines and in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from mim_refiner.errors import InputError
+from mim_refiner.report.page import write_report
+from mim_refiner.report.run_files import read_run
+
+SECTIONS = ("verdict", "numbers", "blocks", "atlas", "learning", "neighbours", "clusters", "patches", "map", "run")
+VOID = {"meta", "link", "img", "br", "circle", "input", "hr"}
+CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and whether tags close in the right order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert self.open == [], self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    def all(self, *names):
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture
+def page(make_run):
+    run = make_run()
+    return Page(write_report([run]).read_text(encoding="utf-8"))
+
+
+def test_every_section_is_there_and_named(page):
+    sections = {attributes["id"]: attributes for attributes in page.all("section")}
+    assert list(sections) == [f"run0-{name}" for name in SECTIONS]
+    ids = {attributes.get("id") for _, attributes in page.tags}
+    for attributes in sections.values():
+        assert attributes["aria-labelledby"] in ids
+    links = [attributes["href"] for attributes in page.all("a") if attributes["href"].startswith("#run0")]
+    assert links == [f"#run0-{name}" for name in SECTIONS]
+
+
+def test_the_verdict_and_the_numbers_are_said(page):
+    assert "The refined encoder is better. k-NN accuracy rose." in page.text
+    assert "45.0 +15.0 42.0 to 48.0 change +10.0 to +20.0" in page.text  # value, change, its interval, paired interval
+    assert "3 min 20 s" in page.text  # cost
+    assert "1 h 6 min" in page.text
+    assert "1 unreadable images were skipped" in page.text
+    assert "block 1 is best by k-NN." in page.text
+    assert "keeps 25 % of the neighbours from before" in page.text
+
+
+def test_nothing_is_fetched(make_run):
+    text = write_report([make_run()]).read_text()
+    named = set(re.findall(r"""(?:https?:)?//[\w.-]+""", re.sub(r"base64,[\w+/=]+", "", text)))
+    assert named <= {"http://www.w3.org", "//www.w3.org"}  # names of SVG, never fetched
+    page = Page(text)
+    for attributes in page.all("img", "script", "link", "a", "image", "use"):
+        for key in ("src", "href", "xlink:href"):
+            assert (attributes.get(key) or "#").startswith(("#", "data:")), attributes
+    assert "default-src 'none'" in text
+    assert not re.search(r"@import|url\((?!data:|#)", text)
+
+
+def test_names_from_outside_are_escaped(make_run):
+    text = write_report([make_run()]).read_text()
+    assert "dog </script" not in text
+    assert "</script><b>" not in text
+    assert "img<3>" not in text
+    assert "img&lt;" in text
+    assert "mim-refiner <refine>" not in text
+
+
+def test_it_is_accessible(page):
+    assert page.tags[0] == ("html", {"lang": "en"})
+    assert len(page.all("main")) == len(page.all("h1")) == 1
+    assert page.all("nav")[0]["aria-label"]
+    for attributes in page.all("img"):
+        assert attributes["alt"]
+    for attributes in page.all("span", "div"):
+        if attributes.get("role") == "img":
+            assert attributes["aria-label"]
+    assert {attributes.get("scope") for attributes in page.all("th")} <= {"row", "col"}
+    assert len(page.all("caption")) == len(page.all("table"))
+    ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
+    assert len(ids) == len(set(ids))  # those inside the figures too
+    for attributes in page.all("svg"):
+        assert attributes.get("aria-hidden") == "true" or attributes.get("aria-label")
+
+
+def test_figures_can_be_saved(page):
+    saved = {attributes["download"]: attributes["href"] for attributes in page.all("a") if "download" in attributes}
+    assert saved["run0-block-curves-cls.svg"].startswith("data:image/svg+xml;base64,")
+    assert saved["run0-loss-by-head.png"].startswith("data:image/png;base64,")
+    assert {"summary.json", "recipe.json"} <= saved.keys()
+
+
+def test_contrast_of_text_in_both_themes():
+    """WCAG AA: 4.5 to 1 for every text colour on both grounds."""
+    style = (Path(read_run.__code__.co_filename).parent / "templates" / "style.css").read_text()
+    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", part)) for part in style.split("@media", 2)[:2])
+
+    def luminance(colour):
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for theme in (light, dark):
+        for ground in ("paper", "card"):
+            for ink in ("ink", "muted", "link", "good", "bad", "open"):
+                low, high = sorted((luminance(theme[ground]), luminance(theme[ink])))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, ground)
+
+
+def test_a_thousand_thumbnails_stay_below_8_megabytes(make_run):
+    assert write_report([make_run(count=1000)]).stat().st_size < 8_000_000
+
+
+def test_without_labels_and_without_most_files(make_run):
+    run = make_run(labelled=False)
+    assert "The images have no labels" in Page(write_report([run]).read_text()).text
+    for name in ("evaluation/gallery.json", "evaluation/blocks.json", "atlas.json", "summary.json"):
+        (run / name).unlink()
+    page = Page(write_report([run]).read_text())
+    assert len(page.all("section")) == len(SECTIONS)
+    for words in ("This run is not finished.", "it stands at step 40", "No atlas here.", "No block curves here.",
+                  "No neighbour gallery here.", "No map here.", "mim-refiner analyze"):  # fmt: skip
+        assert words in page.text, words
+
+
+def test_several_runs_are_compared(make_run, tmp_path):
+    out = write_report([make_run("a"), make_run("bb", after=0.5)], tmp_path / "both.html")
+    page = Page(out.read_text())
+    assert "The runs side by side" in page.text
+    assert "50.0 (+20.0)" in page.text
+    assert "seed" in page.text  # the one key in which the recipes differ
+    assert [attributes["id"] for attributes in page.all("article")] == ["run0", "run1"]
+    assert not any("gallery" in (attributes.get("id") or "") for _, attributes in page.tags)
+    ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+
+
+def test_folders_without_results_are_refused(tmp_path, make_run):
+    with pytest.raises(InputError, match="no such run folder; give"):
+        read_run(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no results to report; give"):
+        read_run(tmp_path / "empty")
+    run = make_run()
+    (run / "summary.json").write_text("{")
+    with pytest.raises(InputError, match=r"summary\.json: is damaged"):
+        write_report([run])
+    assert not (run / "report.html").exists()
+
+
+PROBE = """<script>
+window.addEventListener("load", () => {
+  const map = document.querySelector(".map svg"), legend = document.querySelector(".legend button");
+  map.focus();
+  for (let i = 0; i < 3; i++) map.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+  const here = [...document.querySelectorAll("circle.here")].map((dot) => dot.dataset.i);
+  const card = document.getElementById("hover");
+  legend.click();
+  const dim = document.querySelectorAll(".map circle.dim").length;
+  document.body.dataset.probe = JSON.stringify({
+    here, card: card.textContent, hidden: card.hidden, dim, pressed: legend.getAttribute("aria-pressed"),
+    wide: document.documentElement.scrollWidth > window.innerWidth + 1,
+    drawn: [...document.querySelectorAll(".drawing svg")].every((svg) => svg.getBoundingClientRect().height > 50),
+  });
+});
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_in_a_real_browser(make_run, tmp_path, width):
+    report = write_report([make_run()])
+    probed = tmp_path / "probed.html"
+    probed.write_text(report.read_text().replace("</body>", PROBE), encoding="utf-8")
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--enable-logging=stderr"]
+    command += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}", "--disable-dev-shm-usage"]
+    command += [f"--window-size={width},900", "--dump-dom", probed.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert console == []  # errors, refused requests, warnings
+    found = re.search(r'data-probe="([^"]*)"', done.stdout)
+    assert found, done.stderr[-2000:]
+    seen = json.loads(found[1].replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert seen["here"] == ["2", "2"]  # the same image on both maps
+    assert seen["card"] == "owl, img<2>.png"
+    assert not seen["hidden"]
+    assert seen["dim"] == 2 * (40 - 14)
+    assert seen["pressed"] == "true"
+    assert not seen["wide"]
+    assert seen["drawn"]

@@ -1,0 +1,118 @@
+"""Every message that the package raises on purpose says what to do, and near misses are named."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+
+from mim_refiner import errors
+from mim_refiner.errors import MimRefinerError, did_you_mean, nearest_path
+
+PACKAGE = Path(errors.__file__).parent
+ERRORS = {
+    name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, MimRefinerError)
+}
+
+# Texts composed elsewhere and checked there: the worker's error, and the reasons that store.py words.
+PASSED_ON = {
+    "view '{self.name}': {'; '.join(problems)}",
+    "{item.error}",
+    "{path}: {message}",
+    "{problem}",
+    "fine-tuning: {'; '.join(problems)}",
+    "{path}: {_explain_unpickling(error)}",
+}
+
+# What to do: an instruction after a semicolon, or the allowed values. Words that an instruction begins with.
+VERBS = (
+    "add|ask|average|call|change|check|choose|close|continue|convert|copy|correct|cut|delete|did you mean|download|get|"
+    "end|evaluate|fill|finish|free|give|install|keep|leave|load|lower|make|mend|move|name|open|pass|pick|pip|put|quote|"
+    "raise|remove|rename|repair|report|rerun|run|save|say|see|set|shorten|show|shrink|stay|start|"
+    "store|take|try|unpack|update|use|"
+    "widen|write"
+)
+ADVICE = re.compile(
+    rf"[;:(,] ?(?:(?:or|and|first|then|please|to) )*(?:{VERBS})\b"  # "...; give a folder with images"
+    r"|\b(?:must|needs?|has to|at least|at most|out of range)\b"  # "k must be between 1 and 10, got 12"
+    r"|\{[^}]*(?:advice|hint|did_you_mean|nearest_path|close|remedy|choose)[^}]*\}"  # a computed suggestion
+)
+
+
+def text_of(node: ast.expr, constants: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The text of a message; what is filled in stands in braces, but for the texts that the module itself names."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(part, constants) for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return text_of(node.left, constants) + text_of(node.right, constants)
+    if isinstance(node, ast.FormattedValue):
+        name = ast.unparse(node.value)
+        return constants.get(name, "{" + name + "}")
+    return "{" + ast.unparse(node) + "}"
+
+
+def named_texts(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(name, text) of the constants of a module."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield ast.unparse(node.targets[0]), node.value.value
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """(where, text) of every error of ours that the package builds."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        constants = dict(named_texts(tree))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ERRORS and node.args:
+                yield f"{path.relative_to(PACKAGE)}:{node.lineno}", text_of(node.args[0], constants)
+
+
+def test_every_message_says_what_to_do():
+    found = list(messages())
+    assert len(found) > 100
+    silent = [f"{where}: {text}" for where, text in found if text not in PASSED_ON and not ADVICE.search(text)]
+    assert silent == []
+
+
+def test_every_message_is_one_line_and_no_shout():
+    bad = [f"{where}: {text}" for where, text in messages() if "\n" in text or text.rstrip().endswith("!")]
+    assert bad == []
+
+
+def test_a_message_without_advice_is_caught():
+    assert not ADVICE.search("photos: the folder is empty")
+    assert ADVICE.search("photos: the folder is empty; give one with images")
+
+
+def test_near_misses_are_named():
+    assert did_you_mean("refin", ["refine", "report"]) == "; did you mean 'refine'?"
+    assert did_you_mean("xyz", ["refine"]) == ""
+
+
+def test_mistyped_paths_are_named(tmp_path, monkeypatch):
+    (tmp_path / "photos" / "train").mkdir(parents=True)
+    (tmp_path / "mae.pth").touch()
+    assert nearest_path(f"{tmp_path}/mae.pht") == f"; did you mean '{tmp_path}/mae.pth'?"
+    assert nearest_path(f"{tmp_path}/fotos/train") == f"; did you mean '{tmp_path}/photos/train'?"
+    assert nearest_path(f"{tmp_path}/photos/trian/") == f"; did you mean '{tmp_path}/photos/train'?"
+    assert nearest_path(f"{tmp_path}/nothing/like/it") == ""
+    monkeypatch.chdir(tmp_path)
+    assert nearest_path("photo") == "; did you mean 'photos'?"
+    assert nearest_path("") == ""
+
+
+@pytest.mark.parametrize("kind", ["data", "model"])
+def test_sources_name_the_nearest_path(kind, tmp_path):
+    from mim_refiner.checkpoints.load import load_backbone
+    from mim_refiner.data.sources import open_source
+
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(MimRefinerError, match=r"no such file or folder; did you mean '.*photos'\?"):
+        (open_source if kind == "data" else load_backbone)(f"{tmp_path}/potos")
