@@ -174,7 +174,7 @@ def _reason(measure: str, key: Key, best: Key, default: Key, gain: tuple[float, 
         return f"{what}: choosing it gains {value:+.1f} points over {name_of(default)} ({interval})."
     return (
         f"{name_of(default)} stays: {name_of(best)} is best by {what}, but choosing the best gains {value:+.1f} "
-        f"points on images it was not chosen on ({interval}), which may be chance."
+        f"points on images it was not chosen on ({interval}): no clear gain."
     )
 
 
