@@ -67,7 +67,7 @@ def augmented_view(seed: int, number: int) -> ImageTransform:
         images: ImageSet, size: int, batch_size: int, indices: Sequence[int] | NDArray[np.int64] | Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         spec = scaled_view(size)
-        photometric = BatchPhotometric(spec, (0.0,) * 3, (1.0,) * 3)  # 0-1 values: normalised after the rounding
+        photometric = BatchPhotometric(spec, (0.0,) * images.channels, (1.0,) * images.channels)  # 0-1 values: normalised after the rounding
         wanted = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
         with ThreadPoolExecutor(4) as pool:
             load: Callable[..., Any] = map if images.cached else pool.map
