@@ -1,6 +1,6 @@
 """All benchmarks of a machine in one go, each part in a process of its own: a table, and a JSON file.
 
-    python benchmarks/run.py --json bench.json                     on a CPU, at the size of shared/golden/README.md
+    python benchmarks/run.py --json bench.json                     on a CPU: a ViT of 12 blocks on 32 px images
     python benchmarks/run.py --size vit_l --json bench.json        on a GPU: twelve views, eight heads, ViT-L/16, bf16
     python benchmarks/run.py --size vit_l --processes 8            and how it scales over eight GPUs
 

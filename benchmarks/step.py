@@ -1,6 +1,6 @@
 """Throughput, MFU and peak memory of refinement steps: plain and cached, with and without data, part by part.
 
-    python benchmarks/step.py                                   golden/README.md's size, on this machine's CPU
+    python benchmarks/step.py                                   a small ViT, on this machine's CPU
     python benchmarks/step.py --arch vit_large_patch16_224 --image 224 --local 96 --locals 10 --heads 8 --batch 96 \
         --micro-batch 32 --projector 2048 --predictor 4096 --out-dim 256 --queue 65536 --precision bf16    on a GPU
 
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mim_refiner.commands.plan import measured_rate
 from mim_refiner.core.collectives import average_gradients, rank, world_size
 from mim_refiner.core.device import autocast, pick_device, resolve_precision
 from mim_refiner.core.ema import ExponentialMovingAverage
@@ -168,6 +169,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "model": job.model_operations(),
         "cached": sum(replace(job, micro_batch=1).operations().values()),
     }
+    # what the cost model expects of a plain step from the speed of one block; on a CPU in CPU seconds of one thread
+    clock = time.perf_counter if bench.device.type == "cuda" else time.process_time
+    rate = measured_rate(bench.refiner, job, bench.device, bench.precision, clock)
+    result["expected_seconds"] = job.model_operations() / rate / world_size()
     result["parts"] = {}
     for part, work in parts.items():
         measured = bench.timed(work, options.repeats)

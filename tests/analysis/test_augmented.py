@@ -32,6 +32,14 @@ def test_views_depend_on_seed_and_number_alone(images):
         assert not torch.equal(first, other[0])
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_any_number_of_channels(tmp_path, channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 24, channels)).astype(np.uint8)
+    np.savez(tmp_path / "set.npz", images=pixels)
+    views, _ = pixels_of(ImageSet(open_source(tmp_path / "set.npz"), channels=channels))
+    assert views.shape == (3, channels, 16, 16)
+
+
 def test_an_unreadable_image_leaves_the_others_as_they_are(images):
     whole, _ = pixels_of(images)
     images.add_unreadable([(2, "x.png", "broken")])

@@ -35,7 +35,7 @@ def test_three_words(seed):
         "word": "high",
         "bootstrap_agreement": 1.0,
         "against": [],
-        "why": "100 % of resamples agree, and of retrieval and rank none objects",
+        "why": "100 % of resamples agree, and of the other measures none objects",
     }
     assert all(row["difference"] == 0 for row in same["measures"])
 
@@ -58,17 +58,26 @@ def test_small_changes_are_not_clear_however_certain():
     assert label_free_verdict(before, shifted, rule=VerdictRule(min_change=0.005))["verdict"] == "better"
 
 
-def test_measures_that_object_lower_the_confidence():
+def test_a_measure_that_objects_lowers_the_confidence():
+    before, after = measures(1.0, 0), measures(0.5, 0)
+    other = LabelFreeMeasures(after.consistency, before.retrieval - 1, before.stability - 0.5, after.features)
+    found = [label_free_verdict(before, one) for one in (after, other)]
+    assert [verdict["verdict"] for verdict in found] == ["better"] * 2
+    assert [verdict["confidence"]["word"] for verdict in found] == ["high", "medium"]
+    assert [verdict["confidence"]["against"] for verdict in found] == [[], ["view retrieval"]]
+
+
+def test_consistency_won_by_losing_rank_is_not_called_better():
+    """Found on a refinement at twice the learning rate: consistency +9 points, rank x 0.71, k-NN unchanged."""
     before, after = measures(1.0, 0), measures(0.5, 0)
     thin = after.features * torch.tensor([1.0] * 8 + [0.01] * 4)  # effective rank between 50 and 75 %
-    one = LabelFreeMeasures(after.consistency, before.retrieval - 1, before.stability - 0.5, after.features)
-    two = LabelFreeMeasures(after.consistency, before.retrieval - 1, before.stability - 0.5, thin)
-    found = [label_free_verdict(before, other) for other in (after, one, two)]
-    assert [verdict["verdict"] for verdict in found] == ["better"] * 3
-    assert [verdict["confidence"]["word"] for verdict in found] == ["high", "medium", "low"]
-    assert [verdict["confidence"]["against"] for verdict in found] == [
-        [], ["view retrieval"], ["view retrieval", "effective rank"],
-    ]  # fmt: skip
+    found = label_free_verdict(before, LabelFreeMeasures(after.consistency, after.retrieval, after.stability, thin))
+    assert found["verdict"] == "no clear change"
+    assert "but the effective rank of the features fell" in found["reason"]
+    assert found["confidence"]["word"] != "high"
+    assert "neighbour consistency" in found["confidence"]["against"]
+    worse = label_free_verdict(after, LabelFreeMeasures(before.consistency, before.retrieval, before.stability, thin))
+    assert worse["verdict"] == "worse"
 
 
 def test_drift_is_shown_and_decides_nothing():

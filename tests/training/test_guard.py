@@ -175,6 +175,8 @@ def test_a_resumed_run_remembers_what_was_seen_before_its_checkpoint(tmp_path: P
     resumed.guard.begin(1)  # the checkpoint is older than the second look
     with pytest.raises(GuardStopError, match="effective rank"):
         resumed.look(2)
+    steps = [entry["total_step"] for entry in json.loads(resumed.guard.file.read_text())["history"]]
+    assert list(map(repr, steps)) == ["1", "2"]  # as in a run without an interruption, to the byte
 
 
 def test_a_short_phase_is_looked_at_five_times(tmp_path: Path) -> None:

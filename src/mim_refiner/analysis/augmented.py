@@ -67,7 +67,6 @@ def augmented_view(seed: int, number: int) -> ImageTransform:
         images: ImageSet, size: int, batch_size: int, indices: Sequence[int] | NDArray[np.int64] | Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         spec = scaled_view(size)
-        photometric = BatchPhotometric(spec, (0.0,) * images.channels, (1.0,) * images.channels)  # 0-1 values: normalised after the rounding
         wanted = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
         with ThreadPoolExecutor(4) as pool:
             load: Callable[..., Any] = map if images.cached else pool.map
@@ -81,6 +80,10 @@ def augmented_view(seed: int, number: int) -> ImageTransform:
                 # random numbers belong to the position in the set asked for, whether or not others are readable
                 whole = [pixels if pixels is not None else loaded[kept[0]] for pixels in loaded]
                 crops = crop_batch(whole, spec, seed=seed, epoch=0, position=start, view=number)
+                channels = crops.shape[-1]
+                photometric = BatchPhotometric(
+                    spec, (0.0,) * channels, (1.0,) * channels
+                )  # normalised after the rounding
                 views = photometric(
                     torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2))),
                     seeded_generator(seed, number, start),

@@ -14,7 +14,6 @@ from mim_refiner.analysis.verdict import BETTER, UNCLEAR, WORSE
 from mim_refiner.errors import InputError
 
 Rows = NDArray[np.int64]
-OBJECTION = 0.75  # an effective rank below this share of the base's casts doubt on "better"
 
 
 @dataclass(frozen=True)
@@ -22,11 +21,13 @@ class VerdictRule:
     """``min_change``: smaller changes of neighbour consistency (a share, 0-1) are no clear change, however certain.
 
     ``collapse``: an effective rank below this share of the base's is worse, whatever the neighbours say: features that
-    fall on few directions agree with each other without telling images apart.
+    fall on few directions agree with each other without telling images apart. Below the share ``rank_kept`` a rise of
+    the consistency is not called better: training against augmentations raises it on the way to collapse as well.
     """
 
     min_change: float = 0.02
     collapse: float = 0.5
+    rank_kept: float = 0.75
 
 
 def label_free_verdict(
@@ -41,8 +42,9 @@ def label_free_verdict(
     """Compare two encoders on the same N images and views.
 
     Better or worse: neighbour consistency changed by more than ``min_change``, and so did its paired 95 % interval;
-    worse too when the effective rank collapsed. Returns {"verdict", "reason", "measures": [a row each], "confidence",
-    "samples", "rule"}. ``drift`` [M]: see ``dense_drift``. Raises InputError when the images differ.
+    worse too when the effective rank collapsed, and not better when it fell far (``VerdictRule``). Returns {"verdict",
+    "reason", "measures": [a row each], "confidence", "samples", "rule"}. ``drift`` [M]: see ``dense_drift``.
+    Raises InputError when the images differ.
     """
     rule = rule or VerdictRule()
     count = len(before.consistency)
@@ -130,27 +132,43 @@ def _decide(consistency: _Row, rank: _Row, rule: VerdictRule) -> tuple[str, str]
             f"Two views of an image share {moved} of their neighbours: not clearly more than {limit} of change.",
         )
     kind = "more" if word == BETTER else "less"
-    return word, f"Two views of an image share {kind} of their neighbours than before: {moved}."
+    found = f"Two views of an image share {kind} of their neighbours than before: {moved}"
+    if word == BETTER and _rank_lost(rank, rule):
+        return UNCLEAR, (
+            f"{found}, but the effective rank of the features fell from {rank.before:.1f} to {rank.after:.1f}: "
+            "features on fewer directions agree more without telling more apart."
+        )
+    return word, f"{found}."
+
+
+def _rank_lost(rank: _Row, rule: VerdictRule) -> bool:
+    return rank.after < rule.rank_kept * rank.before and rank.high < 0
 
 
 def _confidence(word: str, rows: Mapping[str, _Row], rule: VerdictRule) -> dict[str, Any]:
-    """How sure: the share of bootstrap replicates on the same side, and whether retrieval or rank object.
+    """How sure: the share of bootstrap replicates on the same side, and whether other measures object.
 
     Cluster stability has no say: where labels exist it fell with real refinements and rose with collapse.
     """
-    drawn = rows["neighbour consistency"].drawn
+    consistency, retrieval, rank = (rows[n] for n in ("neighbour consistency", "view retrieval", "effective rank"))
+    drawn = consistency.drawn
+    contested = word == UNCLEAR and consistency.low > rule.min_change  # the rank fell too far to call it better
     shares = {
         BETTER: float((drawn > rule.min_change).mean()),
         WORSE: float((drawn < -rule.min_change).mean()),
-        UNCLEAR: float((np.abs(drawn) <= rule.min_change).mean()),
+        UNCLEAR: float((rank.drawn < (rule.rank_kept - 1) * rank.before).mean())
+        if contested
+        else float((np.abs(drawn) <= rule.min_change).mean()),
     }
-    collapsed = rows["effective rank"].after < rule.collapse * rows["effective rank"].before
+    collapsed = rank.after < rule.collapse * rank.before
     share = 1.0 if word == WORSE and collapsed else shares[word]
-    retrieval, rank = rows["view retrieval"], rows["effective rank"]
     objections = {
-        BETTER: {"view retrieval": retrieval.high < 0, "effective rank": rank.after < OBJECTION * rank.before},
+        BETTER: {"view retrieval": retrieval.high < 0},
         WORSE: {"view retrieval": retrieval.low > 0 and not collapsed},
-        UNCLEAR: {"view retrieval": retrieval.low > rule.min_change or retrieval.high < -rule.min_change},
+        UNCLEAR: {
+            "neighbour consistency": contested,
+            "view retrieval": retrieval.low > rule.min_change or retrieval.high < -rule.min_change,
+        },
     }[word]
     against = [name for name, objects in objections.items() if objects]
     level = "high" if share >= 0.99 and not against else "medium" if share >= 0.9 and len(against) < 2 else "low"
@@ -159,7 +177,7 @@ def _confidence(word: str, rows: Mapping[str, _Row], rule: VerdictRule) -> dict[
         "word": level,
         "bootstrap_agreement": share,
         "against": against,
-        "why": f"{100 * share:.0f} % of resamples agree, and of retrieval and rank {objects}",
+        "why": f"{100 * share:.0f} % of resamples agree, and of the other measures {objects}",
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -136,7 +137,13 @@ def _costs(recipe: RefineRecipe, refiner: Refiner, images: int, device: torch.de
     }
 
 
-def measured_rate(refiner: Refiner, job: Job, device: torch.device, precision: str) -> float:
+def measured_rate(
+    refiner: Refiner,
+    job: Job,
+    device: torch.device,
+    precision: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Operations a second of the last block, forward and backward, on a few views of the first size."""
     block = refiner.backbone.model.blocks[-1]
     modes = {parameter: parameter.requires_grad for parameter in block.parameters()}
@@ -146,14 +153,14 @@ def measured_rate(refiner: Refiner, job: Job, device: torch.device, precision: s
         parameter.requires_grad_(True)
     done, seconds = 0, 0.0
     while seconds < RATE_SECONDS:
-        started = time.perf_counter()
+        started = clock()
         with autocast(precision, device):
             output = block(x)
         output.sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         if done or seconds:  # the first round warms up
-            seconds += time.perf_counter() - started
+            seconds += clock() - started
         done += 1
         seconds = max(seconds, 1e-9)
     for parameter, mode in modes.items():

@@ -254,4 +254,4 @@ def _finite(entry: dict[str, float]) -> bool:
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:
     """JSON has no NaN: files.write_json writes it as text."""
-    return {key: float(value) for key, value in entry.items()}
+    return {key: value if isinstance(value, int) else float(value) for key, value in entry.items()}
