@@ -81,6 +81,8 @@ def run(words: list[str]) -> None:
     assert code == 0, f"mim-refiner {' '.join(words)}\n{output.getvalue()[-2000:]}"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # seconds on a free core, minutes on a crowded one
 @pytest.mark.parametrize("page", EXECUTED, ids=name_of)
 def test_snippets_run(page: Path, quick_start: Path, tmp_path: Path):
     for path in quick_start.iterdir():

@@ -55,7 +55,7 @@ def pretrain(
     log: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Pre-train ``arch`` (a timm ViT name, or vit_w<width>_d<depth>_h<heads>_p<patch>) as a masked autoencoder.
+    """Pre-train ``arch`` (a timm ViT name, or ``vit_w<width>_d<depth>_h<heads>_p<patch>``) as a masked autoencoder.
 
     ``data``: images, labels optional (used for online k-NN only), without those listed in ``exclude``. ``log``: further
     loggers (tensorboard, wandb, mlflow). Writes a run folder whose export/ is a timm folder. The same call on the same
