@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mim_refiner.report.figures import LABELS, MORE_STYLES, POOLINGS, SHADE, STYLES
+from mim_refiner.report.figures import LABELS, MORE_STYLES, POOLINGS, SHADE, STYLES, phase_starts, series_of
 
 TEXT, AXIS, GRID = "#222222", "#8a8a8a", "#dddddd"
 # What the light figure's colours are called in the page's style sheet, which has a dark value for each.
@@ -122,27 +122,9 @@ def comparison_panels(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[P
 
 
 def series(records: Sequence[Mapping[str, Any]], key: str, factor: float) -> dict[str, tuple[list[int], list[float]]]:
-    """{line name: (steps, values)} of one metric, or with a final slash of every block of it."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    for record in records:
-        step = int(record.get("total_step", record.get("step", 0)))
-        for name, value in record.items():
-            if (name.startswith(key) if key.endswith("/") else name == key) and isinstance(value, int | float):
-                label = f"block {name[len(key) :]}" if key.endswith("/") else name
-                steps, values = found.setdefault(label, ([], []))
-                steps.append(step)
-                values.append(factor * float(value))
-    return found
-
-
-def phase_starts(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """{phase: its first step on the axis of all steps}."""
-    starts: dict[str, int] = {}
-    for record in records:
-        step = int(record.get("total_step", record.get("step", 0)))
-        starts.setdefault(str(record.get("phase", "")), step - int(record.get("step", step)))
-    starts.pop("", None)
-    return starts
+    """{line name: (steps, values)} of one metric, or with a final slash of every block of it, times ``factor``."""
+    found = series_of(records, key, "block " if key.endswith("/") else key)
+    return {name: (steps, [factor * value for value in values]) for name, (steps, values) in found.items()}
 
 
 def name_of(model: str) -> str:
