@@ -43,7 +43,9 @@ def copy_weights(args: argparse.Namespace) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     shutil.copy(source / "config.json", target)
-    shutil.copy(source / "README.md", target)
+    head, title, rest = (source / "README.md").read_text().partition("\n# ")
+    name, _, card = rest.partition("\n")  # the card tells of the last run alone
+    (target / "README.md").write_text(f"{head}{title}{name}\n\n{args.what}. Made by: `{args.command}`\n{card}")
     half = {name: tensor.to(torch.float16) for name, tensor in load_file(source / "model.safetensors").items()}
     save_file(half, target / "model.safetensors", metadata={"format": "pt"})
     record = ASSETS / "weights.json"
