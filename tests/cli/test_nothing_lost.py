@@ -212,16 +212,40 @@ def test_two_processes_refine_as_one_and_one_goes_on_for_two(mae, shapes, cli, f
     assert (second.stdout, second.stderr) == ("", "")
     compare_runs(single.path, out, mae.export)
 
-    elastic = tmp_path / "elastic"
-    shutil.copytree(out, elastic, symlinks=True)
-    shutil.rmtree(elastic / "export")
-    for folder in (elastic / "checkpoints").glob("step-*"):
-        if folder.name > "step-000003":
-            shutil.rmtree(folder)
+    elastic = cut_back(out, tmp_path / "elastic")
     again = cli.call(*[str(elastic) if word == str(out) else word for word in words])
     assert again.code == 0, again.err
     assert "resuming after step 3" in again.err
     compare_runs(single.path, elastic, mae.export)
+
+
+@pytest.mark.slow
+def test_sharded_weights_refine_as_whole_ones_and_their_checkpoints_are_whole(mae, shapes, cli, finish, tmp_path):
+    """FSDP2: two processes that share the weights; another two that do not share them go on from the middle."""
+    settings = ("checkpoint_every=2", "keep_checkpoints=99", "log_every=1", "batch_size=16", "refinement.top_k=4")
+    single = finish(cli.refine(shapes, mae.export, tmp_path / "one", *settings))
+    words = cli.refine(shapes, mae.export, tmp_path / "shared", *settings, "shard=true", "guard.every=2")
+    for outcome in processes(2, words):
+        assert outcome.returncode == 0, outcome.stderr
+    compare_runs(single.path, tmp_path / "shared", mae.export)
+    assert json.loads((tmp_path / "shared" / "guard.json").read_text())["history"]
+
+    whole = cut_back(tmp_path / "shared", tmp_path / "whole")
+    words = cli.refine(shapes, mae.export, whole, *settings, "guard.every=2")
+    first, second = processes(2, words)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "resuming after step 3" in first.stderr
+    compare_runs(single.path, whole, mae.export)
+
+
+def cut_back(run: Path, out: Path) -> Path:
+    """A copy of a finished run as it was after step 3."""
+    shutil.copytree(run, out, symlinks=True)
+    shutil.rmtree(out / "export")
+    for folder in (out / "checkpoints").glob("step-*"):
+        if folder.name > "step-000003":
+            shutil.rmtree(folder)
+    return out
 
 
 def compare_runs(one: Path, other: Path, start: Path) -> None:

@@ -1,4 +1,7 @@
-"""One of two gloo processes of test_distributed.py: python distributed_worker.py RANK STORE MICRO_BATCH OUT."""
+"""One of the gloo processes of test_distributed.py.
+
+python distributed_worker.py RANK STORE OUT PROCESSES MICRO_BATCH FROZEN_BLOCKS WAY.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from test_distributed import three_steps
 
 
 def main() -> None:
-    rank, store, micro_batch, out = int(sys.argv[1]), *sys.argv[2:5]
+    rank, store, out, processes, micro_batch, frozen_blocks, way = sys.argv[1:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    save_file(three_steps(int(micro_batch) or None), out)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(processes))
+    save_file(three_steps(int(micro_batch) or None, int(frozen_blocks), way), out)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,7 +1,8 @@
-"""Two processes take the step that one takes: float64, random layers, drawn neighbours, plain and cached."""
+"""Two processes take the step that one takes: float64, random layers, drawn neighbours, plain, cached and sharded."""
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -12,9 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mim_refiner.core.collectives import average_gradients
+from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.rows import process_rows
+from mim_refiner.core.sharding import (
+    full_optimizer_state,
+    full_state,
+    load_full_optimizer_state,
+    load_full_state,
+    local,
+)
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
@@ -25,13 +35,22 @@ BATCH = 12  # of all processes
 SIZES = (16, 16, 8, 8, 8)
 
 
-def three_steps(micro_batch: int | None) -> dict[str, Tensor]:
-    """This process's part of three steps: losses, gradients of the first, parameters and buffers at the end."""
+def three_steps(micro_batch: int | None, frozen_blocks: int, way: str = "") -> dict[str, Tensor]:
+    """This process's part of three steps: losses, gradients of the first; parameters, buffers, average at the end.
+
+    way: "sharded", or "checkpointing" for that on top; halfway everything goes through whole states and back.
+    """
     torch.manual_seed(0)
     vit = create_vit("vit_w32_d4_h2_p8", image_size=16, drop_path_rate=0.4)
-    refiner = Refiner(Backbone.wrap(vit), (2, 3), HeadConfig(24, 24, 16, 30), pooling="cls", frozen_blocks=1).double()
+    config = HeadConfig(24, 24, 16, 30)
+    refiner = Refiner(Backbone.wrap(vit), (2, 3), config, pooling="cls", frozen_blocks=frozen_blocks).double()
     refiner.unfreeze_encoder()
     refiner.set_top_k(5)
+    ema = ExponentialMovingAverage(refiner.backbone)
+    if way:
+        refiner.backbone.shard_blocks()
+        ema.module.shard_blocks()  # type: ignore[operator]
+        refiner.backbone.model.set_grad_checkpointing(way == "checkpointing")
     optimizer = adamw(parameter_groups(refiner.named_parameters(), weight_decay=0.05), (0.9, 0.95))
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
@@ -54,20 +73,46 @@ def three_steps(micro_batch: int | None) -> dict[str, Tensor]:
         average_gradients(refiner.parameters())
         result[f"loss{step}"] = output.loss.detach()
         if step == 0:
-            result |= {f"grad/{name}": p.grad.clone() for name, p in refiner.named_parameters() if p.grad is not None}
+            grads = {f"grad/{name}": p.grad for name, p in refiner.named_parameters() if p.grad is not None}
+            result |= {key: g.full_tensor() if isinstance(g, DTensor) else g.clone() for key, g in grads.items()}
         optimizer.step()
-    return result | {f"state/{name}": tensor for name, tensor in refiner.state_dict().items()}
+        ema.update(refiner.backbone, 0.9)
+        if way and step == 1:
+            with torch.no_grad():  # as online k-NN does
+                refiner.backbone.forward_blocks(torch.zeros(2, 3, 16, 16, dtype=torch.float64))
+            states, moments = [full_state(module) for module in (refiner, ema)], full_optimizer_state(optimizer)
+            assert not any(isinstance(t, DTensor) for state in states for t in state.values())
+            for module, state in zip((refiner, ema), copy.deepcopy(states), strict=True):
+                with torch.no_grad():
+                    for parameter in module.parameters():
+                        local(parameter).zero_()
+                load_full_state(module, state)
+            load_full_optimizer_state(optimizer, copy.deepcopy(moments))
+    result |= {f"state/{name}": tensor for name, tensor in full_state(refiner).items()}
+    return result | {f"average/{name}": tensor for name, tensor in full_state(ema).items()}
 
 
-@pytest.mark.parametrize("micro_batch", [0, 4])
-def test_two_processes_equal_one(micro_batch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "micro_batch", "frozen_blocks", "way"),
+    [
+        (2, 0, 1, ""),
+        (2, 4, 1, ""),
+        (2, 0, 0, "sharded"),
+        (2, 4, 1, "sharded"),
+        (2, 4, 0, "checkpointing"),
+        (4, 0, 1, "two nodes"),
+    ],
+)
+def test_processes_equal_one(processes: int, micro_batch: int, frozen_blocks: int, way: str, tmp_path: Path) -> None:
     worker = str(Path(__file__).with_name("distributed_worker.py"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    outs = [tmp_path / f"rank{rank}.safetensors" for rank in range(2)]
+    environment |= {"LOCAL_WORLD_SIZE": "2"}
+    outs = [tmp_path / f"rank{rank}.safetensors" for rank in range(processes)]
+    setting = [str(processes), str(micro_batch), str(frozen_blocks), way]
     started = [
         subprocess.Popen(
-            [sys.executable, worker, str(rank), str(tmp_path / "store"), str(micro_batch), str(out)],
+            [sys.executable, worker, str(rank), str(tmp_path / "store"), str(out), *setting],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -78,12 +123,13 @@ def test_two_processes_equal_one(micro_batch: int, tmp_path: Path) -> None:
     for process in started:
         output, _ = process.communicate(timeout=250)
         assert process.returncode == 0, output
-    one, (first, second) = three_steps(None), (load_file(out) for out in outs)
-    assert one.keys() == first.keys() == second.keys()
+    one, (first, *others) = three_steps(None, frozen_blocks), [load_file(out) for out in outs]
+    assert all(one.keys() == found.keys() for found in (first, *others))
     for name, expected in one.items():
         if name.startswith("loss"):
-            torch.testing.assert_close((first[name] + second[name]) / 2, expected, rtol=1e-10, atol=0)
+            mean = sum((other[name] for other in others), first[name]) / processes
+            torch.testing.assert_close(mean, expected, rtol=1e-10, atol=0)
         else:
             tolerance = 1e-10 if name.startswith("grad/") else 1e-9
             torch.testing.assert_close(first[name], expected, rtol=tolerance, atol=tolerance, msg=name)
-            assert torch.equal(first[name], second[name]), name
+            assert all(torch.equal(first[name], other[name]) for other in others), name

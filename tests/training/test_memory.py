@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,21 @@ def test_traffic_grows_with_processes_as_rings_do() -> None:
     alone = Job(ENCODERS["ViT-L/16"], 1024, range(16, 24), [(224, 2), (96, 10)])
     assert set(alone.traffic().values()) == {0}
     assert job.traffic()["gradients"] == pytest.approx(2 * 7 / 8 * 4 * job.trained_parameters)
+
+
+def test_sharded_blocks_need_an_eighth_and_travel_more() -> None:
+    huge = [(224, 2), (98, 10)]
+    whole = Job(ENCODERS["ViT-2B/14"], 512, range(16, 24), huge, frozen_blocks=6, micro_batch=32, processes=8)
+    shared = replace(whole, shards=8)
+    kept = whole.memory()["parameters and optimizer"] - shared.memory()["parameters and optimizer"]
+    block = ENCODERS["ViT-2B/14"].block_parameters
+    assert kept == pytest.approx(7 / 8 * block * (18 * 16 + 6 * 4))
+    assert shared.traffic()["gradients of blocks"] == pytest.approx(2 * 2 * 18 * block * 4 * 7 / 8)
+    assert shared.traffic()["gradients"] < 0.1 * whole.traffic()["gradients"]
+
+
+def test_the_planner_counts_the_state_of_sharded_blocks() -> None:
+    refiner = make("vit_w192_d8_h3_p8", image=96)
+    whole, half = (measure_needs(refiner, [(96, 2)], 4, precision="fp32", shards=shards) for shards in (1, 2))
+    blocks = sum(p.numel() for p in refiner.backbone.model.blocks.parameters()) * 4
+    assert whole.state - half.state == pytest.approx(5 * blocks / 2 - 3 * blocks / 8)

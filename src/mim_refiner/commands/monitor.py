@@ -48,10 +48,8 @@ class OnlineKnn:
 
     def __call__(self) -> dict[str, float]:
         """Metrics ``knn_top1`` (the last block) and ``knn_top1/<block>``."""
-        (bank, bank_labels), (test, truth) = (
-            self._features(self.bank, self.bank_indices),
-            self._features(self.test, self.test_indices),
-        )
+        bank, bank_labels = self._features(self.bank, self.bank_indices)
+        test, truth = self._features(self.test, self.test_indices)
         number = class_numbers(self.bank, self.test)
         truth = truth if number is None else number[truth]
         metrics = {}
@@ -62,7 +60,8 @@ class OnlineKnn:
 
     def _features(self, images: ImageSet, indices: NDArray[np.int64]) -> tuple[dict[int, Tensor], Tensor]:
         """Features {block: [N, D]} and labels [N]; every rank computes a part, and all get the whole in order."""
-        part = np.array_split(indices, world_size())[rank()]
+        share = -(-len(indices) // world_size())
+        padded = np.resize(indices, (world_size(), share))  # equal parts: ranks of a sharded encoder pass together
         found = extract_features(
             self.backbone,
             images,
@@ -70,10 +69,16 @@ class OnlineKnn:
             poolings=(self.pooling,),
             device=self.device,
             precision=self.precision,
-            indices=part,
+            indices=padded[rank()],
         )
         assert found.labels is not None
-        parts = from_ranks(({block: found[block, self.pooling] for block in self.blocks}, found.labels))
-        return {block: torch.cat([features[block] for features, _ in parts]) for block in self.blocks}, torch.cat(
-            [labels for _, labels in parts]
-        )
+        own = {block: found[block, self.pooling] for block in self.blocks}
+        parts = from_ranks((own, found.labels, found.indices))
+        rows = _first_rows(torch.cat([seen for _, _, seen in parts]))
+        features = {block: torch.cat([values[block] for values, _, _ in parts])[rows] for block in self.blocks}
+        return features, torch.cat([labels for _, labels, _ in parts])[rows]
+
+
+def _first_rows(indices: Tensor) -> Tensor:
+    """Rows where an image is named for the first time, in order."""
+    return torch.from_numpy(np.sort(np.unique(indices.numpy(), return_index=True)[1]))

@@ -10,6 +10,7 @@ import torch
 
 from mim_refiner.core.collectives import world_size
 from mim_refiner.core.device import autocast
+from mim_refiner.core.sharding import shard_count
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.reporting import Reporter
 from mim_refiner.training.cost import EncoderShape, Job
@@ -32,6 +33,7 @@ def fit_into(
         precision=precision,
         micro_batch=recipe.micro_batch,
         checkpointing=recipe.checkpointing,
+        shards=shards_of(recipe),
     )
     reporter.message(
         f"memory: {format_bytes(picked.peak)} of {format_bytes(available)} expected; micro_batch="
@@ -46,7 +48,10 @@ def plan(
     """The cost of the run: memory by part, operations, hours at the speed this device shows, traffic."""
     local = recipe.batch_size // world_size()
     shapes = view_shapes(recipe)
-    needs = measure_needs(refiner, shapes, local, precision=precision, checkpointing=recipe.checkpointing)
+    shards = shards_of(recipe)
+    needs = measure_needs(
+        refiner, shapes, local, precision=precision, checkpointing=recipe.checkpointing, shards=shards
+    )
     peak = needs.whole() if recipe.micro_batch is None else needs.cached(recipe.micro_batch)
     picked = Choice(recipe.micro_batch, recipe.checkpointing, peak, "as the recipe says")
     if budget is not None:
@@ -58,6 +63,7 @@ def plan(
             precision=precision,
             micro_batch=recipe.micro_batch,
             checkpointing=recipe.checkpointing,
+            shards=shards,
         )
     sizes = vars(needs) | {"plain_step": needs.whole(), "one_image_at_a_time": needs.cached(1)}
     result: dict[str, Any] = {
@@ -74,6 +80,11 @@ def plan(
         chosen = recipe.model_copy(update={"micro_batch": picked.micro_batch, "checkpointing": picked.checkpointing})
         result |= _costs(chosen, refiner, images, device, precision)
     return {"plan": result}
+
+
+def shards_of(recipe: RefineRecipe) -> int:
+    """Processes that share the weights of the encoder's blocks."""
+    return shard_count() if recipe.shard else 1
 
 
 def view_shapes(recipe: RefineRecipe) -> list[tuple[int, int]]:
@@ -115,6 +126,7 @@ def job_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Job:
         bf16=precision == "bf16",
         fused_attention=bool(block.attn.fused_attn),
         processes=world_size(),
+        shards=shards_of(recipe),
     )
 
 

@@ -21,11 +21,13 @@ from mim_refiner.commands.plan import plan as run_plan
 from mim_refiner.commands.report import finish_with_report, write_gallery
 from mim_refiner.commands.runs import list_skipped, open_images, refuse_to_overwrite_inputs, run_settings
 from mim_refiner.commands.survey import How
+from mim_refiner.core.collectives import is_distributed
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.launch import join_processes
 from mim_refiner.core.layer_decay import negligible_blocks
 from mim_refiner.core.schedules import peak_learning_rate
+from mim_refiner.core.sharding import full_state, is_sharded
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.photometric import BatchPhotometric
@@ -190,6 +192,9 @@ def make_job(
         BatchPhotometric(view, info.mean, info.std) for view in view_specs(recipe) for _ in range(view.count)
     ]
     ema = ExponentialMovingAverage(refiner.backbone)
+    if recipe.shard and is_distributed():
+        refiner.backbone.shard_blocks()
+        ema.module.shard_blocks()  # type: ignore[operator]
     return Refinement(
         refiner, ema, recipe, loader, photometrics, device=device, precision=precision, labels=images.labels
     )
@@ -215,6 +220,10 @@ def train(
         return guard.load_best(load_backbone(model)), error
     refined = job.ema.module if recipe.export_weights == "ema" else refiner.backbone
     assert isinstance(refined, Backbone)
+    if is_sharded(refined):
+        whole = full_state(refined)
+        refined = load_backbone(model)
+        refined.load_state_dict(whole)
     return refined, None
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.tensor import DTensor
 
 BUCKET_BYTES = 64 * 2**20  # of gradients sent by one call
 
@@ -94,14 +95,15 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over ranks.
+    """Replace every gradient by its mean over ranks; those of sharded parameters are that already.
 
     One exchange after the backward pass, in buckets: the micro-batches of a cached step have several backward passes,
     so DistributedDataParallel's overlap would not fit; the exchange is a small part of a step (docs/scale.md).
     """
     if not is_distributed():
         return
-    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+    whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    for bucket in _buckets(whole):
         flat = _flatten_dense_tensors(bucket)
         dist.all_reduce(flat)
         flat /= world_size()
@@ -111,11 +113,12 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def broadcast_state(modules: Iterable[nn.Module]) -> None:
-    """Give every rank the parameters and buffers of rank 0."""
+    """Give every rank the parameters and buffers of rank 0; sharded ones differ by rank and stay."""
     if is_distributed():
         for module in modules:
             for tensor in module.state_dict().values():
-                dist.broadcast(tensor, 0)
+                if not isinstance(tensor, DTensor):
+                    dist.broadcast(tensor, 0)
 
 
 def agree(value: float, *, largest: bool = True) -> float:

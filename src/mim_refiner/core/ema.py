@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from mim_refiner.core.sharding import local
 from mim_refiner.errors import InputError
 
 
@@ -35,7 +36,8 @@ class ExponentialMovingAverage(nn.Module):
                 f"EMA: the model and its average differ in parameter '{name}'; average the model it was made of"
             )
         for name, parameter in average.items():
-            parameter.lerp_(current[name].detach().to(parameter), 1 - decay)  # exact where nothing moved
+            mine = local(parameter)
+            mine.lerp_(local(current[name].detach()).to(mine), 1 - decay)  # exact where nothing moved
         if copy_buffers:
             buffers = dict(model.named_buffers())
             for name, buffer in self.module.named_buffers():

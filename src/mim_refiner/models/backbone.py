@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mim_refiner.core.sharding import shard
 from mim_refiner.errors import InputError
 from mim_refiner.models.positions import RULES, Grid, resize_absolute, resize_relative
 from mim_refiner.models.postnorm import PostNormVisionTransformer
@@ -246,6 +247,15 @@ class Backbone(nn.Module):
         for module in self.model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
+
+    def shard_blocks(self) -> None:
+        """Spread the blocks' weights over the processes (core.sharding); all are to call it, with the same weights.
+
+        Raises InputError for a model that does not run block by block.
+        """
+        if self.runner is None:
+            raise InputError(f"shard: {self.info.architecture} does not run block by block; leave shard out")
+        shard(self, self.model.blocks, method="run_blocks")
 
     def compile_blocks(self) -> None:
         """``torch.compile`` every block in place; parameter names stay as they are."""

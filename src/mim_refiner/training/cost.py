@@ -89,7 +89,7 @@ class Job:
     bf16: bool = True
     fused_attention: bool = True
     processes: int = 1
-    sharded: bool = False  # FSDP2: parameters, gradients and moments spread over the processes
+    shards: int = 1  # processes of a node that share weights, gradients, moments and average of the blocks (FSDP2)
 
     @property
     def views(self) -> int:
@@ -104,13 +104,17 @@ class Job:
         return max(self.head_blocks) + 1
 
     @property
+    def trained_blocks(self) -> int:
+        return self.blocks_run - self.frozen_blocks
+
+    @property
     def head_parameters(self) -> int:
         d, p, q, o = self.encoder.dim, self.projector_hidden, self.predictor_hidden, self.out_dim
         return d * p + p * p + p * o + o * q + q * o + 2 * (2 * p + o + q + o)
 
     @property
     def trained_parameters(self) -> int:
-        encoder = (self.blocks_run - self.frozen_blocks) * self.encoder.block_parameters
+        encoder = self.trained_blocks * self.encoder.block_parameters
         return encoder + (0 if self.frozen_blocks else self.encoder.stem_parameters) + self.heads_parameters
 
     @property
@@ -154,17 +158,18 @@ class Job:
 
     def memory(self) -> dict[str, float]:
         """Bytes a process holds at the peak, by part."""
-        e, share = self.encoder, self.processes if self.sharded else 1
-        fixed = self.trained_parameters
-        idle = e.parameters + self.heads_parameters - fixed
+        e, trained = self.encoder, self.trained_parameters
+        idle = e.parameters + self.heads_parameters - trained
+        blocks = e.depth * e.block_parameters
+        elsewhere = 1 - 1 / self.shards  # of the blocks
+        away = blocks * 4 + self.trained_blocks * e.block_parameters * (STATE_BYTES - 4)
         micro = min(self.micro_batch or self.local_batch, self.local_batch)
         size = 2 if self.bf16 else 4
         groups = []
         for pixels, count in self.view_sizes:
             tokens = e.tokens(pixels)
             kept = e.block_bytes(tokens, bf16=self.bf16, fused_attention=self.fused_attention)
-            blocks = self.blocks_run - self.frozen_blocks
-            held = blocks * tokens * e.dim * 4 + kept if self.checkpointing else blocks * kept
+            held = self.trained_blocks * tokens * e.dim * 4 + kept if self.checkpointing else self.trained_blocks * kept
             groups.append(micro * count * held)
         rows = self.local_batch * self.views
         head = rows * (2 * self.projector_hidden + self.predictor_hidden + 2 * self.out_dim) * (2 * size + 4)
@@ -172,8 +177,10 @@ class Job:
         cached = micro < self.local_batch
         prefix = sum(self.local_batch * count * e.tokens(pixels) * e.dim * 4 for pixels, count in self.view_sizes)
         return {
-            "parameters and optimizer": (fixed * STATE_BYTES + idle * 4) / share,
-            "average of the encoder": e.parameters * 4 / share,
+            "parameters and optimizer": trained * STATE_BYTES + idle * 4 - away * elsewhere,
+            "average of the encoder": e.parameters * 4 - blocks * 4 * elsewhere,
+            # the block that runs, the next one, and one block's gradients
+            "gathered blocks": 3 * e.block_parameters * 4 if self.shards > 1 else 0,
             "queues": len(self.head_blocks) * self.queue_size * (self.out_dim * 4 + 16),
             "images": sum(self.local_batch * count * e.channels * pixels**2 * 4 for pixels, count in self.view_sizes),
             "features": 2 * features,
@@ -189,9 +196,22 @@ class Job:
         others = self.processes - 1
         ring = others / self.processes
         predictions = len(self.head_blocks) * self.views * self.local_batch * self.out_dim * 4
-        gathered_weights = 2 * 2 * self.encoder.parameters * ring if self.sharded else 0  # bf16, forward and backward
-        return {
-            "gradients": (1 if self.sharded else 2) * ring * self.trained_parameters * 4 + gathered_weights,
+        block, part = self.encoder.block_parameters * 4, 1 - 1 / self.shards
+        alone = self.trained_parameters * 4  # of what every process holds whole
+        sharded: dict[str, float] = {}
+        if self.shards > 1:
+            # Blocks are gathered anew for every pass over views of one size, and once more to go back through it.
+            micro = min(self.micro_batch or self.local_batch, self.local_batch)
+            passes = len(self.view_sizes) * -(-self.local_batch // micro)
+            ways = 2 + (micro < self.local_batch) + self.checkpointing
+            gathers = ways * self.trained_blocks + self.frozen_blocks
+            sharded["weights of blocks"] = passes * gathers * block * part
+            sharded["gradients of blocks"] = passes * self.trained_blocks * block * part
+            nodes = self.processes // self.shards
+            sharded["gradients of blocks"] += passes * 2 * (1 - 1 / nodes) * self.trained_blocks * block / self.shards
+            alone -= self.trained_blocks * block
+        return sharded | {
+            "gradients": 2 * ring * alone,
             "predictions": predictions * others + 2 * ring * predictions * self.processes,
             "queue": len(self.head_blocks) * self.local_batch * (self.out_dim * 4 + 8) * others,
         }

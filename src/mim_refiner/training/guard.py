@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mim_refiner.core.collectives import from_rank_0, rank
+from mim_refiner.core.collectives import from_rank_0
 from mim_refiner.core.device import autocast
 from mim_refiner.core.metrics import effective_rank
+from mim_refiner.core.sharding import full_state
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import normalize
 from mim_refiner.data.views import ViewSpec, crop_batch
@@ -146,7 +147,7 @@ class Guard:
             self.history = [_numbers(entry) for entry in stored["history"] if entry["total_step"] <= total_step]
             self.best_step = stored["best_step"]
         if not self.start:
-            self.start = dict(from_rank_0(self.probe() if rank() == 0 else {}))
+            self.start = dict(from_rank_0(self.probe()))
             self._write()
 
     @property
@@ -168,7 +169,7 @@ class Guard:
 
         Raises GuardStopError with the reason; features that are not finite stop before k-NN would refuse them.
         """
-        found: dict[str, float] = from_rank_0(self.probe() if rank() == 0 else {})
+        found: dict[str, float] = from_rank_0(self.probe())  # every rank looks: a sharded encoder needs them all
         entry: dict[str, float] = {"total_step": total_step, **found}
         if monitor and _finite(found):
             found |= monitor()
@@ -202,12 +203,13 @@ class Guard:
 
     def _keep(self, total_step: int) -> None:
         self.best_step = total_step
+        whole = full_state(self.encoder)
         if not self.run.writes:
             return
         folder, temporary = self.best_file.parent, self.run.checkpoints / ".best.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        state = {name: tensor.contiguous() for name, tensor in self.encoder.state_dict().items()}
+        state = {name: tensor.contiguous() for name, tensor in whole.items()}
         save_file(state, temporary / self.best_file.name, {"total_step": str(total_step)})
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)

@@ -109,9 +109,12 @@ def measure_needs(
     *,
     precision: str,
     checkpointing: bool = False,
+    shards: int = 1,
     waste: float | None = None,
 ) -> Needs:
     """Trace the step of ``batch`` images a process. view_shapes: (pixels, how many such views).
+
+    ``shards``: processes that share the blocks' weights (core.sharding).
 
     ``waste`` multiplies what the allocator places anew every step; None: the device's own figure.
     """
@@ -132,7 +135,7 @@ def measure_needs(
     heads_peak = trained.heads(batch, views, precision)
     factor = WASTE.get(trained.device.type, 1.1) if waste is None else waste
     return Needs(
-        state=held + average + 3 * trainable,
+        state=held + average + 3 * trainable - _elsewhere(trained.model, shards),
         images=sum(batch * count * channels * size**2 * 4 for size, count in view_shapes),
         features=2 * features,
         prefix=prefix if refiner.frozen_blocks else 0,
@@ -141,6 +144,18 @@ def measure_needs(
         encoder_image=int(factor * slopes[largest]),
         plain=int(factor * (bases[largest] + batch * sum(slopes) + heads_peak)),
     )
+
+
+def _elsewhere(refiner: Refiner, shards: int) -> int:
+    """Bytes of blocks spread over ``shards`` that other processes hold; three whole blocks are here at a time."""
+    if shards == 1:
+        return 0
+    sizes = [
+        [(p.numel() * p.element_size(), p.requires_grad) for p in block.parameters()]
+        for block in refiner.backbone.model.blocks
+    ]
+    state = sum(2 * size + 3 * size * trains for block in sizes for size, trains in block)
+    return int(state * (1 - 1 / shards)) - 3 * max(sum(size for size, _ in block) for block in sizes)
 
 
 class refiner_like:  # noqa: N801  (reads as a function)
@@ -207,18 +222,20 @@ def choose(
     precision: str,
     micro_batch: int | None = None,
     checkpointing: bool = False,
+    shards: int = 1,
 ) -> Choice:
     """The cheapest setting that fits into ``budget`` bytes: plain, then cached, then cached with checkpointing.
 
     What the recipe sets is kept. Raises InputError when nothing fits, with what would.
     """
     usable = budget * (1 - RESERVE)
-    needs = measure_needs(refiner, view_shapes, batch, precision=precision, checkpointing=checkpointing)
+    measure = partial(measure_needs, refiner, view_shapes, batch, precision=precision, shards=shards)
+    needs = measure(checkpointing=checkpointing)
     if micro_batch is None and needs.whole() <= usable:
         return Choice(None, checkpointing, needs.whole(), "the plain step fits")
     for recompute in dict.fromkeys((checkpointing, True)):
         if recompute != checkpointing:
-            needs = measure_needs(refiner, view_shapes, batch, precision=precision, checkpointing=True)
+            needs = measure(checkpointing=True)
         fits = needs.largest_micro_batch(usable, batch if micro_batch is None else micro_batch)
         if fits >= (micro_batch or 1):
             fits = micro_batch or even_parts(fits, batch)

@@ -17,17 +17,18 @@ NO_DECAY_TOKENS = ("cls_token", "reg_token", "mask_token", "pos_embed")
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, scales: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Group trainable parameters by (lr_scale, weight_decay).
+    """Group trainable parameters by (lr_scale, weight_decay), those of blocks apart from the rest.
 
     Biases, 1-d parameters and learned tokens are not decayed. ``scales`` maps parameter names to learning-rate
     scales (layer decay, core.layer_decay); absent names get 1.
     """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
         decayed = parameter.ndim > 1 and not name.endswith(NO_DECAY_TOKENS)
-        key = ((scales or {}).get(name, 1.0), weight_decay if decayed else 0.0)
+        in_block = "blocks" in name.split(".")  # may be sharded; fused AdamW takes no mixture of whole and sharded
+        key = ((scales or {}).get(name, 1.0), weight_decay if decayed else 0.0, in_block)
         group = groups.setdefault(key, {"params": [], "names": [], "lr_scale": key[0], "weight_decay": key[1]})
         group["params"].append(parameter)
         group["names"].append(name)

@@ -112,8 +112,9 @@ class RefineRecipe(Recipe):
     refinement: Phase = Phase(epochs=30, base_lr=4e-4, top_k=20, layer_decay=0.65)
     frozen_blocks: NonNegativeInt = 0  # stem and first blocks stay as they are
     freeze_below: NonNegativeFloat = 0.0  # freezes also the first blocks whose layer-decay scale is below; 0: none
-    # Memory; neither changes what a step computes.
+    # Memory; none changes what a step computes.
     micro_batch: PositiveInt | None = None  # images a process holds activations of at a time; None: its whole batch
+    shard: bool = False  # FSDP2: encoder weights, gradients, moments and average spread over the processes
     checkpointing: bool = False  # keep block inputs only and compute the rest again in the backward pass
     weight_decay: NonNegativeFloat = 0.05
     head_weight_decay: NonNegativeFloat = 1e-5

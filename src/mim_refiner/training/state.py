@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mim_refiner.core.collectives import from_rank_0, rank
+from mim_refiner.core.sharding import full_optimizer_state, full_state, load_full_state
 from mim_refiner.errors import RunFolderError
 from mim_refiner.files import write_bytes, write_json
 
@@ -41,8 +42,8 @@ class Position:
 
 # Settings that change how a run is computed, watched or kept, and not what it computes: free to differ on resume.
 FREE_SETTINGS = {
-    "micro_batch", "checkpointing", "workers", "loader_timeout", "checkpoint_every", "keep_checkpoints", "log_every",
-    "knn_every", "expected",
+    "micro_batch", "checkpointing", "shard", "workers", "loader_timeout", "checkpoint_every", "keep_checkpoints",
+    "log_every", "knn_every", "expected",
 }  # fmt: skip
 
 
@@ -123,10 +124,12 @@ class RunFolder:
         """Write a checkpoint; it exists whole or not at all. Raises RunFolderError when the disk refuses."""
         name = f"step-{position.total_step:06d}"
         target = self.checkpoints / name
+        states = {key: full_state(module) for key, module in modules.items()}  # every rank has its part of sharded ones
+        optimizer_state = None if optimizer is None else full_optimizer_state(optimizer)
         if self.writes:
             temporary = self.checkpoints / f".{name}.tmp"
             try:
-                self._write(temporary, position, modules, optimizer)
+                self._write(temporary, position, states, optimizer_state)
                 if target.exists():
                     shutil.rmtree(target)
                 temporary.rename(target)
@@ -149,18 +152,18 @@ class RunFolder:
         self,
         folder: Path,
         position: Position,
-        modules: Mapping[str, nn.Module],
-        optimizer: torch.optim.Optimizer | None,
+        states: Mapping[str, Mapping[str, torch.Tensor]],
+        optimizer_state: dict[str, Any] | None,
     ) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        for key, module in modules.items():
-            save_file({n: t.contiguous() for n, t in module.state_dict().items()}, folder / f"{key}.safetensors")
-        if optimizer is not None:
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        for key, state in states.items():
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / f"{key}.safetensors")
+        if optimizer_state is not None:
+            torch.save(optimizer_state, folder / "optimizer.pt")
         hashes = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
-        state = {**dataclasses.asdict(position), "sha256": hashes}
-        write_json(folder / "state.json", {**state, "digest": _digest(state)})
+        stands = {**dataclasses.asdict(position), "sha256": hashes}
+        write_json(folder / "state.json", {**stands, "digest": _digest(stands)})
         for file in folder.iterdir():
             _sync(file)
         _sync(folder)
@@ -178,7 +181,7 @@ class RunFolder:
                 continue
             state = json.loads((folder / "state.json").read_text())
             for key, module in modules.items():
-                module.load_state_dict(load_file(folder / f"{key}.safetensors"))
+                load_full_state(module, load_file(folder / f"{key}.safetensors"))
             optimizer_file = folder / "optimizer.pt"
             optimizer = torch.load(optimizer_file, weights_only=True) if optimizer_file.exists() else None
             position = Position(state["phase"], state["step"], state["total_step"])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mim_refiner.core.collectives import agree, average_gradients, broadcast_state, world_size
+from mim_refiner.core.sharding import load_full_optimizer_state
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.errors import DataError, NonFiniteLossError, WorkerError
 from mim_refiner.reporting import Reporter
@@ -121,7 +122,7 @@ class _Loop:
             if index >= position.phase:
                 optimizer = phase.begin()
                 if optimizer_state is not None:
-                    optimizer.load_state_dict(optimizer_state)
+                    load_full_optimizer_state(optimizer, optimizer_state)
                     optimizer_state = None
                 position = self.one_phase(index, position, optimizer, interrupted)
         if any_rank(interrupted()):  # after the last step's checkpoint
