@@ -124,6 +124,24 @@ def main() -> None:
     )
 
     rows = []
+    for nodes in (1, 4):
+        for shards in (1, 8):
+            job = replace(jobs()["ViT-2B/14"], processes=8 * nodes, shards=shards, micro_batch=16)
+            parts, sent = job.memory(), job.traffic()
+            weights = ("parameters and optimizer", "average of the encoder")
+            rows.append(
+                [
+                    f"{nodes} x 8, {'whole' if shards == 1 else 'sharded'}",
+                    gb(sum(parts[name] for name in weights)),
+                    gb(sum(parts.values())),
+                    gb(sum(sent.values())),
+                    f"{1e3 * job.model_operations() / (TFLOPS['H100 80 GB'] * MFU * job.processes):.0f}",
+                ]
+            )
+    header = ["processes, weights", "weights and optimizer GB", "sum GB", "sent GB a step", "compute ms"]
+    table("Sharded weights: ViT-2B/14, batch 512, 16 at a time", header, rows)
+
+    rows = []
     for images in (1e4, 1e5, 1.28e6, 1e7, 1e8, 1e9):
         row = [f"{images:.0e}" if images != 1.28e6 else "1.28e+06"]
         for name, gpus in (("ViT-B/16", 1), ("ViT-L/16", 1), ("ViT-L/16", 8), ("ViT-L/16", 64), ("ViT-H/14", 64)):

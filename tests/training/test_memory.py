@@ -206,7 +206,7 @@ def test_sharded_blocks_need_an_eighth_and_travel_more() -> None:
     shared = replace(whole, shards=8)
     kept = whole.memory()["parameters and optimizer"] - shared.memory()["parameters and optimizer"]
     block = ENCODERS["ViT-2B/14"].block_parameters
-    assert kept == pytest.approx(7 / 8 * block * (18 * 16 + 6 * 4))
+    assert kept == pytest.approx(7 / 8 * block * (18 * 16 + 6 * 4) - 3 * 4 * block)  # three are there whole at a time
     assert shared.traffic()["gradients of blocks"] == pytest.approx(2 * 2 * 18 * block * 4 * 7 / 8)
     assert shared.traffic()["gradients"] < 0.1 * whole.traffic()["gradients"]
 

@@ -177,10 +177,12 @@ class Job:
         cached = micro < self.local_batch
         prefix = sum(self.local_batch * count * e.tokens(pixels) * e.dim * 4 for pixels, count in self.view_sizes)
         return {
-            "parameters and optimizer": trained * STATE_BYTES + idle * 4 - away * elsewhere,
+            # of sharded blocks, the one that runs, the next one, and one's gradients are there whole
+            "parameters and optimizer": trained * STATE_BYTES
+            + idle * 4
+            - away * elsewhere
+            + 3 * 4 * e.block_parameters * (self.shards > 1),
             "average of the encoder": e.parameters * 4 - blocks * 4 * elsewhere,
-            # the block that runs, the next one, and one block's gradients
-            "gathered blocks": 3 * e.block_parameters * 4 if self.shards > 1 else 0,
             "queues": len(self.head_blocks) * self.queue_size * (self.out_dim * 4 + 16),
             "images": sum(self.local_batch * count * e.channels * pixels**2 * 4 for pixels, count in self.view_sizes),
             "features": 2 * features,
