@@ -1,6 +1,6 @@
 """The CPU part of the data path: time per image by stage beside a Pillow pipeline, and memory of each source's index.
 
-python benchmarks/data_path.py [--part crops|index|memory|all] [--entries N] [--repeat N] [--json FILE]
+python benchmarks/data_path.py [--part crops|photos|index|memory|all] [--entries N] [--repeat N] [--json FILE]
 CPU seconds of this process (not wall-clock time), one thread, best of five rounds.
 """
 
@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from mim_refiner.data.decode import ImageSet, decode_rgb
+from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.source_files import FileSource, folder_source, list_source
 from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import _FIRST_VIEW_STREAM, _uniforms, crop_batch, crop_boxes, multi_crop_views
@@ -98,6 +99,21 @@ def crops(repeat: int, width: int = 500, height: int = 375) -> dict[str, Any]:
         "Pillow crops": cpu_ms(lambda: pillow_crops(whole), repeat),
         "Pillow decode and crops": cpu_ms(pillow, repeat),
     }
+
+
+def photos() -> dict[str, Any]:
+    """The same views of larger JPEGs as the training loader makes them, at full scale and reduced."""
+    found: dict[str, Any] = {"image": "milliseconds of CPU an image"}
+    for width, height in ((500, 375), (1000, 750), (1600, 1200), (4000, 3000)):
+        with tempfile.TemporaryDirectory() as name:
+            for number in range(8):
+                (Path(name) / f"{number}.jpg").write_bytes(photograph(width, height, number))
+            images = ImageSet(open_source(name), cache=False)
+            for reduced in (False, True):
+                loader = TrainLoader(images, multi_crop_views(224, 96, 10), 8, seed=0, reduced_decode=reduced)
+                key = f"{width}x{height}, {'reduced' if reduced else 'full scale'}"
+                found[key] = round(cpu_ms(lambda loader=loader: list(loader.epoch(0)), 1) / 8, 2)
+    return found
 
 
 def index(entries: int) -> dict[str, Any]:
@@ -174,7 +190,7 @@ def memory(images: int) -> dict[str, Any]:
 def main() -> None:
     """Run the parts and print a table and, with --json, a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("crops", "index", "memory", "all"), default="all")
+    parser.add_argument("--part", choices=("crops", "photos", "index", "memory", "all"), default="all")
     parser.add_argument("--entries", type=int, default=100_000)
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--repeat", type=int, default=40)
@@ -182,7 +198,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     parts = {
-        "crops": lambda: crops(options.repeat), "index": lambda: index(options.entries),
+        "crops": lambda: crops(options.repeat), "photos": photos, "index": lambda: index(options.entries),
         "memory": lambda: memory(options.images),
     }  # fmt: skip
     results = {name: make() for name, make in parts.items() if options.part in (name, "all")}

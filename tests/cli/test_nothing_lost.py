@@ -158,11 +158,11 @@ def test_images_that_vanish_stop_the_run_with_a_checkpoint(mae, cli, tmp_path, m
     data = cli.write_shapes(tmp_path / "data", flat=True)
     original, calls = ImageSet.load_resolved, []
 
-    def vanishing(self: ImageSet, index: int):
+    def vanishing(self: ImageSet, index: int, reduction: object):
         calls.append(index)
         if len(calls) > 8 * 5 + 3 and len(calls) < 10_000:
             raise DataError(f"{data}: more than 10 % of the images are unreadable; the disk may be gone")
-        return original(self, index)
+        return original(self, index, reduction)
 
     words = cli.refine(data, mae.export, tmp_path / "run", "guard.enabled=false", "checkpoint_every=100")
     with monkeypatch.context() as patch:

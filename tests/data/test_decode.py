@@ -77,8 +77,8 @@ def test_damaged_images_are_replaced_and_listed(damaged_folder, pixels, cache):
     assert images.cached is cache
     np.testing.assert_array_equal(images.load(3), pixels(4))
     np.testing.assert_array_equal(images.load(19), pixels(0))
-    assert images.load_resolved(3)[0] == 4
-    assert images.load_resolved(19)[0] == 0
+    assert images.load_resolved(3).index == 4
+    assert images.load_resolved(19).index == 0
     assert [name for name, _ in images.unreadable] == ["a/03.png", "b/19.png"]
     assert all(reason and "\n" not in reason for _, reason in images.unreadable)
     assert images.try_load(3) is None

@@ -61,6 +61,7 @@ def run_settings(images: ImageSet, recipe: Recipe, device: torch.device) -> dict
         "workers": workers,
         "pin_memory": device.type == "cuda",
         "timeout": recipe.loader_timeout,
+        "reduced_decode": recipe.reduced_decode,
         "rank": rank(),
         "world_size": world_size(),
     }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mim_refiner.data.channels import NPY, WrongChannelsError, as_channels_last, check_size, decode_channels, read_npy
 from mim_refiner.data.source_base import ImageSource, Labels
@@ -19,6 +20,8 @@ from mim_refiner.errors import DataError
 Pixels = NDArray[Any]  # [H, W, 3] uint8; for encoders of other channels [H, W, C] uint8 or uint16
 CACHE_LIMIT_BYTES = 2 * 10**9
 MAX_UNREADABLE_SHARE = 0.1
+Reduction = Callable[[int, int], int]  # (height, width) of an upright image -> decode at 1/1, 1/2, 1/4 or 1/8
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _PROBES = 32  # images decoded to estimate the size of the whole set
 _CHUNK = 1024
 
@@ -31,14 +34,27 @@ def decode_rgb(data: bytes | NDArray[Any]) -> Pixels:
     as nobody knows which channels to leave out. Raises OSError, ValueError or a Pillow error when the data is not a
     whole image.
     """
+    return _decode_shape(data, None)[0]
+
+
+def _decode_shape(data: bytes | NDArray[Any], reduction: Reduction | None) -> tuple[Pixels, tuple[int, int]]:
+    """:func:`decode_rgb`, for JPEGs at the scale that ``reduction`` allows, and height and width at full scale."""
     if isinstance(data, np.ndarray) or data[:6] == NPY:
-        return _array_to_rgb(as_channels_last(data if isinstance(data, np.ndarray) else read_npy(data)))
+        pixels = _array_to_rgb(as_channels_last(data if isinstance(data, np.ndarray) else read_npy(data)))
+        return pixels, pixels.shape[:2]
     with Image.open(io.BytesIO(data)) as image:
         check_size(image)
         if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
             raise WrongChannelsError(f"has {image.n_frames} pages (channels?) and the encoder takes RGB")  # type: ignore[attr-defined]
+        full = None
+        if reduction is not None and image.format == "JPEG":
+            width, height = reversed(image.size) if _sideways(image) else image.size
+            full, factor = (height, width), reduction(height, width)
+            if factor > 1:  # libjpeg leaves out the high frequencies: a half costs a third of the time
+                image.draft(image.mode, (image.width // factor, image.height // factor))
         image.load()  # damaged pixels raise here, before the metadata is looked at
-        return _to_rgb(_upright(image))
+        pixels = _to_rgb(_upright(image))
+        return pixels, full or pixels.shape[:2]
 
 
 def _array_to_rgb(pixels: Pixels) -> Pixels:
@@ -46,6 +62,13 @@ def _array_to_rgb(pixels: Pixels) -> Pixels:
         raise WrongChannelsError(f"has {pixels.shape[2]} channels and the encoder takes 3 (RGB)")
     narrow = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
     return narrow if narrow.shape[2] == 3 else np.repeat(narrow, 3, axis=2)
+
+
+def _sideways(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+    except Exception:  # as in _upright
+        return False
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -65,6 +88,15 @@ def _to_rgb(image: Image.Image) -> Pixels:
         image = Image.new("RGBA", rgba.size, "white")
         image.alpha_composite(rgba)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An image of a set as it was decoded."""
+
+    index: int
+    pixels: Pixels  # [h, w, C]
+    shape: tuple[int, int]  # (height, width) at full scale
 
 
 class ImageSet:
@@ -125,30 +157,34 @@ class ImageSet:
 
     def try_load(self, index: int) -> Pixels | None:
         """Return image ``index`` or None when it cannot be read (the failure is recorded)."""
+        loaded = self._try_load(index)
+        return None if loaded is None else loaded.pixels
+
+    def _try_load(self, index: int, reduction: Reduction | None = None) -> Loaded | None:
         if index in self._bad:
             return None
-        if self._array is not None:
-            return self._array[index]
-        if self._list is not None:
-            return self._list[index]
-        return self._decode(index)
+        if not self.cached:
+            return self._decode(index, reduction)
+        pixels = self._array[index] if self._array is not None else self._list[index]  # type: ignore[index]
+        return None if pixels is None else Loaded(index, pixels, pixels.shape[:2])
 
-    def load_resolved(self, index: int) -> tuple[int, Pixels]:
+    def load_resolved(self, index: int, reduction: Reduction | None = None) -> Loaded:
         """Return the first readable image at or after ``index`` (cyclic) with its own index.
 
-        Raises DataError when more than a tenth of the set is unreadable.
+        ``reduction``: how much smaller a JPEG that is not in memory may be decoded. Raises DataError when more than a
+        tenth of the set is unreadable.
         """
         for offset in range(self._length):
             candidate = (index + offset) % self._length
-            pixels = self.try_load(candidate)
-            if pixels is not None:
-                return candidate, pixels
+            loaded = self._try_load(candidate, reduction)
+            if loaded is not None:
+                return loaded
             self.raise_if_too_many_unreadable()
         raise self._nothing_readable()
 
     def load(self, index: int) -> Pixels:
         """Return image ``index``, or the next readable one when it is damaged."""
-        return self.load_resolved(index)[1]
+        return self.load_resolved(index).pixels
 
     def raise_if_too_many_unreadable(self) -> None:
         """Raise DataError when more than 10 % of the images are known to be unreadable."""
@@ -160,13 +196,17 @@ class ImageSet:
                 f"(first: {name}: {reason}); repair or remove them"
             )
 
-    def _decode(self, index: int) -> Pixels | None:
+    def _decode(self, index: int, reduction: Reduction | None = None) -> Loaded | None:
         try:
             data = self.source.read(index)
-            pixels = decode_rgb(data) if self.channels == 3 else decode_channels(data, self.channels)
+            if self.channels == 3:
+                pixels, shape = _decode_shape(data, reduction)
+            else:
+                pixels = decode_channels(data, self.channels)
+                shape = pixels.shape[:2]
             if pixels.size == 0:
                 raise ValueError("the image has no pixels")
-            return pixels
+            return Loaded(index, pixels, shape)
         except Exception as error:  # decoders raise almost anything on damaged input
             self._bad[index] = (self.source.name(index), _reason(error))
             return None
@@ -174,7 +214,7 @@ class ImageSet:
     def _estimate_bytes(self) -> int:
         """Estimate the decoded size of the set from a few images spread over it."""
         indices = sorted({int(i) for i in np.linspace(0, self._length - 1, min(_PROBES, self._length))})
-        sizes = [pixels.nbytes for pixels in map(self._decode, indices) if pixels is not None]
+        sizes = [loaded.pixels.nbytes for loaded in map(self._decode, indices) if loaded is not None]
         if not sizes and all(self._decode(index) is None for index in range(self._length)):
             raise self._nothing_readable()
         return int(np.mean(sizes) * self._length) if sizes else 0
@@ -209,7 +249,8 @@ class ImageSet:
             self._decode(0)  # opens the source once, before the threads share it
         with ThreadPoolExecutor(threads) as pool:
             for start in range(0, self._length, _CHUNK):
-                yield from pool.map(self._decode, range(start, min(start + _CHUNK, self._length)))
+                chunk = pool.map(self._decode, range(start, min(start + _CHUNK, self._length)))
+                yield from (None if loaded is None else loaded.pixels for loaded in chunk)
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker with the decoded images has no use for the encoded ones.

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mim_refiner.data.channels import common_type, resize
-from mim_refiner.data.decode import ImageSet, Pixels
+from mim_refiner.data.decode import ImageSet, Loaded, Pixels
 from mim_refiner.data.prefetch import in_background
-from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order
+from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order, scale_reduction
 from mim_refiner.data.workers import end_workers, watched
 from mim_refiner.errors import DataError, InputError
 
@@ -69,7 +70,14 @@ class _Assembler(Dataset[_Assembled]):
     """Builds the batch of (epoch, step); the same in the main process and in a worker."""
 
     def __init__(
-        self, images: ImageSet, views: Sequence[ViewSpec], batch_size: int, seed: int, rank: int, world_size: int
+        self,
+        images: ImageSet,
+        views: Sequence[ViewSpec],
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        reduced_decode: bool,
     ) -> None:
         self.images = images
         self.views = [spec for spec in views for _ in range(spec.count)]
@@ -77,6 +85,7 @@ class _Assembler(Dataset[_Assembled]):
         self.local_size = batch_size // world_size
         self.offset = rank * self.local_size
         self.seed = seed
+        self.reduced_decode = reduced_decode
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
     def __getitem__(self, key: tuple[int, int]) -> _Assembled:
@@ -90,15 +99,30 @@ class _Assembler(Dataset[_Assembled]):
             self._order = (epoch, epoch_order(self.seed, epoch, len(self.images)))
         position = step * self.batch_size + self.offset
         chosen = self._order[1][position : position + self.local_size]
-        loaded = [self.images.load_resolved(int(index)) for index in chosen]
-        pixels = [image for _, image in loaded]
-        ids = np.array([index for index, _ in loaded], dtype=np.int64)
+        loaded = [self._load(int(index), epoch, position + row) for row, index in enumerate(chosen)]
+        ids = np.array([image.index for image in loaded], dtype=np.int64)
         views = [
-            _channels_first(crop_batch(pixels, spec, seed=self.seed, epoch=epoch, position=position, view=number))
+            _channels_first(
+                crop_batch(
+                    [image.pixels for image in loaded],
+                    spec,
+                    seed=self.seed,
+                    epoch=epoch,
+                    position=position,
+                    view=number,
+                    shapes=[image.shape for image in loaded],
+                )
+            )
             for number, spec in enumerate(self.views)
         ]
         labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[ids])
         return ViewBatch(views, torch.from_numpy(ids), labels)
+
+    def _load(self, index: int, epoch: int, position: int) -> Loaded:
+        if not self.reduced_decode:
+            return self.images.load_resolved(index)
+        reduction = partial(scale_reduction, self.views, seed=self.seed, epoch=epoch, position=position)
+        return self.images.load_resolved(index, reduction)
 
 
 def _channels_first(pixels: NDArray[Any]) -> Tensor:
@@ -125,7 +149,8 @@ class TrainLoader:
     entered at any step, give the same batches. ``batch_size`` counts the images of all ranks; rank r gets the r-th
     part of each batch. ``workers`` > 0 assembles in that many processes, which live until ``close``; 0 in a thread.
     A worker that is killed, or gives nothing for ``timeout`` seconds (0: waits for ever), is a WorkerError in
-    ``epoch``; ``restart`` makes new ones.
+    ``epoch``; ``restart`` makes new ones. ``reduced_decode``: JPEGs so large that no view needs all their pixels are
+    decoded at 1/2, 1/4 or 1/8.
 
     Raises DataError when the batch is larger than the set or too many images are unreadable, InputError for sizes
     that do not fit.
@@ -144,6 +169,7 @@ class TrainLoader:
         prefetch: int = 2,
         pin_memory: bool = False,
         timeout: float = 0,
+        reduced_decode: bool = False,
     ) -> None:
         if batch_size < 1 or workers < 0 or not views:
             sizes = f"batch size {batch_size}, {workers} workers and {len(views)} views"
@@ -160,7 +186,7 @@ class TrainLoader:
         self.views = list(views)
         self.batch_size = batch_size
         self.steps_per_epoch = len(images) // batch_size
-        self._assembler = _Assembler(images, views, batch_size, seed, rank, world_size)
+        self._assembler = _Assembler(images, views, batch_size, seed, rank, world_size, reduced_decode)
         self._reported: set[int] = set()
         self._prefetch = prefetch
         self._steps = _Steps()

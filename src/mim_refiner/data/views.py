@@ -177,17 +177,45 @@ def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[i
     return (height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w
 
 
+def scale_reduction(specs: Sequence[ViewSpec], height: int, width: int, *, seed: int, epoch: int, position: int) -> int:
+    """By how much (1, 2, 4 or 8) the sample at ``position`` may be smaller without any of its views being enlarged.
+
+    ``specs``: one a view.
+    """
+    most = min(height, width) // max(spec.size for spec in specs)
+    sides = np.array([height]), np.array([width])
+    for view, spec in enumerate(specs):
+        if most < 2:  # nearly always so at once for images of the usual sizes
+            return 1
+        boxes, _ = crop_boxes(_uniforms(seed, epoch, _FIRST_VIEW_STREAM + view, position, 1), *sides, spec)
+        most = min(most, int(boxes[0, 2:].min()) // (spec.size + 1))  # a pixel to spare: edges are rounded
+    return 1 << min(most, 8).bit_length() - 1 if most else 1
+
+
 def crop_batch(
-    images: Sequence[NDArray[Any]], spec: ViewSpec, *, seed: int, epoch: int, position: int, view: int
+    images: Sequence[NDArray[Any]],
+    spec: ViewSpec,
+    *,
+    seed: int,
+    epoch: int,
+    position: int,
+    view: int,
+    shapes: Sequence[tuple[int, int]] | None = None,
 ) -> NDArray[Any]:
     """Crop one view of every image [H, W, C] to [B, size, size, C]; they lie at ``position``, ``position + 1``, ...
 
     ``view`` numbers the views of a sample. Bicubic with antialiasing, then the flip. uint8 stays uint8; where
-    16-bit images are among them, all become uint16.
+    16-bit images are among them, all become uint16. ``shapes``: (height, width) of the whole images where these are
+    reduced; the crops are those of the whole ones.
     """
     uniforms = _uniforms(seed, epoch, _FIRST_VIEW_STREAM + view, position, len(images))
-    shapes = np.array([image.shape[:2] for image in images], dtype=np.int64)
-    boxes, flips = crop_boxes(uniforms, shapes[:, 0], shapes[:, 1], spec)
+    given = np.array([image.shape[:2] for image in images], dtype=np.int64)
+    whole = given if shapes is None else np.array(shapes, dtype=np.int64)
+    boxes, flips = crop_boxes(uniforms, whole[:, 0], whole[:, 1], spec)
+    if shapes is not None:
+        edges = np.stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])  # [2 corners, B, 2]
+        corner, opposite = np.rint(edges * (given / whole)).astype(np.int64)
+        boxes = np.concatenate([corner, opposite - corner], axis=1)
     images = common_type(list(images))
     # Channels first in memory: the tensors made of it need no further copy.
     planes = np.empty((len(images), images[0].shape[2], spec.size, spec.size), dtype=images[0].dtype)

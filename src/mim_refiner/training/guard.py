@@ -82,7 +82,7 @@ class FeatureProbe:
     def _two_crops(self) -> list[Tensor]:
         if self._crops is None:  # the same images and crops at every look, also after a resume
             chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))[: self.count]
-            pixels = [self.images.load_resolved(int(index))[1] for index in chosen]
+            pixels = [self.images.load(int(index)) for index in chosen]
             crops = (crop_batch(pixels, self.view, seed=0, epoch=0, position=0, view=view) for view in range(2))
             self._crops = [torch.from_numpy(crop.transpose(0, 3, 1, 2).copy()) for crop in crops]
         return self._crops

@@ -96,6 +96,7 @@ class Recipe(_Settings):
     precision: Precision = "auto"  # bf16 on GPU, fp32 on CPU; "fast": bf16 also on CPUs that have it
     compile: bool = False  # torch.compile of the encoder's blocks: fewer passes over memory, half a minute to begin
     workers: int = Field(default=-1, ge=-1)  # loader processes; -1: decided from data and cores
+    reduced_decode: bool = True  # large JPEGs at 1/2, 1/4 or 1/8 where no view needs more pixels; not in evaluation
     loader_timeout: NonNegativeFloat = 600  # seconds without a batch after which loader processes are replaced
     checkpoint_every: PositiveInt = 500  # steps
     keep_checkpoints: PositiveInt = 2

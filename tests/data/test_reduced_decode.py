@@ -1,0 +1,119 @@
+"""Large JPEGs decoded at 1/2, 1/4, 1/8 for training: the same crops as at full scale, up to what libjpeg leaves out."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from mim_refiner.data.decode import ImageSet, decode_rgb
+from mim_refiner.data.loaders import TrainLoader
+from mim_refiner.data.sources import open_source
+from mim_refiner.data.views import _FIRST_VIEW_STREAM, _uniforms, crop_boxes, multi_crop_views, scale_reduction
+
+VIEWS = multi_crop_views(64, 32, 4)
+EACH = [spec for spec in VIEWS for _ in range(spec.count)]
+
+
+def photograph(width: int, height: int, seed: int = 0, mode: str = "RGB", rotation: int = 1) -> bytes:
+    """Smooth shapes, edges and a little noise."""
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float32)
+    smooth[height // 3 : height // 2, width // 4 : width // 2] = (200, 60, 30)
+    pixels = (smooth + generator.normal(0, 4, smooth.shape)).clip(0, 255).astype(np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = rotation
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, "JPEG", quality=92, exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def write(*files: bytes) -> ImageSet:
+        for number, content in enumerate(files):
+            (tmp_path / f"{number}.jpg").write_bytes(content)
+        return ImageSet(open_source(tmp_path), cache=False)
+
+    return write
+
+
+def psnr(one, other) -> float:
+    return 10 * np.log10(255**2 / ((one.double() - other.double()) ** 2).mean().item())
+
+
+def test_the_reduction_is_the_largest_that_enlarges_no_view() -> None:
+    seen = set()
+    for position in range(300):
+        height, width = 100 + 8 * position, 120 + 9 * position
+        found = scale_reduction(EACH, height, width, seed=1, epoch=2, position=position)
+        room = min(
+            int(crop_boxes(draws, np.array([height]), np.array([width]), spec)[0][0, 2:].min()) / (spec.size + 1)
+            for draws, spec in ((_uniforms(1, 2, _FIRST_VIEW_STREAM + n, position, 1), s) for n, s in enumerate(EACH))
+        )
+        assert found in (1, 2, 4, 8)
+        assert found <= max(1, room)
+        assert found == 8 or 2 * found > room
+        seen.add(found)
+    assert seen == {1, 2, 4, 8}
+    assert scale_reduction(EACH, 20, 30, seed=0, epoch=0, position=0) == 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("rotation", [1, 6])
+def test_views_are_those_of_the_whole_image(folder, mode, rotation):
+    images = folder(*(photograph(1203, 901, seed, mode, rotation) for seed in range(3)))
+    sizes = []
+    original = images.load_resolved
+    images.load_resolved = lambda *a: sizes.append(original(*a)) or original(*a)
+    (reduced,) = TrainLoader(images, VIEWS, 3, seed=0, reduced_decode=True).epoch(0)
+    (whole,) = TrainLoader(images, VIEWS, 3, seed=0).epoch(0)
+    assert any(loaded.pixels.shape[0] < loaded.shape[0] for loaded in sizes[:3])
+    assert {loaded.shape for loaded in sizes} == {(901, 1203) if rotation == 1 else (1203, 901)}
+    assert reduced.sample_ids.tolist() == whole.sample_ids.tolist()
+    for ours, theirs in zip(reduced.views, whole.views, strict=True):
+        assert psnr(ours, theirs) > 30
+        assert (ours.double() - theirs.double()).mean().abs() < 0.5
+
+
+def test_images_without_room_are_the_same_bytes(folder):
+    images = folder(*(photograph(90, 70, seed) for seed in range(4)))
+    (reduced,) = TrainLoader(images, VIEWS, 4, seed=0, reduced_decode=True).epoch(0)
+    (whole,) = TrainLoader(images, VIEWS, 4, seed=0).epoch(0)
+    assert all(ours.equal(theirs) for ours, theirs in zip(reduced.views, whole.views, strict=True))
+
+
+def test_batches_do_not_depend_on_workers_or_where_the_epoch_was_entered(folder):
+    images = folder(*(photograph(800 + 100 * seed, 640, seed) for seed in range(6)))
+    first, second = TrainLoader(images, VIEWS, 3, seed=0, reduced_decode=True).epoch(1)
+    assert first.views[0].shape == second.views[0].shape
+    loader = TrainLoader(images, VIEWS, 3, seed=0, workers=1, reduced_decode=True)
+    (entered,) = loader.epoch(1, 1)
+    loader.close()
+    assert all(ours.equal(theirs) for ours, theirs in zip(second.views, entered.views, strict=True))
+
+
+def test_damaged_images_are_counted_and_replaced_with_the_next_one_s_own_crop(folder):
+    whole = [photograph(900, 700, 0)] * 11
+    files = [photograph(1400, 1000, 1)[:20_000], *whole]
+    images = folder(*files)
+    (batch,) = TrainLoader(images, VIEWS, 12, seed=0, reduced_decode=True).epoch(0)
+    (reference,) = TrainLoader(folder(*files), VIEWS, 12, seed=0).epoch(0)
+    assert [name for name, _ in batch.skipped] == [name for name, _ in reference.skipped] != []
+    assert batch.sample_ids.tolist() == reference.sample_ids.tolist()
+    for ours, theirs in zip(batch.views, reference.views, strict=True):
+        assert psnr(ours, theirs) > 30
+
+
+def test_evaluation_and_the_cache_decode_at_full_scale(folder):
+    content = photograph(900, 700)
+    images = folder(content)
+    assert images.load(0).shape == (700, 900, 3)
+    np.testing.assert_array_equal(images.load(0), decode_rgb(content))
+    images.scan()
+    loaded = images.load_resolved(0, lambda height, width: 8)
+    assert loaded.pixels.shape == (700, 900, 3)
+    assert loaded.shape == (700, 900)
