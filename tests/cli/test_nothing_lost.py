@@ -201,7 +201,7 @@ def processes(count: int, words: list[str]) -> list[subprocess.CompletedProcess[
 
 @pytest.mark.slow
 def test_two_processes_refine_as_one_and_one_goes_on_for_two(mae, shapes, cli, finish, tmp_path):
-    """The same losses and weights up to rounding; then a run of two processes is resumed by one."""
+    """The same losses and weights up to rounding; then a run of two processes is resumed by one, and the reverse."""
     settings = ("checkpoint_every=2", "keep_checkpoints=99", "log_every=1", "batch_size=16", "refinement.top_k=4")
     single = finish(cli.refine(shapes, mae.export, tmp_path / "one", *settings))
     out = tmp_path / "two"
@@ -217,6 +217,12 @@ def test_two_processes_refine_as_one_and_one_goes_on_for_two(mae, shapes, cli, f
     assert again.code == 0, again.err
     assert "resuming after step 3" in again.err
     compare_runs(single.path, elastic, mae.export)
+
+    wider = cut_back(single.path, tmp_path / "wider")
+    first, second = processes(2, cli.refine(shapes, mae.export, wider, *settings))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "resuming after step 3" in first.stderr
+    compare_runs(single.path, wider, mae.export)
 
 
 @pytest.mark.slow
