@@ -244,6 +244,34 @@ def test_sharded_weights_refine_as_whole_ones_and_their_checkpoints_are_whole(ma
     compare_runs(single.path, whole, mae.export)
 
 
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(mae, cli, tmp_path):
+    """Each computes its part of the features, with an unreadable image in one of them; rank 0 writes."""
+    data = cli.write_shapes(tmp_path / "data")
+    (data / "circle" / "circle-03.png").write_bytes(b"not an image")
+    words = ["evaluate", "--model", mae.export, "--data", data, "--protocols", "knn,linear,rank", "--device", "cpu"]
+    words += ["--set", "linear.epochs=2", "--cache", "off", "--json"]
+    one = cli.call(*words, "--out", tmp_path / "one")
+    assert one.code == 0, one.err
+    first, second = processes(2, [*words, "--out", tmp_path / "two"])
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert second.stdout == ""
+    assert [(row["metric"], row["value"]) for row in json.loads(first.stdout)["results"]] == [
+        (row["metric"], pytest.approx(row["value"], abs=1e-4)) for row in one.json["results"]
+    ]
+    names = [sorted(file.name for file in (tmp_path / out / "evaluation").iterdir()) for out in ("one", "two")]
+    assert names[0] == names[1] != []
+
+
+@pytest.mark.slow
+def test_two_processes_pretrain_as_one(shapes, cli, finish, tmp_path):
+    """Both are asked for the last k-NN, and one of them writes it."""
+    outcomes = processes(2, cli.pretrain(shapes, tmp_path / "two"))
+    assert [outcome.returncode for outcome in outcomes] == [0, 0], outcomes[0].stderr + outcomes[1].stderr
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert "knn_top1" in summary["after"]
+
+
 def cut_back(run: Path, out: Path) -> Path:
     """A copy of a finished run as it was after step 3."""
     shutil.copytree(run, out, symlinks=True)

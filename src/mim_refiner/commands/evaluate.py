@@ -14,8 +14,10 @@ import torch
 from mim_refiner.analysis.verdict import BETTER, UNCLEAR, WORSE
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.runs import open_images
+from mim_refiner.core.collectives import rank
 from mim_refiner.core.device import pick_device
 from mim_refiner.core.identity import weights_sha256
+from mim_refiner.core.launch import join_processes
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.cache import FeatureCache
@@ -66,6 +68,7 @@ def evaluate(
 
     Returns {"results": [a record a number], "seconds": {model: {protocol: seconds}}, "feature_cache"}, with ``compare``
     also {"change": [paired differences to ``model``]}, with ``transfer`` {"transfer": [a record a set and metric]}.
+    Processes that torchrun started compute a part of the features each, and rank 0 writes.
     With ``out`` every number is a JSON file in evaluation/ there, beside results.md and results.tex.
     Raises MimRefinerError with one line on bad input.
     """
@@ -74,8 +77,8 @@ def evaluate(
         poolings=pooling,
         norm=norm,
         settings=EvaluationSettings.from_overrides(settings, suite_settings(suite)),
-        out=out,
-        device=pick_device(device),
+        out=out if rank() == 0 else None,
+        device=join_processes(pick_device(device)),
         seed=seed,
         cache=FeatureCache.open(cache, cache_size),
         reporter=reporter or NullReporter(),
@@ -101,9 +104,9 @@ def evaluate(
     if run.cache is not None:
         summary["feature_cache"] = run.cache.summary()
         run.reporter.message(f"feature cache: {run.cache.hits} found, {run.cache.misses} computed ({run.cache.folder})")
-    if out:
-        _write_tables(Path(out), summary)
-        summary["out"] = str(Path(out) / "evaluation")
+    if run.out:
+        _write_tables(Path(run.out), summary)
+        summary["out"] = str(Path(run.out) / "evaluation")
     return summary
 
 

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mim_refiner.core.collectives import from_ranks, rank, world_size
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.evaluation.features import extract_features
@@ -59,9 +58,7 @@ class OnlineKnn:
         return {"knn_top1": metrics[f"knn_top1/{self.blocks[-1]}"], **metrics}
 
     def _features(self, images: ImageSet, indices: NDArray[np.int64]) -> tuple[dict[int, Tensor], Tensor]:
-        """Features {block: [N, D]} and labels [N]; every rank computes a part, and all get the whole in order."""
-        share = -(-len(indices) // world_size())
-        padded = np.resize(indices, (world_size(), share))  # equal parts: ranks of a sharded encoder pass together
+        """Features {block: [N, D]} and labels [N]."""
         found = extract_features(
             self.backbone,
             images,
@@ -69,16 +66,7 @@ class OnlineKnn:
             poolings=(self.pooling,),
             device=self.device,
             precision=self.precision,
-            indices=padded[rank()],
+            indices=indices,
         )
         assert found.labels is not None
-        own = {block: found[block, self.pooling] for block in self.blocks}
-        parts = from_ranks((own, found.labels, found.indices))
-        rows = _first_rows(torch.cat([seen for _, _, seen in parts]))
-        features = {block: torch.cat([values[block] for values, _, _ in parts])[rows] for block in self.blocks}
-        return features, torch.cat([labels for _, labels, _ in parts])[rows]
-
-
-def _first_rows(indices: Tensor) -> Tensor:
-    """Rows where an image is named for the first time, in order."""
-    return torch.from_numpy(np.sort(np.unique(indices.numpy(), return_index=True)[1]))
+        return {block: found[block, self.pooling] for block in self.blocks}, found.labels

@@ -116,6 +116,7 @@ def _pretrain(
     with contextlib.closing(loader):
         fit([phase], {"model": mae}, run, loop, reporter, monitor)
     list_skipped(images, run, reporter, skipped)
+    after = monitor() if monitor else None
     if not run.writes:  # the rest is rank 0's
         return {}
 
@@ -127,9 +128,8 @@ def _pretrain(
         "export": str(Path(out) / "export"),
         "seconds": {"total": time.perf_counter() - started},
     }
-    if monitor:
-        backbone.to(torch_device)
-        summary["after"] = monitor()
+    if after is not None:
+        summary["after"] = after
     write_json(Path(out) / "summary.json", summary)
     return summary
 

@@ -19,7 +19,13 @@ from mim_refiner.commands.monitor import OnlineKnn
 from mim_refiner.commands.plan import fit_into
 from mim_refiner.commands.plan import plan as run_plan
 from mim_refiner.commands.report import finish_with_report, write_gallery
-from mim_refiner.commands.runs import list_skipped, open_images, refuse_to_overwrite_inputs, run_settings
+from mim_refiner.commands.runs import (
+    list_skipped,
+    open_images,
+    refuse_to_overwrite_inputs,
+    results_folder,
+    run_settings,
+)
 from mim_refiner.commands.survey import How
 from mim_refiner.core.collectives import is_distributed
 from mim_refiner.core.device import pick_device, resolve_precision
@@ -152,7 +158,7 @@ def refine_and_compare(
     if exclude is not None:
         resolved["exclude"] = exclude
     run = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=chosen.keep_checkpoints)
-    if placement is not None:
+    if placement is not None and run.writes:
         write_json(run.path / PLACEMENT_FILE, placement)
     skipped = list_skipped(images, run, reporter)
     announce(chosen, backbone, len(images), loader.steps_per_epoch, precision, reporter)
@@ -164,14 +170,14 @@ def refine_and_compare(
         refined, stopped = train(job, images, run, loop, model, monitor, reporter)
     list_skipped(images, run, reporter, skipped)
     trained = time.perf_counter() - started
-    if not run.writes:  # the rest is rank 0's
-        return {}
 
     stages = {"before": load_backbone(model), "after": refined}
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
-    summary = conclude(
-        stages, bank, test, chosen, run, f"{Path(data).name} ({len(images)} images)", torch_device, seed, reporter
-    )
+    described = f"{Path(data).name} ({len(images)} images)"
+    with results_folder(run.path) as folder:
+        summary = conclude(stages, bank, test, chosen, folder, described, torch_device, seed, reporter)
+    if not run.writes:  # the rest is rank 0's
+        return {}
     summary["seconds"] = {"training": trained, "total": time.perf_counter() - started}
     more = {"head_placement": placement, "stopped": str(stopped) if stopped else None}
     summary |= {key: value for key, value in more.items() if value is not None}
@@ -287,20 +293,20 @@ def conclude(
     bank: ImageSet,
     test: ImageSet | None,
     recipe: RefineRecipe,
-    run: RunFolder,
+    out: Path,
     data: str,
     device: torch.device,
     seed: int,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Compare before and after, and export the refined encoder with its figures."""
+    """Compare before and after, and export the refined encoder with its figures, into the folder ``out``."""
     summary = compare(
         stages,
         thinned(bank, SUMMARY_TRAIN_LIMIT),
         None if test is None else thinned(test, SUMMARY_TEST_LIMIT),
         pooling=recipe.heads.pooling,
         head_blocks=[int(block) for block in recipe.heads.blocks],
-        out=run.path,
+        out=out,
         device=device,
         precision="fp32",
         seed=seed,
@@ -308,7 +314,7 @@ def conclude(
     )
     shown = bank if test is None else test
     pooling = recipe.heads.pooling
-    write_gallery(stages, shown, run.path, pooling=pooling, device=device, seed=seed, reporter=reporter)
+    write_gallery(stages, shown, out, pooling=pooling, device=device, seed=seed, reporter=reporter)
     card = {
         "base": Path(stages["before"].info.source).name,
         "data": data,
@@ -318,7 +324,7 @@ def conclude(
     }
     recommended = summary["recommendation"]
     facts = {key: recommended[key] for key in ("block", "pooling", "norm")} | {"recommendation": recommended["reason"]}
-    export_timm(stages["after"].to("cpu"), run.path / "export", card=card, facts=facts)
+    export_timm(stages["after"].to("cpu"), out / "export", card=card, facts=facts)
     return summary
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,16 @@ def run_settings(images: ImageSet, recipe: Recipe, device: torch.device) -> dict
         "rank": rank(),
         "world_size": world_size(),
     }
+
+
+@contextlib.contextmanager
+def results_folder(path: Path) -> Iterator[Path]:
+    """``path`` for rank 0; the other ranks measure along with it and write into a folder that is thrown away."""
+    if rank() == 0:
+        yield path
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
 
 
 def list_skipped(images: ImageSet, run: RunFolder, reporter: Reporter, already: int = 0) -> int:

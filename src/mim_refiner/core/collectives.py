@@ -148,6 +148,16 @@ def from_ranks(value: Any) -> list[Any]:
     return values
 
 
+def gather_rows(x: Tensor) -> Tensor:
+    """Every rank's rows [N_r, ...] in rank order, on every rank; the numbers of rows may differ. Without gradient."""
+    if not is_distributed():
+        return x
+    counts = from_ranks(len(x))
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: len(x)] = x
+    return torch.cat([part[:count] for part, count in zip(all_gather(padded).chunk(len(counts)), counts, strict=True)])
+
+
 def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
     """Consecutive gradients of one type, at most BUCKET_BYTES together (one alone may be larger)."""
     buckets: list[list[Tensor]] = []

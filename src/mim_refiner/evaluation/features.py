@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mim_refiner.core.collectives import from_rank_0, from_ranks, gather_rows, is_distributed, rank, world_size
 from mim_refiner.core.device import autocast, resolve_precision
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import default_crop_ratio, eval_batches
@@ -116,7 +117,9 @@ def feature_sets(
     otherwise, and normalised as the encoder wants it. With ``cache`` every (block, pooling, norm) found there is read
     and only the rest is computed, in one forward pass. The backbone is moved to ``device`` (None: stays where it is),
     runs in eval mode, and gets every module's mode back.
-    Raises InputError for an unknown block or pooling, DataError for non-finite features or > 10 % unreadable images.
+    In a distributed run every process must call it: each computes a part (of centre crops), rank 0 keeps the cache, and
+    all get the whole. Raises InputError for an unknown block or pooling, DataError for non-finite features or > 10 %
+    unreadable images.
     """
     keys = [
         (block, pooling, bool(norm))
@@ -130,14 +133,22 @@ def feature_sets(
     size = image_size or square_image_size(backbone.info)
     chosen = None if indices is None else np.asarray(indices, dtype=np.int64)
     identity = {} if cache is None else _identity(backbone, images, chosen, transform, size, precision, device)
+    cache = cache if rank() == 0 else None
     found = {} if cache is None else {key: cache.get({**identity, **_key_identity(key)}) for key in keys}
+    found = from_rank_0(found)
     missing = [key for key in keys if found.get(key) is None]
     values: dict[_FullKey, Tensor] = {}
     rows: Tensor | None = None
     if missing:
-        batches = transform.batches(images, size, batch_size, chosen)
-        total = len(images) if chosen is None else len(chosen)
-        values, rows = _forward(backbone, batches, missing, total, device, precision, progress)
+
+        def forward(part: NDArray[np.int64] | None) -> tuple[dict[_FullKey, Tensor], Tensor]:
+            batches = transform.batches(images, size, batch_size, part)
+            total = len(images) if part is None else len(part)
+            return _forward(backbone, batches, missing, total, device, precision, progress)
+
+        # other transforms draw by an image's place in the call
+        spread = is_distributed() and transform is CENTRE_CROP
+        values, rows = _spread(forward, images, chosen) if spread else forward(chosen)
         if cache is not None:
             for key in missing:
                 cache.put({**identity, **_key_identity(key)}, {"features": values[key], "rows": rows})
@@ -149,6 +160,30 @@ def feature_sets(
 
 
 _FullKey = tuple[int, str, bool]  # block, pooling, norm
+
+
+def _spread(
+    forward: Callable[[NDArray[np.int64]], tuple[dict[_FullKey, Tensor], Tensor]],
+    images: ImageSet,
+    chosen: NDArray[np.int64] | None,
+) -> tuple[dict[_FullKey, Tensor], Tensor]:
+    """Let every rank compute its part of the (different) images; all get the whole, or the same error."""
+    everything = np.arange(len(images)) if chosen is None else chosen
+    share = -(-len(everything) // world_size())
+    part = np.resize(everything, (world_size(), share))[
+        rank()
+    ]  # equal parts: the ranks of a sharded encoder stay abreast
+    try:
+        values, rows, problem = *forward(part), ""
+    except DataError as error:
+        values, rows, problem = {}, torch.empty(0), str(error)
+    problems = [found for found in from_ranks(problem) if found]
+    if problems:
+        raise DataError(problems[0])
+    images.add_unreadable(item for items in from_ranks(images.unreadable_items()) for item in items)
+    rows = gather_rows(rows)
+    first = torch.from_numpy(np.sort(np.unique(rows.numpy(), return_index=True)[1]))  # what fills up the last part goes
+    return {key: gather_rows(value)[first] for key, value in values.items()}, rows[first]
 
 
 def _forward(

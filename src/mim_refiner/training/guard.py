@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mim_refiner.core.collectives import from_rank_0
+from mim_refiner.core.collectives import agree, from_rank_0
 from mim_refiner.core.device import autocast
 from mim_refiner.core.metrics import effective_rank
 from mim_refiner.core.sharding import full_state
@@ -182,6 +182,7 @@ class Guard:
         reason = self._reason()
         self._write(reason)
         if reason:
+            agree(0.0)  # rank 0 has written what load_best reads
             state = f"the state after step {self.best_step}" if self.best_step else "the encoder as it was at the start"
             raise GuardStopError(
                 f"{self.run.path}: the guard stopped the run after step {total_step}: {reason}. "
