@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ VIEWS = multi_crop_views(64, 32, 4)
 EACH = [spec for spec in VIEWS for _ in range(spec.count)]
 
 
-def photograph(width: int, height: int, seed: int = 0, mode: str = "RGB", rotation: int = 1) -> bytes:
+def photograph(
+    width: int, height: int, seed: int = 0, mode: str = "RGB", rotation: int = 1, kind: str = "JPEG", **save: object
+) -> bytes:
     """Smooth shapes, edges and a little noise."""
     generator = np.random.default_rng(seed)
     coarse = Image.fromarray(generator.integers(0, 256, (9, 12, 3), dtype=np.uint8))
@@ -27,7 +30,7 @@ def photograph(width: int, height: int, seed: int = 0, mode: str = "RGB", rotati
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = rotation
     buffer = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(buffer, "JPEG", quality=92, exif=exif)
+    Image.fromarray(pixels).convert(mode).save(buffer, kind, **{"quality": 92, "exif": exif, **save})
     return buffer.getvalue()
 
 
@@ -42,7 +45,8 @@ def folder(tmp_path):
 
 
 def psnr(one, other) -> float:
-    return 10 * np.log10(255**2 / ((one.double() - other.double()) ** 2).mean().item())
+    error = ((one.double() - other.double()) ** 2).mean().item()
+    return 10 * np.log10(255**2 / error) if error else np.inf
 
 
 def test_the_reduction_is_the_largest_that_enlarges_no_view() -> None:
@@ -77,6 +81,28 @@ def test_views_are_those_of_the_whole_image(folder, mode, rotation):
     for ours, theirs in zip(reduced.views, whole.views, strict=True):
         assert psnr(ours, theirs) > 30
         assert (ours.double() - theirs.double()).mean().abs() < 0.5
+
+
+def test_phone_photos_with_a_second_picture_inside_are_reduced_too(folder):
+    preview = [Image.new("RGB", (160, 120))]
+    images = folder(photograph(1203, 901, 0, rotation=6, kind="MPO", save_all=True, append_images=preview))
+    assert images.load_resolved(0, lambda height, width: 4).pixels.shape == (301, 226, 3)
+    (reduced,) = TrainLoader(images, VIEWS, 1, seed=0, reduced_decode=True).epoch(0)
+    (whole,) = TrainLoader(images, VIEWS, 1, seed=0).epoch(0)
+    assert all(psnr(ours, theirs) > 30 for ours, theirs in zip(reduced.views, whole.views, strict=True))
+
+
+@pytest.mark.parametrize("size", [(90, 70), (1203, 500)])
+def test_an_image_that_cannot_be_turned_upright_is_cropped_as_it_lies(folder, size):
+    # Orientation 6 is read, but the resolution is text where a number belongs: Pillow cannot write the metadata anew.
+    tags = struct.pack("<HHIHHHHI4s", 0x0112, 3, 1, 6, 0, 0x011A, 2, 4, b"abc")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    images = folder(photograph(*size, exif=exif))
+    found = images.load_resolved(0, lambda height, width: 1)
+    assert found.shape == found.pixels.shape[:2] == size[::-1]
+    (reduced,) = TrainLoader(images, VIEWS, 1, seed=0, reduced_decode=True).epoch(0)
+    (whole,) = TrainLoader(images, VIEWS, 1, seed=0).epoch(0)
+    assert all(psnr(ours, theirs) > 30 for ours, theirs in zip(reduced.views, whole.views, strict=True))
 
 
 def test_images_without_room_are_the_same_bytes(folder):

@@ -46,14 +46,18 @@ def _decode_shape(data: bytes | NDArray[Any], reduction: Reduction | None) -> tu
         check_size(image)
         if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
             raise WrongChannelsError(f"has {image.n_frames} pages (channels?) and the encoder takes RGB")  # type: ignore[attr-defined]
-        full = None
-        if reduction is not None and image.format == "JPEG":
-            width, height = reversed(image.size) if _sideways(image) else image.size
-            full, factor = (height, width), reduction(height, width)
+        full, sideways = None, False
+        if reduction is not None and image.format in ("JPEG", "MPO"):  # MPO: a phone's JPEG with more pictures behind
+            sideways = _sideways(image)
+            full = image.size if sideways else image.size[::-1]
+            factor = reduction(*full)
             if factor > 1:  # libjpeg leaves out the high frequencies: a half costs a third of the time
                 image.draft(image.mode, (image.width // factor, image.height // factor))
         image.load()  # damaged pixels raise here, before the metadata is looked at
-        pixels = _to_rgb(_upright(image))
+        upright = _upright(image)
+        if full is not None and sideways and upright is image:  # could not be turned
+            full = full[::-1]
+        pixels = _to_rgb(upright)
         return pixels, full or pixels.shape[:2]
 
 
@@ -75,7 +79,7 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # broken metadata around whole pixels: show them as they are
-        return image
+        return image  # the same object, which tells the caller
 
 
 def _to_rgb(image: Image.Image) -> Pixels:

@@ -297,7 +297,7 @@ def _eval_items(
     images: ImageSet, image_size: int, batch_size: int, wanted: NDArray[np.int64], ratio: float
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     def prepare(index: int) -> Pixels | None:
-        pixels = images.try_load(index)
+        pixels = images.try_load(index)  # at full scale, as in the published protocols
         return None if pixels is None else resize_center_crop(pixels, image_size, ratio)
 
     with ThreadPoolExecutor(4) as pool:
