@@ -8,7 +8,7 @@ OUT ?= demo-out
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev demo smoke test check lint format docs docs-serve wheel lower-bounds clean distclean
+.PHONY: help venv venv-dev demo smoke test check lint format docs docs-serve wheel extras lower-bounds clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ docs-serve: $(READY_DEV)  ## the documentation in a browser, rebuilt as you writ
 
 wheel:  ## wheel and sdist, to dist/, and the demo from the wheel in an empty environment
 	bash scripts/test_wheel.sh
+
+extras:  ## the tests of wandb, mlflow and umap, which make test skips
+	bash scripts/test_extras.sh
 
 lower-bounds:  ## the quick tests with the oldest dependencies that pyproject.toml allows
 	bash scripts/test_lower_bounds.sh
