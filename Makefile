@@ -4,15 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
-READY_DOCS := $(VENV)/.ready-docs
 OUT ?= demo-out
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev demo smoke test check lint format docs docs-serve wheel lower-bounds clean distclean
+.PHONY: help venv venv-dev demo smoke test check lint format docs docs-serve wheel extras lower-bounds clean distclean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt scripts/setup_env.sh
 	bash scripts/setup_env.sh $(VENV)
@@ -22,13 +21,9 @@ $(READY_DEV): pyproject.toml constraints.txt scripts/setup_env.sh
 	bash scripts/setup_env.sh $(VENV) dev
 	@touch $(READY) $@
 
-$(READY_DOCS): pyproject.toml constraints.txt scripts/setup_env.sh
-	bash scripts/setup_env.sh $(VENV) docs
-	@touch $(READY) $@
-
 venv: $(READY)  ## set up .venv to run the package
 
-venv-dev: $(READY_DEV)  ## set up .venv with the test and check tools
+venv-dev: $(READY_DEV)  ## set up .venv with the tools for tests, checks and docs
 
 demo: $(READY)  ## refine the shipped encoder on the shipped images (OUT=demo-out)
 	$(BIN)/mim-refiner demo --out $(OUT)
@@ -37,7 +32,7 @@ smoke: $(READY)  ## the demo in its smallest form, in a folder that is thrown aw
 	out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(BIN)/mim-refiner demo --smoke --out "$$out/demo"
 
 # One thread a worker: the workers already fill the cores, and small tensors gain nothing from more.
-test: $(READY_DEV)  ## the whole test suite
+test: $(READY_DEV)  ## the whole test suite; builds the documentation too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
 
 lint: $(READY_DEV)  ## style only (seconds)
@@ -52,14 +47,17 @@ format: $(READY_DEV)  ## rewrite the files in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY_DOCS)  ## the documentation, to site/ (offline; warnings are errors)
+docs: $(READY_DEV)  ## the documentation, to site/ (offline; warnings are errors)
 	$(BIN)/mkdocs build --strict
 
-docs-serve: $(READY_DOCS)  ## the documentation in a browser, rebuilt as you write
+docs-serve: $(READY_DEV)  ## the documentation in a browser, rebuilt as you write
 	$(BIN)/mkdocs serve
 
 wheel:  ## wheel and sdist, to dist/, and the demo from the wheel in an empty environment
 	bash scripts/test_wheel.sh
+
+extras:  ## the tests of wandb, mlflow and umap, which make test skips
+	bash scripts/test_extras.sh
 
 lower-bounds:  ## the quick tests with the oldest dependencies that pyproject.toml allows
 	bash scripts/test_lower_bounds.sh

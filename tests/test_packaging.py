@@ -98,7 +98,8 @@ def test_the_image_is_made_of_files_that_reach_the_builder():
     assert words[0] == "FROM"
     assert "ADD" not in words
     assert words.index("USER") < words.index("ENTRYPOINT")  # not as root
-    assert "RUN useradd --create-home refiner" in lines
+    assert "RUN useradd --uid 1000 --create-home refiner" in lines
+    assert "USER 1000" in lines
 
 
 def test_the_workflow_runs_the_gate_on_every_python():

@@ -223,7 +223,7 @@ def batches(
 
 def step_generator(seed: int, phase: int, step: int) -> torch.Generator:
     """Generator for all draws of one step; also seeds torch's global one (drop-path, dropout)."""
-    value = int(np.random.SeedSequence([seed, phase, step]).generate_state(1, np.uint64)[0] >> 1)
+    value = int(np.random.SeedSequence([seed, phase, step]).generate_state(1, np.uint64)[0]) >> 1
     torch.manual_seed(value)
     return torch.Generator().manual_seed(value)
 
