@@ -131,7 +131,7 @@ def test_every_block_is_understood(page: Path):
 
 
 def test_a_wrong_option_on_a_page_is_caught():
-    with pytest.raises(Exception, match="No such option:? '?--modell"):
+    with pytest.raises(Exception, match=r"No such option:? '?--modell"):
         parse(["refine", "--data", "photos/", "--modell", "mae.pth", "--out", "runs/x"])
     with pytest.raises(KeyError):
         parse(["refined", "--data", "photos/"])

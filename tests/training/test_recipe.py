@@ -106,3 +106,13 @@ def test_default_recipe_follows_the_image_size() -> None:
     assert refine_recipe(None, image_size=224).name == "default"
     assert pretrain_recipe(None, image_size=32).name == "tiny_mae"
     assert pretrain_recipe(None, image_size=224).name == "mae"
+
+
+def test_defaults_fit_few_images_and_named_recipes_stay() -> None:
+    few = refine_recipe(None, image_size=224, images=1034)
+    assert (few.batch_size, few.heads.queue_size) == (256, 1024)
+    assert pretrain_recipe(None, image_size=224, images=1034).batch_size == 256
+    assert refine_recipe("mae_l16", image_size=224, images=1034).batch_size == 1024
+    assert refine_recipe(None, image_size=32, images=50_000) == refine_recipe("tiny", image_size=32)
+    smallest = refine_recipe(None, image_size=32, images=6)
+    assert (smallest.batch_size, smallest.heads.queue_size) == (2, 32)

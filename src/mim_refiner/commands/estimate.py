@@ -29,7 +29,7 @@ def check_model(
     """
     report = inspect_checkpoint(model)
     info = backbone.info
-    chosen = refine_recipe(recipe, image_size=max(info.image_size))
+    chosen = refine_recipe(recipe, image_size=max(info.image_size), images=images)
     target = pick_device(device)
     result: dict[str, Any] = {
         "source": model,

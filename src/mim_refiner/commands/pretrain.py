@@ -81,8 +81,11 @@ def _pretrain(
     torch_device = join_processes(pick_device(device))
     images = open_images(data, reporter, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data)
-    chosen = override(pretrain_recipe(recipe, image_size=common_image_size(images)), settings)
-    chosen.image_size = chosen.image_size or common_image_size(images)
+    # the size decides which recipe is the default, and a setting or a named recipe may decide the size
+    asked = override(pretrain_recipe(recipe, image_size=0), settings).image_size
+    size = asked or common_image_size(images)
+    chosen = override(pretrain_recipe(recipe, image_size=size, images=len(images)), settings)
+    chosen.image_size = size
     precision = resolve_precision(chosen.precision, torch_device)
 
     encoder = create_vit(arch, image_size=chosen.image_size)

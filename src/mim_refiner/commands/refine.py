@@ -132,7 +132,7 @@ def refine_and_compare(
     backbone = load_backbone(model)
     images = open_images(data, reporter, channels=backbone.info.in_chans, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
-    base = refine_recipe(recipe, image_size=max(backbone.info.image_size))
+    base = refine_recipe(recipe, image_size=max(backbone.info.image_size), images=len(images))
     chosen = override(base, settings)
     precision = resolve_precision(chosen.precision, torch_device)
     bank, test = evaluation_sets(images, eval_data, eval_test, reporter)

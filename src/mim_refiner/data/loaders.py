@@ -179,7 +179,7 @@ class TrainLoader:
         if batch_size > len(images):
             raise DataError(
                 f"batch size {batch_size} is larger than the data set of {len(images)} images ({images.description}); "
-                f"set the batch size to {len(images)} or less"
+                f"set batch_size to {len(images)} or less"
             )
         images.raise_if_too_many_unreadable()
         self.images = images

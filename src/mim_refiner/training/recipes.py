@@ -9,6 +9,9 @@ from typing import Literal, TypeVar
 from mim_refiner.errors import RecipeError, did_you_mean
 from mim_refiner.training.recipe import Heads, Phase, PretrainRecipe, RefineRecipe, Views, from_tree, read_recipe_file
 
+MIN_BATCHES = 4  # an epoch
+MIN_QUEUE = 32  # entries, above the recipes' top_k
+
 R = TypeVar("R", RefineRecipe, PretrainRecipe)
 
 
@@ -122,26 +125,46 @@ def tiny_mae() -> PretrainRecipe:
 PRETRAIN_RECIPES: dict[str, Callable[[], PretrainRecipe]] = {"mae": mae, "tiny_mae": tiny_mae}
 
 
-def refine_recipe(name_or_file: str | None, *, image_size: int) -> RefineRecipe:
+def refine_recipe(name_or_file: str | None, *, image_size: int, images: int | None = None) -> RefineRecipe:
     """A named recipe, a recipe file, or (None) ``tiny`` up to 64 px and the ViT-L/16 MAE recipe's values above.
 
-    The paper's values with heads on the last third of whatever depth the encoder has.
+    The paper's values with heads on the last third of whatever depth the encoder has; fitted to the number of
+    ``images``. What the user names is taken as it is.
     """
     if name_or_file is None:
-        if image_size <= 64:
-            return tiny()
-        recipe = _large("default", pooling="auto")
-        recipe.heads.blocks = "last_third"
-        recipe.views.global_size = None
-        return recipe
+        recipe = _default_refine(image_size)
+        return recipe if images is None else fit_to_images(recipe, images)
     return _lookup(name_or_file, REFINE_RECIPES, tiny())
 
 
-def pretrain_recipe(name_or_file: str | None, *, image_size: int) -> PretrainRecipe:
-    """A named recipe, a recipe file, or (None) ``tiny_mae`` up to 64 px and ``mae`` above."""
+def _default_refine(image_size: int) -> RefineRecipe:
+    if image_size <= 64:
+        return tiny()
+    recipe = _large("default", pooling="auto")
+    recipe.heads.blocks = "last_third"
+    recipe.views.global_size = None
+    return recipe
+
+
+def pretrain_recipe(name_or_file: str | None, *, image_size: int, images: int | None = None) -> PretrainRecipe:
+    """A named recipe, a recipe file, or (None) ``tiny_mae`` up to 64 px and ``mae`` above, fitted to ``images``."""
     if name_or_file is None:
-        return tiny_mae() if image_size <= 64 else mae()
+        recipe = tiny_mae() if image_size <= 64 else mae()
+        return recipe if images is None else fit_to_images(recipe, images)
     return _lookup(name_or_file, PRETRAIN_RECIPES, mae())
+
+
+def fit_to_images(recipe: R, images: int) -> R:
+    """``recipe`` for few images: at least four batches an epoch, and no queue larger than the data (powers of two)."""
+    fitted = recipe.model_copy(deep=True)
+    fitted.batch_size = min(recipe.batch_size, max(2, _power_of_two(images // MIN_BATCHES)))
+    if isinstance(fitted, RefineRecipe):
+        fitted.heads.queue_size = min(fitted.heads.queue_size, max(MIN_QUEUE, _power_of_two(images)))
+    return fitted
+
+
+def _power_of_two(most: int) -> int:
+    return 1 << max(0, most.bit_length() - 1)
 
 
 def _lookup(name_or_file: str, recipes: dict[str, Callable[[], R]], base: R) -> R:
