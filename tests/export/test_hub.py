@@ -55,6 +55,9 @@ class Handler(BaseHTTPRequestHandler):
     def body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
+    def do_GET(self) -> None:
+        self.answer({"id": "someone/encoder", "xetEnabled": False})  # old versions of the client ask
+
     def do_PUT(self) -> None:
         content = self.body()
         self.server.stored[hashlib.sha256(content).hexdigest()] = content
@@ -108,9 +111,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()
     yield server
     server.shutdown()
     thread.join()
@@ -129,7 +133,7 @@ def test_every_file_arrives_byte_for_byte(hub: Hub, folder: Path) -> None:
     assert address == f"{hub.address}/someone/encoder"
     assert hub.repositories == {"someone/encoder": {path.name: path.read_bytes() for path in folder.iterdir()}}
     assert "model.safetensors" in hub.repositories["someone/encoder"]
-    assert hub.created[0]["visibility"] == "private"
+    assert hub.created[0].get("visibility") == "private" or hub.created[0]["private"] is True  # new client, old client
     push_to_hub(folder, "someone/encoder")  # a repository that exists gets a new commit
     assert len(hub.created) == 2
 
@@ -162,6 +166,7 @@ def test_offline_and_unreachable(hub: Hub, folder: Path, monkeypatch: pytest.Mon
     with pytest.raises(InputError, match="the hub cannot be reached or failed"):
         push_to_hub(folder, "someone/x")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()  # old clients read it once a session
     with pytest.raises(InputError, match="offline mode is on"):
         push_to_hub(folder, "someone/x")
 

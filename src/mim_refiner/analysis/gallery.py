@@ -191,10 +191,10 @@ def feature_maps(
 
 
 def _umap(features: NDArray[np.float64], seed: int) -> Points:
-    from umap import UMAP
-
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about its number of threads
+        warnings.simplefilter("ignore")  # about TensorFlow, which it can do without, and its number of threads
+        from umap import UMAP
+
         return np.asarray(UMAP(n_neighbors=15, metric="cosine", random_state=seed).fit_transform(features), float)
 
 

@@ -82,7 +82,7 @@ def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str,
     model, width = backbone.model, backbone.info.embed_dim
     if type(model) is Beit and isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity):
         # timm's Beit has one norm at least; the one after pooling changes no token. Our reader leaves it out again.
-        config["model_args"]["global_pool"] = "avg"
+        config["model_args"] |= {"use_fc_norm": True, "global_pool": "avg"}
         state |= {"fc_norm.weight": torch.ones(width), "fc_norm.bias": torch.zeros(width)}
         facts["without"] = ["fc_norm"]
     eps = norm_eps(_build(config))

@@ -76,7 +76,8 @@ def infer_beit(
         "use_abs_pos_emb": "pos_embed" in tensors,
         "use_rel_pos_bias": OWN_TABLE in tensors,
         "use_shared_rel_pos_bias": SHARED_TABLE in tensors,
-        "global_pool": "avg" if fc_norm else "token",  # tells timm which of the two norms there is
+        "use_fc_norm": fc_norm,
+        "global_pool": "avg" if fc_norm else "token",
     }
     size = _STANDARD.get((width, depth, heads), "base")
     return Structure(f"{name}_{size}_patch16_224", arguments, heads, tuple(notes))
