@@ -122,7 +122,7 @@ def atlas_tables(run: RunFiles) -> list[dict[str, Any]]:
         names = {"knn_top1": "k-NN accuracy (%)", "consistency": "neighbour consistency (%), no labels"}
         tables.append(
             {
-                "title": where,
+                "title": STAGES.get(where.removeprefix("atlas-"), where),
                 "measure": names.get(measure, measure),
                 "columns": [f"{pooling}, {'final norm' if norm else 'raw'}" for pooling, norm in columns],
                 "rows": rows,
