@@ -20,6 +20,7 @@ from mim_refiner.commands.plan import fit_into
 from mim_refiner.commands.plan import plan as run_plan
 from mim_refiner.commands.report import finish_with_report, write_gallery
 from mim_refiner.commands.runs import (
+    evaluation_sets,
     list_skipped,
     open_images,
     refuse_to_overwrite_inputs,
@@ -38,8 +39,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import ViewSpec, multi_crop_views
-from mim_refiner.errors import DataError, GuardStopError, InputError, NonFiniteLossError
-from mim_refiner.evaluation.suite import class_numbers
+from mim_refiner.errors import GuardStopError, InputError, NonFiniteLossError
 from mim_refiner.export.timm import export_timm
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
@@ -373,22 +373,6 @@ def view_specs(recipe: RefineRecipe) -> list[ViewSpec]:
         gray_prob=views.gray_prob,
         solarize_prob=views.solarize_prob,
     )
-
-
-def evaluation_sets(
-    images: ImageSet, eval_data: str | None, eval_test: str | None, reporter: Reporter
-) -> tuple[ImageSet, ImageSet | None]:
-    """The labelled images to measure on: the ones given, else the training images themselves."""
-    if eval_test is not None and eval_data is None:
-        raise InputError("--eval-test needs --eval-data; give the labelled bank that the test images are compared with")
-    bank = images if eval_data is None else open_images(eval_data, reporter, channels=images.channels)
-    test = None if eval_test is None else open_images(eval_test, reporter, channels=images.channels)
-    for option, given in (("--eval-data", None if eval_data is None else bank), ("--eval-test", test)):
-        if given is not None and given.labels is None:
-            raise DataError(f"{option}: {given.description} has no labels; give labelled images, or leave {option} out")
-    if test is not None:
-        class_numbers(bank, test)  # refuses classes that the bank lacks now, not after the training
-    return bank, test
 
 
 def announce(

@@ -17,7 +17,8 @@ from mim_refiner.core.collectives import rank, world_size
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.exclude import without_listed
 from mim_refiner.data.sources import open_source
-from mim_refiner.errors import InputError
+from mim_refiner.errors import DataError, InputError
+from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.files import write_bytes
 from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipe import Recipe
@@ -36,6 +37,22 @@ def open_images(spec: str, reporter: Reporter, *, channels: int = 3, exclude: st
     labels = "no labels" if images.labels is None else f"{len(np.unique(images.labels))} classes"
     reporter.message(f"data: {images.description}, {len(images)} images, {labels}")
     return images
+
+
+def evaluation_sets(
+    images: ImageSet, eval_data: str | None, eval_test: str | None, reporter: Reporter
+) -> tuple[ImageSet, ImageSet | None]:
+    """The labelled images to measure on: the ones given, else the training images themselves."""
+    if eval_test is not None and eval_data is None:
+        raise InputError("--eval-test needs --eval-data; give the labelled bank that the test images are compared with")
+    bank = images if eval_data is None else open_images(eval_data, reporter, channels=images.channels)
+    test = None if eval_test is None else open_images(eval_test, reporter, channels=images.channels)
+    for option, given in (("--eval-data", None if eval_data is None else bank), ("--eval-test", test)):
+        if given is not None and given.labels is None:
+            raise DataError(f"{option}: {given.description} has no labels; give labelled images, or leave {option} out")
+    if test is not None:
+        class_numbers(bank, test)  # refuses classes that the bank lacks now, not after the training
+    return bank, test
 
 
 def refuse_to_overwrite_inputs(out: str, overwrite: bool, **sources: str | None) -> None:

@@ -177,9 +177,9 @@ def _spread(
         values, rows, problem = *forward(part), ""
     except DataError as error:
         values, rows, problem = {}, torch.empty(0), str(error)
-    problems = [found for found in from_ranks(problem) if found]
-    if problems:
-        raise DataError(problems[0])
+    problem = next(filter(None, from_ranks(problem)), "")
+    if problem:
+        raise DataError(problem)
     images.add_unreadable(item for items in from_ranks(images.unreadable_items()) for item in items)
     rows = gather_rows(rows)
     first = torch.from_numpy(np.sort(np.unique(rows.numpy(), return_index=True)[1]))  # what fills up the last part goes
