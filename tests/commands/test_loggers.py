@@ -70,6 +70,19 @@ def test_unknown_and_missing_loggers_are_refused_at_once(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_file_of_mlflow_needs_more_than_mlflow(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None if name == "sqlalchemy" else object())
+    with (
+        pytest.raises(InputError, match=r"sqlalchemy is not installed; pip install 'mim-refiner\[mlflow\]'"),
+        logging_to(["mlflow"], str(tmp_path / "run"), Heard()),
+    ):
+        pass
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # a server keeps the records itself
+    with logging_to(["mlflow"], str(tmp_path / "run"), Heard()):
+        pass
+
+
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     pretend_run("tensorboard", tmp_path / "run")
@@ -85,6 +98,9 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     pretend_run("wandb", tmp_path / "run")
+    import wandb
+
+    wandb.teardown()  # its process may write the file at its end only
     runs = list((tmp_path / "run" / "logs" / "wandb").glob("offline-run-*"))
     assert len(runs) == 1
     assert next(iter(runs[0].glob("*.wandb"))).stat().st_size > 0

@@ -13,7 +13,8 @@ from mim_refiner.data.loaders import TrainLoader, default_crop_ratio, eval_batch
 from mim_refiner.data.photometric import normalize
 from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import ViewSpec, mae_views, multi_crop_views
-from mim_refiner.errors import DataError, InputError
+from mim_refiner.data.workers import watched
+from mim_refiner.errors import DataError, InputError, WorkerError
 
 VIEWS = multi_crop_views(8, 4, 2)
 
@@ -171,6 +172,29 @@ def test_eval_batches_in_order(array_set):
     ((part, index),) = eval_batches(images, 8, 10, indices=torch.tensor([5, 1]))
     assert index.tolist() == [5, 1]
     np.testing.assert_array_equal(part[1].permute(1, 2, 0).numpy(), images.load(1))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), WorkerError),
+        (ConnectionResetError(104, "Connection reset by peer"), WorkerError),  # killed while its batch is fetched
+        (ConnectionRefusedError(111, "Connection refused"), WorkerError),
+        (EOFError(), WorkerError),
+        (ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0."), ConnectionResetError),
+        (RuntimeError("shapes differ"), RuntimeError),
+    ],
+)
+def test_a_process_that_died_is_told_from_an_error_in_it(error, told):
+    def batches():
+        yield 1
+        raise error
+
+    got = watched(batches())
+    assert next(got) == 1
+    with pytest.raises(told) as caught:
+        next(got)
+    assert type(caught.value) is told
 
 
 @pytest.mark.parametrize("cache", [True, False])

@@ -19,11 +19,11 @@ import yaml
 from mim_refiner.errors import InputError, did_you_mean
 from mim_refiner.reporting import Reporter, Tee
 
-# name: (module that must be importable, extra that brings it)
+# name, also that of its extra: modules that must be importable
 LOGGERS = {
-    "tensorboard": ("tensorboard", "tensorboard"),
-    "wandb": ("wandb", "wandb"),
-    "mlflow": ("mlflow", "mlflow"),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),  # the last two for a file; a server needs mlflow alone
 }
 
 
@@ -47,9 +47,10 @@ def logging_to(names: Sequence[str], out: str, reporter: Reporter) -> Iterator[R
     for name in names:
         if name not in LOGGERS:
             raise InputError(f"--log {name}: unknown logger{did_you_mean(name, LOGGERS)}; use {', '.join(LOGGERS)}")
-        module, extra = LOGGERS[name]
-        if find_spec(module) is None:
-            raise InputError(f"--log {name}: {module} is not installed; pip install 'mim-refiner[{extra}]'")
+        server = os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http", "databricks"))
+        for module in LOGGERS[name][: 1 if server else None]:
+            if find_spec(module) is None:
+                raise InputError(f"--log {name}: {module} is not installed; pip install 'mim-refiner[{name}]'")
     if not names or os.environ.get("RANK", "0") != "0":  # of torchrun's processes only the first one logs
         yield reporter
         return

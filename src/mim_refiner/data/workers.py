@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 
 def watched(iterator: Iterator[_T]) -> Iterator[_T]:
-    """Yield the batches of a DataLoader's iterator; raises WorkerError instead of torch's RuntimeError.
+    """Yield the batches of a DataLoader's iterator; raises WorkerError instead of what torch does.
 
     torch raises out of a SIGCHLD handler, wherever the main thread is: in the middle of an optimizer's step, weights
     would be left half updated. Here its handler works only while a batch is waited for.
@@ -41,8 +41,10 @@ def watched(iterator: Iterator[_T]) -> Iterator[_T]:
                 return
             waiting[0] = False
             yield item
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # A batch is fetched from the process that made it, which may die in the middle; an error of the process itself
+        # comes with words about its DataLoader worker.
+        if ("DataLoader" in str(error)) is not isinstance(error, RuntimeError):
             raise
         what = "gave no batch in time" if "timed out" in str(error) else "was killed (out of memory?)"
         raise WorkerError(f"a loader process {what}; check the storage and the memory, or set fewer workers") from None
