@@ -193,9 +193,11 @@ def processes(count: int, words: list[str]) -> list[subprocess.CompletedProcess[
         )
         for rank in range(count)
     ]
+    # read before waiting: a process whose pipe is full would never end
+    outputs = [process.communicate(timeout=250) for process in started]
     return [
-        subprocess.CompletedProcess(process.args, process.wait(), *process.communicate(timeout=250))
-        for process in started
+        subprocess.CompletedProcess(process.args, process.returncode, *output)
+        for process, output in zip(started, outputs, strict=True)
     ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL
 import pytest
 import torch
 
@@ -37,8 +38,10 @@ def test_the_loss_curve_of_twenty_steps_is_bit_identical(tiny_run: MakeRun, tmp_
     recorded = [curve["losses"] for curve in curves if curve["platform"] == platform()]
     if recorded:
         assert [loss.hex() for loss in losses] == recorded[0]
-    for curve in curves:  # other kernels round differently, and so does the resizing of Pillow before 13
-        assert losses == pytest.approx([float.fromhex(text) for text in curve["losses"]], rel=1e-2)
+    # other kernels round differently; Pillow before 13 resizes a few pixels otherwise
+    tolerance = 1e-3 if int(PIL.__version__.split(".")[0]) >= 13 else 1e-2
+    for curve in curves:
+        assert losses == pytest.approx([float.fromhex(text) for text in curve["losses"]], rel=tolerance)
 
 
 @pytest.mark.parametrize("kill_at", [2, 5, 8, 9, 16])
