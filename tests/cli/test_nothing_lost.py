@@ -266,8 +266,8 @@ def test_two_processes_evaluate_as_one(mae, cli, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_pretrain_as_one(shapes, cli, finish, tmp_path):
-    """Both are asked for the last k-NN, and one of them writes it."""
+def test_two_processes_pretrain_to_the_end(shapes, cli, tmp_path):
+    """Both are asked for the last k-NN, of which each computes a part, and one of them writes it."""
     outcomes = processes(2, cli.pretrain(shapes, tmp_path / "two"))
     assert [outcome.returncode for outcome in outcomes] == [0, 0], outcomes[0].stderr + outcomes[1].stderr
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())

@@ -87,6 +87,7 @@ def three_steps(micro_batch: int | None, frozen_blocks: int, way: str = "") -> d
                     for parameter in module.parameters():
                         local(parameter).zero_()
                 load_full_state(module, state)
+            optimizer = adamw(parameter_groups(refiner.named_parameters(), weight_decay=0.05), (0.9, 0.95))
             load_full_optimizer_state(optimizer, copy.deepcopy(moments))
     result |= {f"state/{name}": tensor for name, tensor in full_state(refiner).items()}
     return result | {f"average/{name}": tensor for name, tensor in full_state(ema).items()}
