@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mim_refiner.data.channels import as_channels_last, decode_channels, read_npy, resize
+from mim_refiner.data.channels import as_channels_last, read_npy, resize
 from mim_refiner.data.decode import ImageSet, decode_rgb
+from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.loaders import TrainLoader, eval_batches
 from mim_refiner.data.photometric import BatchPhotometric, normalize, seeded_generator
 from mim_refiner.data.sources import open_source
@@ -80,13 +81,13 @@ def test_image_files_keep_their_bands(tmp_path):
     for kind in ("PNG", "TIFF"):
         buffer = io.BytesIO()
         Image.fromarray(deep).save(buffer, kind)
-        np.testing.assert_array_equal(decode_channels(buffer.getvalue(), 1)[..., 0], deep)
+        np.testing.assert_array_equal(decode_image(buffer.getvalue(), 1)[0][..., 0], deep)
     rgba = random((9, 7, 4))
     buffer = io.BytesIO()
     Image.fromarray(rgba).save(buffer, "PNG")
-    np.testing.assert_array_equal(decode_channels(buffer.getvalue(), 4), rgba)
+    np.testing.assert_array_equal(decode_image(buffer.getvalue(), 4)[0], rgba)
     with pytest.raises(ValueError, match="has 4 channels and the encoder takes 1"):
-        decode_channels(buffer.getvalue(), 1)
+        decode_image(buffer.getvalue(), 1)[0]
 
 
 def test_tiff_with_a_band_a_page():
@@ -94,7 +95,7 @@ def test_tiff_with_a_band_a_page():
     pages = [Image.fromarray(np.ascontiguousarray(bands[..., i])) for i in range(5)]
     buffer = io.BytesIO()
     pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:])
-    np.testing.assert_array_equal(decode_channels(buffer.getvalue(), 5), bands)
+    np.testing.assert_array_equal(decode_image(buffer.getvalue(), 5)[0], bands)
     with pytest.raises(ValueError, match=r"has 5 pages \(channels\?\) and the encoder takes RGB"):
         decode_rgb(buffer.getvalue())
 
@@ -110,7 +111,7 @@ def test_tiff_of_many_bands(planar):
         photometric="minisblack",
         planarconfig=planar,
     )
-    np.testing.assert_array_equal(decode_channels(buffer.getvalue(), 13), bands)
+    np.testing.assert_array_equal(decode_image(buffer.getvalue(), 13)[0], bands)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
+from mim_refiner.data import loaders
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader, default_crop_ratio, eval_batches, resize_center_crop
 from mim_refiner.data.photometric import normalize
@@ -211,6 +213,31 @@ def test_resize_center_crop_equals_torchvision(pixels, height, width, ratio):
     resized = tv.resize(image, [round(28 / ratio)], interpolation=tv.InterpolationMode.BICUBIC)
     expected = np.asarray(tv.center_crop(resized, [28, 28]))
     np.testing.assert_array_equal(resize_center_crop(np.asarray(image), 28, ratio), expected)
+
+
+@pytest.mark.parametrize("shape", [(7, 90, 3), (90, 7, 3), (1, 500, 3), (60, 999, 3), (2, 3000, 4)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_the_view_of_an_elongated_image_is_that_of_the_whole(monkeypatch, shape, dtype):
+    smooth = np.add.outer(np.arange(shape[0]), np.arange(shape[1])) * 40 % 250
+    image = (np.stack([smooth] * shape[2], axis=2) * (257 if dtype == np.uint16 else 1)).astype(dtype)
+    for size, ratio in ((32, 1.0), (28, 0.875)):
+        view = resize_center_crop(image, size, ratio)
+        monkeypatch.setattr(loaders, "_ELONGATED", 10**9)
+        whole = resize_center_crop(image, size, ratio)
+        monkeypatch.undo()
+        assert view.shape == whole.shape == (size, size, shape[2])
+        assert np.abs(view.astype(int) - whole).max() <= (2 if dtype == np.uint8 else 300)
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000_000, 3), (20_000_000, 1, 3), (1, 30_000_000, 1)])
+def test_an_elongated_image_costs_no_more_than_its_view(shape):
+    image = np.zeros(shape, np.uint8)
+    tracemalloc.start()
+    view = resize_center_crop(image, 224, 0.875)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert view.shape == (224, 224, shape[2])
+    assert peak < 2**20
 
 
 def test_default_crop_ratio():

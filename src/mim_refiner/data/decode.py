@@ -1,97 +1,31 @@
-"""From encoded images to RGB arrays: decoding, the cache in memory, and what happens with unreadable images."""
+"""The decoded images of a source: the cache in memory, and what happens with unreadable images."""
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
-from mim_refiner.data.channels import NPY, WrongChannelsError, as_channels_last, check_size, decode_channels, read_npy
+from mim_refiner.data.image_files import Reduction, decode_image
 from mim_refiner.data.source_base import ImageSource, Labels
 from mim_refiner.errors import DataError
 
 Pixels = NDArray[Any]  # [H, W, 3] uint8; for encoders of other channels [H, W, C] uint8 or uint16
 CACHE_LIMIT_BYTES = 2 * 10**9
 MAX_UNREADABLE_SHARE = 0.1
-Reduction = Callable[[int, int], int]  # (height, width) of an upright image -> decode at 1/1, 1/2, 1/4 or 1/8
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _PROBES = 32  # images decoded to estimate the size of the whole set
 _CHUNK = 1024
 
 
 def decode_rgb(data: bytes | NDArray[Any]) -> Pixels:
-    """Decode an encoded image, .npy bytes, or an array [H, W] or [H, W, C], to RGB uint8 [H, W, 3].
-
-    EXIF rotation is applied; grayscale, palette and CMYK are converted; transparency is shown on white; 16-bit
-    images keep their upper 8 bits. Arrays of other than 1 or 3 channels and TIFF files of several pages are refused,
-    as nobody knows which channels to leave out. Raises OSError, ValueError or a Pillow error when the data is not a
-    whole image.
-    """
-    return _decode_shape(data, None)[0]
-
-
-def _decode_shape(data: bytes | NDArray[Any], reduction: Reduction | None) -> tuple[Pixels, tuple[int, int]]:
-    """:func:`decode_rgb`, for JPEGs at the scale that ``reduction`` allows, and height and width at full scale."""
-    if isinstance(data, np.ndarray) or data[:6] == NPY:
-        pixels = _array_to_rgb(as_channels_last(data if isinstance(data, np.ndarray) else read_npy(data)))
-        return pixels, pixels.shape[:2]
-    with Image.open(io.BytesIO(data)) as image:
-        check_size(image)
-        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-            raise WrongChannelsError(f"has {image.n_frames} pages (channels?) and the encoder takes RGB")  # type: ignore[attr-defined]
-        full, sideways = None, False
-        if reduction is not None and image.format in ("JPEG", "MPO"):  # MPO: a phone's JPEG with more pictures behind
-            sideways = _sideways(image)
-            full = image.size if sideways else image.size[::-1]
-            factor = reduction(*full)
-            if factor > 1:  # libjpeg leaves out the high frequencies: a half costs a third of the time
-                image.draft(image.mode, (image.width // factor, image.height // factor))
-        image.load()  # damaged pixels raise here, before the metadata is looked at
-        upright = _upright(image)
-        if full is not None and sideways and upright is image:  # could not be turned
-            full = full[::-1]
-        pixels = _to_rgb(upright)
-        return pixels, full or pixels.shape[:2]
-
-
-def _array_to_rgb(pixels: Pixels) -> Pixels:
-    if pixels.shape[2] not in (1, 3):
-        raise WrongChannelsError(f"has {pixels.shape[2]} channels and the encoder takes 3 (RGB)")
-    narrow = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
-    return narrow if narrow.shape[2] == 3 else np.repeat(narrow, 3, axis=2)
-
-
-def _sideways(image: Image.Image) -> bool:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
-    except Exception:  # as in _upright
-        return False
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # broken metadata around whole pixels: show them as they are
-        return image  # the same object, which tells the caller
-
-
-def _to_rgb(image: Image.Image) -> Pixels:
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64)
-        narrow = (wide >> 8 if wide.max(initial=0) > 255 else wide).clip(0, 255).astype(np.uint8)
-        return np.repeat(narrow[:, :, None], 3, axis=2)
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        rgba = image.convert("RGBA")
-        image = Image.new("RGBA", rgba.size, "white")
-        image.alpha_composite(rgba)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    """Upright RGB uint8 [H, W, 3] of an encoded image or an array; see :func:`decode_image`."""
+    return decode_image(data)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,12 +136,7 @@ class ImageSet:
 
     def _decode(self, index: int, reduction: Reduction | None = None) -> Loaded | None:
         try:
-            data = self.source.read(index)
-            if self.channels == 3:
-                pixels, shape = _decode_shape(data, reduction)
-            else:
-                pixels = decode_channels(data, self.channels)
-                shape = pixels.shape[:2]
+            pixels, shape = decode_image(self.source.read(index), self.channels, reduction)
             if pixels.size == 0:
                 raise ValueError("the image has no pixels")
             return Loaded(index, pixels, shape)
@@ -226,7 +155,7 @@ class ImageSet:
     def _nothing_readable(self) -> DataError:
         name, reason = self.unreadable[0]
         return DataError(
-            f"{self.description}: no image can be read (first: {name}: {reason}); give a source with whole images"
+            f"{self.description}: no image can be read (first: {name}: {reason}); give a source with images that can"
         )
 
     def scan(self) -> None:
@@ -263,7 +192,7 @@ class ImageSet:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image file, or a damaged one"
+        return "not an image file of a known kind, or a damaged one"
     if isinstance(error, FileNotFoundError):
         return "no such file"
     return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -6,9 +6,7 @@ Nothing is changed. Each image is read once; duplicates are compared by ``data.d
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,13 +18,14 @@ from PIL import Image
 from mim_refiner.data.channels import (
     NPY,
     Raw,
+    TooLargeError,
+    UnusableImageError,
     WrongChannelsError,
     as_channels_last,
-    decode_channels,
     for_display,
     read_npy,
 )
-from mim_refiner.data.decode import decode_rgb
+from mim_refiner.data.image_files import decode_image, open_image
 from mim_refiner.data.source_base import ImageSource
 
 HUGE_PIXELS = 50_000_000  # judged from the header, never decoded
@@ -42,6 +41,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "unreadable": (True, "not an image; training would skip it"),
     "empty": (True, "no bytes; copy the file again"),
     "truncated": (True, "begins like an image and breaks off or is damaged; copy or download it again"),
+    "unusable": (True, "whole, but its pixels have no sure meaning; training would skip it; convert it"),
     "channels": (True, "another number of channels than the encoder takes; training would skip it (--model tells it)"),
     "tiny": (True, "far smaller than the others; crops of it are blurs"),
     "huge": (True, f"more than {HUGE_PIXELS // 10**6} million pixels; shrink it, it slows every epoch"),
@@ -105,13 +105,10 @@ class Scan:
 def scan(source: ImageSource, progress: Callable[[int], None] | None = None, *, channels: int = 3) -> Scan:
     """Probe every image with one thread a core, for an encoder of ``channels``; ``progress`` gets the number done."""
     probes: list[Probe] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", category=UserWarning)  # broken metadata around whole pixels
-        for done, probe in enumerate(_probe_all(source, channels), 1):
-            probes.append(probe)
-            if progress and (done % 256 == 0 or done == len(source)):
-                progress(done)
+    for done, probe in enumerate(_probe_all(source, channels), 1):
+        probes.append(probe)
+        if progress and (done % 256 == 0 or done == len(source)):
+            progress(done)
     source.close()
     result = Scan()
     tiny = _tiny_side([min(probe.size) for probe in probes if probe.size])
@@ -158,14 +155,16 @@ def _probe(source: ImageSource, index: int, channels: int) -> Probe:
         return Probe((("empty", ""),))
     try:
         if channels != 3:
-            return _measured(decode_channels(raw, channels), [])
+            return _measured(decode_image(raw, channels)[0], [])
         if isinstance(raw, np.ndarray) or raw[:6] == NPY:
             return _probe_array(as_channels_last(raw if isinstance(raw, np.ndarray) else read_npy(raw)))
         return _probe_encoded(raw)
     except WrongChannelsError as error:
         return Probe((("channels", _short(error)),))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return Probe((("huge", "more pixels than the decoder accepts"),))
+    except TooLargeError as error:
+        return Probe((("huge", _short(error)),))
+    except UnusableImageError as error:
+        return Probe((("unusable", _short(error)),))
     except Exception as error:  # decoders raise almost anything on damaged input
         kind = "truncated" if isinstance(raw, bytes) and known_signature(raw) else "unreadable"
         return Probe(((kind, _short(error)),))
@@ -173,28 +172,27 @@ def _probe(source: ImageSource, index: int, channels: int) -> Probe:
 
 def _probe_array(pixels: Raw) -> Probe:
     kinds = [("16-bit", "numbers")] if pixels.dtype == np.uint16 else []
-    return _measured(decode_rgb(pixels), kinds, gray=pixels.shape[2] == 1)
+    return _measured(decode_image(pixels)[0], kinds, gray=pixels.shape[2] == 1)
 
 
 def _probe_encoded(raw: bytes) -> Probe:
-    with Image.open(io.BytesIO(raw)) as image:
+    with open_image(raw) as image:
         width, height = image.size
         kinds = _kinds_of_header(image, raw)
         if width * height > HUGE_PIXELS:
             return Probe((*kinds, ("huge", f"{width}x{height} px")))
-        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-            decode_rgb(raw)  # says why training refuses it
         if max(width, height) > 2 * DRAFT_SIDE:
             image.draft("RGB", (DRAFT_SIDE, DRAFT_SIDE))  # a JPEG of this size is decoded at a fraction of the cost
         image.load()
-        pixels = np.asarray(image) if image.mode == "RGB" else decode_rgb(raw)
-        gray = image.mode in ("L", "LA", "1", "I", "I;16", "F")
+        plain = image.mode == "RGB" and image.format != "TIFF"
+        pixels = np.asarray(image) if plain else decode_image(raw)[0]
+        gray = image.mode in ("L", "LA", "1", "I", "I;16")
     return _measured(pixels, kinds, (width, height), gray)
 
 
 def _kinds_of_header(image: Image.Image, raw: bytes) -> list[tuple[str, str]]:
     kinds = []
-    if getattr(image, "is_animated", False):
+    if image.format != "TIFF" and getattr(image, "is_animated", False):
         kinds.append(("animated", f"{getattr(image, 'n_frames', 2)} frames"))
     if image.mode == "CMYK":
         kinds.append(("CMYK", ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import sys
 import warnings
@@ -24,6 +25,8 @@ from mim_refiner.data.prefetch import in_background
 from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order, scale_reduction
 from mim_refiner.data.workers import end_workers, watched
 from mim_refiner.errors import DataError, InputError
+
+_ELONGATED = 4  # times longer than wide: the view is resized alone, or the cost would grow with the length
 
 
 @dataclass(frozen=True)
@@ -257,16 +260,31 @@ def default_crop_ratio(image_size: int) -> float:
 
 
 def resize_center_crop(pixels: Pixels, image_size: int, crop_ratio: float) -> Pixels:
-    """Resize the shorter side to round(image_size / crop_ratio), bicubic, and cut out the centre: [S, S, 3]."""
+    """Resize the shorter side to round(image_size / crop_ratio), bicubic, and cut out the centre: [S, S, C]."""
     height, width = pixels.shape[:2]
     short = round(image_size / crop_ratio)
-    if min(height, width) != short:
-        long = int(short * max(height, width) / min(height, width))
-        new_width, new_height = (short, long) if width <= height else (long, short)
-        pixels = resize(pixels, new_width, new_height)
-        height, width = pixels.shape[:2]
-    top, left = round((height - image_size) / 2), round((width - image_size) / 2)
+    long = int(short * max(height, width) / min(height, width))
+    if min(height, width) == short:
+        new_height, new_width = height, width
+    else:
+        new_height, new_width = (long, short) if width <= height else (short, long)
+    top, left = round((new_height - image_size) / 2), round((new_width - image_size) / 2)
+    if max(height, width) > _ELONGATED * min(height, width) and min(height, width) != short:
+        return _view_of(pixels, top, left, image_size, (new_height, new_width))
+    pixels = pixels if min(height, width) == short else resize(pixels, new_width, new_height)
     return pixels[top : top + image_size, left : left + image_size]
+
+
+def _view_of(pixels: Pixels, top: int, left: int, side: int, resized: tuple[int, int]) -> Pixels:
+    """A square of the ``resized`` image at the cost of the square: from the part of the pixels that it depends on."""
+    cuts, box = [], []
+    for start, new, old in ((top, resized[0], pixels.shape[0]), (left, resized[1], pixels.shape[1])):
+        first, last, reach = start * old / new, (start + side) * old / new, 3 * max(1.0, old / new)
+        begin, end = max(0, math.floor(first - reach)), min(old, math.ceil(last + reach))
+        cuts.append(slice(begin, end))
+        box.append((max(0.0, first - begin), min(end - begin, last - begin)))
+    (upper, lower), (near, far) = box
+    return resize(pixels[cuts[0], cuts[1]], side, side, (near, upper, far, lower))
 
 
 def eval_batches(
