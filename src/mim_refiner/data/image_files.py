@@ -136,7 +136,7 @@ def orientation(image: Image.Image) -> int:
         found = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # as in upright
         return 1
-    return found if found in range(1, 9) else 1
+    return int(found) if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -147,7 +147,7 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _wide(turned: Image.Image, image: Image.Image) -> NDArray[np.uint16]:
+def _wide(turned: Image.Image, image: Image.Image) -> NDArray[Any]:
     """A grey image of more than 8 bits, spread over 16; ``image``: as it was opened, with what the file says."""
     bits, inverted = 16, False  # PNG, PPM and JPEG 2000 are scaled to 16 bits by their decoders
     if image.format == "TIFF":
@@ -156,7 +156,7 @@ def _wide(turned: Image.Image, image: Image.Image) -> NDArray[np.uint16]:
     return ~pixels if inverted else pixels
 
 
-def _spread(pixels: Raw, bits: int) -> Raw:
+def _spread(pixels: NDArray[Any], bits: int) -> NDArray[Any]:
     """Values of 9 to 15 bits over the whole range of 16."""
     return (pixels << (16 - bits)) | (pixels >> (2 * bits - 16)) if 8 < bits < 16 else pixels
 
@@ -188,7 +188,7 @@ def _bands(turned: Image.Image, image: Image.Image) -> Raw:
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def _fitting(pixels: Raw, channels: int) -> Raw:
+def _fitting(pixels: NDArray[Any], channels: int) -> NDArray[Any]:
     """The pixels for an encoder of so many channels: an RGB one takes grey too, and 8 bits."""
     if channels == 3 and pixels.dtype == np.uint16:
         pixels = (pixels >> 8).astype(np.uint8)
@@ -266,7 +266,7 @@ def _frame(image: Image.Image, page: int) -> Raw:
     return _bands(upright(image), image)
 
 
-def _with_tifffile(data: bytes, channels: int) -> Raw:
+def _with_tifffile(data: bytes, channels: int) -> NDArray[Any]:
     try:
         import tifffile
     except ImportError:
@@ -289,7 +289,7 @@ def _with_tifffile(data: bytes, channels: int) -> Raw:
         return ~pixels if page.photometric == 0 else pixels
 
 
-def _turned(pixels: Raw, orientation: int) -> Raw:
+def _turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     """As EXIF orientation 1 to 8 says that stored pixels are shown."""
     if orientation in _SIDEWAYS:
         pixels = pixels.transpose(1, 0, 2)
