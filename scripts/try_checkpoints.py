@@ -1,7 +1,7 @@
 """The cases of checkpoint files: what is right for each, and the check.
 
-Right is: tokens of every block within 1e-5 of the expected ones (of their largest value where that is above 1), or one true line that says what to do; in loading and
-in ``inspect`` alike (same verdict, same exit code).
+Right is: tokens of every block within 1e-5 of the expected ones (of their largest value where that is above 1), or one
+true line that says what to do; in loading and in ``inspect`` alike (same verdict, same exit code).
 """
 
 from __future__ import annotations

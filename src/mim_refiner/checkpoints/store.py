@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import stat
+import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mim_refiner.checkpoints.held import NO_DENSE, BrokenPickleError, Stub, held_tensor
 from mim_refiner.checkpoints.torch_files import PICKLE, ZIP, read_torch_file
 from mim_refiner.errors import CheckpointError
 
@@ -23,7 +24,10 @@ _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"Rar!": "rar"}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _MAX_CONFIG_BYTES = 16 * 2**20
+_LFS = b"version https://git-lfs"
 _MAX_CONTAINERS = 200_000
+_MAX_FACTS = 100_000
+_ELSEWHERE = {"decoder", "predictor", "head", "heads", "neck", "decode_head"}  # entries of options about other parts
 _MAX_DEPTH = 32
 _SHARED_SLACK = 64 * 2**20  # tensors may share memory in a file, but not so that it grows without bound
 
@@ -33,22 +37,34 @@ class Contents:
     """All tensors of a checkpoint, grouped by the mapping that holds them.
 
     ``sections``: path of a mapping inside the file ("" for the top level, "model", "optimizer.state.0") to its
-    {name as in the file: tensor}. ``config``: the config.json beside the weights, if any. ``numbers``: the whole
-    numbers in the file by path ("cfg.model.num_heads").
+    {name as in the file: tensor}. ``config``: the config.json beside the weights, if any. ``facts``: the plain values
+    in the file by path ("args.input_size", "cfg.model.num_heads"); lists are tuples.
     """
 
     source: str
     sections: dict[str, dict[str, Tensor]]
     config: Mapping[str, Any] | None = None
-    numbers: Mapping[str, int] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def section(self, path: str) -> dict[str, Tensor]:
         return self.sections.get(path, {})
 
-    def number(self, name: str) -> int:
-        """The whole number whose path ends in ``name``; 0 if there is none, or several that differ."""
-        found = {value for path, value in self.numbers.items() if path.split(".")[-1] == name}
-        return found.pop() if len(found) == 1 else 0
+    def fact(self, *names: str) -> Any:
+        """What the file's own arguments, else the config beside it, say under the first of ``names`` that they have.
+
+        None where nothing is said, or several things that differ; what stands below a decoder's or predictor's entry
+        is about that.
+        """
+        for facts in (self.facts, _leaves(self.config or {})):
+            for name in names:
+                found = {
+                    value
+                    for path, value in facts.items()
+                    if path.rpartition(".")[2] == name and not _ELSEWHERE & set(path.split("."))
+                }
+                if len(found) == 1:
+                    return found.pop()
+        return None
 
 
 def read_checkpoint(path: Path, *, config: Mapping[str, Any] | None = None) -> Contents:
@@ -70,19 +86,23 @@ def read_checkpoint(path: Path, *, config: Mapping[str, Any] | None = None) -> C
         raise CheckpointError(f"{path}: the file is empty; copy or download it again")
     # The length of a safetensors header may begin with a pickle's first byte, so the brace after it is looked at first.
     is_torch = start.startswith((ZIP, PICKLE)) and start[8:9] != b"{"
-    payload = read_torch_file(path, start) if is_torch else _read_safetensors(path, start)
+    return contents_of(read_torch_file(path, start) if is_torch else _read_safetensors(path, start), path, config)
+
+
+def contents_of(payload: Any, path: Path, config: Mapping[str, Any] | None = None) -> Contents:
+    """The tensors and plain values in what a reader found at ``path``."""
     sections: dict[str, dict[str, Tensor]] = {}
-    numbers: dict[str, int] = {}
+    facts: dict[str, Any] = {}
     for where, held in _mappings(payload, str(path)):
-        tensors = {str(key): item for key, item in held.items() if isinstance(item, Tensor)}
+        tensors = {str(key): found for key, item in held.items() if (found := _tensor(item, path)) is not None}
         if tensors:
             sections[where] = tensors
-        if not where.startswith("optim"):
-            numbers |= {f"{where}.{key}".lstrip("."): item for key, item in held.items() if type(item) is int}
+        if not where.startswith("optim") and len(facts) < _MAX_FACTS:
+            facts |= _plain_values(where, held)
     if not sections:
         raise CheckpointError(f"{path}: holds no tensors; give a file with a model's weights")
     _check_tensors(path, sections)
-    return Contents(source=str(path), sections=sections, config=config, numbers=numbers)
+    return Contents(source=str(path), sections=sections, config=config, facts=facts)
 
 
 def check_regular(path: Path) -> None:
@@ -100,7 +120,7 @@ def check_regular(path: Path) -> None:
 def check_inside(folder: Path, path: Path) -> None:
     """CheckpointError when a link leads from ``path`` out of ``folder``.
 
-    The hub's cache is the exception: its snapshot folders link to the blobs beside them.
+    The hub's cache is the exception: what lies in a snapshot, at any depth, links to the blobs beside the snapshots.
     """
     try:
         target = path.resolve(strict=True)
@@ -111,8 +131,9 @@ def check_inside(folder: Path, path: Path) -> None:
         return  # a missing file is reported by who needs it
     except (OSError, RuntimeError) as error:
         raise _unreadable(path, error) from error
-    if roots[0].parent.name == "snapshots":
-        roots.append(roots[0].parent.parent / "blobs")
+    roots += [
+        place.parent.parent / "blobs" for place in (roots[0], *roots[0].parents) if place.parent.name == "snapshots"
+    ]
     if not any(target.is_relative_to(root) for root in roots):
         raise CheckpointError(
             f"{path}: is a link that leads out of its folder (to {target}), so it was not read; copy the file into the "
@@ -162,9 +183,7 @@ def _read_safetensors(path: Path, start: bytes) -> Any:
     if packed:
         raise CheckpointError(f"{path}: is packed with {packed}; unpack it first")
     if not (len(start) == 9 and start[8:9] == b"{"):
-        raise CheckpointError(
-            f"{path}: is not a checkpoint; give a .safetensors file, or a .pth/.pt/.bin file written by torch.save"
-        )
+        raise CheckpointError(f"{path}: {_what_it_is(path)}")
     try:
         _check_header(path, int.from_bytes(start[:8], "little"))
         return load_file(path)
@@ -172,6 +191,22 @@ def _read_safetensors(path: Path, start: bytes) -> Any:
         raise CheckpointError(
             f"{path}: is a damaged or truncated safetensors file ({one_line(error)}); copy or download it again"
         ) from error
+
+
+def _what_it_is(path: Path) -> str:
+    """What a file that is no checkpoint is, and what to do about it."""
+    with path.open("rb") as file:
+        start = file.read(512).lstrip()
+    if start.startswith(_LFS):
+        return "is a Git LFS pointer, not the weights; run 'git lfs pull' in its folder, or download the file itself"
+    if start[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "is a web page, not the weights; download the file again by the link that gives the file itself"
+    if start.startswith((b"\x89HDF", b"GGUF")):
+        kind = "an HDF5 file (Keras)" if start.startswith(b"\x89HDF") else "a GGUF file (quantised)"
+        return f"is {kind}, which is not read; save the weights with torch.save or safetensors"
+    if tarfile.is_tarfile(path):
+        return "is a tar archive; unpack it, and give the checkpoint inside (save that of torch before 0.1.10 again)"
+    return "is not a checkpoint; give a .safetensors file, or a .pth/.pt/.bin file written by torch.save"
 
 
 def _check_header(path: Path, length: int) -> None:
@@ -207,29 +242,74 @@ def _check_tensors(path: Path, sections: Mapping[str, Mapping[str, Tensor]]) -> 
         )
 
 
+def _tensor(item: Any, path: Path) -> Tensor | None:
+    """``item`` as a tensor on the file's memory; None for anything else."""
+    if isinstance(item, Tensor):
+        return item
+    try:
+        held = held_tensor(item)
+        if held is not None and held.whole is not None:
+            raise CheckpointError(
+                f"{path}: holds one process's part {list(held.size)} of a tensor {list(held.whole)} (DTensor, FSDP2); "
+                "gather the state dict (full_state_dict=True) and save it, or give a folder of distributed checkpoint"
+            )
+        if isinstance(item, Stub) and item.name in NO_DENSE:
+            raise CheckpointError(f"{path}: holds sparse or quantised tensors; save it with plain dense ones")
+        return None if held is None else held.tensor()
+    except (BrokenPickleError, RuntimeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path}: is damaged ({one_line(error, 100)}); copy or download it again") from error
+
+
 def _mappings(payload: Any, source: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """All mappings, lists and option objects inside ``payload`` as mappings, with their paths; outer ones first."""
-    waiting: list[tuple[Any, str, int]] = [({"tensor": payload} if isinstance(payload, Tensor) else payload, "", 0)]
+    """All mappings, lists and objects inside ``payload`` as mappings, with their paths; outer ones first."""
+    outermost = {"tensor": payload} if isinstance(payload, Tensor) or held_tensor(payload) is not None else payload
+    waiting: list[tuple[Any, str, int]] = [(outermost, "", 0)]
     for _ in range(_MAX_CONTAINERS):
         if not waiting:
             return
         value, path, depth = waiting.pop()
         if depth > _MAX_DEPTH:
             break
-        if isinstance(value, argparse.Namespace):
-            value = vars(value)
-        if isinstance(value, list | tuple):
-            value = dict(enumerate(value))
+        value = _unfolded(value)
         if not isinstance(value, Mapping):
             continue
         yield path, value
         inner = [
-            (item, f"{path}.{key}" if path else str(key), depth + 1) for key, item in value.items() if _may_hold(item)
+            (item, f"{path}.{key}" if path else str(key), depth + 1)
+            for key, item in value.items()
+            if isinstance(item, Mapping | list | tuple | Stub)
         ]
         waiting.extend(reversed(inner))
     # A list that holds itself, or two lists that hold each other twice, would never end.
     raise CheckpointError(f"{source}: is nested without end; save a plain state dict")
 
 
-def _may_hold(item: Any) -> bool:
-    return isinstance(item, Mapping | list | tuple | argparse.Namespace)
+def _unfolded(value: Any) -> Any:
+    """A list or object as a mapping; omegaconf's containers as what they hold."""
+    if isinstance(value, Stub):
+        fields = value.fields()
+        value = fields["_content"] if isinstance(fields.get("_content"), Mapping | list) else fields
+    return dict(enumerate(value)) if isinstance(value, list | tuple) else value
+
+
+def _plain_values(where: str, held: Mapping[Any, Any]) -> dict[str, Any]:
+    return {f"{where}.{key}".lstrip("."): value for key, item in held.items() if (value := _plain(item)) is not None}
+
+
+def _plain(item: Any, depth: int = 0) -> Any:
+    """A number, text, or short tuple of them; None for anything else."""
+    if isinstance(item, Stub):
+        fields = item.fields()
+        if not fields and len(item.arguments) == 1:
+            return _plain(item.arguments[0], depth + 1) if depth < 3 else None  # an enum
+        item = fields.get("_val", fields.get("_content"))
+    if isinstance(item, list | tuple) and 0 < len(item) <= 16 and depth < 3:
+        parts = tuple(_plain(part, depth + 1) for part in item)
+        return None if None in parts else parts
+    return item if isinstance(item, bool | int | float | str) else None
+
+
+def _leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value for where, held in _mappings(config, "config") for name, value in _plain_values(where, held).items()
+    }

@@ -1,24 +1,16 @@
-"""Files of torch.save, zip and legacy: everything they claim is compared with the file before torch reads it."""
+"""Files of torch.save, zip and legacy: everything they claim is compared with the file before it is used."""
 
 from __future__ import annotations
 
-import io
 import mmap
-import tarfile
+import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
-from mim_refiner.checkpoints.pickles import (
-    MAX_PICKLE_BYTES,
-    STAND_INS,
-    BrokenPickleError,
-    Storage,
-    UnsafePickleError,
-    scan_pickle,
-)
+from mim_refiner.checkpoints.held import BrokenPickleError, HeldTensor, Storage, Stub
+from mim_refiner.checkpoints.pickles import MAX_PICKLE_BYTES, UnsafePickleError, read_pickle
 from mim_refiner.errors import CheckpointError
 
 ZIP = b"PK\x03\x04"
@@ -31,105 +23,156 @@ _DOWNLOAD = "copy or download it again"
 
 
 def read_torch_file(path: Path, start: bytes) -> Any:
-    """What the torch file at ``path`` holds, on the CPU; ``start`` is its first bytes.
+    """What the torch file at ``path`` holds: plain containers, stubs, and records of tensors that lie in the file.
 
-    Raises CheckpointError for a file that is damaged, claims more than it holds, or names a class or function that is
-    not on the list of :mod:`mim_refiner.checkpoints.pickles`; nothing in it is run and nothing big allocated before.
+    ``start``: its first bytes. Raises CheckpointError for a file that is damaged, claims more than it holds, or names a
+    class or function that is not on the list of :mod:`mim_refiner.checkpoints.pickles`. Nothing in it is run.
     """
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # lives as long as the tensors; read when used
+        return read_torch(file, memoryview(data), str(path), start)
+
+
+def read_torch(file: IO[bytes], data: memoryview, where: str, start: bytes) -> Any:
+    """The same of an open ``file`` whose bytes are ``data``; ``where`` names it in messages."""
     try:
-        if start.startswith(ZIP):
-            _check_zip(path)
-        else:
-            _check_legacy(path)
-        # An open file, because for a path torch may choose the reader by the file's ending.
-        with path.open("rb") as file, torch.serialization.safe_globals(STAND_INS):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
+        return _read_zip(file, data, where) if start.startswith(ZIP) else _read_legacy(data, where)
     except UnsafePickleError as error:
         raise CheckpointError(
-            f"{path}: holds pickled objects ({error}) that could run code, so it was not loaded; {_SAVE_AGAIN}"
+            f"{where}: holds pickled objects ({error}) that could run code, so it was not loaded; where you trust its "
+            f"source, save its tensors alone: {_command(where, error.value)}"
         ) from error
     except BrokenPickleError as error:
-        raise CheckpointError(f"{path}: is damaged or no torch checkpoint ({error}); {_DOWNLOAD}") from error
-    except Exception as error:  # torch raises many kinds for damaged files, and all mean the same here
+        raise CheckpointError(f"{where}: is damaged or no torch checkpoint ({error}); {_DOWNLOAD}") from error
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())[:100]
         raise CheckpointError(
-            f"{path}: is damaged, truncated or no torch checkpoint ({reason}); {_DOWNLOAD}"
+            f"{where}: is damaged, truncated or no torch checkpoint ({reason}); {_DOWNLOAD}"
         ) from error
 
 
-def _check_zip(path: Path) -> None:
+def _command(where: str, value: Any) -> str:
+    """The command that saves the tensors of a file with code in it as a state dict."""
+    parts = value if isinstance(value, Mapping) else {}
+    whole = [key for key, held in parts.items() if isinstance(held, Stub) and "_modules" in held.fields()]
+    inner = max(parts, key=lambda key: _tensors(parts[key]), default=None)
+    if whole:
+        taken = f"x[{whole[0]!r}].state_dict()"
+    elif inner is not None and _tensors(parts[inner]):
+        taken = f"x[{inner!r}]"
+    else:
+        taken = "x.state_dict()" if isinstance(value, Stub) else "x"
+    file = where if re.fullmatch(r"[\w./ +=,:@-]+", where) else "FILE"  # nothing that a shell would read
+    return (
+        f"python -c \"import torch; x = torch.load({file!r}, 'cpu', weights_only=False); "
+        f"torch.save({taken}, 'weights.pth')\""
+    )
+
+
+def _tensors(held: Any) -> int:
+    return sum(isinstance(item, HeldTensor) for item in held.values()) if isinstance(held, Mapping) else 0
+
+
+def _read_zip(file: IO[bytes], data: memoryview, where: str) -> Any:
     """Only what torch.save writes: stored members below one folder, whose storages have the sizes the pickle says."""
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: is a truncated torch file (its end is missing); {_DOWNLOAD}")
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
+    if not zipfile.is_zipfile(file):
+        raise CheckpointError(f"{where}: is a truncated torch file (its end is missing); {_DOWNLOAD}")
+    with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
-        if len(members) > _MAX_MEMBERS:
-            raise CheckpointError(f"{path}: has {len(members)} members, no checkpoint has so many; {_DOWNLOAD}")
-        sizes: dict[str, int] = {}
-        for member in members:
-            _check_member(path, member, sizes)
-            sizes[member.filename] = member.file_size
-        if sum(sizes.values()) > size:
-            raise CheckpointError(f"{path}: claims to hold {sum(sizes.values())} bytes in {size}; {_DOWNLOAD}")
-        pickles = [name for name in sizes if name.count("/") == 1 and name.endswith("/data.pkl")]
-        root = pickles[0].removesuffix("data.pkl") if len(pickles) == 1 else ""
-        if not root or any(not name.startswith(root) for name in sizes):
-            raise CheckpointError(f"{path}: is a zip file but no torch checkpoint; give the file that torch.save wrote")
-        if f"{root}constants.pkl" in sizes:
-            raise CheckpointError(f"{path}: is a TorchScript program, not weights; {_SAVE_AGAIN}")
-        if sizes[pickles[0]] > MAX_PICKLE_BYTES:
-            raise CheckpointError(f"{path}: its pickle is longer than any checkpoint needs; {_SAVE_AGAIN}")
-        _, storages = scan_pickle(io.BytesIO(archive.read(pickles[0])))
-        for storage in storages:
-            found = sizes.get(f"{root}data/{storage.key}")
-            if found != storage.nbytes:
-                held = "is missing" if found is None else f"has {found} bytes"
-                raise CheckpointError(
-                    f"{path}: storage {storage.key[:20]} should have {storage.nbytes} bytes and {held}; {_DOWNLOAD}"
-                )
+    if len(members) > _MAX_MEMBERS:
+        raise CheckpointError(f"{where}: has {len(members)} members, no checkpoint has so many; {_DOWNLOAD}")
+    names = [member.filename for member in members]
+    if any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in names):
+        raise CheckpointError(
+            f'{where}: is a TorchScript program, not weights; save its tensors alone: python -c "import torch; '
+            f"torch.save(torch.jit.load({where!r}, 'cpu').state_dict(), 'weights.pth')\""
+        )
+    found: dict[str, memoryview] = {}
+    for member in members:
+        _check_member(where, member, found)
+        found[member.filename] = _content(data, member)
+    if sum(map(len, found.values())) > len(data):
+        raise CheckpointError(f"{where}: claims to hold more than its {len(data)} bytes; {_DOWNLOAD}")
+    pickles = [name for name in found if name.count("/") == 1 and name.endswith("/data.pkl")]
+    root = pickles[0].removesuffix("data.pkl") if len(pickles) == 1 else ""
+    if not root or any(not name.startswith(root) for name in found):
+        raise CheckpointError(f"{where}: is a zip file but no torch checkpoint; give the file that torch.save wrote")
+    if len(found[pickles[0]]) > MAX_PICKLE_BYTES:
+        raise CheckpointError(f"{where}: its pickle is longer than any checkpoint needs; {_SAVE_AGAIN}")
+    if bytes(found.get(f"{root}byteorder", b"little")) == b"big":
+        raise CheckpointError(f"{where}: was written on a big-endian machine; save it on a usual one")
+    value, storages, _ = read_pickle(bytes(found[pickles[0]]))
+    for storage in storages.values():
+        content = found.get(f"{root}data/{storage.key}")
+        if content is None or len(content) != storage.nbytes:
+            held = "is missing" if content is None else f"has {len(content)} bytes"
+            raise CheckpointError(
+                f"{where}: storage {storage.key[:20]} should have {storage.nbytes} bytes and {held}; {_DOWNLOAD}"
+            )
+        storage.data = content
+    return value
 
 
-def _check_member(path: Path, member: zipfile.ZipInfo, seen: dict[str, int]) -> None:
+def _content(data: memoryview, member: zipfile.ZipInfo) -> memoryview:
+    """The bytes of a stored member; BadZipFile where they are not inside the file."""
+    start = member.header_offset
+    header = bytes(data[start : start + 30])
+    if len(header) < 30 or not header.startswith(ZIP):
+        raise zipfile.BadZipFile("a member does not begin where the archive says")
+    start += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    content = data[start : start + member.file_size]
+    if len(content) != member.file_size:
+        raise zipfile.BadZipFile("a member is cut off")
+    return content
+
+
+def _check_member(where: str, member: zipfile.ZipInfo, seen: Mapping[str, object]) -> None:
     name = member.filename
     shown = ascii(name)[:80]
     if name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
-        raise CheckpointError(f"{path}: member {shown} points out of the archive, so it was not read; {_DOWNLOAD}")
+        raise CheckpointError(f"{where}: member {shown} points out of the archive, so it was not read; {_DOWNLOAD}")
     if name in seen:
-        raise CheckpointError(f"{path}: holds {shown} twice, so it is not clear which one counts; {_DOWNLOAD}")
+        raise CheckpointError(f"{where}: holds {shown} twice, so it is not clear which one counts; {_DOWNLOAD}")
     if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
         raise CheckpointError(
-            f"{path}: member {shown} is compressed ({member.compress_size} bytes for {member.file_size}), torch.save "
+            f"{where}: member {shown} is compressed ({member.compress_size} bytes for {member.file_size}), torch.save "
             f"never does that; {_SAVE_AGAIN}"
         )
     if member.flag_bits & 0x1:
-        raise CheckpointError(f"{path}: member {shown} is encrypted; {_SAVE_AGAIN}")
+        raise CheckpointError(f"{where}: member {shown} is encrypted; {_SAVE_AGAIN}")
 
 
-def _check_legacy(path: Path) -> None:
-    """Five pickles, then the storages: each is preceded by its length, and together they fill the file exactly."""
-    if tarfile.is_tarfile(path):
-        raise CheckpointError(f"{path}: is a tar file, which only torch before 0.1.10 wrote; {_SAVE_AGAIN}")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        storages = _scan_legacy(path, data)
-        wanted = sum(storage.nbytes + 8 for storage in storages)
-        held = len(data) - data.tell()
-        if wanted != held:
-            raise CheckpointError(
-                f"{path}: its tensors need {wanted} bytes and {held} are there, it is truncated or damaged; {_DOWNLOAD}"
-            )
-
-
-def _scan_legacy(path: Path, data: IO[bytes] | Any) -> list[Storage]:
-    values = []
-    for _ in range(2):
-        value, _storages = scan_pickle(data)
+def _read_legacy(data: memoryview, where: str) -> Any:
+    """Five pickles, then the storages, each after its length; or one pickle alone, as other tools save arrays."""
+    head = bytes(data[:MAX_PICKLE_BYTES])
+    value, _, at = read_pickle(head)
+    if value != _MAGIC:
+        if at != len(data):
+            raise CheckpointError(f"{where}: is a pickle but no torch checkpoint, so it was not loaded; {_SAVE_AGAIN}")
+        return value
+    values: list[Any] = []
+    storages: dict[str, Storage] = {}
+    for _ in range(4):  # protocol, the writer's byte order, the object, the order of the storages
+        value, found, length = read_pickle(head[at:])
         values.append(value)
-    if values != [_MAGIC, _LEGACY_PROTOCOL]:
-        raise CheckpointError(f"{path}: is a pickle but no torch checkpoint, so it was not loaded; {_SAVE_AGAIN}")
-    scan_pickle(data)  # the writer's byte order and type sizes
-    _, storages = scan_pickle(data)
-    scan_pickle(data)  # the order of the storages
-    return storages
+        storages |= found
+        at += length
+    protocol, _, payload, order = values
+    if protocol != _LEGACY_PROTOCOL or not isinstance(order, list) or sorted(map(str, order)) != sorted(storages):
+        raise BrokenPickleError("its storages are not those that its pickle names")
+    for key in order:
+        at = _place(storages[str(key)], data, at)
+    if at != len(data):
+        raise CheckpointError(
+            f"{where}: its tensors need {at} bytes and {len(data)} are there, it is truncated or damaged; {_DOWNLOAD}"
+        )
+    return payload
+
+
+def _place(storage: Storage, data: memoryview, at: int) -> int:
+    """Give ``storage`` its bytes, which begin with their number of items; returns where they end."""
+    end = at + 8 + storage.nbytes
+    if end > len(data) or int.from_bytes(data[at : at + 8], "little") != storage.count:
+        raise BrokenPickleError(f"storage {storage.key[:20]} is cut off or has another length than its pickle says")
+    storage.data = data[at + 8 : end]
+    return end

@@ -37,7 +37,7 @@ def matches(view: View) -> bool:
 def convert(view: View, wishes: Wishes) -> Converted:
     mapped = KEYS.to_timm(view.tensors)
     vit = infer_structure(
-        mapped.tensors, wishes, view.where, final_norm=False, known_heads=view.contents.number("num_heads")
+        mapped.tensors, wishes, view.where, final_norm=False, known_heads=view.contents.fact("num_heads") or 0
     )
     return Converted(
         "vit_postnorm",

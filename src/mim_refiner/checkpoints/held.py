@@ -1,0 +1,298 @@
+"""What stands for the things in a pickle: tensors that lie in the file, and inert records of every other object."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MAX_KEY_PARTS = 64
+
+DTYPES: dict[str, torch.dtype] = {
+    f"torch.{name}": getattr(torch, name) for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)
+}
+
+# Packages whose classes keep settings, times and histories; their objects become stubs. Only classes (CamelCase): the
+# names of functions stay forbidden.
+_DATA_PACKAGES = {
+    "accelerate", "addict", "argparse", "attr", "box", "collections", "dataclasses", "datetime", "decimal",
+    "deepspeed", "detectron2", "easydict", "enum", "fairseq", "fractions", "fvcore", "hydra", "ipaddress", "lightning",
+    "lightning_fabric", "lightning_utilities", "ml_collections", "mmcls", "mmcv", "mmdet", "mmengine", "mmpretrain",
+    "mmseg", "mmselfsup", "munch", "numpy", "omegaconf", "pathlib", "peft", "pytorch_lightning", "transformers",
+    "typing", "uuid", "yacs",
+}  # fmt: skip
+_DATA_MODULES = (
+    "torch.torch_version.", "torch.distributed.", "torch.optim.", "torch.cuda.amp.", "torch.amp.", "torch.utils.data.",
+)  # fmt: skip
+_DATA_NAMES = {
+    "datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta", "datetime.timezone", "numpy.ndarray",
+    "operator.getitem", "torch.device", "torch.Generator", "torch.Tensor", "torch.serialization._get_layout",
+    "_io.BytesIO", "zoneinfo.ZoneInfo", "zoneinfo.ZoneInfo._unpickle", "numpy.random._pickle.__bit_generator_ctor",
+    "numpy.random._pickle.__generator_ctor", "numpy.random._pickle.__randomstate_ctor", "types.SimpleNamespace",
+    "types.MappingProxyType",
+    *(f"numpy.{name}" for name in dir(np) if isinstance(getattr(np, name), type)),
+    *(f"builtins.{n}" for n in ("bool", "bytes", "dict", "float", "int", "list", "object", "slice", "str", "tuple")),
+}  # fmt: skip
+NO_DENSE = {f"torch._utils._rebuild_{kind}" for kind in ("qtensor", "sparse_tensor", "meta_tensor_no_storage")}
+_NUMBERS = re.compile(r"[<>=|]?([biufc])\d{1,2}|\?")
+_STORAGES = {
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,
+}  # fmt: skip
+
+
+class BrokenPickleError(Exception):
+    """The bytes are no complete pickle, or claim what they do not hold."""
+
+
+@dataclass(eq=False)
+class Storage:
+    """Numbers that lie outside of the pickle; ``data`` is set by who reads the file around it."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+    data: Any = None
+    view: tuple[Storage, int] | None = None  # (storage, first item) that this one is a part of
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+    def numbers(self) -> Tensor:
+        if self.view is not None:
+            whole, first = self.view
+            return whole.numbers()[first : first + self.count]
+        return torch.frombuffer(self.data, dtype=torch.uint8, count=self.nbytes).view(self.dtype)
+
+
+@dataclass(eq=False)
+class HeldTensor:
+    """A tensor of the file: a window on a storage; ``whole``: the size of the tensor that it is a part of."""
+
+    storage: Storage
+    dtype: torch.dtype
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    whole: tuple[int, ...] | None = None
+
+    def tensor(self) -> Tensor:
+        """The tensor, on the file's own memory; BrokenPickleError where it reaches beyond the storage."""
+        if 0 in self.size:
+            return torch.empty(self.size, dtype=self.dtype)
+        last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+        if (last + 1) * self.dtype.itemsize > self.storage.nbytes:
+            raise BrokenPickleError("a tensor reaches beyond its storage")
+        numbers = self.storage.numbers()
+        numbers = numbers if numbers.dtype == self.dtype else numbers.view(torch.uint8).view(self.dtype)
+        return numbers.as_strided(self.size, self.stride, self.offset + numbers.storage_offset())
+
+
+@dataclass(eq=False)
+class Named:
+    """A class or function by its full name."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class Stub:
+    """An object that was not built: its class, what it was to be made of, what it contains, and its state."""
+
+    name: str
+    arguments: tuple[Any, ...] = ()
+    items: dict[Any, Any] = field(default_factory=dict)
+    members: list[Any] = field(default_factory=list)
+    state: Any = None
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items[key] = value
+
+    def append(self, member: Any) -> None:
+        self.members.append(member)
+
+    def fields(self) -> dict[Any, Any]:
+        """Items, members and state as one mapping; a wrapper of a single value (an enum, a node of a config) has {}."""
+        states = self.state if isinstance(self.state, tuple) else (self.state,)
+        found = dict(enumerate(self.members)) | self.items
+        for state in states:
+            if isinstance(state, Mapping):
+                found |= {key: item for key, item in state.items() if key != "_parent"}  # omegaconf's way back up
+        return found
+
+
+class _Dtype(Stub):
+    """NumPy's dtype of plain numbers; ``dtype`` None = of anything else."""
+
+    @property
+    def dtype(self) -> np.dtype[Any] | None:
+        text = self.arguments[0] if self.arguments else ""
+        if not isinstance(text, str) or _NUMBERS.fullmatch(text) is None:
+            return None
+        swapped = isinstance(self.state, tuple) and self.state[1:2] == (">",)
+        try:
+            return np.dtype(text).newbyteorder(">" if swapped else "=")
+        except TypeError:
+            return None
+
+
+class _Array(Stub):
+    """NumPy's array, whose numbers come with its state."""
+
+    @property
+    def held(self) -> HeldTensor | None:
+        if not (isinstance(self.state, tuple) and len(self.state) == 5):
+            return None
+        _, shape, kind, fortran, data = self.state
+        return _array(data, kind, shape, "F" if fortran else "C")
+
+
+def held_tensor(item: Any) -> HeldTensor | None:
+    """``item`` where it is a tensor or an array of numbers."""
+    return item.held if isinstance(item, _Array) else item if isinstance(item, HeldTensor) else None
+
+
+def _array(data: Any, kind: Any, shape: Any, order: Any) -> HeldTensor | None:
+    dtype = kind.dtype if isinstance(kind, _Dtype) else None
+    data = data.encode("latin1") if isinstance(data, str) else data
+    if dtype is None or not isinstance(data, bytes) or not is_size(shape):
+        return None
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise BrokenPickleError("an array has another size than its shape says")
+    values = np.frombuffer(data, dtype).reshape(shape, order="F" if order == "F" else "C")
+    try:
+        values = np.ascontiguousarray(values.astype(dtype.newbyteorder("="))).reshape(shape)
+        tensor = torch.from_numpy(values)
+    except TypeError:  # a kind of number that torch has not
+        return None
+    storage = Storage("", tensor.dtype, tensor.numel(), bytearray(values.tobytes()))
+    return HeldTensor(storage, tensor.dtype, 0, tuple(shape), tensor.stride())
+
+
+def _scalar(kind: Any, data: Any = b"") -> Any:
+    """A NumPy scalar as a Python number; a stub for text, times and objects."""
+    dtype = kind.dtype if isinstance(kind, _Dtype) else None
+    data = data.encode("latin1") if isinstance(data, str) else data
+    if dtype is None or not isinstance(data, bytes) or len(data) != dtype.itemsize:
+        return Stub("numpy.scalar")
+    return np.frombuffer(data, dtype)[0].item()
+
+
+def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> HeldTensor:
+    dtype = next((DTYPES[item.name] for item in rest if isinstance(item, Named) and item.name in DTYPES), None)
+    if not isinstance(storage, Storage) or not is_size((offset,)) or not is_size(size) or not is_size(stride):
+        raise BrokenPickleError("a tensor has no storage or no shape")
+    if len(size) != len(stride):
+        raise BrokenPickleError("a tensor has other strides than dimensions")
+    return HeldTensor(storage, dtype or storage.dtype, offset, tuple(size), tuple(stride))
+
+
+def _rebuild_kind(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """A tensor with attributes, or of a subclass such as DTensor, whose own part of the numbers is in its state."""
+    local = Stub("torch.Tensor", state=state).fields().get("_local_tensor")
+    if isinstance(local, HeldTensor) and isinstance(arguments, tuple) and len(arguments) > 2:
+        part, size = local, arguments[2]
+        whole = tuple(size) if is_size(size) and tuple(size) != part.size else None
+        return HeldTensor(part.storage, part.dtype, part.offset, part.size, part.stride, whole)
+    if isinstance(function, Named) and function.name in CALLS and isinstance(arguments, tuple):
+        return CALLS[function.name](*arguments)
+    return Stub("torch.Tensor")
+
+
+def _pairs(items: Any = (), *_: Any) -> dict[Any, Any]:
+    """An OrderedDict or Counter: {} or what a mapping or a list of pairs holds."""
+    if isinstance(items, dict):
+        return dict(items)
+    if not isinstance(items, list | tuple):
+        raise BrokenPickleError("an ordered dict is made of no pairs")
+    for item in items:
+        if not isinstance(item, list | tuple) or len(item) != 2:
+            raise BrokenPickleError("an ordered dict is made of no pairs")
+        check_key(item[0])
+    return dict(items)
+
+
+def _members(items: Any = (), *_: Any) -> list[Any]:
+    """A set or deque as the list of its members."""
+    if not isinstance(items, list | tuple):
+        raise BrokenPickleError("a set is made of no list")
+    return list(items)
+
+
+def _bytes(text: Any = b"", encoding: Any = "latin1") -> bytes:
+    if isinstance(text, bytes):
+        return text
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise BrokenPickleError("bytes are made of something else than text")
+    return text.encode("latin1")
+
+
+def _complex(*parts: Any) -> complex:
+    if not 0 < len(parts) <= 2 or not all(type(part) in (int, float) for part in parts):
+        raise BrokenPickleError("a complex number is made of something else than numbers")
+    return complex(*parts)
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+_CORES = ("core", "_core")  # of NumPy 1 and 2
+CALLS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _pairs, "collections.Counter": _pairs, "collections.defaultdict": lambda *_: {},
+    "collections.deque": _members, "builtins.set": _members, "builtins.complex": _complex,
+    "builtins.frozenset": lambda items=(): tuple(_members(items)), "builtins.bytearray": _bytes,
+    "_codecs.encode": _bytes, "torch.Size": lambda size=(): tuple(_members(size)),
+    "numpy.dtype": lambda *arguments: _Dtype("numpy.dtype", arguments),
+    "torch._utils._rebuild_tensor": _rebuild, "torch._utils._rebuild_tensor_v2": _rebuild,
+    "torch._utils._rebuild_tensor_v3": _rebuild, "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first, "torch.nn.parameter.Parameter": _first,
+    "torch.nn.parameter.Buffer": _first, "torch._tensor._rebuild_from_type_v2": _rebuild_kind,
+    "torch._utils._rebuild_wrapper_subclass": lambda *_: Stub("torch.Tensor"),
+    "torch._utils._rebuild_device_tensor_from_numpy": _first,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
+    **{f"numpy.{core}.multiarray.scalar": _scalar for core in _CORES},
+    **{f"numpy.{core}.multiarray._reconstruct": lambda *_: _Array("numpy.ndarray") for core in _CORES},
+    **{f"numpy.{core}.numeric._frombuffer": lambda *given: _array(*given) or Stub("numpy.ndarray") for core in _CORES},
+    **{name: lambda *_, name=name: Stub(name) for name in NO_DENSE},
+    "copyreg._reconstructor": lambda kind, *_: Stub(kind.name), "copyreg.__newobj__": lambda kind, *_: Stub(kind.name),
+}  # fmt: skip
+
+
+def is_harmless(name: str) -> bool:
+    if name in CALLS or name in _DATA_NAMES or name in DTYPES or storage_type(Named(name)) is not None:
+        return True
+    package, _, rest = name.partition(".")
+    known = package in _DATA_PACKAGES or name.startswith(_DATA_MODULES)
+    return known and rest.rpartition(".")[2].lstrip("_")[:1].isupper()
+
+
+def storage_type(kind: Any) -> torch.dtype | None:
+    name = kind.name if isinstance(kind, Named) else ""
+    if name == "torch.storage.UntypedStorage":
+        return torch.uint8
+    match = re.fullmatch(r"torch\.(?:cuda\.)?(\w+)Storage", name)
+    return _STORAGES.get(match[1]) if match else None
+
+
+def is_size(size: Any) -> bool:
+    return isinstance(size, list | tuple) and all(type(n) is int and 0 <= n < 2**62 for n in size)
+
+
+def check_key(key: Any, parts: int = 1) -> int:
+    """BrokenPickleError for a key whose hash could take for ever: shared nested tuples, enormous numbers."""
+    if isinstance(key, tuple):
+        for item in key:
+            parts = check_key(item, parts + 1)
+    plain = isinstance(key, str | bytes | float | complex | tuple | Stub | Named | HeldTensor | type(None))
+    if parts > _MAX_KEY_PARTS or not (plain or (isinstance(key, int) and key.bit_length() < 256)):
+        raise BrokenPickleError("a dictionary has keys other than text, numbers and short tuples of them")
+    return parts
