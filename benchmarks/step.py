@@ -85,6 +85,18 @@ class Bench:
         )
         return [torch.from_numpy(np.ascontiguousarray(crop.transpose(0, 3, 1, 2))) for crop in cut]
 
+    def random_views(self, batch: int, device: torch.device | None = None) -> list[torch.Tensor]:
+        """uint8 views of ``batch`` images, on the device."""
+        device = device or self.device
+        generator = torch.Generator(device).manual_seed(0)
+        shapes = [(batch, 3, spec.size, spec.size) for spec in self.specs for _ in range(spec.count)]
+        return [torch.randint(0, 256, s, dtype=torch.uint8, device=device, generator=generator) for s in shapes]
+
+    def step(self, crops: list[torch.Tensor], micro_batch: int | None) -> None:
+        """Everything but the cutting of crops."""
+        self.gradients(self.augment(crops), micro_batch)
+        self.update()
+
     def augment(self, crops: list[torch.Tensor]) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(self.number)
         return [
@@ -92,7 +104,8 @@ class Bench:
             for photometric, crop in zip(self.photometrics, crops, strict=True)
         ]
 
-    def gradients(self, views: list[torch.Tensor], micro_batch: int | None) -> None:
+    def gradients(self, views: list[torch.Tensor], micro_batch: int | None) -> torch.Tensor:
+        """Forward and backward pass; returns the loss."""
         self.number += 1
         torch.manual_seed(self.number)
         self.optimizer.zero_grad(set_to_none=True)
@@ -104,8 +117,9 @@ class Bench:
             generator=torch.Generator().manual_seed(self.number),
         )
         mixed = partial(autocast, self.precision, self.device)
-        forward_backward(self.refiner, views, losses, micro_batch=micro_batch, mixed=mixed)
+        output = forward_backward(self.refiner, views, losses, micro_batch=micro_batch, mixed=mixed)
         average_gradients(self.refiner.parameters())
+        return output.loss.detach()
 
     def update(self) -> None:
         self.optimizer.step()
@@ -186,7 +200,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
+def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--arch", default="vit_w192_d12_h3_p4")
@@ -214,7 +228,11 @@ def main() -> None:
         default=0.0,
         help="operations a second that count as 100 %% MFU, for devices not known here",
     )
-    result = run(parser.parse_args())
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    result = run(parse(sys.argv[1:]))
     if rank() == 0:
         print(json.dumps(result))
 

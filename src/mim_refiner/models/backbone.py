@@ -257,10 +257,10 @@ class Backbone(nn.Module):
             raise InputError(f"shard: {self.info.architecture} does not run block by block; leave shard out")
         shard(self, self.model.blocks, method="run_blocks")
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """``torch.compile`` every block in place; parameter names stay as they are."""
         for block in getattr(self.model, "blocks", ()):
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, backend=backend)
 
     def _run_intermediates(
         self, images: Tensor, start: int, stop: int, wanted: Sequence[int]

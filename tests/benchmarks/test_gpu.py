@@ -1,0 +1,182 @@
+"""``benchmarks/gpu.py --dry-run``: every part at toy size on the CPU, as it will run where a GPU is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    return gpu
+
+
+@pytest.fixture
+def options(gpu: Any, tmp_path: Path) -> argparse.Namespace:
+    parsed = gpu.parse(["--dry-run", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")])
+    parsed.out.mkdir()
+    return parsed
+
+
+def read(options: argparse.Namespace, part: str) -> dict[str, Any]:
+    return json.loads((options.out / f"{part}.json").read_text())
+
+
+def test_check_compares_everything_and_finds_no_difference(gpu: Any, options: argparse.Namespace) -> None:
+    gpu.run_part("check", options, 60)
+    found = read(options, "check")
+    assert found["finished"]
+    assert found["failed"] == []
+    names = " ".join(found["checks"])
+    for word in (
+        "golden loss",
+        "golden queue",
+        "golden k-NN",
+        "photometrics",
+        "cached against plain",
+        "resumed on the",
+    ):
+        assert word in names
+
+
+def test_a_difference_is_named_and_what_was_found_before_it_is_kept(
+    gpu: Any, options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_parts
+
+    def wrong(train_x: torch.Tensor, train_y: torch.Tensor, test_x: torch.Tensor, **given: Any) -> torch.Tensor:
+        return torch.zeros(len(test_x), dtype=torch.long) + int(test_x.shape[0] == 500)
+
+    monkeypatch.setattr(gpu_parts, "knn_predict", wrong)
+    monkeypatch.setattr(gpu_parts, "check_resume", lambda checks, device: None)
+    with pytest.raises(AssertionError, match="golden k-NN"):
+        gpu.run_part("check", options, 60)
+    found = read(options, "check")
+    assert not found["finished"]
+    assert found["failed"] == ["golden k-NN"]
+    assert "golden k-NN" in found["error"]
+    assert found["passed"] > 10
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own
+def test_vit_measures_plain_cached_checkpointed_and_compiled_steps(gpu: Any, options: argparse.Namespace) -> None:
+    gpu.run_part("vit_b", options, 300)
+    found = read(options, "vit_b")
+    assert found["finished"]
+    assert set(found["steps"]) == {
+        "plain, largest batch", "cached, 16", "cached, 8", "checkpointing, 8", "plain, largest batch, compiled",
+        "cached, 16, compiled",
+    }  # fmt: skip
+    for line in found["steps"].values():
+        assert line["images_per_s"] == pytest.approx(line["batch"] / line["seconds"])
+        assert 0 < line["share_of_matrix_rate"] < 1
+        assert line["planned_bytes"] > 1e5
+    assert found["graphs"]["fallbacks"] == {}
+
+
+def test_a_part_whose_box_is_over_measures_no_more(gpu: Any, options: argparse.Namespace) -> None:
+    gpu.run_part("vit_b", options, 0)
+    assert {"skipped": "the box is over"} in read(options, "vit_b")["steps"].values()
+
+
+def test_profile_tells_the_dearest_and_the_number_of_operators(gpu: Any, options: argparse.Namespace) -> None:
+    gpu.run_part("profile", options, 60)
+    found = read(options, "profile")
+    step = found["vit_l, batch 8, cached by 4"]
+    assert step["operators"] > 500
+    assert step["dearest"][0]["ms"] >= step["dearest"][-1]["ms"] > 0
+    assert step["launches"] == 0  # no GPU here
+
+
+@pytest.mark.slow
+def test_small_measures_the_command_with_its_data_in_its_own_process(gpu: Any, options: argparse.Namespace) -> None:
+    words = ["--dry-run", "--out", str(options.out), "--work", str(options.work), "--parts", "small"]
+    assert gpu.main(words) == 0
+    found = read(options, "small")
+    assert found["finished"]
+    assert found["steps"]["refine with data, 64"]["phase"] == "refinement"
+    assert found["steps"]["refine with data, 64"]["images_per_s"] > 1
+
+
+@pytest.mark.slow
+def test_training_goes_on_where_its_box_ended_and_its_weights_become_an_encoder(
+    gpu: Any, options: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_train
+
+    options.decoders = "1x16"
+    stop = gpu_train.Command.stop
+
+    def at_once(self: Any, end: float, lines: int) -> dict[str, Any]:  # in place of watching: the stage is over
+        while self.running and not self.metrics():
+            pass
+        stop(self)
+        return {}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu_train.Command, "speed", at_once)
+        gpu.run_part("train", options, 2000)
+    assert "mae: run the same call again" in read(options, "train")["unfinished"]
+    assert not list(options.out.glob("*.safetensors"))
+    gpu.run_part("train", options, 2000)
+    found = read(options, "train")
+    assert found["unfinished"] == ""
+    epochs = [line["epoch"] for line in found["mae-1x16"]["curve"]]
+    assert epochs == sorted(epochs)
+    assert epochs[-1] == 2
+    metrics = {(record["metric"], record["block"]) for record in found["evaluation-1x16"]}
+    assert {("knn_top1", 0), ("knn_top1", 2), ("linear_top1", 2)} <= metrics
+
+    import mim_refiner
+
+    gpu_train.unpack(options.out, tmp_path / "encoders")
+    ours = load_file(options.work / "refined-1x16" / "export" / "model.safetensors")
+    backbone = mim_refiner.load_backbone(str(tmp_path / "encoders" / "refined-1x16"))
+    for name, value in backbone.model.state_dict().items():
+        assert torch.equal(value, ours[name].bfloat16().float()), name
+    assert backbone.info.family == "mae"
+    gpu.run_part("train", options, 1)  # nothing is left to do
+    assert read(options, "train")["unfinished"] == ""
+
+
+def test_pack_and_keep_cut_data_into_pieces_without_loss(gpu: Any, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        bytes([number]) * 1000 + torch.randint(256, (1000,), dtype=torch.uint8).numpy().tobytes()
+        for number in range(90)
+    ]
+    for number in range(2):
+        part = pa.table({"image": rows[45 * number : 45 * number + 45], "label": list(range(45))})
+        pq.write_table(part.replace_schema_metadata({"class_names": "[]"}), tmp_path / f"some_train-{number}.parquet")
+    pieces = gpu.pack(str(tmp_path / "some_train-*.parquet"), tmp_path / "pieces", 0.05)
+    assert len(pieces) > 1
+    assert all(piece.stat().st_size < 60_000 for piece in pieces)
+    folder = gpu.keep(pieces[:1], tmp_path / "work")
+    gpu.keep(pieces[1:], tmp_path / "work")
+    kept = pa.concat_tables(pq.read_table(piece) for piece in sorted(folder.glob("train-*.parquet")))
+    assert kept["image"].to_pylist() == rows
+    assert kept.schema.metadata[b"class_names"] == b"[]"
+
+
+def test_a_part_that_outlives_its_box_is_ended(gpu: Any, options: argparse.Namespace, capfd: Any) -> None:
+    words = ["--dry-run", "--out", str(options.out), "--work", str(options.work)]
+    assert not gpu.run_apart("check", options, words, 0.05)
+    assert "are over" in capfd.readouterr().err
+
+
+def test_unknown_parts_are_refused(gpu: Any) -> None:
+    with pytest.raises(SystemExit, match="unknown vit_x"):
+        gpu.main(["--parts", "check,vit_x"])
