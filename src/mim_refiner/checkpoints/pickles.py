@@ -122,7 +122,8 @@ class _Reader(pickle._Unpickler):
         self.append([])
 
     def load_frozenset(self) -> None:
-        self.append(tuple(self.pop_mark()))
+        members = self.pop_mark()  # first: it makes self.append that of the stack below
+        self.append(tuple(members))
 
     def load_appends(self) -> None:
         members = self.pop_mark()
@@ -161,7 +162,8 @@ class _Reader(pickle._Unpickler):
 
     def load_inst(self) -> None:
         module, name = (self.readline()[:-1].decode("ascii") for _ in range(2))
-        self.append(self.call(self.find_class(module, name), tuple(self.pop_mark())))
+        arguments = self.pop_mark()
+        self.append(self.call(self.find_class(module, name), tuple(arguments)))
 
     def load_obj(self) -> None:
         function, *arguments = self.pop_mark()

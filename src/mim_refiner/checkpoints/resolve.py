@@ -11,13 +11,22 @@ from huggingface_hub import snapshot_download
 
 from mim_refiner.checkpoints.catalog import CATALOGUE
 from mim_refiner.checkpoints.download import fetch
-from mim_refiner.checkpoints.store import Contents, one_line, read_checkpoint, read_config
+from mim_refiner.checkpoints.folders import (
+    ADAPTER,
+    CONFIG,
+    PREPROCESSOR,
+    WEIGHT_ENDINGS,
+    WEIGHT_FILES,
+    read_file,
+    read_folder,
+)
+from mim_refiner.checkpoints.store import Contents, one_line, read_checkpoint
 from mim_refiner.errors import CheckpointError, did_you_mean, nearest_path
 
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
-_WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".th")
-_PREPROCESSOR = "preprocessor_config.json"  # of transformers: mean and std of the images
-_HUB_FILES = ["config.json", _PREPROCESSOR, *_WEIGHT_FILES]
+_HUB_FILES = [
+    CONFIG, PREPROCESSOR, ADAPTER, *WEIGHT_FILES, "*.index.json", "model-*-of-*.safetensors",
+    "pytorch_model-*-of-*.bin", "adapter_model.*",
+]  # fmt: skip
 
 
 def read_source(source: str | Path) -> Contents:
@@ -30,7 +39,7 @@ def read_source(source: str | Path) -> Contents:
     if path.is_dir():
         return _read_folder(path)
     if path.exists():
-        return read_checkpoint(path)
+        return read_file(path)
     match = re.fullmatch(r"hf[-_]hub:([^@]+)(?:@(.+))?", text)
     if match:
         return replace(_read_folder(_download(match[1], match[2], text)), source=text)
@@ -38,7 +47,7 @@ def read_source(source: str | Path) -> Contents:
         return replace(_read_catalogue(text), source=text)
     if timm.is_model(text.partition(".")[0]):
         return _read_timm_name(text)
-    if "/" in text or "\\" in text or path.suffix in _WEIGHT_ENDINGS:
+    if "/" in text or "\\" in text or path.suffix in WEIGHT_ENDINGS:
         raise CheckpointError(f"{text}: no such file or folder{nearest_path(text) or '; check the path'}")
     close = did_you_mean(text, [*CATALOGUE, *timm.list_models("vit*")])
     raise CheckpointError(
@@ -52,29 +61,12 @@ def _read_catalogue(name: str) -> Contents:
 
 
 def _read_folder(folder: Path) -> Contents:
-    """A timm folder, or a run folder with one under export/."""
-    if (folder / "export" / "config.json").exists():
-        folder = folder / "export"
-    elif (folder / "recipe.yaml").exists() and not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: this run has no export/ yet; run its command again to finish it")
-    config = read_config(folder)
-    if (folder / _PREPROCESSOR).exists():
-        config["preprocessor"] = read_config(folder, _PREPROCESSOR)
-    contents = read_checkpoint(_weight_file(folder), config=config)
-    return replace(contents, source=str(folder))
+    return read_folder(folder, _read_base)
 
 
-def _weight_file(folder: Path) -> Path:
-    for name in _WEIGHT_FILES:
-        if (folder / name).exists():
-            return folder / name
-    found = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHT_ENDINGS)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(path.name for path in found[:4])
-        raise CheckpointError(f"{folder}: holds several weight files ({names}); name the chosen one model.safetensors")
-    raise CheckpointError(f"{folder}: has a config.json but no weights; put model.safetensors beside it")
+def _read_base(name: str) -> Contents:
+    """The model that an adapter is for: a folder, or a repository of the hub."""
+    return read_source(name if Path(name).expanduser().exists() or ":" in name else f"hf-hub:{name}")
 
 
 def _read_timm_name(name: str) -> Contents:

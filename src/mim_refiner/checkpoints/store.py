@@ -101,8 +101,20 @@ def contents_of(payload: Any, path: Path, config: Mapping[str, Any] | None = Non
             facts |= _plain_values(where, held)
     if not sections:
         raise CheckpointError(f"{path}: holds no tensors; give a file with a model's weights")
+    if isinstance(payload, Mapping) and "param_shapes" in payload:
+        _check_deepspeed(path, sections)
     _check_tensors(path, sections)
     return Contents(source=str(path), sections=sections, config=config, facts=facts)
+
+
+def _check_deepspeed(path: Path, sections: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """CheckpointError where DeepSpeed's file of the model has no weights: ZeRO 3 keeps them in parts elsewhere."""
+    weights = sections.get("module", {})
+    if not any(tensor.numel() for tensor in weights.values()):
+        raise CheckpointError(
+            f"{path}: is of DeepSpeed ZeRO 3, whose weights lie in parts in the other files; in the folder that holds "
+            "the file 'latest' run 'python zero_to_fp32.py . whole', and give what it writes"
+        )
 
 
 def check_regular(path: Path) -> None:

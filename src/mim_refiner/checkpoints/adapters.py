@@ -1,0 +1,140 @@
+"""LoRA adapters are merged into the weights they adapt; quantised weights are recognised and refused."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mim_refiner.checkpoints.store import Contents
+from mim_refiner.errors import CheckpointError
+
+_START = "base_model.model."  # PEFT's wrapper
+_PART = re.compile(r"(.+)\.lora_([AB])(?:\.(\w+))?\.weight")  # with the adapter's name, in files of one model
+_QUANTISED = (  # endings of names beside weights that are no floats
+    ((".SCB", ".weight_format"), "8-bit weights of bitsandbytes"),
+    ((".absmax", ".quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4"), "4-bit weights of bitsandbytes"),
+    ((".qweight", ".qzeros", ".g_idx"), "weights of GPTQ or AWQ"),
+    ((".weight_scale", ".weight_scale_inv", "_packed_params"), "8-bit weights with scales"),
+)
+
+
+def plain_weights(contents: Contents) -> Contents:
+    """``contents`` with LoRA layers merged and PEFT's names undone.
+
+    Raises CheckpointError for quantised weights, and for adapters that cannot be merged exactly.
+    """
+    _refuse_quantised(contents)
+    sections = {path: _merged(contents, names) for path, names in contents.sections.items()}
+    return replace(contents, sections=sections)
+
+
+def with_adapter(base: Contents, adapter: Contents) -> Contents:
+    """``base`` with the adapter of a PEFT folder merged; ``adapter.config`` is its adapter_config.json."""
+    config = adapter.config or {}
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("alpha_pattern"):
+        kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
+        raise _cannot(adapter.source, f"is an adapter of kind {kind}")
+    section = max(base.sections, key=lambda path: len(base.sections[path]))
+    weights = dict(base.sections[section])
+    for name, tensor in adapter.section("").items():
+        if _PART.fullmatch(name) is None:  # a part that was trained whole
+            weights[_target(weights, name.removeprefix(_START).replace(".modules_to_save", ""), adapter)] = tensor
+    scale = _scale(config)
+    for layer, (a, b) in _pairs(adapter.section(""), adapter.source).items():
+        name = _target(weights, f"{layer.removeprefix(_START)}.weight", adapter)
+        weights[name] = _sum(weights[name], a, b, scale, adapter.source)
+    return replace(base, source=adapter.source, sections={**base.sections, section: weights})
+
+
+def _refuse_quantised(contents: Contents) -> None:
+    for names in contents.sections.values():
+        for endings, kind in _QUANTISED:
+            mark = next((name for name in names if name.endswith(endings)), None)
+            if mark is not None and not any(
+                tensor.is_floating_point() and tensor.element_size() > 1 and name.endswith("qkv.weight")
+                for name, tensor in names.items()
+            ):
+                raise CheckpointError(
+                    f"{contents.source}: holds {kind} ({mark}), which are not exact; load the model in the tool that "
+                    "wrote it, dequantise it there and save it in float"
+                )
+
+
+def _merged(contents: Contents, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One section with its LoRA layers merged; without any it stays as it is."""
+    if not any("lora_" in name for name in names):
+        return dict(names)
+    if any("lora_magnitude" in name for name in names):
+        raise _cannot(contents.source, "holds DoRA layers")
+    pairs = _pairs(names, contents.source)
+    if not pairs or not any(".base_layer." in name for name in names):
+        base = contents.fact("base_model_name_or_path") or "its base model"
+        raise _cannot(contents.source, f"holds LoRA layers without the weights of {base} in PEFT's layout")
+    plain: dict[str, Tensor] = {}
+    for name, tensor in names.items():
+        if "lora_" in name or ".original_module." in name:
+            continue
+        short = re.sub(r"\.modules_to_save\.\w+\.", ".", name.replace(".base_layer.", "."))
+        plain[short.replace(_START, "", 1)] = tensor
+    for layer, (a, b) in pairs.items():
+        name = f"{layer.replace(_START, '', 1)}.weight"
+        rank, alpha = a.shape[0], contents.fact("lora_alpha")
+        known = isinstance(alpha, int | float) and not contents.fact("use_rslora")
+        if not known and bool(b.any()):
+            raise _cannot(contents.source, "holds LoRA layers whose scale (lora_alpha) it does not tell")
+        if name not in plain:
+            raise _cannot(contents.source, f"holds a LoRA layer for {name}, which is not there")
+        plain[name] = _sum(plain[name], a, b, alpha / rank if known else 0.0, contents.source)
+    return plain
+
+
+def _pairs(names: Mapping[str, Tensor], source: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (A, B) of its LoRA; CheckpointError for several adapters of a layer or half of one."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in names.items():
+        match = _PART.fullmatch(name)
+        if match:
+            held = parts.setdefault(match[1], {})
+            if match[2] in held:
+                raise _cannot(source, f"holds several LoRA adapters of {match[1]}")
+            held[match[2]] = tensor
+    if any(len(held) != 2 for held in parts.values()):
+        raise _cannot(source, "holds half of a LoRA layer (lora_A without lora_B)")
+    return {layer: (held["A"], held["B"]) for layer, held in parts.items()}
+
+
+def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float, source: str) -> Tensor:
+    try:
+        change = (b.float().flatten(1) @ a.float().flatten(1)).reshape(weight.shape)
+    except RuntimeError as error:
+        raise _cannot(source, f"has LoRA layers of shapes {list(a.shape)} and {list(b.shape)}") from error
+    return (weight.to(torch.float32) + scale * change).to(weight.dtype)
+
+
+def _scale(config: Mapping[str, Any]) -> float:
+    alpha, rank = config.get("lora_alpha", 8), config.get("r", 8)
+    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1 or config.get("rank_pattern"):
+        raise CheckpointError("adapter_config.json: r and lora_alpha must be numbers, rank_pattern empty; merge it")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _target(weights: Mapping[str, Tensor], name: str, adapter: Contents) -> str:
+    """The base's tensor of that name, whatever the model stands in ("vit.")."""
+    found = [known for known in weights if known == name] or [
+        known for known in weights if known.endswith(f".{name}") or name.endswith(f".{known}")
+    ]
+    if len(found) != 1:
+        raise _cannot(adapter.source, f"adapts {name}, which its base model has not")
+    return found[0]
+
+
+def _cannot(source: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source}: {what}; merge it with the model in the tool that wrote it (PEFT: merge_and_unload()) and save that"
+    )

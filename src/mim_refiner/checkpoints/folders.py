@@ -1,0 +1,160 @@
+"""Find the weights in a folder: timm, transformers (whole or in shards), run folders, the hub's cache, adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mim_refiner.checkpoints.adapters import plain_weights, with_adapter
+from mim_refiner.checkpoints.distributed_folder import METADATA, read_distributed
+from mim_refiner.checkpoints.store import Contents, check_inside, read_checkpoint, read_config
+from mim_refiner.errors import CheckpointError
+
+CONFIG, PREPROCESSOR, ADAPTER = "config.json", "preprocessor_config.json", "adapter_config.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
+WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".th", ".ckpt")
+_INDEX = ".index.json"
+_DEEPSPEED = "mp_rank_00_model_states.pt"
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_OTHER_TOOLS = {"flax_model.msgpack": ("Flax", "from_flax"), "tf_model.h5": ("TensorFlow", "from_tf")}
+_NO_MODELS = {"training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "random_states_0.pkl"}  # Trainer's
+
+Base = Callable[[str], Contents]  # reads the model that an adapter is for
+
+
+def read_folder(folder: Path, read_base: Base) -> Contents:
+    """All tensors of the model in ``folder``, with the configs beside them.
+
+    Raises CheckpointError where there is none, several, or only a part of one.
+    """
+    folder = _inner(folder)
+    if (folder / METADATA).exists():
+        return replace(plain_weights(read_distributed(folder)), source=str(folder))
+    if (folder / ADAPTER).exists() and not (folder / CONFIG).exists():
+        return _read_adapter(folder, read_base)
+    if (folder / _DEEPSPEED).exists():
+        return replace(plain_weights(read_checkpoint(folder / _DEEPSPEED)), source=str(folder))
+    if not (folder / CONFIG).exists() and not (folder / CONFIG).is_symlink() and not _index(folder):
+        if len(_weights(folder)) != 1:
+            read_config(folder)  # says that there is none
+        return replace(plain_weights(read_checkpoint(_weight_file(folder), config={})), source=str(folder), config=None)
+    contents = _with_configs(folder, _read_weights)
+    return replace(contents, source=str(folder))
+
+
+def read_file(path: Path) -> Contents:
+    """All tensors of a file; with the config of its folder where the file is that folder's model."""
+    folder = path.parent
+    if path.name.endswith(_INDEX):
+        return replace(_with_configs(folder, lambda place, _: _read_shards(path)), source=str(path))
+    index = (
+        _index(folder) if path.name.partition("-")[0] in ("model", "pytorch_model") and "-of-" in path.name else None
+    )
+    if index is not None:
+        return replace(_with_configs(folder, lambda place, _: _read_shards(index)), source=str(path))
+    own = (folder / CONFIG).is_file() and (path.name in WEIGHT_FILES or _weights(folder) == [path])
+    if not own:
+        return plain_weights(read_checkpoint(path))
+    return replace(_with_configs(folder, lambda place, config: read_checkpoint(path, config=config)), source=str(path))
+
+
+def _with_configs(folder: Path, read: Callable[[Path, Mapping[str, Any]], Contents]) -> Contents:
+    config = read_config(folder) if (folder / CONFIG).exists() or (folder / CONFIG).is_symlink() else {}
+    if (folder / PREPROCESSOR).exists():
+        config["preprocessor"] = read_config(folder, PREPROCESSOR)
+    return replace(plain_weights(read(folder, config)), config=config or None)
+
+
+def _inner(folder: Path) -> Path:
+    """The folder that holds the model: a snapshot of the hub's cache, a run's export, DeepSpeed's latest."""
+    if (folder / "snapshots").is_dir():
+        named = (folder / "refs" / "main").read_text().strip() if (folder / "refs" / "main").is_file() else ""
+        snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+        chosen = [path for path in snapshots if path.name == named] or snapshots
+        if len(chosen) != 1:
+            raise CheckpointError(f"{folder}: the cache holds {len(chosen)} snapshots; give the folder of one")
+        return chosen[0]
+    if (folder / "export" / CONFIG).exists():
+        return folder / "export"
+    if (folder / "recipe.yaml").exists() and not (folder / CONFIG).exists():
+        raise CheckpointError(f"{folder}: this run has no export/ yet; run its command again to finish it")
+    if (folder / "latest").is_file():
+        tag = (folder / "latest").read_bytes()[:256].decode("utf-8", "replace").strip()
+        if tag and "/" not in tag and (folder / tag / _DEEPSPEED).exists():
+            return folder / tag
+    return folder
+
+
+def _read_weights(folder: Path, config: Mapping[str, Any]) -> Contents:
+    whole = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
+    index = _index(folder)
+    if whole is None and index is not None:
+        return _read_shards(index)
+    return read_checkpoint(whole or _weight_file(folder), config=config)
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_ENDINGS and path.name not in _NO_MODELS)
+
+
+def _weight_file(folder: Path) -> Path:
+    found = _weights(folder)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(path.name for path in found[:4])
+        raise CheckpointError(f"{folder}: holds several weight files ({names}); name the chosen one model.safetensors")
+    for name, (tool, option) in _OTHER_TOOLS.items():
+        if (folder / name).exists():
+            raise CheckpointError(
+                f"{folder}: holds weights of {tool} only ({name}); load it with {option}=True and save it again"
+            )
+    raise CheckpointError(f"{folder}: has a config.json but no weights; put model.safetensors beside it")
+
+
+def _index(folder: Path) -> Path | None:
+    """The index of a model in shards: model.safetensors.index.json, or of its .bin files."""
+    return next((folder / f"{name}{_INDEX}" for name in WEIGHT_FILES if (folder / f"{name}{_INDEX}").exists()), None)
+
+
+def _read_shards(index: Path) -> Contents:
+    """The tensors of all shards that ``index`` names; CheckpointError for a shard or tensor that is not there."""
+    folder = index.parent
+    files = read_config(folder, index.name).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()) or not files:
+        raise CheckpointError(f"{index}: has no 'weight_map' of tensors to files; download it again")
+    tensors: dict[str, Any] = {}
+    for name in sorted(set(files.values())):
+        path = folder / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: names {ascii(name)[:80]}, which is not in its folder; download it again")
+        check_inside(folder, path)
+        if not path.exists():
+            raise CheckpointError(f"{path}: this shard of the model is missing; download it into the folder")
+        tensors |= read_checkpoint(path, config={}).section("")
+    missing = [name for name in files if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{index}: its shards lack {missing[0][:80]} and {len(missing) - 1} more; download again")
+    return Contents(source=str(index), sections={"": tensors})
+
+
+def _read_adapter(folder: Path, read_base: Base) -> Contents:
+    """A PEFT folder, merged into its base model."""
+    config = read_config(folder, ADAPTER)
+    name = config.get("base_model_name_or_path")
+    path = next((folder / file for file in _ADAPTER_FILES if (folder / file).exists()), None)
+    if path is None:
+        raise CheckpointError(f"{folder}: has an {ADAPTER} but no {_ADAPTER_FILES[0]}; put it there")
+    adapter = replace(read_checkpoint(path, config=config), source=str(folder))
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{folder}: is a LoRA adapter that names no base model; merge it in PEFT and save that")
+    try:
+        base = read_base(name)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder}: is an adapter (LoRA) of {name}, which was not found ({str(error)[:200]}); write the path of a "
+            f"folder with that model as base_model_name_or_path into its {ADAPTER}"
+        ) from error
+    return with_adapter(base, adapter)
