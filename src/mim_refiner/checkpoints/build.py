@@ -16,7 +16,7 @@ from mim_refiner.checkpoints.families import Converted
 from mim_refiner.checkpoints.limits import check_architecture, check_arguments
 from mim_refiner.checkpoints.store import one_line
 from mim_refiner.errors import CheckpointError, InputError
-from mim_refiner.models import capi, postnorm  # noqa: F401  (registers their architectures with timm)
+from mim_refiner.models import capi, postnorm, variants  # noqa: F401  (registers their architectures with timm)
 from mim_refiner.models.vit import create_vit
 
 _VIT_MODULES = ["vision_transformer", "deit"]  # timm modules whose models take dynamic image sizes as plain ViTs do

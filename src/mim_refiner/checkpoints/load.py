@@ -15,7 +15,7 @@ from mim_refiner.checkpoints.accounting import Plan, account, coverage, some
 from mim_refiner.checkpoints.build import adapt_channels, build, untouched_random_state
 from mim_refiner.checkpoints.catalog import UNKNOWN_LICENCE, family_licence
 from mim_refiner.checkpoints.detect import detect
-from mim_refiner.checkpoints.families import FAMILIES, Converted, Wishes
+from mim_refiner.checkpoints.families import ASKED, Converted, Wishes
 from mim_refiner.checkpoints.families.own import own_family
 from mim_refiner.checkpoints.families.timm_format import OWN_FACTS
 from mim_refiner.checkpoints.options import split_options
@@ -67,14 +67,14 @@ def load_backbone(
         )
     with torch.device("meta"):  # shapes are compared before any memory is taken
         sketch = build(converted, plan.contents.source)
-    records, missing, unplaced = account(plan, sketch)
+    _, missing, unplaced = account(plan, sketch)
     if missing or unplaced:
         _complain(str(source), len(sketch.state_dict()), missing, unplaced, strict)
     _check_numbers(converted.tensors, sketch, str(source))
     with untouched_random_state():
         model = build(converted, plan.contents.source)
-    placed = [record.target for record in records if record.target is not None]
-    model.load_state_dict({name: converted.tensors[name] for name in placed}, strict=False)
+    expected = sketch.state_dict()
+    model.load_state_dict({name: t for name, t in converted.tensors.items() if name in expected}, strict=False)
     backbone = _wrap(plan, model, source=str(source), coverage=coverage(model, missing))
     if wishes.image_size is not None:
         backbone.set_image_size(wishes.image_size)
@@ -143,7 +143,7 @@ def _merge(source: str | Path, wishes: Wishes, key_map: KeyMapLike) -> tuple[str
 
 def _plan(source: str, wishes: Wishes, key_map: KeyMapLike) -> Plan:
     contents = read_source(source)
-    detected = detect(contents, wishes, FAMILIES if key_map is None else (own_family(key_map),))
+    detected = detect(contents, wishes, ASKED if key_map is None else (own_family(key_map),))
     try:
         converted = detected.family.convert(detected.view, wishes)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

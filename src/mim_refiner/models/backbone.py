@@ -8,15 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mim_refiner.core.sharding import shard
 from mim_refiner.errors import InputError
 from mim_refiner.models.positions import RULES, Grid, resize_absolute, resize_relative
-from mim_refiner.models.postnorm import PostNormVisionTransformer
-from mim_refiner.models.runners import free_image_size, runner_for
+from mim_refiner.models.runners import PlainRunner, free_image_size, runner_for
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, check_image_size, create_vit
 from mim_refiner.types import BackboneInfo, BlockOutput, Pooling
 
@@ -42,7 +40,7 @@ class Backbone(nn.Module):
         self.model: Any = model  # timm models carry no types
         self.info = info
         self.runner = runner_for(model)
-        self.is_plain_vit = type(model) in (VisionTransformer, PostNormVisionTransformer)
+        self.is_plain_vit = type(self.runner) is PlainRunner
 
     @classmethod
     def wrap(
@@ -62,8 +60,9 @@ class Backbone(nn.Module):
         """Wrap a timm model; its facts are read from the model itself.
 
         ``mean``/``std`` default to ImageNet's on the 0-1 scale. ``position_rule`` (see models.positions) says how
-        tables of positions are resized for other image sizes, ``pooling`` what the encoder's authors pool by (class
-        token where there is one, if None). A model that runs block by block is switched to dynamic image sizes.
+        tables of positions are resized for other image sizes, ``pooling`` what the encoder's authors pool by (if None,
+        the class token where there is one and the model does not pool by the mean). A model that runs block by block is
+        switched to dynamic image sizes.
         Raises InputError for a model without ``forward_intermediates``.
         """
         runner = runner_for(model)
@@ -87,7 +86,7 @@ class Backbone(nn.Module):
             source=source,
             position_rule=position_rule,
             norm_eps=norm_eps(model),
-            pooling=pooling or ("cls" if structure["has_cls"] else "mean"),
+            pooling=pooling or _authors_pooling(model, structure["has_cls"]),
             **structure,
         )
         return cls(model, info)
@@ -314,6 +313,11 @@ def _structure(model: Any) -> dict[str, Any]:
         "has_cls": num_prefix > 0 and getattr(model, "cls_token", None) is not None,
         "image_size": tuple(image),
     }
+
+
+def _authors_pooling(model: Any, has_cls: bool) -> Pooling:
+    """What the model's own forward pass pools by."""
+    return "cls" if has_cls and getattr(model, "global_pool", "token") not in ("avg", "avgmax") else "mean"
 
 
 def _default_config(model: Any) -> dict[str, Any]:

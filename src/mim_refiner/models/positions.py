@@ -9,14 +9,19 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from mim_refiner.models.mae import sincos_position_table
+
 Grid = tuple[int, int]  # rows and columns of patches
 
-# Rule -> what it does. Absolute tables first, then BEiT's tables of relative positions.
+# Rule -> what it does to absolute tables, and to BEiT's tables of relative positions.
 RULES = {
     "timm": "bicubic with antialiasing; relative: linear at geometrically spaced distances",
     "bicubic": "bicubic without antialiasing; relative: linear at geometrically spaced distances",
     "dino": "bicubic without antialiasing, scale computed with an offset of 0.1",
     "hf": "bicubic without antialiasing; relative: bilinear",
+    "corners": "bicubic without antialiasing, the corners of both grids on each other (Prithvi)",
+    "sincos": "computed anew: sine and cosine of row and column (Scale-MAE)",
+    "sinusoid": "computed anew: sine and cosine of the number of the patch (MAE-pytorch, VideoMAE)",
     "hf_transposed": "bicubic without antialiasing; relative: bilinear, rows and columns exchanged (as transformers)",
 }
 _CLASS_ENTRIES = 3  # of a relative table: class token to patch, patch to class token, class token to itself
@@ -32,13 +37,26 @@ def resize_absolute(table: Tensor, old: Grid, new: Grid, *, num_prefix: int, rul
         )
         return resized
     prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
+    if rule in ("sincos", "sinusoid"):
+        count, dim = new[0] * new[1], table.shape[-1]
+        computed = sinusoid_table(count, dim) if rule == "sinusoid" else sincos_position_table(dim, *new, num_prefix=0)
+        return torch.cat([prefix, computed.to(table)], dim=1)
     image = patches.reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # float32 as in the published code and in timm
     if rule == "dino":
         factors = [(side + 0.1) / before for side, before in zip(new, old, strict=True)]
         image = F.interpolate(image, scale_factor=factors, mode="bicubic")
     else:
-        image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
+        image = F.interpolate(image, size=new, mode="bicubic", align_corners=rule == "corners")
     return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2).to(table)], dim=1)
+
+
+@lru_cache(maxsize=16)
+def sinusoid_table(count: int, dim: int) -> Tensor:
+    """Fixed positions [1, count, dim] of tokens in a row: sine in even channels, cosine in odd ones."""
+    with torch.inference_mode(False):
+        channels = torch.arange(dim, dtype=torch.float64)
+        angles = torch.arange(count, dtype=torch.float64)[:, None] / 10000 ** (2 * (channels // 2) / dim)
+        return torch.where(channels % 2 == 0, angles.sin(), angles.cos()).float()[None]
 
 
 def resize_relative(table: Tensor, old: Grid, new: Grid, *, rule: str) -> Tensor:

@@ -17,6 +17,7 @@ from mim_refiner.models.beit import enable_any_grid, shared_bias
 from mim_refiner.models.capi import CapiVisionTransformer, token_positions
 from mim_refiner.models.positions import Grid, resize_absolute
 from mim_refiner.models.postnorm import PostNormVisionTransformer
+from mim_refiner.models.variants import VariantVisionTransformer
 
 
 class PlainRunner:
@@ -126,6 +127,7 @@ def free_image_size(model: Any) -> None:
 _RUNNERS: dict[type, PlainRunner] = {
     VisionTransformer: PlainRunner(),
     PostNormVisionTransformer: PlainRunner(),
+    VariantVisionTransformer: PlainRunner(),
     CapiVisionTransformer: RotaryRunner(),
     Beit: BeitRunner(),
     Eva: EvaRunner(),

@@ -34,6 +34,7 @@ _TIMM_SIZES = {
 _KINDS = {
     "VisionTransformer": "vit",
     "PostNormVisionTransformer": "vit_postnorm",
+    "VariantVisionTransformer": "vit_variant",
     "CapiVisionTransformer": "vit_capi",
     "Beit": "beit",
 }

@@ -5,10 +5,13 @@ from __future__ import annotations
 from mim_refiner.checkpoints.families import (
     beit,
     beit2,
+    cae,
     capi,
     crossmae,
     data2vec2,
     dbot,
+    dinov2,
+    eva01,
     hf_beit,
     hf_data2vec_vision,
     hf_dinov2,
@@ -17,9 +20,17 @@ from mim_refiner.checkpoints.families import (
     ibot,
     ijepa,
     mae,
+    mae_pytorch,
     mim_refiner_format,
+    mmpretrain,
+    multimae,
+    prithvi,
+    refused,
+    scale_mae,
     simmim,
     timm_format,
+    tinymim,
+    vitpose,
 )
 from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes
 
@@ -28,21 +39,33 @@ FAMILIES: tuple[Family, ...] = (
     mim_refiner_format.FAMILY,
     data2vec2.FAMILY,
     capi.FAMILY,
+    multimae.FAMILY,
+    mmpretrain.BEIT,
+    mmpretrain.VIT,
+    prithvi.FAMILY,
+    mae_pytorch.FAMILY,
+    vitpose.FAMILY,
     hf_data2vec_vision.FAMILY,
     hf_beit.FAMILY,
     hf_dinov2.FAMILY,
     hf_ijepa.FAMILY,
     hf_vitmae.FAMILY,
     simmim.FAMILY,
+    cae.FAMILY,
+    eva01.FAMILY,
     beit2.FAMILY,
     beit.FAMILY,
     ijepa.FAMILY,
+    dinov2.FAMILY,
     ibot.FAMILY,
     crossmae.FAMILY,
     dbot.FAMILY,
+    scale_mae.FAMILY,
+    tinymim.FAMILY,
     mae.FAMILY,
     timm_format.FAMILY,
 )
+ASKED = (*refused.FAMILIES, *FAMILIES)  # with those that are refused by name
 FAMILY_BY_NAME = {family.name: family for family in FAMILIES}
 
-__all__ = ["FAMILIES", "FAMILY_BY_NAME", "Converted", "Family", "View", "Wishes"]
+__all__ = ["ASKED", "FAMILIES", "FAMILY_BY_NAME", "Converted", "Family", "View", "Wishes"]

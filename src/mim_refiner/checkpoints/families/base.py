@@ -12,6 +12,13 @@ from mim_refiner.checkpoints.families.keymap import Mapped
 from mim_refiner.checkpoints.store import Contents
 from mim_refiner.types import BackboneInfo, Pooling
 
+# Buffers of older versions: end of a name -> why it is left out.
+_BUFFERS = {
+    "relative_position_index": "computed from the grid",
+    "relative_coords_table": "computed from the grid",
+    "attn_mask": "computed from the grid",
+    "attn.k_bias": "always zero",
+}
 PROJECTION = "patch_embed.proj.weight"  # timm's name of a ViT's first convolution
 
 
@@ -120,4 +127,10 @@ def account(
 
 
 def _reason(name: str, reasons: Mapping[str, str]) -> str | None:
-    return next((reason for start, reason in reasons.items() if name.startswith(start)), None)
+    told = next((reason for start, reason in reasons.items() if name.startswith(start)), None)
+    return told or next((reason for end, reason in _BUFFERS.items() if name.endswith(end)), None)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether older versions saved under this name what is computed today."""
+    return name.endswith(tuple(_BUFFERS))

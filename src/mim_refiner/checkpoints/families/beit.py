@@ -7,10 +7,13 @@ after pooling. The names are timm's.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
+from mim_refiner.checkpoints.families import mae
 from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.checkpoints.families.plain_beit import BEIT_NAMES, infer_beit
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from mim_refiner.types import BackboneInfo
@@ -27,26 +30,41 @@ _ALIKE = "fine-tuned files of BEiT and BEiT v2 are alike; v2 wants ImageNet's me
 
 
 def has_beit(view: View) -> bool:
-    """Blocks with separate query and value biases under timm's (and the original) names, no config beside them."""
-    return view.contents.config is None and {"blocks.0.attn.q_bias", "cls_token"} <= view.tensors.keys()
+    """Blocks with separate query and value biases under timm's (and the original) names, no config beside them.
+
+    Not beside a decoder of MAE's (MSM-MAE has these biases).
+    """
+    names = view.tensors.keys()
+    return view.contents.config is None and {"blocks.0.attn.q_bias", "cls_token"} <= names and not mae.has_decoder(view)
 
 
-def convert_as(view: View, wishes: Wishes, name: str, *, imagenet: bool, notes: tuple[str, ...] = ()) -> Converted:
-    """The conversion that BEiT, BEiT v2 and SimMIM share; ``name`` starts timm's architecture name."""
-    mapped = BEIT_NAMES.to_timm(view.tensors)
+def convert_as(
+    view: View,
+    wishes: Wishes,
+    name: str,
+    *,
+    imagenet: bool,
+    keys: KeyMap = BEIT_NAMES,
+    dropped: Mapping[str, str] | None = None,
+    notes: tuple[str, ...] = (),
+    **facts: Any,
+) -> Converted:
+    """The conversion that all families of BEiT's architecture share; ``name`` starts timm's architecture name.
+
+    The file's own options say more of mean and std than ``imagenet``; ``facts`` are fields of :class:`Converted`.
+    """
+    mapped = keys.to_timm(view.tensors)
     index = next((tensor for key, tensor in view.tensors.items() if key.endswith(INDEX)), None)
     beit = infer_beit(mapped.tensors, wishes, view.where, index=index, name=name)
-    indices = {short: "computed from the grid" for short in mapped.rest if short.endswith(INDEX)}
+    option = view.contents.fact("imagenet_default_mean_and_std")
+    imagenet = imagenet if option is None else bool(option)
+    values = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if imagenet else {"mean": BEIT_MEAN, "std": BEIT_STD}
     return Converted(
         beit.architecture,
         beit.arguments,
         beit.num_heads,
-        **account(view, mapped, indices | DROPPED),
-        mean=IMAGENET_MEAN if imagenet else BEIT_MEAN,
-        std=IMAGENET_STD if imagenet else BEIT_STD,
-        position_rule="bicubic",
-        pooling="mean",
-        notes=beit.notes + notes,
+        **account(view, mapped, dropped or DROPPED),
+        **({"position_rule": "bicubic", "pooling": "mean", "notes": beit.notes + notes} | values | facts),
     )
 
 

@@ -1,17 +1,16 @@
 """Files of CrossMAE (Fu et al., arXiv 2401.14391; layout of github.com/TonyLianLong/CrossMAE).
 
-Its decoder reads a weighted sum of all blocks, so the encoder has no final norm and the file none of its tensors.
-Features are pooled by the mean of the patch tokens.
+Its decoder reads a weighted sum of all blocks, so the encoder has no final norm and the file none of its tensors; where
+the decoder reads the last block only, there is one. Features are pooled by the mean of the patch tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from torch import Tensor
 
 from mim_refiner.checkpoints.families import mae
-from mim_refiner.checkpoints.families.base import Converted, View, Wishes, account
-from mim_refiner.checkpoints.families.plain_vit import TIMM_NAMES, infer_structure
-from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from mim_refiner.checkpoints.families.base import View, Wishes
+from mim_refiner.checkpoints.families.vit import vit_family
 
 _DROPPED = mae.DECODER | {
     "dec_norms.": "norms of the decoder's inputs",
@@ -25,23 +24,8 @@ def matches(view: View) -> bool:
     return view.contents.config is None and crossing and mae.has_decoder(view)
 
 
-def convert(view: View, wishes: Wishes) -> Converted:
-    """As MAE's, but the final norm exists only where the decoder does not read the sum over blocks."""
-    mapped = TIMM_NAMES.to_timm(view.tensors)
-    sums_blocks = any(name.startswith("wfm.") for name in view.tensors)
-    final_norm = None if sums_blocks else True
-    vit = infer_structure(mapped.tensors, wishes, view.where, final_norm=final_norm)
-    return Converted(
-        vit.architecture,
-        vit.arguments,
-        vit.num_heads,
-        **account(view, mapped, _DROPPED),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        position_rule="bicubic",
-        pooling="mean",
-        notes=vit.notes,
-    )
+def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, bool | None]:
+    return {"final_norm": None if any(name.startswith("wfm.") for name in view.tensors) else True}
 
 
-FAMILY = replace(mae.FAMILY, name="crossmae", matches=matches, convert=convert)
+FAMILY = vit_family("crossmae", matches, dropped=_DROPPED, prepare=_prepare, to_source=mae.to_source, pooling="mean")

@@ -6,10 +6,14 @@ dictionary ``_ema``, its running average; the authors fine-tune the student, and
 
 from __future__ import annotations
 
-from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes, account
+from typing import Any
+
+from torch import Tensor
+
+from mim_refiner.checkpoints.families.base import View, Wishes
 from mim_refiner.checkpoints.families.keymap import KeyMap
-from mim_refiner.checkpoints.families.plain_vit import infer_structure, is_encoder_name
-from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from mim_refiner.checkpoints.families.plain_vit import is_encoder_name
+from mim_refiner.checkpoints.families.vit import vit_family
 
 _IMAGE = "modality_encoders.IMAGE."
 ANCHOR = f"{_IMAGE}local_encoder.proj.weight"
@@ -34,21 +38,11 @@ def matches(view: View) -> bool:
     return view.contents.config is None and "blocks.0.attn.qkv.weight" in view.tensors
 
 
-def convert(view: View, wishes: Wishes) -> Converted:
-    mapped = KEYS.to_timm(view.tensors)
-    vit = infer_structure(
-        mapped.tensors, wishes, view.where, final_norm=False, known_heads=view.contents.fact("num_heads") or 0
-    )
-    return Converted(
-        "vit_postnorm",
-        vit.arguments | {"no_embed_class": True},
-        vit.num_heads,
-        **account(view, mapped, _DROPPED),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        position_rule="bicubic",
-        notes=tuple(note for note in vit.notes if "final norm" not in note),
-    )
+def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    return {"known_heads": view.contents.fact("num_heads") or 0, "arguments": {"no_embed_class": True}}
 
 
-FAMILY = Family("data2vec2", ANCHOR, matches, convert, default_encoder=("model", "student"))
+FAMILY = vit_family(
+    "data2vec2", matches, keys=KEYS, anchor=ANCHOR, dropped=_DROPPED, prepare=_prepare, final_norm=False,
+    architecture="vit_postnorm", default_encoder=("model", "student"),
+)  # fmt: skip

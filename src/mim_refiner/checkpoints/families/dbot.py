@@ -5,8 +5,10 @@ An encoder-only file of dBOT cannot be told from MAE's and is taken for one; bot
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mim_refiner.checkpoints.families import mae
-from mim_refiner.checkpoints.families.base import PROJECTION, Family, View
+from mim_refiner.checkpoints.families.base import View
 
 
 def matches(view: View) -> bool:
@@ -14,4 +16,4 @@ def matches(view: View) -> bool:
     return view.contents.config is None and mae.has_decoder(view) and "decoder_predp.weight" in view.tensors
 
 
-FAMILY = Family("dbot", PROJECTION, matches, mae.convert, mae.to_source)
+FAMILY = replace(mae.FAMILY, name="dbot", matches=matches)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mim_refiner.checkpoints.families import hf
 from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.dinov2 import free_registers
 from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.checkpoints.families.plain_vit import infer_structure
 from mim_refiner.errors import CheckpointError
@@ -49,12 +50,7 @@ def convert(view: View, wishes: Wishes) -> Converted:
     if (view.contents.config or {}).get("use_swiglu_ffn"):
         raise CheckpointError(f"{view.where}: a DINOv2 with SwiGLU blocks is not supported; choose a smaller one")
     mapped = _KEYS.to_timm(view.tensors)
-    # The table counts the class token and not the registers, as no table of timm does: its first entry goes to the
-    # class token, which gives the same tokens.
-    if "reg_token" in mapped.tensors and "cls_token" in mapped.tensors and "pos_embed" in mapped.tensors:
-        table = mapped.tensors["pos_embed"]
-        mapped.tensors["cls_token"] = mapped.tensors["cls_token"] + table[:, :1]
-        mapped.tensors["pos_embed"] = table[:, 1:]
+    free_registers(mapped.tensors)
     vit = infer_structure(mapped.tensors, wishes, view.where, final_norm=True, **hf.facts(view))
     return Converted(
         vit.architecture,

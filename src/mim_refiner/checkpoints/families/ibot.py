@@ -7,9 +7,11 @@ DINO's offset of 0.1.
 
 from __future__ import annotations
 
-from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account
-from mim_refiner.checkpoints.families.plain_vit import TIMM_NAMES, has_plain_vit, infer_structure
-from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from torch import Tensor
+
+from mim_refiner.checkpoints.families.base import View, Wishes
+from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, has_plain_vit
+from mim_refiner.checkpoints.families.vit import vit_family
 
 _DROPPED = {
     "masked_embed": "mask token, used only in training",
@@ -26,31 +28,16 @@ def matches(view: View) -> bool:
     if {"student", "teacher"} & {*view.section.split("."), *view.prefix.split(".")}:
         return True
     alone = set(view.contents.sections) == {"state_dict"} and not view.prefix
-    return alone and set(names) == set(TIMM_NAMES.to_timm(names).origin) and "reg_token" not in names
+    return alone and all(VIT_NAMES.knows(name) for name in names) and "reg_token" not in names
 
 
-def convert(view: View, wishes: Wishes) -> Converted:
-    mapped = TIMM_NAMES.to_timm(view.tensors)
-    vit = infer_structure(mapped.tensors, wishes, view.where, final_norm=True)
-    return Converted(
-        vit.architecture,
-        vit.arguments,
-        vit.num_heads,
-        **account(view, mapped, _DROPPED),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        family=None if _masks(view) else "dino",
-        position_rule="dino",
-        notes=vit.notes,
-    )
-
-
-def _masks(view: View) -> bool:
-    """False for a training file in which no encoder has a mask token: that is DINO's, not iBOT's."""
+def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, str | None]:
+    """A training file in which no encoder has a mask token is DINO's, not iBOT's."""
     sections = view.contents.sections
-    return set(sections) == {"state_dict"} or any(
+    masks = set(sections) == {"state_dict"} or any(
         name.endswith(("masked_embed", "mask_token")) for names in sections.values() for name in names
     )
+    return {"family": None if masks else "dino"}
 
 
-FAMILY = Family("ibot", PROJECTION, matches, convert)
+FAMILY = vit_family("ibot", matches, dropped=_DROPPED, prepare=_prepare, final_norm=True, position_rule="dino")

@@ -6,9 +6,9 @@ the one that the authors evaluate.
 
 from __future__ import annotations
 
-from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account
-from mim_refiner.checkpoints.families.plain_vit import TIMM_NAMES, has_plain_vit, infer_structure
-from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from mim_refiner.checkpoints.families.base import View
+from mim_refiner.checkpoints.families.plain_vit import has_plain_vit
+from mim_refiner.checkpoints.families.vit import vit_family
 
 
 def matches(view: View) -> bool:
@@ -17,20 +17,5 @@ def matches(view: View) -> bool:
     return bool(named) and has_plain_vit(view.tensors) and "cls_token" not in view.tensors
 
 
-def convert(view: View, wishes: Wishes) -> Converted:
-    mapped = TIMM_NAMES.to_timm(view.tensors)
-    vit = infer_structure(mapped.tensors, wishes, view.where, final_norm=True)
-    return Converted(
-        vit.architecture,
-        vit.arguments,
-        vit.num_heads,
-        **account(view, mapped, {"mask_token": "mask token of the predictor"}),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        position_rule="bicubic",
-        pooling="mean",
-        notes=vit.notes,
-    )
-
-
-FAMILY = Family("ijepa", PROJECTION, matches, convert)
+_DROPPED = {"mask_token": "mask token of the predictor"}
+FAMILY = vit_family("ijepa", matches, dropped=_DROPPED, final_norm=True, pooling="mean")

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from mim_refiner.errors import InputError
 
-# What may stand for {i} and {p} in a template: a block number, and the two kinds of a layer's parameters.
-_PLACEHOLDERS = {"i": r"\d+", "p": "weight|bias"}
+# What a placeholder stands for: a block number, a number that is not kept (of a chunk of blocks), the two kinds of a
+# layer's parameters.
+_PLACEHOLDERS = {"i": r"\d+", "n": r"\d+", "p": "weight|bias"}
+ZEROS = "0"  # in place of a source: zeros of its neighbours' shape (BEiT's keys have no bias)
 
 Template = str | tuple[str, ...]
 
@@ -29,18 +31,19 @@ class Mapped:
 class KeyMap:
     """Rules (source, timm name), each a template with ``{i}`` for a block number and ``{p}`` for weight or bias.
 
-    A source of several templates names tensors that are joined along dimension 0 (query, key, value). Several rules
-    may lead to one timm name (spellings of different versions); back to the source goes the first. ``same`` tells
-    names that are alike in both.
+    A source of several templates names tensors that are joined along dimension 0 (query, key, value); one of them may
+    be ``ZEROS``. ``{n}`` stands for a number that timm's name has not. Several rules may lead to one timm name
+    (spellings of different versions); back to the source goes the first. ``same`` tells names that are alike in both.
     """
 
     def __init__(self, rules: Sequence[tuple[Template, str]] = (), same: Callable[[str], bool] | None = None) -> None:
         self._same = same or (lambda name: False)
         self._rules = [((source,) if isinstance(source, str) else source, target) for source, target in rules]
         self._forward = [
-            (_pattern(template), target, part, len(sources))
+            (_pattern(template), target, part, sources)
             for sources, target in self._rules
             for part, template in enumerate(sources)
+            if template != ZEROS
         ]
         self._backward = [(_pattern(target), sources) for sources, target in self._rules]
 
@@ -51,25 +54,30 @@ class KeyMap:
     def to_timm(self, state: Mapping[str, Tensor]) -> Mapped:
         """Rename and join; a joined tensor appears only if all its parts are there."""
         parts: dict[str, dict[int, str]] = {}
-        counts: dict[str, int] = {}
+        wanted: dict[str, tuple[str, ...]] = {}
         rest = []
         for name in state:
             found = self._target(name)
             if found is None:
                 rest.append(name)
                 continue
-            target, part, count = found
+            target, part, sources = found
             if part in parts.setdefault(target, {}):
                 raise InputError(f"tensors {parts[target][part]} and {name} both mean {target}; keep one of them")
             parts[target][part] = name
-            counts[target] = count
+            wanted[target] = sources
         tensors: dict[str, Tensor] = {}
         origin: dict[str, str] = {}
         for target, names in parts.items():
-            if len(names) < counts[target]:
+            sources = wanted[target]
+            if len(names) < len(sources) - sources.count(ZEROS):
                 rest.extend(names.values())
                 continue
-            values = [state[names[part]] for part in range(counts[target])]
+            first = state[next(iter(names.values()))]
+            values = [
+                torch.zeros_like(first) if source == ZEROS else state[names[part]]
+                for part, source in enumerate(sources)
+            ]
             tensors[target] = values[0] if len(values) == 1 else torch.cat(values)
             origin |= dict.fromkeys(names.values(), target)
         return Mapped(tensors, origin, tuple(rest))
@@ -88,16 +96,20 @@ class KeyMap:
             if match is None:
                 raise InputError(f"{name} has no place in this format; choose --format timm, which holds every encoder")
             for source, value in zip(sources, tensor.chunk(len(sources)), strict=True):
+                if source == ZEROS:
+                    if bool(value.any()):
+                        raise InputError(f"{name} has values that this format has no place for; choose --format timm")
+                    continue
                 state[source.format(**match.groupdict())] = value.clone() if len(sources) > 1 else value
         return state
 
-    def _target(self, name: str) -> tuple[str, int, int] | None:
+    def _target(self, name: str) -> tuple[str, int, tuple[str, ...]] | None:
         if self._same(name):
-            return name, 0, 1
-        for pattern, target, part, count in self._forward:
+            return name, 0, (name,)
+        for pattern, target, part, sources in self._forward:
             match = pattern.fullmatch(name)
             if match:
-                return target.format(**match.groupdict()), part, count
+                return target.format(**match.groupdict()), part, sources
         return None
 
 

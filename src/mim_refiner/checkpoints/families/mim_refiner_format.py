@@ -57,7 +57,7 @@ def convert(view: View, wishes: Wishes) -> Converted:
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         position_rule="bicubic",
-        notes=vit.notes[: 0 if post_norm else None],
+        notes=vit.notes,
     )
 
 

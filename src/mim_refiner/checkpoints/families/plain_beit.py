@@ -72,7 +72,8 @@ def infer_beit(
         "depth": depth,
         "mlp_ratio": mlp_ratio(tensors, width),
         "qkv_bias": has_any(tensors, "attn.q_bias"),
-        "init_values": 0.1 if has_any(tensors, "gamma_1") else None,  # only switches layer scale on
+        # Only switches layer scale on; timm would drop None and take the name's own value.
+        "init_values": 0.1 if has_any(tensors, "gamma_1") else 0.0,
         "use_abs_pos_emb": "pos_embed" in tensors,
         "use_rel_pos_bias": OWN_TABLE in tensors,
         "use_shared_rel_pos_bias": SHARED_TABLE in tensors,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import PROJECTION, Wishes
-from mim_refiner.checkpoints.families.keymap import KeyMap
+from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.vit import BASE_ARCHITECTURE, standard_name
 
@@ -24,9 +24,12 @@ _ENCODER_NAME = re.compile(
     r"|cls_token|reg_token|pos_embed"
 )
 
+GATED_ARCHITECTURE = "vit_giant_patch14_dinov2"  # timm's ViT whose MLP is a SwiGLU
+
 # Width alone tells the number of heads only for the standard sizes.
 _HEADS_BY_WIDTH_AND_DEPTH = {
     (192, 12): 3, (384, 12): 6, (768, 12): 12, (1024, 24): 16, (1280, 32): 16, (2560, 24): 32, (1408, 40): 16,
+    (1536, 40): 24,
 }  # fmt: skip
 
 
@@ -35,16 +38,50 @@ def is_encoder_name(name: str) -> bool:
     return _ENCODER_NAME.fullmatch(name) is not None
 
 
+# Other names of the same parts: BEiT's biases and layer scale, DINOv2's SwiGLU, registers and chunks of blocks.
+_PARTS: list[tuple[Template, str]] = [
+    (("attn.q_bias", ZEROS, "attn.v_bias"), "attn.qkv.bias"), ("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma"),
+    ("mlp.w12.{p}", "mlp.fc1.{p}"), ("mlp.w3.{p}", "mlp.fc2.{p}"),
+]  # fmt: skip
+PARTS = (
+    "norm1.{p}",
+    "norm2.{p}",
+    "attn.qkv.{p}",
+    "attn.proj.{p}",
+    "mlp.fc1.{p}",
+    "mlp.fc2.{p}",
+    "ls1.gamma",
+    "ls2.gamma",
+)
+
+
+def _in_blocks(start: str, parts: list[tuple[Template, str]]) -> list[tuple[Template, str]]:
+    def place(template: Template) -> Template:
+        if isinstance(template, tuple):
+            return tuple(part if part == ZEROS else start + part for part in template)
+        return start + template
+
+    return [(place(source), "blocks.{i}." + target) for source, target in parts]
+
+
 TIMM_NAMES = KeyMap(same=is_encoder_name)  # of formats that name an encoder's tensors as timm does
+VIT_NAMES = KeyMap(  # the same, in every spelling
+    [
+        ("register_tokens", "reg_token"),
+        *_in_blocks("blocks.{i}.", _PARTS),
+        *_in_blocks("blocks.{n}.{i}.", [*((part, part) for part in PARTS), *_PARTS]),
+    ],
+    same=is_encoder_name,
+)
 
 
 def has_plain_vit(names: Collection[str]) -> bool:
-    """Whether ``names`` hold a patch embedding and blocks with nothing in them that a plain timm ViT has not."""
+    """Whether ``names`` hold a patch embedding and blocks with nothing in them that a plain ViT has not."""
     in_blocks = [name for name in names if name.startswith("blocks.")]
     return (
         PROJECTION in names
         and any(name.endswith(".attn.qkv.weight") for name in in_blocks)
-        and all(is_encoder_name(name) for name in in_blocks)
+        and all(VIT_NAMES.knows(name) for name in in_blocks)
     )
 
 
@@ -83,6 +120,7 @@ def infer_structure(
         tensors.get("pos_embed"), int(class_token) + num_registers, patch, (known_size, wishes.image_size), where
     )
     depth = count_blocks(tensors)
+    told = final_norm is not None
     if final_norm is None:
         final_norm = fc_norm or "norm.weight" in tensors or "norm.bias" in tensors
     arguments: dict[str, Any] = {
@@ -105,11 +143,14 @@ def infer_structure(
     }
     if has_any(tensors, "ls1.gamma"):
         arguments["init_values"] = 1e-5  # only switches layer scale on; the weights replace the value
+    gated = _is_gated(tensors)
+    if gated:  # timm's name brings the kind of MLP; a value of None would be dropped, and the name's own used
+        arguments["init_values"] = arguments.get("init_values", 0.0)
     from_norm = next((width // t.shape[0] for n, t in tensors.items() if n.endswith("attn.q_norm.weight")), 0)
     heads, notes = choose_heads(width, depth, known_heads or from_norm, wishes, where)
-    if not final_norm:
+    if not final_norm and not told:
         notes.append("the file has no final norm, so the encoder has none")
-    name = standard_name(width, depth, heads, patch) or BASE_ARCHITECTURE
+    name = GATED_ARCHITECTURE if gated else standard_name(width, depth, heads, patch) or BASE_ARCHITECTURE
     return Structure(name, arguments, heads, tuple(notes))
 
 
@@ -183,8 +224,15 @@ def _table_counts_a_class_token(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def mlp_ratio(tensors: Mapping[str, Tensor], width: int) -> float:
+    """What timm multiplies the width by, and rounds down, to get the rows of fc1."""
     hidden = next((t.shape[0] for n, t in tensors.items() if n.endswith("mlp.fc1.weight")), 4 * width)
-    return hidden / width
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
+
+
+def _is_gated(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the MLP is a SwiGLU: half of fc1's outputs gate the others."""
+    rows = {end: t.shape for n, t in tensors.items() for end in ("fc1", "fc2") if n.endswith(f"mlp.{end}.weight")}
+    return len(rows) == 2 and rows["fc1"][0] == 2 * rows["fc2"][-1]
 
 
 def has_any(tensors: Mapping[str, Tensor], ending: str) -> bool:

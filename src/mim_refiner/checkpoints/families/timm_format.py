@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account, is_buffer
 from mim_refiner.checkpoints.families.keymap import Mapped
-from mim_refiner.checkpoints.families.plain_vit import TIMM_NAMES, has_plain_vit, infer_structure
+from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, has_plain_vit, infer_structure
 from mim_refiner.errors import CheckpointError
 from mim_refiner.types import BackboneInfo
 
@@ -30,7 +30,7 @@ def convert(view: View, wishes: Wishes) -> Converted:
     """
     if view.contents.config is not None:
         return _from_config(view, view.contents.config, wishes)
-    mapped = TIMM_NAMES.to_timm(view.tensors)
+    mapped = VIT_NAMES.to_timm(view.tensors)
     vit = infer_structure(mapped.tensors, wishes, view.where)
     return Converted(
         vit.architecture, vit.arguments, vit.num_heads, **account(view, mapped, _CLASSIFIER), notes=vit.notes
@@ -57,7 +57,9 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
     reasons = {f"{head}.": "classifier" for head in heads}
     reasons |= {f"{name}.": "only there for timm, not part of the encoder" for name in without}
     starts = tuple(reasons)
-    tensors = {name: tensor for name, tensor in view.tensors.items() if not name.startswith(starts)}
+    tensors = {
+        name: tensor for name, tensor in view.tensors.items() if not name.startswith(starts) and not is_buffer(name)
+    }
     rest = tuple(name for name in view.tensors if name not in tensors)
     mapped = Mapped(tensors, {name: name for name in tensors}, rest)
     return Converted(

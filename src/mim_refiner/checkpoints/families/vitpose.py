@@ -1,0 +1,45 @@
+"""Files of ViTPose (Xu et al., arXiv 2204.12484; layout of github.com/ViTAE-Transformer/ViTPose): fine-tuned MAE.
+
+No class token, but its entry in the table, which is added to all. The patch projection pads the image by 2 pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from mim_refiner.checkpoints.families.base import PROJECTION, View, Wishes
+from mim_refiner.checkpoints.families.keymap import KeyMap
+from mim_refiner.checkpoints.families.plain_vit import has_plain_vit, is_encoder_name
+from mim_refiner.checkpoints.families.vit import vit_family
+from mim_refiner.errors import CheckpointError
+
+PADDING = 2
+KEYS = KeyMap([("last_norm.{p}", "norm.{p}")], same=is_encoder_name)
+
+
+def matches(view: View) -> bool:
+    names = view.tensors
+    return has_plain_vit(names) and {"last_norm.weight", "pos_embed"} <= names.keys() and "cls_token" not in names
+
+
+def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    table, patch = tensors["pos_embed"], tensors[PROJECTION].shape[2:]
+    if min(patch) <= 2 * PADDING:
+        raise CheckpointError(
+            f"{view.where}: a ViTPose with patches of {patch[0]}x{patch[1]} pixels, whose padding by {PADDING} pixels "
+            "makes another grid than its table has; the published ones have patches of 16"
+        )
+    tensors["pos_embed"] = table[:, 1:] + table[:, :1]
+    said: dict[str, Any] = {"arguments": {"patch_padding": PADDING}}
+    unit = math.isqrt((table.shape[1] - 1) // 12)
+    if wishes.image_size is None and 12 * unit**2 == table.shape[1] - 1:
+        size = (4 * unit * patch[0], 3 * unit * patch[1])
+        note = f"images of {size[0]}x{size[1]}, the 4:3 of the authors' persons; pass image_size= if yours differ"
+        said |= {"known_size": size, "notes": (note,)}
+    return said
+
+
+FAMILY = vit_family("vitpose", matches, keys=KEYS, prepare=_prepare, final_norm=True, architecture="vit_variant")
