@@ -25,6 +25,8 @@ WIDTH, HEADS, SIZE = 32, 4, (32, 32)
 def model_of(name: str = "vit_tiny_patch16_224", **arguments: object) -> timm.models.VisionTransformer:
     """A random timm model: width 32, 3 blocks, 4 heads, patch 8, 32 px."""
     given = {"embed_dim": WIDTH, "depth": 3, "num_heads": HEADS, "patch_size": 8, "img_size": SIZE} | arguments
+    if name.startswith("vit"):
+        given.setdefault("fc_norm", False)
     model = timm.create_model(name, num_classes=0, **given).eval()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
