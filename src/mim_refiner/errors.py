@@ -57,6 +57,15 @@ class NonFiniteLossError(MimRefinerError):
         self.batch = batch
 
 
+def reason_of(error: Exception) -> str:
+    """What went wrong, in a few words of one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    known = {MemoryError: "needs more memory than there is", RecursionError: "nested too deeply"}
+    text = known.get(type(error)) or " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else f"{text[:160]}..."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""Writing files so that readers see the old file or the whole new one, never a part."""
+"""Writing files whole or not at all, and the one boundary around reading what others wrote."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mim_refiner.errors import RunFolderError
+from mim_refiner.errors import DataError, MimRefinerError, RunFolderError, reason_of
 
 CACHE_VARIABLE = "MIM_REFINER_CACHE"
 
@@ -21,6 +21,20 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "mim-refiner"
+
+
+@contextlib.contextmanager
+def reading(what: object, remedy: str, kind: type[MimRefinerError] = DataError) -> Iterator[None]:
+    """The one boundary for foreign input and run folders: any error inside becomes one line, ``kind``, that names it.
+
+    Readers of damaged or hostile files raise almost anything, MemoryError and RecursionError among it.
+    """
+    try:
+        yield
+    except MimRefinerError:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: cannot be read ({reason_of(error)}); {remedy}") from error
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from PIL import UnidentifiedImageError
 
 from mim_refiner.data.image_files import Reduction, decode_image
 from mim_refiner.data.source_base import ImageSource, Labels
-from mim_refiner.errors import DataError
+from mim_refiner.errors import DataError, reason_of
 
 Pixels = NDArray[Any]  # [H, W, 3] uint8; for encoders of other channels [H, W, C] uint8 or uint16
 CACHE_LIMIT_BYTES = 2 * 10**9
@@ -195,4 +195,4 @@ def _reason(error: Exception) -> str:
         return "not an image file of a known kind, or a damaged one"
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    return reason_of(error)

@@ -25,7 +25,7 @@ from mim_refiner.data.channels import (
     for_display,
     read_npy,
 )
-from mim_refiner.data.image_files import decode_image, open_image
+from mim_refiner.data.image_files import decode_image, open_image, stored_bits
 from mim_refiner.data.source_base import ImageSource
 
 HUGE_PIXELS = 50_000_000  # judged from the header, never decoded
@@ -196,23 +196,12 @@ def _kinds_of_header(image: Image.Image, raw: bytes) -> list[tuple[str, str]]:
         kinds.append(("animated", f"{getattr(image, 'n_frames', 2)} frames"))
     if image.mode == "CMYK":
         kinds.append(("CMYK", ""))
-    if image.mode.startswith(("I", "F")) or bits_per_channel(image, raw) > 8:
+    if image.mode.startswith(("I", "F")) or stored_bits(image, raw) > 8:
         kinds.append(("16-bit", f"mode {image.mode}"))
     bands = image.getbands()
     if image.mode != "CMYK" and (len(bands) not in (1, 3) or "transparency" in image.info):
         kinds.append(("transparent", f"mode {image.mode}"))
     return kinds
-
-
-def bits_per_channel(image: Image.Image, raw: bytes) -> int:
-    """Bits a channel as the file stores them: Pillow opens 16-bit colour as 8-bit RGB without a word."""
-    if image.format == "PNG" and len(raw) > 24:
-        return raw[24]  # bit depth in the IHDR chunk
-    tags = getattr(image, "tag_v2", None)
-    if tags is not None:  # TIFF
-        bits = tags.get(258, 8)
-        return int(max(bits) if isinstance(bits, tuple) else bits)
-    return 8
 
 
 def _measured(

@@ -36,7 +36,7 @@ from mim_refiner.data.channels import (
 # Formats with a signature of their own. Pillow knows more, among them EPS, for which it starts Ghostscript.
 _FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _MAX_BYTES = 2**32
 _BITS, _PHOTOMETRIC = TiffImagePlugin.BITSPERSAMPLE, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION
 _SUBFILE, _SUBSAMPLING = 254, 530
@@ -117,7 +117,7 @@ def decode_image(
 def _decode_one(image: Image.Image, channels: int, reduction: Reduction | None) -> tuple[Raw, tuple[int, int]]:
     full, sideways = None, False
     if reduction is not None and image.format in ("JPEG", "MPO"):  # MPO: a phone's JPEG with more pictures behind
-        sideways = orientation(image) in _SIDEWAYS
+        sideways = orientation(image) in SIDEWAYS
         full = image.size if sideways else image.size[::-1]
         factor = reduction(*full)
         if factor > 1:  # libjpeg leaves out the high frequencies: a half costs a third of the time
@@ -137,6 +137,20 @@ def orientation(image: Image.Image) -> int:
     except Exception:  # as in upright
         return 1
     return int(found) if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width as the file has them; Pillow turns those of a TIFF when it opens it."""
+    if image.format == "TIFF":
+        return _tag(image, TiffImagePlugin.IMAGELENGTH, 0)[0], _tag(image, TiffImagePlugin.IMAGEWIDTH, 0)[0]
+    return image.height, image.width
+
+
+def stored_bits(image: Image.Image, data: bytes) -> int:
+    """Bits a channel as the file stores them: Pillow opens 16-bit colour as 8-bit RGB without a word."""
+    if image.format == "PNG" and len(data) > 24:
+        return data[24]  # bit depth in the IHDR chunk
+    return max(_tag(image, _BITS, 1)) if image.format == "TIFF" else 8
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -291,7 +305,7 @@ def _with_tifffile(data: bytes, channels: int) -> NDArray[Any]:
 
 def _turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     """As EXIF orientation 1 to 8 says that stored pixels are shown."""
-    if orientation in _SIDEWAYS:
+    if orientation in SIDEWAYS:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]

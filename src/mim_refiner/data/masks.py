@@ -1,92 +1,141 @@
-"""Segmentation masks that belong to the images of a source: a parquet column ``mask``, or files beside the images."""
+"""Segmentation masks that belong to the images of a source: a parquet column, or files in a folder beside images/."""
 
 from __future__ import annotations
 
-import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
+from mim_refiner.data.channels import NPY, read_npy
+from mim_refiner.data.image_files import SIDEWAYS, open_image, orientation, stored_bits, stored_size
 from mim_refiner.data.source_base import ConcatSource, ImageSource, SlicedSource
 from mim_refiner.data.source_files import FileSource
 from mim_refiner.data.source_parquet import ParquetSource
 from mim_refiner.errors import DataError
+from mim_refiner.files import reading
 
 Mask = NDArray[np.uint8]  # [H, W] class numbers
-MASK_FOLDERS = ("masks", "annotations", "labels")
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages")
+MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "SegmentationClass")
+MASK_COLUMNS = ("mask", "annotation", "segmentation", "label")
 DEFAULT_IGNORE = 255
+_EXACT = ("PNG", "TIFF", "BMP", "GIF")  # formats that keep every number as it is
+_PICTURES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jpg", ".jpeg")
+_FIX = "save masks as PNG with one class number (0-255) a pixel"
 
 
 class MaskSet:
     """``load(i)`` gives the mask uint8 [H, W] of image i of a source; ``ignore_index`` marks pixels without a class.
 
-    Parquet: column ``mask`` (PNG bytes), schema metadata ``ignore_index`` and ``class_names``. Folder: every
-    images/NAME has a masks/NAME.png (or annotations/, labels/). Raises DataError when a source has no masks.
+    Parquet: column ``mask`` or ``annotation`` (PNG bytes or the Hugging Face struct), schema metadata ``ignore_index``
+    and ``class_names``. Folder: every images/NAME has a masks/NAME.png, NAME_mask.png or .tif (or mask/,
+    annotations/, labels/). Raises DataError when a source has no masks, or masks that cannot be used.
     """
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
         self._columns: dict[Path, tuple[Any, dict[bytes, bytes]]] = {}
+        self._folders: dict[str, dict[str, str]] = {}
         leaf, _ = _leaf(source, 0)
         metadata = self._column(leaf.path)[1] if isinstance(leaf, ParquetSource) else {}
-        self.ignore_index = int(metadata.get(b"ignore_index", b"%d" % DEFAULT_IGNORE))
-        names = metadata.get(b"class_names")
-        self.class_names: tuple[str, ...] | None = tuple(json.loads(names)) if names else None
+        with reading(leaf.description, "correct the notes ignore_index and class_names of the file"):
+            self.ignore_index = int(metadata.get(b"ignore_index", b"%d" % DEFAULT_IGNORE))
+            names = metadata.get(b"class_names")
+            self.class_names: tuple[str, ...] | None = tuple(map(str, json.loads(names))) if names else None
         self.load(0)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def load(self, index: int) -> Mask:
-        """Mask of image ``index``; DataError when it is missing or no image of class numbers."""
+        """Mask of image ``index``, upright and of its size; DataError when it is missing or cannot be used.
+
+        A mask of another size is resized (nearest) where the aspect agrees. One that fits the stored pixels of an image
+        with EXIF orientation, and not the upright ones, is turned with it.
+        """
         leaf, position = _leaf(self.source, index)
-        try:
-            if isinstance(leaf, ParquetSource):
-                data = self._column(leaf.path)[0][position].as_py()
-            else:
-                data = _mask_file(leaf, position).read_bytes()
-            with Image.open(io.BytesIO(data)) as image:
-                mask = np.asarray(image)
-        except (OSError, TypeError) as error:
-            raise DataError(
-                f"{leaf.name(position)}: no readable mask ({error}); give a parquet column 'mask' or a folder masks/"
-            ) from None
-        if mask.ndim != 2 or mask.dtype != np.uint8:
-            raise DataError(f"{leaf.name(position)}: the mask must hold one class number (0-255) a pixel")
-        return mask
+        name = f"mask of {leaf.name(position)}"
+        with reading(name, _FIX):
+            data = self._read(leaf, position)
+            mask, turned = _class_numbers(data)
+            return _fitted(mask, turned, leaf, position)
 
     def num_classes(self) -> int:
-        """Number of class names, else the largest class number in any mask + 1."""
-        if self.class_names is not None:
-            return len(self.class_names)
-        largest = 0
-        for index in range(len(self)):
-            mask = self.load(index)
-            largest = max(largest, int(mask[mask != self.ignore_index].max(initial=0)))
-        return largest + 1
+        """Number of class names, else the largest class number + 1; reads every mask.
+
+        DataError where fewer than two classes are labelled, or a number has no name.
+        """
+        counts = sum((np.bincount(self.load(i).ravel(), minlength=256) for i in range(len(self))), np.zeros(256, int))
+        held = np.flatnonzero(counts)
+        classes = held[held != self.ignore_index]
+        where = self.source.description
+        if len(classes) < 2:
+            numbers = " and ".join(map(str, held.tolist()))
+            ignored = f"; {self.ignore_index} is ignored" if self.ignore_index in held else ""
+            remedy = "write 1 for the object" if self.ignore_index in held else "give masks of at least two classes"
+            raise DataError(f"{where}: its masks hold only {numbers}{ignored}: {remedy}")
+        if self.class_names is not None and classes[-1] >= len(self.class_names):
+            raise DataError(f"{where}: masks hold class {classes[-1]}, and class_names names {len(self.class_names)}; "
+                            "name them all")  # fmt: skip
+        return int(classes[-1]) + 1 if self.class_names is None else len(self.class_names)
+
+    def _read(self, leaf: ParquetSource | FileSource, position: int) -> bytes:
+        if isinstance(leaf, FileSource):
+            return self._file(leaf, position).read_bytes()
+        value = self._column(leaf.path)[0][position].as_py()
+        if isinstance(value, dict):
+            path = value.get("path")
+            value = value.get("bytes") or (path and (leaf.path.parent / path).read_bytes())
+        if not value:
+            raise ValueError("the row holds none")
+        return bytes(value)
+
+    def _file(self, leaf: FileSource, position: int) -> Path:
+        name = os.path.basename(leaf.names[position])
+        stem = os.path.splitext(name)[0]
+        for folder in _mask_folders(leaf, position):
+            if folder not in self._folders:
+                self._folders[folder] = _pictures(folder)
+            pictures = self._folders[folder]
+            found = next((pictures[each] for each in (stem, f"{stem}_mask", name) if each in pictures), None)
+            if found is not None:
+                return Path(folder, found)
+        raise ValueError(f"no folder {', '.join(MASK_FOLDERS)} beside {' or '.join(IMAGE_FOLDERS[:2])} holds one")
 
     def _column(self, path: Path) -> tuple[Any, dict[bytes, bytes]]:
         if path not in self._columns:
-            schema = pq.read_schema(path)
-            if "mask" not in schema.names:
-                raise DataError(f"{path}: no column 'mask' (found {', '.join(schema.names)}); segmentation needs masks")
-            column = pq.read_table(path, columns=["mask"], use_threads=False).column("mask")
-            self._columns[path] = column, dict(schema.metadata or {})
+            with reading(path, "download or write it again"):
+                schema = pq.read_schema(path)
+                name = _mask_column(schema)
+                if name is None:
+                    found = ", ".join(schema.names)
+                    raise DataError(f"{path}: no column 'mask' of images (found {found}); segmentation needs masks")
+                column = pq.read_table(path, columns=[name], use_threads=False).column(name)
+                self._columns[path] = column, dict(schema.metadata or {})
         return self._columns[path]
 
 
 def has_masks(source: ImageSource) -> bool:
-    """Whether masks belong to the images of ``source``."""
+    """Whether masks belong to the images of ``source``; DataError where they do and cannot be used."""
     try:
-        MaskSet(source)
+        leaf, position = _leaf(source, 0)
     except DataError:
         return False
-    return True
+    if isinstance(leaf, ParquetSource):
+        with reading(leaf.path, "download or write it again"):
+            there = _mask_column(pq.read_schema(leaf.path)) is not None
+    else:
+        there = any(_pictures(folder) for folder in _mask_folders(leaf, position))
+    if there:
+        MaskSet(source)
+    return there
 
 
 def _leaf(source: ImageSource, index: int) -> tuple[ParquetSource | FileSource, int]:
@@ -103,13 +152,97 @@ def _leaf(source: ImageSource, index: int) -> tuple[ParquetSource | FileSource, 
     )
 
 
-def _mask_file(source: FileSource, index: int) -> Path:
-    path = Path(source.root) / source.names[index]
-    parts = list(path.parts)
-    if "images" in parts:
-        place = len(parts) - 1 - parts[::-1].index("images")
-        for folder in MASK_FOLDERS:
-            found = Path(*parts[:place], folder, *parts[place + 1 :]).with_suffix(".png")
-            if found.exists():
-                return found
-    raise FileNotFoundError(f"no {' or '.join(MASK_FOLDERS)} folder beside images/ holds it")
+def _mask_column(schema: pa.Schema) -> str | None:
+    def encoded(kind: pa.DataType) -> bool:
+        struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        return struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    return next((name for name in MASK_COLUMNS if name in schema.names and encoded(schema.field(name).type)), None)
+
+
+def _mask_folders(source: FileSource, index: int) -> list[str]:
+    """The folders that may hold the mask of an image: those beside the last folder named images, below it the same."""
+    parts = list((Path(source.root) / source.names[index]).parts[:-1])
+    place = next((at for at in range(len(parts) - 1, -1, -1) if parts[at] in IMAGE_FOLDERS), None)
+    if place is None:
+        return []
+    return [os.path.join(*parts[:place], folder, *parts[place + 1 :]) for folder in MASK_FOLDERS]
+
+
+def _pictures(folder: str) -> dict[str, str]:
+    """Names without ending -> names of the pictures in a folder; of two, the one that can be a mask."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return {}
+    split = [(os.path.splitext(name), name) for name in names]
+    found = [(_PICTURES.index(ending.lower()), stem, name) for (stem, ending), name in split
+             if ending.lower() in _PICTURES]  # fmt: skip
+    return {stem: name for _, stem, name in sorted(found, reverse=True)}
+
+
+def _class_numbers(data: bytes) -> tuple[Mask, bool]:
+    """The numbers of an encoded mask as they were stored, upright; and whether it has an orientation of its own."""
+    with open_image(data) as image:
+        if image.format not in _EXACT:
+            raise ValueError(f"is {image.format}, which changes class numbers")
+        bits, inverted = stored_bits(image, data), False
+        if image.format == "TIFF" and image.mode in ("1", "L"):  # Pillow shows them inverted
+            inverted = image.tag_v2.get(262) == 0  # type: ignore[attr-defined]
+        own = orientation(image)
+        image.load()
+        shown = np.asarray(ImageOps.exif_transpose(image))
+    if shown.ndim == 3:
+        colours = shown[:, :, :1] if image.mode in ("LA", "PA") else shown[:, :, :3]
+        opaque = image.mode == "RGB" or bool((shown[:, :, -1] == 255).all())
+        if image.mode not in ("RGB", "RGBA", "LA") or not opaque or (colours != colours[:, :, :1]).any():
+            raise ValueError(f"holds {image.mode} colours, not class numbers")
+        shown = colours[:, :, 0]
+    if image.mode == "F":
+        raise ValueError("holds float values, not class numbers")
+    if image.mode == "L" and bits in (2, 4):  # Pillow spreads grey over 0-255
+        shown = shown // (255 // (2**bits - 1))
+    if inverted:
+        shown = ~shown
+    largest = int(shown.max(initial=0))
+    if largest > 255 or int(shown.min(initial=0)) < 0:
+        raise ValueError(f"holds class number {largest}")
+    return np.ascontiguousarray(shown, dtype=np.uint8), own > 1
+
+
+def _fitted(mask: Mask, turned: bool, leaf: ImageSource, position: int) -> Mask:
+    try:
+        stored, way = _size_and_way(leaf.read(position))
+    except Exception:  # an unreadable image is left out with its mask
+        return mask
+    upright = stored[::-1] if way in SIDEWAYS else stored
+    as_stored = way > 1 and not turned and _same_shape(mask.shape, stored)
+    as_shown = _same_shape(mask.shape, upright)
+    if as_stored and as_shown:
+        raise ValueError(f"nothing tells whether it goes with the stored or the shown pixels (EXIF orientation {way})")
+    if not as_stored and not as_shown:
+        sizes = [f"{width}x{height}" for height, width in (mask.shape, upright)]
+        raise ValueError(f"is {sizes[0]} px and the image {sizes[1]}")
+    picture = Image.fromarray(mask)
+    if as_stored:
+        exif = Image.Exif()
+        exif[0x0112] = way
+        picture.info["exif"] = exif.tobytes()
+        picture = ImageOps.exif_transpose(picture)
+    if picture.size != upright[::-1]:
+        picture = picture.resize(upright[::-1], Image.Resampling.NEAREST)
+    return np.asarray(picture)
+
+
+def _size_and_way(data: bytes | NDArray[Any]) -> tuple[tuple[int, int], int]:
+    """Height and width as stored, and the EXIF orientation."""
+    if isinstance(data, np.ndarray) or data[:6] == NPY:
+        shape = (data if isinstance(data, np.ndarray) else read_npy(data)).shape
+        return (shape[0], shape[1]), 1
+    with open_image(data) as image:
+        return stored_size(image), orientation(image)
+
+
+def _same_shape(one: tuple[int, ...], other: tuple[int, int]) -> bool:
+    """Whether two sizes have one aspect, but for a pixel of rounding in the smaller."""
+    return abs(one[0] * other[1] - one[1] * other[0]) <= max(*one, *other)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mim_refiner.core.device import autocast, resolve_precision
 from mim_refiner.core.metrics import class_iou, mean_iou_interval
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
+from mim_refiner.data.channels import MAX_PIXELS
 from mim_refiner.data.decode import ImageSet, Pixels
 from mim_refiner.data.masks import Mask, MaskSet
 from mim_refiner.data.photometric import normalize
@@ -264,6 +265,10 @@ def _window_batches(
         images.raise_if_too_many_unreadable()
         if pixels is None:
             continue
+        if _side(pixels, settings, window) ** 2 * max(pixels.shape[:2]) > MAX_PIXELS * min(pixels.shape[:2]):
+            reason = f"{pixels.shape[1]}x{pixels.shape[0]} px are too long for windows of {window} px"
+            images.add_unreadable([(index, images.source.name(index), reason)])
+            continue
         pixels = _sized(pixels, settings, window, Image.Resampling.BICUBIC)
         for top, left in window_places(pixels.shape[0], pixels.shape[1], window, stride):
             crops.append(pixels[top : top + window, left : left + window])
@@ -284,11 +289,15 @@ def _sized(
 ) -> NDArray[np.uint8]:
     """Resize so that the shorter side is ``short_side``, or at least a window."""
     height, width = array.shape[:2]
-    short = max(settings.short_side or min(height, width), window)
+    short = _side(array, settings, window)
     if short == min(height, width):
         return array
     size = (round(width * short / min(height, width)), round(height * short / min(height, width)))
     return np.asarray(Image.fromarray(array).resize(size, filter_))
+
+
+def _side(array: NDArray[Any], settings: SegmentationSettings, window: int) -> int:
+    return max(settings.short_side or min(array.shape[:2]), window)
 
 
 def _sized_mask(masks: MaskSet, index: int, settings: SegmentationSettings, window: int) -> Mask:

@@ -137,7 +137,8 @@ def suite_protocols(suite: str, images: ImageSet) -> tuple[str, ...]:
     """
     if suite not in SUITES:
         raise InputError(f"suite {suite!r} is unknown{did_you_mean(suite, SUITES)}; choose from {', '.join(SUITES)}")
-    masks, chosen = has_masks(images.source), SUITES[suite]
+    chosen = SUITES[suite]
+    masks = suite in ("dense", "paper") and has_masks(images.source)
     if suite == "paper" and masks:
         chosen = (*chosen, "segmentation")
     runnable = tuple(n for n in chosen if n == "rank" or (masks if n == "segmentation" else images.labels is not None))
