@@ -178,7 +178,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--pack", help="Parquet files to cut into pieces, then end")
     add("--unpack", type=Path, help="results of train to turn into timm folders, then end")
     add("--to", type=Path, default=Path(".gpu"))
-    add("--megabytes", type=float, default=28)
+    add("--megabytes", type=float, default=30)
     add("--child", help=argparse.SUPPRESS)
     return parser.parse_args(words)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from contextlib import AbstractContextManager
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 
@@ -51,6 +51,13 @@ def resolve_precision(precision: str, device: torch.device) -> Literal["fp32", "
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
     """Mixed precision for the forward pass."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Compiled modules run as they are inside: sizes that come once, as in evaluation, are not worth a graph each."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; the import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def cpu_has_fast_bf16() -> bool:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mim_refiner.core.collectives import from_rank_0, from_ranks, gather_rows, is_distributed, rank, world_size
-from mim_refiner.core.device import autocast, resolve_precision
+from mim_refiner.core.device import autocast, eagerly, resolve_precision
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import default_crop_ratio, eval_batches
 from mim_refiner.data.photometric import normalize
@@ -295,11 +295,15 @@ def resolve_poolings(poolings: Sequence[str] | None, info: BackboneInfo) -> tupl
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every submodule has the mode it had (a frozen prefix stays in eval)."""
+    """Eval mode inside the block; afterwards every submodule has the mode it had (a frozen prefix stays in eval).
+
+    Compiled blocks run eagerly there.
+    """
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        yield
+        with eagerly():
+            yield
     finally:
         for part, training in modes.items():
             part.training = training

@@ -20,7 +20,9 @@ from mim_refiner.types import BackboneInfo, BlockOutput, Pooling
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "create_vit"]
 
-
+# Of a block in a run: views of two sizes, whole and last micro-batches, each in the warm-up, in a frozen prefix, without
+# a graph, with one, and with one behind a frozen prefix.
+GRAPHS = 2 * 2 * 5
 _NEVER_TRAINED = (
     "pos_embed", "pos_embed_abs", "pos_embed_win", "pos_embed_spatial", "pos_embed_temporal", "absolute_pos_embed",
     "fc_norm", "attn_pool", "head", "head_dist",
@@ -257,8 +259,16 @@ class Backbone(nn.Module):
         shard(self, self.model.blocks, method="run_blocks")
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """``torch.compile`` every block in place; parameter names stay as they are."""
-        for block in getattr(self.model, "blocks", ()):
+        """``torch.compile`` every block in place; parameter names stay as they are.
+
+        Blocks alike share their graphs. Each shape and each mode of gradients has one, and the compiler's limit is
+        raised to what a run needs: beyond it a block would silently run eagerly.
+        """
+        from torch._dynamo import config  # slow to import
+
+        blocks = getattr(self.model, "blocks", ())
+        config.recompile_limit = max(config.recompile_limit, GRAPHS * len({repr(block) for block in blocks}))
+        for block in blocks:
             block.compile(dynamic=False, backend=backend)
 
     def _run_intermediates(
