@@ -20,8 +20,8 @@ from mim_refiner.types import BackboneInfo, BlockOutput, Pooling
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "create_vit"]
 
-# Of a block in a run: views of two sizes, whole and last micro-batches, each in the warm-up, in a frozen prefix, without
-# a graph, with one, and with one behind a frozen prefix.
+# Of a block in a run: views of two sizes, whole and last micro-batches, each in the warm-up, in a frozen prefix,
+# without a graph, with one, and with one behind a frozen prefix.
 GRAPHS = 2 * 2 * 5
 _NEVER_TRAINED = (
     "pos_embed", "pos_embed_abs", "pos_embed_win", "pos_embed_spatial", "pos_embed_temporal", "absolute_pos_embed",
