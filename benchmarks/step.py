@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,17 +28,18 @@ import torch
 
 from mim_refiner.commands.plan import measured_rate
 from mim_refiner.core.collectives import average_gradients, rank, world_size
-from mim_refiner.core.device import autocast, pick_device, resolve_precision
+from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.launch import join_processes
+from mim_refiner.core.optim import adamw, parameter_groups
+from mim_refiner.core.run import Run
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import crop_batch, multi_crop_views
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.cost import EncoderShape, Job
-from mim_refiner.training.optim import adamw, parameter_groups
-from mim_refiner.training.step import forward_backward
+from mim_refiner.training.refine import forward_backward
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # bf16 dense, makers' figures
 
@@ -49,7 +49,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, join_processes(pick_device(options.device))
-        self.precision = resolve_precision(options.precision, self.device)
+        self.run = Run(self.device, resolve_precision(options.precision, self.device))
         torch.manual_seed(0)
         backbone = Backbone.wrap(create_vit(options.arch, image_size=options.image))
         if self.device.type == "cpu":
@@ -109,15 +109,9 @@ class Bench:
         self.number += 1
         torch.manual_seed(self.number)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = partial(
-            self.refiner.head_losses,
-            sample_ids=torch.arange(len(views[0]), device=self.device) + rank() * len(views[0]),
-            num_global=2,
-            temperature=0.2,
-            generator=torch.Generator().manual_seed(self.number),
-        )
-        mixed = partial(autocast, self.precision, self.device)
-        output = forward_backward(self.refiner, views, losses, micro_batch=micro_batch, mixed=mixed)
+        sample_ids = torch.arange(len(views[0]), device=self.device) + rank() * len(views[0])
+        generator = torch.Generator().manual_seed(self.number)
+        output = forward_backward(self.refiner, views, sample_ids, generator, self.run, micro_batch)
         average_gradients(self.refiner.parameters())
         return output.loss.detach()
 
@@ -176,7 +170,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "device": name,
         "processes": world_size(),
         "torch": torch.__version__,
-        "precision": bench.precision,
+        "precision": bench.run.precision,
         "options": vars(options),
     }
     result["operations"] = {
@@ -185,7 +179,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     # what the cost model expects of a plain step from the speed of one block; on a CPU in CPU seconds of one thread
     clock = time.perf_counter if bench.device.type == "cuda" else time.process_time
-    rate = measured_rate(bench.refiner, job, bench.device, bench.precision, clock)
+    rate = measured_rate(bench.refiner, job, bench.run, clock)
     result["expected_seconds"] = job.model_operations() / rate / world_size()
     result["parts"] = {}
     for part, work in parts.items():

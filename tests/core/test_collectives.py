@@ -91,7 +91,7 @@ def test_head_on_two_ranks_equals_one_process(ranks: Results) -> None:
     head = RefinerHead(6, HeadConfig(8, 8, 4, 12))
     for module in (head.projector, head.predictor):
         module.eval()
-    out = head(torch.randn(3, 8, 6), torch.arange(8), num_global=2, temperature=0.2)
+    out = head(torch.randn(3, 8, 6), torch.arange(8))
     out.loss.backward()
     torch.testing.assert_close((ranks[0]["head/loss"] + ranks[1]["head/loss"]) / 2, out.loss.detach())
     for result in ranks:

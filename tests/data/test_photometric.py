@@ -22,11 +22,12 @@ from mim_refiner.data.photometric import (
     solarize,
     to_gray,
 )
-from mim_refiner.data.views import ViewSpec, mae_views, multi_crop_views
+from mim_refiner.data.views import ViewSpec, multi_crop_views
 from mim_refiner.errors import InputError
 
 MEAN, STD = (0.48, 0.45, 0.4), (0.22, 0.23, 0.25)
 CLOSE = {"rtol": 0, "atol": 1e-5}
+PLAIN = ViewSpec("mae", 12, scale=(0.2, 1.0), jitter_prob=0.0, gray_prob=0.0)
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ def test_the_input_is_left_alone_and_output_is_float32(images):
 
 
 def test_no_photometrics_is_normalisation(images):
-    result = BatchPhotometric(mae_views(12)[0], MEAN, STD)(images, seeded_generator(0))
+    result = BatchPhotometric(PLAIN, MEAN, STD)(images, seeded_generator(0))
     torch.testing.assert_close(result, tv.normalize(to_float(images), list(MEAN), list(STD)), **CLOSE)
 
 
@@ -193,10 +194,10 @@ def test_generators():
 
 def test_other_channel_counts(images):
     gray = images[:, :1]
-    plain = BatchPhotometric(mae_views(12)[0], (0.5,), (0.25,))(gray, seeded_generator(0))
+    plain = BatchPhotometric(PLAIN, (0.5,), (0.25,))(gray, seeded_generator(0))
     assert plain.shape == gray.shape
     with pytest.raises(InputError, match="3 channels, 1 means"):
-        BatchPhotometric(mae_views(12)[0], (0.5,), (0.25,))(images, seeded_generator(0))
+        BatchPhotometric(PLAIN, (0.5,), (0.25,))(images, seeded_generator(0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

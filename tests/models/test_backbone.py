@@ -47,7 +47,7 @@ def test_blocks_equal_timm_intermediates(backbone: Backbone, size: tuple[int, in
 
 def test_last_block_with_norm_is_the_models_output(backbone: Backbone) -> None:
     images = torch.randn(2, 3, 32, 32)
-    [last] = backbone(images, [-1], norm=True)
+    [last] = backbone.forward_blocks(images, [-1], norm=True)
     torch.testing.assert_close(last.patches, backbone.model.forward_features(images)[:, 3:], rtol=0, atol=1e-6)
 
 

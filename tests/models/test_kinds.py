@@ -11,12 +11,14 @@ from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor
 
 from mim_refiner.core.layer_decay import layer_decay_scales
+from mim_refiner.core.optim import adamw, parameter_groups
+from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.positions import resize_absolute, resize_relative
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.training.optim import adamw, parameter_groups
+from mim_refiner.training.refine import forward_backward
 
 STAGES: dict[str, Any] = {"depths": (1, 1, 2, 1), "embed_dim": 8, "num_heads": (1, 1, 2, 2), "window_size": 2}
 BEIT: dict[str, Any] = {"patch_size": 8, "img_size": 32}
@@ -90,9 +92,8 @@ def test_two_steps_of_refinement(name: str, arguments: dict[str, Any], size: int
     before = {key: value.clone() for key, value in backbone.model.named_parameters()}
     for step in range(2):
         views = [torch.randn(2, 3, side, side) for side in (size, size, local)]
-        output = refiner(views, torch.arange(2) + 2 * step, num_global=2, temperature=0.2)
         optimizer.zero_grad()
-        output.loss.backward()
+        output = forward_backward(refiner, views, torch.arange(2) + 2 * step, None, Run())
         optimizer.step()
         assert torch.isfinite(output.loss)
     for key, parameter in backbone.model.named_parameters():

@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
+from mim_refiner.training.refine import forward_backward
 
 CONFIG = HeadConfig(32, 32, 16, 64)
 
@@ -37,7 +39,8 @@ def test_heads_read_raw_blocks_and_only_the_last_one_after_the_norm(pooling: str
 
 
 def test_the_loss_is_the_sum_over_heads() -> None:
-    output = make()(views(), torch.arange(4), num_global=2, temperature=0.2)
+    refiner = make()
+    output = refiner.head_losses(refiner.features(views()), torch.arange(4))
     assert output.loss.item() == pytest.approx(sum(head.loss.item() for head in output.heads.values()))
     assert sorted(output.heads) == [1, 2]
 
@@ -55,7 +58,7 @@ def test_a_frozen_prefix_changes_nothing_but_its_gradients() -> None:
     whole, prefix = make((2,)), make((2,), frozen_blocks=2)
     for refiner in (whole, prefix):
         refiner.unfreeze_encoder()
-        refiner(views(), torch.arange(4), num_global=2, temperature=0.2).loss.backward()
+        forward_backward(refiner, views(), torch.arange(4), None, Run())
     theirs = dict(prefix.named_parameters())
     for name, parameter in whole.named_parameters():
         fixed = "pos_embed" in name or any(

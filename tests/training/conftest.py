@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,80 +12,74 @@ import numpy as np
 import pytest
 import torch
 
-from mim_refiner.core.ema import ExponentialMovingAverage
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
-from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.sources import open_source
-from mim_refiner.data.views import multi_crop_views
 from mim_refiner.models.backbone import Backbone, create_vit
-from mim_refiner.models.heads import HeadConfig
-from mim_refiner.models.refiner import Refiner
-from mim_refiner.reporting import NullReporter
-from mim_refiner.training.recipe import Heads, Phase, RefineRecipe
-from mim_refiner.training.refinement import Refinement
+from mim_refiner.training import refine
+from mim_refiner.training.loop import step_generator
+from mim_refiner.training.recipe import GuardSettings, Heads, Phase, RefineRecipe, Views
 from mim_refiner.training.state import RunFolder
-from mim_refiner.training.trainer import LoopSettings, fit
 
 TINY = RefineRecipe(
     name="test",
     batch_size=16,
-    heads=Heads(blocks=[1, 2], pooling="cls"),
+    views=Views(global_size=16, local_size=8, num_local=2),
+    heads=Heads(blocks=[1, 2], pooling="cls", projector_hidden=32, predictor_hidden=32, out_dim=16, queue_size=64),
     warmup=Phase(epochs=2, base_lr=2e-3, warmup_epochs=1),
     refinement=Phase(epochs=3, base_lr=2e-3, warmup_epochs=1, top_k=4, layer_decay=0.8),
     ema_decay=0.9,
+    log_every=1,
+    guard=GuardSettings(enabled=False),
 )
 
 
 class TinyRun:
-    """One refinement job with its modules; ``run`` trains it in a folder."""
+    """One refinement with its modules; ``run`` trains it in a folder."""
 
     def __init__(self, images: ImageSet, *, drop_path: float = 0.1) -> None:
         torch.manual_seed(0)
         backbone = Backbone.wrap(create_vit("vit_w32_d3_h2_p8", image_size=16, drop_path_rate=drop_path))
-        self.refiner = Refiner(backbone, (1, 2), HeadConfig(32, 32, 16, 64), pooling="cls")
-        self.ema = ExponentialMovingAverage(backbone)
-        views = multi_crop_views(16, 8, 2)
-        self.loader = TrainLoader(images, views, 16, seed=0)
-        mean, std = backbone.info.mean, backbone.info.std
-        photometrics = [BatchPhotometric(v, mean, std) for v in views for _ in range(v.count)]
-        self.job = Refinement(
-            self.refiner,
-            self.ema,
-            TINY,
-            self.loader,
-            photometrics,
-            device=torch.device("cpu"),
-            precision="fp32",
-            labels=images.labels,
-        )
+        self.refiner = refine.make_refiner(backbone, TINY)
+        self.loader = TrainLoader(images, refine.view_specs(TINY), TINY.batch_size, seed=0)
+        self.refinement = refine.build(TINY, self.refiner, self.loader, Run())
+        self.ema = self.refinement.ema
+        self.steps: list[int] = []  # of the whole run, as they were taken
+        self.spoil: Callable[[int], bool] = lambda step: False  # whether losses and gradients of a step are NaN
 
-    def run(self, folder: Path, *, checkpoint_every: int = 3, stop_after: int | None = None) -> list[dict[str, Any]]:
-        """Train (or go on); ``stop_after`` raises KeyboardInterrupt instead of that step. Returns the metrics."""
-        phases = self.job.phases()
-        if stop_after is not None:
-            phases = [
-                stopping(phase, stop_after, offset) for phase, offset in zip(phases, (0, phases[0].steps), strict=True)
-            ]
-        run = RunFolder.open(folder, TINY.model_dump(mode="json"), overwrite=False)
-        loop = LoopSettings(0, torch.device("cpu"), log_every=1, checkpoint_every=checkpoint_every)
-        fit(phases, {"model": self.refiner, "ema": self.ema}, run, loop, NullReporter())
+    def run(self, folder: Path, *, stop_after: int | None = None, **settings: Any) -> list[dict[str, Any]]:
+        """Train (or go on); ``stop_after`` raises KeyboardInterrupt instead of that step. Returns the metrics.
+
+        As a kill would, without a checkpoint. ``settings`` of the recipe change what is logged, saved and watched.
+        """
+        recipe = TINY.model_copy(update={"checkpoint_every": 3, **settings})
+        refinement = dataclasses.replace(self.refinement, recipe=recipe)
+        taken = refine.forward_backward
+
+        def forward_backward(refiner: Any, views: Any, ids: Any, generator: torch.Generator, *rest: Any) -> Any:
+            step = self._number(generator)
+            if stop_after is not None and step >= stop_after:
+                raise KeyboardInterrupt
+            self.steps.append(step)
+            output = taken(refiner, views, ids, generator, *rest)
+            if self.spoil(step):
+                for parameter in refiner.parameters():
+                    parameter.grad = torch.full_like(parameter, float("nan"))
+                output = output._replace(loss=output.loss * float("nan"))
+            return output
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(refine, "forward_backward", forward_backward)
+            refine.train(refinement, RunFolder.open(folder, TINY.model_dump(mode="json"), overwrite=False))
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
-
-def stopping(phase: Any, stop_after: int, offset: int) -> Any:
-    """The phase, torn down before step ``stop_after`` of the whole run: as a kill would, without a checkpoint."""
-    import dataclasses
-
-    seen = {"steps": offset}
-
-    def step(*arguments: Any) -> Any:
-        if seen["steps"] >= stop_after:
-            raise KeyboardInterrupt
-        seen["steps"] += 1
-        return phase.step(*arguments)
-
-    return dataclasses.replace(phase, step=step)
+    def _number(self, generator: torch.Generator) -> int:
+        """Which step of the run has this generator; torch's global one is left as it is."""
+        with torch.random.fork_rng(devices=[]):
+            places = [(phase, step) for phase, count in ((0, 8), (1, 12)) for step in range(count)]
+            seeds = [step_generator(0, *place).initial_seed() for place in places]
+        return seeds.index(generator.initial_seed())
 
 
 @pytest.fixture
@@ -96,5 +91,5 @@ def tiny_images(tmp_path: Path) -> ImageSet:
 
 
 @pytest.fixture
-def tiny_run(tiny_images: ImageSet) -> Callable[[], TinyRun]:
-    return lambda: TinyRun(tiny_images)
+def tiny_run(tiny_images: ImageSet) -> Callable[..., TinyRun]:
+    return lambda **options: TinyRun(tiny_images, **options)

@@ -10,19 +10,19 @@ import gc
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from mim_refiner.core.device import autocast, keep_freed_memory
+from mim_refiner.core.device import keep_freed_memory
 from mim_refiner.core.ema import ExponentialMovingAverage
+from mim_refiner.core.optim import adamw, parameter_groups
+from mim_refiner.core.run import Run
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.memory import measure_needs
-from mim_refiner.training.optim import adamw, parameter_groups
-from mim_refiner.training.step import forward_backward
+from mim_refiner.training.refine import forward_backward
 
 LOCALS = 4
 
@@ -49,13 +49,11 @@ def train(refiner: Refiner, image: int, local: int, batch: int, micro_batch: int
     """Two steps; returns the CPU seconds of the second."""
     ema = ExponentialMovingAverage(refiner.backbone)
     optimizer = adamw(parameter_groups(refiner.named_parameters(), weight_decay=0.05), (0.9, 0.95))
-    mixed = partial(autocast, precision, torch.device("cpu"))
     for _ in range(2):
         started = time.process_time()
         views = [torch.randn(batch, 3, size, size) for size in (image, image, *[local] * LOCALS)]
-        losses = partial(refiner.head_losses, sample_ids=torch.arange(batch), num_global=2, temperature=0.2)
         optimizer.zero_grad(set_to_none=True)
-        forward_backward(refiner, views, losses, micro_batch=micro_batch, mixed=mixed)
+        forward_backward(refiner, views, torch.arange(batch), None, Run(precision=precision), micro_batch)
         optimizer.step()
         ema.update(refiner.backbone, 0.999)
     return time.process_time() - started

@@ -6,7 +6,6 @@ import copy
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mim_refiner.core.collectives import average_gradients
+from mim_refiner.core.collectives import average_gradients, process_rows
 from mim_refiner.core.ema import ExponentialMovingAverage
-from mim_refiner.core.rows import process_rows
+from mim_refiner.core.optim import adamw, parameter_groups
+from mim_refiner.core.run import Run
 from mim_refiner.core.sharding import (
     full_optimizer_state,
     full_state,
@@ -28,8 +28,7 @@ from mim_refiner.core.sharding import (
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.training.optim import adamw, parameter_groups
-from mim_refiner.training.step import forward_backward
+from mim_refiner.training.refine import forward_backward
 
 BATCH = 12  # of all processes
 SIZES = (16, 16, 8, 8, 8)
@@ -61,15 +60,9 @@ def three_steps(micro_batch: int | None, frozen_blocks: int, way: str = "") -> d
         draws = torch.Generator().manual_seed(100 + step)
         views = [torch.randn(BATCH, 3, size, size, generator=draws, dtype=torch.float64)[mine] for size in SIZES]
         torch.manual_seed(7 + step)
-        losses = partial(
-            refiner.head_losses,
-            sample_ids=(torch.arange(BATCH) + 5 * step)[mine],
-            num_global=2,
-            temperature=0.2,
-            generator=torch.Generator().manual_seed(step),
-        )
+        sample_ids = (torch.arange(BATCH) + 5 * step)[mine]
         optimizer.zero_grad(set_to_none=True)
-        output = forward_backward(refiner, views, losses, micro_batch=micro_batch)
+        output = forward_backward(refiner, views, sample_ids, torch.Generator().manual_seed(step), Run(), micro_batch)
         average_gradients(refiner.parameters())
         result[f"loss{step}"] = output.loss.detach()
         if step == 0:

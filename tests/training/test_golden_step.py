@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from mim_refiner.core.ema import ExponentialMovingAverage
+from mim_refiner.core.optim import adamw, set_learning_rate
+from mim_refiner.core.run import Run
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.models.heads import HeadConfig
+from mim_refiner.models.heads import HeadConfig, Objective
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.training.optim import adamw, phase_schedule
+from mim_refiner.training.loop import learning_rate
 from mim_refiner.training.recipe import Heads, Phase, RefineRecipe
-from mim_refiner.training.refinement import Refinement
-from mim_refiner.training.trainer import set_learning_rate
+from mim_refiner.training.refine import Refinement, begin_refinement, begin_warmup, forward_backward
 
 HEAD_OF_BLOCK = {3: "cls3", 4: "cls4", 5: "main"}
 BATCH, STEPS_PER_EPOCH = 8, 7
@@ -45,9 +46,9 @@ def our_name(name: str) -> str:
 
 def make_refiner(step_dir: Path, dtype: torch.dtype, top_k: int) -> Refiner:
     encoder = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=6, num_heads=4, num_classes=0)
-    refiner = Refiner(
-        Backbone.wrap(encoder, position_rule="bicubic"), (3, 4, 5), HeadConfig(48, 40, 16, 48), pooling="cls"
-    )
+    backbone = Backbone.wrap(encoder, position_rule="bicubic")
+    objective = Objective(temperature=0.2, view_pairing="reference")
+    refiner = Refiner(backbone, (3, 4, 5), HeadConfig(48, 40, 16, 48), objective, pooling="cls")
     state = {
         our_name(key.removeprefix("init/")): value
         for key, value in load_file(step_dir / "init_state.safetensors").items()
@@ -77,18 +78,16 @@ class Steps:
         self.golden = load_file(step_dir / f"{name}.safetensors")
         self.views = load_file(step_dir / "stage3_topk1.safetensors")
         self.refiner, self.dtype = make_refiner(step_dir, dtype, top_k), dtype
-        recipe = golden_recipe(top_k)
-        self.job = Refinement(
+        self.recipe = golden_recipe(top_k)
+        refinement = Refinement(
+            self.recipe,
             self.refiner,
             ExponentialMovingAverage(self.refiner.backbone),
-            recipe,
             loader=None,  # type: ignore[arg-type]  # the recorded views take its place
             photometrics=(),
-            device=torch.device("cpu"),
-            precision="fp32",
+            run=Run(),
         )
-        self.optimizer = self.job.begin_warmup() if frozen else self.job.begin_refinement()
-        self.rate = phase_schedule(recipe.refinement, BATCH, STEPS_PER_EPOCH)
+        self.optimizer = begin_warmup(refinement) if frozen else begin_refinement(refinement)
 
     def run(self, step: int) -> None:
         views = [self.views[f"step{step}/view{v}"].to(self.dtype) for v in range(5)]
@@ -97,17 +96,10 @@ class Steps:
             for b, h in HEAD_OF_BLOCK.items()
             if f"step{step}/{h}/choice" in self.golden
         }
-        self.output = self.refiner(
-            views,
-            torch.arange(BATCH) + 3 * step,
-            num_global=2,
-            temperature=0.2,
-            view_pairing="reference",
-            choices=choices or None,
-        )
-        set_learning_rate(self.optimizer, self.rate(step))
         self.optimizer.zero_grad()
-        self.output.loss.backward()
+        sample_ids = torch.arange(BATCH) + 3 * step
+        self.output = forward_backward(self.refiner, views, sample_ids, None, Run(), choices=choices or None)
+        set_learning_rate(self.optimizer, learning_rate(self.recipe.refinement, step, BATCH, STEPS_PER_EPOCH))
         self.grads = {n: p.grad.clone() for n, p in self.refiner.named_parameters() if p.grad is not None}
         self.optimizer.step()
 

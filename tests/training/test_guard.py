@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import GuardStopError
 from mim_refiner.models.backbone import Backbone, create_vit
-from mim_refiner.training.guard import FeatureProbe, Guard
+from mim_refiner.training.guard import FeatureProbe, Guard, load_best
 from mim_refiner.training.recipe import GuardSettings
 from mim_refiner.training.state import RunFolder
 
@@ -27,7 +28,7 @@ def make_probe(images: ImageSet, drop_path: float = 0.0) -> FeatureProbe:
     torch.manual_seed(0)
     backbone = Backbone.wrap(create_vit("vit_w32_d3_h2_p8", image_size=16, drop_path_rate=drop_path))
     view = ViewSpec("global0", 16, scale=(0.4, 1.0))
-    return FeatureProbe(backbone, images, view, count=20, pooling="cls", device=torch.device("cpu"), precision="fp32")
+    return FeatureProbe(backbone, images, view, count=20, pooling="cls", run=Run())
 
 
 class Scripted:
@@ -59,7 +60,7 @@ class Scripted:
         """Weight of the best state, 0 for the encoder of the start."""
         fresh = nn.Linear(1, 1)
         nn.init.zeros_(fresh.weight)
-        return self.guard.load_best(fresh).weight.item()
+        return load_best(self.run, fresh).weight.item()
 
 
 def test_measures_equal_slow_loops(tiny_images: ImageSet) -> None:
@@ -182,23 +183,14 @@ def test_a_resumed_run_remembers_what_was_seen_before_its_checkpoint(tmp_path: P
 def test_a_short_phase_is_looked_at_five_times(tmp_path: Path) -> None:
     guard = Scripted(tmp_path / "run").guard
     assert guard.every == 100
-    short = Guard(dict, nn.Linear(1, 1), guard.run, GuardSettings(), steps=23, probe_images=9)
+    short = Guard(dict, nn.Linear(1, 1), guard.folder, GuardSettings(), steps=23, probe_images=9)
     assert [step for step in range(1, 24) if short.due(step, phase_end=step == 23)] == [4, 8, 12, 16, 20, 23]
 
 
 def test_the_loop_measures_in_refinement_only(tiny_run: Callable[[], Any], tmp_path: Path) -> None:
     """Its looks move no weight: the losses are those of a run without a guard."""
-    from mim_refiner.reporting import NullReporter
-    from mim_refiner.training.trainer import LoopSettings, fit
 
     plain = tiny_run().run(tmp_path / "plain")
-    watched = tiny_run()
-    run = RunFolder.open(tmp_path / "watched", {"name": "x"}, overwrite=False)
-    probe = make_probe(watched.loader.images)
-    probe.backbone = watched.refiner.backbone
-    guard = Guard(probe, watched.refiner.backbone, run, GuardSettings(every=5), steps=60, probe_images=20)
-    loop = LoopSettings(0, torch.device("cpu"), log_every=1, checkpoint_every=3)
-    fit(watched.job.phases(), {"model": watched.refiner, "ema": watched.ema}, run, loop, NullReporter(), guard=guard)
-    metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    metrics = tiny_run().run(tmp_path / "watched", guard=GuardSettings(every=5, images=20))
     assert [m["loss"] for m in metrics] == [m["loss"] for m in plain]
-    assert [m["total_step"] for m in metrics if "rank" in m] == [10, 15, 20]
+    assert [m["total_step"] for m in metrics if "rank" in m] == [10, 12, 14, 16, 18, 20]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mim_refiner.core.device import autocast
+from mim_refiner.core.optim import adamw, parameter_groups
+from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner, RefinerOutput
-from mim_refiner.training.optim import adamw, parameter_groups
-from mim_refiner.training.step import forward_backward, refuse_batch_dependent
+from mim_refiner.training.cached import refuse_batch_dependent
+from mim_refiner.training.refine import forward_backward
 
 BATCH = 12
 
@@ -42,15 +42,8 @@ def run(refiner: Refiner, micro_batch: int | None, step: int = 0, precision: str
     dtype = next(refiner.parameters()).dtype
     refiner.zero_grad(set_to_none=True)
     torch.manual_seed(7 + step)
-    losses = partial(
-        refiner.head_losses,
-        sample_ids=torch.arange(BATCH) + step,
-        num_global=2,
-        temperature=0.2,
-        generator=torch.Generator().manual_seed(step),
-    )
-    mixed = partial(autocast, precision, torch.device("cpu"))
-    return forward_backward(refiner, views(step, dtype), losses, micro_batch=micro_batch, mixed=mixed)
+    sample_ids, generator = torch.arange(BATCH) + step, torch.Generator().manual_seed(step)
+    return forward_backward(refiner, views(step, dtype), sample_ids, generator, Run(precision=precision), micro_batch)
 
 
 def gradients(refiner: Refiner) -> dict[str, Tensor]:

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mim_refiner.analysis.blocks import curves_from_results
 from mim_refiner.analysis.label_free import MIN_IMAGES
 from mim_refiner.analysis.verdict import verdict
 from mim_refiner.commands.survey import How, Samples, atlas_of, choose_samples, default_key, judged_without_labels
 from mim_refiner.core.identity import weights_sha256
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.source_base import SlicedSource
 from mim_refiner.evaluation.results import Result, result_name
@@ -22,7 +21,6 @@ from mim_refiner.evaluation.suite import evaluate_backbone, summary_metrics
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.figures import block_curves
-from mim_refiner.reporting import Reporter
 
 SUMMARY_TRAIN_LIMIT, SUMMARY_TEST_LIMIT = 10_000, 5_000  # evenly spaced images: quick, and stated in the JSON
 TOO_FEW = {
@@ -39,10 +37,7 @@ def compare(
     pooling: str,
     head_blocks: Sequence[int],
     out: Path,
-    device: torch.device,
-    precision: str,
-    seed: int,
-    reporter: Reporter,
+    run: Run,
 ) -> dict[str, Any]:
     """Evaluate the encoders {"before": ..., "after": ...[, "full": ...]} and return their summary entries,
     the verdict, and the features of "after" to use ("recommendation").
@@ -55,7 +50,7 @@ def compare(
     protocols = ("knn", "linear", "clustering", "rank") if labelled else ("rank",)
     results: dict[str, dict[str, Result]] = {}
     for stage, backbone in stages.items():
-        reporter.message(f"evaluating: {stage}")
+        run.reporter.message(f"evaluating: {stage}")
         results[stage] = evaluate_backbone(
             backbone,
             train,
@@ -63,20 +58,20 @@ def compare(
             protocols=protocols,
             blocks=(-1,),
             knn_blocks="all",
-            settings=EvaluationSettings.quick(precision=precision),
+            settings=EvaluationSettings.quick(precision=run.precision),
             out_dir=out,
             name_prefix=f"{stage}-",
             model_sha256=weights_sha256(backbone.model),
-            device=device,
-            seed=seed,
-            reporter=reporter,
+            device=run.device,
+            seed=run.seed,
+            reporter=run.reporter,
         )
     last = next(iter(stages.values())).info.depth - 1
     summary: dict[str, Any] = {
         stage: summary_metrics(found, block=last, pooling=pooling) for stage, found in results.items()
     }
-    how = How(device, seed, reporter, precision)
-    samples = choose_samples(train, test, seed=seed)
+    how = How(run.device, run.seed, run.reporter, run.precision)
+    samples = choose_samples(train, test, seed=run.seed)
     enough = labelled or len(samples.view_rows) >= MIN_IMAGES
     summary["recommendation"] = _recommended(stages["after"], samples, how, pooling, enough, out)
     if not labelled:

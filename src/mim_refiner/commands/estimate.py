@@ -14,6 +14,7 @@ from mim_refiner.data.doctor import Scan
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.recipes import refine_recipe
+from mim_refiner.training.refine import head_blocks
 
 PROBE_SECONDS = 4.0
 BACKWARD = 3.0  # forward and backward against forward alone
@@ -80,7 +81,7 @@ def forward_rate(backbone: Backbone, device: torch.device, precision: str) -> fl
 def _space(backbone: Backbone, recipe: RefineRecipe, images: int, device: torch.device) -> dict[str, Any]:
     """Memory of weights, gradients, optimizer and queues (activations come on top), and disk of the checkpoints."""
     heads, width = recipe.heads, backbone.info.embed_dim
-    count = max(1, backbone.info.depth // 3) if heads.blocks == "last_third" else len(heads.blocks)
+    count = len(head_blocks(recipe, backbone.info.depth))
     per_head = (
         width * heads.projector_hidden + heads.projector_hidden**2 + heads.projector_hidden * heads.out_dim
         + heads.out_dim * heads.predictor_hidden + heads.predictor_hidden * heads.out_dim

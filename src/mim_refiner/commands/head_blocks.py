@@ -8,10 +8,12 @@ from typing import Any
 
 from mim_refiner.analysis.placement import place_heads
 from mim_refiner.commands.survey import How, atlas_of, choose_samples
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.recipe import RefineRecipe
+from mim_refiner.training.refine import head_blocks
 
 FILE = "head_placement.json"
 NAMED = ("auto", "last_third")
@@ -37,7 +39,7 @@ def place_in_recipe(
     backbone: Backbone,
     bank: ImageSet,
     test: ImageSet | None,
-    how: How,
+    run: Run,
     out: Path | None,
 ) -> dict[str, Any] | None:
     """Replace ``heads.blocks: auto`` of ``recipe`` by measured blocks; return the placement, None without "auto".
@@ -50,24 +52,23 @@ def place_in_recipe(
         return None
     placement = _kept(out)
     if placement is None:
-        how.reporter.message("placing heads: measuring every block of the encoder")
+        run.reporter.message("placing heads: measuring every block of the encoder")
         pooling = recipe.heads.pooling
         if pooling == "auto":
             pooling = "cls" if backbone.info.has_cls else "mean"
+        how = How(run.device, run.seed, run.reporter, run.precision)
         atlas, _ = atlas_of(
-            backbone, choose_samples(bank, test, seed=how.seed), how, name="before", probe=False, both=False
+            backbone, choose_samples(bank, test, seed=run.seed), how, name="before", probe=False, both=False
         )
         placement = place_heads(atlas, pooling=pooling, recipe_blocks=_blocks_of(base, backbone.info.depth))
     recipe.heads.blocks = placement["blocks"]
-    how.reporter.message(placement["reason"])
+    run.reporter.message(placement["reason"])
     return placement
 
 
 def _blocks_of(recipe: RefineRecipe, depth: int) -> list[int]:
     """The recipe's own blocks as numbers from 0, those that this encoder has."""
-    if isinstance(recipe.heads.blocks, str):
-        return list(range(depth - max(1, depth // 3), depth))
-    return sorted({block % depth for block in recipe.heads.blocks if -depth <= block < depth})
+    return sorted({block % depth for block in head_blocks(recipe, depth) if -depth <= block < depth})
 
 
 def _kept(out: Path | None) -> dict[str, Any] | None:

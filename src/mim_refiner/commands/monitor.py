@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mim_refiner.core.knn import knn_predict
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.evaluation.features import extract_features
 from mim_refiner.evaluation.suite import class_numbers
@@ -32,11 +32,9 @@ class OnlineKnn:
         *,
         blocks: Sequence[int],
         pooling: str,
-        device: torch.device,
-        precision: str = "fp32",
+        run: Run,
     ) -> None:
-        self.backbone, self.blocks, self.pooling = backbone, list(blocks), pooling
-        self.device, self.precision = device, precision
+        self.backbone, self.blocks, self.pooling, self.run = backbone, list(blocks), pooling, run
         order = np.random.default_rng(0).permutation(len(bank))
         if test is None:
             held_out = min(TEST_LIMIT, len(bank) // 5)
@@ -44,6 +42,7 @@ class OnlineKnn:
         else:
             self.test, self.test_indices = test, np.random.default_rng(0).permutation(len(test))[:TEST_LIMIT]
         self.bank, self.bank_indices = bank, order[:BANK_LIMIT]
+        self.size = len(self.test_indices)
 
     def __call__(self) -> dict[str, float]:
         """Metrics ``knn_top1`` (the last block) and ``knn_top1/<block>``."""
@@ -64,8 +63,8 @@ class OnlineKnn:
             images,
             blocks=self.blocks,
             poolings=(self.pooling,),
-            device=self.device,
-            precision=self.precision,
+            device=self.run.device,
+            precision=self.run.precision,
             indices=indices,
         )
         assert found.labels is not None

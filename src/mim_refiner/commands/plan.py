@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from mim_refiner.core.collectives import world_size
-from mim_refiner.core.device import autocast
+from mim_refiner.core.run import Run
 from mim_refiner.core.sharding import shard_count
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.reporting import Reporter
 from mim_refiner.training.cost import EncoderShape, Job
 from mim_refiner.training.memory import Choice, choose, format_bytes, measure_needs, parse_budget
 from mim_refiner.training.recipe import RefineRecipe
@@ -20,37 +19,33 @@ from mim_refiner.training.recipe import RefineRecipe
 RATE_SECONDS = 0.3  # of measuring how fast the device runs a block
 
 
-def fit_into(
-    recipe: RefineRecipe, refiner: Refiner, budget: str, device: torch.device, precision: str, reporter: Reporter
-) -> RefineRecipe:
+def fit_into(recipe: RefineRecipe, refiner: Refiner, budget: str, run: Run) -> RefineRecipe:
     """The recipe with the micro-batch and checkpointing that fit into the budget; says what was picked."""
-    available = parse_budget(budget, device)
+    available = parse_budget(budget, run.device)
     picked = choose(
         refiner,
         view_shapes(recipe),
         recipe.batch_size // world_size(),
         available,
-        precision=precision,
+        precision=run.precision,
         micro_batch=recipe.micro_batch,
         checkpointing=recipe.checkpointing,
         shards=shards_of(recipe),
     )
-    reporter.message(
+    run.reporter.message(
         f"memory: {format_bytes(picked.peak)} of {format_bytes(available)} expected; micro_batch="
         f"{picked.micro_batch or 'none'}, checkpointing={str(picked.checkpointing).lower()} ({picked.words})"
     )
     return recipe.model_copy(update={"micro_batch": picked.micro_batch, "checkpointing": picked.checkpointing})
 
 
-def plan(
-    recipe: RefineRecipe, refiner: Refiner, images: int, device: torch.device, precision: str, budget: str | None
-) -> dict[str, Any]:
+def plan(recipe: RefineRecipe, refiner: Refiner, images: int, run: Run, budget: str | None) -> dict[str, Any]:
     """The cost of the run: memory by part, operations, hours at the speed this device shows, traffic."""
     local = recipe.batch_size // world_size()
     shapes = view_shapes(recipe)
     shards = shards_of(recipe)
     needs = measure_needs(
-        refiner, shapes, local, precision=precision, checkpointing=recipe.checkpointing, shards=shards
+        refiner, shapes, local, precision=run.precision, checkpointing=recipe.checkpointing, shards=shards
     )
     peak = needs.whole() if recipe.micro_batch is None else needs.cached(recipe.micro_batch)
     picked = Choice(recipe.micro_batch, recipe.checkpointing, peak, "as the recipe says")
@@ -59,8 +54,8 @@ def plan(
             refiner,
             shapes,
             local,
-            parse_budget(budget, device),
-            precision=precision,
+            parse_budget(budget, run.device),
+            precision=run.precision,
             micro_batch=recipe.micro_batch,
             checkpointing=recipe.checkpointing,
             shards=shards,
@@ -78,7 +73,7 @@ def plan(
     }
     if refiner.backbone.is_plain_vit:
         chosen = recipe.model_copy(update={"micro_batch": picked.micro_batch, "checkpointing": picked.checkpointing})
-        result |= _costs(chosen, refiner, images, device, precision)
+        result |= _costs(chosen, refiner, images, run)
     return {"plan": result}
 
 
@@ -130,9 +125,9 @@ def job_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Job:
     )
 
 
-def _costs(recipe: RefineRecipe, refiner: Refiner, images: int, device: torch.device, precision: str) -> dict[str, Any]:
-    job = job_of(recipe, refiner, precision)
-    rate = measured_rate(refiner, job, device, precision)
+def _costs(recipe: RefineRecipe, refiner: Refiner, images: int, run: Run) -> dict[str, Any]:
+    job = job_of(recipe, refiner, run.precision)
+    rate = measured_rate(refiner, job, run)
     steps = images // recipe.batch_size
     step_seconds = sum(job.operations().values()) / (rate * job.processes)
     frozen = job.batch * job.view_operations(prefix=False) / job.encoder.depth  # warm-up: one pass, no gradients
@@ -149,27 +144,21 @@ def _costs(recipe: RefineRecipe, refiner: Refiner, images: int, device: torch.de
     }
 
 
-def measured_rate(
-    refiner: Refiner,
-    job: Job,
-    device: torch.device,
-    precision: str,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
+def measured_rate(refiner: Refiner, job: Job, run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
     """Operations a second of the last block, forward and backward, on a few views of the first size."""
     block = refiner.backbone.model.blocks[-1]
     modes = {parameter: parameter.requires_grad for parameter in block.parameters()}
     tokens = job.encoder.tokens(job.view_sizes[0][0])
-    x = torch.randn(max(1, min(32, 4096 // tokens)), tokens, job.encoder.dim, device=device, requires_grad=True)
+    x = torch.randn(max(1, min(32, 4096 // tokens)), tokens, job.encoder.dim, device=run.device, requires_grad=True)
     for parameter in modes:
         parameter.requires_grad_(True)
     done, seconds = 0, 0.0
     while seconds < RATE_SECONDS:
         started = clock()
-        with autocast(precision, device):
+        with run.autocast():
             output = block(x)
         output.sum().backward()
-        if device.type == "cuda":
+        if run.device.type == "cuda":
             torch.cuda.synchronize()
         if done or seconds:  # the first round warms up
             seconds += clock() - started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from mim_refiner.commands.runs import (
     common_image_size,
     list_skipped,
     open_images,
+    open_run,
     refuse_to_overwrite_inputs,
-    run_settings,
+    train_loader,
 )
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.launch import join_processes
+from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.export.timm import export_timm
@@ -32,12 +34,10 @@ from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.reporting import NullReporter, Reporter
-from mim_refiner.training.pretraining import pretraining_phase
+from mim_refiner.training.pretrain import pretrain as train
 from mim_refiner.training.recipe import PretrainRecipe, override
 from mim_refiner.training.recipes import pretrain_recipe
 from mim_refiner.training.signals import stops_cleanly
-from mim_refiner.training.state import RunFolder
-from mim_refiner.training.trainer import LoopSettings, fit
 
 
 @stops_cleanly
@@ -78,49 +78,43 @@ def _pretrain(
     reporter: Reporter,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    torch_device = join_processes(pick_device(device))
+    run = Run(join_processes(pick_device(device)), seed=seed, reporter=reporter)
     images = open_images(data, reporter, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data)
     # the size decides which recipe is the default, and a setting or a named recipe may decide the size
-    asked = override(pretrain_recipe(recipe, image_size=0), settings).image_size
-    size = asked or common_image_size(images)
+    size = override(pretrain_recipe(recipe, image_size=0), settings).image_size or common_image_size(images)
     chosen = override(pretrain_recipe(recipe, image_size=size, images=len(images)), settings)
     chosen.image_size = size
-    precision = resolve_precision(chosen.precision, torch_device)
+    run = replace(run, precision=resolve_precision(chosen.precision, run.device))
 
-    encoder = create_vit(arch, image_size=chosen.image_size)
+    encoder = create_vit(arch, image_size=size)
     backbone = Backbone.wrap(encoder, family="mae", architecture=arch, licence="as your images allow", source=out)
-    if torch_device.type == "cpu":
+    if run.device.type == "cpu":
         backbone.use_math_attention()
     if chosen.compile:
         backbone.compile_blocks()
     torch.manual_seed(seed)
-    mae = make_autoencoder(encoder, chosen).to(torch_device)
+    mae = make_autoencoder(encoder, chosen).to(run.device)
 
-    view = ViewSpec("mae", chosen.image_size, scale=chosen.crop_scale, jitter_prob=0.0, gray_prob=0.0)
-    loader = TrainLoader(images, [view], chosen.batch_size, seed, **run_settings(images, chosen, torch_device))
+    view = ViewSpec("mae", size, scale=chosen.crop_scale, jitter_prob=0.0, gray_prob=0.0)
+    loader = train_loader(images, [view], chosen, run)
     photometric = BatchPhotometric(view, backbone.info.mean, backbone.info.std)
-    resolved = {"command": "pretrain", "data": data, "arch": arch, "seed": seed, **chosen.model_dump(mode="json")}
-    resolved["data_fingerprint"] = images.source.fingerprint()
-    if exclude is not None:
-        resolved["exclude"] = exclude
-    run = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=chosen.keep_checkpoints)
-    skipped = list_skipped(images, run, reporter)
+    asked = {"command": "pretrain", "data": data, "arch": arch, "seed": seed, "exclude": exclude}
+    folder = open_run(out, asked, chosen, images, overwrite=overwrite)
+    skipped = list_skipped(images, folder, reporter)
     peak = peak_learning_rate(chosen.training.base_lr, chosen.batch_size)
     reporter.message(
-        f"{arch}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, {chosen.image_size} px, "
-        f"{len(images)} images, {chosen.training.epochs} epochs of {loader.steps_per_epoch} steps, {precision}; "
+        f"{arch}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, {size} px, "
+        f"{len(images)} images, {chosen.training.epochs} epochs of {loader.steps_per_epoch} steps, {run.precision}; "
         f"learning rate base {chosen.training.base_lr:.3g}, peak {peak:.3g}"
     )
     watched = images.labels is not None and chosen.knn_every
-    monitor = make_monitor(backbone, images, torch_device, precision) if watched else None
-    phase = pretraining_phase(mae, chosen, loader, photometric, device=torch_device, precision=precision)
-    loop = LoopSettings(seed, torch_device, chosen.log_every, chosen.checkpoint_every, chosen.knn_every)
+    monitor = make_monitor(backbone, images, run) if watched else None
     with contextlib.closing(loader):
-        fit([phase], {"model": mae}, run, loop, reporter, monitor)
-    list_skipped(images, run, reporter, skipped)
+        train(mae, chosen, loader, photometric, folder, run, monitor)
+    list_skipped(images, folder, reporter, skipped)
     after = monitor() if monitor else None
-    if not run.writes:  # the rest is rank 0's
+    if not folder.writes:  # the rest is rank 0's
         return {}
 
     card: dict[str, Any] = {"base": "trained from scratch", "data": f"{Path(data).name} ({len(images)} images)"}
@@ -137,11 +131,11 @@ def _pretrain(
     return summary
 
 
-def make_monitor(backbone: Backbone, images: ImageSet, device: torch.device, precision: str) -> OnlineKnn:
+def make_monitor(backbone: Backbone, images: ImageSet, run: Run) -> OnlineKnn:
     """Online k-NN of every block, on labelled training images."""
     pooling = "cls" if backbone.info.has_cls else "mean"
     blocks = range(backbone.info.depth)
-    return OnlineKnn(backbone, images, None, blocks=blocks, pooling=pooling, device=device, precision=precision)
+    return OnlineKnn(backbone, images, None, blocks=blocks, pooling=pooling, run=run)
 
 
 def make_autoencoder(encoder: VisionTransformer, recipe: PretrainRecipe) -> MaskedAutoencoder:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mim_refiner.checkpoints.options import bare_source
 from mim_refiner.core.collectives import rank, world_size
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.exclude import without_listed
+from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.sources import open_source
+from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.files import write_bytes
@@ -71,20 +73,31 @@ def common_image_size(images: ImageSet) -> int:
     return sides.pop() if len(sides) == 1 and max(sides) <= SMALL_PIXELS else 224
 
 
-def run_settings(images: ImageSet, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """Loader arguments: a background thread for small cached images on few cores, else worker processes."""
+def train_loader(images: ImageSet, views: Sequence[ViewSpec], recipe: Recipe, run: Run) -> TrainLoader:
+    """A background thread for small cached images on few cores, else worker processes."""
     workers = recipe.workers
     if workers < 0:
         cores = os.cpu_count() or 1
         workers = 0 if images.cached and cores <= 2 else max(1, min(12, cores - 1))
-    return {
-        "workers": workers,
-        "pin_memory": device.type == "cuda",
-        "timeout": recipe.loader_timeout,
-        "reduced_decode": recipe.reduced_decode,
-        "rank": rank(),
-        "world_size": world_size(),
-    }
+    return TrainLoader(
+        images,
+        views,
+        recipe.batch_size,
+        run.seed,
+        workers,
+        pin_memory=run.device.type == "cuda",
+        timeout=recipe.loader_timeout,
+        reduced_decode=recipe.reduced_decode,
+        rank=rank(),
+        world_size=world_size(),
+    )
+
+
+def open_run(out: str, asked: Mapping[str, Any], recipe: Recipe, images: ImageSet, *, overwrite: bool) -> RunFolder:
+    """Create or continue the run folder ``out`` of what was ``asked`` and the resolved recipe."""
+    resolved = {key: value for key, value in asked.items() if value is not None} | recipe.model_dump(mode="json")
+    resolved["data_fingerprint"] = images.source.fingerprint()
+    return RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=recipe.keep_checkpoints)
 
 
 @contextlib.contextmanager
@@ -97,11 +110,12 @@ def results_folder(path: Path) -> Iterator[Path]:
             yield Path(scratch)
 
 
-def list_skipped(images: ImageSet, run: RunFolder, reporter: Reporter, already: int = 0) -> int:
+def list_skipped(images: ImageSet, folder: RunFolder, reporter: Reporter, already: int = 0) -> int:
     """List the images that could not be read in skipped_images.txt, say how many if more than ``already``."""
     if len(images.unreadable) > already:
         lines = "".join(f"{name}\t{reason}\n" for name, reason in images.unreadable)
-        if run.writes:
-            write_bytes(run.path / "skipped_images.txt", lines.encode())
-        reporter.message(f"skipped {len(images.unreadable)} unreadable images; listed in {run.path}/skipped_images.txt")
+        if folder.writes:
+            write_bytes(folder.path / "skipped_images.txt", lines.encode())
+        listed = f"{folder.path}/skipped_images.txt"
+        reporter.message(f"skipped {len(images.unreadable)} unreadable images; listed in {listed}")
     return len(images.unreadable)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mim_refiner.core.rows import Rows
+from mim_refiner.core.collectives import Rows
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import InputError
 

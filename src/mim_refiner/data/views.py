@@ -117,11 +117,6 @@ def multi_crop_views(
     ]
 
 
-def mae_views(size: int, *, scale: tuple[float, float] = (0.2, 1.0), flip: float = 0.5) -> list[ViewSpec]:
-    """Return the one view of masked-autoencoder pre-training: crop and flip only (arXiv 2111.06377, section A.1)."""
-    return [ViewSpec("mae", size, scale=scale, flip=flip, jitter_prob=0.0, gray_prob=0.0)]
-
-
 def _uniforms(seed: int, epoch: int, stream: int, start: int, count: int) -> NDArray[np.float64]:
     """Return the ``_DRAWS`` uniform numbers of ``count`` samples from position ``start`` on, [count, _DRAWS]."""
     return np.random.Generator(_philox(seed, epoch, stream).advance(start * _COUNTERS)).random((count, _DRAWS))

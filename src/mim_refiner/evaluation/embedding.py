@@ -19,7 +19,7 @@ from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.feature_parts import Part, PartFolder
 from mim_refiner.evaluation.features import evaluation_mode, resolve_blocks, resolve_poolings, square_image_size
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.models.vit import check_image_size
+from mim_refiner.models.positions import check_image_size
 from mim_refiner.reporting import Reporter
 from mim_refiner.types import BackboneInfo, BlockOutput
 

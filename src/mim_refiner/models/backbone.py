@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mim_refiner.core.sharding import shard
 from mim_refiner.errors import InputError
-from mim_refiner.models.positions import RULES, Grid, resize_absolute, resize_relative
+from mim_refiner.models.positions import RULES, Grid, check_image_size, resize_absolute, resize_relative
 from mim_refiner.models.runners import PlainRunner, free_image_size, runner_for
-from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, check_image_size, create_vit
+from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, create_vit
 from mim_refiner.types import BackboneInfo, BlockOutput, Pooling
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "create_vit"]
@@ -99,12 +99,6 @@ class Backbone(nn.Module):
         if self.runner is not None:
             return (self.info.embed_dim,) * self.info.depth
         return tuple(int(stage["num_chs"]) for stage in self.model.feature_info)
-
-    def forward(
-        self, images: Tensor, block_indices: Sequence[int] | None = None, *, norm: bool = False
-    ) -> list[BlockOutput]:
-        """Same as :meth:`forward_blocks`; the entry that wrappers such as DDP call."""
-        return self.forward_blocks(images, block_indices, norm=norm)
 
     def forward_blocks(
         self, images: Tensor, block_indices: Sequence[int] | None = None, *, norm: bool = False
@@ -194,6 +188,10 @@ class Backbone(nn.Module):
         """Split tokens [B, P+N, D] into class token and patch tokens; register tokens are left out."""
         prefix = self.info.num_prefix_tokens
         return BlockOutput(cls=tokens[:, 0] if self.info.has_cls else None, patches=tokens[:, prefix:])
+
+    def pool(self, tokens: Tensor, pooling: str) -> Tensor:
+        """Pool tokens [B, P+N, D] to [B, D]: the class token ("cls"), or the mean of the patch tokens ("mean")."""
+        return tokens[:, 0] if pooling == "cls" else tokens[:, self.info.num_prefix_tokens :].mean(dim=1)
 
     def fixed_parameters(self, frozen_blocks: int = 0) -> Iterator[nn.Parameter]:
         """Parameters that refinement leaves alone.

@@ -14,11 +14,11 @@ from mim_refiner.core.collectives import (
     all_gather_with_grad,
     all_reduce_sum,
     is_distributed,
+    process_rows,
     world_size,
 )
 from mim_refiner.core.neighbors import NeighborQueue
 from mim_refiner.core.nna import ViewPairing, multi_view_nna_loss
-from mim_refiner.core.rows import process_rows
 from mim_refiner.errors import InputError
 
 
@@ -33,11 +33,14 @@ class HeadConfig:
     projector_layers: int = 2
 
 
-HEAD_PRESETS: dict[str, HeadConfig] = {
-    "base": HeadConfig(2048, 4096, 256, 65_536),
-    "small": HeadConfig(1024, 2048, 128, 16_384),
-    "tiny": HeadConfig(256, 512, 128, 16_384),
-}
+@dataclass(frozen=True)
+class Objective:
+    """What a head's loss is computed from: the first ``num_global`` views are targets (core.nna says the rest)."""
+
+    temperature: float = 0.2
+    view_pairing: ViewPairing = "cross"
+    num_global: int = 2
+    swap_negatives: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ class RefinerHead(nn.Module):
     ``head.queue.top_k`` may be changed between phases.
     """
 
-    def __init__(self, in_dim: int, config: HeadConfig, *, top_k: int = 1) -> None:
+    def __init__(self, in_dim: int, config: HeadConfig, objective: Objective | None = None, *, top_k: int = 1) -> None:
         super().__init__()
-        self.config = config
+        self.objective = objective or Objective()
         self.projector = _mlp([in_dim, *[config.projector_hidden] * config.projector_layers, config.out_dim])
         self.predictor = _mlp([config.out_dim, config.predictor_hidden, config.out_dim])
         self.queue = NeighborQueue(config.queue_size, config.out_dim, top_k=top_k)
@@ -104,19 +107,15 @@ class RefinerHead(nn.Module):
         features: Tensor,
         sample_ids: Tensor,
         *,
-        num_global: int,
-        temperature: float,
-        view_pairing: ViewPairing = "cross",
-        swap_negatives: bool = False,
         generator: torch.Generator | None = None,
         choice: Tensor | None = None,
     ) -> HeadOutput:
-        """Loss of features [V, B, in_dim] (``num_global`` global views first) of the samples ``sample_ids`` [B].
+        """Loss of features [V, B, in_dim] (global views first) of the samples ``sample_ids`` [B].
 
         In training the look-up excludes entries of the same sample and view 0, gathered over ranks, is enqueued after
         it; in eval mode neither happens. ``choice`` [G*B] replays the draws among the top_k neighbours.
         """
-        num_views, batch = features.shape[:2]
+        (num_views, batch), num_global = features.shape[:2], self.objective.num_global
         if not 1 <= num_global <= num_views:
             raise InputError(f"head: num_global must be between 1 and the {num_views} views, got {num_global}")
         projected = self.projector(features.flatten(0, 1))
@@ -136,10 +135,10 @@ class RefinerHead(nn.Module):
                 predicted,
                 targets,
                 found.neighbors.to(targets).view_as(targets),
-                temperature,
+                self.objective.temperature,
                 gather=all_gather_with_grad if is_distributed() else None,
-                swap_negatives=swap_negatives,
-                view_pairing=view_pairing,
+                swap_negatives=self.objective.swap_negatives,
+                view_pairing=self.objective.view_pairing,
             )
             if self.training:
                 self.queue.enqueue(all_gather(targets[0]), all_gather(sample_ids.to(targets.device)))

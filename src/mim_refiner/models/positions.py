@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from mim_refiner.errors import InputError
 from mim_refiner.models.mae import sincos_position_table
 
 Grid = tuple[int, int]  # rows and columns of patches
@@ -115,3 +116,13 @@ def _ratio(count: int, reach: int) -> float:
 def _span(grid: Grid) -> Grid:
     """Number of vertical and of horizontal distances between patches."""
     return 2 * grid[0] - 1, 2 * grid[1] - 1
+
+
+def check_image_size(image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    """Raise InputError unless both sides of ``image_size`` (H, W pixels) are multiples of the patch."""
+    if any(side < patch or side % patch for side, patch in zip(image_size, patch_size, strict=True)):
+        near = [max(patch, round(side / patch) * patch) for side, patch in zip(image_size, patch_size, strict=True)]
+        raise InputError(
+            f"image size {image_size[0]}x{image_size[1]} is not a multiple of the patch size "
+            f"{patch_size[0]}x{patch_size[1]}; use for example {near[0]}x{near[1]}"
+        )

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mim_refiner.core.nna import ViewPairing
 from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.models.heads import HeadConfig, HeadOutput, RefinerHead
+from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective, RefinerHead
 from mim_refiner.models.stochastic import draw_by_row
 
 
@@ -29,7 +28,14 @@ class Refiner(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, blocks: Sequence[int], config: HeadConfig, *, pooling: str, frozen_blocks: int = 0
+        self,
+        backbone: Backbone,
+        blocks: Sequence[int],
+        config: HeadConfig,
+        objective: Objective | None = None,
+        *,
+        pooling: str,
+        frozen_blocks: int = 0,
     ) -> None:
         super().__init__()
         depth = backbone.info.depth
@@ -48,7 +54,7 @@ class Refiner(nn.Module):
         self.pooling = pooling
         self.frozen_blocks = frozen_blocks
         self.heads = nn.ModuleDict(
-            {str(block): RefinerHead(backbone.block_dims[block], config) for block in self.blocks}
+            {str(block): RefinerHead(backbone.block_dims[block], config, objective) for block in self.blocks}
         )
         self.encoder_frozen = False
 
@@ -108,55 +114,22 @@ class Refiner(nn.Module):
         last = self.backbone.info.depth - 1
         if last in outputs:
             outputs[last] = self.backbone.final_norm(outputs[last])
-        return {block: self.backbone.split(tokens).pooled(self.pooling) for block, tokens in outputs.items()}
-
-    def forward(
-        self,
-        views: Sequence[Tensor],
-        sample_ids: Tensor,
-        *,
-        num_global: int,
-        temperature: float,
-        view_pairing: ViewPairing = "cross",
-        swap_negatives: bool = False,
-        generator: torch.Generator | None = None,
-        choices: dict[int, Tensor] | None = None,
-    ) -> RefinerOutput:
-        """Loss over all heads for ``views`` (global views first) of the samples ``sample_ids`` [B]."""
-        return self.head_losses(
-            self.features(views),
-            sample_ids,
-            num_global=num_global,
-            temperature=temperature,
-            view_pairing=view_pairing,
-            swap_negatives=swap_negatives,
-            generator=generator,
-            choices=choices,
-        )
+        return {block: self.backbone.pool(tokens, self.pooling) for block, tokens in outputs.items()}
 
     def head_losses(
         self,
         features: Mapping[int, Tensor],
         sample_ids: Tensor,
         *,
-        num_global: int,
-        temperature: float,
-        view_pairing: ViewPairing = "cross",
-        swap_negatives: bool = False,
         generator: torch.Generator | None = None,
-        choices: dict[int, Tensor] | None = None,
+        choices: Mapping[int, Tensor] | None = None,
     ) -> RefinerOutput:
-        """Loss over all heads from their pooled inputs ``features`` {block: [V, B, D]}."""
+        """Loss over all heads from their pooled inputs ``features`` {block: [V, B, D]}, global views first.
+
+        ``sample_ids`` [B]; ``choices`` {block: [G*B]} replays the draws among the nearest neighbours.
+        """
         outputs: dict[int, HeadOutput] = {}
         for block, inputs in features.items():
-            outputs[block] = self.heads[str(block)](
-                inputs,
-                sample_ids,
-                num_global=num_global,
-                temperature=temperature,
-                view_pairing=view_pairing,
-                swap_negatives=swap_negatives,
-                generator=generator,
-                choice=None if choices is None else choices[block],
-            )
+            choice = None if choices is None else choices[block]
+            outputs[block] = self.heads[str(block)](inputs, sample_ids, generator=generator, choice=choice)
         return RefinerOutput(torch.stack([output.loss for output in outputs.values()]).sum(), outputs)

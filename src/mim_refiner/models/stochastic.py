@@ -1,7 +1,7 @@
 """Random layers whose draws do not depend on how a batch is cut into micro-batches or over processes.
 
-They draw for the whole batch from torch's global generator and use the rows that :mod:`mim_refiner.core.rows` names.
-So a micro-batch that starts from the same generator state as the whole batch sees exactly the same masks.
+They draw for the whole batch from torch's global generator and use the rows that core.collectives names. So a
+micro-batch that starts from the same generator state as the whole batch sees exactly the same masks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports its machinery at once
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mim_refiner.core.rows import Rows, current_rows
+from mim_refiner.core.collectives import Rows, current_rows
 
 
 class RowDropPath(DropPath):  # type: ignore[misc]

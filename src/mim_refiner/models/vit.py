@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mim_refiner.errors import InputError, did_you_mean
+from mim_refiner.models.positions import check_image_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -81,16 +82,6 @@ def parse_architecture(arch: str) -> tuple[str, dict[str, Any]]:
             f"unknown architecture '{arch}'{close}; use a timm name or vit_w<width>_d<depth>_h<heads>_p<patch>"
         )
     return arch, {}
-
-
-def check_image_size(image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
-    """Raise InputError unless both sides of ``image_size`` (H, W pixels) are multiples of the patch."""
-    if any(side < patch or side % patch for side, patch in zip(image_size, patch_size, strict=True)):
-        near = [max(patch, round(side / patch) * patch) for side, patch in zip(image_size, patch_size, strict=True)]
-        raise InputError(
-            f"image size {image_size[0]}x{image_size[1]} is not a multiple of the patch size "
-            f"{patch_size[0]}x{patch_size[1]}; use for example {near[0]}x{near[1]}"
-        )
 
 
 def architecture_name(model: Any) -> str:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,19 +20,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mim_refiner.core.collectives import agree, from_rank_0
-from mim_refiner.core.device import autocast
 from mim_refiner.core.metrics import effective_rank
+from mim_refiner.core.modules import evaluation_mode
+from mim_refiner.core.run import Run
 from mim_refiner.core.sharding import full_state
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import normalize
 from mim_refiner.data.views import ViewSpec, crop_batch
 from mim_refiner.errors import GuardStopError
-from mim_refiner.files import write_json
+from mim_refiner.files import atomic_folder, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.recipe import GuardSettings
 from mim_refiner.training.state import RunFolder
 
 PROBE_BATCH = 64  # images a forward pass
+FILE, BEST = "guard.json", "best/encoder.safetensors"  # in the run folder, in its checkpoints
 NOISE = 2.5  # standard deviations of a difference of two shares that count as noise
 
 
@@ -52,11 +52,9 @@ class FeatureProbe:
         *,
         count: int,
         pooling: str,
-        device: torch.device,
-        precision: str,
+        run: Run,
     ) -> None:
-        self.backbone, self.images, self.view, self.pooling = backbone, images, view, pooling
-        self.device, self.precision = device, precision
+        self.backbone, self.images, self.view, self.pooling, self.run = backbone, images, view, pooling, run
         self.count = min(count, len(images))
         self._crops: list[Tensor] | None = None
 
@@ -89,16 +87,12 @@ class FeatureProbe:
 
     @torch.no_grad()
     def _features(self, crops: Tensor) -> Tensor:
-        modes = {part: part.training for part in self.backbone.modules()}
-        self.backbone.eval()
         info, pooled = self.backbone.info, []
         for part in crops.split(PROBE_BATCH):
             # compiling for one more shape would take longer than all looks
-            with torch.compiler.set_stance("force_eager"), autocast(self.precision, self.device):
-                inputs = normalize(part.to(self.device), info.mean, info.std)
+            with evaluation_mode(self.backbone), torch.compiler.set_stance("force_eager"), self.run.autocast():
+                inputs = normalize(part.to(self.run.device), info.mean, info.std)
                 pooled.append(self.backbone.forward_blocks(inputs, [-1])[0].pooled(self.pooling).float().cpu())
-        for part_of_model, training in modes.items():
-            part_of_model.training = training
         return torch.cat(pooled)
 
 
@@ -121,18 +115,18 @@ class Guard:
         self,
         probe: Callable[[], dict[str, float]],
         encoder: torch.nn.Module,
-        run: RunFolder,
+        folder: RunFolder,
         settings: GuardSettings,
         *,
         steps: int,
         probe_images: int,
         knn_images: int = 0,
     ) -> None:
-        self.probe, self.encoder, self.run, self.settings = probe, encoder, run, settings
+        self.probe, self.encoder, self.folder, self.settings = probe, encoder, folder, settings
         self.every = max(1, min(settings.every, steps // 5))  # a short run is looked at too
         self.score = "knn_top1" if knn_images else "retrieval"
         self.rules = _rules(settings, probe_images, knn_images)
-        self.file = run.path / "guard.json"
+        self.file = folder.path / FILE
         self.start: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.best_step = 0  # the START
@@ -185,35 +179,21 @@ class Guard:
             agree(0.0)  # rank 0 has written what load_best reads
             state = f"the state after step {self.best_step}" if self.best_step else "the encoder as it was at the start"
             raise GuardStopError(
-                f"{self.run.path}: the guard stopped the run after step {total_step}: {reason}. "
-                f"Kept and exported: {state}. Lower base_lr, or see guard.json; --set guard.enabled=false trains on"
+                f"{self.folder.path}: the guard stopped the run after step {total_step}: {reason}. "
+                f"Kept and exported: {state}. Lower base_lr, or see guard.json; the same command with "
+                "--set guard.enabled=false trains on"
             )
         return found
-
-    # --- what was kept
-
-    def load_best(self, fresh: Encoder) -> Encoder:
-        """Give ``fresh`` (the encoder as it was at the START) the best state's weights, if that is a later one."""
-        if self.best_step:
-            fresh.load_state_dict(load_file(self.best_file))
-        return fresh
-
-    @property
-    def best_file(self) -> Path:
-        return self.run.checkpoints / "best" / "encoder.safetensors"
 
     def _keep(self, total_step: int) -> None:
         self.best_step = total_step
         whole = full_state(self.encoder)
-        if not self.run.writes:
+        if not self.folder.writes:
             return
-        folder, temporary = self.best_file.parent, self.run.checkpoints / ".best.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        state = {name: tensor.contiguous() for name, tensor in whole.items()}
-        save_file(state, temporary / self.best_file.name, {"total_step": str(total_step)})
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        best = self.folder.checkpoints / BEST
+        with atomic_folder(best.parent) as folder:
+            state = {name: tensor.contiguous() for name, tensor in whole.items()}
+            save_file(state, folder / best.name, {"total_step": str(total_step)})
 
     def _reason(self) -> str:
         if not _finite(self.history[-1]):
@@ -230,10 +210,17 @@ class Guard:
         return ""
 
     def _write(self, stopped: str = "") -> None:
-        if self.run.writes:
+        if self.folder.writes:
             entries: Sequence[Any] = self.history
             content = {"start": self.start, "history": entries, "best_step": self.best_step, "stopped": stopped or None}
             write_json(self.file, content)
+
+
+def load_best(folder: RunFolder, fresh: Encoder) -> Encoder:
+    """Give ``fresh`` (the encoder as it was at the START) the best state's weights, if that is a later one."""
+    if json.loads((folder.path / FILE).read_text())["best_step"]:
+        fresh.load_state_dict(load_file(folder.checkpoints / BEST))
+    return fresh
 
 
 def _rules(settings: GuardSettings, probe_images: int, knn_images: int) -> list[_Rule]:

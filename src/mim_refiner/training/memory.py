@@ -204,10 +204,9 @@ class refiner_like:  # noqa: N801  (reads as a function)
                 for block in self.model.blocks
             }
             ids = torch.empty(batch, dtype=torch.long, device=self.device)
-            losses = partial(self.model.head_losses, sample_ids=ids, num_global=2, temperature=0.2)
             with LiveBytes() as live:
                 with autocast(precision, self.device):
-                    output = losses(features)
+                    output = self.model.head_losses(features, ids)
                 output.loss.backward()
                 del output
         return live.peak

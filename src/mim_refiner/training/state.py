@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 import shutil
 import sys
@@ -26,7 +25,7 @@ from torch import nn
 from mim_refiner.core.collectives import from_rank_0, rank
 from mim_refiner.core.sharding import full_optimizer_state, full_state, load_full_state
 from mim_refiner.errors import RunFolderError
-from mim_refiner.files import write_bytes, write_json
+from mim_refiner.files import atomic_folder, dotted, sync, write_bytes, write_json
 
 SKIPS = "skipped_batches.json"
 
@@ -43,8 +42,9 @@ class Position:
 # Settings that change how a run is computed, watched or kept, and not what it computes: free to differ on resume.
 FREE_SETTINGS = {
     "micro_batch", "checkpointing", "shard", "workers", "loader_timeout", "checkpoint_every", "keep_checkpoints",
-    "log_every", "knn_every", "expected",
+    "log_every", "knn_every", "expected", "export_weights",
 }  # fmt: skip
+FREE_PARTS = ("guard.",)
 
 
 class RunFolder:
@@ -127,19 +127,15 @@ class RunFolder:
         states = {key: full_state(module) for key, module in modules.items()}  # every rank has its part of sharded ones
         optimizer_state = None if optimizer is None else full_optimizer_state(optimizer)
         if self.writes:
-            temporary = self.checkpoints / f".{name}.tmp"
             try:
-                self._write(temporary, position, states, optimizer_state)
-                if target.exists():
-                    shutil.rmtree(target)
-                temporary.rename(target)
+                with atomic_folder(target) as folder:
+                    _write(folder, position, states, optimizer_state)
                 link = self.checkpoints / ".last.tmp"
                 link.unlink(missing_ok=True)
                 link.symlink_to(name)
                 link.replace(self.last)
-                _sync(self.checkpoints)
+                sync(self.checkpoints)
             except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap the system's refusal
-                shutil.rmtree(temporary, ignore_errors=True)
                 reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
                 raise RunFolderError(
                     f"{target}: cannot write the checkpoint ({reason}); free space or mend permissions, then run "
@@ -147,26 +143,6 @@ class RunFolder:
                 ) from None
             self._prune()
         return target
-
-    def _write(
-        self,
-        folder: Path,
-        position: Position,
-        states: Mapping[str, Mapping[str, torch.Tensor]],
-        optimizer_state: dict[str, Any] | None,
-    ) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for key, state in states.items():
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / f"{key}.safetensors")
-        if optimizer_state is not None:
-            torch.save(optimizer_state, folder / "optimizer.pt")
-        hashes = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
-        stands = {**dataclasses.asdict(position), "sha256": hashes}
-        write_json(folder / "state.json", {**stands, "digest": _digest(stands)})
-        for file in folder.iterdir():
-            _sync(file)
-        _sync(folder)
 
     def restore(self, modules: Mapping[str, nn.Module]) -> tuple[Position, dict[str, Any] | None, list[str]]:
         """Load the newest whole checkpoint.
@@ -183,7 +159,9 @@ class RunFolder:
             for key, module in modules.items():
                 load_full_state(module, load_file(folder / f"{key}.safetensors"))
             optimizer_file = folder / "optimizer.pt"
-            optimizer = torch.load(optimizer_file, weights_only=True) if optimizer_file.exists() else None
+            optimizer = None
+            if optimizer_file.exists():  # saved on whatever device; every process moves its own part to its own
+                optimizer = torch.load(optimizer_file, map_location="cpu", weights_only=True)
             position = Position(state["phase"], state["step"], state["total_step"])
             self._forget_metrics_after(position)
             return position, optimizer, notes
@@ -247,21 +225,29 @@ def _damage(folder: Path) -> str | None:
     return f"hash of {wrong[0]} differs" if wrong else None
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write(
+    folder: Path,
+    position: Position,
+    states: Mapping[str, Mapping[str, torch.Tensor]],
+    optimizer_state: dict[str, Any] | None,
+) -> None:
+    for key, state in states.items():
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / f"{key}.safetensors")
+    if optimizer_state is not None:
+        torch.save(optimizer_state, folder / "optimizer.pt")
+    hashes = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
+    stands = {**dataclasses.asdict(position), "sha256": hashes}
+    write_json(folder / "state.json", {**stands, "digest": _digest(stands)})
 
 
 def _refuse_other_recipe(recipe_file: Path, recipe: dict[str, Any]) -> None:
     try:
-        stored = _flat(yaml.safe_load(recipe_file.read_text()))
+        stored = dotted(yaml.safe_load(recipe_file.read_text()))
     except (yaml.YAMLError, AttributeError):
         raise RunFolderError(f"{recipe_file}: not readable as a recipe; use --overwrite to start anew") from None
-    now = _flat(yaml.safe_load(yaml.safe_dump(recipe)))
-    keys = sorted(key for key in (stored.keys() | now.keys()) - FREE_SETTINGS if stored.get(key) != now.get(key))
+    now = dotted(yaml.safe_load(yaml.safe_dump(recipe)))
+    fixed = [key for key in stored.keys() | now.keys() if key not in FREE_SETTINGS and not key.startswith(FREE_PARTS)]
+    keys = sorted(key for key in fixed if stored.get(key) != now.get(key))
     if keys:
         difference = "; ".join(f"{key}: {stored.get(key)} there, {now.get(key)} now" for key in keys[:5])
         more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
@@ -269,10 +255,3 @@ def _refuse_other_recipe(recipe_file: Path, recipe: dict[str, Any]) -> None:
             f"{recipe_file.parent}: holds a run with another recipe ({difference}{more}); "
             "use another --out, or --overwrite to start anew"
         )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

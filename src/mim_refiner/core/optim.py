@@ -1,15 +1,12 @@
-"""AdamW over parameter groups (learning-rate scale x weight decay), and the phase's learning-rate schedule."""
+"""AdamW over parameter groups: a learning-rate scale and a weight decay each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-
-from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
-from mim_refiner.training.recipe import Phase
 
 NO_DECAY_TOKENS = ("cls_token", "reg_token", "mask_token", "pos_embed")
 
@@ -29,25 +26,17 @@ def parameter_groups(
         decayed = parameter.ndim > 1 and not name.endswith(NO_DECAY_TOKENS)
         in_block = "blocks" in name.split(".")  # may be sharded; fused AdamW takes no mixture of whole and sharded
         key = ((scales or {}).get(name, 1.0), weight_decay if decayed else 0.0, in_block)
-        group = groups.setdefault(key, {"params": [], "names": [], "lr_scale": key[0], "weight_decay": key[1]})
+        group = groups.setdefault(key, {"params": [], "lr_scale": key[0], "weight_decay": key[1]})
         group["params"].append(parameter)
-        group["names"].append(name)
     return list(groups.values())
 
 
 def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW, eps 1e-8; the loop sets each group's rate before every step."""
-    groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
+    """AdamW, eps 1e-8; :func:`set_learning_rate` gives each group its rate before every step."""
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
 
-def phase_schedule(phase: Phase, batch_size: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """Linear warm-up, then cosine to ``end_lr``; a function of the finished steps of the phase."""
-    total = phase.epochs * steps_per_epoch
-    warmup = min(round(phase.warmup_epochs * steps_per_epoch), total)
-    peak = peak_learning_rate(phase.base_lr, batch_size)
-
-    def rate(step: int) -> float:
-        return warmup_cosine(step, total_steps=total, warmup_steps=warmup, peak=peak, end=phase.end_lr)
-
-    return rate
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Layer decay: each group's rate is the schedule's value times its ``lr_scale``."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from mim_refiner.errors import NonFiniteLossError
-from mim_refiner.training.trainer import StepOutput, step_generator
+from mim_refiner.training.loop import step_generator
 
 GOLDEN = Path(__file__).parent / "golden_curve.json"
 MakeRun = Callable[[], Any]
@@ -29,7 +28,7 @@ def platform() -> dict[str, str]:
 def test_the_loss_curve_of_twenty_steps_is_bit_identical(tiny_run: MakeRun, tmp_path: Path) -> None:
     """To the bit on a kind of processor that the file knows, closely on every other.
 
-    ``python tests/training/test_trainer.py`` writes this processor's curve: for a new one, or (then delete the others)
+    ``python tests/training/test_refine.py`` writes this processor's curve: for a new one, or (then delete the others)
     when the mathematics changes on purpose.
     """
     curves = json.loads(GOLDEN.read_text())
@@ -104,41 +103,15 @@ def test_the_queue_carries_from_warmup_into_refinement(tiny_run: MakeRun, tmp_pa
     assert queue.top_k == 4
 
 
-def with_nan(run: Any, when: Callable[[int, int], bool]) -> list[int]:
-    """Make losses and gradients NaN where ``when`` (number of the call, total step) says so; returns the steps run."""
-    phases, steps = run.job.phases(), []
-
-    def spoiled(phase: Any, offset: int) -> Any:
-        def step(batch: Any, generator: torch.Generator) -> StepOutput:
-            number = next(
-                n
-                for n in range(phase.steps)
-                if step_generator(0, offset > 0, n).initial_seed() == generator.initial_seed()
-            )
-            step_generator(0, offset > 0, number)  # asking has moved torch's global generator
-            steps.append(offset + number)
-            output = phase.step(batch, generator)
-            if not when(len(steps), offset + number):
-                return output
-            for parameter in run.refiner.parameters():
-                parameter.grad = torch.full_like(parameter, float("nan"))
-            return StepOutput(output.loss * float("nan"), {})
-
-        return dataclasses.replace(phase, step=step)
-
-    run.job.phases = lambda: [spoiled(phases[0], 0), spoiled(phases[1], phases[0].steps)]
-    return steps
-
-
 @pytest.mark.parametrize("bad", [1, 4, 13])
 def test_a_batch_of_nan_is_left_out_after_a_return_to_the_last_checkpoint(
     tiny_run: MakeRun, tmp_path: Path, bad: int
 ) -> None:
     run = tiny_run()
-    steps = with_nan(run, lambda call, step: step == bad)
+    run.spoil = lambda step: step == bad
     metrics = run.run(tmp_path / "run")
     back = bad - bad % 3 if bad < 8 else 8 + (bad - 8) - (bad - 8) % 3
-    assert steps == [*range(bad + 1), *range(back, bad), *range(bad + 1, 20)]
+    assert run.steps == [*range(bad + 1), *range(back, bad), *range(bad + 1, 20)]
     assert json.loads((tmp_path / "run" / "skipped_batches.json").read_text()) == [
         [bad // 8 and 1, bad if bad < 8 else bad - 8]
     ]
@@ -148,14 +121,14 @@ def test_a_batch_of_nan_is_left_out_after_a_return_to_the_last_checkpoint(
 
 def test_a_run_that_left_a_batch_out_resumes_to_the_same_bits(tiny_run: MakeRun, tmp_path: Path) -> None:
     whole = tiny_run()
-    with_nan(whole, lambda call, step: step == 4)
+    whole.spoil = lambda step: step == 4
     whole.run(tmp_path / "whole")
     cut = tiny_run()
-    with_nan(cut, lambda call, step: step == 4)
+    cut.spoil = lambda step: step == 4
     with pytest.raises(KeyboardInterrupt):
         cut.run(tmp_path / "cut", stop_after=11)
     resumed = tiny_run()
-    with_nan(resumed, lambda call, step: step == 4)
+    resumed.spoil = lambda step: step == 4
     resumed.run(tmp_path / "cut")
     for name, tensor in resumed.refiner.state_dict().items():
         assert torch.equal(tensor, whole.refiner.state_dict()[name]), name
@@ -163,7 +136,7 @@ def test_a_run_that_left_a_batch_out_resumes_to_the_same_bits(tiny_run: MakeRun,
 
 def test_a_second_non_finite_loss_stops_before_the_weights_take_it(tiny_run: MakeRun, tmp_path: Path) -> None:
     run = tiny_run()
-    with_nan(run, lambda call, step: step in (4, 6))
+    run.spoil = lambda step: step in (4, 6)
     with pytest.raises(NonFiniteLossError, match=r"step 6 of warmup \(learning rate .*step-000006\)") as caught:
         run.run(tmp_path / "run")
     assert caught.value.exit_code == 2

@@ -1,4 +1,4 @@
-"""Forward and backward pass of one refinement step: plain, or cached so that any batch fits (exactly the same step).
+"""The cached step: forward and backward pass of a batch of any size in micro-batches, exactly the plain step.
 
 The loss of refinement couples the images of a batch only behind the pooled block features: in the heads' BatchNorm,
 the negatives and the queue. So the cached step runs the encoder without graph over micro-batches, computes the heads
@@ -10,43 +10,17 @@ that trains. (Gradient caching: Gao et al., arXiv 2101.06983.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mim_refiner.core.rows import Rows, process_rows, use_rows
+from mim_refiner.core.collectives import Rows, use_rows
+from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.models.refiner import Refiner, RefinerOutput
 from mim_refiner.models.stochastic import batch_dependent_layer
-
-HeadLosses = Callable[[Mapping[int, Tensor]], RefinerOutput]  # {block: [V, B, D]} -> losses over the whole batch
-Mixed = Callable[[], AbstractContextManager[None]]  # mixed precision of forward passes
-
-
-def forward_backward(
-    refiner: Refiner,
-    views: Sequence[Tensor],
-    head_losses: HeadLosses,
-    *,
-    micro_batch: int | None = None,
-    mixed: Mixed = nullcontext,
-) -> RefinerOutput:
-    """Leave the gradients of one step in the parameters and return its losses.
-
-    views: [B, C, h, w] each, normalised, of this process. micro_batch: images (with all their views of one size) that
-    pass through the encoder with a graph at a time; None, or at least B: all of them, the plain step.
-    """
-    rows = process_rows(len(views[0]))
-    with use_rows(rows):
-        if micro_batch is not None and micro_batch < rows.count:
-            return _cached(refiner, views, head_losses, rows, micro_batch, mixed)
-        with mixed():
-            output = head_losses(refiner.features(views))
-        output.loss.backward()
-        return output
 
 
 def refuse_batch_dependent(refiner: Refiner) -> None:
@@ -76,22 +50,31 @@ class _Piece:
         return [_grad(value)[self.group][:, self.rows].flatten(0, 1) for value in features.values()]
 
 
-def _cached(
-    refiner: Refiner, views: Sequence[Tensor], head_losses: HeadLosses, rows: Rows, micro_batch: int, mixed: Mixed
+def cached_forward_backward(
+    refiner: Refiner,
+    views: Sequence[Tensor],
+    sample_ids: Tensor,
+    generator: torch.Generator | None,
+    run: Run,
+    rows: Rows,
+    micro_batch: int,
 ) -> RefinerOutput:
-    features, pieces = _features_without_graph(refiner, views, rows, micro_batch, mixed)
+    """Leave the gradients of one step in the parameters and return its losses; ``rows`` of this process's views.
+
+    micro_batch: images (with all their views of one size) that pass through the encoder with a graph at a time.
+    """
+    features, pieces = _features_without_graph(refiner, views, run, rows, micro_batch)
     trains = not refiner.encoder_frozen
     for value in features.values():
         value.requires_grad_(trains)
-    with mixed():
-        output = head_losses(features)
+    with run.autocast():
+        output = refiner.head_losses(features, sample_ids, generator=generator)
     output.loss.backward()
-    device = views[0].device
     while trains and pieces:
         piece = pieces.pop(0)  # frees what it holds
-        _set_random_state(piece.state, device)
+        _set_random_state(piece.state, run.device)
         with use_rows(rows.part(piece.rows.start, piece.rows.stop)):
-            with mixed():
+            with run.autocast():
                 outputs = refiner.pooled_blocks(piece.images(views) if piece.prefix is None else piece.prefix)
             torch.autograd.backward([outputs[block] for block in features], piece.grads(features))
     return output
@@ -99,23 +82,22 @@ def _cached(
 
 @torch.no_grad()
 def _features_without_graph(
-    refiner: Refiner, views: Sequence[Tensor], rows: Rows, micro_batch: int, mixed: Mixed
+    refiner: Refiner, views: Sequence[Tensor], run: Run, rows: Rows, micro_batch: int
 ) -> tuple[dict[int, Tensor], list[_Piece]]:
     """First pass: {block: [V, B, D]}, and what the second pass needs."""
-    device = views[0].device
     pieces: list[_Piece] = []
     features: dict[int, Tensor] = {}
     for group in refiner.view_groups(views):
-        begin = _random_state(device)
+        begin = _random_state(run.device)
         for start in range(0, rows.count, micro_batch):
             part = slice(start, min(start + micro_batch, rows.count))
-            _set_random_state(begin, device)
+            _set_random_state(begin, run.device)
             # autocast keeps the casts it made of weights; ones made without graph must not reach the second pass
-            with use_rows(rows.part(part.start, part.stop)), mixed():
+            with use_rows(rows.part(part.start, part.stop)), run.autocast():
                 piece = _Piece(group, part, None, begin)
                 prefix = refiner.frozen_prefix(piece.images(views))
                 if refiner.frozen_blocks and not refiner.encoder_frozen:
-                    piece.prefix, piece.state = prefix, _random_state(device)
+                    piece.prefix, piece.state = prefix, _random_state(run.device)
                 pieces.append(piece)
                 for block, output in refiner.pooled_blocks(prefix).items():
                     if block not in features:

@@ -1,0 +1,252 @@
+"""What goes on around the steps of pre-training and refinement: resume, log, watch, save, stop.
+
+Every random draw of a step is a function of (seed, phase, step), so a run resumed from a checkpoint repeats an
+uninterrupted one to the bit on the CPU: nothing but weights, optimizer state and the position is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, closing
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from mim_refiner.core.collectives import agree, broadcast_state
+from mim_refiner.core.run import Run
+from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
+from mim_refiner.core.sharding import load_full_optimizer_state
+from mim_refiner.data.loaders import TrainLoader, ViewBatch
+from mim_refiner.errors import DataError, NonFiniteLossError, WorkerError
+from mim_refiner.training.guard import Guard
+from mim_refiner.training.metric_log import MetricLog
+from mim_refiner.training.recipe import Phase, Recipe
+from mim_refiner.training.signals import interrupt_flag
+from mim_refiner.training.state import Position, RunFolder
+
+WORKER_RESTARTS = 3  # without a batch in between
+
+
+class Monitor(Protocol):
+    """Online k-NN on ``size`` test images; measures "knn_top1" and more."""
+
+    size: int
+
+    def __call__(self) -> dict[str, float]: ...
+
+
+class Loop:
+    """One run in its folder. While it is entered, stop signals are noted and obeyed after the step they fall into.
+
+    ``modules`` {file name: module} and the optimizer of the running phase are what checkpoints hold. ``monitor``
+    measures at ends of epochs, ``guard`` looks at the encoder while it moves.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        run: Run,
+        recipe: Recipe,
+        loader: TrainLoader,
+        modules: Mapping[str, nn.Module],
+        monitor: Monitor | None = None,
+        guard: Guard | None = None,
+    ) -> None:
+        self.folder, self.run, self.recipe, self.loader, self.modules = folder, run, recipe, loader, modules
+        self.monitor, self.guard = monitor, guard
+        self.finished = False
+        self._open = ExitStack()  # the signals' handlers and the stream of batches
+        self._interrupted: Callable[[], bool] = lambda: False
+
+    def __enter__(self) -> Loop:
+        self._interrupted = self._open.enter_context(interrupt_flag())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    # --- the run
+
+    def resume(self) -> None:
+        """Go to the newest whole checkpoint: ``position`` says which phase is to run, and from which step."""
+        self.position, self._optimizer_state, notes = self.folder.restore(self.modules)
+        broadcast_state(self.modules.values())
+        for note in notes:
+            self.run.reporter.message(note)
+        if self.position.total_step:
+            self.run.reporter.message(f"resuming after step {self.position.total_step}")
+        elif not self.folder.last.exists():
+            self.folder.save(self.position, self.modules, None)  # what a first step that fails goes back to
+        if self.guard:
+            self.guard.begin(self.position.total_step)
+
+    def leave_out(self, error: NonFiniteLossError) -> None:
+        """Once in the life of a run: from now on without the batch whose loss was not finite. Then raises the error."""
+        if self.folder.skipped or error.batch is None:
+            raise error
+        self.folder.skip(*error.batch)
+        self.run.reporter.message(f"{error}; going back to the last checkpoint once, without this batch")
+
+    def finish(self) -> None:
+        """End the run; raises KeyboardInterrupt when a signal came after the last step's checkpoint."""
+        if any_rank(self._interrupted()):
+            raise KeyboardInterrupt
+        self.finished = True
+        self.run.reporter.done()
+
+    # --- a phase
+
+    def begin(self, number: int, name: str, phase: Phase, optimizer: Optimizer, *, moves_encoder: bool = True) -> None:
+        """Begin phase ``number``, or go on in it with the optimizer's state. A frozen encoder's features stay the
+        START's, so there the guard has nothing to look at.
+        """
+        self.number, self.name, self.phase, self.optimizer = number, name, phase, optimizer
+        self.steps = phase.epochs * self.loader.steps_per_epoch
+        self.first = self.position.step if self.position.phase == number else 0
+        self.base = self.position.total_step - self.first  # steps of the phases before
+        if self._optimizer_state is not None:
+            load_full_optimizer_state(optimizer, self._optimizer_state)
+            self._optimizer_state = None
+        self.run.reporter.phase(name, self.steps)
+        self.watched = self.guard if moves_encoder else None
+        if self.watched and self.monitor and self.first == 0 and self.watched.needs_start_knn:
+            self.watched.note_start_knn(self.monitor()["knn_top1"])
+        self.log = MetricLog(self.run.device)
+        if self.first:
+            self.run.reporter.update(self.first, {})
+
+    def batches(self) -> Generator[tuple[int, ViewBatch], None, None]:
+        """(step, batch) of the rest of the phase. A batch that cannot be had ends the run with a checkpoint."""
+        with closing(self._stream()) as stream:
+            for step in range(self.first, self.steps):
+                try:
+                    batch = next(stream)
+                except DataError:
+                    if self.base + step > self.position.total_step:
+                        self._save(Position(self.number, step, self.base + step))
+                    raise
+                if (self.number, step) not in self.folder.skipped:
+                    yield step, batch
+                else:
+                    self.before_update(step)
+                    self.after_update(step)
+
+    def _stream(self) -> Generator[ViewBatch, None, None]:
+        """Epochs are numbered on from the phases before, so that phases see different crops.
+
+        Dead or hanging loader processes are replaced: a batch is a function of its place, so nothing is lost.
+        """
+        step, restarts = self.base + self.first, 0
+        while step < self.base + self.steps:
+            epoch, start = divmod(step, self.loader.steps_per_epoch)
+            try:
+                for batch in self.loader.epoch(epoch, start):
+                    yield batch
+                    step, restarts = step + 1, 0
+            except WorkerError as error:
+                if restarts == WORKER_RESTARTS:
+                    raise
+                restarts += 1
+                self.run.reporter.message(f"{error}; starting the loader anew")
+                self.loader.restart()
+
+    def learning_rate(self, step: int) -> float:
+        """The schedule's value; groups of parameters scale it by their "lr_scale"."""
+        return learning_rate(self.phase, step, self.recipe.batch_size, self.loader.steps_per_epoch)
+
+    def generator(self, step: int) -> torch.Generator:
+        """Generator for all draws of the step; also seeds torch's global one (drop-path, dropout)."""
+        return step_generator(self.run.seed, self.number, step)
+
+    # --- a step
+
+    def before_update(self, step: int) -> None:
+        """Before the optimizer moves the weights. On every device and rank the same steps ask for the losses so far.
+
+        They are the steps after which something reads the weights or the losses: a log line, k-NN, the guard, a
+        checkpoint. In between nobody waits for the device. Raises NonFiniteLossError.
+        """
+        # asked once: a signal from here on waits for the next step and its checkpoint
+        self.stop = any_rank(self._interrupted())
+        total = self.base + step + 1
+        self.last = step + 1 == self.steps
+        self.saves = (step + 1) % self.recipe.checkpoint_every == 0 or self.stop or self.last
+        self.logs = (step + 1) % self.recipe.log_every == 0 or self.last
+        epoch, within = divmod(step + 1, self.loader.steps_per_epoch)
+        every = self.recipe.knn_every
+        self.measures = self.monitor is not None and bool(every) and within == 0 and epoch % every == 0
+        self.looks = self.watched is not None and (self.measures or self.watched.due(total, phase_end=self.last))
+        if self.saves or self.logs or self.measures or self.looks:
+            self._refuse_non_finite(step)
+
+    def after_update(self, step: int) -> None:
+        """After a step: k-NN and the guard's look, the log line, the checkpoint, the stop."""
+        total = self.base + step + 1
+        seen: dict[str, float] = {}
+        if self.watched and self.looks:
+            seen = self.watched.check(total, self.monitor if self.measures else None)
+        elif self.monitor and self.measures:
+            seen = self.monitor()
+            if self.guard:
+                self.guard.note_start_knn(seen["knn_top1"])
+        self.log.seen.update(seen)
+        if self.logs or self.measures:
+            self._write_line(step, total)
+        if self.saves:
+            self._save(Position(self.number + self.last, 0 if self.last else step + 1, total))
+        if self.stop:
+            raise KeyboardInterrupt
+
+    def _write_line(self, step: int, total: int) -> None:
+        record: dict[str, Any] = {
+            "phase": self.name,
+            "epoch": round((step + 1) / self.loader.steps_per_epoch, 4),
+            "step": step + 1,
+            "total_step": total,
+            **self.log.means(),
+            "lr": self.learning_rate(step),
+            "images_per_s": self.log.images_per_second(),
+            **self.log.seen,
+        }
+        self.folder.log(record)
+        self.run.reporter.update(step + 1, record)
+        self.log.reset()
+
+    def _save(self, position: Position) -> None:
+        self.folder.save(position, self.modules, self.optimizer if position.phase == self.number else None)
+        self.position = position
+
+    def _refuse_non_finite(self, step: int) -> None:
+        first = self.log.first_non_finite()
+        if first is None:
+            return
+        last = self.folder.last.resolve().name if self.folder.last.exists() else "none yet"
+        raise NonFiniteLossError(
+            f"{self.folder.path}: non-finite loss at step {first} of {self.name} (learning rate "
+            f"{self.learning_rate(first):.3g}, last good checkpoint: {last}); lower base_lr or use "
+            "--set precision=fp32",
+            batch=(self.number, first),
+        )
+
+
+def learning_rate(phase: Phase, step: int, batch_size: int, steps_per_epoch: int) -> float:
+    """Linear warm-up, then cosine to ``end_lr``; ``step`` steps of the phase are finished."""
+    total = phase.epochs * steps_per_epoch
+    warmup = min(round(phase.warmup_epochs * steps_per_epoch), total)
+    peak = peak_learning_rate(phase.base_lr, batch_size)
+    return warmup_cosine(step, total_steps=total, warmup_steps=warmup, peak=peak, end=phase.end_lr)
+
+
+def step_generator(seed: int, phase: int, step: int) -> torch.Generator:
+    """Generator for all draws of one step; also seeds torch's global one (drop-path, dropout)."""
+    value = int(np.random.SeedSequence([seed, phase, step]).generate_state(1, np.uint64)[0]) >> 1
+    torch.manual_seed(value)
+    return torch.Generator().manual_seed(value)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank: a signal rarely reaches all of them within one step."""
+    return bool(agree(float(flag)))

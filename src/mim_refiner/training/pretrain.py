@@ -1,0 +1,67 @@
+"""Masked-autoencoder pre-training: mask, predict normalised pixels, AdamW with warm-up and cosine."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import torch
+
+from mim_refiner.core.collectives import average_gradients, is_distributed, process_rows, rank
+from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
+from mim_refiner.core.run import Run
+from mim_refiner.data.loaders import TrainLoader
+from mim_refiner.data.photometric import BatchPhotometric
+from mim_refiner.errors import NonFiniteLossError
+from mim_refiner.models.mae import MaskedAutoencoder
+from mim_refiner.training.loop import Loop, Monitor
+from mim_refiner.training.recipe import PretrainRecipe
+from mim_refiner.training.state import RunFolder
+
+
+def pretrain(
+    mae: MaskedAutoencoder,
+    recipe: PretrainRecipe,
+    loader: TrainLoader,
+    photometric: BatchPhotometric,
+    folder: RunFolder,
+    run: Run,
+    monitor: Monitor | None = None,
+) -> None:
+    """Train from wherever the run in ``folder`` stands. ``monitor`` measures the encoder at ends of epochs.
+
+    Stops, retries and raises as refinement does (training.refine.train).
+    """
+    with Loop(folder, run, recipe, loader, {"model": mae}, monitor) as loop:
+        while not loop.finished:
+            try:
+                loop.resume()
+                if loop.position.phase == 0:
+                    train_steps(mae, recipe, photometric, loop)
+                loop.finish()
+            except NonFiniteLossError as error:
+                loop.leave_out(error)
+
+
+def train_steps(mae: MaskedAutoencoder, recipe: PretrainRecipe, photometric: BatchPhotometric, loop: Loop) -> None:
+    """The only phase, step by step."""
+    run = loop.run
+    mae.train()
+    optimizer = adamw(parameter_groups(mae.named_parameters(), weight_decay=recipe.weight_decay), recipe.betas)
+    loop.begin(0, "pretrain", recipe.training, optimizer)
+    with closing(loop.batches()) as batches:
+        for step, batch in batches:
+            generator = loop.generator(step)  # of all the step's draws
+            crops = batch.views[0].to(run.device, non_blocking=True)
+            images = photometric(crops, generator, process_rows(len(crops)))
+            if is_distributed():  # other masks on every rank
+                generator = torch.Generator().manual_seed(generator.initial_seed() + rank())
+            optimizer.zero_grad(set_to_none=True)
+            with run.autocast():
+                loss = mae(images, generator=generator).loss
+            loss.backward()
+            average_gradients(mae.parameters())
+            loop.log.add(step, loss, {}, len(images))
+            loop.before_update(step)
+            set_learning_rate(optimizer, loop.learning_rate(step))
+            optimizer.step()
+            loop.after_update(step)

@@ -1,0 +1,302 @@
+"""A refinement from top to bottom: resolve the recipe, build, warm up the heads on the frozen encoder, refine.
+
+Below it lie data/photometric.py (colours and blur), models/refiner.py and models/heads.py (encoder and heads, their
+loss in core/nna.py), and training/cached.py (the step of a batch that does not fit). What surrounds the steps and is
+the same for pre-training (resume, log, save, stop) is training/loop.py. CONTRIBUTING.md has the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mim_refiner.core.collectives import average_gradients, is_distributed, process_rows, use_rows
+from mim_refiner.core.ema import ExponentialMovingAverage
+from mim_refiner.core.layer_decay import layer_decay_scales, negligible_blocks
+from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
+from mim_refiner.core.run import Run
+from mim_refiner.data.loaders import TrainLoader, ViewBatch
+from mim_refiner.data.photometric import BatchPhotometric
+from mim_refiner.data.views import ViewSpec, multi_crop_views
+from mim_refiner.errors import InputError, NonFiniteLossError
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective
+from mim_refiner.models.positions import check_image_size
+from mim_refiner.models.refiner import Refiner, RefinerOutput
+from mim_refiner.training.cached import cached_forward_backward, refuse_batch_dependent
+from mim_refiner.training.guard import FeatureProbe, Guard
+from mim_refiner.training.loop import Loop, Monitor
+from mim_refiner.training.recipe import RefineRecipe
+from mim_refiner.training.state import RunFolder
+
+WARMUP, REFINEMENT = 0, 1  # numbers of the phases
+NUM_GLOBAL = 2
+
+
+# --- resolve the recipe
+
+
+def resolve(recipe: RefineRecipe, backbone: Backbone) -> RefineRecipe:
+    """Replace every "auto" by what the encoder gives; raises InputError for sizes that do not fit its patches."""
+    info = backbone.info
+    recipe = recipe.model_copy(deep=True)
+    blocks = head_blocks(recipe, info.depth)
+    wrong = [block for block in blocks if not -info.depth <= block < info.depth]
+    if wrong:
+        raise InputError(
+            f"heads.blocks: block {wrong[0]} is out of range; the encoder has blocks 0 to {info.depth - 1}"
+        )
+    recipe.heads.blocks = sorted({block % info.depth for block in blocks})
+    if recipe.freeze_below:
+        still = negligible_blocks(info.depth, recipe.refinement.layer_decay, recipe.freeze_below)
+        recipe.frozen_blocks = max(recipe.frozen_blocks, min(still, recipe.heads.blocks[0]))
+    if recipe.heads.pooling == "auto":
+        recipe.heads.pooling = "cls" if info.has_cls else "mean"
+    if recipe.views.global_size is None:
+        recipe.views.global_size = max(info.image_size)
+    for size in (recipe.views.global_size, recipe.views.local_size):
+        check_image_size((size, size), info.patch_size)
+    return recipe
+
+
+def head_blocks(recipe: RefineRecipe, depth: int) -> list[int]:
+    """The blocks with a head; the last third for "last_third", and for "auto" as long as nothing was measured."""
+    blocks = recipe.heads.blocks
+    return list(range(depth - max(1, depth // 3), depth)) if isinstance(blocks, str) else blocks
+
+
+# --- build
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What a refinement is made of."""
+
+    recipe: RefineRecipe  # resolved
+    refiner: Refiner  # encoder and heads
+    ema: ExponentialMovingAverage  # of the encoder
+    loader: TrainLoader  # uint8 crops
+    photometrics: Sequence[BatchPhotometric]  # one a view
+    run: Run
+    labels: Tensor | None = None  # [images]; to measure with, never to train with
+
+
+def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run) -> Refinement:
+    """Average, photometrics and labels beside the refiner; spreads the encoder over the processes if asked."""
+    backbone = refiner.backbone
+    ema = ExponentialMovingAverage(backbone)
+    if recipe.shard and is_distributed():
+        backbone.shard_blocks()
+        ema.module.shard_blocks()  # type: ignore[operator]
+    if recipe.checkpointing:
+        backbone.model.set_grad_checkpointing(True)
+    info = backbone.info
+    photometrics = [
+        BatchPhotometric(view, info.mean, info.std) for view in view_specs(recipe) for _ in range(view.count)
+    ]
+    labels = loader.images.labels
+    on_device = None if labels is None else torch.as_tensor(labels, device=run.device)
+    return Refinement(recipe, refiner, ema, loader, photometrics, run, on_device)
+
+
+def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
+    """The encoder with its heads; raises InputError for a batch that the queues cannot hold."""
+    heads = recipe.heads
+    if recipe.batch_size > heads.queue_size:
+        raise InputError(
+            f"batch_size {recipe.batch_size} is larger than the queue of {heads.queue_size}; "
+            "set a smaller batch_size or a larger heads.queue_size"
+        )
+    top_k = max(recipe.warmup.top_k, recipe.refinement.top_k)
+    if top_k > heads.queue_size:
+        raise InputError(
+            f"top_k {top_k} is larger than the queue of {heads.queue_size}; "
+            "set a smaller refinement.top_k or a larger heads.queue_size"
+        )
+    config = HeadConfig(heads.projector_hidden, heads.predictor_hidden, heads.out_dim, heads.queue_size)
+    objective = Objective(heads.temperature, heads.view_pairing, NUM_GLOBAL, heads.swap_negatives)
+    blocks = head_blocks(recipe, backbone.info.depth)
+    refiner = Refiner(backbone, blocks, config, objective, pooling=heads.pooling, frozen_blocks=recipe.frozen_blocks)
+    if recipe.micro_batch is not None:
+        refuse_batch_dependent(refiner)
+    return refiner
+
+
+def view_specs(recipe: RefineRecipe) -> list[ViewSpec]:
+    """The recipe's views, global ones first."""
+    views = recipe.views
+    assert views.global_size is not None
+    return multi_crop_views(
+        views.global_size,
+        views.local_size,
+        views.num_local,
+        views.global_scale,
+        views.local_scale,
+        flip=views.flip,
+        jitter_prob=views.jitter_prob,
+        brightness=0.4 * views.jitter_strength,
+        contrast=0.4 * views.jitter_strength,
+        saturation=0.2 * views.jitter_strength,
+        hue=0.1 * views.jitter_strength,
+        blur_prob=views.blur_prob,
+        blur_sigma=views.blur_sigma,
+        gray_prob=views.gray_prob,
+        solarize_prob=views.solarize_prob,
+    )
+
+
+# --- train
+
+
+def train(refinement: Refinement, folder: RunFolder, monitor: Monitor | None = None) -> None:
+    """Both phases, from wherever the run in ``folder`` stands. ``monitor`` measures the encoder at ends of epochs.
+
+    A loss that is not finite gets one retry in the life of a run: back to the last checkpoint, without that batch.
+    Raises NonFiniteLossError the second time; GuardStopError; DataError, with a checkpoint written; KeyboardInterrupt
+    after a stop signal, with a checkpoint written.
+    """
+    recipe, loader, run = refinement.recipe, refinement.loader, refinement.run
+    modules = {"model": refinement.refiner, "ema": refinement.ema}
+    guard = make_guard(refinement, folder, monitor) if recipe.guard.enabled else None
+    with Loop(folder, run, recipe, loader, modules, monitor, guard) as loop:
+        while not loop.finished:
+            try:
+                loop.resume()
+                for number in range(loop.position.phase, REFINEMENT + 1):
+                    train_phase(refinement, loop, number)
+                loop.finish()
+            except NonFiniteLossError as error:
+                loop.leave_out(error)
+
+
+def train_phase(refinement: Refinement, loop: Loop, number: int) -> None:
+    """Head warm-up (number 0) or refinement (1), step by step."""
+    recipe, refiner = refinement.recipe, refinement.refiner
+    if number == WARMUP:
+        optimizer = begin_warmup(refinement)
+        loop.begin(WARMUP, "warmup", recipe.warmup, optimizer, moves_encoder=False)
+    else:
+        optimizer = begin_refinement(refinement)
+        loop.begin(REFINEMENT, "refinement", recipe.refinement, optimizer)
+    with closing(loop.batches()) as batches:
+        for step, batch in batches:
+            generator = loop.generator(step)  # of all the step's draws
+            optimizer.zero_grad(set_to_none=True)
+            views, sample_ids = make_views(refinement, batch, generator)
+            output = forward_backward(refiner, views, sample_ids, generator, refinement.run, recipe.micro_batch)
+            average_gradients(refiner.parameters())
+            loop.log.add(step, output.loss, metrics_of(output, sample_ids, refinement.labels), len(sample_ids))
+            loop.before_update(step)
+            set_learning_rate(optimizer, loop.learning_rate(step))
+            optimizer.step()
+            if number == REFINEMENT:
+                refinement.ema.update(refiner.backbone, recipe.ema_decay)
+            loop.after_update(step)
+
+
+def begin_warmup(refinement: Refinement) -> torch.optim.Optimizer:
+    """The heads alone learn, on a frozen encoder."""
+    recipe, refiner = refinement.recipe, refinement.refiner
+    refiner.freeze_encoder()
+    refiner.set_top_k(recipe.warmup.top_k)
+    heads = parameter_groups(refiner.heads.named_parameters(), weight_decay=recipe.head_weight_decay)
+    return adamw(heads, recipe.betas)
+
+
+def begin_refinement(refinement: Refinement) -> torch.optim.Optimizer:
+    """Everything learns, the encoder with layer decay; heads and queues go on as the warm-up left them."""
+    recipe, refiner = refinement.recipe, refinement.refiner
+    refiner.unfreeze_encoder()
+    refiner.set_top_k(recipe.refinement.top_k)
+    model, decay = refiner.backbone.model, recipe.refinement.layer_decay
+    scales = layer_decay_scales(model, decay) if decay < 1 else None
+    encoder = parameter_groups(model.named_parameters(), weight_decay=recipe.weight_decay, scales=scales)
+    heads = parameter_groups(refiner.heads.named_parameters(), weight_decay=recipe.head_weight_decay)
+    return adamw(encoder + heads, recipe.betas)
+
+
+# --- a step
+
+
+def make_views(refinement: Refinement, batch: ViewBatch, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
+    """The batch on the device: views [B, C, h, w] in new colours, normalised, and sample numbers [B].
+
+    Photometrics are drawn for the images of all processes, of which these are some rows.
+    """
+    rows, device = process_rows(len(batch.sample_ids)), refinement.run.device
+    views = [
+        photometric(crops.to(device, non_blocking=True), generator, rows)
+        for photometric, crops in zip(refinement.photometrics, batch.views, strict=True)
+    ]
+    return views, batch.sample_ids.to(device, non_blocking=True)
+
+
+def forward_backward(
+    refiner: Refiner,
+    views: Sequence[Tensor],
+    sample_ids: Tensor,
+    generator: torch.Generator | None,
+    run: Run,
+    micro_batch: int | None = None,
+    choices: Mapping[int, Tensor] | None = None,
+) -> RefinerOutput:
+    """Leave the gradients of this process's views in the parameters and return the losses of all heads.
+
+    views: [B, C, h, w] each, normalised, global ones first; sample_ids [B]. micro_batch: images that pass through the
+    encoder with a graph at a time; None, or at least B: all of them, the plain step. ``choices`` replays the plain
+    step's draws among the nearest neighbours.
+    """
+    rows = process_rows(len(sample_ids))
+    with use_rows(rows):
+        if micro_batch is not None and micro_batch < rows.count:
+            return cached_forward_backward(refiner, views, sample_ids, generator, run, rows, micro_batch)
+        with run.autocast():
+            features = refiner.features(views)  # {block: [V, B, D]}
+            output = refiner.head_losses(features, sample_ids, generator=generator, choices=choices)
+        output.loss.backward()
+        return output
+
+
+def metrics_of(output: RefinerOutput, sample_ids: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """What the heads saw, {"<name>/<block>": scalar}."""
+    metrics: dict[str, Tensor] = {}
+    for block, head in output.heads.items():
+        metrics[f"loss/{block}"] = head.loss.detach()
+        metrics[f"alignment/{block}"] = head.alignment.detach()
+        metrics[f"neighbor_similarity/{block}"] = head.neighbor_similarity.mean()
+        metrics[f"neighbor_age/{block}"] = head.neighbor_age.float().mean()
+        if labels is not None:
+            metrics[f"neighbor_accuracy/{block}"] = _neighbor_accuracy(head, sample_ids, labels)
+    return metrics
+
+
+def _neighbor_accuracy(head: HeadOutput, sample_ids: Tensor, labels: Tensor) -> Tensor:
+    own = labels[sample_ids].repeat(NUM_GLOBAL)
+    neighbor = labels[head.neighbor_sample_ids.clamp(min=0)]
+    known = head.neighbor_sample_ids >= 0  # entries of the random start have no label
+    return ((own == neighbor) & known).sum() / known.sum().clamp(min=1)
+
+
+# --- the guard
+
+
+def make_guard(refinement: Refinement, folder: RunFolder, monitor: Monitor | None) -> Guard:
+    """The do-no-harm guard over the refinement's steps, on global crops of the training images."""
+    recipe, backbone, loader = refinement.recipe, refinement.refiner.backbone, refinement.loader
+    view = view_specs(recipe)[0]
+    probe = FeatureProbe(
+        backbone, loader.images, view, count=recipe.guard.images, pooling=recipe.heads.pooling, run=refinement.run
+    )
+    return Guard(
+        probe,
+        backbone,
+        folder,
+        recipe.guard,
+        steps=recipe.refinement.epochs * loader.steps_per_epoch,
+        probe_images=probe.count,
+        knn_images=0 if monitor is None else monitor.size,
+    )
