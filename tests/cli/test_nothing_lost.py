@@ -50,9 +50,9 @@ def test_random_kills_cost_nothing(mae, unlabelled, cli, finish, tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
 def test_requeue_signals_write_a_checkpoint_and_exit_130(name, monkeypatch, refined, mae, shapes, cli, tmp_path):
-    from mim_refiner.training import trainer
+    from mim_refiner.training import loop
 
-    original = trainer.step_generator
+    original = loop.step_generator
 
     def generator(seed: int, phase: int, step: int) -> torch.Generator:
         if (phase, step) == (1, 2):
@@ -61,7 +61,7 @@ def test_requeue_signals_write_a_checkpoint_and_exit_130(name, monkeypatch, refi
 
     words = cli.refine(shapes, mae.export, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "step_generator", generator)
+        patch.setattr(loop, "step_generator", generator)
         outcome = cli.call(*words)
     assert outcome.code == 130, outcome.err
     assert (tmp_path / "run" / "checkpoints" / "last").resolve().name == "step-000009"
@@ -114,12 +114,12 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(mae, unlabel
 
 def test_a_killed_loader_process_is_replaced(mae, unlabelled, cli, refined, finish, tmp_path, monkeypatch):
     from mim_refiner.data.loaders import TrainLoader
-    from mim_refiner.training import trainer
+    from mim_refiner.training import loop
 
     loaders: list[TrainLoader] = []
     make = TrainLoader.__init__
     monkeypatch.setattr(TrainLoader, "__init__", lambda self, *a, **k: (loaders.append(self), make(self, *a, **k))[1])
-    original, killed = trainer.step_generator, []
+    original, killed = loop.step_generator, []
 
     def generator(seed: int, phase: int, step: int) -> torch.Generator:
         if (phase, step) == (0, 1) and not killed:
@@ -128,7 +128,7 @@ def test_a_killed_loader_process_is_replaced(mae, unlabelled, cli, refined, fini
                 worker.kill()
         return original(seed, phase, step)
 
-    monkeypatch.setattr(trainer, "step_generator", generator)
+    monkeypatch.setattr(loop, "step_generator", generator)
     outcome = cli.call(*cli.refine(unlabelled, mae.export, tmp_path / "run", "workers=1"))
     assert outcome.code == 0, outcome.err
     assert killed

@@ -19,7 +19,7 @@ from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.evaluation.results import CONTRACT_FIELDS
 from mim_refiner.export.timm import export_timm
 from mim_refiner.models.backbone import Backbone, create_vit
-from mim_refiner.training import trainer
+from mim_refiner.training import loop
 
 SUMMARY_METRICS = {"knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank"}
 
@@ -196,14 +196,14 @@ def test_overwrite_spares_the_model_it_reads(refined, cli, shapes, tmp_path):
 
 def interrupt_at(monkeypatch, phase: int, step: int, number: int) -> None:
     """Send this process a signal in the middle of a step."""
-    original = trainer.step_generator
+    original = loop.step_generator
 
     def generator(seed: int, at_phase: int, at_step: int) -> torch.Generator:
         if (at_phase, at_step) == (phase, step):
             os.kill(os.getpid(), number)
         return original(seed, at_phase, at_step)
 
-    monkeypatch.setattr(trainer, "step_generator", generator)
+    monkeypatch.setattr(loop, "step_generator", generator)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
