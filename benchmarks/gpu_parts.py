@@ -105,7 +105,7 @@ class Steps:
 
     def needs(self, batch: int, checkpointing: bool = False) -> Any:
         return measure_needs(
-            self.bench.refiner, self.shapes, batch, precision=self.bench.precision, checkpointing=checkpointing
+            self.bench.refiner, self.shapes, batch, precision=self.bench.run.precision, checkpointing=checkpointing
         )
 
     def largest_plain(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,12 +11,13 @@ from torch._dynamo import config
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.evaluation.features import extract_features
 from mim_refiner.models.backbone import GRAPHS, Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.training.step import forward_backward
+from mim_refiner.training.refine import forward_backward
 
 # the compiler's own, when it looks at the gradient of every input
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -45,8 +45,7 @@ def step(refiner: Refiner, micro_batch: int | None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     views = [torch.randn(6, 3, size, size, generator=generator) for size in (16, 16, 8, 8, 8)]
-    losses = partial(refiner.head_losses, sample_ids=torch.arange(6), num_global=2, temperature=0.2)
-    return forward_backward(refiner, views, losses, micro_batch=micro_batch).loss.detach()
+    return forward_backward(refiner, views, torch.arange(6), None, Run(), micro_batch).loss.detach()
 
 
 def steps(refiner: Refiner, micro_batch: int | None) -> list[torch.Tensor]:

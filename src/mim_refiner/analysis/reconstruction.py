@@ -18,12 +18,13 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mim_refiner.core.device import autocast
+from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.schedules import warmup_cosine
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize, seeded_generator
 from mim_refiner.errors import DataError, InputError
-from mim_refiner.evaluation.features import evaluation_mode, square_image_size
+from mim_refiner.evaluation.features import square_image_size
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.mae import patchify, sincos_position_table
 from mim_refiner.types import BackboneInfo

@@ -16,11 +16,12 @@ from mim_refiner.analysis.augmented import PairedViews, paired_views
 from mim_refiner.analysis.label_free import LabelFreeMeasures, dense_drift, label_free_measures
 from mim_refiner.analysis.label_free_verdict import label_free_verdict
 from mim_refiner.core.device import autocast
+from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.evaluation.cache import FeatureCache
-from mim_refiner.evaluation.features import Features, evaluation_mode, feature_sets, square_image_size
+from mim_refiner.evaluation.features import Features, feature_sets, square_image_size
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.models.backbone import Backbone

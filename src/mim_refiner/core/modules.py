@@ -8,14 +8,20 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from mim_refiner.core.device import eagerly
+
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every submodule has the mode it had (a frozen prefix stays in eval)."""
+    """Eval mode inside the block; afterwards every submodule has the mode it had (a frozen prefix stays in eval).
+
+    Compiled blocks run eagerly there.
+    """
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        yield
+        with eagerly():
+            yield
     finally:
         for part, training in modes.items():
             part.training = training

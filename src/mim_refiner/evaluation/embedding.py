@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from mim_refiner.core.device import autocast
+from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import default_crop_ratio, eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.feature_parts import Part, PartFolder
-from mim_refiner.evaluation.features import evaluation_mode, resolve_blocks, resolve_poolings, square_image_size
+from mim_refiner.evaluation.features import resolve_blocks, resolve_poolings, square_image_size
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import check_image_size
 from mim_refiner.reporting import Reporter

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from mim_refiner.core.collectives import from_rank_0, from_ranks, gather_rows, is_distributed, rank, world_size
-from mim_refiner.core.device import autocast, eagerly, resolve_precision
+from mim_refiner.core.device import autocast, resolve_precision
+from mim_refiner.core.modules import device_of, evaluation_mode
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import default_crop_ratio, eval_batches
 from mim_refiner.data.photometric import normalize
@@ -127,7 +127,7 @@ def feature_sets(
         for block in resolve_blocks(blocks, backbone.info.depth)
         for pooling in resolve_poolings(poolings, backbone.info)
     ]
-    device = _device_of(backbone) if device is None else torch.device(device)
+    device = device_of(backbone) if device is None else torch.device(device)
     backbone.to(device)
     precision = resolve_precision(precision, device)
     size = image_size or square_image_size(backbone.info)
@@ -291,26 +291,6 @@ def resolve_poolings(poolings: Sequence[str] | None, info: BackboneInfo) -> tupl
     if "cls" in names and not info.has_cls:
         raise InputError(f"pooling 'cls': {info.architecture} has no class token; use pooling mean")
     return names
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every submodule has the mode it had (a frozen prefix stays in eval).
-
-    Compiled blocks run eagerly there.
-    """
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with eagerly():
-            yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def square_image_size(info: BackboneInfo) -> int:

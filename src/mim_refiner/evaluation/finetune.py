@@ -23,12 +23,12 @@ from torchvision.transforms import Compose
 
 from mim_refiner.core.device import autocast, resolve_precision
 from mim_refiner.core.layer_decay import layer_decay_scales
+from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import InputError
-from mim_refiner.evaluation.features import evaluation_mode
 from mim_refiner.evaluation.knn import AccuracyScore
 from mim_refiner.models.backbone import Backbone
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mim_refiner.core.device import autocast, resolve_precision
 from mim_refiner.core.metrics import class_iou, mean_iou_interval
+from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.data.channels import MAX_PIXELS
 from mim_refiner.data.decode import ImageSet, Pixels
@@ -27,7 +28,6 @@ from mim_refiner.data.masks import Mask, MaskSet
 from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.cache import FeatureCache, data_identity, model_identity
-from mim_refiner.evaluation.features import evaluation_mode
 from mim_refiner.models.backbone import Backbone
 
 Progress = Callable[[int, int], None]

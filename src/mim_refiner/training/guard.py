@@ -89,8 +89,7 @@ class FeatureProbe:
     def _features(self, crops: Tensor) -> Tensor:
         info, pooled = self.backbone.info, []
         for part in crops.split(PROBE_BATCH):
-            # compiling for one more shape would take longer than all looks
-            with evaluation_mode(self.backbone), torch.compiler.set_stance("force_eager"), self.run.autocast():
+            with evaluation_mode(self.backbone), self.run.autocast():
                 inputs = normalize(part.to(self.run.device), info.mean, info.std)
                 pooled.append(self.backbone.forward_blocks(inputs, [-1])[0].pooled(self.pooling).float().cpu())
         return torch.cat(pooled)
