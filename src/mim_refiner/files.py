@@ -7,13 +7,17 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import yaml
+
 from mim_refiner.errors import DataError, MimRefinerError, RunFolderError, reason_of
 
 CACHE_VARIABLE = "MIM_REFINER_CACHE"
+TEXT_BYTES = 2**20  # of a settings file; YAML is read slowly
 
 
 def cache_folder() -> Path:
@@ -21,7 +25,50 @@ def cache_folder() -> Path:
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "mim-refiner"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "mim-refiner"
+    except RuntimeError:  # no home: nothing can be kept, and what tries says so
+        return Path(os.devnull) / "mim-refiner"
+
+
+def read_regular(path: str | os.PathLike[str], *, most: int | None = None) -> bytes:
+    """The content of a file; ValueError for a pipe or device, which would never end, and above ``most`` bytes."""
+    nonblocking = getattr(os, "O_NONBLOCK", 0)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | nonblocking)) as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError("is no regular file")
+        if most is not None and facts.st_size > most:
+            raise ValueError(f"{facts.st_size} bytes are more than {most}")
+        return file.read()
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a dozen lines of them stand for more values than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("aliases (*name) are not read; write the values out")
+        return super().compose_node(parent, index)
+
+
+def load_yaml(text: str | bytes) -> Any:
+    """Plain YAML values; raises almost anything for what is none, so use it within :func:`reading`."""
+    loader = _PlainLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """The values in a YAML file of at most 1 MB; use it within :func:`reading`."""
+    return load_yaml(read_regular(path, most=TEXT_BYTES))
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file; use it within :func:`reading`."""
+    return json.loads(read_regular(path))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.errors import RecipeError
 from mim_refiner.training.recipe import from_tree, known_keys, override
-from mim_refiner.training.recipes import PRETRAIN_RECIPES, REFINE_RECIPES, pretrain_recipe, refine_recipe
+from mim_refiner.training.recipes import PRETRAIN_RECIPES, REFINE_RECIPES, pretrain_recipe, refine_recipe, tiny
 
 # method.md, section 5: blocks, temperature, batch, warm-up and refinement epochs and rates, local px, frozen blocks
 PAPER_ROWS = {
@@ -116,3 +117,58 @@ def test_defaults_fit_few_images_and_named_recipes_stay() -> None:
     assert refine_recipe(None, image_size=32, images=50_000) == refine_recipe("tiny", image_size=32)
     smallest = refine_recipe(None, image_size=32, images=6)
     assert (smallest.batch_size, smallest.heads.queue_size) == (2, 32)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "betas=[0.9,1.0]", "betas=[-1,0.5]", "betas=[2,2]", "betas=[0.9]", "refinement.epochs=9999999999999",
+        "refinement.epochs=-1", "refinement.epochs=1.5", "heads.temperature=.inf", "heads.temperature=.nan",
+        "refinement.base_lr=1e999", "weight_decay=-.inf", "heads.queue_size=1000000000000", "batch_size=true",
+        "heads.projector_hidden=99999999", "views.global_size=10000000", "views.flip=2", "views.blur_prob=[1,1,7]",
+        "ema_decay=1", "views.num_local=100000", "batch_size=" + "9" * 5000, "batch_size=[1,2]", "heads.blocks={a: 1}",
+        "batch_size=" + "[" * 5000, "batch_size=&a [*a]", "batch_size=!!python/name:os.system", "batch_size=",
+        "guard.every=" + "1" * 30, "batch_size=2024-13-77", "betas=\0",
+    ],
+)  # fmt: skip
+def test_values_out_of_range_name_the_key(setting):
+    with pytest.raises(RecipeError) as caught:
+        override(tiny(), [setting])
+    text = str(caught.value)
+    assert setting.partition("=")[0] in text
+    assert len(text) < 500
+    assert "\n" not in text
+
+
+BOMB = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" if i else "a0: &a0 [x]\n" for i in range(30))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        BOMB, "name: &a\n  b: *a\n", "name: [" * 3000, "{" * 3000, "batch_size: " + "9" * 5000, "\0\1\2",
+        "name: [a, b]\n",
+        "- a\n- b\n", "", "!!python/object/apply:os.system ['true']", "a: b: c", "x" * 2_000_000, "batch_size: .nan",
+        "heads: 3\n", "refinement: {epochs: {a: 1}}", "? [a]\n: b\n", "%YAML 9.9\n---\na",
+        "\ud800".encode("utf-8", "surrogatepass"),
+    ],
+)  # fmt: skip
+def test_hostile_recipe_files(tmp_path, content):
+    path = tmp_path / "bomb.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RecipeError, match=r"bomb\.yaml|recipe: ") as caught:
+        refine_recipe(str(path), image_size=32)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("name", ["x\0y.yaml", "x" * 5000, "x" * 5000 + ".yaml", "/dev/zero", "/", "."])
+def test_names_that_are_no_recipe(name):
+    with pytest.raises(RecipeError):
+        refine_recipe(name, image_size=32)
+
+
+def test_a_pipe_is_no_recipe(tmp_path):
+    os.mkfifo(tmp_path / "p.yaml")
+    with pytest.raises(RecipeError, match=r"p\.yaml.*no regular file"):
+        refine_recipe(str(tmp_path / "p.yaml"), image_size=32)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -36,6 +38,8 @@ EXIT_BROKEN_PIPE = 1  # silently, as Python itself and typer do
 
 # The machine's refusals, not bugs of ours: no permission, disk full, read-only disk, quota used up.
 REFUSALS = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT}
+
+_ALLOCATION = re.compile(r"can't allocate memory|Unable to allocate|Storage size calculation overflowed")
 
 app = typer.Typer(
     name=PROGRAM,
@@ -97,6 +101,18 @@ for verb, lines in EXAMPLES.items():
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; expected failures print one line on stderr."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _main(arguments)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Ours in one line; those of libraries are no user's to mend (MIM_REFINER_DEBUG=1 shows them)."""
+    if category.__module__.startswith("mim_refiner") or os.environ.get(DEBUG_VARIABLE):
+        print("warning:", " ".join(str(message).split()), file=sys.stderr)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = app(words, prog_name=PROGRAM, standalone_mode=False)
@@ -128,11 +144,17 @@ def _explain(error: Exception) -> tuple[int, str]:
         return error.exit_code, str(error)
     if hasattr(error, "format_message"):  # the parser's usage errors, whichever click typer stands on
         return EXIT_BAD_INPUT, _usage_line(error)
-    if isinstance(error, OSError) and error.errno in REFUSALS:
-        where = f" {error.filename!r}" if error.filename else ""
-        return EXIT_BAD_INPUT, f"the system refused to use{where or ' a file'}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno and (error.filename or error.errno in REFUSALS):
+        where = f" {os.fsdecode(error.filename)!r}" if isinstance(error.filename, str | bytes) else " a file"
+        return EXIT_BAD_INPUT, f"the system refused to use{where}: {error.strerror}"
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return EXIT_BAD_INPUT, "there is no home folder that ~ could stand for; write the path out"
     if _is_out_of_device_memory(error):
         return EXIT_BAD_INPUT, "the GPU is out of memory; use a smaller batch (--set batch_size=...) or --device cpu"
+    if isinstance(error, MemoryError) or _ALLOCATION.search(str(error)):
+        asked = re.search(r"allocate (\d+) bytes", str(error))
+        how = f" ({int(asked[1]) / 1e9:.1f} GB asked for at once)" if asked else ""
+        return EXIT_BAD_INPUT, f"this needs more memory than the machine gives{how}; lower the sizes or give less data"
     text = f"{type(error).__name__}: {error}"
     return EXIT_BUG, f"{text} (this is a bug of {PROGRAM}; set {DEBUG_VARIABLE}=1 for the traceback)"
 

@@ -58,7 +58,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; repeatable."),
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="auto takes the GPU when there is one.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of every random choice.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Start anew in a folder that holds another run; its files are replaced.")
 ]

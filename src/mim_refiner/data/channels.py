@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from PIL import Image
 from torch.nn import functional
 
 Raw = NDArray[np.uint8] | NDArray[np.uint16]  # [H, W, C]
-NPY = b"\x93NUMPY"
 MAX_CHANNELS = 4096
 _TORCH_SIDE = 64
 MAX_PIXELS = 89_478_485  # Pillow's own bound for a warning; a small file can claim any size
@@ -35,21 +33,6 @@ def wrong_channels(found: int, wanted: int) -> WrongChannelsError:
     remedy = f"save {'RGB' if wanted == 3 else 'such'} images or take an encoder of {found} channels"
     takes = f"{wanted} (RGB)" if wanted == 3 else wanted
     return WrongChannelsError(f"has {found} channels and the encoder takes {takes}; {remedy}")
-
-
-def read_npy(data: bytes) -> NDArray[Any]:
-    """The array in the bytes of a .npy file, without copying; ValueError for objects and for a size that lies."""
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = header(file)
-    if dtype.hasobject:
-        raise ValueError("holds Python objects, not numbers")
-    count = int(np.prod([int(side) for side in shape], dtype=object))
-    if count * dtype.itemsize != len(data) - file.tell():
-        raise ValueError(f"an array of shape {shape} does not fit its file")
-    flat = np.frombuffer(data, dtype, offset=file.tell())
-    return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
 
 
 def as_channels_last(array: NDArray[Any]) -> Raw:

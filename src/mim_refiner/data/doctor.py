@@ -15,15 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mim_refiner.data.arrays import NPY, read_npy
 from mim_refiner.data.channels import (
-    NPY,
     Raw,
     TooLargeError,
     UnusableImageError,
     WrongChannelsError,
     as_channels_last,
     for_display,
-    read_npy,
 )
 from mim_refiner.data.image_files import decode_image, open_image, stored_bits
 from mim_refiner.data.source_base import ImageSource

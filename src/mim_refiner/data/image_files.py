@@ -19,17 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from mim_refiner.data.arrays import NPY, read_npy
 from mim_refiner.data.channels import (
     MAX_CHANNELS,
     MAX_PIXELS,
-    NPY,
     Raw,
     TooLargeError,
     UnusableImageError,
     WrongChannelsError,
     as_channels_last,
     common_type,
-    read_npy,
     wrong_channels,
 )
 

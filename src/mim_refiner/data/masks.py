@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from mim_refiner.data.channels import NPY, read_npy
+from mim_refiner.data.arrays import NPY, read_npy
 from mim_refiner.data.image_files import SIDEWAYS, open_image, orientation, stored_bits, stored_size
 from mim_refiner.data.source_base import ConcatSource, ImageSource, SlicedSource
 from mim_refiner.data.source_files import FileSource

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mim_refiner.data.arrays import Arrays
+from mim_refiner.data.channels import is_pixels
 from mim_refiner.data.source_base import ImageSource, checked_labels, short_hash
 from mim_refiner.errors import DataError
 
@@ -30,13 +31,7 @@ class ArraySource(ImageSource):
 
     def _open(self) -> NDArray[Any] | None:
         """Load the images (memory-mapped for .npy) and return the raw labels."""
-        try:
-            loaded = np.load(self.path, mmap_mode="r" if self.path.suffix == ".npy" else None, allow_pickle=False)
-            arrays = {"images": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            reason = str(error).splitlines()[0]
-            advice = "save it again with numpy.save or numpy.savez"
-            raise DataError(f"{self.path}: cannot read the array ({reason}); {advice}") from None
+        arrays = Arrays(self.path)
         images = arrays.get("images", arrays.get("x"))
         if images is None:
             found = ", ".join(sorted(arrays)) or "nothing"
@@ -71,7 +66,7 @@ class ArraySource(ImageSource):
 
 
 def _checked_images(images: NDArray[Any], path: Path) -> NDArray[Any]:
-    if images.dtype not in (np.uint8, np.uint16):
+    if not is_pixels(images.dtype):
         raise DataError(f"{path}: images are {images.dtype}; convert them to uint8 (0-255) or uint16 (0-65535)")
     if images.ndim not in (3, 4):
         raise DataError(f"{path}: images have shape {images.shape}; give [N, H, W] or [N, H, W, C]")

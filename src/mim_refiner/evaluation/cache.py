@@ -31,6 +31,7 @@ from mim_refiner._version import __version__
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import InputError
+from mim_refiner.files import cache_folder
 from mim_refiner.models.backbone import Backbone
 
 FOLDER_VARIABLE, SIZE_VARIABLE = "MIM_REFINER_CACHE", "MIM_REFINER_CACHE_SIZE"
@@ -63,7 +64,7 @@ class FeatureCache:
         ``size`` such as "5GB" or bytes; default $MIM_REFINER_CACHE_SIZE, else 5 GB. Raises InputError for a size that
         cannot be read.
         """
-        chosen = str(folder or os.environ.get(FOLDER_VARIABLE) or _user_cache() / "features")
+        chosen = str(folder or os.environ.get(FOLDER_VARIABLE) or cache_folder() / "features")
         limit = parse_size(size if size is not None else os.environ.get(SIZE_VARIABLE) or DEFAULT_SIZE)
         return None if chosen.lower() in OFF or limit == 0 else cls(Path(chosen).expanduser(), limit)
 
@@ -213,10 +214,6 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mim-refiner"
 
 
 def _readable(size: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from mim_refiner.evaluation.robustness import RobustnessSettings
 from mim_refiner.evaluation.segmentation import SegmentationSettings
 
 QUICK_CLUSTER_SEEDS = 10
+LARGEST = 10**9  # beyond it lie mistyped numbers
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _parse(key: str, text: str, default: Any) -> Any:
     """Read ``text`` as the type of the default; whole numbers pass for floats."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text
     parsed: Any
     if isinstance(default, tuple):
@@ -107,20 +109,21 @@ def _parse(key: str, text: str, default: Any) -> Any:
     elif isinstance(default, bool):
         parsed = value if isinstance(value, bool) else None
     elif isinstance(default, float):
-        parsed = float(value) if value in ("inf", "Infinity") or _is_number(value) else None
+        endless = key == "knn_temperature" and value in ("inf", math.inf)
+        parsed = float(value) if endless or _is_number(value) else None
     elif isinstance(default, str):
         parsed = value if isinstance(value, str) else None
     else:
         lowest = 1 if default is None or default > 0 else 0
         may_be_zero = key in ("knn_last", "linear.last", "finetune.workers")
-        parsed = value if type(value) is int and value >= (0 if may_be_zero else lowest) else None
+        parsed = value if type(value) is int and (0 if may_be_zero else lowest) <= value <= LARGEST else None
     if parsed is not None:
         return parsed
     if isinstance(default, tuple):
         kind = "names" if default and isinstance(default[0], str) else "numbers"
     else:
         kind = "a whole number above 0" if default is None else f"like {json.dumps(default)}"
-    raise InputError(f"setting {key}={text}: must be {kind}")
+    raise InputError(f"setting {key}={text[:60]}: must be {kind} (finite, at most {LARGEST})")
 
 
 def _parse_list(value: Any, default: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -135,4 +138,4 @@ def _parse_list(value: Any, default: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST

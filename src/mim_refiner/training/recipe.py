@@ -6,35 +6,49 @@ refused with the nearest valid name. ``resolved`` recipes contain no "auto": the
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+import contextlib
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
+    ValidationInfo,
+    field_validator,
 )
 
 from mim_refiner.errors import RecipeError, did_you_mean
+from mim_refiner.files import load_yaml, reading
 
+# Bounds that no run reaches: beyond them lie mistyped numbers, which would else end in an allocation or an overflow.
+PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
+Width = Annotated[int, Field(ge=1, le=2**17)]  # of a layer
+Side = Annotated[int, Field(ge=1, le=2**14)]  # pixels
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["auto", "fast", "fp32", "bf16"]
 R = TypeVar("R", bound="Recipe")
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("true and false are no numbers")
+        return value
 
 
 class Phase(_Settings):
     """One training phase. Peak learning rate = base_lr * batch_size / 256 (linear scaling)."""
 
-    epochs: NonNegativeInt
+    epochs: Annotated[int, Field(ge=0, le=10**6)]
     base_lr: PositiveFloat
     warmup_epochs: NonNegativeFloat = 4
     end_lr: NonNegativeFloat = 1e-6
@@ -45,18 +59,18 @@ class Phase(_Settings):
 class Views(_Settings):
     """Multi-crop views; sizes in pixels, scales are shares of the image area."""
 
-    global_size: PositiveInt | None = None  # None: the encoder's own image size
+    global_size: Side | None = None  # None: the encoder's own image size
     global_scale: tuple[float, float] = (0.25, 1.0)
-    local_size: PositiveInt = 96
+    local_size: Side = 96
     local_scale: tuple[float, float] = (0.05, 0.25)
-    num_local: NonNegativeInt = 10
-    flip: float = 0.5
-    jitter_prob: float = 0.8
+    num_local: Annotated[int, Field(ge=0, le=1000)] = 10
+    flip: Share = 0.5
+    jitter_prob: Share = 0.8
     jitter_strength: NonNegativeFloat = 1.0  # multiplies (0.4, 0.4, 0.2, 0.1)
-    gray_prob: float = 0.2
-    blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)  # global 0, global 1, local
+    gray_prob: Share = 0.2
+    blur_prob: tuple[Share, Share, Share] = (1.0, 0.1, 0.5)  # global 0, global 1, local
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    solarize_prob: tuple[Share, Share, Share] = (0.0, 0.2, 0.0)
 
 
 class Heads(_Settings):
@@ -64,10 +78,10 @@ class Heads(_Settings):
 
     blocks: list[int] | Literal["last_third", "auto"] = "last_third"
     pooling: Literal["auto", "cls", "mean"] = "auto"
-    projector_hidden: PositiveInt = 2048
-    predictor_hidden: PositiveInt = 4096
-    out_dim: PositiveInt = 256
-    queue_size: PositiveInt = 65_536
+    projector_hidden: Width = 2048
+    predictor_hidden: Width = 4096
+    out_dim: Width = 256
+    queue_size: Annotated[int, Field(ge=1, le=2**24)] = 65_536
     temperature: PositiveFloat = 0.2
     view_pairing: Literal["cross", "reference"] = "cross"
     swap_negatives: bool = False
@@ -92,10 +106,10 @@ class Recipe(_Settings):
     name: str
     expected: str = ""  # what this recipe is known to give, with where the figure comes from
     batch_size: PositiveInt
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     precision: Precision = "auto"  # bf16 on GPU, fp32 on CPU; "fast": bf16 also on CPUs that have it
     compile: bool = False  # torch.compile of the encoder's blocks: fewer passes over memory, half a minute to begin
-    workers: int = Field(default=-1, ge=-1)  # loader processes; -1: decided from data and cores
+    workers: int = Field(default=-1, ge=-1, le=4096)  # loader processes; -1: decided from data and cores
     reduced_decode: bool = True  # large JPEGs at 1/2, 1/4 or 1/8 where no view needs more pixels; not in evaluation
     loader_timeout: NonNegativeFloat = 600  # seconds without a batch after which loader processes are replaced
     checkpoint_every: PositiveInt = 500  # steps
@@ -119,7 +133,7 @@ class RefineRecipe(Recipe):
     checkpointing: bool = False  # keep block inputs only and compute the rest again in the backward pass
     weight_decay: NonNegativeFloat = 0.05
     head_weight_decay: NonNegativeFloat = 1e-5
-    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    ema_decay: Decay = 0.9999
     export_weights: Literal["model", "ema"] = "model"
     guard: GuardSettings = GuardSettings()
 
@@ -127,12 +141,12 @@ class RefineRecipe(Recipe):
 class PretrainRecipe(Recipe):
     """Masked-autoencoder pre-training (arXiv 2111.06377, appendix A.1)."""
 
-    image_size: PositiveInt | None = None  # None: size of the images, or 224 for larger ones
+    image_size: Side | None = None  # None: size of the images, or 224 for larger ones
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    decoder_dim: PositiveInt = 512
-    decoder_depth: NonNegativeInt = 8
-    decoder_heads: PositiveInt = 16
+    decoder_dim: Width = 512
+    decoder_depth: Annotated[int, Field(ge=0, le=1000)] = 8
+    decoder_heads: Width = 16
     training: Phase = Phase(epochs=800, base_lr=1.5e-4, warmup_epochs=40, end_lr=0.0)
     weight_decay: NonNegativeFloat = 0.05
 
@@ -144,12 +158,8 @@ def override(recipe: R, settings: list[str]) -> R:
         key, separator, text = setting.partition("=")
         if not separator:
             raise RecipeError(f"--set {setting!r} has no '='; write --set key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise RecipeError(
-                f"--set {key}: {text!r} is not a valid value; quote it or write a number, true or [list]"
-            ) from None
+        with reading(f"--set {key[:60]}", "quote the value, or write a number, true or [list]", RecipeError):
+            value = load_yaml(text)
         if isinstance(value, str):  # YAML 1.1 reads 4e-4 as text
             value = _as_number(value)
         _assign(tree, key.strip(), value, recipe)
@@ -166,18 +176,6 @@ def from_tree(base: R, tree: Any, where: str) -> R:
     return _validated(type(base), merged)
 
 
-def read_recipe_file(path: Path) -> Any:
-    """Parse a YAML recipe file; raises RecipeError if it is missing or not YAML."""
-    try:
-        return yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise RecipeError(
-            f"{path}: cannot read the recipe file ({error.strerror}); give a recipe name or an existing file"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise RecipeError(f"{path}: not a YAML file; write it like recipe.yaml of any run folder") from None
-
-
 def known_keys(recipe: Recipe) -> list[str]:
     """All dotted keys that --set accepts."""
     return [key for key, _ in _leaves(recipe.model_dump())]
@@ -188,6 +186,12 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for key, value in tree.items():
         found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return found
+
+
+def _shown(value: Any) -> str:
+    with contextlib.suppress(ValueError):  # whole numbers of more than 4300 digits have no text
+        return repr(value)[:60]
+    return "a number of thousands of digits"
 
 
 def _as_number(text: str) -> Any:
@@ -217,5 +221,8 @@ def _validated(kind: type[R], tree: dict[str, Any]) -> R:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        problems = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        problems = [
+            f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']} (got {_shown(each['input'])})"
+            for each in error.errors()[:5]
+        ]
         raise RecipeError("recipe: " + "; ".join(problems) + "; correct by --set or in the file") from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from mim_refiner.errors import RecipeError, did_you_mean
-from mim_refiner.training.recipe import Heads, Phase, PretrainRecipe, RefineRecipe, Views, from_tree, read_recipe_file
+from mim_refiner.files import read_yaml, reading
+from mim_refiner.training.recipe import Heads, Phase, PretrainRecipe, RefineRecipe, Views, from_tree
 
 MIN_BATCHES = 4  # an epoch
 MIN_QUEUE = 32  # entries, above the recipes' top_k
@@ -171,11 +173,11 @@ def _lookup(name_or_file: str, recipes: dict[str, Callable[[], R]], base: R) -> 
     if name_or_file in recipes:
         return recipes[name_or_file]()
     path = Path(name_or_file)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        tree = read_recipe_file(path)
-        if isinstance(tree, dict) and tree.get("name") in recipes:
-            base = recipes[tree["name"]]()
-        return from_tree(base, tree, str(path))
+    if path.suffix in (".yaml", ".yml") or os.path.exists(path):
+        with reading(path, "give a recipe name, or a YAML file like recipe.yaml of any run folder", RecipeError):
+            tree = read_yaml(path)
+            name = tree.get("name") if isinstance(tree, dict) else None
+            return from_tree(recipes.get(name, lambda: base)() if isinstance(name, str) else base, tree, str(path))
     raise RecipeError(
         f"unknown recipe '{name_or_file}'{did_you_mean(name_or_file, recipes)}; "
         f"use a YAML file or one of {', '.join(recipes)}"
