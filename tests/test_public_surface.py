@@ -34,7 +34,8 @@ SIGNATURES = {
 
 VERBS = {
     "pretrain": {
-        "data", "arch", "out", "recipe", "settings", "device", "seed", "overwrite", "exclude", "log", "reporter",
+        "data", "arch", "out", "model", "recipe", "settings", "device", "seed", "overwrite", "exclude", "log",
+        "reporter",
     },
     "refine": {
         "data", "model", "out", "recipe", "eval_data", "eval_test", "head_blocks", "settings", "device", "seed",

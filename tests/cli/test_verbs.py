@@ -45,6 +45,30 @@ def test_pretrain_fills_the_run_folder(mae, cli):
     assert mae.summary()["after"]["knn_top1"] == records[-1]["knn_top1"]
 
 
+def test_pretrain_goes_on_from_a_run(mae, shapes, cli, tmp_path):
+    arguments = cli.pretrain(shapes, tmp_path / "on", "training.base_lr=1e-12", "training.end_lr=0", "weight_decay=0")
+    place = arguments.index("--arch")
+    arguments[place : place + 2] = ["--model", str(mae.path)]
+    outcome = cli.call(*arguments)
+    assert outcome.code == 0, outcome.err
+    before = load_file(mae.path / "checkpoints" / "last" / "model.safetensors")
+    after = load_file(tmp_path / "on" / "checkpoints" / "last" / "model.safetensors")
+    assert before.keys() == after.keys()  # encoder and decoder began where the run ended, and hardly moved
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+
+
+def test_pretrain_needs_one_start(mae, shapes, cli, tmp_path):
+    arguments = cli.pretrain(shapes, tmp_path / "on")
+    both = cli.call(*arguments, "--model", mae.path)
+    place = arguments.index("--arch")
+    neither = cli.call(*arguments[:place], *arguments[place + 2 :])
+    for outcome in (both, neither):
+        assert outcome.code == 2
+        assert "--arch" in outcome.err
+        assert "--model" in outcome.err
+    assert not (tmp_path / "on").exists()
+
+
 def test_refine_fills_the_run_folder(refined):
     assert {path.name for path in refined.path.iterdir()} == {
         "recipe.yaml",

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mim_refiner.core.nna import multi_view_nna_loss
 from mim_refiner.errors import InputError
 from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective, RefinerHead
 
@@ -136,6 +137,16 @@ def test_default_pairing_is_the_correct_one() -> None:
     assert torch.equal(default, cross)
     assert not torch.equal(default, run(head, x, view_pairing="reference").loss)
     assert not torch.equal(default, run(head, x, view_pairing="cross", swap_negatives=True).loss)
+
+
+def test_without_swap_the_positive_is_the_target() -> None:
+    head = RefinerHead(6, SMALL).eval()
+    x = torch.randn(4, 8, 6)
+    out = run(head, x, swap_positive=False)
+    targets = out.projected[:2].detach()
+    expected = multi_view_nna_loss(out.predicted, targets, targets, 0.2).loss
+    assert torch.equal(out.loss, expected)
+    assert not torch.equal(out.loss, run(head, x, swap_positive=True).loss)
 
 
 def test_draws_come_from_the_generator() -> None:

@@ -25,8 +25,13 @@ from mim_refiner.cli.common import (
 
 def pretrain(
     data: DataOption,
-    arch: Annotated[str, typer.Option("--arch", metavar="TIMM_NAME", help="A ViT of timm, by its model name.")],
     out: RunFolderOption,
+    arch: Annotated[
+        str | None, typer.Option("--arch", metavar="TIMM_NAME", help="A new ViT of timm, by its model name.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="SRC", help="Go on from this ViT instead of a new one.")
+    ] = None,
     recipe: RecipeOption = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
@@ -48,6 +53,7 @@ def pretrain(
         quiet=quiet,
         data=data,
         arch=arch,
+        model=model,
         out=out,
         recipe=recipe,
         settings=settings,

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
+from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.loggers import logging_to
 from mim_refiner.commands.monitor import OnlineKnn
 from mim_refiner.commands.runs import (
@@ -29,6 +31,7 @@ from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import ViewSpec
+from mim_refiner.errors import InputError
 from mim_refiner.export.timm import export_timm
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone, create_vit
@@ -44,8 +47,9 @@ from mim_refiner.training.signals import stops_cleanly
 def pretrain(
     *,
     data: str,
-    arch: str,
+    arch: str | None = None,
     out: str,
+    model: str | None = None,
     recipe: str | None = None,
     settings: list[str] | None = None,
     device: str = "auto",
@@ -57,17 +61,20 @@ def pretrain(
 ) -> dict[str, Any]:
     """Pre-train ``arch`` (a timm ViT name, or ``vit_w<width>_d<depth>_h<heads>_p<patch>``) as a masked autoencoder.
 
-    ``data``: images, labels optional (used for online k-NN only), without those listed in ``exclude``. ``log``: further
-    loggers (tensorboard, wandb, mlflow). Writes a run folder whose export/ is a timm folder. The same call on the same
-    folder resumes. Returns the summary. Raises MimRefinerError with one line on bad input.
+    ``model`` instead of ``arch`` goes on from a ViT that is trained already; a run folder of pretrain brings its
+    decoder too when it has the recipe's sizes, otherwise the decoder is new. ``data``: images, labels optional (used
+    for online k-NN only), without those listed in ``exclude``. ``log``: further loggers (tensorboard, wandb, mlflow).
+    Writes a run folder whose export/ is a timm folder. The same call on the same folder resumes. Returns the summary.
+    Raises MimRefinerError with one line on bad input.
     """
     with logging_to(log, out, reporter or NullReporter()) as told:
-        return _pretrain(data, arch, out, recipe, settings or [], device, seed, overwrite, exclude, told)
+        return _pretrain(data, arch, model, out, recipe, settings or [], device, seed, overwrite, exclude, told)
 
 
 def _pretrain(
     data: str,
-    arch: str,
+    arch: str | None,
+    model: str | None,
     out: str,
     recipe: str | None,
     settings: list[str],
@@ -78,33 +85,35 @@ def _pretrain(
     reporter: Reporter,
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    if (arch is None) == (model is None):
+        raise InputError("pretrain needs --arch for a new encoder, or --model to go on from one; give one of them")
     run = Run(join_processes(pick_device(device)), seed=seed, reporter=reporter)
     images = open_images(data, reporter, exclude=exclude)
-    refuse_to_overwrite_inputs(out, overwrite, data=data)
+    refuse_to_overwrite_inputs(out, overwrite, data=data, model=model)
     # the size decides which recipe is the default, and a setting or a named recipe may decide the size
     size = override(pretrain_recipe(recipe, image_size=0), settings).image_size or common_image_size(images)
     chosen = override(pretrain_recipe(recipe, image_size=size, images=len(images)), settings)
     chosen.image_size = size
     run = replace(run, precision=resolve_precision(chosen.precision, run.device))
 
-    encoder = create_vit(arch, image_size=size)
-    backbone = Backbone.wrap(encoder, family="mae", architecture=arch, licence="as your images allow", source=out)
+    backbone = start(arch, model, size, out)
+    encoder = backbone.model
     if run.device.type == "cpu":
         backbone.use_math_attention()
     if chosen.compile:
         backbone.compile_blocks()
     torch.manual_seed(seed)
-    mae = make_autoencoder(encoder, chosen).to(run.device)
+    mae = make_autoencoder(encoder, chosen, model).to(run.device)
 
     view = ViewSpec("mae", size, scale=chosen.crop_scale, jitter_prob=0.0, gray_prob=0.0)
     loader = train_loader(images, [view], chosen, run)
     photometric = BatchPhotometric(view, backbone.info.mean, backbone.info.std)
-    asked = {"command": "pretrain", "data": data, "arch": arch, "seed": seed, "exclude": exclude}
+    asked = {"command": "pretrain", "data": data, "arch": arch, "model": model, "seed": seed, "exclude": exclude}
     folder = open_run(out, asked, chosen, images, overwrite=overwrite)
     skipped = list_skipped(images, folder, reporter)
     peak = peak_learning_rate(chosen.training.base_lr, chosen.batch_size)
     reporter.message(
-        f"{arch}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, {size} px, "
+        f"{arch or model}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, {size} px, "
         f"{len(images)} images, {chosen.training.epochs} epochs of {loader.steps_per_epoch} steps, {run.precision}; "
         f"learning rate base {chosen.training.base_lr:.3g}, peak {peak:.3g}"
     )
@@ -117,7 +126,10 @@ def _pretrain(
     if not folder.writes:  # the rest is rank 0's
         return {}
 
-    card: dict[str, Any] = {"base": "trained from scratch", "data": f"{Path(data).name} ({len(images)} images)"}
+    card: dict[str, Any] = {
+        "base": Path(model).name if model else "trained from scratch",
+        "data": f"{Path(data).name} ({len(images)} images)",
+    }
     card["recipe"] = chosen.model_dump(mode="json")
     export_timm(backbone.to("cpu"), Path(out) / "export", card=card)
     summary = {
@@ -138,12 +150,36 @@ def make_monitor(backbone: Backbone, images: ImageSet, run: Run) -> OnlineKnn:
     return OnlineKnn(backbone, images, None, blocks=blocks, pooling=pooling, run=run)
 
 
-def make_autoencoder(encoder: VisionTransformer, recipe: PretrainRecipe) -> MaskedAutoencoder:
-    """The encoder with a fresh decoder; all weights are drawn anew."""
-    return MaskedAutoencoder(
+def start(arch: str | None, model: str | None, size: int, out: str) -> Backbone:
+    """A new encoder ``arch``, or the one of ``model``. Raises InputError for a model that is no plain ViT."""
+    if model is None:
+        assert arch is not None
+        encoder = create_vit(arch, image_size=size)
+        return Backbone.wrap(encoder, family="mae", architecture=arch, licence="as your images allow", source=out)
+    backbone = load_backbone(model, image_size=size)
+    if type(backbone.model) is not VisionTransformer:
+        raise InputError(
+            f"--model {model}: masked-autoencoder pre-training goes on from a plain ViT, not from "
+            f"{type(backbone.model).__name__}; give a ViT, or --arch for a new one"
+        )
+    return backbone
+
+
+def make_autoencoder(encoder: VisionTransformer, recipe: PretrainRecipe, model: str | None = None) -> MaskedAutoencoder:
+    """The encoder with a decoder: all weights drawn anew, or with ``model`` the encoder's kept, and the decoder's too
+    when ``model`` is a run folder of pretrain with a decoder of these sizes.
+    """
+    mae = MaskedAutoencoder(
         encoder,
         decoder_dim=recipe.decoder_dim,
         decoder_depth=recipe.decoder_depth,
         decoder_heads=recipe.decoder_heads,
         mask_ratio=recipe.mask_ratio,
-    ).initialize()
+    ).initialize(encoder=model is None)
+    saved = Path(model or "") / "checkpoints" / "last" / "model.safetensors"
+    if model is not None and saved.exists():
+        decoder = {key: value for key, value in load_file(saved).items() if not key.startswith("encoder.")}
+        own = mae.state_dict()
+        if decoder and all(key in own and own[key].shape == value.shape for key, value in decoder.items()):
+            mae.load_state_dict(decoder, strict=False)
+    return mae

@@ -41,6 +41,7 @@ class Objective:
     view_pairing: ViewPairing = "cross"
     num_global: int = 2
     swap_negatives: bool = False
+    swap_positive: bool = True  # False: the target itself, as in plain contrastive learning
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class RefinerHead(nn.Module):
             result = multi_view_nna_loss(
                 predicted,
                 targets,
-                found.neighbors.to(targets).view_as(targets),
+                found.neighbors.to(targets).view_as(targets) if self.objective.swap_positive else targets,
                 self.objective.temperature,
                 gather=all_gather_with_grad if is_distributed() else None,
                 swap_negatives=self.objective.swap_negatives,

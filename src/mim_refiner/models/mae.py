@@ -87,9 +87,15 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=norm_eps)
         self.decoder_pred = nn.Linear(decoder_dim, self.patch_size[0] * self.patch_size[1] * in_chans)
 
-    def initialize(self) -> MaskedAutoencoder:
-        """Initialise encoder and decoder from scratch as MAE does; positions become fixed sine-cosine tables."""
+    def initialize(self, *, encoder: bool = True) -> MaskedAutoencoder:
+        """Initialise from scratch as MAE does, the decoder alone when ``encoder`` is False.
+
+        The encoder's positions become fixed sine-cosine tables.
+        """
+        kept = set() if encoder else set(self.encoder.modules())
         for module in self.modules():
+            if module in kept:
+                continue
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
@@ -97,6 +103,9 @@ class MaskedAutoencoder(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
+        if not encoder:
+            nn.init.normal_(self.mask_token, std=0.02)
+            return self
         projection = self.encoder.patch_embed.proj
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
         if projection.bias is not None:

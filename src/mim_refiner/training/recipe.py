@@ -84,7 +84,8 @@ class Heads(_Settings):
     queue_size: Annotated[int, Field(ge=1, le=2**24)] = 65_536
     temperature: PositiveFloat = 0.2
     view_pairing: Literal["cross", "reference"] = "cross"
-    swap_negatives: bool = False
+    swap_negatives: bool = False  # True: the neighbour stands for the target in negatives too (NNCLR)
+    swap_positive: bool = True  # False: no neighbours, plain contrastive learning (an ablation)
 
 
 class GuardSettings(_Settings):

@@ -118,7 +118,7 @@ def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
             "set a smaller refinement.top_k or a larger heads.queue_size"
         )
     config = HeadConfig(heads.projector_hidden, heads.predictor_hidden, heads.out_dim, heads.queue_size)
-    objective = Objective(heads.temperature, heads.view_pairing, NUM_GLOBAL, heads.swap_negatives)
+    objective = Objective(heads.temperature, heads.view_pairing, NUM_GLOBAL, heads.swap_negatives, heads.swap_positive)
     blocks = head_blocks(recipe, backbone.info.depth)
     refiner = Refiner(backbone, blocks, config, objective, pooling=heads.pooling, frozen_blocks=recipe.frozen_blocks)
     if recipe.micro_batch is not None:
