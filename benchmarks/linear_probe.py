@@ -48,7 +48,7 @@ def main() -> None:
         grid = ProbeGrid(
             layout, arguments.classes, dataclasses.replace(settings, learning_rates=rates), seed=0, device="cpu"
         )
-        return lambda: grid.fit(lambda _: x, labels)
+        return lambda: grid.fit(lambda _: x.__getitem__, labels)
 
     every = settings.learning_rates
     jobs = {

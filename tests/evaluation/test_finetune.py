@@ -19,6 +19,9 @@ from mim_refiner.evaluation.finetune import (
     FinetuneSettings,
     LabelledRows,
     _groups,
+    _loader,
+    _seeded,
+    _train,
     finetune,
     share_of,
     training_transform,
@@ -46,13 +49,24 @@ def test_it_learns_and_leaves_the_encoder_and_the_generators_alone(make_backbone
 
 
 def test_the_whole_recipe_is_reproducible(make_backbone, make_images):
-    train, test = rows_of(make_images(24)), rows_of(make_images(30, seed=1, noise=100))
-    settings = FinetuneSettings(epochs=2, batch_size=12)  # mixup, cutmix, RandAugment, erasing
-    losses = []
-    for _ in range(2):
-        score = finetune(make_backbone(), train, test, settings, image_size=32, seed=1)
-        losses.append(score.correct.tolist())
-    assert losses[0] == losses[1]
+    """With loader processes, however many, too."""
+    train, logits = rows_of(make_images(24)), []
+    for workers in (0, 0, 2):
+        settings = FinetuneSettings(epochs=2, batch_size=10, workers=workers)  # mixup, cutmix, RandAugment, erasing
+        with _seeded(1, ()):
+            model = Classifier(make_backbone(), 3, "cls", 0.2)
+            _train(model, train, settings, 3, 32, 1, torch.device("cpu"), "fp32", None)
+        logits.append(model.eval()(torch.ones(2, 3, 32, 32)))
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+def test_epochs_draw_other_crops_in_another_order(make_backbone, make_images):
+    settings = FinetuneSettings(workers=0)
+    loader = _loader(rows_of(make_images(24)), make_backbone(), settings, 32, 10, seed=1)
+    first, second = [torch.cat([images for images, _ in loader]) for _ in range(2)]
+    assert first.shape == second.shape == (20, 3, 32, 32)
+    assert not any(torch.equal(one, other) for one in first for other in second)
 
 
 def test_the_strongest_augmentation_survives_every_draw():

@@ -21,6 +21,7 @@ from mim_refiner.evaluation.linear_probe import (
     paper_sets,
     probe_sets,
 )
+from mim_refiner.training.memory import LiveBytes
 
 QUICK = LinearProbeSettings(epochs=3, batch_size=32)
 
@@ -51,7 +52,7 @@ def test_every_probe_of_the_grid_equals_a_probe_trained_alone(make_features):
     train, test = make_features(150), make_features(60, seed=5)
     x, y = train[1, "cls"] * 3 + 2, train.labels
     grid = ProbeGrid(Layout.of([((1, "cls"),)], {(1, "cls"): 8}), 4, QUICK, seed=3, device="cpu")
-    grid.fit(lambda _: x, y)
+    grid.fit(lambda _: x.__getitem__, y)
     predicted = grid.predict(test[1, "cls"])[:, 0]
     assert predicted.shape == (60, 13)
     for column, rate in enumerate(QUICK.learning_rates):
@@ -153,9 +154,9 @@ def test_sets_trained_together_equal_probes_trained_alone(four_blocks):
     train, test = four_blocks(96, 0), four_blocks(60, 1)
     sets = [*paper_sets(range(4), ("cls", "mean"), QUICK), ((0, "cls"), (2, "mean"))]  # the last is no run of columns
     layout = Layout.of(sets, dict.fromkeys(train.keys, 6))
-    x, queries = layout.gather(train), layout.gather(test)
+    x, queries = (torch.cat([part[key] for key in layout.keys], 1) for part in (train, test))
     grid = ProbeGrid(layout, 4, QUICK, seed=2, device="cpu")
-    grid.fit(lambda _: x, train.labels)
+    grid.fit(lambda _: x.__getitem__, train.labels)
     predicted = grid.predict(queries)
     assert predicted.shape == (60, 5, 13)
     for number, columns in enumerate(layout.columns):
@@ -164,6 +165,22 @@ def test_sets_trained_together_equal_probes_trained_alone(four_blocks):
             expected = alone(queries[:, columns].double()).argmax(1)
             found = predicted[:, number, QUICK.learning_rates.index(rate)]
             assert (found == expected).float().mean() >= 59 / 60
+
+
+def test_features_larger_than_the_room_are_sent_by_batch_to_the_same_effect(four_blocks):
+    train, sets = four_blocks(4000, 0), paper_sets(range(4), ("cls", "mean"), QUICK)
+    layout, chosen, peaks, weights = Layout.of(sets, dict.fromkeys(train.keys, 6)), torch.arange(3000), [], []
+    size = len(chosen) * 48 * 4
+    for room in (size, size - 1):
+        grid = ProbeGrid(layout, 4, QUICK, seed=2, device="cpu")
+        with LiveBytes() as live:
+            take = layout.rows(train, chosen, grid.device, room)
+            grid.fit(lambda _, take=take: take, train.labels[chosen])
+        peaks.append(live.peak)
+        weights.append(torch.cat([weight.flatten() for weight in grid.weights]))
+    assert torch.equal(*weights)
+    assert peaks[0] > size
+    assert peaks[1] < size / 2
 
 
 def test_every_set_is_scored_under_its_own_name(four_blocks):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from mim_refiner.data.exclude import without_listed
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import ViewSpec
+from mim_refiner.data.workers import worker_count
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.files import write_bytes
@@ -75,16 +75,12 @@ def common_image_size(images: ImageSet) -> int:
 
 def train_loader(images: ImageSet, views: Sequence[ViewSpec], recipe: Recipe, run: Run) -> TrainLoader:
     """A background thread for small cached images on few cores, else worker processes."""
-    workers = recipe.workers
-    if workers < 0:
-        cores = os.cpu_count() or 1
-        workers = 0 if images.cached and cores <= 2 else max(1, min(12, cores - 1))
     return TrainLoader(
         images,
         views,
         recipe.batch_size,
         run.seed,
-        workers,
+        worker_count(recipe.workers, cached=images.cached),
         pin_memory=run.device.type == "cuda",
         timeout=recipe.loader_timeout,
         reduced_decode=recipe.reduced_decode,

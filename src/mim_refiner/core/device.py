@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import math
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -51,6 +54,20 @@ def resolve_precision(precision: str, device: torch.device) -> Literal["fp32", "
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
     """Mixed precision for the forward pass."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes free on the GPU, or on the host (in the process's control group, where it has one); inf if nobody knows."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    free = math.inf
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = float(lines["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        group = Path("/sys/fs/cgroup")
+        free = min(free, float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
+    return max(free, 0.0)
 
 
 def eagerly() -> AbstractContextManager[Any]:

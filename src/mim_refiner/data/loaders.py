@@ -6,7 +6,6 @@ import contextlib
 import math
 import multiprocessing
 import sys
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -23,10 +22,12 @@ from mim_refiner.data.channels import common_type, resize
 from mim_refiner.data.decode import ImageSet, Loaded, Pixels
 from mim_refiner.data.prefetch import in_background
 from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order, scale_reduction
-from mim_refiner.data.workers import end_workers, watched
+from mim_refiner.data.workers import begun, end_workers, own_cores
 from mim_refiner.errors import DataError, InputError
 
 _ELONGATED = 4  # times longer than wide: the view is resized alone, or the cost would grow with the length
+
+_MOST_THREADS = 32  # that decode images for evaluation
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,10 @@ class _Assembler(Dataset[_Assembled]):
         rank: int,
         world_size: int,
         reduced_decode: bool,
+        rows: NDArray[np.int64] | None,
     ) -> None:
         self.images = images
+        self.rows = rows
         self.views = [spec for spec in views for _ in range(spec.count)]
         self.batch_size = batch_size
         self.local_size = batch_size // world_size
@@ -99,7 +102,8 @@ class _Assembler(Dataset[_Assembled]):
 
     def _batch(self, epoch: int, step: int) -> ViewBatch:
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.seed, epoch, len(self.images)))
+            order = epoch_order(self.seed, epoch, len(self.images)) if self.rows is None else self.rows
+            self._order = (epoch, order)
         position = step * self.batch_size + self.offset
         chosen = self._order[1][position : position + self.local_size]
         loaded = [self._load(int(index), epoch, position + row) for row, index in enumerate(chosen)]
@@ -153,7 +157,7 @@ class TrainLoader:
     part of each batch. ``workers`` > 0 assembles in that many processes, which live until ``close``; 0 in a thread.
     A worker that is killed, or gives nothing for ``timeout`` seconds (0: waits for ever), is a WorkerError in
     ``epoch``; ``restart`` makes new ones. ``reduced_decode``: JPEGs so large that no view needs all their pixels are
-    decoded at 1/2, 1/4 or 1/8.
+    decoded at 1/2, 1/4 or 1/8. ``rows``: these images in this order, every epoch, and none is dropped.
 
     Raises DataError when the batch is larger than the set or too many images are unreadable, InputError for sizes
     that do not fit.
@@ -173,13 +177,14 @@ class TrainLoader:
         pin_memory: bool = False,
         timeout: float = 0,
         reduced_decode: bool = False,
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
         if batch_size < 1 or workers < 0 or not views:
             sizes = f"batch size {batch_size}, {workers} workers and {len(views)} views"
             raise InputError(f"{sizes} do not make a loader; give at least 1, 0 and 1")
         if batch_size % world_size:
             raise InputError(f"batch size {batch_size} is not a multiple of {world_size} processes; choose one that is")
-        if batch_size > len(images):
+        if batch_size > len(images) and rows is None:
             raise DataError(
                 f"batch size {batch_size} is larger than the data set of {len(images)} images ({images.description}); "
                 f"set batch_size to {len(images)} or less"
@@ -188,8 +193,8 @@ class TrainLoader:
         self.images = images
         self.views = list(views)
         self.batch_size = batch_size
-        self.steps_per_epoch = len(images) // batch_size
-        self._assembler = _Assembler(images, views, batch_size, seed, rank, world_size, reduced_decode)
+        self.steps_per_epoch = len(images) // batch_size if rows is None else -(-len(rows) // batch_size)
+        self._assembler = _Assembler(images, views, batch_size, seed, rank, world_size, reduced_decode, rows)
         self._reported: set[int] = set()
         self._prefetch = prefetch
         self._steps = _Steps()
@@ -227,11 +232,7 @@ class TrainLoader:
                 yield from stream
             return
         self._steps.keys = keys
-        with warnings.catch_warnings():
-            # Python 3.12 warns of fork with threads about; the workers use neither our threads nor CUDA.
-            warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-            iterator = iter(self._loader)
-        yield from watched(iterator)
+        yield from begun(self._loader)
 
     def _accept(self, item: _Assembled) -> ViewBatch:
         """Record what the worker found unreadable and hand on the batch, or raise its error."""
@@ -318,7 +319,7 @@ def _eval_items(
         pixels = images.try_load(index)  # at full scale, as in the published protocols
         return None if pixels is None else resize_center_crop(pixels, image_size, ratio)
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(min(_MOST_THREADS, max(2, own_cores()))) as pool:
         apply: Callable[..., Any] = map if images.cached else pool.map
         for start in range(0, len(wanted), batch_size):
             chosen = wanted[start : start + batch_size].tolist()

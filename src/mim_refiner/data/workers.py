@@ -1,8 +1,10 @@
-"""Loader processes that die or hang: noticed where a batch is waited for, and nowhere else."""
+"""Loader processes: how many, and those that die or hang: noticed where a batch is waited for, and nowhere else."""
 
 from __future__ import annotations
 
+import os
 import signal
+import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -11,6 +13,32 @@ from torch.utils.data import DataLoader
 from mim_refiner.errors import WorkerError
 
 _T = TypeVar("_T")
+
+
+MOST_WORKERS = 12
+
+
+def own_cores() -> int:
+    """Cores for this process: those it may run on, divided by the processes of its node (torchrun tells)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def worker_count(asked: int, *, cached: bool) -> int:
+    """Loader processes: ``asked``, or for -1 one a core but one; a thread (0) for decoded images on few cores."""
+    if asked >= 0:
+        return asked
+    cores = own_cores()
+    return 0 if cached and cores <= 2 else max(1, min(MOST_WORKERS, cores - 1))
+
+
+def begun(loader: DataLoader[_T]) -> Iterator[_T]:
+    """Begin an epoch: fork the processes if they are not there yet, and yield the batches (:func:`watched`)."""
+    with warnings.catch_warnings():
+        # Python 3.12 warns of fork with threads about; the workers use neither our threads nor CUDA.
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        iterator = iter(loader)
+    yield from watched(iterator)
 
 
 def watched(iterator: Iterator[_T]) -> Iterator[_T]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from timm.data import Mixup, create_transform, rand_augment_transform
 from timm.layers import DropPath
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import Compose
 
 from mim_refiner.core.device import autocast, resolve_precision
@@ -28,6 +27,7 @@ from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
+from mim_refiner.data.workers import begun, worker_count
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.knn import AccuracyScore
 from mim_refiner.models.backbone import Backbone
@@ -60,7 +60,7 @@ class FinetuneSettings:
     erasing: float = 0.25
     crop_scale: Sequence[float] = (0.08, 1.0)
     pooling: str = "auto"
-    workers: int = 0
+    workers: int = -1  # loader processes; -1: decided from data and cores
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def finetune(
 ) -> AccuracyScore:
     """Train a copy of ``backbone`` on ``train`` and score it on ``test`` after the last epoch.
 
-    The backbone itself stays as it is. On a CPU the same seed gives the same bits (with workers = 0 or any fixed
-    number). Raises InputError for unusable settings.
+    The backbone itself stays as it is. On a CPU the same seed gives the same bits, with any number of workers. Raises
+    InputError for unusable settings.
     """
     settings = settings or FinetuneSettings()
     check_finetune(settings)
@@ -118,7 +118,7 @@ def finetune(
     precision = resolve_precision(precision, device)
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     pooling = ("cls" if backbone.info.has_cls else "mean") if settings.pooling == "auto" else settings.pooling
-    with _seeded(seed):
+    with _seeded(seed, range(torch.cuda.device_count())):
         model = Classifier(backbone, num_classes, pooling, settings.drop_path).to(device)
         _train(model, train, settings, num_classes, image_size, seed, device, precision, progress)
     predicted = _predict(model, test, image_size, settings.batch_size, device, precision)
@@ -159,11 +159,11 @@ def _train(
     warmup = min(round(settings.warmup_epochs * steps), total)
     model.train()
     for _ in range(settings.epochs):
-        for images, labels in loader:
+        for images, labels in begun(loader):
             rate = warmup_cosine(step, total_steps=total, warmup_steps=warmup, peak=peak, end=settings.end_lr)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-            images, targets = images.to(device), labels.to(device)
+            images, targets = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             if mixup:
                 images, targets = mixup(images, targets)
             with autocast(precision, device):
@@ -209,25 +209,46 @@ def _mixup(settings: FinetuneSettings, num_classes: int) -> Mixup | None:
 
 
 class _Augmented(Dataset[tuple[Tensor, int]]):
-    def __init__(self, train: LabelledRows, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.train, self.transform = train, transform
+    """Augmented images; every draw is a function of (seed, epoch, image): any number of workers gives the same."""
+
+    def __init__(self, train: LabelledRows, transform: Callable[[Image.Image], Tensor], seed: int) -> None:
+        self.train, self.transform, self.seed = train, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        pixels = self.train.images.load(int(self.train.rows[index]))
+        with _seeded(int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]), devices=()):
+            return self.transform(Image.fromarray(pixels)), int(self.train.labels[index])
+
+
+class _Shuffled(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index); an incomplete last one is dropped."""
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
 
     def __len__(self) -> int:
-        return len(self.train.rows)
+        return self.count // self.batch_size
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        pixels = self.train.images.load(int(self.train.rows[index]))
-        return self.transform(Image.fromarray(pixels)), int(self.train.labels[index])
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.count).tolist()
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield [(epoch, index) for index in order[start : start + self.batch_size]]
 
 
 def _loader(
     train: LabelledRows, backbone: Backbone, settings: FinetuneSettings, image_size: int, batch_size: int, seed: int
 ) -> DataLoader[Any]:
     transform = training_transform(settings, image_size, backbone.info.mean, backbone.info.std)
-    generator = torch.Generator().manual_seed(seed)
-    options: dict[str, Any] = {"num_workers": settings.workers, "persistent_workers": settings.workers > 0}
+    workers = worker_count(settings.workers, cached=train.images.cached)
     return DataLoader(
-        _Augmented(train, transform), batch_size, shuffle=True, drop_last=True, generator=generator, **options
+        _Augmented(train, transform, seed),
+        batch_sampler=_Shuffled(len(train.rows), batch_size, seed),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or the loader would consume the global generator's numbers
     )
 
 
@@ -275,10 +296,10 @@ def _predict(
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int, devices: Sequence[int]) -> Iterator[None]:
     """Seed the global generators that timm's augmentations use, and give them back afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=devices):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

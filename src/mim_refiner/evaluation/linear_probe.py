@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mim_refiner.core.device import free_memory
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.features import FeatureKey, Features
@@ -22,9 +24,10 @@ from mim_refiner.evaluation.splits import stratified_split
 
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.3, 0.5)
 
-
+_PREDICTED_ROWS = 8192  # at a time
 FeatureSet = tuple[FeatureKey, ...]  # (block, pooling) whose features are concatenated
 EpochFeatures = Callable[[int], Features]  # the train features of an epoch, in the row order of the train set
+Take = Callable[[Tensor], Tensor]  # row numbers on the CPU -> features [rows, D] on the device
 
 
 @dataclass(frozen=True)
@@ -101,14 +104,14 @@ def probe_sets(
     num_classes = int(torch.cat([labels, test_y]).max()) + 1
     layout = Layout.of(sets, {key: train[key].shape[1] for feature_set in sets for key in feature_set})
     grid = ProbeGrid(layout, num_classes, settings, seed=seed, device=device)
-    fixed = layout.gather(train)[kept] if epoch_features is None else torch.empty(0)
+    fixed = layout.rows(train, kept, grid.device) if epoch_features is None else None
 
-    def features(epoch: int) -> Tensor:
-        return fixed if epoch_features is None else layout.gather(epoch_features(epoch))[kept]
+    def features(epoch: int) -> Take:
+        return layout.rows(epoch_features(epoch), kept, grid.device) if epoch_features else cast(Take, fixed)
 
     grid.fit(features, labels[kept])
-    on_test = grid.predict(layout.gather(test)) == test_y[:, None, None]
-    on_held_out = grid.predict(layout.gather(train)[held]) == labels[held][:, None, None] if len(held) else None
+    on_test = _correct(grid, layout, test, torch.arange(len(test)), test_y)
+    on_held_out = _correct(grid, layout, train, held, labels) if len(held) else None
     return {
         feature_set: _score(
             on_test[:, number], None if on_held_out is None else on_held_out[:, number], settings.learning_rates
@@ -136,9 +139,9 @@ def fitted_probe(
         kept, held = map(torch.from_numpy, stratified_split(labels.numpy(), settings.held_out, seed))
     layout = Layout.of([(key,)], {key: train[key].shape[1]})
     grid = ProbeGrid(layout, int(labels.max()) + 1, settings, seed=seed, device=device)
-    fixed = train[key][kept]
+    fixed = layout.rows(train, kept, grid.device)
     grid.fit(lambda _: fixed, labels[kept])
-    rate = int((grid.predict(train[key][held])[:, 0] == labels[held][:, None]).float().mean(0).argmax())
+    rate = int(_correct(grid, layout, train, held, labels)[:, 0].float().mean(0).argmax())
     return lambda x, present: grid.predict(x, classes=present)[:, 0, rate]
 
 
@@ -172,9 +175,23 @@ class Layout:
         widths = tuple(sum(dims[key] for key in feature_set) for feature_set in sets)
         return cls(keys, tuple(columns), widths)
 
-    def gather(self, features: Features) -> Tensor:
-        """All features side by side, [N, sum of dims]."""
-        return features[self.keys[0]] if len(self.keys) == 1 else torch.cat([features[key] for key in self.keys], 1)
+    def rows(self, features: Features, chosen: Tensor, device: torch.device, room: float | None = None) -> Take:
+        """All features side by side of any of the ``chosen`` rows: numbers from 0 -> [rows, sum of dims].
+
+        They lie on the device where they need no more than ``room`` bytes (None: half of what is free on a GPU), else
+        they are put together and sent batch by batch.
+        """
+
+        def gather(rows: Tensor) -> Tensor:
+            return torch.cat([features[key][chosen[rows]] for key in self.keys], 1)
+
+        size = sum(len(chosen) * features[key].shape[1] * features[key].element_size() for key in self.keys)
+        if room is None:
+            room = 0.5 * free_memory(device) if device.type == "cuda" else 0.0
+        if size > room:
+            return lambda rows: gather(rows).to(device)
+        held = torch.cat([gather(rows).to(device) for rows in torch.arange(len(chosen)).split(8192)])
+        return lambda rows: held[rows.to(device)]
 
 
 class ProbeGrid:
@@ -203,8 +220,8 @@ class ProbeGrid:
         self.biases = [torch.zeros(self.rates * num_classes, device=device) for _ in layout.widths]
 
     @torch.no_grad()
-    def fit(self, features: Callable[[int], Tensor], y: Tensor) -> None:
-        """SGD on cross-entropy over ``features(epoch)`` [N, D], labels [N]; an incomplete last batch is dropped."""
+    def fit(self, features: Callable[[int], Take], y: Tensor) -> None:
+        """SGD on cross-entropy over the rows that ``features(epoch)`` gives; an incomplete last batch is dropped."""
         settings, y = self.settings, y.to(self.device)
         batch_size = min(settings.batch_size, len(y))
         steps = len(y) // batch_size
@@ -216,10 +233,11 @@ class ProbeGrid:
         self.norm.train()
         for step in range(total):
             if step % steps == 0:
-                x = features(step // steps).to(self.device)
-                order = torch.randperm(len(y), generator=generator).to(self.device)
+                take = features(step // steps)
+                order = torch.randperm(len(y), generator=generator)
             rows = order[(step % steps) * batch_size : (step % steps + 1) * batch_size]
-            normed, targets, rates = self.norm(x[rows]), y[rows], self._rates(step, total, batch_size)
+            normed, rates = self.norm(take(rows)), self._rates(step, total, batch_size)
+            targets = y[rows.to(self.device)]
             for number, velocity in enumerate(velocities):
                 self._step(number, normed[:, self.columns[number]], targets, rates, velocity)
 
@@ -251,7 +269,7 @@ class ProbeGrid:
         return torch.tensor(rates, device=self.device).repeat_interleave(self.num_classes)
 
     @torch.no_grad()
-    def predict(self, x: Tensor, *, classes: Tensor | None = None, chunk_size: int = 8192) -> Tensor:
+    def predict(self, x: Tensor, *, classes: Tensor | None = None, chunk_size: int = _PREDICTED_ROWS) -> Tensor:
         """Classes [N, S, R] of features [N, D], on the CPU; only among ``classes`` when given."""
         barred = torch.zeros(self.num_classes, device=self.device)
         if classes is not None:
@@ -279,6 +297,13 @@ def paper_sets(blocks: Sequence[int], poolings: Sequence[str], settings: LinearP
     spans = dict.fromkeys((1, min(max(1, settings.last), len(blocks))))
     ordered = sorted(blocks)
     return [tuple((block, name) for block in ordered[-span:] for name in names) for span in spans for names in firsts]
+
+
+def _correct(grid: ProbeGrid, layout: Layout, features: Features, rows: Tensor, labels: Tensor) -> Tensor:
+    """Whether each probe is right about each row, bool [rows, S, R]."""
+    take = layout.rows(features, rows, torch.device("cpu"))
+    parts = torch.arange(len(rows)).split(_PREDICTED_ROWS)
+    return torch.cat([grid.predict(take(part)) == labels[rows[part]][:, None, None] for part in parts])
 
 
 def _score(on_test: Tensor, on_held_out: Tensor | None, rates: Sequence[float]) -> LinearProbeScore:

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from mim_refiner.core.metrics import effective_rank
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.views import ViewSpec, crop_batch
+from mim_refiner.data.loaders import TrainLoader
+from mim_refiner.data.views import ViewSpec
+from mim_refiner.data.workers import worker_count
 from mim_refiner.evaluation.clustering import clustering_protocol
 from mim_refiner.evaluation.features import FeatureKey, Features, ImageTransform
 from mim_refiner.evaluation.jobs import Job
@@ -162,6 +164,7 @@ def _augmented(job: Job, sets: list[FeatureSet]) -> Any:
     """Features of random crops and flips, new ones every epoch (the paper's training augmentation)."""
     blocks = sorted({key[0] for feature_set in sets for key in feature_set})
     low, high = job.settings.linear.crop_scale
+    crops = RandomCrops(float(low), float(high), seed=job.seed)
 
     def features(epoch: int) -> Features:
         # not cached: used once, and fifty such entries would push everything else out
@@ -170,7 +173,7 @@ def _augmented(job: Job, sets: list[FeatureSet]) -> Any:
             job.train.indices,
             blocks=blocks,
             poolings=job.poolings,
-            transform=random_crops(float(low), float(high), seed=job.seed, epoch=epoch),
+            transform=crops.of_epoch(epoch),
             what=f"linear: augmented epoch {epoch + 1} of {job.settings.linear.epochs}",
             cached=False,
         )
@@ -178,21 +181,31 @@ def _augmented(job: Job, sets: list[FeatureSet]) -> Any:
     return features
 
 
-def random_crops(low: float, high: float, *, seed: int, epoch: int) -> ImageTransform:
-    """Random resized crops of ``low`` to ``high`` of the area, flipped half the time; a function of seed and epoch."""
+class RandomCrops:
+    """Random resized crops of ``low`` to ``high`` of the area, flipped half the time; a function of seed and epoch.
 
-    def batches(
-        images: ImageSet, size: int, batch_size: int, indices: NDArray[np.int64] | None
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        spec = ViewSpec("probe", size, scale=(low, high), jitter_prob=0.0, gray_prob=0.0)
-        rows = np.arange(len(images)) if indices is None else indices
-        for start in range(0, len(rows), batch_size):
-            chosen = [int(row) for row in rows[start : start + batch_size]]
-            pixels = [images.load(row) for row in chosen]
-            crops = crop_batch(pixels, spec, seed=seed, epoch=epoch, position=start, view=0)
-            yield torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2))), torch.tensor(chosen)
+    The training loader cuts them, in processes that stay for all epochs.
+    """
 
-    return ImageTransform(f"random crop {low}-{high} and flip, seed {seed} epoch {epoch}", batches)
+    def __init__(self, low: float, high: float, *, seed: int) -> None:
+        self.low, self.high, self.seed = low, high, seed
+        self.loader: TrainLoader | None = None
+
+    def of_epoch(self, epoch: int) -> ImageTransform:
+        """The crops of one epoch; every epoch is to be of the same images, size and batch."""
+
+        def batches(
+            images: ImageSet, size: int, batch_size: int, indices: NDArray[np.int64] | None
+        ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            rows = np.arange(len(images)) if indices is None else indices
+            if self.loader is None:
+                spec = ViewSpec("probe", size, scale=(self.low, self.high), jitter_prob=0.0, gray_prob=0.0)
+                workers = worker_count(-1, cached=images.cached)
+                self.loader = TrainLoader(images, [spec], batch_size, self.seed, workers, rows=rows)
+            for start, batch in zip(range(0, len(rows), batch_size), self.loader.epoch(epoch), strict=True):
+                yield batch.views[0], torch.from_numpy(rows[start : start + batch_size])
+
+        return ImageTransform(f"random crop {self.low}-{self.high} and flip, seed {self.seed} epoch {epoch}", batches)
 
 
 def _concatenated(features: Features, blocks: tuple[int, ...], poolings: tuple[str, ...]) -> Features:

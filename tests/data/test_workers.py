@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mim_refiner.data import workers
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.loaders import TrainLoader
+from mim_refiner.data.sources import open_source
+from mim_refiner.data.views import ViewSpec, crop_batch
+from mim_refiner.data.workers import own_cores, worker_count
+from mim_refiner.evaluation.protocols import RandomCrops
+
+
+@pytest.fixture
+def cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+
+@pytest.mark.usefixtures("cores")
+def test_the_processes_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (own_cores(), worker_count(-1, cached=False)) == (64, workers.MOST_WORKERS)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert (own_cores(), worker_count(-1, cached=False)) == (8, 7)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
+    assert (worker_count(-1, cached=False), worker_count(-1, cached=True)) == (1, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100")
+    assert own_cores() == 1
+    assert worker_count(5, cached=True) == 5
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_given_rows_keep_their_order_and_none_is_dropped(tmp_path: Path, count: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (10, 20, 20, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    rows, spec = np.array([7, 2, 2, 9, 0]), ViewSpec("probe", 8)
+    loader = TrainLoader(ImageSet(open_source(tmp_path / "images.npz")), [spec], 2, 5, count, rows=rows)
+    assert loader.steps_per_epoch == 3
+    for epoch in (0, 3):
+        batches = list(loader.epoch(epoch))
+        assert torch.cat([batch.sample_ids for batch in batches]).tolist() == rows.tolist()
+        for start, batch in zip((0, 2, 4), batches, strict=True):
+            chosen = [pixels[row] for row in rows[start : start + 2]]
+            expected = crop_batch(chosen, spec, seed=5, epoch=epoch, position=start, view=0)
+            assert torch.equal(batch.views[0], torch.from_numpy(expected.transpose(0, 3, 1, 2).copy()))
+    loader.close()
+
+
+def test_augmented_probes_see_the_crops_of_their_epoch_in_the_order_of_the_rows(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (10, 20, 20, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    images, rows, crops = (
+        ImageSet(open_source(tmp_path / "images.npz")),
+        np.array([4, 1, 8]),
+        RandomCrops(0.2, 1.0, seed=5),
+    )
+    spec = ViewSpec("probe", 8, scale=(0.2, 1.0), jitter_prob=0.0, gray_prob=0.0)
+    for epoch in (0, 1):
+        for start, (batch, positions) in zip((0, 2), crops.of_epoch(epoch).batches(images, 8, 2, rows), strict=True):
+            assert positions.tolist() == rows[start : start + 2].tolist()
+            chosen = [pixels[row] for row in rows[start : start + 2]]
+            expected = crop_batch(chosen, spec, seed=5, epoch=epoch, position=start, view=0)
+            assert torch.equal(batch, torch.from_numpy(expected.transpose(0, 3, 1, 2).copy()))
