@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -24,12 +26,12 @@ from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.segmentation import (
     DenseProbe,
     SegmentationSettings,
-    _patch_targets,
     confusion,
     segmentation_blocks,
     segmentation_protocol,
-    window_places,
 )
+from mim_refiner.evaluation.windows import Windows, patch_targets, window_places
+from mim_refiner.training.memory import LiveBytes
 
 
 def png(array):
@@ -74,7 +76,7 @@ def test_windows_cover_every_pixel():
 
 def test_patch_targets_count_labelled_pixels():
     mask = np.random.default_rng(0).integers(0, 5, (16, 24)).astype(np.uint8)
-    counts = _patch_targets(mask, (8, 8), 4, ignore=2)
+    counts = patch_targets(mask, (8, 8), 4, ignore=2)
     for number in range(6):
         tile = mask[8 * (number // 3) :, 8 * (number % 3) :][:8, :8]
         assert counts[number].tolist() == [int((tile == c).sum()) if c != 2 else 0 for c in range(4)]
@@ -86,11 +88,13 @@ def test_the_probe_trains_as_the_same_network_under_autograd():
     torch.manual_seed(1)
     tokens = torch.randn(12, 4, 5).half()
     masks = torch.randint(0, 4, (12, 4, 4))  # class 3 is ignored
-    targets = torch.stack([_patch_targets(mask.numpy().astype(np.uint8), (2, 2), 3, ignore=3) for mask in masks])
+    targets = torch.stack([patch_targets(mask.numpy().astype(np.uint8), (2, 2), 3, ignore=3) for mask in masks])
     probe = DenseProbe(5, 3, settings, seed=0, device=torch.device("cpu"))
     model = nn.Sequential(nn.BatchNorm2d(5, affine=False, eps=1e-6), nn.Conv2d(5, 3, 1)).double()
     model[1].weight.data, model[1].bias.data = probe.weight.T[..., None, None].double(), torch.zeros(3).double()
-    probe.fit(tokens, targets)
+    held = Windows.__new__(Windows)
+    held.held, held.places, held.encoder = (tokens, targets), tokens, SimpleNamespace(device="cpu")
+    probe.fit(held)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     total, warmup, peak = 6, 1, 0.1 * 6 / 256
@@ -139,6 +143,42 @@ def test_end_to_end_and_cached(make_backbone, make_masked, tmp_path):
     again = segmentation_protocol(backbone, train, test, settings, cache=cache)
     assert (cache.hits, cache.misses) == (2, 2)
     assert (again.confusions == score.confusions).all()
+
+
+def test_tokens_that_do_not_fit_are_computed_by_batch_to_the_same_effect(make_backbone, make_masked):
+    """Images of several sizes, more windows in one than a batch holds."""
+    backbone = make_backbone()
+    sides = {"a": ((48, 64), 5), "b": ((96, 136), 10), "c": ((32, 32), 1)}
+    paths = [make_masked(name, count, count, side=side) for name, (side, count) in sides.items()]
+    train = ",".join(map(str, paths))
+    settings = SegmentationSettings(epochs=1, batch_size=8, lr=2.0, window=16)
+    peaks, scores = [], []
+    for memory_gb in (1.0, 1e-6):
+        chosen = dataclasses.replace(settings, memory_gb=memory_gb)
+        images = [ImageSet(open_source(train), cache=False), ImageSet(open_source(paths[0]), cache=False)]
+        with LiveBytes() as live:
+            scores.append(segmentation_protocol(backbone, *images, chosen, batch_size=8))
+        peaks.append(live.peak)
+    assert (scores[0].confusions == scores[1].confusions).all()
+    assert scores[0].mean_iou == scores[1].mean_iou
+    held = sum(len(window_places(*side, 16, 11)) * count for side, count in sides.values()) * 4 * (32 + 3) * 2
+    assert peaks[0] > held > 1.5 * peaks[1]
+
+
+def test_an_image_that_cannot_be_read_has_no_windows(make_backbone, make_masked, tmp_path):
+    table = pq.read_table(make_masked("a", 12, 5))
+    rows = table.to_pylist()
+    rows[4]["image"] = rows[4]["image"][:200]
+    pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(table.schema.metadata), tmp_path / "d.parquet")
+    scores = [
+        segmentation_protocol(
+            make_backbone(),
+            *(ImageSet(open_source(tmp_path / "d.parquet"), cache=False) for _ in range(2)),
+            SegmentationSettings(epochs=2, memory_gb=memory_gb),
+        )
+        for memory_gb in (1.0, 1e-6)
+    ]
+    assert scores[0].confusions.shape == scores[1].confusions.shape == (11, 3, 3)
 
 
 def test_blocks_of_deeper_encoders():

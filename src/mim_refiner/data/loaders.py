@@ -22,12 +22,10 @@ from mim_refiner.data.channels import common_type, resize
 from mim_refiner.data.decode import ImageSet, Loaded, Pixels
 from mim_refiner.data.prefetch import in_background
 from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order, scale_reduction
-from mim_refiner.data.workers import begun, end_workers, own_cores
+from mim_refiner.data.workers import begun, decoding_threads, end_workers
 from mim_refiner.errors import DataError, InputError
 
 _ELONGATED = 4  # times longer than wide: the view is resized alone, or the cost would grow with the length
-
-_MOST_THREADS = 32  # that decode images for evaluation
 
 
 @dataclass(frozen=True)
@@ -319,7 +317,7 @@ def _eval_items(
         pixels = images.try_load(index)  # at full scale, as in the published protocols
         return None if pixels is None else resize_center_crop(pixels, image_size, ratio)
 
-    with ThreadPoolExecutor(min(_MOST_THREADS, max(2, own_cores()))) as pool:
+    with ThreadPoolExecutor(decoding_threads()) as pool:
         apply: Callable[..., Any] = map if images.cached else pool.map
         for start in range(0, len(wanted), batch_size):
             chosen = wanted[start : start + batch_size].tolist()

@@ -15,7 +15,7 @@ from mim_refiner.errors import WorkerError
 _T = TypeVar("_T")
 
 
-MOST_WORKERS = 12
+MOST_WORKERS, MOST_THREADS = 12, 32
 
 
 def own_cores() -> int:
@@ -30,6 +30,11 @@ def worker_count(asked: int, *, cached: bool) -> int:
         return asked
     cores = own_cores()
     return 0 if cached and cores <= 2 else max(1, min(MOST_WORKERS, cores - 1))
+
+
+def decoding_threads() -> int:
+    """Threads that decode images for evaluation."""
+    return max(2, min(MOST_THREADS, own_cores()))
 
 
 def begun(loader: DataLoader[_T]) -> Iterator[_T]:

@@ -7,7 +7,7 @@ logits repeated over the patch); for scoring the logits are upsampled bilinearly
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,22 +15,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from mim_refiner.core.device import autocast, resolve_precision
+from mim_refiner.core.device import free_memory, resolve_precision
 from mim_refiner.core.metrics import class_iou, mean_iou_interval
-from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
-from mim_refiner.data.channels import MAX_PIXELS
-from mim_refiner.data.decode import ImageSet, Pixels
+from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.masks import Mask, MaskSet
-from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import InputError
-from mim_refiner.evaluation.cache import FeatureCache, data_identity, model_identity
+from mim_refiner.evaluation.cache import FeatureCache
+from mim_refiner.evaluation.windows import Cutting, Encoder, Progress, Windows
 from mim_refiner.models.backbone import Backbone
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,8 @@ class SegmentationSettings:
     """``window`` (pixels, None: the encoder's image size) and ``stride`` (share of it) of the sliding window.
 
     ``short_side`` resizes images and masks first (None: as they are, at least a window). ``count`` blocks, every
-    ``every``-th from the last. The optimiser's values are those of the published code's per-block probe.
+    ``every``-th from the last. The optimiser's values are those of the published code's per-block probe. Tokens that
+    need more than ``memory_gb`` (None: half of what is free) are computed anew in every epoch, to the same effect.
     """
 
     window: int | None = None
@@ -54,6 +50,7 @@ class SegmentationSettings:
     warmup: float = 0.1
     end_rate: float = 1e-6
     init_std: float = 0.01
+    memory_gb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,6 @@ class SegmentationScore:
     confusions: NDArray[np.int64]
     blocks: tuple[int, ...]
     window: int
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Tokens of all windows of an image set, and where they lie."""
-
-    tokens: Tensor  # float16 [W, P, D]
-    places: Tensor  # int64 [W, 3]: image, top, left
 
 
 def segmentation_blocks(depth: int, settings: SegmentationSettings) -> tuple[int, ...]:
@@ -104,25 +93,21 @@ def segmentation_protocol(
     train_masks, test_masks = MaskSet(train.source), MaskSet(test.source)
     classes = max(train_masks.num_classes(), test_masks.num_classes())
     device = torch.device(device)
-    patch = backbone.info.patch_size
     blocks = segmentation_blocks(backbone.info.depth, settings)
+    encoder = Encoder(backbone.to(device), blocks, settings.norm, device, resolve_precision(precision, device))
+    stride = max(1, round(settings.stride * window))
+    cutting = Cutting(window, stride, settings.short_side, backbone.info.patch_size)
+    room = 0.5 * free_memory(torch.device("cpu")) if settings.memory_gb is None else settings.memory_gb * 1e9
 
-    def tokens(images: ImageSet) -> Windows:
-        options = (backbone, images, blocks, window, settings, batch_size, device, resolve_precision(precision, device))
-        return _windows(*options, cache, progress)
+    def windows(images: ImageSet, **targets: Any) -> Windows:
+        found = Windows(images, cutting, encoder, **targets)
+        if found.bytes <= room:
+            found.hold(batch_size, cache, progress)
+        return found
 
-    seen = tokens(train)
-    targets = torch.stack(
-        [
-            _patch_targets(_sized_mask(train_masks, image, settings, window)[top : top + window, left : left + window],
-                           patch, classes, train_masks.ignore_index)
-            for image, top, left in seen.places.tolist()
-        ]
-    )  # fmt: skip
-    probe = DenseProbe(seen.tokens.shape[2], classes, settings, seed=seed, device=device)
-    probe.fit(seen.tokens, targets)
-    del seen, targets
-    confusions = _score(probe, tokens(test), test_masks, classes, window, patch, settings)
+    probe = DenseProbe(encoder.width, classes, settings, seed=seed, device=device)
+    probe.fit(windows(train, masks=train_masks, classes=classes), progress)
+    confusions = _score(probe, windows(test), test_masks, classes, batch_size)
     value, low, high = mean_iou_interval(confusions, seed=seed)
     whole = confusions.sum(0)
     return SegmentationScore(
@@ -149,21 +134,17 @@ class DenseProbe:
         self.bias = torch.zeros(classes, device=device)
 
     @torch.no_grad()
-    def fit(self, tokens: Tensor, targets: Tensor) -> None:
-        """SGD over windows: tokens [W, P, D], counts of labelled pixels by class [W, P, C]."""
-        settings, count = self.settings, len(tokens)
+    def fit(self, windows: Windows, progress: Progress | None = None) -> None:
+        """SGD over batches of windows, an incomplete last one of an epoch is dropped."""
+        settings, count = self.settings, len(windows)
         batch_size = min(settings.batch_size, count)
-        steps = count // batch_size
-        total, peak = settings.epochs * steps, peak_learning_rate(settings.lr, batch_size)
+        total, peak = settings.epochs * (count // batch_size), peak_learning_rate(settings.lr, batch_size)
         moving = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        generator = torch.Generator().manual_seed(self.seed)
         self.norm.train()
-        for step in range(total):
-            if step % steps == 0:
-                order = torch.randperm(count, generator=generator)
-            rows = order[(step % steps) * batch_size : (step % steps + 1) * batch_size]
-            normed = self.norm(tokens[rows].to(self.device).float().flatten(0, 1))
-            counts = targets[rows].to(self.device).float().flatten(0, 1)
+        batches = windows.batches(_shuffled(count, batch_size, settings.epochs, self.seed))
+        for step, (_, tokens, targets) in enumerate(batches):
+            normed = self.norm(tokens.float().flatten(0, 1))
+            counts = targets.to(self.device).float().flatten(0, 1)
             pixels = counts.sum().clamp_min(1)
             # gradient of the pixels' mean cross-entropy
             error = ((normed @ self.weight + self.bias).softmax(1) * counts.sum(1, keepdim=True) - counts) / pixels
@@ -178,6 +159,8 @@ class DenseProbe:
             for parameter, gradient, velocity in zip((self.weight, self.bias), gradients, moving, strict=True):
                 velocity.mul_(settings.momentum).add_(gradient)
                 parameter.sub_(rate * velocity)
+            if progress and windows.held is None:
+                progress(step + 1, total)
         self.norm.eval()
 
     @torch.no_grad()
@@ -187,158 +170,39 @@ class DenseProbe:
         return flat.view(*tokens.shape[:2], -1).cpu()
 
 
-def window_places(height: int, width: int, window: int, stride: int) -> list[tuple[int, int]]:
-    """Top-left corners (top, left) of windows that cover an image, the last ones flush with its border."""
-    tops = [*range(0, height - window, stride), height - window]
-    lefts = [*range(0, width - window, stride), width - window]
-    return [(top, left) for top in tops for left in lefts]
+def _shuffled(count: int, batch_size: int, epochs: int, seed: int) -> Iterator[Tensor]:
+    """Rows of every batch of every epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        order = torch.randperm(count, generator=generator)
+        yield from order[: count // batch_size * batch_size].split(batch_size)
 
 
-def _windows(
-    backbone: Backbone,
-    images: ImageSet,
-    blocks: Sequence[int],
-    window: int,
-    settings: SegmentationSettings,
-    batch_size: int,
-    device: torch.device,
-    precision: str,
-    cache: FeatureCache | None,
-    progress: Progress | None,
-) -> Windows:
-    identity: dict[str, Any] = (
-        {}
-        if cache is None
-        else {
-            "kind": "windows",
-            "model": model_identity(backbone),
-            "data": data_identity(images),
-            "transform": [window, settings.stride, settings.short_side],
-            "blocks": list(blocks),
-            "norm": settings.norm,
-            "computed": [precision, device.type, torch.__version__],
-        }
-    )
-    found = None if cache is None else cache.get(identity)
-    if found is None:
-        found = _compute_windows(backbone, images, blocks, window, settings, batch_size, device, precision, progress)
-        if cache is not None:
-            cache.put(identity, found)
-    return Windows(found["tokens"], found["places"])
-
-
-def _compute_windows(
-    backbone: Backbone,
-    images: ImageSet,
-    blocks: Sequence[int],
-    window: int,
-    settings: SegmentationSettings,
-    batch_size: int,
-    device: torch.device,
-    precision: str,
-    progress: Progress | None,
-) -> dict[str, Tensor]:
-    backbone.to(device)
-    tokens: list[Tensor] = []
-    places: list[tuple[int, int, int]] = []
-    with evaluation_mode(backbone), torch.inference_mode():
-        for batch, where in _window_batches(images, window, settings, batch_size):
-            inputs = normalize(batch.to(device), backbone.info.mean, backbone.info.std)
-            with autocast(precision, device):
-                outputs = backbone.forward_blocks(inputs, blocks, norm=settings.norm)
-            tokens.append(torch.cat([output.patches for output in outputs], dim=2).to(torch.float16).cpu())
-            places += where
-            if progress:
-                progress(where[-1][0] + 1, len(images))
-    return {"tokens": torch.cat(tokens).clone(), "places": torch.tensor(places)}
-
-
-def _window_batches(
-    images: ImageSet, window: int, settings: SegmentationSettings, batch_size: int
-) -> Iterator[tuple[Tensor, list[tuple[int, int, int]]]]:
-    """(uint8 [B, 3, window, window], [(image, top, left)]); an unreadable image has no windows."""
-    crops: list[Pixels] = []
-    places: list[tuple[int, int, int]] = []
-    stride = max(1, round(settings.stride * window))
-    for index in range(len(images)):
-        pixels = images.try_load(index)
-        images.raise_if_too_many_unreadable()
-        if pixels is None:
-            continue
-        if _side(pixels, settings, window) ** 2 * max(pixels.shape[:2]) > MAX_PIXELS * min(pixels.shape[:2]):
-            reason = f"{pixels.shape[1]}x{pixels.shape[0]} px are too long for windows of {window} px"
-            images.add_unreadable([(index, images.source.name(index), reason)])
-            continue
-        pixels = _sized(pixels, settings, window, Image.Resampling.BICUBIC)
-        for top, left in window_places(pixels.shape[0], pixels.shape[1], window, stride):
-            crops.append(pixels[top : top + window, left : left + window])
-            places.append((index, top, left))
-        while len(crops) >= batch_size:
-            yield _stacked(crops[:batch_size]), places[:batch_size]
-            crops, places = crops[batch_size:], places[batch_size:]
-    if crops:
-        yield _stacked(crops), places
-
-
-def _stacked(crops: Sequence[Pixels]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.stack(crops).transpose(0, 3, 1, 2)))
-
-
-def _sized(
-    array: NDArray[np.uint8], settings: SegmentationSettings, window: int, filter_: Image.Resampling
-) -> NDArray[np.uint8]:
-    """Resize so that the shorter side is ``short_side``, or at least a window."""
-    height, width = array.shape[:2]
-    short = _side(array, settings, window)
-    if short == min(height, width):
-        return array
-    size = (round(width * short / min(height, width)), round(height * short / min(height, width)))
-    return np.asarray(Image.fromarray(array).resize(size, filter_))
-
-
-def _side(array: NDArray[Any], settings: SegmentationSettings, window: int) -> int:
-    return max(settings.short_side or min(array.shape[:2]), window)
-
-
-def _sized_mask(masks: MaskSet, index: int, settings: SegmentationSettings, window: int) -> Mask:
-    return _sized(masks.load(index), settings, window, Image.Resampling.NEAREST)
-
-
-def _patch_targets(mask: Mask, patch: tuple[int, int], classes: int, ignore: int) -> Tensor:
-    """How many pixels of every class a patch has: int16 [P, C]."""
-    rows, columns = mask.shape[0] // patch[0], mask.shape[1] // patch[1]
-    tiles = mask.reshape(rows, patch[0], columns, patch[1]).transpose(0, 2, 1, 3).reshape(rows * columns, -1)
-    counts = np.stack([((tiles == number) & (tiles != ignore)).sum(1) for number in range(classes)], axis=1)
-    return torch.from_numpy(counts.astype(np.int16))
-
-
-def _score(
-    probe: DenseProbe,
-    windows: Windows,
-    masks: MaskSet,
-    classes: int,
-    window: int,
-    patch: tuple[int, int],
-    settings: SegmentationSettings,
-) -> NDArray[np.int64]:
+def _score(probe: DenseProbe, windows: Windows, masks: MaskSet, classes: int, batch_size: int) -> NDArray[np.int64]:
     """Pixel counts [N, C, C] of every test image, at the size of its own mask."""
-    confusions = []
-    for image in windows.places[:, 0].unique().tolist():
-        mine = windows.places[:, 0] == image
-        logits = probe.logits(windows.tokens[mine])
-        logits = logits.transpose(1, 2).unflatten(2, (window // patch[0], window // patch[1]))
-        logits = F.interpolate(logits, size=(window, window), mode="bilinear", align_corners=False)
-        places = windows.places[mine]
-        height, width = (int(places[:, axis].max()) + window for axis in (1, 2))
-        total, seen = torch.zeros(classes, height, width), torch.zeros(height, width)
-        for part, (_, top, left) in zip(logits, places.tolist(), strict=True):
+    confusions: list[NDArray[np.int64]] = []
+    cutting = windows.cutting
+    window, grid = cutting.window, (cutting.window // cutting.patch[0], cutting.window // cutting.patch[1])
+    images, counts = windows.places[:, 0].unique_consecutive(return_counts=True)
+    of_images = torch.arange(len(windows)).split(counts.tolist())
+    total = seen = torch.empty(0)
+    for rows, tokens, _ in windows.batches(part for all_rows in of_images for part in all_rows.split(batch_size)):
+        number = len(confusions)  # of the image
+        if rows[0] == of_images[number][0]:
+            places = windows.places[of_images[number]]
+            height, width = (int(places[:, axis].max()) + window for axis in (1, 2))
+            total, seen = torch.zeros(classes, height, width), torch.zeros(height, width)
+        logits = probe.logits(tokens).transpose(1, 2).unflatten(2, grid)
+        for part, (_, top, left) in zip(logits, windows.places[rows].tolist(), strict=True):
+            part = F.interpolate(part[None], size=(window, window), mode="bilinear", align_corners=False)[0]
             total[:, top : top + window, left : left + window] += part
             seen[top : top + window, left : left + window] += 1
-        truth = masks.load(image)
-        mean = (total / seen)[None]
-        if mean.shape[2:] != truth.shape:
-            mean = F.interpolate(mean, size=truth.shape, mode="bilinear", align_corners=False)
-        confusions.append(confusion(truth, mean[0].argmax(0).numpy(), classes, masks.ignore_index))
+        if rows[-1] == of_images[number][-1]:
+            truth = masks.load(int(images[number]))
+            mean = (total / seen)[None]
+            if mean.shape[2:] != truth.shape:
+                mean = F.interpolate(mean, size=truth.shape, mode="bilinear", align_corners=False)
+            confusions.append(confusion(truth, mean[0].argmax(0).numpy(), classes, masks.ignore_index))
     return np.stack(confusions)
 
 

@@ -1,0 +1,209 @@
+"""Sliding windows over an image set and their patch tokens: held in memory where they fit, else computed by batch.
+
+(ADE20K has 240,000 windows; of a ViT-L with four blocks their tokens are 390 GB.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mim_refiner.core.device import autocast
+from mim_refiner.core.modules import evaluation_mode
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.masks import Mask, MaskSet
+from mim_refiner.data.photometric import normalize
+from mim_refiner.data.prefetch import in_background
+from mim_refiner.data.workers import decoding_threads
+from mim_refiner.evaluation.cache import FeatureCache, data_identity, model_identity
+from mim_refiner.models.backbone import Backbone
+
+Progress = Callable[[int, int], None]  # called with (windows done, windows in all)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What turns windows into tokens: some blocks of an encoder, concatenated."""
+
+    backbone: Backbone
+    blocks: Sequence[int]
+    norm: bool
+    device: torch.device
+    precision: str
+
+    @property
+    def width(self) -> int:
+        return sum(self.backbone.block_dims[block] for block in self.blocks)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """float16 [B, P, D] on the device of uint8 windows [B, 3, window, window]."""
+        info = self.backbone.info
+        with evaluation_mode(self.backbone), torch.inference_mode():
+            inputs = normalize(pixels.to(self.device), info.mean, info.std)
+            with autocast(self.precision, self.device):
+                outputs = self.backbone.forward_blocks(inputs, self.blocks, norm=self.norm)
+            return torch.cat([output.patches for output in outputs], dim=2).to(torch.float16)
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """``window`` and ``stride`` in pixels; images and masks are first resized to ``short_side``, at least a window."""
+
+    window: int
+    stride: int
+    short_side: int | None
+    patch: tuple[int, int]
+
+    @property
+    def patches(self) -> int:
+        return (self.window // self.patch[0]) * (self.window // self.patch[1])
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of an image as it is cut."""
+        short = max(self.short_side or min(height, width), self.window)
+        return round(height * short / min(height, width)), round(width * short / min(height, width))
+
+    def sized(self, array: NDArray[np.uint8], filter_: Image.Resampling) -> NDArray[np.uint8]:
+        height, width = self.size(*array.shape[:2])
+        if (height, width) == array.shape[:2]:
+            return array
+        return np.asarray(Image.fromarray(array).resize((width, height), filter_))
+
+    def places(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Top-left corners (top, left) of the windows of an image of this size."""
+        return window_places(*self.size(height, width), self.window, self.stride)
+
+    def cut(self, array: NDArray[np.uint8], place: Sequence[int]) -> NDArray[np.uint8]:
+        return array[place[0] : place[0] + self.window, place[1] : place[1] + self.window]
+
+
+class Windows:
+    """The windows of all readable images. ``places`` int64 [W, 3]: image, top, left, image by image."""
+
+    def __init__(
+        self, images: ImageSet, cutting: Cutting, encoder: Encoder, *, masks: MaskSet | None = None, classes: int = 0
+    ) -> None:
+        self.images, self.cutting, self.encoder, self.masks, self.classes = images, cutting, encoder, masks, classes
+        self.held: tuple[Tensor, Tensor] | None = None
+        with ThreadPoolExecutor(decoding_threads()) as pool:
+            shapes = list(pool.map(self._shape, range(len(images))))
+        images.raise_if_too_many_unreadable()
+        self.places = torch.tensor(
+            [(index, *place) for index, shape in enumerate(shapes) if shape for place in cutting.places(*shape)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def bytes(self) -> int:
+        """What all tokens and targets take."""
+        return len(self) * self.cutting.patches * 2 * (self.encoder.width + self.classes)
+
+    def hold(self, batch_size: int, cache: FeatureCache | None, progress: Progress | None) -> None:
+        """Compute all tokens and targets now, or take the tokens from the cache."""
+        identity: dict[str, Any] = {} if cache is None else self._identity()
+        found = None if cache is None else cache.get(identity)
+        tokens = None if found is None else found["tokens"]
+        targets = torch.empty(len(self), self.cutting.patches, self.classes, dtype=torch.int16)
+        if tokens is None:
+            tokens = torch.empty(len(self), self.cutting.patches, self.encoder.width, dtype=torch.float16)
+            for rows, fresh, counts in self._computed(torch.arange(len(self)).split(batch_size)):
+                tokens[rows], targets[rows] = fresh.cpu(), counts
+                if progress:
+                    progress(int(rows[-1]) + 1, len(self))
+            if cache is not None:
+                cache.put(identity, {"tokens": tokens, "places": self.places})
+        elif self.masks is not None:
+            for rows, _, counts in self._loaded(torch.arange(len(self)).split(batch_size), pixels=False):
+                targets[rows] = counts
+        self.held = tokens, targets
+
+    def batches(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(rows, tokens float16 [B, P, D] on the device, int16 counts of labelled pixels by class [B, P, C])."""
+        if self.held is None:
+            yield from self._computed(parts)
+            return
+        for rows in parts:
+            yield rows, self.held[0][rows].to(self.encoder.device), self.held[1][rows]
+
+    def _computed(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        with contextlib.closing(in_background(self._loaded(parts), 2)) as stream:
+            for rows, pixels, counts in stream:
+                yield rows, self.encoder(pixels), counts
+
+    def _loaded(
+        self, parts: Iterable[Tensor], *, pixels: bool = True
+    ) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
+        """(rows, uint8 [B, 3, window, window], counts [B, P, C]); an image is decoded once a batch."""
+        with ThreadPoolExecutor(decoding_threads()) as pool:
+            for rows in parts:
+                places = self.places[rows].tolist()
+                chosen = list(dict.fromkeys(place[0] for place in places))
+                whole = dict(zip(chosen, pool.map(self._pixels, chosen), strict=True)) if pixels else {}
+                cut = [self.cutting.cut(whole[index], place) for index, *place in places if pixels]
+                counts = torch.empty(len(rows), self.cutting.patches, 0, dtype=torch.int16)
+                if self.masks is not None:
+                    masks = dict(zip(chosen, pool.map(self._mask, chosen), strict=True))
+                    counts = torch.stack(
+                        [
+                            patch_targets(
+                                self.cutting.cut(masks[index], place),
+                                self.cutting.patch,
+                                self.classes,
+                                self.masks.ignore_index,
+                            )
+                            for index, *place in places
+                        ]
+                    )
+                stacked = np.stack(cut).transpose(0, 3, 1, 2) if cut else np.empty(0, np.uint8)
+                yield rows, torch.from_numpy(np.ascontiguousarray(stacked)), counts
+
+    def _shape(self, index: int) -> tuple[int, int] | None:
+        pixels = self.images.try_load(index)
+        return None if pixels is None else pixels.shape[:2]
+
+    def _pixels(self, index: int) -> NDArray[np.uint8]:
+        return self.cutting.sized(self.images.load(index), Image.Resampling.BICUBIC)
+
+    def _mask(self, index: int) -> Mask:
+        assert self.masks is not None
+        return self.cutting.sized(self.masks.load(index), Image.Resampling.NEAREST)
+
+    def _identity(self) -> dict[str, Any]:
+        encoder, cutting = self.encoder, self.cutting
+        return {
+            "kind": "windows",
+            "model": model_identity(encoder.backbone),
+            "data": data_identity(self.images),
+            "transform": [cutting.window, cutting.stride, cutting.short_side],
+            "blocks": list(encoder.blocks),
+            "norm": encoder.norm,
+            "computed": [encoder.precision, encoder.device.type, torch.__version__],
+        }
+
+
+def window_places(height: int, width: int, window: int, stride: int) -> list[tuple[int, int]]:
+    """Top-left corners (top, left) of windows that cover an image, the last ones flush with its border."""
+    tops = [*range(0, height - window, stride), height - window]
+    lefts = [*range(0, width - window, stride), width - window]
+    return [(top, left) for top in tops for left in lefts]
+
+
+def patch_targets(mask: Mask, patch: tuple[int, int], classes: int, ignore: int) -> Tensor:
+    """How many pixels of every class a patch has: int16 [P, C]."""
+    rows, columns = mask.shape[0] // patch[0], mask.shape[1] // patch[1]
+    tiles = mask.reshape(rows, patch[0], columns, patch[1]).transpose(0, 2, 1, 3).reshape(rows * columns, -1)
+    valid = (tiles != ignore) & (tiles < classes)
+    cells = np.arange(len(tiles))[:, None] * classes + tiles
+    counts = np.bincount(cells[valid], minlength=len(tiles) * classes)
+    return torch.from_numpy(counts.reshape(len(tiles), classes).astype(np.int16))
