@@ -7,21 +7,19 @@ import torch
 from scipy.stats import chisquare, kstest
 from torchvision.transforms.v2 import functional as tv
 
-from mim_refiner.data.photometric import (
+from mim_refiner.core.collectives import Rows
+from mim_refiner.data.colour import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
     SATURATION,
-    BatchPhotometric,
-    blur_radius,
-    draw_params,
+    blend,
     gaussian_blur,
-    jitter,
-    seeded_generator,
     shift_hue,
     solarize,
     to_gray,
 )
+from mim_refiner.data.photometric import BatchPhotometric, augment, blur_radius, draw_params, seeded_generator
 from mim_refiner.data.views import ViewSpec, multi_crop_views
 from mim_refiner.errors import InputError
 
@@ -56,10 +54,16 @@ def to_float(images):
     ids=["brightness", "contrast", "saturation", "hue"],
 )
 def test_single_colour_operation(images, operation, reference, values):
-    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(len(images), 1)
-    neutral[:, operation] = torch.tensor(values)
-    order = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(i)) for i in range(len(images))])
-    result = jitter(to_float(images), neutral, order)
+    factors = torch.tensor(values)
+    if operation == HUE:
+        result = shift_hue(to_float(images), factors)
+    else:
+        weights = torch.stack(
+            [factors, (1 - factors) * (operation == SATURATION), (1 - factors) * (operation == CONTRAST)]
+        )
+        result = blend(to_float(images), {operation}, weights[..., None, None, None])
+        mixed = blend(to_float(images), {BRIGHTNESS, CONTRAST, SATURATION}, weights[..., None, None, None])
+        assert torch.equal(result, mixed)  # what does not occur is only left out
     expected = torch.stack([reference(x, value) for x, value in zip(to_float(images), values, strict=True)])
     torch.testing.assert_close(result, expected, **CLOSE)
 
@@ -70,7 +74,7 @@ def test_hue_alone(images):
     torch.testing.assert_close(shift_hue(to_float(images), shift), expected, **CLOSE)
 
 
-@pytest.mark.parametrize(("height", "width"), [(12, 12), (9, 14)])
+@pytest.mark.parametrize(("height", "width"), [(12, 12), (9, 14), (33, 70), (65, 5)])
 def test_blur(images, height, width):
     part = to_float(images)[:, :, :height, :width] if width <= 12 else torch.rand(6, 3, height, width)
     sigma = torch.tensor([0.1, 0.3, 0.7, 1.0, 1.5, 2.0])
@@ -136,6 +140,33 @@ def test_whole_pipeline_equals_the_per_image_reference(view):
         worst = max(worst, (result[row] - expected).abs().quantile(0.99).item())
         assert (result[row] - expected).abs().mean() < 1e-3
     assert worst < 5e-5  # 1e-5 on the 0-1 scale, divided by the deviation
+
+
+def test_views_together_parts_of_a_batch_and_chunks_of_any_length_give_the_same_images(monkeypatch):
+    """Sorting and cutting are about speed alone. Views of two kinds and three sizes, some all gray, some not at all."""
+    specs = [ViewSpec("a", 12, blur_prob=0.5, solarize_prob=0.4), ViewSpec("b", 12, gray_prob=1.0)]
+    specs += [
+        ViewSpec("c", 9, blur_prob=1.0),
+        ViewSpec("d", 12, blur_prob=0.7, blur_sigma=(0.1, 1.0)),
+        ViewSpec("e", 40, blur_prob=1.0),
+    ]
+    numbers = torch.Generator().manual_seed(1)
+    views = [torch.randint(0, 256, (24, 3, v.size, v.size), generator=numbers, dtype=torch.uint8) for v in specs]
+    photometrics = [BatchPhotometric(view, MEAN, STD) for view in specs]
+    together = augment(views, photometrics, seeded_generator(3), torch.device("cpu"))
+    generator = seeded_generator(3)
+    for alone, view, photometric in zip(together, views, photometrics, strict=True):
+        torch.testing.assert_close(photometric(view, generator), alone, rtol=0, atol=2e-6)
+    for start in (0, 8, 16):
+        part = [view[start : start + 8] for view in views]
+        found = augment(part, photometrics, seeded_generator(3), torch.device("cpu"), Rows(start, start + 8, 24))
+        for whole, own in zip(together, found, strict=True):
+            torch.testing.assert_close(own, whole[start : start + 8], rtol=0, atol=2e-6)
+    for limit in (1, 10_000, 2**40):
+        monkeypatch.setattr("mim_refiner.data.photometric._CHUNK_BYTES", limit)
+        found = augment(views, photometrics, seeded_generator(3), torch.device("cpu"))
+        for whole, own in zip(together, found, strict=True):
+            torch.testing.assert_close(own, whole, rtol=0, atol=2e-6)
 
 
 def test_the_input_is_left_alone_and_output_is_float32(images):

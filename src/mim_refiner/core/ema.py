@@ -35,13 +35,14 @@ class ExponentialMovingAverage(nn.Module):
             raise InputError(
                 f"EMA: the model and its average differ in parameter '{name}'; average the model it was made of"
             )
-        for name, parameter in average.items():
-            mine = local(parameter)
-            mine.lerp_(local(current[name].detach()).to(mine), 1 - decay)  # exact where nothing moved
+        own = [local(parameter) for parameter in average.values()]
+        moved = [local(current[name].detach()).to(mine) for name, mine in zip(average, own, strict=True)]
+        torch._foreach_lerp_(own, moved, 1 - decay)  # exact where nothing moved
         if copy_buffers:
             buffers = dict(model.named_buffers())
-            for name, buffer in self.module.named_buffers():
-                buffer.copy_(buffers[name])
+            pairs = [(buffer, buffers[name]) for name, buffer in self.module.named_buffers()]
+            if pairs:
+                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
     def train(self, mode: bool = True) -> ExponentialMovingAverage:
         """Stay in eval mode whatever the surrounding module does."""

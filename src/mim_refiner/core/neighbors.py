@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mim_refiner.core.device import send
 from mim_refiner.errors import InputError
 from mim_refiner.types import NeighborResult
 
@@ -69,15 +70,11 @@ class NeighborQueue(nn.Module):
             nearest.append((best[0], best[1]))
         ranked_similarity, ranked = torch.cat([b[0] for b in nearest]), torch.cat([b[1] for b in nearest])
         drawn = self.draw(rows, generator) if choice is None else choice.view(rows, 1)
-        drawn = torch.zeros(rows, 1, dtype=torch.long) if drawn is None else drawn
-        drawn = drawn.to(z.device)
-        indices = ranked.gather(1, drawn).squeeze(1)
-        return NeighborResult(
-            neighbors=self.entries[indices],
-            indices=indices,
-            similarity=ranked_similarity.gather(1, drawn).squeeze(1),
-            age=self.age[indices],
-        )
+        if drawn is not None:
+            drawn = send([drawn], z.device)[0] if drawn.device.type == "cpu" else drawn
+            ranked, ranked_similarity = ranked.gather(1, drawn), ranked_similarity.gather(1, drawn)
+        indices, similarity = ranked[:, 0], ranked_similarity[:, 0]
+        return NeighborResult(self.entries[indices], indices, similarity, self.age[indices])
 
     @torch.no_grad()
     def enqueue(self, z: Tensor, sample_ids: Tensor) -> None:

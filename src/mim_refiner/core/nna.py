@@ -74,7 +74,7 @@ def multi_view_nna_loss(
             f"NNA loss needs predicted [V,B,D], targets and neighbors [G,B,D] and a temperature above 0; got "
             f"{tuple(predicted.shape)}, {tuple(targets.shape)}, {tuple(neighbors.shape)} and {temperature}"
         )
-    weights = view_pair_weights(num_global, num_views, view_pairing).to(predicted)
+    weights = view_pair_weights(num_global, num_views, view_pairing, predicted.device).to(predicted)
     losses = nna_loss(  # every pair at once: [G, V, B]
         predicted[None],
         targets[:, None],
@@ -90,7 +90,9 @@ def multi_view_nna_loss(
     return NNAOutput(loss=(weights * losses.mean(-1)).sum() / weights.sum(), alignment=alignment)
 
 
-def view_pair_weights(num_global: int, num_views: int, view_pairing: ViewPairing = "cross") -> Tensor:
+def view_pair_weights(
+    num_global: int, num_views: int, view_pairing: ViewPairing = "cross", device: torch.device | None = None
+) -> Tensor:
     """Return [G, V]: how often the pair (target of global view g, prediction of view v) counts.
 
     "cross": once, but never a view with itself. "reference": the published loop takes the predictions of views
@@ -102,7 +104,7 @@ def view_pair_weights(num_global: int, num_views: int, view_pairing: ViewPairing
             f"NNA loss needs at least two views, the global ones first; got {num_views} views of which "
             f"{num_global} global: use 2 global views"
         )
-    other = 1.0 - torch.eye(num_global, num_views)
+    other = 1.0 - torch.eye(num_global, num_views, device=device)
     if view_pairing == "cross":
         return other
     if view_pairing == "reference":

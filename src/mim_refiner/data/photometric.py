@@ -1,28 +1,40 @@
 """Colour jitter, blur, grayscale, solarise and normalise for a whole batch, by one code path on CPU and GPU.
 
 Order and distributions are those of the paper's per-image pipeline (arXiv 2402.10093; torchvision's ColorJitter,
-GaussianBlur, RandomGrayscale, RandomSolarize); each operation equals torchvision's functional form. All random numbers
-come from an explicit CPU generator, one row of numbers an image, so the device changes nothing about what is drawn.
+GaussianBlur, RandomGrayscale, RandomSolarize). All random numbers come from an explicit CPU generator, one row of
+numbers an image, so the device changes nothing about what is drawn; what a step drew reaches it in one copy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mim_refiner.core.collectives import Rows
+from mim_refiner.core.device import send
+from mim_refiner.data.colour import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    blend,
+    gaussian_blur,
+    shift_hue,
+    solarize,
+    to_gray,
+)
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import InputError
 
-_LUMA = (0.2989, 0.587, 0.114)
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _DRAWS = 13  # jitter?, four factors, four order keys, blur?, sigma, gray?, solarise?
+_CHUNK_BYTES = 2**19  # of images that a CPU takes through all operations together: they stay in its cache
 
 
 def seeded_generator(seed: int, *path: int) -> torch.Generator:
@@ -33,7 +45,8 @@ def seeded_generator(seed: int, *path: int) -> torch.Generator:
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Turn uint8 [B, C, H, W] into float32 (x / 255 - mean) / std on the images' device; uint16: x / 65535."""
-    return _standardize(_to_unit(images), mean, std)
+    shift, scale = send([_moments(mean, std, images.shape[1])], images.device)[0]
+    return _to_unit(images).sub_(shift).div_(scale)
 
 
 def _to_unit(images: Tensor) -> Tensor:
@@ -41,13 +54,12 @@ def _to_unit(images: Tensor) -> Tensor:
     return images.float().div_(65535 if images.dtype == torch.uint16 else 255)
 
 
-def _standardize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    if len(mean) != images.shape[1] or len(std) != images.shape[1]:
-        counts = f"{images.shape[1]} channels, {len(mean)} means and {len(std)} standard deviations"
+def _moments(mean: Sequence[float], std: Sequence[float], channels: int) -> Tensor:
+    """[2, C, 1, 1]."""
+    if len(mean) != channels or len(std) != channels:
+        counts = f"{channels} channels, {len(mean)} means and {len(std)} standard deviations"
         raise InputError(f"images have {counts}; give one mean and one deviation for each channel")
-    shift = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1).to(images.device, non_blocking=True)
-    scale = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1).to(images.device, non_blocking=True)
-    return images.sub_(shift).div_(scale)
+    return torch.tensor([tuple(mean), tuple(std)], dtype=torch.float32)[:, :, None, None]
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,7 @@ def draw_params(spec: ViewSpec, count: int, generator: torch.Generator) -> Photo
     )
 
 
+@dataclass(frozen=True)
 class BatchPhotometric:
     """The photometric augmentations of one view: uint8 or uint16 [B, C, H, W] in, normalised float32 out.
 
@@ -92,125 +105,146 @@ class BatchPhotometric:
     about its own mean; saturation, hue, grayscale and solarise are left out.
     """
 
-    def __init__(self, view: ViewSpec, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.view = view
-        self.mean = tuple(mean)
-        self.std = tuple(std)
+    view: ViewSpec
+    mean: Sequence[float]
+    std: Sequence[float]
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
-        """Augment ``images`` on their device with random numbers of the CPU ``generator``.
+        """:func:`augment` of one view, on the images' device."""
+        return augment([images], [self], generator, images.device, rows)[0]
 
-        ``rows``: which rows of the batch of all processes they are; drawn is for the whole batch.
-        """
-        view = self.view
+
+@torch.no_grad()
+def augment(
+    views: Sequence[Tensor],
+    photometrics: Sequence[BatchPhotometric],
+    generator: torch.Generator,
+    device: torch.device,
+    rows: Rows | None = None,
+) -> list[Tensor]:
+    """Bring all views of a step to the device and augment them with random numbers of the CPU ``generator``.
+
+    ``rows``: which rows of the batch of all processes they are; drawn is for the whole batch. Views of one kind lie
+    one behind the other in memory.
+    """
+    groups: dict[object, list[int]] = {}  # views that the same operations suit
+    drawn = []
+    for number, (images, photometric) in enumerate(zip(views, photometrics, strict=True)):
+        view = photometric.view
         params = draw_params(view, len(images) if rows is None else rows.total, generator)
-        params = params if rows is None else params.of(rows)
-        with torch.autocast(images.device.type, enabled=False):
-            return _standardize(apply_params(_to_unit(images), params, view), self.mean, self.std)
+        drawn.append(params if rows is None else params.of(rows))
+        key = (images.dtype, images.shape[1:], view.blur_sigma[1], view.solarize_threshold)
+        groups.setdefault((*key, *photometric.mean, *photometric.std), []).append(number)
+    plans = [
+        _plan(views[group[0]], photometrics[group[0]], [drawn[number] for number in group], device)
+        for group in groups.values()
+    ]
+    tables = iter(send([table for _, tables in plans for table in tables], device))
+    output = list(views)
+    for group, (chunks, _) in zip(groups.values(), plans, strict=True):
+        own = _Tables(*(next(tables) for _ in _Tables._fields))
+        pixels = torch.cat([views[number].to(device, non_blocking=True) for number in group])
+        with torch.autocast(device.type, enabled=False):
+            images = _augmented(pixels, photometrics[group[0]].view, chunks, own)
+        for number, part in zip(group, images.split([len(views[number]) for number in group]), strict=True):
+            output[number] = part
+    return output
 
 
-def apply_params(images: Tensor, params: PhotometricParams, view: ViewSpec) -> Tensor:
-    """Apply drawn parameters to float32 images [B, C, H, W] on the 0-1 scale, in place where possible."""
-    if images.shape[1] != 3:
-        return _apply_without_colour(images, params, view)
-    images = _apply_to(images, params.jitter, lambda part, rows: jitter(part, params.factors[rows], params.order[rows]))
-    radius = blur_radius(view, min(images.shape[2:]))
-    images = _apply_to(images, params.blur, lambda part, rows: gaussian_blur(part, params.sigma[rows], radius))
-    images = _apply_to(images, params.gray, lambda part, rows: to_gray(part).expand_as(part).contiguous())
-    threshold = view.solarize_threshold / 255
-    return _apply_to(images, params.solarize, lambda part, rows: solarize(part, threshold))
+class _Tables(NamedTuple):
+    """What the device needs to know of N images, in the order in which they are worked on."""
+
+    order: Tensor  # int64 [N], where they lie in the batch
+    places: Tensor  # int64 [N], the inverse of that
+    weights: Tensor  # float32 [4, 3, N, 1, 1, 1], for ``blend`` in each slot of the jitter
+    turns: Tensor  # float32 [N], of the hue
+    sigma: Tensor  # float32 [N]
+    moments: Tensor  # float32 [2, C, 1, 1]
 
 
-def _apply_without_colour(images: Tensor, params: PhotometricParams, view: ViewSpec) -> Tensor:
-    """Brightness and contrast in the drawn order, then the blur."""
-    for slot in range(4):
-        operation = params.order[:, slot]
-        for kind in (BRIGHTNESS, CONTRAST):
-            change = partial(_blend_channels, params.factors[:, kind], about_mean=kind == CONTRAST)
-            images = _apply_to(images, params.jitter & (operation == kind), change)
-    radius = blur_radius(view, min(images.shape[2:]))
-    return _apply_to(images, params.blur, lambda part, rows: gaussian_blur(part, params.sigma[rows], radius))
+class _Chunk(NamedTuple):
+    """Images that go through the operations together."""
+
+    images: slice
+    kinds: list[set[int]]  # operations in each slot of the jitter
+    runs: tuple[list[slice], ...]  # of these images: which to blur, to make gray, to solarise
 
 
-def _blend_channels(factors: Tensor, images: Tensor, rows: Tensor, *, about_mean: bool) -> Tensor:
-    factor = factors[rows].view(-1, 1, 1, 1).to(images.device, non_blocking=True)
-    mean = images.mean(dim=(2, 3), keepdim=True) if about_mean else images.new_zeros(1)
-    return images.mul(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+def _plan(
+    images: Tensor, photometric: BatchPhotometric, drawn: Sequence[PhotometricParams], device: torch.device
+) -> tuple[list[_Chunk], _Tables]:
+    """Sort all images, which are like ``images``, by what befalls them and cut them into chunks.
 
-
-def _apply_to(images: Tensor, mask: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Replace the images chosen by the CPU ``mask`` [B] with operation(chosen images, their row numbers)."""
-    rows = mask.nonzero().squeeze(1)
-    if len(rows) == 0:
-        return images
-    if len(rows) == len(images):
-        return operation(images, rows)
-    where = rows.to(images.device, non_blocking=True)
-    return images.index_copy_(0, where, operation(images.index_select(0, where), rows))
-
-
-def to_gray(images: Tensor) -> Tensor:
-    """Return the luma [B, 1, H, W] of RGB images."""
-    red, green, blue = images.unbind(1)
-    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).unsqueeze(1)
-
-
-def solarize(images: Tensor, threshold: float) -> Tensor:
-    """Invert the values at or above ``threshold`` (0-1 scale)."""
-    return torch.where(images >= threshold, 1 - images, images)
-
-
-def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Apply brightness, contrast, saturation and hue to every image, each image in its own ``order`` [B, 4].
-
-    ``factors`` [B, 4] and ``order`` lie on the CPU. The images may be changed in place.
+    Within a chunk the hue has its turn at the same time, and those to blur, make gray or solarise lie in few runs (a
+    Gray code sorts them): nothing need be picked out and put back.
     """
-    for slot in range(4):
-        operation = order[:, slot]
-        images = _apply_to(images, operation != HUE, partial(_blend_rows, factors, operation))
-        images = _apply_to(images, operation == HUE, lambda part, rows: shift_hue(part, factors[rows, HUE]))
-    return images
+    params = {item.name: torch.cat([getattr(part, item.name) for part in drawn]) for item in fields(drawn[0])}
+    colour = images.shape[1] == 3
+    usable = {BRIGHTNESS, CONTRAST, SATURATION, HUE} if colour else {BRIGHTNESS, CONTRAST}
+    turn = (params["order"] == HUE).int().argmax(1) * colour
+    turn[~params["jitter"]] = 4
+    blur, gray, solar = params["blur"], params["gray"] & colour, params["solarize"] & colour
+    code = blur * 4 + (blur ^ gray) * 2 + (gray ^ solar)
+    order = ((turn * 8 + code) * 64 + params["order"] @ torch.tensor([16, 4, 1, 0])).argsort(stable=True)
+    kind = params["order"][order]
+    factor = params["factors"][order].gather(1, kind)
+    own = torch.where(kind <= max(usable), factor, 1.0)
+    weights = torch.stack([own, (1 - factor) * (kind == SATURATION), (1 - factor) * (kind == CONTRAST)])
+
+    most = max(1, _CHUNK_BYTES // (4 * images[0].numel())) if device.type == "cpu" else len(order)
+    ends = torch.bincount(turn, minlength=5).cumsum(0).tolist()
+    cuts = sorted({cut for start, end in pairwise([0, *ends]) for cut in [*range(start, end, most), end]})
+    kinds, flags = kind.T.tolist(), [flag[order].tolist() for flag in (blur, gray, solar)]
+    chunks = [
+        _Chunk(
+            slice(start, end),
+            [usable & set(slot[start:end]) if start < ends[3] else set() for slot in kinds],
+            tuple(_runs(flag[start:end]) for flag in flags),
+        )
+        for start, end in pairwise(cuts)
+    ]
+    tables = _Tables(
+        order,
+        order.argsort(),
+        weights.movedim(2, 0)[..., None, None, None],
+        params["factors"][order, HUE],
+        params["sigma"][order],
+        _moments(photometric.mean, photometric.std, images.shape[1]),
+    )
+    return chunks, tables
 
 
-def _blend_rows(factors: Tensor, operation: Tensor, images: Tensor, rows: Tensor) -> Tensor:
-    return _blend(images, factors[rows], operation[rows])
+def _runs(flags: list[bool]) -> list[slice]:
+    """Where ``flags`` are set."""
+    edges = [place for place, (one, other) in enumerate(pairwise([False, *flags, False])) if one != other]
+    return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _blend(images: Tensor, factors: Tensor, operation: Tensor) -> Tensor:
-    """Brightness, contrast or saturation: factor * image + (1 - factor) * reference, clamped to 0-1.
+def _augmented(pixels: Tensor, view: ViewSpec, chunks: list[_Chunk], tables: _Tables) -> Tensor:
+    sorted_images = torch.empty(pixels.shape, device=pixels.device)
+    radius = blur_radius(view, min(pixels.shape[2:]))
+    shift, scale = tables.moments
+    for chosen, slots, (blurred, gray, solarized) in chunks:
+        images = _to_unit(_rows_of(pixels, tables.order[chosen]))
+        for slot, kinds in enumerate(slots):
+            if HUE in kinds:
+                images = shift_hue(images, tables.turns[chosen])
+            elif kinds:
+                images = blend(images, kinds, tables.weights[slot, :, chosen])
+        for run in blurred:
+            images[run] = gaussian_blur(images[run], tables.sigma[chosen][run], radius)
+        for run in gray:
+            images[run] = to_gray(images[run])
+        for run in solarized:
+            images[run] = solarize(images[run], view.solarize_threshold / 255)
+        torch.div(images.sub_(shift), scale, out=sorted_images[chosen])
+    return sorted_images.index_select(0, tables.places)
 
-    The reference is black, the mean luma, or the luma of each pixel.
-    """
-    device = images.device
-    factor = factors.gather(1, operation[:, None])[:, 0]
-    rest = 1 - factor
-    weights = torch.stack([factor, rest * (operation == SATURATION), rest * (operation == CONTRAST)])
-    own, luma, mean = weights.view(3, -1, 1, 1, 1).to(device, non_blocking=True)
-    gray = to_gray(images)
-    reference = gray.mean(dim=(2, 3), keepdim=True).mul_(mean).add(gray.mul_(luma))
-    return images.mul_(own).add_(reference).clamp_(0, 1)
 
-
-def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of RGB images [B, 3, H, W] (0-1) by ``shift`` [B] turns, keeping HSV saturation and value.
-
-    Uses the closed form channel = V - C * clamp(min(k, 4 - k), 0, 1) with k = (offset + 6 hue) mod 6, chroma C.
-    """
-    turns = (shift * 6).view(-1, 1, 1).to(images.device, non_blocking=True)
-    red, green, blue = images.unbind(1)
-    value = images.amax(dim=1)
-    chroma = value - images.amin(dim=1)
-    inverse = torch.where(chroma == 0, torch.ones_like(chroma), chroma).reciprocal_()
-    hue = torch.where(
-        value == red,
-        (green - blue).mul_(inverse),
-        torch.where(value == green, (blue - red).mul_(inverse).add_(2), (red - green).mul_(inverse).add_(4)),
-    ).add_(turns)
-    offsets = torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1).to(images.device, non_blocking=True)
-    k = (hue.unsqueeze(1) + offsets).remainder_(6)
-    k = torch.minimum(k, 4 - k).clamp_(0, 1)
-    return k.mul_(chroma.unsqueeze(1)).neg_().add_(value.unsqueeze(1))
+def _rows_of(pixels: Tensor, rows: Tensor) -> Tensor:
+    if pixels.dtype == torch.uint16:  # has no kernel to pick rows
+        return pixels.view(torch.int16).index_select(0, rows).view(torch.uint16)
+    return pixels.index_select(0, rows)
 
 
 def blur_radius(view: ViewSpec, size: int) -> int:
@@ -220,30 +254,3 @@ def blur_radius(view: ViewSpec, size: int) -> int:
     less than 1e-4 of the weight, as the tail beyond 4 sigma holds no more.
     """
     return min(math.ceil(4 * view.blur_sigma[1]), size // 2)
-
-
-def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Blur each image [B, C, H, W] with its own ``sigma`` [B] (pixels), 2 * radius + 1 taps, reflected border.
-
-    Each direction is one batched product with a banded matrix that includes the border: faster than a grouped
-    convolution with a kernel an image, on CPU and GPU.
-    """
-    batch, channels, height, width = images.shape
-    taps = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    kernel = torch.softmax(-0.5 * (taps / sigma[:, None]).square(), dim=1).to(images.device, non_blocking=True)
-    across = _blur_matrices(kernel, width)
-    down = across if height == width else _blur_matrices(kernel, height)
-    rows = torch.bmm(images.reshape(batch, channels * height, width), across).view(batch, channels, height, width)
-    return torch.matmul(down.transpose(1, 2).unsqueeze(1), rows)
-
-
-def _blur_matrices(kernel: Tensor, size: int) -> Tensor:
-    """Return M [B, size, size] with (x @ M)[o] = sum over taps t of kernel[t] * x[reflect(o + t - radius)]."""
-    taps = kernel.shape[1]
-    source = torch.arange(size) + torch.arange(taps)[:, None] - taps // 2
-    source = source.abs()
-    source = torch.where(source >= size, 2 * (size - 1) - source, source)  # [taps, size]
-    matrices = torch.zeros(len(kernel), size * size, device=kernel.device)
-    flat = (source * size + torch.arange(size)).reshape(-1).to(kernel.device, non_blocking=True)
-    matrices.index_add_(1, flat, kernel.repeat_interleave(size, dim=1))
-    return matrices.view(len(kernel), size, size)

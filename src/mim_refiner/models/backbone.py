@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mim_refiner.core.sharding import shard
 from mim_refiner.errors import InputError
+from mim_refiner.models.class_token import class_token_after
 from mim_refiner.models.positions import RULES, Grid, check_image_size, resize_absolute, resize_relative
 from mim_refiner.models.runners import PlainRunner, free_image_size, runner_for
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, create_vit
@@ -143,13 +144,21 @@ class Backbone(nn.Module):
         return self.runner.embed(self.model, images, self.info.position_rule)
 
     def run_blocks(
-        self, tokens: Tensor, start: int, stop: int, wanted: Sequence[int] = (), *, grid: Grid | None = None
+        self,
+        tokens: Tensor,
+        start: int,
+        stop: int,
+        wanted: Sequence[int] = (),
+        *,
+        grid: Grid | None = None,
+        class_token_last: bool = False,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run blocks ``start`` to ``stop - 1`` on the output of :meth:`embed` or of an earlier call.
 
         Returns the tokens [B, P+N, D] after the last of them and {block: raw tokens} for the ``wanted`` ones.
         So a frozen prefix can run under ``torch.no_grad()`` and the rest with gradients. ``grid`` (:meth:`grid` of
-        the images) is for blocks that know positions; None = that of square images.
+        the images) is for blocks that know positions; None = that of square images. ``class_token_last``: of the last
+        block run only the class token will be read, so that its output may be [B, 1, D] (models.class_token).
         """
         if self.runner is None:
             return self._run_intermediates(tokens, start, stop, wanted)
@@ -161,7 +170,10 @@ class Backbone(nn.Module):
         recompute = self.model.grad_checkpointing and torch.is_grad_enabled()
         for index in range(start, stop):
             block, arguments = self.model.blocks[index], self.runner.arguments(context, index)
-            if recompute:
+            alone = class_token_after(block, tokens, arguments) if class_token_last and index == stop - 1 else None
+            if alone is not None:
+                tokens = alone
+            elif recompute:
                 tokens = checkpoint(block, tokens, *arguments, use_reentrant=False)
             else:
                 tokens = block(tokens, *arguments)

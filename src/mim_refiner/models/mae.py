@@ -11,6 +11,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from mim_refiner.core.device import send
 from mim_refiner.errors import InputError
 
 
@@ -131,7 +132,7 @@ class MaskedAutoencoder(nn.Module):
         patches = self._embed_patches(images)
         batch, count, _ = patches.shape
         if noise is None:
-            noise = torch.rand(batch, count, generator=generator).to(patches.device)
+            noise = send([torch.rand(batch, count, generator=generator)], patches.device)[0]
         order = noise.argsort(dim=1)
         restore = order.argsort(dim=1)
         visible = order[:, : int(count * (1 - self.mask_ratio))]

@@ -110,7 +110,9 @@ class Refiner(nn.Module):
     def pooled_blocks(self, prefix: Tensor) -> dict[int, Tensor]:
         """Pooled outputs {block: [B, D]} of the head blocks, from what :meth:`frozen_prefix` gave."""
         tokens = prefix if self.frozen_blocks else self.backbone.embed(prefix)
-        _, outputs = self.backbone.run_blocks(tokens, self.frozen_blocks, self.blocks[-1] + 1, self.blocks)
+        _, outputs = self.backbone.run_blocks(
+            tokens, self.frozen_blocks, self.blocks[-1] + 1, self.blocks, class_token_last=self.pooling == "cls"
+        )
         last = self.backbone.info.depth - 1
         if last in outputs:
             outputs[last] = self.backbone.final_norm(outputs[last])
