@@ -33,7 +33,7 @@ from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.launch import join_processes
 from mim_refiner.core.optim import adamw, parameter_groups
 from mim_refiner.core.run import Run
-from mim_refiner.data.photometric import BatchPhotometric
+from mim_refiner.data.photometric import BatchPhotometric, augment
 from mim_refiner.data.views import crop_batch, multi_crop_views
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
@@ -99,10 +99,7 @@ class Bench:
 
     def augment(self, crops: list[torch.Tensor]) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(self.number)
-        return [
-            photometric(crop.to(self.device), generator)
-            for photometric, crop in zip(self.photometrics, crops, strict=True)
-        ]
+        return augment(crops, self.photometrics, generator, self.device)
 
     def gradients(self, views: list[torch.Tensor], micro_batch: int | None) -> torch.Tensor:
         """Forward and backward pass; returns the loss."""

@@ -120,6 +120,7 @@ def job_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Job:
         recipe.checkpointing,
         bf16=precision == "bf16",
         fused_attention=bool(block.attn.fused_attn),
+        class_token_last=refiner.pooling == "cls" and shards_of(recipe) == 1,
         processes=world_size(),
         shards=shards_of(recipe),
     )

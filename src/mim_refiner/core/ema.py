@@ -40,9 +40,8 @@ class ExponentialMovingAverage(nn.Module):
         torch._foreach_lerp_(own, moved, 1 - decay)  # exact where nothing moved
         if copy_buffers:
             buffers = dict(model.named_buffers())
-            pairs = [(buffer, buffers[name]) for name, buffer in self.module.named_buffers()]
-            if pairs:
-                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(buffers[name])
 
     def train(self, mode: bool = True) -> ExponentialMovingAverage:
         """Stay in eval mode whatever the surrounding module does."""

@@ -49,6 +49,10 @@ class EncoderShape:
         """Forward operations of a block on one view of so many tokens."""
         return 2 * tokens * (4 + 2 * self.mlp_ratio) * self.dim**2 + 4 * tokens**2 * self.dim
 
+    def class_token_operations(self, tokens: int) -> float:
+        """Forward operations of a block of whose output only the class token is read (models.class_token)."""
+        return 2 * (4 + 2 * self.mlp_ratio) * self.dim**2 + 4 * self.heads * tokens * self.dim
+
     def block_bytes(self, tokens: int, *, bf16: bool, fused_attention: bool) -> float:
         """Activations that a block keeps for its backward pass, of one view.
 
@@ -88,6 +92,7 @@ class Job:
     checkpointing: bool = False
     bf16: bool = True
     fused_attention: bool = True
+    class_token_last: bool = True  # the last block that runs does so for the class token alone
     processes: int = 1
     shards: int = 1  # processes of a node that share weights, gradients, moments and average of the blocks (FSDP2)
 
@@ -124,10 +129,16 @@ class Job:
     def view_operations(self, *, prefix: bool) -> float:
         """Forward operations of the encoder on all views of one image: of the frozen prefix, or of the rest."""
         e, frozen = self.encoder, self.frozen_blocks
-        blocks = frozen if prefix else self.blocks_run - frozen
+        alone = self.class_token_last and not prefix
+        blocks = frozen if prefix else self.blocks_run - frozen - alone
         stem = 2 * e.dim * e.channels * e.patch**2 if prefix == bool(frozen) else 0
         return sum(
-            count * (blocks * e.block_operations(e.tokens(size)) + stem * e.tokens(size))
+            count
+            * (
+                blocks * e.block_operations(e.tokens(size))
+                + alone * e.class_token_operations(e.tokens(size))
+                + stem * e.tokens(size)
+            )
             for size, count in self.view_sizes
         )
 

@@ -20,7 +20,7 @@ from mim_refiner.core.layer_decay import layer_decay_scales, negligible_blocks
 from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
 from mim_refiner.core.run import Run
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
-from mim_refiner.data.photometric import BatchPhotometric
+from mim_refiner.data.photometric import BatchPhotometric, augment
 from mim_refiner.data.views import ViewSpec, multi_crop_views
 from mim_refiner.errors import InputError, NonFiniteLossError
 from mim_refiner.models.backbone import Backbone
@@ -228,10 +228,7 @@ def make_views(refinement: Refinement, batch: ViewBatch, generator: torch.Genera
     Photometrics are drawn for the images of all processes, of which these are some rows.
     """
     rows, device = process_rows(len(batch.sample_ids)), refinement.run.device
-    views = [
-        photometric(crops.to(device, non_blocking=True), generator, rows)
-        for photometric, crops in zip(refinement.photometrics, batch.views, strict=True)
-    ]
+    views = augment(batch.views, refinement.photometrics, generator, device, rows)
     return views, batch.sample_ids.to(device, non_blocking=True)
 
 
