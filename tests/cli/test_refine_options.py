@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
+
+from mim_refiner.training.recipes import REFINE_RECIPES
+from mim_refiner.training.refine import START_SHARE, start_share
 
 
 def test_a_list_of_the_doctor_and_a_logger(cli, mae, shapes, tmp_path):
@@ -53,3 +58,56 @@ def test_a_logger_that_is_unknown_stops_before_anything_is_written(cli, mae, sha
     assert outcome.code == 2
     assert "did you mean 'wandb'?" in outcome.err
     assert not (tmp_path / "run").exists()
+
+
+def stages_of(run):
+    """Exported weights, those of the last checkpoint, and their average, of the encoder alone."""
+    last = run / "checkpoints" / "last"
+    raw, average = load_file(last / "model.safetensors"), load_file(last / "ema.safetensors")
+    return (
+        load_file(run / "export" / "model.safetensors"),
+        {name.removeprefix("backbone.model."): value for name, value in raw.items() if name.startswith("backbone.")},
+        {name.removeprefix("module.model."): value for name, value in average.items()},
+    )
+
+
+def test_the_average_is_exported_where_the_run_is_long_enough_and_both_are_measured(cli, mae, shapes, tmp_path):
+    out = tmp_path / "run"
+    words = ("export_weights=auto", "ema_decay=0.5")
+    first = cli.call(*cli.refine(shapes, mae.export, out, *words), "--json")
+    assert first.code == 0, first.err
+    summary = json.loads(first.out)
+    assert summary["weights"]["exported"] == "average"
+    assert summary["weights"]["both_measured"]
+    assert summary["weights"]["start_share"] < 0.1
+    assert summary["after"].keys() == summary["raw"].keys()
+    assert summary["verdict"]["raw"].keys() >= {"verdict", "reason"}
+    exported, raw, average = stages_of(out)
+    name = "blocks.2.mlp.fc1.weight"
+    assert torch.equal(exported[name], average[name])
+    assert not torch.equal(raw[name], average[name])
+    # the raw ones are one setting away, also in a finished run
+    again = cli.call(*cli.refine(shapes, mae.export, out, "export_weights=model", "ema_decay=0.5"), "--json")
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["weights"]["exported"] == "raw"
+    assert json.loads(again.out)["after"] == summary["raw"]
+    assert torch.equal(stages_of(out)[0][name], raw[name])
+
+
+def test_a_run_too_short_for_its_average_exports_the_raw_weights_and_says_so(cli, mae, shapes, tmp_path):
+    outcome = cli.call(*cli.refine(shapes, mae.export, tmp_path / "run", "export_weights=auto", "ema_decay=0.9999"))
+    assert outcome.code == 0, outcome.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["weights"]["exported"] == "raw"
+    assert "raw" not in summary
+    assert "weights exported: raw (export_weights=auto); the average holds 99." in outcome.out
+    exported, raw, _ = stages_of(tmp_path / "run")
+    assert torch.equal(exported["blocks.2.mlp.fc1.weight"], raw["blocks.2.mlp.fc1.weight"])
+
+
+def test_the_papers_recipes_export_the_average():
+    """The published weights are averages (decay 0.9999)."""
+    papers = {name: recipe() for name, recipe in REFINE_RECIPES.items() if name not in ("tiny", "demo")}
+    assert {recipe.export_weights for recipe in papers.values()} == {"auto"}
+    for name, recipe in papers.items():
+        assert start_share(recipe, steps_per_epoch=1_281_167 // recipe.batch_size) <= START_SHARE, name

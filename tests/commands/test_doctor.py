@@ -221,3 +221,21 @@ def test_a_one_coloured_image_is_no_near_duplicate_of_a_tinted_one(tmp_path):
     test = write(tmp_path / "test.parquet", images[:1], [0])
     found = doctor(data=str(data), test=str(test))["findings"]
     assert [(finding["index"], finding["kind"]) for finding in found] == [(0, "constant"), (0, "leak from test")]
+
+
+def test_heads_that_are_yet_to_be_placed_cost_as_many_as_the_last_third(embedded, tmp_path, monkeypatch):
+    """The word "auto" is no list of four blocks."""
+    from mim_refiner.commands import estimate
+
+    monkeypatch.setattr(estimate, "PROBE_SECONDS", 0.0)
+    images, labels, _, _ = embedded
+    data, model = write(tmp_path / "data.parquet", images[:80], labels[:80]), files("mim_refiner") / "assets" / "mae"
+    costs = {}
+    for blocks in ("auto", "last_third", "[8, 9, 10, 11]", "[11]"):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"name: tiny\nheads:\n  blocks: {blocks}\n")
+        found = doctor(data=str(data), model=str(model), recipe=str(recipe), device="cpu")["model"]
+        costs[blocks] = (found["training_memory_gb"], found["disk_gb"])
+    depth = 12
+    assert costs["auto"] == costs["last_third"] == costs[str([*range(depth - depth // 3, depth)])]
+    assert costs["[11]"] < costs["auto"]

@@ -194,3 +194,14 @@ def test_the_loop_measures_in_refinement_only(tiny_run: Callable[[], Any], tmp_p
     metrics = tiny_run().run(tmp_path / "watched", guard=GuardSettings(every=5, images=20))
     assert [m["loss"] for m in metrics] == [m["loss"] for m in plain]
     assert [m["total_step"] for m in metrics if "rank" in m] == [10, 12, 14, 16, 18, 20]
+
+
+def test_the_same_folder_takes_the_advice_to_train_on_without_the_guard(
+    tiny_run: Callable[[], Any], tmp_path: Path
+) -> None:
+    with pytest.raises(GuardStopError, match=r"the same command with --set guard\.enabled=false trains on"):
+        tiny_run().run(tmp_path / "run", guard=GuardSettings(every=1, images=20, min_rank=99.0))
+    metrics = tiny_run().run(tmp_path / "run")
+    assert [m["total_step"] for m in metrics] == list(range(1, 21))
+    plain = tiny_run().run(tmp_path / "plain")
+    assert [m["loss"] for m in metrics] == [m["loss"] for m in plain]

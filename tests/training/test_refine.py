@@ -11,6 +11,8 @@ import torch
 
 from mim_refiner.errors import NonFiniteLossError
 from mim_refiner.training.loop import step_generator
+from mim_refiner.training.metric_log import MetricLog
+from mim_refiner.training.recipe import GuardSettings
 
 GOLDEN = Path(__file__).parent / "golden_curve.json"
 MakeRun = Callable[[], Any]
@@ -141,6 +143,27 @@ def test_a_second_non_finite_loss_stops_before_the_weights_take_it(tiny_run: Mak
         run.run(tmp_path / "run")
     assert caught.value.exit_code == 2
     assert all(torch.isfinite(p).all() for p in run.refiner.parameters())
+
+
+@pytest.mark.parametrize(("bad", "found"), [(8, 9), (9, 9), (13, 13), (14, 15)])
+def test_a_loss_of_nan_is_found_before_the_guard_looks_and_nobody_waits_in_between(
+    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int, found: int
+) -> None:
+    """The guard, which looks after every second step, would stop the run for features that are not finite.
+
+    The flag of bad losses lies on the device: it is read before a log line, a look or a checkpoint, and not at other
+    steps, whatever the device is. So a GPU does what a CPU does.
+    """
+    reads: list[int] = []
+    original = MetricLog.first_non_finite
+    run = tiny_run()
+    monkeypatch.setattr(MetricLog, "first_non_finite", lambda log: [reads.append(run.steps[-1]), original(log)][1])
+    run.spoil = lambda step: step == bad
+    guard = GuardSettings(every=2, images=20)
+    run.run(tmp_path / "run", guard=guard, log_every=100, checkpoint_every=100)
+    assert run.steps == [*range(found + 1), *(step for step in range(8, 20) if step != bad)]
+    assert reads == [7, *range(9, found + 1, 2), *(step - (step == bad) for step in range(9, 20, 2))]
+    assert json.loads((tmp_path / "run" / "guard.json").read_text())["stopped"] is None
 
 
 def test_draws_of_a_step_depend_on_seed_phase_and_step_alone() -> None:

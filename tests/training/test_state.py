@@ -61,6 +61,22 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_
     assert "step-000002 is damaged" in notes[0]
 
 
+def test_moments_saved_on_another_device_load_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file says "cuda:1", as one of the second rank of a GPU run does, and this machine may have no such device."""
+    run, module = open_run(tmp_path / "run"), make_module(3.0)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:1")
+        run.save(Position(0, 1, 1), {"model": module}, optimizer)
+    _, state, _ = run.restore({"model": make_module(0.0)})
+    assert state is not None
+    moments = state["state"][0]["exp_avg"]
+    assert moments.device == torch.device("cpu")
+    assert torch.equal(moments, optimizer.state_dict()["state"][0]["exp_avg"])
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     for step in range(1, 5):
@@ -122,8 +138,10 @@ def test_write_json_replaces_whole_files(tmp_path: Path) -> None:
 
 
 def test_settings_that_change_no_result_may_differ_on_resume(tmp_path: Path) -> None:
-    open_run(tmp_path / "run", {**RECIPE, "micro_batch": None, "workers": 4, "checkpoint_every": 10})
-    assert open_run(tmp_path / "run", {**RECIPE, "micro_batch": 2, "workers": 0, "checkpoint_every": 99}).resumed
+    first = {"micro_batch": None, "workers": 4, "checkpoint_every": 10, "guard": {"enabled": True, "patience": 2}}
+    open_run(tmp_path / "run", {**RECIPE, **first})
+    other = {"micro_batch": 2, "workers": 0, "checkpoint_every": 99, "guard": {"enabled": False, "patience": 9}}
+    assert open_run(tmp_path / "run", {**RECIPE, **other}).resumed
 
 
 def test_skipped_batches_are_remembered(tmp_path: Path) -> None:

@@ -13,7 +13,11 @@ from mim_refiner.report.tables import STAGES, comparison_table, results_rows
 
 SHARES = ("top1", "accuracy", "nmi", "ami", "coverage")  # printed in percent
 
-REASONED = {"recommendation": "features to use", "head_placement": "head placement"}  # shown by their reason alone
+REASONED = {  # shown by their reason alone
+    "recommendation": "features to use",
+    "head_placement": "head placement",
+    "weights": "weights exported",
+}
 
 
 def print_result(result: Any, file: TextIO) -> None:

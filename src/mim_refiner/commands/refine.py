@@ -44,7 +44,16 @@ from mim_refiner.reporting import NullReporter, Reporter
 from mim_refiner.training.guard import load_best
 from mim_refiner.training.recipe import RefineRecipe, override
 from mim_refiner.training.recipes import refine_recipe
-from mim_refiner.training.refine import Refinement, build, make_refiner, resolve, train, view_specs
+from mim_refiner.training.refine import (
+    START_SHARE,
+    Refinement,
+    build,
+    make_refiner,
+    resolve,
+    start_share,
+    train,
+    view_specs,
+)
 from mim_refiner.training.signals import stops_cleanly
 from mim_refiner.training.state import RunFolder
 
@@ -151,7 +160,7 @@ def refine_and_compare(
     list_skipped(images, folder, reporter, skipped)
     seconds = time.perf_counter() - started
 
-    stages = {"before": load_backbone(model), "after": after}
+    stages = {"before": load_backbone(model), **after}
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
     with results_folder(folder.path) as results:
         described = f"{Path(data).name} ({len(images)} images)"
@@ -160,6 +169,7 @@ def refine_and_compare(
         return {}
     summary["seconds"] = {"training": seconds, "total": time.perf_counter() - started}
     more = {"head_placement": placement, "stopped": str(stopped) if stopped else None}
+    more["weights"] = None if stopped else weights_taken(refinement)
     summary |= {key: value for key, value in more.items() if value is not None}
     write_json(folder.path / "summary.json", summary)
     finish_with_report(folder.path, reporter)
@@ -191,22 +201,41 @@ def online_knn(refinement: Refinement, bank: ImageSet, test: ImageSet | None) ->
 
 def trained(
     refinement: Refinement, folder: RunFolder, monitor: OnlineKnn | None, model: str
-) -> tuple[Backbone, GuardStopError | NonFiniteLossError | None]:
-    """Train. Returns the encoder to keep, and the error when the guard or the loss stopped the run."""
-    recipe = refinement.recipe
+) -> tuple[dict[str, Backbone], GuardStopError | NonFiniteLossError | None]:
+    """Train. Returns the encoder to keep as "after", and the error when the guard or the loss stopped the run.
+
+    After a run long enough for an average the weights that are not kept stand beside it, as "raw" or "average".
+    """
     try:
         train(refinement, folder, monitor)
     except (GuardStopError, NonFiniteLossError) as error:
-        if not recipe.guard.enabled:
+        if not refinement.recipe.guard.enabled:
             raise
-        return load_best(folder, load_backbone(model)), error
-    refined = refinement.ema.module if recipe.export_weights == "ema" else refinement.refiner.backbone
-    assert isinstance(refined, Backbone)
-    if is_sharded(refined):
-        whole = full_state(refined)
-        refined = load_backbone(model)
-        refined.load_state_dict(whole)
-    return refined, None
+        return {"after": load_best(folder, load_backbone(model))}, error
+    average = refinement.ema.module
+    assert isinstance(average, Backbone)
+    weights, taken = {"raw": refinement.refiner.backbone, "average": average}, weights_taken(refinement)
+    stages = {"after": weights.pop(taken["exported"])} | (weights if taken["both_measured"] else {})
+    for stage, encoder in stages.items():
+        if is_sharded(encoder):
+            whole, stages[stage] = full_state(encoder), load_backbone(model)
+            stages[stage].load_state_dict(whole)
+    return stages, None
+
+
+def weights_taken(refinement: Refinement) -> dict[str, Any]:
+    """Which weights are exported and why, {"exported": "raw" or "average", ...}, for the summary."""
+    recipe = refinement.recipe
+    share = start_share(recipe, refinement.loader.steps_per_epoch)
+    long_enough = share <= START_SHARE
+    average = recipe.export_weights == "ema" or (recipe.export_weights == "auto" and long_enough)
+    exported = "average" if average else "raw"
+    return {
+        "exported": exported,
+        "both_measured": long_enough,
+        "start_share": share,
+        "reason": f"{exported} (export_weights={recipe.export_weights}); the average holds {share:.1%} of the start",
+    }
 
 
 def conclude(
@@ -230,7 +259,8 @@ def conclude(
         run=replace(run, precision="fp32"),
     )
     shown = bank if test is None else test
-    write_gallery(stages, shown, out, pooling=pooling, device=run.device, seed=run.seed, reporter=run.reporter)
+    pictured = {stage: encoder for stage, encoder in stages.items() if stage not in ("raw", "average")}
+    write_gallery(pictured, shown, out, pooling=pooling, device=run.device, seed=run.seed, reporter=run.reporter)
     card = {
         "base": Path(stages["before"].info.source).name,
         "data": data,

@@ -11,7 +11,6 @@ from matplotlib.ticker import MaxNLocator
 
 from mim_refiner.errors import InputError
 from mim_refiner.report.figures import (
-    LABELS,
     panels,
     phase_starts,
     read_metrics,
@@ -19,6 +18,7 @@ from mim_refiner.report.figures import (
     save_figure,
     series_of,
 )
+from mim_refiner.report.tables import STAGES
 
 REGIME_COLOURS = {"early": "#56B4E9", "middle": "#F0E442", "late": "#E69F00"}
 MEASURES = {
@@ -90,7 +90,7 @@ def regimes_plot(result: Mapping[str, Any] | str | Path, path: str | Path, *, ti
         other = top.twinx()
         other.plot(blocks, model["error"], color="#D55E00", marker="s", markersize=4, label="reconstruction error")
         other.set_ylabel("reconstruction error", color="#D55E00")
-        top.set_title(LABELS.get(name, name), fontsize=10, pad=16)
+        top.set_title(STAGES.get(name, name), fontsize=10, pad=16)
         width = 0.4
         bottom.bar([b - width / 2 for b in blocks], _percent(model["knn_share"]), width, color="#0072B2", label=what)
         bottom.bar(

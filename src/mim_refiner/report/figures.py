@@ -15,12 +15,12 @@ from matplotlib.ticker import MaxNLocator
 
 from mim_refiner.errors import InputError
 from mim_refiner.files import write_bytes
+from mim_refiner.report.tables import STAGES
 
 DPI = 150
 # Okabe-Ito colours: told apart with colour-blind eyes; markers tell them apart in grey print
 STYLES = {"before": ("#555555", "o"), "after": ("#0072B2", "s"), "full": ("#D55E00", "^")}
 MORE_STYLES = (("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"))
-LABELS = {"before": "before", "after": "after this run", "full": "after the full recipe"}
 POOLINGS = {"cls": "class token", "mean": "mean of patch tokens"}
 SHADE = "#F0E442"
 
@@ -174,7 +174,7 @@ def _draw_curve(axis: Axes, model: str, position: int, curve: Mapping[str, Any])
         marker=marker,
         markersize=4,
         linewidth=1.6,
-        label=LABELS.get(model, model),
+        label=STAGES.get(model, model),
     )
 
 

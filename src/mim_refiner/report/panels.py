@@ -15,7 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mim_refiner.report.figures import LABELS, MORE_STYLES, POOLINGS, SHADE, STYLES, phase_starts, series_of
+from mim_refiner.report.figures import MORE_STYLES, POOLINGS, SHADE, STYLES, phase_starts, series_of
+from mim_refiner.report.tables import STAGES
 
 TEXT, AXIS, GRID = "#222222", "#8a8a8a", "#dddddd"
 # What the light figure's colours are called in the page's style sheet, which has a dark value for each.
@@ -129,7 +130,7 @@ def series(records: Sequence[Mapping[str, Any]], key: str, factor: float) -> dic
 
 def name_of(model: str) -> str:
     """A stage in words."""
-    return LABELS.get(model, model)
+    return STAGES.get(model, model)
 
 
 _LINES = [STYLES["after"], STYLES["full"], *MORE_STYLES, STYLES["before"]]

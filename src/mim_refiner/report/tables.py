@@ -8,7 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
-STAGES = {"before": "before", "after": "after this run", "full": "after the full recipe"}
+STAGES = {
+    "before": "before",
+    "after": "after this run",
+    "raw": "its raw weights",
+    "average": "its averaged weights",
+    "full": "after the full recipe",
+}
 # (title, factor to the shown unit, digits)
 METRICS: dict[str, tuple[str, float, int]] = {
     "knn_top1": ("k-NN accuracy (%)", 100, 1),

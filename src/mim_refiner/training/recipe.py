@@ -135,7 +135,8 @@ class RefineRecipe(Recipe):
     weight_decay: NonNegativeFloat = 0.05
     head_weight_decay: NonNegativeFloat = 1e-5
     ema_decay: Decay = 0.9999
-    export_weights: Literal["model", "ema"] = "model"
+    # What export/ holds: the weights, their average, or ("auto") the average where the run is long enough for it.
+    export_weights: Literal["auto", "model", "ema"] = "model"
     guard: GuardSettings = GuardSettings()
 
 

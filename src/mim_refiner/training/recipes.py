@@ -28,6 +28,7 @@ def _large(
         views=Views(global_size=224, local_size=96),
         heads=Heads(blocks=list(range(16, 24)), pooling=pooling, temperature=0.2),
         refinement=Phase(epochs=refine_epochs, base_lr=4e-4, top_k=20, layer_decay=0.65),
+        export_weights="auto",
     )
 
 
@@ -40,6 +41,7 @@ def _huge(name: str, *, refine_epochs: int = 30, expected: str = "") -> RefineRe
         views=Views(global_size=224, local_size=98),
         heads=Heads(blocks=list(range(20, 32)), pooling="cls", temperature=0.3),
         refinement=Phase(epochs=refine_epochs, base_lr=4e-4, top_k=20, layer_decay=0.65),
+        export_weights="auto",
     )
 
 
@@ -53,6 +55,7 @@ def mae_2b14() -> RefineRecipe:
         heads=Heads(blocks=list(range(16, 24)), pooling="cls", temperature=0.35),
         refinement=Phase(epochs=20, base_lr=4e-4, top_k=20, layer_decay=0.65),
         frozen_blocks=6,
+        export_weights="auto",
     )
 
 

@@ -35,6 +35,7 @@ from mim_refiner.training.state import RunFolder
 
 WARMUP, REFINEMENT = 0, 1  # numbers of the phases
 NUM_GLOBAL = 2
+START_SHARE = 0.1  # of the START in an average that is worth having
 
 
 # --- resolve the recipe
@@ -61,6 +62,11 @@ def resolve(recipe: RefineRecipe, backbone: Backbone) -> RefineRecipe:
     for size in (recipe.views.global_size, recipe.views.local_size):
         check_image_size((size, size), info.patch_size)
     return recipe
+
+
+def start_share(recipe: RefineRecipe, steps_per_epoch: int) -> float:
+    """How much of the average after the refinement is still the encoder of the START."""
+    return float(recipe.ema_decay ** (recipe.refinement.epochs * steps_per_epoch))
 
 
 def head_blocks(recipe: RefineRecipe, depth: int) -> list[int]:
