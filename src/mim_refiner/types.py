@@ -96,6 +96,7 @@ class CheckpointReport:
     position_rule: str = "timm"
     norm_eps: float | None = None
     pooling: Pooling = "cls"
+    problem: str = ""  # the line that loading it as asked ends with; "" = it loads
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,20 +11,32 @@ from mim_refiner.checkpoints.families import FAMILIES, Family, View, Wishes
 from mim_refiner.checkpoints.store import Contents, strip_wrappers
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean
 
-# Names of running averages of an encoder, best first; the others come in the order of the file.
-_AVERAGES = ("teacher", "target_encoder", "ema")
+# Parts of names of running averages of an encoder, best first; the others come in the order of the file.
+_AVERAGES = ("teacher", "target", "momentum", "ema", "averaged", "swa", "shadow")
+_NO_AVERAGE = {"gram", "student", "online"}  # a Gram teacher is an old state, only there to regularise
 # Parts of paths and prefixes that do not tell encoders apart.
 _UNTELLING = {"", "model", "state_dict", "backbone", "net", "network", "vit", "beit", "trunk", "visual"}
 
 # Telling parts of names in files that are recognised but not loadable here; first match wins.
 _KNOWN_OTHERS = (
     ("layer1.0.conv1.weight", "a ResNet"),
+    ("hiera.encoder.", "a Hiera of transformers; load timm's conversion, for example hiera_tiny_224.mae"),
+    ("swin.encoder.", "a Swin Transformer of transformers; load timm's conversion of it"),
+    ("swinv2.encoder.", "a Swin Transformer V2 of transformers; load timm's conversion of it"),
+    (
+        "embeddings.distillation_token",
+        "a DeiT of transformers; load timm's conversion, deit_base_distilled_patch16_224",
+    ),
+    ("embeddings.cls_token_distill", "a DeiT of transformers; load timm's conversion of it"),
+    ("convnextv2.", "a ConvNeXt V2 of transformers; load timm's conversion of it"),
+    ("vision_model.encoder.layers.", "a CLIP or SigLIP of transformers; load timm's conversion of it"),
     ("stages.0.", "a hierarchical network (ConvNeXt or Swin)"),
     ("layers.0.blocks.", "a Swin Transformer"),
     ("w12.weight", "a ViT with SwiGLU (DINOv2 giant)"),
     ("relative_position_bias_table", "a BEiT with parts missing"),
     ("alibi", "another modality of data2vec 2.0"),
     ("embeddings.patch_embeddings", "another Hugging Face transformers model"),
+    ("lora_A", "a LoRA adapter without its base model"),
 )
 
 
@@ -39,10 +52,11 @@ class Detected:
 def detect(contents: Contents, wishes: Wishes, families: Sequence[Family] = FAMILIES) -> Detected:
     """The first family that claims an encoder of the file, and the encoder to take.
 
-    That is the one ``wishes.encoder`` names, else the running average (teacher, target encoder, EMA) unless the family
+    That is the one ``wishes.encoder`` names, else the running average, whatever its tool calls it, unless the family
     prefers another. Raises CheckpointError for a file that no family claims, with a guess at what it is, and InputError
     for an encoder that is not there.
     """
+    _refuse_others(contents)
     for family in families:
         found = [view for view in _views(contents, family) if family.matches(view)]
         if found:
@@ -50,6 +64,17 @@ def detect(contents: Contents, wishes: Wishes, families: Sequence[Family] = FAMI
             encoders = tuple(view.label for view in found)
             return Detected(family, _choose(found, family, wishes), encoders)
     raise _unknown(contents)
+
+
+_REFUSED = ("hiera.encoder.", "swin.encoder.", "swinv2.encoder.", "embeddings.distillation_token")
+
+
+def _refuse_others(contents: Contents) -> None:
+    """CheckpointError for files of transformers whose names are partly those of a family: it would be mistaken."""
+    names = [strip_wrappers(name) for held in contents.sections.values() for name in held]
+    for part, what in _KNOWN_OTHERS:
+        if part in _REFUSED and any(name.startswith(part) or f".{part}" in name for name in names):
+            raise CheckpointError(f"{contents.source}: is {what}")
 
 
 def _views(contents: Contents, family: Family) -> Iterator[View]:
@@ -103,14 +128,25 @@ def _labelled(views: list[View]) -> list[View]:
 def _choose(views: list[View], family: Family, wishes: Wishes) -> View:
     by_label = {view.label: view for view in views}
     if wishes.encoder is not None:
+        close = [label for label in by_label if wishes.encoder in re.split(r"[_.:-]", label)]
+        if wishes.encoder not in by_label and len(close) == 1:
+            return by_label[close[0]]
         if wishes.encoder not in by_label:
             raise InputError(
                 f"{views[0].where}: has no encoder '{wishes.encoder}'{did_you_mean(wishes.encoder, by_label)}; "
                 f"it holds {', '.join(by_label)}; pass one of them as encoder= (--encoder)"
             )
         return by_label[wishes.encoder]
-    preferred = [label for label in (*family.default_encoder, *_AVERAGES) if label in by_label]
-    return by_label[preferred[0]] if preferred else views[0]
+    preferred = [label for label in family.default_encoder if label in by_label]
+    return by_label[preferred[0]] if preferred else min(views, key=_rank)
+
+
+def _rank(view: View) -> int:
+    """Place of a view's name among those of running averages; after them all for another name."""
+    words = re.split(r"[_.-]", f"{view.section}.{view.prefix}".lower())
+    if _NO_AVERAGE & set(words):
+        return len(_AVERAGES) + ("gram" in words)
+    return next((rank for rank, name in enumerate(_AVERAGES) if name in words), len(_AVERAGES))
 
 
 def _unknown(contents: Contents) -> CheckpointError:

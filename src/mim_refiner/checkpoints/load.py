@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,20 @@ from mim_refiner.checkpoints.build import adapt_channels, build, untouched_rando
 from mim_refiner.checkpoints.catalog import UNKNOWN_LICENCE, family_licence
 from mim_refiner.checkpoints.detect import detect
 from mim_refiner.checkpoints.families import ASKED, Converted, Wishes
+from mim_refiner.checkpoints.families.base import GUESS
 from mim_refiner.checkpoints.families.own import own_family
-from mim_refiner.checkpoints.families.timm_format import OWN_FACTS
+from mim_refiner.checkpoints.families.plain_vit import heads_question
 from mim_refiner.checkpoints.options import split_options
 from mim_refiner.checkpoints.resolve import read_source
-from mim_refiner.checkpoints.store import Contents, one_line
-from mim_refiner.errors import CheckpointError, InputError
+from mim_refiner.checkpoints.store import one_line
+from mim_refiner.checkpoints.told import guesses, told, with_own_facts
+from mim_refiner.errors import CheckpointError, InputError, MimRefinerError
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import RULES
-from mim_refiner.types import CheckpointReport
+from mim_refiner.types import BackboneInfo, CheckpointReport, TensorRecord
 
 KeyMapLike = Mapping[str, Any] | str | Path | None
+_LOGGER = logging.getLogger("mim_refiner")  # a logger without handlers writes warnings to stderr
 
 
 class PartialCheckpointWarning(UserWarning):
@@ -52,38 +57,42 @@ def load_backbone(
     ``in_chans`` other than the file's adapts the first convolution. ``encoder`` chooses one of several in the file
     ("teacher", "student", ...; by default the running average). ``key_map`` (mapping or YAML file, see families/own.py)
     names the tensors of an encoder of one's own. ``strict=False`` loads an incomplete file: a
-    PartialCheckpointWarning says which tensors stay random.
+    PartialCheckpointWarning says which tensors stay random. What had to be guessed (heads, image size, mean and std)
+    is said on every load, by the logger "mim_refiner".
     Every option but strict can also stand in the source: "FILE::num_heads=4,encoder=student".
     Raises CheckpointError (unreadable, unsafe, unknown, incomplete, non-finite) and InputError (unusable argument, or
     one that is needed).
     """
-    source, wishes, key_map = _merge(source, Wishes(_pair(image_size), num_heads, in_chans, encoder), key_map)
-    plan = _plan(source, wishes, key_map)
-    converted = plan.converted
-    if converted.num_heads == 0:
-        raise InputError(
-            f"{source}: {converted.arguments['depth']} blocks of width {converted.arguments['embed_dim']} do not "
-            "tell the number of attention heads; pass num_heads= (--num-heads)"
-        )
-    with torch.device("meta"):  # shapes are compared before any memory is taken
-        sketch = build(converted, plan.contents.source)
-    _, missing, unplaced = account(plan, sketch)
-    if missing or unplaced:
-        _complain(str(source), len(sketch.state_dict()), missing, unplaced, strict)
-    _check_numbers(converted.tensors, sketch, str(source))
+    bare, wishes, key_map = _merge(source, Wishes(_pair(image_size), num_heads, in_chans, encoder), key_map)
+    found = _examine(bare, wishes, key_map)
+    if found.problem is not None and (strict or not found.is_gap):
+        raise found.problem
+    if found.is_gap:
+        consequence = "the missing ones stay RANDOM" if found.missing else "they are ignored"
+        gap = str(found.problem).partition(";")[0]
+        warnings.warn(f"{gap}; {consequence}", PartialCheckpointWarning, stacklevel=2)
+        if (wrong := _wrong_numbers(found.plan.converted.tensors, found.sketch, bare)) is not None:
+            raise wrong
+    plan = found.plan
+    _check_size(found.sketch, plan, bare)
     with untouched_random_state():
-        model = build(converted, plan.contents.source)
-    expected = sketch.state_dict()
-    model.load_state_dict({name: t for name, t in converted.tensors.items() if name in expected}, strict=False)
-    backbone = _wrap(plan, model, source=str(source), coverage=coverage(model, missing))
+        model = build(plan.converted, plan.contents.source)
+    expected = found.sketch.state_dict()
+    tensors = {name: tensor for name, tensor in plan.converted.tensors.items() if name in expected}
+    model.load_state_dict(tensors, strict=False)
+    backbone = _wrap(plan, model, source=bare, coverage=coverage(model, found.missing))
     if wishes.image_size is not None:
         backbone.set_image_size(wishes.image_size)
+    for note in found.notes:
+        if note.startswith(GUESS) and os.environ.get("RANK", "0") == "0":
+            _LOGGER.warning("note: %s: %s", bare, note)
     return backbone.eval()
 
 
 def inspect_checkpoint(
     source: str | Path,
     *,
+    image_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
     in_chans: int | None = None,
     encoder: str | None = None,
@@ -91,32 +100,30 @@ def inspect_checkpoint(
 ) -> CheckpointReport:
     """What ``source`` is and what :func:`load_backbone` would do with every tensor in it; builds no weights.
 
-    The options are those of :func:`load_backbone`. An incomplete file is reported, not refused. Raises CheckpointError
-    if it cannot be read safely or is of no known family, InputError for an unusable option.
+    The options are those of :func:`load_backbone`. A file that is understood but cannot be loaded (incomplete, heads
+    unknown) is reported: ``problem`` is the line that loading ends with. Raises CheckpointError if it cannot be read
+    safely or is of no known family, InputError for an unusable option.
     """
-    source, wishes, key_map = _merge(source, Wishes(None, num_heads, in_chans, encoder), key_map)
-    plan = _plan(source, wishes, key_map)
-    converted = plan.converted
-    known_heads = converted.num_heads != 0
-    with torch.device("meta"):
-        model = build(converted if known_heads else replace(converted, num_heads=1), plan.contents.source)
-    records, missing, unplaced = account(plan, model)
-    info = _wrap(plan, model, source=str(source), coverage=coverage(model, missing)).info
+    bare, wishes, key_map = _merge(source, Wishes(_pair(image_size), num_heads, in_chans, encoder), key_map)
+    found = _examine(bare, wishes, key_map)
+    plan, info = found.plan, found.backbone.info
+    known_heads = plan.converted.num_heads != 0
     return CheckpointReport(
-        source=str(source),
+        source=bare,
         family=plan.family,
         architecture=info.architecture if known_heads else info.architecture.replace("heads=1,", "heads=?,"),
         embed_dim=info.embed_dim,
         depth=info.depth,
         num_heads=info.num_heads if known_heads else 0,
         patch_size=info.patch_size,
-        image_size=info.image_size,
+        image_size=wishes.image_size or info.image_size,
         num_prefix_tokens=info.num_prefix_tokens,
         licence=plan.licence,
         coverage=info.coverage,
-        tensors=tuple(records),
-        missing=tuple(missing),
-        notes=_notes(plan, info.position_rule, unplaced),
+        tensors=tuple(found.records),
+        missing=tuple(found.missing),
+        notes=found.notes,
+        problem="" if found.problem is None else str(found.problem),
         encoder=plan.view.label,
         encoders=plan.encoders,
         in_chans=info.in_chans,
@@ -127,6 +134,63 @@ def inspect_checkpoint(
         norm_eps=info.norm_eps,
         pooling=info.pooling,
     )
+
+
+@dataclass(frozen=True)
+class _Examined:
+    """A source as far as it can be judged without building weights; ``problem``: the error that loading ends with."""
+
+    plan: Plan
+    backbone: Backbone  # without memory for its weights
+    records: list[TensorRecord]
+    missing: list[str]
+    notes: tuple[str, ...]
+    problem: MimRefinerError | None
+    is_gap: bool  # the problem is that tensors of file and encoder do not match, which strict=False allows
+
+    @property
+    def sketch(self) -> Any:
+        return self.backbone.model
+
+
+def _examine(source: str, wishes: Wishes, key_map: KeyMapLike) -> _Examined:
+    plan = _plan(source, wishes, key_map)
+    converted = plan.converted
+    known_heads = converted.num_heads != 0
+    with torch.device("meta"):  # shapes are compared before any memory is taken
+        sketch = build(converted if known_heads else replace(converted, num_heads=1), plan.contents.source)
+    records, missing, unplaced = account(plan, sketch)
+    backbone = _wrap(plan, sketch, source=source, coverage=coverage(sketch, missing))
+    problem: MimRefinerError | None = None
+    gap = _gap(source, len(sketch.state_dict()), missing, unplaced)
+    if not known_heads:
+        problem = InputError(f"{source}: {heads_question(converted.arguments)}")
+    elif gap:
+        problem = CheckpointError(gap)
+    else:
+        problem = _wrong_numbers(converted.tensors, sketch, source) or _wrong_size(backbone, wishes)
+    notes = _notes(plan, backbone.info, unplaced)
+    return _Examined(plan, backbone, records, missing, notes, problem, is_gap=known_heads and bool(gap))
+
+
+def _wrong_size(backbone: Backbone, wishes: Wishes) -> MimRefinerError | None:
+    try:
+        if wishes.image_size is not None:
+            backbone.check_new_size(wishes.image_size)
+    except InputError as error:
+        return error
+    return None
+
+
+def _check_size(sketch: Any, plan: Plan, source: str) -> None:
+    """CheckpointError for an encoder far larger than its file: config and options take no memory that nothing fills."""
+    wanted = sum(tensor.numel() for tensor in sketch.state_dict().values())
+    held = sum(tensor.numel() for tensor in plan.converted.tensors.values())
+    if wanted > 8 * held + 2**27:
+        raise CheckpointError(
+            f"{source}: its config describes an encoder of {wanted:.1e} numbers, the file holds {held:.1e}; take "
+            "config and weights from one source"
+        )
 
 
 def _merge(source: str | Path, wishes: Wishes, key_map: KeyMapLike) -> tuple[str, Wishes, KeyMapLike]:
@@ -143,33 +207,24 @@ def _merge(source: str | Path, wishes: Wishes, key_map: KeyMapLike) -> tuple[str
 
 def _plan(source: str, wishes: Wishes, key_map: KeyMapLike) -> Plan:
     contents = read_source(source)
-    detected = detect(contents, wishes, ASKED if key_map is None else (own_family(key_map),))
+    families = ASKED if key_map is None else (own_family(key_map),)
+    wishes = told(wishes, contents)
+    family = "config.json"
     try:
-        converted = detected.family.convert(detected.view, wishes)
+        detected = detect(contents, wishes, families)
+        family = f"family '{detected.family.name}'"
+        converted = with_own_facts(detected.family.convert(detected.view, wishes), contents)
+        if wishes.in_chans is not None:
+            converted = adapt_channels(converted, wishes.in_chans)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # Shapes and config entries of a damaged file can fail anywhere; all mean the same to the user.
         raise CheckpointError(
-            f"{contents.source}: its tensors or its config.json do not fit the family '{detected.family.name}' "
+            f"{contents.source}: its tensors or its config.json do not fit the {family} "
             f"({type(error).__name__}: {one_line(error, 100)}); take the files from their source again"
         ) from error
-    converted = _with_own_facts(converted, contents)
-    if wishes.in_chans is not None:
-        converted = adapt_channels(converted, wishes.in_chans)
     name = converted.family or detected.family.name
     licence = converted.licence or family_licence(name)
     return Plan(contents, detected.view, name, converted, licence, detected.encoders)
-
-
-def _with_own_facts(converted: Converted, contents: Contents) -> Converted:
-    """What an export of ours says about the encoder in any format: where it comes from, and how images go in."""
-    own = (contents.config or {}).get(OWN_FACTS)
-    if not isinstance(own, Mapping):
-        return converted
-    facts = {name: own[name] for name in ("family", "licence", "position_rule") if isinstance(own.get(name), str)}
-    facts |= {name: tuple(own[name]) for name in ("mean", "std") if isinstance(own.get(name), list)}
-    if own.get("encoder_pooling") in ("cls", "mean"):
-        facts["pooling"] = own["encoder_pooling"]
-    return replace(converted, **facts)
 
 
 def _wrap(plan: Plan, model: Any, *, source: str, coverage: float) -> Backbone:
@@ -187,49 +242,47 @@ def _wrap(plan: Plan, model: Any, *, source: str, coverage: float) -> Backbone:
     )
 
 
-def _notes(plan: Plan, position_rule: str, unplaced: list[str]) -> tuple[str, ...]:
+def _notes(plan: Plan, info: BackboneInfo, unplaced: list[str]) -> tuple[str, ...]:
     converted = plan.converted
-    notes = list(converted.notes)
+    notes = [*converted.notes, *guesses(converted, info.in_chans)]
     if len(plan.encoders) > 1:
         others = ", ".join(label for label in plan.encoders if label != plan.view.label)
         notes.append(f"this is the encoder '{plan.view.label}'; the file also holds {others}: choose by --encoder")
-    if converted.num_heads == 0:
-        notes.append("the file does not tell the number of attention heads; pass num_heads= (--num-heads) to load it")
     if unplaced:
         notes.append(f"{len(unplaced)} tensors have no place in the encoder: {some(unplaced)}")
-    notes.append(f"positions at other image sizes: {RULES[position_rule]}")
+    notes.append(f"positions at other image sizes: {RULES[info.position_rule]}")
     if converted.licence is None and plan.licence != UNKNOWN_LICENCE:
         notes.append("licence: that of the family's published weights; weights trained by others carry their own")
     return tuple(notes)
 
 
-def _complain(source: str, total: int, missing: list[str], unplaced: list[str], strict: bool) -> None:
-    """Refuse a file that does not fit (strict), or warn what stays random and what is ignored."""
+def _gap(source: str, total: int, missing: list[str], unplaced: list[str]) -> str:
+    """What file and encoder do not share, and what to do; "" if they fit."""
     problems = []
     if missing:
         problems.append(f"gives {total - len(missing)} of the encoder's {total} tensors, missing: {some(missing)}")
     if unplaced:
         problems.append(f"holds {len(unplaced)} tensors that the encoder has no place for: {some(unplaced)}")
-    text = f"{source}: {' and '.join(problems)}"
-    if strict:
-        raise CheckpointError(f"{text}; give the complete file (strict=False would leave gaps random)")
-    consequence = "; the missing ones stay RANDOM" if missing else "; they are ignored"
-    warnings.warn(text + consequence, PartialCheckpointWarning, stacklevel=3)
+    advice = "give the complete file (strict=False would leave gaps random)"
+    if unplaced and not missing:
+        advice = "if the encoder works without them, name them under drop: in a key map (--key-map)"
+    return f"{source}: {' and '.join(problems)}; {advice}" if problems else ""
 
 
-def _check_numbers(tensors: dict[str, Tensor], model: Any, source: str) -> None:
-    """Weights are real, finite numbers; CheckpointError names the first that is not."""
+def _wrong_numbers(tensors: dict[str, Tensor], model: Any, source: str) -> CheckpointError | None:
+    """The error that names the first tensor whose numbers are not real and finite."""
     expected = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
     for name, tensor in tensors.items():
         if expected.get(name) and not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(
+            return CheckpointError(
                 f"{source}: {name} holds {kind} numbers instead of floats; save the weights as floats"
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            raise CheckpointError(
+            return CheckpointError(
                 f"{source}: {name} holds NaN or infinite values; the file is unusable, take an earlier one"
             )
+    return None
 
 
 def _per_channel(converted: Converted, values: tuple[float, ...] | None) -> tuple[float, ...] | None:

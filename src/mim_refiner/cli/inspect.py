@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="Checkpoint file, timm or Hugging Face folder.")]
 TensorsOption = Annotated[bool, typer.Option("--tensors", help="List every tensor, not only the ones left out.")]
+SizeOption = Annotated[
+    str | None, typer.Option("--image-size", metavar="H[xW]", help="Pixels in training, where the table does not tell.")
+]
 _LISTED = 30  # tensors left out that are shown without --tensors
 
 
@@ -23,25 +26,25 @@ def inspect(
     tensors: TensorsOption = False,
     encoder: EncoderOption = None,
     num_heads: HeadsOption = None,
+    image_size: SizeOption = None,
     key_map: KeyMapOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a checkpoint is, and what becomes of every tensor in it.
 
-    Exit code 2 when the file does not hold the whole encoder.
+    Exit code 2, with the line that every verb ends with, when it cannot be loaded as asked.
     """
     from mim_refiner.checkpoints.load import inspect_checkpoint
+    from mim_refiner.checkpoints.options import parse_size
 
-    report = inspect_checkpoint(file, encoder=encoder, num_heads=num_heads, key_map=key_map)
+    size = None if image_size is None else parse_size(image_size)
+    report = inspect_checkpoint(file, encoder=encoder, num_heads=num_heads, image_size=size, key_map=key_map)
     if as_json:
         show(report, as_json=True, file=sys.stdout)
     else:
         print_report(report, every_tensor=tensors, file=sys.stdout)
-    if report.missing:
-        raise CheckpointError(
-            f"{file}: gives {100 * report.coverage:.1f} % of the encoder's tensors, {len(report.missing)} are missing; "
-            "it cannot be loaded"
-        )
+    if report.problem:
+        raise CheckpointError(report.problem)
 
 
 def print_report(report: CheckpointReport, *, every_tensor: bool, file: TextIO) -> None:

@@ -24,6 +24,7 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "create_vit"]
 # Of a block in a run: views of two sizes, whole and last micro-batches, each in the warm-up, in a frozen prefix,
 # without a graph, with one, and with one behind a frozen prefix.
 GRAPHS = 2 * 2 * 5
+MAX_POSITIONS = 2**20  # patches of an image: a mistyped size must not ask for terabytes
 _NEVER_TRAINED = (
     "pos_embed", "pos_embed_abs", "pos_embed_win", "pos_embed_spatial", "pos_embed_temporal", "absolute_pos_embed",
     "fc_norm", "attn_pool", "head", "head_dist",
@@ -224,11 +225,9 @@ class Backbone(nn.Module):
 
         Raises InputError for a size that the patch does not divide and for an encoder of fixed size.
         """
-        check_image_size(image_size, self.info.patch_size)
+        self.check_new_size(image_size)
         if image_size == self.info.image_size:
             return
-        if not hasattr(self.model, "set_input_size"):
-            raise InputError(f"{self.info.architecture} cannot change its image size; leave image_size out")
         resized = {} if self.runner is None else self._resized_tables(self.grid_of(image_size))
         self.model.set_input_size(img_size=image_size)
         parameters = dict(self.model.named_parameters())
@@ -236,6 +235,17 @@ class Backbone(nn.Module):
             parameters[name].copy_(table)
         rule = self.info.position_rule.removesuffix("_transposed")  # a resized table is in order
         self.info = replace(self.info, image_size=image_size, position_rule=rule)
+
+    def check_new_size(self, image_size: tuple[int, int]) -> None:
+        """InputError for a size that :meth:`set_image_size` cannot bring the encoder to, or that no machine holds."""
+        check_image_size(image_size, self.info.patch_size)
+        if image_size != self.info.image_size and not hasattr(self.model, "set_input_size"):
+            raise InputError(f"{self.info.architecture} cannot change its image size; leave image_size out")
+        rows, columns = self.grid_of(image_size)
+        if rows * columns > MAX_POSITIONS:
+            raise InputError(
+                f"image size {image_size[0]}x{image_size[1]} has {rows * columns} patches; use a smaller one"
+            )
 
     def grid_of(self, image_size: tuple[int, int]) -> Grid:
         """Rows and columns of patches of an image of (H, W) pixels."""

@@ -19,17 +19,20 @@ _BUFFERS = {
     "attn_mask": "computed from the grid",
     "attn.k_bias": "always zero",
 }
+GUESS = "guessed: "  # start of a note that is said on every load
 PROJECTION = "patch_embed.proj.weight"  # timm's name of a ViT's first convolution
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the caller asked for; None = as in the file."""
+    """What the caller asked for (None = as in the file), and what the file's own arguments say."""
 
     image_size: tuple[int, int] | None = None
     num_heads: int | None = None
     in_chans: int | None = None
     encoder: str | None = None
+    told_heads: int = 0  # what the file's own arguments say; what the caller says counts first
+    told_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

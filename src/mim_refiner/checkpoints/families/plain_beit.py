@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import Wishes
+from mim_refiner.checkpoints.families.base import GUESS, Wishes
 from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.checkpoints.families.plain_vit import (
     Structure,
@@ -54,9 +54,10 @@ def infer_beit(
     width, in_chans, patch = projection_sizes(tensors, where)
     relative = tensors.get(SHARED_TABLE, tensors.get(OWN_TABLE))
     if relative is not None:
-        grid = _relative_grid(relative, index, patch, (known_size, wishes.image_size), where)
+        sizes = (known_size, wishes.told_size, wishes.image_size)
+        grid, grid_notes = _relative_grid(relative, index, patch, sizes, where)
     else:
-        grid, _ = table_grid(tensors.get("pos_embed"), 1, patch, (known_size, wishes.image_size), where)
+        grid, _, grid_notes = table_grid(tensors.get("pos_embed"), 1, (patch, in_chans), known_size, wishes, where)
     depth, fc_norm = count_blocks(tensors), "fc_norm.weight" in tensors
     heads, notes = choose_heads(width, depth, known_heads if relative is None else relative.shape[1], wishes, where)
     if relative is not None and heads != relative.shape[1]:
@@ -81,24 +82,30 @@ def infer_beit(
         "global_pool": "avg" if fc_norm else "token",
     }
     size = _STANDARD.get((width, depth, heads), "base")
-    return Structure(f"{name}_{size}_patch16_224", arguments, heads, tuple(notes))
+    return Structure(f"{name}_{size}_patch16_224", arguments, heads, (*notes, *grid_notes))
 
 
 def _relative_grid(
     table: Tensor,
     index: Tensor | None,
     patch: tuple[int, int],
-    sizes: tuple[tuple[int, int] | None, tuple[int, int] | None],
+    sizes: tuple[tuple[int, int] | None, ...],
     where: str,
-) -> tuple[int, int]:
-    """Grid of a table with (2 rows - 1)(2 columns - 1) + 3 entries."""
+) -> tuple[tuple[int, int], list[str]]:
+    """Grid of a table with (2 rows - 1)(2 columns - 1) + 3 entries, and what to remark.
+
+    ``sizes``: image sizes that a config, the file's arguments and the caller name, in this order.
+    """
     entries = table.shape[0] - 3
-    known, wished = (None if size is None else (size[0] // patch[0], size[1] // patch[1]) for size in sizes)
-    side = math.isqrt(max(entries, 0))
-    square = ((side + 1) // 2,) * 2 if side * side == entries and side % 2 else None
-    for grid in (known, None if index is None else _grid_of_index(index), square, wished):
+    named = [None if size is None else (size[0] // patch[0], size[1] // patch[1]) for size in sizes]
+    for grid in (named[0], None if index is None else _grid_of_index(index), *named[1:]):
         if grid and (2 * grid[0] - 1) * (2 * grid[1] - 1) == entries:
-            return grid[0], grid[1]
+            return grid, []
+    side = math.isqrt(max(entries, 0))
+    if side * side == entries and side % 2:
+        rows = (side + 1) // 2
+        size = f"{rows * patch[0]}x{rows * patch[1]} px"
+        return (rows, rows), [f"{GUESS}images of {size} in training, a square; pass image_size= if not"]
     raise CheckpointError(
         f"{where}: its table of relative positions has {table.shape[0]} entries, no square grid; "
         "pass its image_size=(height, width)"

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import PROJECTION, Wishes
+from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, Wishes
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.vit import BASE_ARCHITECTURE, standard_name
@@ -31,6 +31,8 @@ _HEADS_BY_WIDTH_AND_DEPTH = {
     (192, 12): 3, (384, 12): 6, (768, 12): 12, (1024, 24): 16, (1280, 32): 16, (2560, 24): 32, (1408, 40): 16,
     (1536, 40): 24,
 }  # fmt: skip
+USUAL_HEADS = {192: (3, 12), 384: (6, 12)}  # widths that public encoders have with several numbers of heads
+_USUAL_SIDE = 96  # pixels; images of pre-training are rarely smaller, except square ones of a few positions
 
 
 def is_encoder_name(name: str) -> bool:
@@ -108,7 +110,7 @@ def infer_structure(
 
     ``final_norm`` None = as in the file; True = the family always has one, so a file without it is incomplete.
     ``known_heads``, ``known_size``: number of heads and image size that a config beside the weights names.
-    ``wishes.image_size`` helps with a table whose grid its length does not tell.
+    What the caller and the file's own arguments say (``wishes``) counts before any guess.
     Raises CheckpointError (naming ``where``) for shapes that no ViT has and for a table of unknown grid.
     """
     width, in_chans, patch = projection_sizes(tensors, where)
@@ -116,8 +118,8 @@ def infer_structure(
     registers = tensors.get("reg_token")
     num_registers = 0 if registers is None else registers.shape[1]
     class_token = "cls_token" in tensors or _table_counts_a_class_token(tensors)
-    grid, prefix_in_table = table_grid(
-        tensors.get("pos_embed"), int(class_token) + num_registers, patch, (known_size, wishes.image_size), where
+    grid, prefix_in_table, grid_notes = table_grid(
+        tensors.get("pos_embed"), int(class_token) + num_registers, (patch, in_chans), known_size, wishes, where
     )
     depth = count_blocks(tensors)
     told = final_norm is not None
@@ -148,6 +150,7 @@ def infer_structure(
         arguments["init_values"] = arguments.get("init_values", 0.0)
     from_norm = next((width // t.shape[0] for n, t in tensors.items() if n.endswith("attn.q_norm.weight")), 0)
     heads, notes = choose_heads(width, depth, known_heads or from_norm, wishes, where)
+    notes += grid_notes
     if not final_norm and not told:
         notes.append("the file has no final norm, so the encoder has none")
     name = GATED_ARCHITECTURE if gated else standard_name(width, depth, heads, patch) or BASE_ARCHITECTURE
@@ -172,49 +175,91 @@ def count_blocks(tensors: Mapping[str, Tensor]) -> int:
 def choose_heads(width: int, depth: int, known: int, wishes: Wishes, where: str) -> tuple[int, list[str]]:
     """Number of heads (0 = nobody knows) and what to remark; InputError for one that does not divide the width.
 
-    The caller's word counts first, then the file's, then that of the standard size.
+    The caller's word counts first, then ``known`` (what tensors or config tell), then the file's own arguments, then
+    the standard size, if that is the only usual number.
     """
-    standard = _HEADS_BY_WIDTH_AND_DEPTH.get((width, depth), 0)
-    heads = wishes.num_heads or known or standard
+    standard = 0 if width in USUAL_HEADS else _HEADS_BY_WIDTH_AND_DEPTH.get((width, depth), 0)
+    told = wishes.told_heads if wishes.told_heads > 0 and width % wishes.told_heads == 0 else 0
+    heads = wishes.num_heads or known or told or standard
     if heads and width % heads:
         raise InputError(
             f"{where}: num_heads={heads} does not divide the encoder's width {width}; pass num_heads= (--num-heads) "
             "with a divisor"
         )
-    if heads and not wishes.num_heads and not known:
-        return heads, [f"{heads} attention heads, as the standard ViT of this size; pass num_heads= if yours differs"]
+    if heads and heads == standard and not (wishes.num_heads or known or told):
+        return heads, [f"{GUESS}{heads} attention heads, as the standard ViT of this size; pass num_heads= if not"]
     return heads, []
+
+
+def heads_question(arguments: Mapping[str, Any]) -> str:
+    """The line that asks for the number of heads."""
+    width = arguments.get("embed_dim", 0)
+    usual = f" ({' or '.join(map(str, USUAL_HEADS[width]))} are usual)" if width in USUAL_HEADS else ""
+    return (
+        f"{arguments.get('depth', 'its')} blocks of width {width} do not tell the number of attention heads{usual}; "
+        "pass num_heads= (--num-heads)"
+    )
 
 
 def table_grid(
     table: Tensor | None,
     num_prefix: int,
-    patch: tuple[int, int],
-    sizes: tuple[tuple[int, int] | None, tuple[int, int] | None],
+    pixels: tuple[tuple[int, int], int],
+    known: tuple[int, int] | None,
+    wishes: Wishes,
     where: str,
-) -> tuple[tuple[int, int], int]:
-    """Grid (rows, columns) of the position table, and how many prefix tokens have an entry in it.
+) -> tuple[tuple[int, int], int, list[str]]:
+    """Grid (rows, columns) of the position table, how many prefix tokens have an entry in it, and what to remark.
 
-    ``sizes``: image size known from a config, and the one asked for; the former decides, the latter helps where the
-    length of the table makes no square.
+    ``pixels``: patch and input channels. ``known``: image size of a config, which decides; then what the file's
+    arguments say; then what the caller asks for, if the table has as many positions; then the square.
+    Raises CheckpointError where nothing tells, and where the square is no better than other shapes.
     """
-    known, wished = (None if size is None else (size[0] // patch[0], size[1] // patch[1]) for size in sizes)
+    patch, in_chans = pixels
+    known, told, wished = (
+        None if size is None else (size[0] // patch[0], size[1] // patch[1])
+        for size in (known, wishes.told_size, wishes.image_size)
+    )
     if table is None:
-        return known or wished or (224 // patch[0] or 1, 224 // patch[1] or 1), 0
+        return known or told or wished or (224 // patch[0] or 1, 224 // patch[1] or 1), 0, []
     if table.ndim != 3:
         raise CheckpointError(
             f"{where}: the position table has shape {list(table.shape)}, not [1, entries, width]; save it in that shape"
         )
     length = table.shape[1]
-    for kind in ("known", "square", "wished"):
+    for grid in (known, told, wished):
         for prefix in (num_prefix, 0):
-            side = math.isqrt(max(length - prefix, 0))
-            grid = {"known": known, "square": (side, side), "wished": wished}[kind]
             if grid and 0 not in grid and grid[0] * grid[1] == length - prefix:
-                return grid, prefix
+                return grid, prefix, []
+    for prefix in (num_prefix, 0):
+        side = math.isqrt(max(length - prefix, 0))
+        if side and side * side == length - prefix:
+            size = f"{side * patch[0]}x{side * patch[1]}"
+            if _is_doubtful(side, patch, in_chans):
+                raise CheckpointError(
+                    f"{where}: {side * side} positions may be {side}x{side} ({size} px) or "
+                    f"{_other_grids(side, patch)}; pass image_size=HEIGHTxWIDTH of its training (behind the file: "
+                    "FILE::image_size=32x128)"
+                )
+            note = f"{GUESS}images of {size} px in training, since {side * side} positions make a square; pass "
+            return (side, side), prefix, [f"{note}image_size= if not"] if side > 1 else []
     raise CheckpointError(
-        f"{where}: the position table has {length} entries, no square grid; pass its image_size=(height, width)"
+        f"{where}: the position table has {length} entries, no square grid; pass its image_size=(height, width) in "
+        f"pixels (behind the file: FILE::image_size=HEIGHTxWIDTH), a multiple of {patch[0]}x{patch[1]} with "
+        f"{length - num_prefix} positions"
     )
+
+
+def _is_doubtful(side: int, patch: tuple[int, int], in_chans: int) -> bool:
+    """Whether many positions make a square that is no usual image: text lines of 32x128 px, spectrograms."""
+    small = side * max(patch) < _USUAL_SIDE and side >= 12
+    return small or (in_chans == 1 and side >= 16 and side % 8 == 0)
+
+
+def _other_grids(side: int, patch: tuple[int, int]) -> str:
+    rows = next((rows for rows in (side // 2, side // 4) if rows and side * side % rows == 0), 1)
+    columns = side * side // rows
+    return f"{rows}x{columns} ({rows * patch[0]}x{columns * patch[1]} px)"
 
 
 def _table_counts_a_class_token(tensors: Mapping[str, Tensor]) -> bool:

@@ -1,0 +1,100 @@
+"""What a checkpoint says of itself beside its weights: the arguments of the training and the config beside the file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mim_refiner.checkpoints.families import Converted, Wishes
+from mim_refiner.checkpoints.families.base import GUESS
+from mim_refiner.checkpoints.families.timm_format import OWN_FACTS
+from mim_refiner.checkpoints.store import Contents
+from mim_refiner.errors import CheckpointError
+from mim_refiner.models.positions import RULES
+
+_HEADS = ("encoder_num_heads", "num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "vit_heads")
+_SIZES = ("input_size", "img_size", "image_size", "input_resolution", "imgsz", "global_crops_size")
+_MEANS, _STDS = ("image_mean", "img_mean", "pixel_mean", "mean"), ("image_std", "img_std", "pixel_std", "std")
+
+
+def told(wishes: Wishes, contents: Contents) -> Wishes:
+    """``wishes`` with heads and image size of the file's own arguments."""
+    heads = contents.fact(*_HEADS)
+    return replace(wishes, told_heads=heads if type(heads) is int else 0, told_size=_size(contents))
+
+
+def _size(contents: Contents) -> tuple[int, int] | None:
+    """Image size (height, width) in training; a spectrogram's is frames x mel bands, as AudioMAE lays it out."""
+    size = contents.fact(*_SIZES)
+    frames, bands = contents.fact("target_length"), contents.fact("num_mel_bins", "n_mels", "num_mels")
+    if size is None and frames is not None and bands is not None:
+        size = (frames, bands)
+    if isinstance(size, str):
+        match = re.fullmatch(r"(\d{1,6})(?:[x,](\d{1,6}))?", size, re.ASCII)
+        size = tuple(int(side) for side in match.groups(match[1])) if match else None
+    sides = size if isinstance(size, tuple) else (size, size)
+    if len(sides) == 3:  # channels first, as timm writes it
+        sides = sides[1:]
+    return (sides[0], sides[1]) if len(sides) == 2 and all(type(n) is int and n > 0 for n in sides) else None
+
+
+def with_own_facts(converted: Converted, contents: Contents) -> Converted:
+    """What the file says about how images go in; what an export of ours says about where the encoder comes from.
+
+    Raises CheckpointError for an entry of the wrong type.
+    """
+    facts: dict[str, Any] = {}
+    own = (contents.config or {}).get(OWN_FACTS)
+    if isinstance(own, Mapping):
+        facts = {name: own[name] for name in ("family", "licence", "position_rule", "norm_eps") if own.get(name)}
+        facts |= {name: tuple(own[name]) for name in ("mean", "std") if isinstance(own.get(name), list)}
+        facts |= {"pooling": own["encoder_pooling"]} if own.get("encoder_pooling") in ("cls", "mean") else {}
+    elif contents.config is None:
+        facts = _normalisation(contents)
+    found = replace(converted, **facts)
+    _check(found, contents.source)
+    return found
+
+
+def _normalisation(contents: Contents) -> dict[str, tuple[float, ...]]:
+    """Mean and std that the file's arguments name, on the scale 0-1; {} unless both are there."""
+    mean, std = contents.fact(*_MEANS), contents.fact(*_STDS)
+    if not (_numbers(mean) and _numbers(std) and len(mean) == len(std) and len(mean) > 1 and min(std) > 0):
+        return {}
+    scale = 255.0 if max(*mean, *std) > 2 else 1.0
+    return {"mean": tuple(v / scale for v in mean), "std": tuple(v / scale for v in std)}
+
+
+def guesses(converted: Converted, channels: int) -> tuple[str, ...]:
+    """What is not known about how images go in."""
+    if converted.mean is not None and converted.std is not None and len(converted.mean) == channels:
+        return ()
+    named = "ImageNet's" if channels == 3 else f"ImageNet's, for {channels} channels"
+    return (f"{GUESS}mean and std ({named}), which nothing tells; mean: and std: of a key map say others",)
+
+
+def _numbers(values: Any) -> bool:
+    known = isinstance(values, tuple) and len(values) > 0
+    return known and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+
+
+def _check(converted: Converted, where: str) -> None:
+    """CheckpointError for a fact that is not of its type: it came from a config.json, which anyone may write."""
+    eps = converted.norm_eps
+    right = {
+        "mean": converted.mean is None or _numbers(converted.mean),
+        "std": converted.std is None or (_numbers(converted.std) and min(converted.std) > 0),
+        "norm_eps": eps is None or (type(eps) in (int, float) and 0 < eps < 1),
+        "licence": converted.licence is None or isinstance(converted.licence, str),
+        "family": converted.family is None or isinstance(converted.family, str),
+        "pooling": converted.pooling in (None, "cls", "mean"),
+        "position_rule": isinstance(converted.position_rule, str) and converted.position_rule in RULES,
+    }
+    wrong = next((name for name, holds in right.items() if not holds), None)
+    if wrong:
+        raise CheckpointError(
+            f"{where}: {wrong}={str(getattr(converted, wrong))[:60]} is no usable value; correct its config.json"
+        )
