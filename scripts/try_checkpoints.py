@@ -121,9 +121,9 @@ EXPECTED: dict[str, list[Loads | Refused | Agrees]] = {
     "26": [Loads("cae.pth", "cae", facts={"mean": IMAGENET}), Loads("b13_mae.pth", "b13", "images13")],
     "27": [Refused("cloned", "Git LFS", NONE), Refused("page.pth", "web page", NONE)],
     "28": [
-        Refused("audiomae.pth", r"512 .*image_size"),
+        Refused("audiomae.pth", r"image_size.* 512 positions"),
         Loads("audiomae.pth", "audio", "x", {"num_heads": 4, "image_size": "256x32"}),
-        Refused("msm_mae.pth", r"66 .*image_size"),
+        Refused("msm_mae.pth", r"66 entries.*image_size"),
         Loads("msm_mae.pth", "msm", "y", {"num_heads": 4, "image_size": "20x52"}),
     ],
     "29": [Agrees("beit_args.pth"), Agrees("eva01.pt")],

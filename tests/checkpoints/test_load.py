@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,76 @@ def test_unknown_number_of_heads_is_asked_for(tmp_path: Path, vit_state: State) 
     assert load_backbone(path, num_heads=8).info.num_heads == 8
 
 
-def test_heads_of_standard_sizes_are_known(tmp_path: Path) -> None:
-    state = create_vit("vit_tiny_patch16_224", 32).state_dict()
-    backbone = load_backbone(save({"model": state}, tmp_path))
-    assert (backbone.info.num_heads, backbone.info.architecture) == (3, "vit_tiny_patch16_224")
-    assert (backbone.info.family, backbone.info.licence) == ("mae", "CC-BY-NC-4.0")
-    assert "3 attention heads" in " ".join(inspect_checkpoint(tmp_path / "weights.pth").notes)
+def test_heads_of_widths_with_one_usual_number_are_guessed_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = create_vit("vit_base_patch16_224", 32, mlp_ratio=0.1).half().state_dict()
+    path = save({"model": state}, tmp_path)
+    for _ in range(2):
+        caplog.clear()
+        info = load_backbone(path).info
+        assert (info.num_heads, info.family, info.licence) == (12, "mae", "CC-BY-NC-4.0")
+        assert "guessed: 12 attention heads" in caplog.text
+        assert "guessed: images of 32x32 px in training" in caplog.text
+    assert "guessed: 12 attention heads" in " ".join(inspect_checkpoint(path).notes)
+
+
+@pytest.mark.parametrize(("arch", "usual"), [("vit_tiny_patch16_224", "3 or 12"), ("vit_small_patch16_224", "6 or 12")])
+def test_widths_with_several_usual_heads_are_asked_for(tmp_path: Path, arch: str, usual: str) -> None:
+    state = create_vit(arch, 32, mlp_ratio=0.1).half().state_dict()
+    path = save({"model": state}, tmp_path)
+    with pytest.raises(InputError, match=rf"\({usual} are usual\); pass num_heads="):
+        load_backbone(path)
+    assert load_backbone(path, num_heads=12).info.num_heads == 12
+    save({"model": state, "args": argparse.Namespace(num_heads=12)}, tmp_path)
+    assert load_backbone(path).info.num_heads == 12
+    assert load_backbone(path, num_heads=int(usual[0])).info.num_heads == int(usual[0])
+
+
+def test_what_is_known_of_the_image_size_counts_before_the_square(
+    tmp_path: Path, vit_state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = [{"args": argparse.Namespace(input_size=[16, 64])}, {"hyper_parameters": {"cfg": {"img_size": [16, 64]}}}]
+    told += [{"config": {"data": {"image_size": "16x64"}}}, {"args": {"img_size": [3, 16, 64]}}]
+    told += [{"args": {"target_length": 16, "num_mel_bins": 64}}]
+    for extra in told:
+        path = save({"model": vit_state, **extra}, tmp_path)
+        assert load_backbone(path, num_heads=4).info.image_size == (16, 64)
+        assert inspect_checkpoint(path, num_heads=4).image_size == (16, 64)
+    assert "images of" not in caplog.text
+    resized = load_backbone(path, num_heads=4, image_size=32)  # the file's word stands; the caller wants another size
+    assert resized.info.image_size == (32, 32)
+    assert not torch.equal(resized.model.pos_embed, vit_state["pos_embed"])
+    path = save({"model": vit_state}, tmp_path)
+    asked = load_backbone(path, num_heads=4, image_size=(16, 64))
+    assert torch.equal(asked.model.pos_embed, vit_state["pos_embed"])
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "in_chans"), [("vit_w24_d1_h2_p4", (32, 128), 3), ("vit_w24_d1_h2_p8", (64, 256), 1)]
+)
+def test_many_positions_that_are_no_usual_square_are_asked_for(
+    tmp_path: Path, arch: str, size: tuple[int, int], in_chans: int
+) -> None:
+    state = create_vit(arch, size, in_chans=in_chans).state_dict()
+    path = save({"model": state}, tmp_path)
+    for read in (load_backbone, inspect_checkpoint):
+        with pytest.raises(CheckpointError, match=r"256 positions may be 16x16 .* or 8x32 .*pass image_size="):
+            read(path, num_heads=2)
+    assert load_backbone(path, num_heads=2, image_size=size).info.image_size == size
+
+
+def test_mean_and_std_of_the_file_or_a_guess(
+    tmp_path: Path, vit_state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = {"mean": [127.5, 127.5, 127.5], "std": [63.75] * 3}
+    path = save({"state_dict": {f"net.{n}": t for n, t in vit_state.items()}, "hyper_parameters": args}, tmp_path)
+    info = load_backbone(path, num_heads=4).info
+    assert (info.mean, info.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert "mean and std" not in caplog.text
+    path = save({"state_dict": {f"net.{n}": t for n, t in vit_state.items()}}, tmp_path)
+    assert load_backbone(path, num_heads=4).info.mean == (0.485, 0.456, 0.406)
+    assert "guessed: mean and std (ImageNet's)" in caplog.text
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mim_refiner.checkpoints import load_backbone
 from mim_refiner.cli.app import main
+from mim_refiner.errors import CheckpointError
 from mim_refiner.models.backbone import create_vit
 
 
@@ -40,11 +42,12 @@ def test_teacher_by_default_and_student_on_request(
     for text in ("ibot", "teacher: 2 blocks, width 24, 3 attention heads", "100.0 %", "optimiser state"):
         assert text in out
     assert "; --tensors lists all" not in out
-    code, out, _ = run(capsys, f"{path}::encoder=student", "--json")
+    code, out, err = run(capsys, f"{path}::encoder=student", "--json")
     report = json.loads(out)
-    assert code == 0
+    assert code == 2  # as loading: the report is there, and the line that asks
     assert (report["encoder"], report["encoders"], report["num_heads"]) == ("student", ["student", "teacher"], 0)
     assert len(report["tensors"]) == 2 * len(state) + 2
+    assert err.startswith("error: ") and report["problem"] in err and "pass num_heads=" in report["problem"]
     code, out, err = run(capsys, path, "--encoder", "techer")
     assert (code, out) == (2, "")
     assert "did you mean 'teacher'" in err
@@ -55,11 +58,13 @@ def test_an_incomplete_file_is_listed_and_exits_with_2(
 ) -> None:
     del state["blocks.1.mlp.fc2.bias"]
     torch.save({"model": state}, tmp_path / "part.pth")
-    code, out, err = run(capsys, str(tmp_path / "part.pth"))
+    code, out, err = run(capsys, str(tmp_path / "part.pth"), "--num-heads", "3")
     assert code == 2
     assert "missing: blocks.1.mlp.fc2.bias" in out
     assert len(err.strip().splitlines()) == 1
-    assert "1 are missing; it cannot be loaded" in err
+    with pytest.raises(CheckpointError) as caught:
+        load_backbone(tmp_path / "part.pth", num_heads=3)
+    assert err == f"error: {caught.value}\n"
 
 
 def test_a_key_map_file(tmp_path: Path, state: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:

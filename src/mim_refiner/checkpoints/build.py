@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models import capi, postnorm, variants  # noqa: F401  (registers their architectures with timm)
 from mim_refiner.models.vit import create_vit
 
+_IN_BLOCKS = re.compile(r"\.\d+\.")  # blocks and stages are lists
 _VIT_MODULES = ["vision_transformer", "deit"]  # timm modules whose models take dynamic image sizes as plain ViTs do
 
 
@@ -40,7 +42,15 @@ def build(converted: Converted, where: str) -> Any:
             "config.json, or take the files from their source again"
         ) from error
     for name in converted.without:
+        if not isinstance(getattr(model, name, None), nn.LayerNorm | nn.RMSNorm | nn.Identity):
+            raise CheckpointError(
+                f"{where}: its config.json leaves out {ascii(name)[:40]}, without which nothing is computed; correct it"
+            )
         setattr(model, name, nn.Identity())
+    if not any(parameter.ndim > 1 for name, parameter in model.named_parameters() if _IN_BLOCKS.search(name)):
+        raise CheckpointError(
+            f"{where}: '{converted.architecture}' so described has no blocks; correct its config.json"
+        )
     if converted.norm_eps is not None:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm | nn.RMSNorm):

@@ -25,7 +25,7 @@ _KNOWN_OTHERS = (
     ("swinv2.encoder.", "a Swin Transformer V2 of transformers; load timm's conversion of it"),
     (
         "embeddings.distillation_token",
-        "a DeiT of transformers; load timm's conversion, deit_base_distilled_patch16_224",
+        "a DeiT of transformers; load timm's deit_base_distilled_patch16_224",
     ),
     ("embeddings.cls_token_distill", "a DeiT of transformers; load timm's conversion of it"),
     ("convnextv2.", "a ConvNeXt V2 of transformers; load timm's conversion of it"),
@@ -58,9 +58,12 @@ def detect(contents: Contents, wishes: Wishes, families: Sequence[Family] = FAMI
     """
     _refuse_others(contents)
     for family in families:
-        found = [view for view in _views(contents, family) if family.matches(view)]
+        views = list(_views(contents, family))
+        found = [view for view in views if family.matches(view)]
         if found:
-            found = _labelled(found)
+            found = _labelled(
+                [view for view in views if any(view is one for one in found) or _is_alike(view, found[0])]
+            )
             encoders = tuple(view.label for view in found)
             return Detected(family, _choose(found, family, wishes), encoders)
     raise _unknown(contents)
@@ -139,6 +142,12 @@ def _choose(views: list[View], family: Family, wishes: Wishes) -> View:
         return by_label[wishes.encoder]
     preferred = [label for label in family.default_encoder if label in by_label]
     return by_label[preferred[0]] if preferred else min(views, key=_rank)
+
+
+def _is_alike(view: View, known: View) -> bool:
+    """Whether a view has the blocks of a known encoder: a second state of it under a name that the family lacks."""
+    blocks = {name for name in known.tensors if name.startswith("blocks.")}
+    return bool(blocks) and blocks == {name for name in view.tensors if name.startswith("blocks.")}
 
 
 def _rank(view: View) -> int:

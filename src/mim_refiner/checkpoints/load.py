@@ -248,6 +248,8 @@ def _notes(plan: Plan, info: BackboneInfo, unplaced: list[str]) -> tuple[str, ..
     if len(plan.encoders) > 1:
         others = ", ".join(label for label in plan.encoders if label != plan.view.label)
         notes.append(f"this is the encoder '{plan.view.label}'; the file also holds {others}: choose by --encoder")
+    if converted.num_heads == 0:
+        notes.append("the file does not tell the number of attention heads; pass num_heads= (--num-heads) to load it")
     if unplaced:
         notes.append(f"{len(unplaced)} tensors have no place in the encoder: {some(unplaced)}")
     notes.append(f"positions at other image sizes: {RULES[info.position_rule]}")

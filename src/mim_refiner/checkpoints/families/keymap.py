@@ -117,6 +117,8 @@ def _pattern(template: str) -> re.Pattern[str]:
     """Regular expression of a template; a placeholder that occurs twice must have the same value."""
     seen: set[str] = set()
     text = ""
+    if set(re.sub(r"\{\w+\}", "", template)) & set("{}"):
+        raise InputError(f"key map: '{template}' has a brace that is no placeholder; use {{i}}, {{n}} or {{p}}")
     for literal, placeholder in re.findall(r"([^{]*)(?:\{(\w+)\})?", template):
         text += re.escape(literal)
         if not placeholder:

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from timm.models import is_model_in_modules
+from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account
-from mim_refiner.checkpoints.families.keymap import KeyMap, Template
+from mim_refiner.checkpoints.families.dinov2 import free_registers
+from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
 from mim_refiner.checkpoints.families.plain_vit import infer_structure
-from mim_refiner.checkpoints.store import one_line
+from mim_refiner.checkpoints.store import check_regular, one_line
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean
+from mim_refiner.models.mae import sincos_position_table
+from mim_refiner.models.positions import sinusoid_table
 
-_SIZED_BY_TENSORS = ("vit_postnorm",)  # beside timm's plain ViTs
+_SIZED_BY_TENSORS = ("vit_postnorm", "vit_variant")  # beside timm's plain ViTs
+_MAX_BYTES = 2**20
 
 
 class OwnKeyMap(BaseModel):
     """A key map. ``keys``: timm's name -> the file's name, or the names that are joined along dimension 0.
 
-    ``{i}`` stands for a block number, ``{p}`` for weight or bias. Names that are timm's already need no entry.
+    ``{i}`` stands for a block number, ``{p}`` for weight or bias, ``{n}`` for a number that does not matter (a chunk of
+    blocks); "0" among joined names for zeros. Names that are timm's already need no entry. ``positions``: a table that
+    the file has not because the code computes it. ``num_heads``: one number, or one a block.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -32,9 +41,10 @@ class OwnKeyMap(BaseModel):
     drop: dict[str, str] = Field(default_factory=dict)  # start of a name -> why the encoder does not take it
     architecture: str = "vit"  # a timm name; "vit" = a plain ViT of the size that the tensors have
     arguments: dict[str, Any] = Field(default_factory=dict)  # for timm's constructor; they win over the tensors
-    num_heads: int | None = Field(None, ge=1)
+    num_heads: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | None = None
+    positions: Literal["table", "sincos", "sinusoid"] = "table"  # sincos: by row and column; sinusoid: by number
     norm_eps: float | None = Field(None, gt=0)
-    position_rule: Literal["timm", "bicubic", "dino", "hf"] = "timm"
+    position_rule: Literal["timm", "bicubic", "dino", "hf"] | None = None  # None = timm's, or the table computed anew
     pooling: Literal["cls", "mean"] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -42,22 +52,41 @@ class OwnKeyMap(BaseModel):
     licence: str | None = None
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few lines of them can stand for billions of entries."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read; write the entries out")
+        return super().compose_node(parent, index)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        check_regular(path)
+        if path.stat().st_size > _MAX_BYTES:
+            raise InputError(f"{path}: is larger than any key map; give a YAML file with the entry 'keys'")
+        loader = _PlainLoader(path.read_text(encoding="utf-8"))
+        return loader.get_single_data()
+    except CheckpointError as error:
+        raise InputError(f"{path}: the key map {str(error).removeprefix(f'{path}: ')}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: the key map cannot be read ({one_line(error)}); give a YAML file") from error
+
+
 def read_key_map(given: Mapping[str, Any] | str | Path) -> OwnKeyMap:
     """Check a key map given as a mapping or as a YAML file; InputError in one line for what is wrong."""
     where = "key_map"
     if isinstance(given, str | Path):
         where = str(given)
-        try:
-            given = yaml.safe_load(Path(given).expanduser().read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{where}: the key map cannot be read ({one_line(error)}); give a YAML file") from error
+        given = _read_yaml(Path(given).expanduser())
     if not isinstance(given, Mapping):
         raise InputError(f"{where}: a key map is a mapping with the entry 'keys'; see the README")
     try:
-        return OwnKeyMap.model_validate(dict(given))
+        return OwnKeyMap.model_validate({str(name): value for name, value in given.items()})
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
+        name = ".".join(str(part) for part in first["loc"] if not re.search(r"^constrained|\[|^(str|int)$", str(part)))
         hint = did_you_mean(name, OwnKeyMap.model_fields) if first["type"] == "extra_forbidden" else ""
         raise InputError(f"{where}: {name}: {one_line(first['msg'])}{hint}") from error
 
@@ -69,6 +98,11 @@ def own_family(given: Mapping[str, Any] | str | Path) -> Family:
         (source if isinstance(source, str) else tuple(source), target) for target, source in key_map.keys.items()
     ]
     keys = KeyMap(rules, same=_unchanged(rules, key_map.drop))
+    for source, target in rules:
+        parts = [part for part in ((source,) if isinstance(source, str) else source) if part != ZEROS]
+        wanted = set(re.findall(r"{(\w+)}", target))
+        if not parts or any(not wanted <= set(re.findall(r"{(\w+)}", part)) for part in parts):
+            raise InputError(f"key map: {target}: its placeholders must stand in {' and '.join(parts) or 'a name'} too")
     anchor = next((source for source, target in rules if _names_projection(target)), PROJECTION)
     if not isinstance(anchor, str):
         raise InputError(f"key map: {PROJECTION} cannot be joined of several tensors; name one")
@@ -85,11 +119,16 @@ def own_family(given: Mapping[str, Any] | str | Path) -> Family:
 
 def _convert(view: View, wishes: Wishes, key_map: OwnKeyMap, keys: KeyMap) -> Converted:
     mapped = keys.to_timm(view.tensors)
-    heads = wishes.num_heads or key_map.num_heads
     given = key_map.arguments.items()
     arguments: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
     notes: tuple[str, ...] = ()
     architecture = key_map.architecture
+    by_block = key_map.num_heads if isinstance(key_map.num_heads, list) and not wishes.num_heads else None
+    if by_block is not None:
+        arguments["block_heads"] = tuple(by_block)
+        architecture = "vit_variant" if architecture == "vit" else architecture
+    said = key_map.num_heads[0] if isinstance(key_map.num_heads, list) else key_map.num_heads
+    heads: int = wishes.num_heads or said or int(arguments.pop("num_heads", 0))
     plain = architecture == "vit" or architecture in _SIZED_BY_TENSORS
     if not plain and not timm.is_model(architecture.partition(".")[0]):
         close = did_you_mean(architecture, timm.list_models())
@@ -99,26 +138,48 @@ def _convert(view: View, wishes: Wishes, key_map: OwnKeyMap, keys: KeyMap) -> Co
             raise CheckpointError(
                 f"{view.where}: the key map leads no tensor to {PROJECTION}; name the first convolution in its keys"
             )
-        vit = infer_structure(
-            mapped.tensors, wishes, view.where, known_heads=heads or 0, known_size=_size(arguments.get("img_size"))
-        )
+        size = _size(arguments.get("img_size")) or wishes.told_size
+        _complete_table(mapped.tensors, key_map.positions, size or wishes.image_size, view.where)
+        vit = infer_structure(mapped.tensors, wishes, view.where, known_heads=heads, known_size=size)
         arguments, heads, notes = vit.arguments | arguments, vit.num_heads, vit.notes
         architecture = vit.architecture if architecture == "vit" else architecture
-    else:
-        heads = heads or arguments.get("num_heads") or -1
     return Converted(
         architecture,
         arguments,
-        int(arguments.pop("num_heads", None) or heads or 0),
+        heads if heads or plain else -1,
         **account(view, mapped, key_map.drop),
         mean=key_map.mean,
         std=key_map.std,
         licence=key_map.licence,
         norm_eps=key_map.norm_eps,
-        position_rule=key_map.position_rule,
+        position_rule=key_map.position_rule or (key_map.positions if key_map.positions != "table" else "timm"),
         pooling=key_map.pooling,
         notes=notes,
     )
+
+
+def _complete_table(tensors: dict[str, Tensor], positions: str, size: tuple[int, int] | None, where: str) -> None:
+    """Compute the table that the code behind the file computes; a table without entries of registers is freed of them.
+
+    Raises InputError where the image size is needed and not known, or the file has a table of its own.
+    """
+    table, weight = tensors.get("pos_embed"), tensors[PROJECTION]
+    if positions != "table":
+        if table is not None:
+            raise InputError(f"{where}: has a table of positions (pos_embed); leave positions: {positions} out")
+        if size is None:
+            raise InputError(
+                f"{where}: positions: {positions} needs the image size; pass image_size= or arguments: img_size"
+            )
+        rows, columns = (side // patch for side, patch in zip(size, weight.shape[-2:], strict=True))
+        if positions == "sincos":
+            tensors["pos_embed"] = sincos_position_table(weight.shape[0], rows, columns, num_prefix=0)
+        else:
+            tensors["pos_embed"] = sinusoid_table(rows * columns, weight.shape[0])
+    elif table is not None and table.ndim == 3 and "reg_token" in tensors:
+        lengths = {table.shape[1] - rest for rest in (0, 1 + tensors["reg_token"].shape[1])}
+        if not any(math.isqrt(length) ** 2 == length for length in lengths if length > 0):
+            free_registers(tensors)
 
 
 def _size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -122,6 +122,12 @@ def infer_structure(
         tensors.get("pos_embed"), int(class_token) + num_registers, (patch, in_chans), known_size, wishes, where
     )
     depth = count_blocks(tensors)
+    if depth == 0:
+        others = [name for name in tensors if not is_encoder_name(name)] or list(tensors)
+        raise CheckpointError(
+            f"{where}: no tensor is named as those of blocks (blocks.0.attn.qkv.weight) but {', '.join(others[:4])}; "
+            "say in a key map (--key-map) which are the blocks'"
+        )
     told = final_norm is not None
     if final_norm is None:
         final_norm = fc_norm or "norm.weight" in tensors or "norm.bias" in tensors
@@ -227,13 +233,15 @@ def table_grid(
             f"{where}: the position table has shape {list(table.shape)}, not [1, entries, width]; save it in that shape"
         )
     length = table.shape[1]
+    squares = [p for p in (num_prefix, 0) if length > p and math.isqrt(length - p) ** 2 == length - p]
     for grid in (known, told, wished):
-        for prefix in (num_prefix, 0):
+        # A size that is only asked for may be one to resize to: it says nothing against a square of another number.
+        for prefix in (num_prefix, 0) if grid is not wished or not squares else squares[:1]:
             if grid and 0 not in grid and grid[0] * grid[1] == length - prefix:
                 return grid, prefix, []
-    for prefix in (num_prefix, 0):
-        side = math.isqrt(max(length - prefix, 0))
-        if side and side * side == length - prefix:
+    for prefix in squares[:1]:
+        side = math.isqrt(length - prefix)
+        if side:
             size = f"{side * patch[0]}x{side * patch[1]}"
             if _is_doubtful(side, patch, in_chans):
                 raise CheckpointError(
