@@ -47,7 +47,8 @@ def test_teacher_by_default_and_student_on_request(
     assert code == 2  # as loading: the report is there, and the line that asks
     assert (report["encoder"], report["encoders"], report["num_heads"]) == ("student", ["student", "teacher"], 0)
     assert len(report["tensors"]) == 2 * len(state) + 2
-    assert err.startswith("error: ") and report["problem"] in err and "pass num_heads=" in report["problem"]
+    assert err == f"error: {report['problem']}\n"
+    assert "pass num_heads=" in report["problem"]
     code, out, err = run(capsys, path, "--encoder", "techer")
     assert (code, out) == (2, "")
     assert "did you mean 'teacher'" in err
