@@ -1,0 +1,102 @@
+"""``benchmarks/evidence.py`` on a toy study: arms, controls, pairs, and that a second call only reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+STUDIES = sorted((BENCHMARKS / "studies").glob("*.yaml"))
+SETTINGS = [
+    "batch_size=8", "warmup.epochs=1", "refinement.epochs=1", "views.local_size=8", "views.num_local=2",
+    "heads.projector_hidden=16", "heads.predictor_hidden=16", "heads.out_dim=8", "heads.queue_size=32",
+    "heads.blocks=[1,2]", "knn_every=0", "guard.enabled=false",
+]  # fmt: skip
+
+MAE_SETTINGS = ["batch_size=8", "decoder_dim=16", "decoder_depth=1"]
+
+
+@pytest.fixture
+def evidence(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import evidence
+
+    return evidence
+
+
+def images(folder: Path, count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        place = folder / f"class{number % 2}" / f"{number:03d}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 100 + 155 * (number % 2), (16, 16, 3), dtype=np.uint8)).save(place)
+
+
+def test_a_study_from_start_to_table(evidence: Any, tmp_path: Path) -> None:
+    images(tmp_path / "train", 50, 0)
+    images(tmp_path / "test", 20, 1)
+    data = {"data": str(tmp_path / "train"), "arch": "vit_w32_d3_h2_p8", "out": str(tmp_path / "mae"), "device": "cpu"}
+    evidence.pretrain(**data, settings=["training.epochs=1", *MAE_SETTINGS])
+    sources = dict.fromkeys(("train", "bank"), "{data}/train") | {"test": "{data}/test"}
+    arms = {
+        "full": {"says": "all"},
+        "scratch": {"says": "random start", "start": "random"},
+        "more_mae": {"says": "more of the start", "kind": "more_mae"},
+        "last": {"says": "one head", "settings": ["heads.blocks=[2]"]},
+    }
+    claims = [["full", "start", "it helps"], ["full", "scratch", "the start matters"]]
+    study = {"title": "toy", **sources, "start": str(tmp_path / "mae" / "export"), "mae_recipe": "tiny_mae",
+             "mae_settings": MAE_SETTINGS, "recipe": "tiny", "settings": SETTINGS, "seeds": [0, 1],
+             "arms": arms, "claims": claims, "protocols": ["knn"], "thin": 1}  # fmt: skip
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(study))
+    command = [str(file), "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    evidence.main([*command, "--arms", "full,scratch,more_mae", "--seeds", "0"])
+    evidence.main([*command, "--arms", "full", "--seeds", "1"])
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {arm: value["seeds"] for arm, value in found["arms"].items()} == {
+        "start": [0], "full": [0, 1], "scratch": [0], "more_mae": [0]}  # fmt: skip
+    asked = {(claim, f"knn_top1 {kind}") for claim in ("it helps", "the start matters") for kind in ("cls", "mean")}
+    assert {(claim["claim"], claim["metric"]) for claim in found["claims"]} == asked
+    gain = next(c for c in found["claims"] if c["claim"] == "it helps" and c["metric"] == "knn_top1 cls")
+    full, start = found["arms"]["full"]["knn_top1 cls"], found["arms"]["start"]["knn_top1 cls"]
+    assert gain["difference"] == pytest.approx(full["mean"] - start["mean"])
+    assert gain["ci95"][0] <= gain["difference"] <= gain["ci95"][1]
+    assert "| all | 2 |" in (tmp_path / "out" / "results.md").read_text()
+
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.npz")}
+    evidence.main([*command, "--arms", "full", "--seeds", "0,1"])
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.npz")}
+    begun = load_file(tmp_path / "out" / "random" / "seed0" / "model.safetensors")
+    trained = load_file(tmp_path / "mae" / "export" / "model.safetensors")
+    assert not np.allclose(begun["blocks.0.mlp.fc1.weight"], trained["blocks.0.mlp.fc1.weight"], atol=0.05)
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_shipped_studies_name_settings_that_exist(evidence: Any, file: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load(file.read_text())
+    assert {arm for better, than, _ in tree["claims"] for arm in (better, than)} <= {"start", *tree["arms"]}
+    study = evidence.Study(tree, tmp_path, tmp_path, "cpu", None)
+    for arm in tree["arms"]:
+        chosen = evidence.override(evidence.refine_recipe(tree["recipe"], image_size=0), study.settings(arm))
+        assert chosen.refinement.epochs > 0
+
+
+def test_compute_of_the_control_is_the_full_recipes(evidence: Any, tmp_path: Path) -> None:
+    images(tmp_path / "train", 32, 0)
+    tree = yaml.safe_load((BENCHMARKS / "studies" / "cifar10_cpu.yaml").read_text()) | {"train": "{data}/train"}
+    tree["start"] = str(BENCHMARKS.parent / tree["start"])
+    tree["settings"] = ["batch_size=16", "refinement.epochs=8"]
+    study = evidence.Study(tree, tmp_path, tmp_path, "cpu", evidence.NullReporter())
+    own = study.mae_recipe()
+    spent = own.training.epochs * 32 * evidence.flops_of_autoencoder(study.start, own)
+    asked = study.draws(study.recipe("full")) * evidence.flops_of_refinement(study.start, study.recipe("full"))
+    assert study.draws(study.recipe("full")) == 9 * 32
+    assert spent == pytest.approx(asked, rel=0.5 / own.training.epochs)
