@@ -66,6 +66,16 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     return load_yaml(read_regular(path, most=TEXT_BYTES))
 
 
+class _PlainDumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def dump_yaml(value: Any) -> bytes:
+    """Plain YAML that :func:`load_yaml` reads."""
+    return yaml.dump(value, Dumper=_PlainDumper, sort_keys=False).encode()
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """The value in a JSON file; use it within :func:`reading`."""
     return json.loads(read_regular(path))

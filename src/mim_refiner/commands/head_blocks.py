@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from mim_refiner.commands.survey import How, atlas_of, choose_samples
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import InputError
+from mim_refiner.files import read_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.refine import head_blocks
@@ -73,7 +73,7 @@ def _blocks_of(recipe: RefineRecipe, depth: int) -> list[int]:
 
 def _kept(out: Path | None) -> dict[str, Any] | None:
     try:
-        found = json.loads((out / FILE).read_text(encoding="utf-8")) if out else None
+        found = read_json(out / FILE) if out else None
         return found if found and all(isinstance(block, int) for block in found["blocks"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # measured again, whatever is wrong with it
         return None

@@ -7,7 +7,6 @@ folder unless the user's own WANDB_MODE or MLFLOW_TRACKING_URI says otherwise.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -16,7 +15,8 @@ from typing import Any, Protocol, cast
 
 import yaml
 
-from mim_refiner.errors import InputError, did_you_mean
+from mim_refiner.errors import InputError, RunFolderError, did_you_mean
+from mim_refiner.files import dotted, read_json, read_yaml, reading
 from mim_refiner.reporting import Reporter, Tee
 
 # name, also that of its extra: modules that must be importable
@@ -155,7 +155,7 @@ class _MLflow:
         known = self.client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self.client.create_experiment(name)
         self.run_id = self.client.create_run(experiment, run_name=out.resolve().name).info.run_id
-        for key, value in _flat(recipe).items():
+        for key, value in dotted(recipe).items():
             self.client.log_param(self.run_id, key, str(value)[:500])
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -176,22 +176,15 @@ _OPENERS: dict[str, Callable[[Path, Mapping[str, Any]], Writer]] = {
 
 
 def _recipe(out: Path) -> dict[str, Any]:
-    recipe = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))
+    with reading(out / "recipe.yaml", "use --overwrite to start anew", RunFolderError):
+        recipe = read_yaml(out / "recipe.yaml")
     return recipe if isinstance(recipe, dict) else {}
 
 
 def _summary(out: Path) -> dict[str, float]:
     """The plain numbers of summary.json by dotted name: before/knn_top1, after/knn_top1, seconds/total ..."""
     try:
-        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        numbers = {key.replace(".", "/"): value for key, value in dotted(read_json(out / "summary.json")).items()}
+    except Exception:  # a damaged file costs its numbers
         return {}
-    numbers = {key.replace(".", "/"): value for key, value in _flat(summary).items()}
     return {key: float(value) for key, value in numbers.items() if type(value) in (int, float)}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

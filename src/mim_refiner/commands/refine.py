@@ -30,6 +30,7 @@ from mim_refiner.commands.runs import (
     train_loader,
 )
 from mim_refiner.core.device import pick_device, resolve_precision
+from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import join_processes
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
@@ -130,7 +131,9 @@ def refine_and_compare(
     """Do what :func:`refine` says; ``others`` are further encoders {stage: source} to measure beside."""
     started = time.perf_counter()
     run = Run(join_processes(pick_device(device)), seed=seed, reporter=reporter)
+    torch.manual_seed(seed)  # of tensors that the checkpoint lacks: they are part of what the run is known by
     backbone = load_backbone(model)
+    weights = weights_sha256(backbone.model)
     images = open_images(data, reporter, channels=backbone.info.in_chans, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
     base = refine_recipe(recipe, image_size=max(backbone.info.image_size), images=len(images))
@@ -146,7 +149,8 @@ def refine_and_compare(
         return run_plan(chosen, refiner, len(images), run, memory_budget)
     if memory_budget is not None:
         chosen = fit_into(chosen, refiner, memory_budget, run)
-    asked = {"command": "refine", "data": data, "model": model, "seed": seed, "exclude": exclude}
+    asked = {"command": "refine", "data": data, "model": model, "model_sha256": weights, "seed": seed,
+             "exclude": exclude}  # fmt: skip
     folder = open_run(out, asked, chosen, images, overwrite=overwrite)
     if placement is not None and folder.writes:
         write_json(folder.path / PLACEMENT_FILE, placement)

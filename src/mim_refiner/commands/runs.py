@@ -92,7 +92,7 @@ def train_loader(images: ImageSet, views: Sequence[ViewSpec], recipe: Recipe, ru
 def open_run(out: str, asked: Mapping[str, Any], recipe: Recipe, images: ImageSet, *, overwrite: bool) -> RunFolder:
     """Create or continue the run folder ``out`` of what was ``asked`` and the resolved recipe."""
     resolved = {key: value for key, value in asked.items() if value is not None} | recipe.model_dump(mode="json")
-    resolved["data_fingerprint"] = images.source.fingerprint()
+    resolved |= {"data_fingerprint": images.source.fingerprint(), "data_images": len(images)}
     return RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=recipe.keep_checkpoints)
 
 

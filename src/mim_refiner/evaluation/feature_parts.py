@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from mim_refiner import files
 from mim_refiner.errors import RunFolderError
-from mim_refiner.files import json_value, write_bytes, write_json
+from mim_refiner.files import json_value, reading, write_bytes, write_json
 
 _SETTINGS = "settings.json"
 
@@ -60,18 +62,18 @@ class PartFolder:
         write_bytes(self._file(number), save(arrays, {"unreadable": json.dumps(unreadable)}))
 
     def read(self, number: int) -> Part:
-        with safe_open(self._file(number), framework="numpy") as file:
-            names = file.keys()
-            features = file.get_tensor("features") if "features" in names else None
+        with self._opened(number) as file:
+            features = file.get_tensor("features") if "features" in file.keys() else None  # noqa: SIM118
             return Part(features, file.get_tensor("indices"))
 
     def indices(self, number: int) -> NDArray[np.int64]:
-        with safe_open(self._file(number), framework="numpy") as file:
-            return file.get_tensor("indices")
+        with self._opened(number) as file:
+            indices: NDArray[Any] = file.get_tensor("indices")
+            return indices
 
     def unreadable(self, number: int) -> list[tuple[int, str, str]]:
         """(index, name, reason) of the images of this part that could not be read."""
-        with safe_open(self._file(number), framework="numpy") as file:
+        with self._opened(number) as file:
             return [(int(index), name, reason) for index, name, reason in json.loads(file.metadata()["unreadable"])]
 
     def all(self) -> Iterator[Part]:
@@ -86,6 +88,12 @@ class PartFolder:
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
+    @contextlib.contextmanager
+    def _opened(self, number: int) -> Iterator[Any]:
+        path = self._file(number)
+        with reading(path, f"delete the folder {self.path} and run again"), safe_open(path, framework="numpy") as file:
+            yield file
+
     def _file(self, number: int) -> Path:
         return self.path / f"part-{number:06d}.safetensors"
 
@@ -93,8 +101,8 @@ class PartFolder:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, None when there is no readable one."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        value = files.read_json(path)
+    except Exception:  # a damaged file is as good as none
         return None
     return value if isinstance(value, dict) else None
 

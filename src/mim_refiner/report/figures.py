@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mim_refiner.errors import InputError
-from mim_refiner.files import write_bytes
+from mim_refiner.files import read_json, read_regular, reading, write_bytes
 from mim_refiner.report.tables import STAGES
 
 DPI = 150
@@ -96,16 +96,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     A line cut short by a kill is left out. Raises InputError when the file cannot be read.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read ({error.strerror}); give the metrics.jsonl of a run") from None
+    with reading(path, "give the metrics.jsonl of a run", InputError):
+        lines = read_regular(path).split(b"\n")
     by_step: dict[int, dict[str, Any]] = {}
     for line in lines:
         try:
             record = json.loads(line)
             by_step[int(record.get("total_step", record["step"]))] = record
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except Exception:  # a crashed file system leaves anything
             continue
     return [by_step[step] for step in sorted(by_step)]
 
@@ -137,7 +135,7 @@ def read_record(result: Mapping[str, Any] | str | Path, kind: str, content: str)
     """The record of an analysis, or its JSON file; InputError unless it is of ``kind`` and has ``content``."""
     if isinstance(result, str | Path):
         try:
-            result = json.loads(Path(result).read_text(encoding="utf-8"))
+            result = read_json(result)
         except OSError as error:
             raise InputError(f"{result}: cannot read ({error.strerror}); give the JSON of an analysis") from None
         except ValueError:

@@ -13,7 +13,8 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 
 from mim_refiner._version import __version__
-from mim_refiner.files import write_bytes
+from mim_refiner.errors import InputError
+from mim_refiner.files import reading, write_bytes
 from mim_refiner.report.gallery import gallery_view
 from mim_refiner.report.numbers import (
     atlas_tables,
@@ -37,7 +38,9 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
     """
     read = [read_run(run) for run in runs]
     target = Path(out) if out is not None else (read[0].path / "report.html" if len(read) == 1 else Path("report.html"))
-    return write_bytes(target, render(read).encode("utf-8"))
+    with reading(", ".join(str(run.path) for run in read), "mend or delete its result files, report again", InputError):
+        page = render(read).encode("utf-8")
+    return write_bytes(target, page)
 
 
 def render(runs: Sequence[RunFiles]) -> str:
@@ -95,6 +98,7 @@ def run_view(run: RunFiles, number: int, *, compact: bool) -> dict[str, Any]:
         "architecture": run.config.get("mim_refiner", {}).get("architecture") or run.config.get("architecture"),
         "cost": cost_rows(run),
         "skipped": run.skipped,
+        "damaged": run.damaged,
         "data": data_lines(run),
         "downloads": _downloads(run),
     }

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mim_refiner.errors import InputError
+from mim_refiner.errors import InputError, reason_of
+from mim_refiner.files import read_json, read_yaml
 from mim_refiner.report.figures import read_metrics
 
 Json = dict[str, Any]
@@ -30,6 +28,7 @@ class RunFiles:
     environment: Json = field(default_factory=dict)
     config: Json = field(default_factory=dict)  # of the exported encoder
     skipped: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)  # files left out, with the reason
 
     def of_kind(self, kind: str) -> dict[str, Json]:
         """{where: record} of every record of a kind, at the top of a file or inside one."""
@@ -42,7 +41,8 @@ class RunFiles:
 def read_run(path: str | Path) -> RunFiles:
     """Read a run folder (of refine, demo, pretrain, evaluate --out or analyze --out).
 
-    Raises InputError when the folder is missing, holds nothing to report, or has a file that is not JSON or YAML.
+    A damaged file is left out and listed in ``damaged``. Raises InputError when the folder is missing or holds nothing
+    to report.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -51,8 +51,20 @@ def read_run(path: str | Path) -> RunFiles:
         raise InputError(f"{path}: no such run folder; give the --out folder of refine, demo or evaluate")
     results: dict[str, Json] = {}
     records: dict[str, Json] = {}
+    damaged: list[str] = []
+
+    def mapping(name: str, read: Callable[[Path], Any] = read_json) -> Json:
+        try:
+            value = read(path / name)
+            return value if isinstance(value, dict) else {}
+        except FileNotFoundError:
+            return {}
+        except Exception as error:  # whatever is wrong with a file costs that file
+            damaged.append(f"{name}: {reason_of(error)}")
+            return {}
+
     for file in _json_files(path):
-        record = _mapping(file, json.loads)
+        record = mapping(str(file.relative_to(path)))
         if "metric" in record and "value" in record:
             results[file.stem] = record
         else:
@@ -62,17 +74,19 @@ def read_run(path: str | Path) -> RunFiles:
     run = RunFiles(
         path=path,
         name=path.resolve().name,
-        summary=_mapping(path / "summary.json", json.loads),
-        metrics=read_metrics(metrics) if metrics.exists() else [],
+        summary=mapping("summary.json"),
+        metrics=read_metrics(metrics) if metrics.is_file() else [],
         results=results,
         records=records,
-        recipe=_mapping(path / "recipe.yaml", yaml.safe_load),
-        environment=_mapping(path / "environment.json", json.loads),
-        config=_mapping(path / "export" / "config.json", json.loads),
-        skipped=skipped.read_text(encoding="utf-8", errors="replace").splitlines() if skipped.exists() else [],
+        recipe=mapping("recipe.yaml", read_yaml),
+        environment=mapping("environment.json"),
+        config=mapping("export/config.json"),
+        skipped=skipped.read_text(encoding="utf-8", errors="replace").splitlines() if skipped.is_file() else [],
+        damaged=damaged,
     )
     if not (run.summary or run.metrics or run.results or run.records):
-        raise InputError(f"{path}: holds no results to report; give the --out folder of refine, demo or evaluate")
+        lost = f" (damaged: {'; '.join(damaged[:3])})" if damaged else ""
+        raise InputError(f"{path}: holds no results to report{lost}; give the --out folder of refine, demo or evaluate")
     return run
 
 
@@ -100,20 +114,3 @@ def _json_files(path: Path) -> Iterator[Path]:
         if folder.is_dir():
             named = ("summary.json", "environment.json")
             yield from (file for file in sorted(folder.glob("*.json")) if file.name not in named)
-
-
-def _mapping(path: Path, parse: Any) -> Json:
-    """Parse a file that holds a mapping; {} where there is no such file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); mend or delete the file, then report again") from None
-    try:
-        value = parse(text)
-    except (ValueError, yaml.YAMLError):
-        raise InputError(
-            f"{path}: is damaged (not {path.suffix[1:]}); mend or delete the file, then report again"
-        ) from None
-    return value if isinstance(value, dict) else {}

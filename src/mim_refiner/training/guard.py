@@ -8,8 +8,8 @@ bad twice running stops the run, and the best state so far is kept.
 
 from __future__ import annotations
 
-import json
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,8 +27,8 @@ from mim_refiner.core.sharding import full_state
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import normalize
 from mim_refiner.data.views import ViewSpec, crop_batch
-from mim_refiner.errors import GuardStopError
-from mim_refiner.files import atomic_folder, write_json
+from mim_refiner.errors import GuardStopError, RunFolderError, reason_of
+from mim_refiner.files import atomic_folder, read_json, reading, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.recipe import GuardSettings
 from mim_refiner.training.state import RunFolder
@@ -135,10 +135,14 @@ class Guard:
     def begin(self, total_step: int) -> None:
         """Measure the START, or remember it together with what was seen up to ``total_step``."""
         if self.file.exists():
-            stored = json.loads(self.file.read_text())
-            self.start = _numbers(stored["start"])
-            self.history = [_numbers(entry) for entry in stored["history"] if entry["total_step"] <= total_step]
-            self.best_step = stored["best_step"]
+            try:
+                stored = read_json(self.file)
+                start = _numbers(stored["start"])
+                history = [_numbers(entry) for entry in stored["history"]]
+                history = [entry for entry in history if entry["total_step"] <= total_step]
+                self.start, self.history, self.best_step = start, history, operator.index(stored["best_step"])
+            except Exception as error:
+                self.folder.notes.append(f"{FILE} is damaged ({reason_of(error)}); the guard begins anew from here")
         if not self.start:
             self.start = dict(from_rank_0(self.probe()))
             self._write()
@@ -217,7 +221,9 @@ class Guard:
 
 def load_best(folder: RunFolder, fresh: Encoder) -> Encoder:
     """Give ``fresh`` (the encoder as it was at the START) the best state's weights, if that is a later one."""
-    if json.loads((folder.path / FILE).read_text())["best_step"]:
+    with reading(folder.path / FILE, "use --overwrite to start anew", RunFolderError):
+        later = read_json(folder.path / FILE)["best_step"]
+    if later:
         fresh.load_state_dict(load_file(folder.checkpoints / BEST))
     return fresh
 

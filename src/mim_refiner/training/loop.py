@@ -74,14 +74,15 @@ class Loop:
         """Go to the newest whole checkpoint: ``position`` says which phase is to run, and from which step."""
         self.position, self._optimizer_state, notes = self.folder.restore(self.modules)
         broadcast_state(self.modules.values())
-        for note in notes:
-            self.run.reporter.message(note)
         if self.position.total_step:
             self.run.reporter.message(f"resuming after step {self.position.total_step}")
         elif not self.folder.last.exists():
             self.folder.save(self.position, self.modules, None)  # what a first step that fails goes back to
         if self.guard:
             self.guard.begin(self.position.total_step)
+        for note in (*notes, *self.folder.notes):
+            self.run.reporter.message(note)
+        self.folder.notes.clear()
 
     def leave_out(self, error: NonFiniteLossError) -> None:
         """Once in the life of a run: from now on without the batch whose loss was not finite. Then raises the error."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
+import os
 import platform
 import shutil
 import sys
@@ -17,15 +19,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mim_refiner.core.collectives import from_rank_0, rank
 from mim_refiner.core.sharding import full_optimizer_state, full_state, load_full_state
-from mim_refiner.errors import RunFolderError
-from mim_refiner.files import atomic_folder, dotted, sync, write_bytes, write_json
+from mim_refiner.errors import RunFolderError, reason_of
+from mim_refiner.files import (
+    atomic_folder,
+    dotted,
+    dump_yaml,
+    load_yaml,
+    read_json,
+    read_regular,
+    read_yaml,
+    reading,
+    sync,
+    write_bytes,
+    write_json,
+)
+from mim_refiner.training.lock import LOCK, hold
 
 SKIPS = "skipped_batches.json"
 
@@ -39,8 +53,10 @@ class Position:
     total_step: int = 0
 
 
-# Settings that change how a run is computed, watched or kept, and not what it computes: free to differ on resume.
+# Free to differ on resume: settings that change how a run is computed, watched or kept, and not what it computes, and
+# paths, which are spelled in many ways: data and model are known by data_fingerprint and model_sha256.
 FREE_SETTINGS = {
+    "data", "data_images", "exclude", "model",
     "micro_batch", "checkpointing", "shard", "workers", "loader_timeout", "checkpoint_every", "keep_checkpoints",
     "log_every", "knn_every", "expected", "export_weights",
 }  # fmt: skip
@@ -58,6 +74,7 @@ class RunFolder:
         self.keep_checkpoints = keep_checkpoints
         self.resumed = False
         self.writes = rank() == 0
+        self.notes: list[str] = []  # what was damaged and done without
         self.skipped: list[tuple[int, int]] = []  # (phase number, step) of batches left out after a loss of NaN
 
     @classmethod
@@ -75,27 +92,41 @@ class RunFolder:
         problem, run.resumed = from_rank_0((problem, run.resumed))
         if problem:
             raise RunFolderError(problem)
-        skips = run.path / SKIPS
-        run.skipped = [(phase, step) for phase, step in json.loads(skips.read_text())] if skips.exists() else []
+        run.skipped = run._read_skips()
         return run
 
     def _prepare(self, recipe: dict[str, Any], overwrite: bool) -> None:
         path, recipe_file = self.path, self.path / "recipe.yaml"
-        if overwrite and recipe_file.exists():
-            shutil.rmtree(path)
-        if recipe_file.exists():
+        there = recipe_file.exists()
+        if there and not overwrite:
             _refuse_other_recipe(recipe_file, recipe)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif not there and path.exists() and (not path.is_dir() or any(each.name != LOCK for each in path.iterdir())):
             raise RunFolderError(f"{path}: not empty and not a run folder; choose a new --out folder")
         path.mkdir(parents=True, exist_ok=True)
-        self.resumed = recipe_file.exists()
+        hold(path, self)
+        if there and overwrite:
+            for each in path.iterdir():
+                if each.name != LOCK:
+                    _remove(each)
+        self.resumed = there and not overwrite
         if not self.resumed:  # first of all files: a folder with others but without it is taken for a foreign one
-            write_bytes(recipe_file, yaml.safe_dump(recipe, sort_keys=False).encode())
+            write_bytes(recipe_file, dump_yaml(recipe))
         self.checkpoints.mkdir(exist_ok=True)
         if not (path / "environment.json").exists():
             write_json(path / "environment.json", environment())
-        for leftover in self.checkpoints.glob(".*.tmp"):  # of a run that was killed while writing
-            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        for folder in (path, self.checkpoints, path / "evaluation"):  # of a run that was killed while writing
+            for pattern in (".*.tmp", ".export-*"):
+                for leftover in folder.glob(pattern):
+                    _remove(leftover)
+
+    def _read_skips(self) -> list[tuple[int, int]]:
+        try:
+            return [(operator.index(phase), operator.index(step)) for phase, step in read_json(self.path / SKIPS)]
+        except FileNotFoundError:
+            return []
+        except Exception as error:
+            self.notes.append(f"{SKIPS} is damaged ({reason_of(error)}); no batch is left out")
+            return []
 
     def skip(self, phase: int, step: int) -> None:
         """Leave out this batch from now on, in this run and when it is resumed."""
@@ -155,13 +186,14 @@ class RunFolder:
             if problem:
                 notes.append(f"{folder.name} is damaged ({problem}); using the checkpoint before it")
                 continue
-            state = json.loads((folder / "state.json").read_text())
-            for key, module in modules.items():
-                load_full_state(module, load_file(folder / f"{key}.safetensors"))
-            optimizer_file = folder / "optimizer.pt"
-            optimizer = None
-            if optimizer_file.exists():  # saved on whatever device; every process moves its own part to its own
-                optimizer = torch.load(optimizer_file, map_location="cpu", weights_only=True)
+            with reading(folder, "remove this checkpoint, or use --overwrite to start anew", RunFolderError):
+                state = read_json(folder / "state.json")
+                for key, module in modules.items():
+                    load_full_state(module, load_file(folder / f"{key}.safetensors"))
+                optimizer_file = folder / "optimizer.pt"
+                optimizer = None
+                if optimizer_file.exists():  # saved on whatever device; every process moves its own part to its own
+                    optimizer = torch.load(optimizer_file, map_location="cpu", weights_only=True)
             position = Position(state["phase"], state["step"], state["total_step"])
             self._forget_metrics_after(position)
             return position, optimizer, notes
@@ -169,12 +201,19 @@ class RunFolder:
         return Position(), None, notes
 
     def _forget_metrics_after(self, position: Position) -> None:
-        """Drop log lines of steps that will be run again."""
+        """Drop log lines of steps that will be run again, and damaged ones."""
         path = self.path / "metrics.jsonl"
-        if self.writes and path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line).get("total_step", 0) <= position.total_step]
-            write_bytes(path, "".join(kept).encode())
+        if not self.writes or not path.exists():
+            return
+        with reading(path, "move the file away; the run goes on without it", RunFolderError):
+            *lines, _torn = read_regular(path).split(b"\n")
+            steps = [_total_step(line) for line in lines]
+        damaged = sum(step is None for step in steps)
+        if damaged:
+            self.notes.append(f"metrics.jsonl: {damaged} damaged lines are left out")
+        kept = [line + b"\n" for line, step in zip(lines, steps, strict=True)
+                if step is not None and step <= position.total_step]  # fmt: skip
+        write_bytes(path, b"".join(kept))
 
     def _prune(self) -> None:
         for folder in self._saved()[: -self.keep_checkpoints]:
@@ -214,15 +253,27 @@ def _digest(state: dict[str, Any]) -> str:
 
 def _damage(folder: Path) -> str | None:
     try:
-        state = json.loads((folder / "state.json").read_text())
-        digest = state.pop("digest", None)
-        if digest is not None and digest != _digest(state):
+        state = read_json(folder / "state.json")
+        if state.pop("digest") != _digest(state):
             return "state.json was changed"
-        hashes = state["sha256"]
-        wrong = [name for name, digest in hashes.items() if file_sha256(folder / name) != digest]
-    except (OSError, ValueError, KeyError):
+        Position(*(operator.index(state[key]) for key in ("phase", "step", "total_step")))
+        hashes = {str(name): digest for name, digest in state["sha256"].items()}
+        wrong = [name for name, digest in hashes.items() if file_sha256(folder / os.path.basename(name)) != digest]
+    except Exception:  # whatever is wrong with it, the one before may be whole
         return "incomplete"
     return f"hash of {wrong[0]} differs" if wrong else None
+
+
+def _total_step(line: bytes) -> float | None:
+    """The step of a log line; None where the line is damaged."""
+    try:
+        return float(json.loads(line).get("total_step", 0))
+    except Exception:  # a crashed file system leaves anything
+        return None
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _write(
@@ -241,17 +292,26 @@ def _write(
 
 
 def _refuse_other_recipe(recipe_file: Path, recipe: dict[str, Any]) -> None:
-    try:
-        stored = dotted(yaml.safe_load(recipe_file.read_text()))
-    except (yaml.YAMLError, AttributeError):
-        raise RunFolderError(f"{recipe_file}: not readable as a recipe; use --overwrite to start anew") from None
-    now = dotted(yaml.safe_load(yaml.safe_dump(recipe)))
+    with reading(recipe_file, "use --overwrite to start anew", RunFolderError):
+        stored = dotted(read_yaml(recipe_file))
+    now = dotted(load_yaml(dump_yaml(recipe)))
     fixed = [key for key in stored.keys() | now.keys() if key not in FREE_SETTINGS and not key.startswith(FREE_PARTS)]
     keys = sorted(key for key in fixed if stored.get(key) != now.get(key))
     if keys:
-        difference = "; ".join(f"{key}: {stored.get(key)} there, {now.get(key)} now" for key in keys[:5])
+        said = [_change(key, stored, now) for key in keys[:5]]
         more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
         raise RunFolderError(
-            f"{recipe_file.parent}: holds a run with another recipe ({difference}{more}); "
+            f"{recipe_file.parent}: holds a run with another recipe ({'; '.join(said)}{more}); "
             "use another --out, or --overwrite to start anew"
         )
+
+
+def _change(key: str, stored: dict[str, Any], now: dict[str, Any]) -> str:
+    there, here = stored.get(key), now.get(key)
+    if key == "data_fingerprint":
+        counts = [tree.get("data_images") for tree in (stored, now)]
+        other = ", and they are not the same" if counts[0] == counts[1] else ""
+        return f"the data has changed: {counts[0]} images then, {counts[1]} now{other}"
+    if key == "model_sha256":
+        return f"the model has changed: {stored.get('model')} had other weights than {now.get('model')} has"
+    return f"{key}: {str(there)[:80]} there, {str(here)[:80]} now"
