@@ -25,6 +25,7 @@ from mim_refiner.commands.runs import (
     train_loader,
 )
 from mim_refiner.core.device import pick_device, resolve_precision
+from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import join_processes
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
@@ -98,6 +99,7 @@ def _pretrain(
 
     backbone = start(arch, model, size, out)
     encoder = backbone.model
+    weights = None if model is None else weights_sha256(encoder)
     if run.device.type == "cpu":
         backbone.use_math_attention()
     if chosen.compile:
@@ -108,7 +110,8 @@ def _pretrain(
     view = ViewSpec("mae", size, scale=chosen.crop_scale, jitter_prob=0.0, gray_prob=0.0)
     loader = train_loader(images, [view], chosen, run)
     photometric = BatchPhotometric(view, backbone.info.mean, backbone.info.std)
-    asked = {"command": "pretrain", "data": data, "arch": arch, "model": model, "seed": seed, "exclude": exclude}
+    asked = {"command": "pretrain", "data": data, "arch": arch, "model": model, "model_sha256": weights, "seed": seed,
+             "exclude": exclude}  # fmt: skip
     folder = open_run(out, asked, chosen, images, overwrite=overwrite)
     skipped = list_skipped(images, folder, reporter)
     peak = peak_learning_rate(chosen.training.base_lr, chosen.batch_size)
