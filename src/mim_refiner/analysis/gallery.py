@@ -97,7 +97,7 @@ def make_gallery(
         "version": __version__,
         "thumbnails": thumbnail_sheet(images, rows.tolist()),
         "items": {
-            "name": [images.source.name(int(index)).encode("utf-8", "replace").decode() for index in rows],
+            "name": [images.source.name(int(index)) for index in rows],
             "label": None if labels is None else labels.tolist(),
         },
         "class_names": list(images.class_names) if images.class_names else None,

@@ -70,6 +70,10 @@ def print_findings(result: Mapping[str, Any], file: TextIO) -> None:
         _print_kinds(console, result["counts"], result["findings"])
     else:
         console.print("nothing found: every image can be read, none is odd, none occurs twice")
+    for each in result["left_out"]:
+        console.print(f"left out: {each['count']} {each['what']} (first: {each['first']})", markup=False)
+    if result.get("no_labels"):
+        console.print(f"no labels: {result['no_labels']}", markup=False)
     for title in ("pixels", "classes", "model"):
         if result.get(title):
             console.print(f"{title}:", markup=False)

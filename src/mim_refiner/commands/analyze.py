@@ -19,7 +19,7 @@ from mim_refiner.analysis.regimes import regimes_record
 from mim_refiner.analysis.similarity import block_similarity
 from mim_refiner.analysis.verdict import verdict
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.runs import open_images
+from mim_refiner.commands.runs import check_pair, open_images, tell_unreadable
 from mim_refiner.commands.survey import (
     How,
     Limits,
@@ -76,6 +76,8 @@ def analyze(
         models["after"] = load_backbone(compare)
     train = open_images(data, reporter, channels=models["before"].info.in_chans)
     held_out = open_images(test, reporter, channels=train.channels) if test else None
+    if held_out is not None:
+        check_pair(train, held_out, reporter)
     samples = choose_samples(train, held_out, seed=seed)
     reporter.message(
         "looking at "
@@ -87,6 +89,11 @@ def analyze(
         if part in parts:
             analysis.run(part)
     reporter.done()
+    analysis.result["data"] = {
+        name: images.facts() for name, images in (("train", train), ("test", held_out)) if images
+    }
+    for images in filter(None, (train, held_out)):
+        tell_unreadable(images, reporter)
     if how.cache is not None:
         analysis.result["cache"] = how.cache.summary()
     return analysis.result

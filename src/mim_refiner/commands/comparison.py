@@ -14,7 +14,7 @@ from mim_refiner.commands.survey import How, Samples, atlas_of, choose_samples, 
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.source_base import SlicedSource
+from mim_refiner.data.source_base import sliced
 from mim_refiner.evaluation.results import Result, result_name
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.suite import evaluate_backbone, summary_metrics
@@ -110,4 +110,4 @@ def thinned(images: ImageSet, limit: int) -> ImageSet:
     step = math.ceil(len(images) / limit)
     if step <= 1:
         return images
-    return ImageSet(SlicedSource(images.source, slice(None, None, step), f"[::{step}]"), channels=images.channels)
+    return ImageSet(sliced(images.source, slice(None, None, step), f"[::{step}]"), channels=images.channels)

@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.estimate import check_model
+from mim_refiner.commands.runs import announce
 from mim_refiner.data.doctor import KINDS, Finding, Scan, scan
 from mim_refiner.data.duplicates import exact_duplicates, exact_matches, near_duplicates, near_matches
+from mim_refiner.data.exclude import list_lines
+from mim_refiner.data.labels import printable
 from mim_refiner.data.sources import ImageSource, open_source
 from mim_refiner.files import write_bytes, write_json
 from mim_refiner.reporting import NullReporter, Reporter
@@ -55,8 +58,7 @@ def doctor(
     left_out = sorted({finding.index for finding in findings if finding.exclude})
     result: dict[str, Any] = {
         "data": source.description,
-        "images": len(source),
-        "fingerprint": source.fingerprint(),
+        **{key: value for key, value in source.facts().items() if key not in ("source", "classes")},
         "counts": {kind: counts[kind] for kind in KINDS if counts[kind]},
         "to_exclude": len(left_out),
         "findings": [_row(finding) for finding in findings],
@@ -78,7 +80,7 @@ def doctor(
 
 
 def _scan(source: ImageSource, what: str, reporter: Reporter, channels: int) -> Scan:
-    reporter.message(f"looking at {source.description}")
+    announce(source, reporter)
     reporter.phase(what, len(source))
     source.stream()
     return scan(source, lambda done: reporter.update(done, {}), channels=channels)
@@ -149,28 +151,22 @@ def _pixels(found: Scan) -> dict[str, Any]:
 
 def _classes(source: ImageSource) -> dict[str, Any] | None:
     """Balance of the classes; None without labels."""
-    if source.labels is None:
+    if source.classes is None:
         return None
-    names = source.class_names
-    counts = np.bincount(source.labels, minlength=len(names) if names else 0)
-    present = counts[counts > 0]
-
-    def word(label: int) -> str:
-        return names[label] if names and label < len(names) else str(label)
-
+    names, counts = source.classes.names, np.bincount(source.classes.numbers)
+    smallest, largest = int(counts.argmin()), int(counts.argmax())
     notes = []
-    if present.max() >= 10 * present.min():
+    if counts.max() >= 10 * counts.min():
         notes.append("unbalanced: accuracy will mostly tell of the large classes")
-    if (counts == 0).any():
-        notes.append(f"{int((counts == 0).sum())} class numbers have no image")
-    if (present < 5).any():
-        notes.append(f"{int((present < 5).sum())} classes have fewer than 5 images: too few to measure on")
-    smallest = int(np.where(counts > 0, counts, counts.max() + 1).argmin())
+    if source.classes.absent:
+        notes.append(f"{source.classes.absent} class names have no image")
+    if (counts < 5).any():
+        notes.append(f"{int((counts < 5).sum())} classes have fewer than 5 images: too few to measure on")
     return {
-        "classes": len(present),
-        "smallest": f"{word(smallest)} ({int(present.min())})",
-        "largest": f"{word(int(counts.argmax()))} ({int(present.max())})",
-        "ratio": round(float(present.max() / present.min()), 2),
+        "classes": len(names),
+        "smallest": f"{names[smallest]} ({int(counts.min())})",
+        "largest": f"{names[largest]} ({int(counts.max())})",
+        "ratio": round(float(counts.max() / counts.min()), 2),
         "notes": notes,
     }
 
@@ -186,11 +182,10 @@ def _row(finding: Finding) -> dict[str, Any]:
 
 
 def _list_text(data: str, findings: Sequence[Finding]) -> bytes:
-    """One line an image to leave out: name, tab, reasons."""
-    reasons: dict[str, list[str]] = {}
+    """One line an image to leave out."""
+    reasons: dict[tuple[int, str], list[str]] = {}
     for finding in findings:
         if finding.exclude:
-            reasons.setdefault(finding.name, []).append(f"{finding.kind} {finding.detail}".strip())
-    lines = [f"# images to leave out of {data}; for: mim-refiner refine --exclude", "# name, tab, reason"]
-    lines += [f"{name}\t{'; '.join(why)}" for name, why in reasons.items()]
-    return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
+            reasons.setdefault((finding.index, finding.name), []).append(f"{finding.kind} {finding.detail}".strip())
+    head = f"# images to leave out of {printable(data)}; for: mim-refiner refine --exclude\n# number, name, reason\n"
+    return head.encode() + list_lines((*image, "; ".join(why)) for image, why in reasons.items())

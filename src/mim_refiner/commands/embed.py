@@ -7,13 +7,14 @@ from typing import Any
 
 from mim_refiner._version import __version__
 from mim_refiner.checkpoints.load import load_backbone
+from mim_refiner.commands.runs import announce
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError, MimRefinerError
 from mim_refiner.evaluation.embedding import FeatureSpec, compute_parts
-from mim_refiner.evaluation.feature_files import assemble, check_ending, rows_file
+from mim_refiner.evaluation.feature_files import assemble, check_ending, class_list, rows_file
 from mim_refiner.evaluation.feature_parts import PartFolder, read_json, refuse_difference
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
@@ -69,7 +70,7 @@ def embed(
     source = open_source(data)
     source.stream()
     images = ImageSet(source, cache=False, channels=backbone.info.in_chans)
-    reporter.message(f"data: {images.description}, {len(images)} images")
+    announce(source, reporter)
     settings = _settings(spec, backbone, images, torch_device.type)
     manifest_file = path.with_name(path.name + ".manifest.json")
     parts = PartFolder(path.with_name(path.name + ".parts"))
@@ -138,7 +139,8 @@ def _facts(backbone: Backbone, model: str, data: str, images: ImageSet) -> dict[
         "depth": info.depth,
         "data": data,
         "data_description": images.description,
-        "class_names": None if images.class_names is None else list(images.class_names),
+        "data_facts": images.facts(),
+        "classes": None if images.classes is None else class_list(images.classes),
     }
 
 

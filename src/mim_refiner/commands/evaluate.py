@@ -13,7 +13,7 @@ import torch
 
 from mim_refiner.analysis.verdict import BETTER, UNCLEAR, WORSE
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.runs import open_images
+from mim_refiner.commands.runs import check_pair, open_images, tell_unreadable
 from mim_refiner.core.collectives import rank
 from mim_refiner.core.device import pick_device
 from mim_refiner.core.identity import weights_sha256
@@ -91,11 +91,17 @@ def evaluate(
         raise InputError("--compare names a model twice (or --model again); give different ones")
     train = open_images(data, run.reporter, channels=backbones[model].info.in_chans)
     held_out = open_images(test, run.reporter, channels=train.channels) if test else None
+    if held_out is not None:
+        check_pair(train, held_out, run.reporter)
     chosen = tuple(protocols) if protocols else suite_protocols(suite, train) if suite else NEEDS_LABELS
     sets = _shifted_sets(shifted, train.channels, run.reporter)
     found = {source: run.one(backbones[source], source, number, chosen, train, held_out, sets)
              for number, source in enumerate(backbones)}  # fmt: skip
     summary = _summary(found)
+    summary["data"] = {name: images.facts() for name, images in (("train", train), ("test", held_out)) if images}
+    for images in (train, held_out, *sets.values()):
+        if images is not None:
+            tell_unreadable(images, run.reporter)
     if transfer:
         names = tuple(protocols) if protocols else TRANSFER_PROTOCOLS
         summary["transfer"] = _transfer(run, backbones, Path(transfer), names)
@@ -206,7 +212,7 @@ def _shifted_sets(specs: Sequence[str], channels: int, reporter: Reporter) -> di
             sets[name] = open_images(source, reporter, channels=channels)
     for name, images in sets.items():
         if images.labels is None:
-            raise DataError(f"--shifted {name}: {images.description} has no labels; give class folders")
+            raise DataError(f"--shifted {name}: {images.description} has no labels: {images.source.no_labels}")
     return sets
 
 
@@ -219,6 +225,8 @@ def _transfer(
         channels = next(iter(backbones.values())).info.in_chans
         train = open_images(train_spec, run.reporter, channels=channels)
         test = open_images(test_spec, run.reporter, channels=channels) if test_spec else None
+        if test is not None:
+            check_pair(train, test, run.reporter)
         for number, (source, backbone) in enumerate(backbones.items()):
             found = run.one(backbone, source, number, protocols, train, test, prefix=f"transfer-{name}-")
             rows += [{"set": name, **_row(source, result)} for result in found.values()]

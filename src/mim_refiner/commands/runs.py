@@ -14,8 +14,10 @@ from mim_refiner.checkpoints.options import bare_source
 from mim_refiner.core.collectives import rank, world_size
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.exclude import without_listed
+from mim_refiner.data.exclude import list_lines, without_listed
 from mim_refiner.data.loaders import TrainLoader
+from mim_refiner.data.overlap import check_overlap
+from mim_refiner.data.source_base import ImageSource
 from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.data.workers import worker_count
@@ -36,9 +38,37 @@ def open_images(spec: str, reporter: Reporter, *, channels: int = 3, exclude: st
     """
     source = open_source(spec)
     images = ImageSet(source if exclude is None else without_listed(source, exclude), channels=channels)
-    labels = "no labels" if images.labels is None else f"{len(np.unique(images.labels))} classes"
-    reporter.message(f"data: {images.description}, {len(images)} images, {labels}")
+    announce(images.source, reporter)
     return images
+
+
+def announce(source: ImageSource, reporter: Reporter) -> None:
+    """Say what the data is, why it has no labels, and what in it is not read."""
+    classes = source.class_names
+    labels = f"no labels: {source.no_labels}" if classes is None else f"{len(classes)} classes"
+    reporter.message(f"data: {source.description}, {len(source)} images, {labels}")
+    for each in source.left_out:
+        reporter.message(f"left out of {source.description}: {each}")
+
+
+def check_pair(train: ImageSet, test: ImageSet, reporter: Reporter) -> None:
+    """Raise DataError for test classes that train lacks and for test images that are the training images.
+
+    A smaller overlap is said and recorded with the test images.
+    """
+    class_numbers(train, test)
+    shared = check_overlap(train.source, test.source)  # on every rank: all see the same, and raise the same
+    if shared.count:
+        reporter.message(str(shared))
+
+
+def tell_unreadable(images: ImageSet, reporter: Reporter) -> None:
+    """Say how many images could not be read, and which."""
+    if images.unreadable:
+        some = "; ".join(f"{name}: {reason}" for name, reason in images.unreadable[:3])
+        more = ", ..." if len(images.unreadable) > 3 else ""
+        reporter.message(f"{len(images.unreadable)} of {len(images)} images of {images.description} cannot be read and "
+                         f"are left out ({some}{more})")  # fmt: skip
 
 
 def evaluation_sets(
@@ -51,9 +81,9 @@ def evaluation_sets(
     test = None if eval_test is None else open_images(eval_test, reporter, channels=images.channels)
     for option, given in (("--eval-data", None if eval_data is None else bank), ("--eval-test", test)):
         if given is not None and given.labels is None:
-            raise DataError(f"{option}: {given.description} has no labels; give labelled images, or leave {option} out")
+            raise DataError(f"{option}: {given.description} has no labels: {given.source.no_labels}")
     if test is not None:
-        class_numbers(bank, test)  # refuses classes that the bank lacks now, not after the training
+        check_pair(bank, test, reporter)  # now, not after the training
     return bank, test
 
 
@@ -109,9 +139,8 @@ def results_folder(path: Path) -> Iterator[Path]:
 def list_skipped(images: ImageSet, folder: RunFolder, reporter: Reporter, already: int = 0) -> int:
     """List the images that could not be read in skipped_images.txt, say how many if more than ``already``."""
     if len(images.unreadable) > already:
-        lines = "".join(f"{name}\t{reason}\n" for name, reason in images.unreadable)
         if folder.writes:
-            write_bytes(folder.path / "skipped_images.txt", lines.encode())
+            write_bytes(folder.path / "skipped_images.txt", list_lines(images.unreadable_items()))
         listed = f"{folder.path}/skipped_images.txt"
         reporter.message(f"skipped {len(images.unreadable)} unreadable images; listed in {listed}")
     return len(images.unreadable)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
 from mim_refiner.data.image_files import Reduction, decode_image
-from mim_refiner.data.source_base import ImageSource, Labels
+from mim_refiner.data.source_base import ImageSource
 from mim_refiner.errors import DataError, reason_of
 
 Pixels = NDArray[Any]  # [H, W, 3] uint8; for encoders of other channels [H, W, C] uint8 or uint16
@@ -50,7 +50,8 @@ class ImageSet:
     def __init__(self, source: ImageSource, cache: Literal["auto"] | bool = "auto", *, channels: int = 3) -> None:
         self.source = source
         self.channels = channels
-        self.labels: Labels | None = source.labels
+        self.classes = source.classes
+        self.labels = source.labels
         self.class_names = source.class_names
         self.description = source.description
         self._length = len(source)
@@ -92,6 +93,14 @@ class ImageSet:
     def unreadable_items(self) -> list[tuple[int, str, str]]:
         """(index, name, reason) of every image found unreadable so far."""
         return [(index, *self._bad[index]) for index in sorted(self._bad)]
+
+    def facts(self) -> dict[str, Any]:
+        """What results and reports record of the data, with the images found unreadable so far."""
+        return self.source.facts() | self.unreadable_facts()
+
+    def unreadable_facts(self) -> dict[str, Any]:
+        """Their number and the first few."""
+        return {"unreadable": {"count": len(self._bad), "first": self.unreadable[:5]}}
 
     def try_load(self, index: int) -> Pixels | None:
         """Return image ``index`` or None when it cannot be read (the failure is recorded)."""

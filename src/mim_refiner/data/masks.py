@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from mim_refiner.data.arrays import NPY, read_npy
 from mim_refiner.data.image_files import SIDEWAYS, open_image, orientation, stored_bits, stored_size
-from mim_refiner.data.source_base import ConcatSource, ImageSource, SlicedSource
+from mim_refiner.data.source_base import ConcatSource, ImageSource, Selection
 from mim_refiner.data.source_files import FileSource
 from mim_refiner.data.source_parquet import ParquetSource
 from mim_refiner.errors import DataError
@@ -140,8 +140,8 @@ def has_masks(source: ImageSource) -> bool:
 
 def _leaf(source: ImageSource, index: int) -> tuple[ParquetSource | FileSource, int]:
     """The file-backed source that image ``index`` comes from, and its number there."""
-    if isinstance(source, SlicedSource):
-        return _leaf(source.source, source.indices[index])
+    if isinstance(source, Selection):
+        return _leaf(source.source, int(source.indices[index]))
     if isinstance(source, ConcatSource):
         part, position = source.locate(index)
         return _leaf(part, position)
@@ -162,7 +162,7 @@ def _mask_column(schema: pa.Schema) -> str | None:
 
 def _mask_folders(source: FileSource, index: int) -> list[str]:
     """The folders that may hold the mask of an image: those beside the last folder named images, below it the same."""
-    parts = list((Path(source.root) / source.names[index]).parts[:-1])
+    parts = list((source.base / source.names[index]).parts[:-1])
     place = next((at for at in range(len(parts) - 1, -1, -1) if parts[at] in IMAGE_FOLDERS), None)
     if place is None:
         return []

@@ -10,8 +10,12 @@ from numpy.typing import NDArray
 
 from mim_refiner.data.arrays import Arrays
 from mim_refiner.data.channels import is_pixels
-from mim_refiner.data.source_base import ImageSource, checked_labels, short_hash
+from mim_refiner.data.labels import LabelProblem, Labels, candidates, printable
+from mim_refiner.data.source_base import ImageSource, label_parts, short_hash
 from mim_refiner.errors import DataError
+
+_SAMPLED = 64  # images that the fingerprint looks at
+_CODEC = ("utf-8", "surrogateescape")
 
 
 class ArraySource(ImageSource):
@@ -20,24 +24,27 @@ class ArraySource(ImageSource):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._images: NDArray[Any] | None = None
+        self.base = path.parent
         labels = self._open()
         shape = self._array().shape
-        if labels is not None and labels.shape != (shape[0],):
-            raise DataError(f"{path}: {shape[0]} images but labels of shape {labels.shape}; give one label an image")
-        if labels is not None:
-            self.labels = checked_labels(labels.astype(np.int64), None, path)
+        self.read_labels(lambda: _labels(labels, shape[0]))
         self.shape: tuple[int, ...] = shape
         self.description = f"array {path} ({shape[0]} images of {shape[1]}x{shape[2]} px)"
 
-    def _open(self) -> NDArray[Any] | None:
-        """Load the images (memory-mapped for .npy) and return the raw labels."""
+    def _open(self) -> NDArray[Any] | str:
+        """Load the images (memory-mapped for .npy) and return the raw labels, or why there are none."""
         arrays = Arrays(self.path)
         images = arrays.get("images", arrays.get("x"))
         if images is None:
             found = ", ".join(sorted(arrays)) or "nothing"
             raise DataError(f"{self.path}: no array 'images' or 'x' (found {found}); save it under one of these names")
         self._images = _checked_images(images, self.path)
-        return arrays.get("labels", arrays.get("y"))
+        if arrays.single:
+            return "one array has no place for them; save images and labels with numpy.savez"
+        hint = candidates(arrays, "save it as 'labels'") or "save them as 'labels'"
+        return arrays.get(
+            "labels", arrays.get("y", f"no array 'labels' or 'y' (found {', '.join(sorted(arrays))}); {hint}")
+        )
 
     def _array(self) -> NDArray[Any]:
         if self._images is None:
@@ -56,13 +63,29 @@ class ArraySource(ImageSource):
         return np.asarray(self._array()[index])
 
     def name(self, index: int) -> str:
-        return f"{self.path.name}[{index}]"
+        return f"{printable(self.path.name)}[{index}]"
 
     def fingerprint(self) -> str:
-        return short_hash(["array", self.shape, "" if self.labels is None else self.labels, self._array()[:1]])
+        rows = np.unique(np.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).astype(int))
+        return short_hash(["array", self.shape, *label_parts(self.classes), *(self._array()[row] for row in rows)])
 
     def close(self) -> None:
         self._images = None
+
+
+def _labels(given: NDArray[Any] | str, count: int) -> Labels:
+    """Labels [N] or [N, 1] of whole numbers, booleans, floats or text."""
+    if isinstance(given, str):
+        raise LabelProblem(given)
+    labels = given[:, 0] if given.ndim == 2 and given.shape[1] == 1 else given
+    if labels.shape != (count,):
+        raise LabelProblem(f"{count} images but labels of shape {given.shape}; give one label an image")
+    if labels.dtype.kind in "SU":
+        texts = labels.tolist()
+        return Labels.of_texts(text if isinstance(text, str) else text.decode(*_CODEC) for text in texts)
+    if labels.dtype.kind not in "biuf":
+        raise LabelProblem(f"the labels are {labels.dtype}; save whole numbers or class names")
+    return Labels.of_numbers(labels)
 
 
 def _checked_images(images: NDArray[Any], path: Path) -> NDArray[Any]:

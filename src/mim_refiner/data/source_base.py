@@ -1,30 +1,78 @@
-"""What every image source offers, and the two ways sources combine: a slice and a concatenation."""
+"""What every image source offers, and the ways sources combine: a selection and a concatenation."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mim_refiner.data.labels import LabelProblem, Labels, printable
 from mim_refiner.errors import DataError
 
-Labels = NDArray[np.int64]
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Things in the data that are not read: how many, what they are and why, and the name of the first."""
+
+    count: int
+    what: str
+    first: str
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.what} (first: {self.first})"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Test images that are training images too: how many of those compared, and the first pair."""
+
+    count: int
+    compared: int
+    first: str
+
+    def __str__(self) -> str:
+        return (f"{self.count} of {self.compared} test images compared are among the training images "
+                f"(first: {self.first}): accuracies on them are too high")  # fmt: skip
 
 
 class ImageSource(ABC):
     """A numbered list of still encoded (or raw) images, labels optional.
 
-    ``labels`` is int64 [N] or None; ``class_names`` is in label order or None.
+    ``classes`` are their labels; where it is None, ``no_labels`` says why. ``left_out`` counts what lies in the data
+    and is not read. ``base`` is the folder that names are relative to. ``shared``: training images among these, as far
+    as they have been compared.
     """
 
-    labels: Labels | None = None
-    class_names: tuple[str, ...] | None = None
+    classes: Labels | None = None
+    no_labels: str = "the data holds none; give class folders, a label column or a labels array"
+    shared: Shared | None = None
+    left_out: tuple[LeftOut, ...] = ()
+    base: Path = Path()
     description: str = ""
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class numbers [N] in 0..C-1, or None."""
+        return None if self.classes is None else self.classes.numbers
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes [C], or None without labels."""
+        return None if self.classes is None else self.classes.names
+
+    def read_labels(self, read: Callable[[], Labels | None]) -> None:
+        """Set ``classes`` to what ``read`` gives; a LabelProblem becomes the reason for having none."""
+        try:
+            self.classes = read()
+        except LabelProblem as problem:
+            self.no_labels = str(problem)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -35,7 +83,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Name of one image for messages, e.g. its path below the root."""
+        """Name of one image for people: its path below ``base``, in one line of valid UTF-8."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -47,6 +95,16 @@ class ImageSource(ABC):
     def stream(self) -> None:  # noqa: B027 - most sources hold nothing
         """From now on images are read about in order: hold no more than that needs, however large the data."""
 
+    def facts(self) -> dict[str, Any]:
+        """What results and reports record of the data."""
+        classes: dict[str, Any] = {"classes": 0, "no_labels": self.no_labels}
+        if self.classes is not None:
+            classes = {"classes": len(self.classes.names)}
+        left_out = {"left_out": [asdict(each) for each in self.left_out]}
+        shared = {} if self.shared is None else {"also_in_train": asdict(self.shared)}
+        whole = {"source": self.description, "images": len(self), "fingerprint": self.fingerprint()}
+        return whole | classes | left_out | shared
+
 
 def short_hash(parts: Iterable[object]) -> str:
     """Hash a sequence of strings, numbers and arrays to 16 hexadecimal digits."""
@@ -57,48 +115,28 @@ def short_hash(parts: Iterable[object]) -> str:
     return digest.hexdigest()[:16]
 
 
-def encode_labels(values: Sequence[str]) -> tuple[Labels, tuple[str, ...] | None]:
-    """Integer strings become labels as they are; any other strings become indices into the sorted class names."""
-    try:
-        return np.asarray([int(value) for value in values], dtype=np.int64), None
-    except ValueError:
-        names = sorted(set(values))
-        index = {name: position for position, name in enumerate(names)}
-        return np.asarray([index[value] for value in values], dtype=np.int64), tuple(names)
+def label_parts(classes: Labels | None) -> list[object]:
+    """The labels as a part of a fingerprint."""
+    return [""] if classes is None else [classes.numbers, *classes.names]
 
 
-def checked_labels(labels: Labels, class_names: tuple[str, ...] | None, where: str | Path) -> Labels | None:
-    """Return the labels, None when every one is -1 (unlabelled); raise DataError when they cannot be class indices."""
-    if len(labels) and (labels == -1).all():
-        return None
-    if len(labels) and labels.min() < 0:
-        raise DataError(f"{where}: label {labels.min()} in row {int(labels.argmin())} is negative; use 0, 1, 2, ...")
-    if class_names is not None and len(labels) and labels.max() >= len(class_names):
-        counts = f"label {labels.max()} but only {len(class_names)} class names"
-        raise DataError(f"{where}: {counts}; correct one of the two")
-    return labels
+class Selection(ImageSource):
+    """Some images of another source, in the order of ``indices``; the classes are those that they have."""
 
-
-class SlicedSource(ImageSource):
-    """``source[start:stop:step]`` as a source of its own."""
-
-    def __init__(self, source: ImageSource, selection: slice, text: str) -> None:
-        self.source = source
-        self.indices = range(len(source))[selection]
-        if not self.indices:
-            raise DataError(f"{source.description}: the slice {text} selects none of {len(source)} images; widen it")
-        self.labels = None if source.labels is None else source.labels[selection]
-        self.class_names = source.class_names
-        self.description = f"{source.description}, slice {text} ({len(self.indices)} images)"
+    def __init__(self, source: ImageSource, indices: range | NDArray[np.int64], description: str) -> None:
+        self.source, self.indices, self.description = source, indices, description
+        self.no_labels, self.left_out, self.base = source.no_labels, source.left_out, source.base
+        if source.classes is not None:
+            self.classes = source.classes.take(np.asarray(indices, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def read(self, index: int) -> bytes | NDArray[Any]:
-        return self.source.read(self.indices[index])
+        return self.source.read(int(self.indices[index]))
 
     def name(self, index: int) -> str:
-        return self.source.name(self.indices[index])
+        return self.source.name(int(self.indices[index]))
 
     def fingerprint(self) -> str:
         return short_hash([self.source.fingerprint(), self.indices])
@@ -110,33 +148,50 @@ class SlicedSource(ImageSource):
         self.source.stream()
 
 
+def sliced(source: ImageSource, selection: slice, text: str) -> Selection:
+    """``source[start:stop:step]`` as a source of its own; ``text`` is how the slice was written."""
+    indices = range(len(source))[selection]
+    if not indices:
+        raise DataError(f"{source.description}: the slice {text} selects none of {len(source)} images; widen it")
+    return Selection(source, indices, f"{source.description}, slice {text} ({len(indices)} images)")
+
+
 class ConcatSource(ImageSource):
-    """Several sources one after the other. All or none have labels, and their class names agree."""
+    """Several sources one after the other; their classes are joined by name. Without labels when one part has none."""
 
     def __init__(self, parts: Sequence[ImageSource], description: str) -> None:
         self.parts = list(parts)
         self.ends = np.cumsum([len(part) for part in parts])
         self.description = f"{description} ({int(self.ends[-1])} images)"
-        labelled = [part.labels for part in parts if part.labels is not None]
-        if labelled and len(labelled) != len(parts):
-            mixed = f"{len(labelled)} of {len(parts)} parts have labels, the others none"
-            raise DataError(f"{description}: {mixed}; name parts of one kind")
-        if len({part.class_names for part in parts}) > 1:
-            raise DataError(f"{description}: the parts have different class names; name one data set, not several")
-        self.labels = np.concatenate(labelled) if labelled else None
-        if self.labels is not None:  # one copy of the labels is enough
-            for part, stop in zip(self.parts, self.ends.tolist(), strict=True):
-                part.labels = self.labels[stop - len(part) : stop]
-        self.class_names = parts[0].class_names
+        self.left_out = tuple(each for part in parts for each in part.left_out)
+        self.base = Path(os.path.commonpath([os.path.abspath(part.base) for part in parts]))
+        self._prefixes = [_prefix(part.base, self.base) for part in parts]
+        self.read_labels(self._joined)
+        for part in self.parts:
+            part.classes = None  # one copy of the labels is enough
         self._recent: list[ImageSource] | None = None  # the parts read last, when streaming
+
+    def _joined(self) -> Labels:
+        labelled = [part.classes for part in self.parts if part.classes is not None]
+        bare = next((part for part in self.parts if part.classes is None), None)
+        if bare is not None and not labelled:
+            raise LabelProblem(bare.no_labels)
+        if bare is not None:
+            counts = f"{len(self.parts) - len(labelled)} of {len(self.parts)} parts have none"
+            raise LabelProblem(f"{counts} (first: {bare.description}: {bare.no_labels})")
+        return Labels.join(labelled)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def _place(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return part, index - (int(self.ends[part - 1]) if part else 0)
+
     def locate(self, index: int) -> tuple[ImageSource, int]:
         """The part that image ``index`` comes from, and its number there."""
-        part = int(np.searchsorted(self.ends, index, side="right"))
-        return self.parts[part], index - (int(self.ends[part - 1]) if part else 0)
+        part, local = self._place(index)
+        return self.parts[part], local
 
     def read(self, index: int) -> bytes | NDArray[Any]:
         part, local = self.locate(index)
@@ -147,11 +202,11 @@ class ConcatSource(ImageSource):
         return part.read(local)
 
     def name(self, index: int) -> str:
-        part, local = self.locate(index)
-        return part.name(local)
+        part, local = self._place(index)
+        return self._prefixes[part] + self.parts[part].name(local)
 
     def fingerprint(self) -> str:
-        return short_hash(part.fingerprint() for part in self.parts)
+        return short_hash([*(part.fingerprint() for part in self.parts), *label_parts(self.classes)])
 
     def close(self) -> None:
         for part in self.parts:
@@ -161,3 +216,9 @@ class ConcatSource(ImageSource):
         self._recent = []
         for part in self.parts:
             part.stream()
+
+
+def _prefix(base: Path, common: Path) -> str:
+    """What a part's names begin with, so that they differ from those of the other parts."""
+    between = os.path.relpath(base, common)
+    return "" if between == "." else printable(between) + "/"

@@ -1,152 +1,200 @@
-"""Images that are files: a folder (flat, class folders or nested) and a list file."""
+"""Images that are files: below a folder (flat, class folders or nested), or named in a list."""
 
 from __future__ import annotations
 
-import csv
 import itertools
 import os
+import stat
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
+from mim_refiner.data.labels import LabelProblem, Labels, printable, shown_names
 from mim_refiner.data.packed import PackedStrings
-from mim_refiner.data.source_base import ImageSource, Labels, checked_labels, encode_labels, short_hash
+from mim_refiner.data.source_base import ImageSource, LeftOut, label_parts, short_hash
 from mim_refiner.errors import DataError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"})
+IMAGE_SUFFIXES = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif",
+))  # fmt: skip
 ARRAY_SUFFIX = ".npy"  # one image an array, in a folder
-_HEADER_NAMES = frozenset({"path", "image", "file", "filename", "image_path"})
+TABLE_SUFFIXES = (".parquet", ".tar")
+TRAINING_NAMES = frozenset({"train", "training"})
+SPLIT_NAMES = TRAINING_NAMES | {"val", "valid", "validation", "dev", "test", "testing", "eval"}
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's ending is that of an image (or of an array that holds one)."""
+    ending = os.path.splitext(name)[1].lower()
+    return ending in IMAGE_SUFFIXES or ending == ARRAY_SUFFIX
+
+
+def read_regular(path: Path | str) -> bytes:
+    """The content of a file; ValueError for what is none (a pipe or device would never end)."""
+    nonblocking = getattr(os, "O_NONBLOCK", 0)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | nonblocking)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("is no regular file")
+        return file.read()
 
 
 class FileSource(ImageSource):
-    """Image files below ``root``, read one by one; ``names`` are their paths relative to it."""
+    """Image files below ``base``, read one by one; ``names`` are their paths relative to it."""
 
-    def __init__(
-        self,
-        root: Path,
-        names: Iterable[str],
-        labels: Labels | None,
-        class_names: tuple[str, ...] | None,
-        description: str,
-    ) -> None:
-        self.root = root
+    def __init__(self, base: Path, names: Iterable[str], description: str = "") -> None:
+        self.base = base
         self.names = PackedStrings.pack(names)
-        self.labels = labels
-        self.class_names = class_names
         self.description = description
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def path(self, index: int) -> str:
+        """Where image ``index`` lies; accents may be written decomposed there and composed in a list, or so."""
+        path = os.path.join(self.base, self.names[index])
+        if not os.path.exists(path):
+            for form in ("NFC", "NFD"):
+                other = unicodedata.normalize(form, path)
+                if os.path.exists(other):
+                    return other
+        return path
+
     def read(self, index: int) -> bytes:
-        return (self.root / self.names[index]).read_bytes()
+        return read_regular(self.path(index))
 
     def name(self, index: int) -> str:
-        return self.names[index]
+        return printable(self.names[index])
 
     def fingerprint(self) -> str:
-        sizes = (_size(self.root / name) for name in self.names)
-        labels = "" if self.labels is None else self.labels
-        return short_hash(itertools.chain(["files"], self.names, sizes, [labels]))
+        sizes = (_size(os.path.join(self.base, name)) for name in self.names)
+        return short_hash(itertools.chain(["files"], self.names, sizes, label_parts(self.classes)))
 
 
-def _size(path: Path) -> int:
+def _size(path: str) -> int:
     try:
-        return path.stat().st_size
-    except OSError:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
         return -1
 
 
-def walk_files(root: Path) -> Iterator[str]:
-    """Yield the relative paths of all files below ``root`` in sorted order, without hidden files and folders.
+@dataclass
+class Walk:
+    """The files below ``root`` by kind, without hidden ones. Iterating gives the images' paths; then the rest is known.
 
     Folders that are links are followed, except back into a folder above them.
     """
-    yield from _walk(str(root), "", set())
+
+    root: Path
+    tables: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in TABLE_SUFFIXES})
+    others: Counter[str] = field(default_factory=Counter)  # endings that are not read
+    _first: dict[str, str] = field(default_factory=dict)  # kind of what is left out -> its first name
+    _lost: Counter[str] = field(default_factory=Counter)
+
+    def __iter__(self) -> Iterator[str]:
+        for name in self._walk(str(self.root), "", set()):
+            ending = os.path.splitext(name)[1].lower()
+            if ending in IMAGE_SUFFIXES or ending == ARRAY_SUFFIX:
+                yield name
+            elif ending in self.tables:
+                self.tables[ending].append(name)
+            else:
+                self.others[ending] += 1
+                self._first.setdefault("other", name)
+
+    def _lose(self, what: str, name: str) -> None:
+        self._lost[what] += 1
+        self._first.setdefault(what, name)
+
+    def _walk(self, folder: str, prefix: str, above: set[tuple[int, int]]) -> Iterator[str]:
+        try:
+            facts = os.stat(folder)
+            here = (facts.st_dev, facts.st_ino)
+            if here in above:
+                return
+            with os.scandir(folder) as entries:
+                # "a/" as a folder's name: the order is then that of the whole paths.
+                found = sorted((f"{entry.name}/" if entry.is_dir() else entry.name, _special(entry))
+                               for entry in entries)  # fmt: skip
+        except OSError as error:
+            self._lose(f"folders cannot be opened ({error.strerror or error})", prefix or folder)
+            return
+        for name, special in found:
+            if name.startswith("."):
+                if is_image_name(name) and not name.startswith("._"):
+                    self._lose("hidden files (their names begin with a dot)", prefix + name)
+            elif name.endswith("/"):
+                yield from self._walk(os.path.join(folder, name[:-1]), prefix + name, above | {here})
+            elif special:
+                self._lose("entries are no regular files (pipes, sockets, devices)", prefix + name)
+            else:
+                yield prefix + name
+
+    def left_out(self, kind: str = "") -> tuple[LeftOut, ...]:
+        """What is not read, when the files of ``kind`` are (an ending of tables; "": the images)."""
+        others = self.others + Counter({each: len(names) for each, names in self.tables.items() if each != kind})
+        found = [LeftOut(count, what, printable(self._first[what])) for what, count in self._lost.items()]
+        if others:
+            endings = ", ".join(f"{count} {ending or 'without'}" for ending, count in others.most_common(6))
+            first = [names[0] for each, names in self.tables.items() if names and each != kind]
+            name = printable(self._first.get("other") or first[0])
+            found.append(LeftOut(others.total(), f"files with other endings ({printable(endings)})", name))
+        return tuple(found)
 
 
-def _walk(folder: str, prefix: str, above: set[tuple[int, int]]) -> Iterator[str]:
-    facts = os.stat(folder)
-    here = (facts.st_dev, facts.st_ino)
-    if here in above:
-        return
-    try:
-        with os.scandir(folder) as entries:
-            # "a/" as a folder's name: the order is then that of the whole paths.
-            found = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
-    except OSError:  # a folder that may not be read; os.walk leaves it out too
-        return
-    for name in found:
-        if name.startswith("."):
-            continue
-        if name.endswith("/"):
-            yield from _walk(os.path.join(folder, name[:-1]), prefix + name, above | {here})
-        else:
-            yield prefix + name
+def _special(entry: os.DirEntry[str]) -> bool:
+    """Whether it is neither a file nor a folder; a link to nothing counts as a file that cannot be read."""
+    return not entry.is_file() and not entry.is_dir() and os.path.exists(entry.path)
 
 
-def folder_source(root: Path, names: Iterable[str]) -> FileSource:
+def folder_source(root: Path, names: Iterable[str], shown: str = "") -> FileSource:
     """Make a source of the image files ``names`` below ``root``, which come sorted.
 
     The sub-folders directly below the root are the classes when every image lies in one of them and there are at
-    least two; with any other layout (flat, deeper, or a single sub-folder) there are no labels.
+    least two; with any other layout there are no labels, and the reason says what is in the way.
+    Raises DataError for a root that holds the folders train and val, or test; ``shown`` is what it calls the root.
     """
-    packed = PackedStrings.pack(names)
-    index: dict[str, int] = {}
-    numbers = np.empty(len(packed), dtype=np.int64)
-    for position, name in enumerate(packed):
-        folder, _, rest = name.partition("/")
-        if not rest or "/" in rest:
-            index.clear()
-            break
-        numbers[position] = index.setdefault(folder, len(index))
-    labels, class_names = None, None
-    if len(index) >= 2:
-        class_names = tuple(sorted(index))
-        order = np.empty(len(index), dtype=np.int64)
-        order[[index[name] for name in class_names]] = np.arange(len(index))
-        labels = order[numbers]
-    kind = "no labels" if class_names is None else f"{len(class_names)} class folders"
-    return FileSource(root, packed, labels, class_names, f"folder {root} ({len(packed)} images, {kind})")
+    source = FileSource(root, names)
+    source.read_labels(lambda: _class_folders(source.names, shown or str(root)))
+    kind = "no labels" if source.classes is None else f"{len(source.classes.names)} class folders"
+    source.description = f"folder {root} ({len(source)} images, {kind})"
+    return source
 
 
-def list_source(path: Path) -> FileSource:
-    """Read a .txt list (a path a line, a tab before a label) or a .csv list (``path[,label]``, header optional).
+def _class_folders(names: PackedStrings, root: str) -> Labels:
+    tops: dict[str, None] = {}
+    odd: dict[str, list[str]] = {"outside the class folders": [], "deeper than the class folders": []}
+    stray, deep = odd.values()
+    for name in names:
+        top, slash, rest = name.partition("/")
+        if not slash:
+            stray.append(name)
+            continue
+        tops[top] = None
+        if "/" in rest:
+            deep.append(name)
+    splits = [top for top in tops if top.lower() in SPLIT_NAMES]
+    if len(splits) > 1 and (len(splits) == len(tops) or not TRAINING_NAMES.isdisjoint(map(str.lower, splits))):
+        both = f"{root}/{splits[0]},{root}/{splits[1]}"
+        raise DataError(
+            f"{root}: holds the splits {', '.join(splits)}; choose one, such as {root}/{splits[0]} or "
+            f"{root}#{splits[0]}, or name several: {both}"
+        )
+    if not tops:
+        raise LabelProblem("the images lie in no class folders; put each class into its own folder, or give a list")
+    if len(tops) == 1 and not stray:
+        only = f"{root}/{printable(next(iter(tops)))}"
+        raise LabelProblem(f"all images lie in one folder, and classes need two; if they lie in {only}, give that")
+    for where, found in odd.items():
+        if found:
+            shown = shown_names([printable(name) for name in found], 3)
+            raise LabelProblem(f"{len(found)} of {len(names)} images lie {where} ({shown}); move them, or give a list")
+    return Labels.of_texts((name.partition("/")[0] for name in names), folders=True)
 
-    Paths are relative to the list file. Blank lines are ignored, in .txt also those that start with ``#``.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot read the list file ({error}); give a UTF-8 text file") from None
-    lines = text.splitlines()
-    if path.suffix.lower() == ".csv":
-        rows = [[cell.strip() for cell in row] for row in csv.reader(lines) if any(cell.strip() for cell in row)]
-        if rows and rows[0][0].lower() in _HEADER_NAMES:
-            rows = _select_columns(rows, path)
-    else:
-        rows = [line.strip().split("\t") for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not rows:
-        raise DataError(f"{path}: the list names no image; write one path per line")
-    widths = {len(row) for row in rows}
-    if not widths <= {1, 2} or len(widths) != 1:
-        found = f"lines with {' and '.join(map(str, sorted(widths)))} columns"
-        raise DataError(f"{path}: {found}; give every line a path, or every line a path and a label")
-    labels, class_names = None, None
-    if widths == {2}:
-        raw, class_names = encode_labels([row[1] for row in rows])
-        labels = checked_labels(raw, class_names, path)
-    kind = "no labels" if labels is None else "with labels"
-    description = f"list {path} ({len(rows)} images, {kind})"
-    return FileSource(path.parent, [row[0] for row in rows], labels, class_names, description)
 
-
-def _select_columns(rows: list[list[str]], path: Path) -> list[list[str]]:
-    """Drop the header and keep the path and, where there is one, the label column."""
-    header = [cell.lower() for cell in rows[0]]
-    columns = [0] + ([header.index("label")] if "label" in header else [])
-    short = [number for number, row in enumerate(rows, 1) if len(row) <= max(columns)]
-    if short:
-        raise DataError(f"{path}: row {short[0]} has no label; fill it in or remove the label column")
-    return [[row[column] for column in columns] for row in rows[1:]]
+def image_files(paths: list[Path]) -> FileSource:
+    """Several image files, each named by hand or by a pattern."""
+    base = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
+    return folder_source(base, [os.path.relpath(path, base) for path in paths])

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mim_refiner.data.source_base import ImageSource, Labels, checked_labels, encode_labels, short_hash
+from mim_refiner.data.labels import LabelProblem, Labels, candidates, names_in_metadata, printable, shown_names
+from mim_refiner.data.source_base import ConcatSource, ImageSource, LeftOut, label_parts, short_hash
+from mim_refiner.data.source_files import read_regular
 from mim_refiner.errors import DataError
 
 WHOLE_FILE_BYTES = 512 * 2**20  # a smaller file is held in memory whole, a larger one by row group
 _GROUPS_IN_MEMORY = 4
 _IMAGE_COLUMNS = ("image", "img")
+_HIVE_MISSING = "__HIVE_DEFAULT_PARTITION__"
 
 
 class ParquetSource(ImageSource):
@@ -25,42 +30,42 @@ class ParquetSource(ImageSource):
 
     A file above ``whole_file_bytes`` is read by row group with the last few groups kept: in-order access is cheap,
     shuffled access reads a whole group for most images, so store such data in small row groups.
+    ``name``: how images are named, default the file's name. Raises DataError when the file is no whole parquet file, or
+    has no column of images.
     """
 
-    def __init__(self, path: Path, *, whole_file_bytes: int = WHOLE_FILE_BYTES) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, name: str | None = None, whole_file_bytes: int = WHOLE_FILE_BYTES) -> None:
+        self.path, self.base = path, path.parent
+        self._name = printable(path.name if name is None else name)
         try:
+            self.size = path.stat().st_size
             with pq.ParquetFile(path) as file:
                 schema, meta = file.schema_arrow, file.metadata
                 self.group_ends = np.cumsum([meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
-                self.column = _image_column(schema, path)
                 self._rows = int(meta.num_rows)
-                self.class_names = _class_names(schema.metadata or {})
-                self.labels = self._read_labels(file, schema)
-        except (pa.ArrowException, OSError) as error:
+                if self._rows != int(self.group_ends[-1] if len(self.group_ends) else 0) or self._rows > 8 * self.size:
+                    raise pa.ArrowInvalid(f"it claims {self._rows} rows in {self.size} bytes")
+                self.column = _image_column(schema, path)
+                self.mark = short_hash([meta.serialized_size, _footer(path, meta.serialized_size)])
+                self.read_labels(lambda: self._read_labels(file, schema))
+        except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(f"{path}: not a readable parquet file ({reason}); download or write it again") from None
-        if self._rows == 0:
-            raise DataError(f"{path}: the parquet file has no rows; give one with images")
-        self.size = path.stat().st_size
+        more = [printable(each) for each in schema.names if each not in (self.column, "label", "mask", "Label")]
+        if more:
+            self.left_out = (LeftOut(len(more), "columns of the table", more[0]),)
         self.lazy = self.size > whole_file_bytes
-        self.description = f"parquet {path} ({self._rows} images)"
+        column = "" if self.column == "image" else f", column {printable(self.column)}"
+        self.description = f"parquet {path} ({self._rows} images{column})"
         self._groups: OrderedDict[int, pa.Array] = OrderedDict()
         self._lock = threading.Lock()
 
     def _read_labels(self, file: pq.ParquetFile, schema: pa.Schema) -> Labels | None:
-        if "label" not in schema.names:
-            return None
-        column = file.read(columns=["label"]).column("label")
-        if column.null_count:
-            raise DataError(f"{self.path}: {column.null_count} rows have no label; fill them in or drop the column")
-        if pa.types.is_integer(column.type):
-            labels = column.to_numpy().astype(np.int64)
-        elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            labels, self.class_names = encode_labels(column.to_pylist())
-        else:
-            raise DataError(f"{self.path}: column 'label' is {column.type}; store integers or strings")
-        return checked_labels(labels, self.class_names, self.path)
+        name = next((each for each in schema.names if each.lower() == "label"), None)
+        if name is None:
+            hint = candidates(schema.names) or "write a column 'label' for them"
+            raise LabelProblem(f"no column 'label' (found {', '.join(map(printable, schema.names))}); {hint}")
+        return labels_of_column(file.read(columns=[name]).column(name), names_in_metadata(schema.metadata, name))
 
     def __len__(self) -> int:
         return self._rows
@@ -87,17 +92,26 @@ class ParquetSource(ImageSource):
         start = int(self.group_ends[number - 1]) if number else 0
         value = self._group(number)[index - start].as_py()
         if isinstance(value, dict):  # Hugging Face: the bytes, or only the path of a file beside the table
-            path = value.get("path")
-            value = value.get("bytes") or (path and (self.path.parent / path).read_bytes())
+            value = value.get("bytes") or self._beside(value.get("path"))
+        elif isinstance(value, str):
+            value = self._beside(value)
         if not value:
             raise ValueError("the row holds no image")
         return bytes(value)
 
+    def _beside(self, path: str | None) -> bytes | None:
+        """The image file that a row names: below the table's folder, as nobody knows who wrote the table."""
+        if not path:
+            return None
+        if os.path.isabs(path) or ".." in Path(path).parts:
+            raise ValueError("the row names a file outside the table's folder")
+        return read_regular(self.path.parent / path)
+
     def name(self, index: int) -> str:
-        return f"{self.path.name}[{index}]"
+        return f"{self._name}[{index}]"
 
     def fingerprint(self) -> str:
-        return short_hash(["parquet", self._rows, self.size, "" if self.labels is None else self.labels])
+        return short_hash(["parquet", self._rows, self.size, self.mark, *label_parts(self.classes)])
 
     def close(self) -> None:
         with self._lock:  # never under the hands of a thread that reads
@@ -121,25 +135,77 @@ def _one_array(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(column.chunks)
 
 
+def _footer(path: Path, size: int) -> bytes:
+    """The metadata at the end of the file: sizes, offsets and statistics of every column chunk."""
+    with path.open("rb") as file:
+        file.seek(-min(size + 8, path.stat().st_size), os.SEEK_END)
+        return file.read()
+
+
 def _image_column(schema: pa.Schema, path: Path) -> str:
-    for name in _IMAGE_COLUMNS:
-        if name in schema.names:
-            kind = schema.field(name).type
-            struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or struct:
-                return name
-            raise DataError(f"{path}: column '{name}' is {kind}; store encoded image bytes or the struct (bytes, path)")
-    raise DataError(f"{path}: no column 'image' (found {', '.join(schema.names)}); rename the image column")
+    """The column ``image`` or ``img``, else the only one that can hold encoded images."""
+    fit = [field.name for field in schema if _holds_images(field.type) and not field.name.lower().startswith("mask")]
+    named = next((name for name in schema.names if name.lower() in _IMAGE_COLUMNS), None)
+    if named is not None and (named in fit or pa.types.is_string(schema.field(named).type)):
+        return named  # text: the paths of files beside the table
+    if named is not None:
+        kind = schema.field(named).type
+        raise DataError(f"{path}: column '{named}' is {kind}; store encoded image bytes or the struct (bytes, path)")
+    if len(fit) == 1:
+        return fit[0]
+    several = f"; {shown_names(fit)} could hold them" if fit else ""
+    found = ", ".join(map(printable, schema.names))
+    raise DataError(f"{path}: no column 'image' (found {found}{several}); rename the image column")
 
 
-def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...] | None:
-    """Read the class names from the key ``class_names`` (a JSON list), or from the Hugging Face feature description."""
-    try:
-        if b"class_names" in metadata:
-            return tuple(str(name) for name in json.loads(metadata[b"class_names"]))
-        if b"huggingface" in metadata:
-            features = json.loads(metadata[b"huggingface"])["info"]["features"]
-            return tuple(str(name) for name in features["label"]["names"])
-    except (ValueError, KeyError, TypeError):
-        return None
-    return None
+def _holds_images(kind: pa.DataType) -> bool:
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return binary or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+
+def labels_of_column(column: pa.ChunkedArray, names: list[str] | None = None) -> Labels:
+    """Labels in a table's column of whole numbers, booleans or text; LabelProblem says what else it is."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = column.cast(kind.value_type)
+        kind = column.type
+    if column.null_count:
+        first = column.is_null().index(True).as_py()
+        raise LabelProblem(f"row {first} has no label ({column.null_count} of {len(column)} have none); fill it in")
+    if pa.types.is_decimal(kind):
+        column, kind = column.cast(pa.float64()), pa.float64()
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        return Labels.of_numbers(column.to_numpy(), names)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return Labels.of_texts(column.to_pylist())
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return Labels.of_texts(value.decode("utf-8", "surrogateescape") for value in column.to_pylist())
+    what = "holds lists, several labels an image" if pa.types.is_nested(kind) and not pa.types.is_struct(kind) else kind
+    raise LabelProblem(f"the column 'label' is {what}; store one whole number or class name a row")
+
+
+def parquet_folder(root: Path, names: Sequence[str], description: str) -> ImageSource:
+    """The parquet files ``names`` below ``root`` as one source; parts without rows are left out.
+
+    Folders ``label=NAME`` give the labels of files that have no such column. Raises DataError when no file has rows.
+    """
+    parts = [ParquetSource(root / name, name=name) for name in names]
+    full = [part for part in parts if len(part)]
+    if not full:
+        raise DataError(f"{root}: its parquet files have no rows; give one with images")
+    for part, name in ((part, name) for part, name in zip(parts, names, strict=True) if len(part)):
+        keys = dict(piece.split("=", 1) for piece in name.split("/")[:-1] if "=" in piece)
+        part.base = root
+        if part.classes is None and "label" in keys:
+            value = unquote(keys["label"])
+            label = "" if value == _HIVE_MISSING else value
+            part.no_labels = ""
+            part.read_labels(lambda label=label, part=part: Labels.of_texts([label] * len(part)))  # type: ignore[misc]
+        elif part.classes is None and candidates(keys):
+            part.no_labels = f"the folders {next(iter(keys))}=... are not read as labels; rename them to label=..."
+    source = ConcatSource(full, description)
+    if len(full) < len(parts):
+        first = next(part for part in parts if not len(part))
+        empty = LeftOut(len(parts) - len(full), "parquet files without rows", first.path.name)
+        source.left_out = (*source.left_out, empty)
+    return source

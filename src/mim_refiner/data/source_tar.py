@@ -8,22 +8,23 @@ import json
 import mmap
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mim_refiner.data.labels import LabelProblem, Labels, printable
 from mim_refiner.data.packed import PackedStrings
-from mim_refiner.data.source_base import ImageSource, checked_labels, encode_labels, short_hash
+from mim_refiner.data.source_base import ImageSource, LeftOut, label_parts, short_hash
 from mim_refiner.data.source_files import ARRAY_SUFFIX, IMAGE_SUFFIXES
 from mim_refiner.errors import DataError, RunFolderError
 from mim_refiner.files import cache_folder, write_bytes
 
 _BLOCK = 512
-_VERSION = 1  # of the cached index
+_VERSION = 2  # of the cached index
 _LABEL_KEYS = ("label", "cls", "class")
 _MAX_LABEL_BYTES = 2**20
 _NO_LABEL = "\0"
@@ -38,43 +39,57 @@ class ShardIndex:
     offsets: NDArray[np.uint64]
     sizes: NDArray[np.uint64]
     labels: PackedStrings  # as written; "\0" = none
+    left_out: tuple[LeftOut, ...] = ()
 
 
 class TarSource(ImageSource):
     """The images of one or several shards, in their order.
 
-    A sample is a run of members whose names agree up to the first dot of the last part (``n01/0007.jpg``,
-    ``n01/0007.cls``): the first member that ends like an image, with its label from ``.cls`` (a number or a class name)
-    or ``.json`` (key label, cls or class). A damaged place, a link, or a member cut off by the end of the file counts
-    as one image that cannot be read, so it is listed and left out like a damaged file. Raises DataError for a file
-    that is no tar, a packed one, one without images, or labels on a part of the images only.
+    A member that ends like an image is one, with its label from the member of the same name that ends in ``.cls`` (a
+    number or a class name) or ``.json`` (key label, cls or class), wherever it stands in the shard. A name may hold
+    dots; of a sample as WebDataset writes it (``7.jpg``, ``7.mask.png``) only the first image is read. A damaged place,
+    a link, or a member cut off by the end of the file counts as one image that cannot be read, so it is listed and left
+    out like a damaged file. Raises DataError for a file that is no tar, a packed one, or one without images.
     """
 
     def __init__(self, paths: Sequence[Path], description: str | None = None) -> None:
         self.paths = list(paths)
         shards = [open_index(path) for path in self.paths]
+        self.base = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
+        self._shown = [printable(os.path.relpath(path, self.base)) for path in paths]
         self._shard_ends = np.cumsum([len(shard.names) for shard in shards])
         self.names = PackedStrings.join([shard.names for shard in shards])
         self._offsets = np.concatenate([shard.offsets for shard in shards])
         sizes = np.concatenate([shard.sizes for shard in shards])
         self._sizes = sizes.astype(np.uint32) if sizes.max(initial=0) < 2**32 else sizes
         what = description or (f"shard {paths[0]}" if len(paths) == 1 else f"{len(paths)} shards")
+        self.left_out = _together(each for shard in shards for each in shard.left_out)
         if not self._offsets.any():
-            raise DataError(f"{what}: holds no image that can be read; give shards with .jpg, .png, .webp, ... members")
-        self._read_labels(PackedStrings.join([shard.labels for shard in shards]), what)
-        kind = "no labels" if self.labels is None else "with labels"
+            found = "".join(f"; {each}" for each in self.left_out)
+            raise DataError(
+                f"{what}: holds no image that can be read{found}; give shards with .jpg, .png, .webp, ... members"
+            )
+        self.read_labels(lambda: self._labels(PackedStrings.join([shard.labels for shard in shards])))
+        kind = "no labels" if self.classes is None else "with labels"
         self.description = f"{what} ({len(self.names)} images, {kind})"
 
-    def _read_labels(self, written: PackedStrings, what: str) -> None:
-        missing = sum(1 for label in written if label == _NO_LABEL)
-        bad = int((self._offsets == 0).sum())
-        if missing == len(written):
-            return
-        if missing > bad:
-            raise DataError(f"{what}: {missing} of {len(written)} images have no .cls or .json label; give all or none")
-        usable = next(label for label in written if label != _NO_LABEL)
-        raw, self.class_names = encode_labels([usable if label == _NO_LABEL else label for label in written])
-        self.labels = checked_labels(raw, self.class_names, what)
+    def _labels(self, written: PackedStrings) -> Labels:
+        images = self._offsets > 0
+        missing = [number for number, label in enumerate(written) if label == _NO_LABEL and images[number]]
+        if len(missing) == int(images.sum()):
+            endings = next((each for each in self.left_out if "belong to no image" in each.what), None)
+            texts = next((each for each in self.left_out if ".txt" in each.what), None)
+            hint = f"{endings}; give them the names of the images" if endings else "put a .cls or .json beside each"
+            hint = f"{texts.count} .txt members are not read as labels; name them .cls" if texts else hint
+            raise LabelProblem(f"no image has a label beside it: {hint}")
+        if missing:
+            raise LabelProblem(
+                f"{len(missing)} of {len(written)} images have no .cls or .json label "
+                f"(first: {self.name(missing[0])}); give all or none"
+            )
+        usable = next(label for label, image in zip(written, images, strict=True) if image)  # for damaged places
+        return Labels.of_texts((label if image else usable for label, image in zip(written, images, strict=True)),
+                               unit="image")  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.names)
@@ -95,11 +110,11 @@ class TarSource(ImageSource):
             return file.read(size)
 
     def name(self, index: int) -> str:
-        return f"{self._shard(index).name}/{self.names[index].partition(chr(9))[0]}"
+        shard = int(np.searchsorted(self._shard_ends, index, side="right"))
+        return f"{self._shown[shard]}/{printable(self.names[index].partition(chr(9))[0])}"
 
     def fingerprint(self) -> str:
-        labels = "" if self.labels is None else self.labels
-        return short_hash(["tar", self.names.buffer, self._sizes.astype(np.uint64), labels])
+        return short_hash(["tar", self.names.buffer, self._sizes.astype(np.uint64), *label_parts(self.classes)])
 
     @property
     def index_bytes(self) -> int:
@@ -122,7 +137,10 @@ def open_index(path: Path) -> ShardIndex:
     kept = cache_folder() / "tar-index" / f"{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:32]}.npz"
     index = _load_index(kept, facts.st_size)
     if index is None:
-        index = _pack(scan_shard(path))
+        try:
+            index = scan_shard(path)
+        except (OSError, ValueError, MemoryError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); copy or download it again") from None
         _save_index(kept, index)
     return index
 
@@ -133,7 +151,8 @@ def _load_index(kept: Path, size: int) -> ShardIndex | None:
         with np.load(kept, allow_pickle=False) as held:
             names = PackedStrings(held["names"], held["name_ends"])
             labels = PackedStrings(held["labels"], held["label_ends"])
-            index = ShardIndex(names, held["offsets"], held["sizes"], labels)
+            left_out = tuple(LeftOut(**facts) for facts in json.loads(str(held["left_out"])))
+            index = ShardIndex(names, held["offsets"], held["sizes"], labels, left_out)
     except Exception:  # a cache that cannot be read is made again, whatever is wrong with it
         return None
     lengths = {len(names), len(labels), len(index.offsets), len(index.sizes)}
@@ -148,6 +167,7 @@ def _save_index(kept: Path, index: ShardIndex) -> None:
         buffer,
         names=index.names.buffer, name_ends=index.names.ends, offsets=index.offsets, sizes=index.sizes,
         labels=index.labels.buffer, label_ends=index.labels.ends,
+        left_out=np.array(json.dumps([asdict(each) for each in index.left_out])),
     )  # fmt: skip
     try:
         write_bytes(kept, buffer.getvalue())
@@ -155,39 +175,23 @@ def _save_index(kept: Path, index: ShardIndex) -> None:
         return  # a cache folder that cannot be written costs a scan next time, nothing else
 
 
-def _pack(samples: Iterator[tuple[str, int, int, str]]) -> ShardIndex:
-    offsets, sizes = bytearray(), bytearray()
-    labels: list[str] = []
-
-    def names() -> Iterator[str]:
-        for name, offset, size, label in samples:
-            offsets.extend(offset.to_bytes(8, "little"))
-            sizes.extend(size.to_bytes(8, "little"))
-            labels.append(label)
-            yield name
-
-    packed = PackedStrings.pack(names())
-    return ShardIndex(
-        packed,
-        np.frombuffer(bytes(offsets), dtype="<u8"),
-        np.frombuffer(bytes(sizes), dtype="<u8"),
-        PackedStrings.pack(labels),
-    )
-
-
-def scan_shard(path: Path) -> Iterator[tuple[str, int, int, str]]:
-    """Yield (name, offset, size, label) of every sample; see :class:`ShardIndex` for what cannot be read.
+def scan_shard(path: Path) -> ShardIndex:
+    """Find the samples of a shard in one pass over its headers.
 
     The file is mapped, so a header that claims a long extension takes no more memory than the file has.
     """
-    if path.stat().st_size < _BLOCK:
-        raise DataError(f"{path}: is no tar file, it has only {path.stat().st_size} bytes; give a .tar shard")
+    size = path.stat().st_size
+    if size < _BLOCK:
+        raise DataError(f"{path}: is no tar file, it has only {size} bytes; give a .tar shard")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             archive = tarfile.open(fileobj=data, mode="r:", ignore_zeros=True)  # noqa: SIM115
         except (tarfile.TarError, ValueError, OSError):
             raise DataError(f"{path}: is no tar file; give shards in WebDataset's form") from None
-        yield from _samples(_members(archive, data))
+        samples = _Samples()
+        for name, offset, length, content in _members(archive, data):
+            samples.add(name, offset, length, content)
+    return samples.index()
 
 
 def _members(archive: tarfile.TarFile, data: mmap.mmap) -> Iterator[tuple[str, int, int, bytes]]:
@@ -205,7 +209,7 @@ def _members(archive: tarfile.TarFile, data: mmap.mmap) -> Iterator[tuple[str, i
             yield f"byte {end}\t{reason}", 0, 0, b""
         if member is None:
             return
-        name = member.name.replace("\t", " ")
+        name = member.name.replace("\t", " ").removeprefix("./")
         end = max(end, member.offset_data + -(-member.size // _BLOCK) * _BLOCK)
         if member.isdir():
             continue
@@ -213,7 +217,7 @@ def _members(archive: tarfile.TarFile, data: mmap.mmap) -> Iterator[tuple[str, i
             end = max(member.offset_data, start)
             yield f"{name}\tis a link or a special file, not an image", 0, 0, b""
             continue
-        label_file = name.endswith((".cls", ".json")) and member.size <= _MAX_LABEL_BYTES
+        label_file = name.lower().endswith((".cls", ".json")) and member.size <= _MAX_LABEL_BYTES
         content = data[member.offset_data : member.offset_data + member.size] if label_file else b""
         yield name, member.offset_data, member.size, content
 
@@ -222,37 +226,92 @@ def _has_content(data: mmap.mmap, start: int, stop: int) -> bool:
     return any(data[at : min(at + 2**20, stop)].strip(b"\0") for at in range(start, stop, 2**20))
 
 
-def _samples(members: Iterator[tuple[str, int, int, bytes]]) -> Iterator[tuple[str, int, int, str]]:
-    """Group members into samples: one image each, with the label beside it."""
-    key, image, label = "", None, _NO_LABEL
-    for name, offset, size, content in members:
-        folder, _, base = name.rpartition("/")
-        stem, _, ending = base.partition(".")
-        this = f"{folder}/{stem}"
-        if not offset or this != key:
-            if image is not None:
-                yield (*image, label)
-            key, image, label = (this if offset else ""), None, _NO_LABEL
+class _Samples:
+    """Members as they come; :meth:`index` puts the labels to the images."""
+
+    def __init__(self) -> None:
+        self._images: dict[str, tuple[int, int]] = {}  # name: offset, size; damaged places with offset 0
+        self._labels: dict[str, str] = {}  # name without the ending: as written
+        self._first: dict[str, str] = {}  # name up to the first dot: its first plain image
+        self._lost: dict[str, LeftOut] = {}
+
+    def add(self, name: str, offset: int, size: int, content: bytes) -> None:
+        """Take one member; ``content`` is that of a file of labels."""
         if not offset:
             if "\tthe shard" in name or os.path.splitext(name.partition("\t")[0])[1].lower() in _IMAGES:
-                yield name, 0, 0, _NO_LABEL
-        elif f".{ending.lower()}" in _IMAGES:
-            image = image or (name, offset, size)
-        elif content:
-            label = _label(ending.lower(), content) if label == _NO_LABEL else label
-    if image is not None:
-        yield (*image, label)
+                self._images[name] = 0, 0
+            return
+        stem, ending = os.path.splitext(name)
+        if name.rpartition("/")[2].startswith("."):
+            self._lose("hidden members (their names begin with a dot)", name)
+        elif ending.lower() in _IMAGES:
+            if name in self._images:
+                self._lose("members that are there twice", name)
+                return
+            self._images[name] = offset, size
+            if stem == _sample(name):
+                self._first.setdefault(stem, name)
+        elif ending.lower() in (".cls", ".json"):
+            self._labels.setdefault(stem, _label(ending.lower(), content))
+        else:
+            self._lose(f"members that end in {printable(ending) or 'nothing'}", name)
+
+    def _lose(self, what: str, name: str) -> None:
+        before = self._lost.get(what, LeftOut(0, what, printable(name)))
+        self._lost[what] = LeftOut(before.count + 1, what, before.first)
+
+    def index(self) -> ShardIndex:
+        """All images in their order, with labels."""
+        rows = {name: place for name, place in self._images.items() if self._is_sample(name, place[0])}
+        labels, used = [], set()
+        for name in rows:
+            stem = os.path.splitext(name)[0]
+            key = next((key for key in (stem, _sample(name)) if key in self._labels), None)
+            used.add(key)
+            labels.append(_NO_LABEL if key is None else self._labels[key])
+        for key, label in self._labels.items():
+            if key not in used and label != _NO_LABEL:
+                self._lose("members with labels belong to no image", key)
+        return ShardIndex(
+            PackedStrings.pack(rows),
+            np.array([offset for offset, _ in rows.values()], dtype="<u8"),
+            np.array([size for _, size in rows.values()], dtype="<u8"),
+            PackedStrings.pack(labels),
+            tuple(self._lost.values()),
+        )
+
+    def _is_sample(self, name: str, offset: int) -> bool:
+        """Whether it is an image by itself, and no further picture (a mask, another size) of a sample that has one."""
+        if not offset or self._first.get(_sample(name), name) == name:
+            return True
+        self._lose("further images of a sample that has one", name)
+        return False
+
+
+def _sample(name: str) -> str:
+    """The name up to the first dot of its last part: what the members of one WebDataset sample share."""
+    folder, slash, base = name.rpartition("/")
+    return f"{folder}{slash}{base.partition('.')[0]}"
+
+
+def _together(found: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
+    """The same things of several shards, counted together."""
+    sums: dict[str, LeftOut] = {}
+    for each in found:
+        before = sums.get(each.what, LeftOut(0, each.what, each.first))
+        sums[each.what] = LeftOut(before.count + each.count, each.what, before.first)
+    return tuple(sums.values())
 
 
 def _label(ending: str, content: bytes) -> str:
     """The label in a .cls or .json file; none when it cannot be read."""
     text = content.decode("utf-8", "replace").strip().replace("\0", "")
-    if ending == "cls":
+    if ending == ".cls":
         return text or _NO_LABEL
     try:
         facts: Any = json.loads(text)
     except (ValueError, RecursionError):
         return _NO_LABEL
     found = next((facts[key] for key in _LABEL_KEYS if key in facts), None) if isinstance(facts, dict) else facts
-    usable = isinstance(found, int | str) and not isinstance(found, bool) and str(found)
+    usable = isinstance(found, int | float | str) and not isinstance(found, bool) and str(found)
     return str(found) if usable else _NO_LABEL

@@ -8,14 +8,24 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mim_refiner.data.labels import printable, shown_names
 from mim_refiner.data.source_arrays import ArraySource
-from mim_refiner.data.source_base import ConcatSource, ImageSource, SlicedSource
-from mim_refiner.data.source_files import ARRAY_SUFFIX, IMAGE_SUFFIXES, folder_source, list_source, walk_files
+from mim_refiner.data.source_base import ConcatSource, ImageSource, sliced
+from mim_refiner.data.source_files import (
+    IMAGE_SUFFIXES,
+    TABLE_SUFFIXES,
+    FileSource,
+    Walk,
+    folder_source,
+    image_files,
+)
 from mim_refiner.data.source_hub import PREFIX, download_dataset
-from mim_refiner.data.source_parquet import ParquetSource
+from mim_refiner.data.source_list import LIST_SUFFIXES, list_source
+from mim_refiner.data.source_parquet import ParquetSource, parquet_folder
 from mim_refiner.data.source_tar import TarSource
 from mim_refiner.errors import DataError, nearest_path
 
@@ -24,9 +34,11 @@ __all__ = ["ImageSource", "open_source"]
 _SLICE = re.compile(r"^(?P<path>.+?)(?P<text>\[(?P<start>-?\d*):(?P<stop>-?\d*)(?::(?P<step>\d*))?\])$")
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|test|val|valid|validation)(?=[^a-z]|$)")
 _BRACES = re.compile(r"\{([^{}]+)\}")
-_KINDS = "a folder, .txt, .csv, .parquet, .tar, .npz, .npy or hf:owner/name"
+_COUNT = re.compile(r"[0-9]{1,18}")
+_KINDS = "a folder, .txt, .csv, .tsv, .parquet, .tar, .npz, .npy or hf:owner/name"
+_PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_MAX_FILES = 1_000_000  # that one pattern may name
 _SAME = {"val": "validation", "valid": "validation", "dev": "validation"}
-_TABLES = (".parquet", ".tar")
 
 
 def open_source(spec: str | os.PathLike[str]) -> ImageSource:
@@ -39,7 +51,8 @@ def open_source(spec: str | os.PathLike[str]) -> ImageSource:
 
     Raises DataError (one line) when it is missing, empty, of an unknown kind, or damaged.
     """
-    text = os.fspath(spec).strip()
+    text = os.fsdecode(os.fspath(spec))
+    text = text if os.path.exists(text) else text.strip()
     if not text:
         raise DataError(f"no data source given; name {_KINDS}")
     if "\0" in text:
@@ -47,16 +60,16 @@ def open_source(spec: str | os.PathLike[str]) -> ImageSource:
     match = None if os.path.exists(text) else _SLICE.match(text)
     if match is None:
         return _open_part(text)
-    start, stop, step = (int(match[key]) if match[key] else None for key in ("start", "stop", "step"))
+    start, stop, step = (int(match[key][:18]) if match[key] else None for key in ("start", "stop", "step"))
     if step == 0:
         raise DataError(f"{text}: the step of a slice cannot be 0; use 1 or more")
-    return SlicedSource(_open_part(match["path"]), slice(start, stop, step), match["text"])
+    return sliced(_open_part(match["path"]), slice(start, stop, step), match["text"])
 
 
 def _open_part(text: str) -> ImageSource:
     """Take the split off, then open the rest."""
     path, mark, split = text.rpartition("#")
-    if not mark or os.path.exists(os.path.expanduser(text)):
+    if not mark or os.path.exists(os.path.expanduser(text)) or "/" in split:
         path, split = text, ""
     if mark and path != text and not (path and split):
         raise DataError(f"{text}: write the split behind the data, as in folder#train")
@@ -65,29 +78,62 @@ def _open_part(text: str) -> ImageSource:
         return _open_folder(folder, split or None, path)
     if not split:
         return _open_whole(path)
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     if not root.is_dir():
         raise DataError(f"{text}: only a folder or hf:owner/name has splits; name the files of the split instead")
     return _open_folder(root, split, path)
 
 
 def _open_whole(text: str) -> ImageSource:
-    path = Path(text).expanduser()
-    if path.exists():
-        return _open_path(path)
+    if os.path.exists(os.path.expanduser(text)):
+        return _open_path(Path(os.path.expanduser(text)))
     paths: list[Path] = []
-    for part in itertools.chain.from_iterable(_expand_braces(piece) for piece in _pieces(text)):
-        expanded = os.path.expanduser(part)
-        found = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded))
-        if not part or not found:
-            advice = nearest_path(part) or "; check the path given as data"
-            raise DataError(f"{part or text}: no such file or folder{advice}")
-        paths += [Path(name) for name in found]
+    for piece in _pieces(text):
+        for part in _expand_braces(piece):
+            found = _matches(os.path.expanduser(part))
+            if not found:
+                advice = nearest_path(part) or "; check the path given as data"
+                raise DataError(f"{printable(part or text)[:300]}: no such file or folder{advice}")
+            paths += map(Path, found)
     if len(paths) == 1:
         return _open_path(paths[0])
+    _refuse_twice(paths, text)
     if all(path.suffix.lower() == ".tar" for path in paths):
         return TarSource(paths, f"{len(paths)} shards {text}")
+    if all(path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() for path in paths):
+        return image_files(paths)
     return ConcatSource([_open_path(path) for path in paths], f"{len(paths)} sources {text}")
+
+
+def _matches(pattern: str) -> list[str]:
+    """The path itself, or what the pattern matches; folders that exist are taken as they are written, with [ and *."""
+    if os.path.exists(pattern):
+        return [pattern]
+    folder, rest = pattern, ""
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+        rest = os.path.join(name, rest) if rest else name
+        if not name:
+            break
+    if not glob.has_magic(rest):
+        return []
+    try:
+        return sorted(glob.glob(os.path.join(glob.escape(folder), rest)))
+    except (OSError, ValueError, RecursionError):  # names longer than the system takes
+        return []
+
+
+def _refuse_twice(paths: list[Path], text: str) -> None:
+    """The same images twice would be counted twice, and have one name for two."""
+    seen: set[Path] = set()
+    for path in map(Path, map(os.path.realpath, paths)):
+        inside = next((above for above in (path, *path.parents) if above in seen), None)
+        if inside is not None:
+            raise DataError(f"{text}: names {path} twice (by {inside}); name every file once")
+        seen.add(path)
+    for path in seen:  # a folder named after what lies in it
+        if not seen.isdisjoint(path.parents):
+            raise DataError(f"{text}: names {path} twice, alone and with its folder; name every file once")
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -104,24 +150,33 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _expand_braces(text: str) -> list[str]:
-    """``a-{000..127}.tar`` and ``{a,b}.tar`` as the shell writes them out."""
-    match = _BRACES.search(text)
-    if match is None:
-        return [text]
-    first, dots, last = match[1].partition("..")
-    if dots and first.isdecimal() and last.isdecimal():
-        if abs(int(last) - int(first)) > 1_000_000:
-            raise DataError(f"{text}: the braces name more than a million files; correct the numbers")
-        choices = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-    else:
-        choices = match[1].split(",")
-    before, after = text[: match.start()], text[match.end() :]
-    return [whole for choice in choices for whole in _expand_braces(f"{before}{choice}{after}")]
+    """``a-{000..127}.tar`` and ``{a,b}.tar`` as the shell writes them out.
+
+    Raises DataError for more than a million names, before any is made.
+    """
+    parts, count, end = [], 1, 0
+    for match in _BRACES.finditer(text):
+        first, dots, last = match[1].partition("..")
+        found: Sequence[str | int] = match[1].split(",")
+        if dots and _COUNT.fullmatch(first) and _COUNT.fullmatch(last):
+            step = 1 if int(first) <= int(last) else -1
+            found = range(int(first), int(last) + step, step)
+        count *= len(found)
+        if count > _MAX_FILES:
+            raise DataError(f"{printable(text)[:200]}: the braces name more than a million files; correct the numbers")
+        parts += [
+            [text[end : match.start()]],
+            [each if isinstance(each, str) else f"{each:0{len(first)}d}" for each in found],
+        ]
+        end = match.end()
+    return ["".join(choice) for choice in itertools.product(*parts, [text[end:]])]
 
 
 def _open_path(path: Path) -> ImageSource:
     if path.is_dir():
         return _open_folder(path, None, str(path))
+    if not path.is_file():
+        raise DataError(f"{path}: is no regular file but a pipe or a device; give {_KINDS}")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return ParquetSource(path)
@@ -129,10 +184,12 @@ def _open_path(path: Path) -> ImageSource:
         return TarSource([path])
     if suffix in (".npz", ".npy"):
         return ArraySource(path)
-    if suffix in (".txt", ".csv"):
+    if suffix in LIST_SUFFIXES:
         return list_source(path)
     if suffix in IMAGE_SUFFIXES:
-        return folder_source(path.parent, [path.name])
+        return image_files([path])
+    if suffix in _PACKED:
+        raise DataError(f"{path}: is packed ({suffix}), which has no random access; unpack it and give the folder")
     raise DataError(f"{path}: unknown kind of data '{suffix or path.name}'; give {_KINDS}")
 
 
@@ -140,34 +197,26 @@ def _open_folder(root: Path, split: str | None, shown: str) -> ImageSource:
     """A folder of images, or of parquet files or shards; ``split`` is a sub-folder, or a word in the files' names."""
     if split and (root / split).is_dir() and os.path.basename(split) == split:
         return _open_folder(root / split, None, f"{shown}#{split}")
-    tables: dict[str, list[str]] = {kind: [] for kind in _TABLES}
-    others = 0
-
-    def images() -> Iterator[str]:
-        nonlocal others
-        for name in walk_files(root):
-            ending = os.path.splitext(name)[1].lower()
-            if ending in IMAGE_SUFFIXES or ending == ARRAY_SUFFIX:
-                yield name
-            elif ending in tables:
-                tables[ending].append(name)
-            else:
-                others += 1
-
-    source = folder_source(root, images())
+    files = Walk(root)
+    source = folder_source(root, files, shown) if split is None else FileSource(root, files)
+    source.left_out = files.left_out()
     if len(source) and not split:
+        lists = files.others & Counter(LIST_SUFFIXES)
+        if source.classes is None and lists:
+            source.no_labels += f" (the folder holds {shown_names(sorted(lists))} files: --data may be such a list)"
         return source
     if len(source):
         raise DataError(f"{shown}#{split}: the folder has images but no sub-folder '{split}'; check the name")
-    kind = next((kind for kind in _TABLES if tables[kind]), None)
+    kind = next((kind for kind in TABLE_SUFFIXES if files.tables[kind]), None)
     if kind is None:
-        found = f"none of its {others} files is an image" if others else "the folder is empty"
+        found = "; ".join(map(str, source.left_out))
+        found = f"none of its files is an image: {found}" if found else "the folder is empty"
         raise DataError(f"{shown}: {found}; give a folder with .jpg, .png, .webp, ..., .parquet or .tar files")
-    names = _of_split(tables[kind], split, root, shown, kind)
+    names = _of_split(files.tables[kind], split, root, shown, kind)
     text = f"folder {root} of {len(names)} {kind.lstrip('.')} files"
-    if kind == ".tar":
-        return TarSource([root / name for name in names], text)
-    return ConcatSource([ParquetSource(root / name) for name in names], text)
+    made = TarSource([root / name for name in names], text) if kind == ".tar" else parquet_folder(root, names, text)
+    made.left_out = (*made.left_out, *files.left_out(kind))
+    return made
 
 
 def _of_split(names: list[str], split: str | None, root: Path, shown: str, kind: str) -> list[str]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.labels import Labels
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.feature_parts import PartFolder
 from mim_refiner.files import atomic_file
@@ -39,8 +40,8 @@ def rows_file(path: Path) -> Path | None:
 def assemble(path: Path, parts: PartFolder, images: ImageSet, manifest: Mapping[str, Any]) -> tuple[int, ...]:
     """Write all parts to ``path``, atomically, with one row an image in the order of the data; return the shape.
 
-    parquet: columns index, name[, label], features, and the manifest in the schema's metadata. npy: the features
-    alone. safetensors: features, index[, label], and the manifest in the header. Beside the latter two a table
+    parquet: columns index, name[, label], features, and the manifest and the classes in the schema's metadata. npy: the
+    features alone. safetensors: features, index[, label], and the manifest in the header. Beside the latter two a table
     ``<path>.rows.csv`` gives index, name[, label] of each row.
     The same parts give the same bytes.
     """
@@ -52,6 +53,22 @@ def assemble(path: Path, parts: PartFolder, images: ImageSet, manifest: Mapping[
         _write_rows(beside, indices, images)
     _WRITERS[path.suffix](path, parts, images, shape, manifest)
     return shape
+
+
+def class_list(classes: Labels) -> list[dict[str, Any]]:
+    """What the column ``label`` means: its number, as the data writes it where it writes numbers, and the name."""
+    numbers = _written(classes)
+    return [{"label": int(number), "name": name} for number, name in zip(numbers, classes.names, strict=True)]
+
+
+def label_numbers(images: ImageSet) -> NDArray[np.int64] | None:
+    """The column ``label`` [N]: the numbers of the data, or 0, 1, 2, ... where it has names; None without labels."""
+    return None if images.classes is None else _written(images.classes)[images.classes.numbers]
+
+
+def _written(classes: Labels) -> NDArray[np.int64]:
+    ids = classes.ids if classes.ids and max(classes.ids) < 2**63 else range(len(classes.names))
+    return np.array(ids, dtype=np.int64)
 
 
 def _row_shape(parts: PartFolder, images: ImageSet) -> tuple[int, ...]:
@@ -69,11 +86,12 @@ def _write_parquet(
     for length in reversed(shape[1:]):
         kind = pa.list_(kind, length)
     fields = [pa.field("index", pa.int64()), pa.field("name", pa.string())]
-    if images.labels is not None:
+    labels = label_numbers(images)
+    if labels is not None:
         fields.append(pa.field("label", pa.int64()))
     metadata = {"mim_refiner": json.dumps(manifest)}
-    if images.class_names is not None:
-        metadata["class_names"] = json.dumps(images.class_names)
+    if images.classes is not None:
+        metadata["classes"] = json.dumps(class_list(images.classes))
     schema = pa.schema([*fields, pa.field("features", kind)], metadata=metadata)
     compression = {field.name: "zstd" for field in fields}  # float features do not get smaller
     with (
@@ -84,8 +102,8 @@ def _write_parquet(
             if part.features is None:
                 continue
             columns = [pa.array(part.indices), pa.array([images.source.name(int(index)) for index in part.indices])]
-            if images.labels is not None:
-                columns.append(pa.array(images.labels[part.indices]))
+            if labels is not None:
+                columns.append(pa.array(labels[part.indices]))
             features = pa.array(part.features.reshape(-1))
             for length in reversed(shape[1:]):
                 features = pa.FixedSizeListArray.from_arrays(features, length)
@@ -106,7 +124,8 @@ def _write_safetensors(
     names = {"<f4": "F32", "<f2": "F16"}
     descr = _little_endian_descr(parts)
     index = np.concatenate([parts.indices(number) for number in range(parts.count())])
-    columns = {"index": index} | ({} if images.labels is None else {"label": images.labels[index]})
+    labels = label_numbers(images)
+    columns = {"index": index} | ({} if labels is None else {"label": labels[index]})
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "mim_refiner": json.dumps(manifest)}}
     end = 0
     for name, column in columns.items():
@@ -138,7 +157,7 @@ def _write_rows(path: Path, indices: list[NDArray[np.int64]], images: ImageSet) 
     with atomic_file(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
         table = csv.writer(text, lineterminator="\n")
-        labels = images.labels
+        labels = label_numbers(images)
         table.writerow(["row", "index", "name"] + ([] if labels is None else ["label"]))
         row = 0
         for some in indices:

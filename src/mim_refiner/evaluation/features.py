@@ -156,6 +156,10 @@ def feature_sets(
         if entry is not None:
             values[key], rows = entry["features"], entry["rows"]
     values = {key: values[key] for key in keys}  # in the order of extraction
+    assert rows is not None  # every key was found or computed
+    wanted = np.arange(len(images)) if chosen is None else chosen
+    lost = np.setdiff1d(wanted, rows.numpy()).tolist()  # found in the cache: nobody has tried to read them now
+    images.add_unreadable((index, images.source.name(index), "could not be read before") for index in lost)
     return {norm: _of_norm(backbone, images, values, rows, norm) for norm in dict.fromkeys(map(bool, norms))}
 
 
@@ -234,9 +238,8 @@ def _normed(backbone: Backbone, output: BlockOutput) -> BlockOutput:
 
 
 def _of_norm(
-    backbone: Backbone, images: ImageSet, values: Mapping[_FullKey, Tensor], rows: Tensor | None, norm: bool
+    backbone: Backbone, images: ImageSet, values: Mapping[_FullKey, Tensor], rows: Tensor, norm: bool
 ) -> Features:
-    assert rows is not None  # every key was found or computed
     labels = None if images.labels is None else torch.from_numpy(images.labels[rows.numpy()])
     chosen = {key[:2]: value for key, value in values.items() if key[2] == norm}
     return Features(chosen, labels, rows, backbone.info.depth, norm)

@@ -95,6 +95,12 @@ class Job:
         assert features.labels is not None
         return LabelledRows(images, features.indices.numpy(), features.labels.numpy())
 
+    def _data(self) -> dict[str, Any]:
+        """The data of a result, with the images that turned out to be unreadable by now."""
+        sets = {"train": self.train_images, "test": self.test_images}
+        return {part: {**facts, **sets[part].unreadable_facts()} if "images" in facts else facts
+                for part, facts in self.data.items()}  # fmt: skip
+
     def result(self, protocol: str, metric: str, key: FeatureKey, value: float, **rest: Any) -> Result:
         """A result with all that this job repeats; ``rest``: settings, and ci95, correct, confusions where known."""
         size = self.settings.image_size
@@ -108,7 +114,7 @@ class Job:
             pooling=key[1],
             norm=self.norm,
             settings=settings,
-            data=self.data,
+            data=self._data(),
             model_sha256=self.model_sha256,
             seed=self.seed,
             **{"ci95": None, **rest},

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.labels import shown_names
 from mim_refiner.data.masks import has_masks
 from mim_refiner.errors import DataError, InputError, did_you_mean
 from mim_refiner.evaluation import protocols as frozen
@@ -143,8 +144,9 @@ def suite_protocols(suite: str, images: ImageSet) -> tuple[str, ...]:
         chosen = (*chosen, "segmentation")
     runnable = tuple(n for n in chosen if n == "rank" or (masks if n == "segmentation" else images.labels is not None))
     if not [name for name in runnable if name != "rank"]:
-        needed = "masks" if suite == "dense" else "labels"
-        raise DataError(f"{images.description}: no {needed}, and suite {suite} needs them; give data that has them")
+        why = "masks, and suite {} needs them; give data that has them" if suite == "dense" else (
+            "labels, and suite {} needs them: " + images.source.no_labels)  # fmt: skip
+        raise DataError(f"{images.description}: no {why.format(suite)}")
     return runnable
 
 
@@ -227,27 +229,25 @@ def _with_labels_of(train: ImageSet, test: ImageSet, features: Features) -> Feat
 
 
 def class_numbers(train: ImageSet, test: ImageSet) -> torch.Tensor | None:
-    """Return the number in train of every test class [classes], None where both number them alike.
+    """Return the number in train of every test class [classes], matched by name; None without labels.
 
     Raises DataError for a test class that train lacks.
     """
-    if not train.class_names or not test.class_names or tuple(train.class_names) == tuple(test.class_names):
+    if train.classes is None or test.classes is None:
         return None
-    unknown = sorted(set(test.class_names) - set(train.class_names))
+    numbers, unknown = test.classes.numbers_in(train.classes)
     if unknown:
+        verb = "class {} does" if len(unknown) == 1 else "classes {} do"
         raise DataError(
-            f"{test.description}: class {unknown[0]!r} does not occur in {train.description}; "
-            "use the same class names in both"
+            f"{test.description}: {verb.format(shown_names(unknown))} not occur in {train.description} (it has "
+            f"{shown_names(train.classes.names)}); use the same class names in both, or leave those images out"
         )
-    return torch.tensor([train.class_names.index(name) for name in test.class_names])
+    return torch.from_numpy(numbers)
 
 
 def _describe(train: ImageSet, test: ImageSet | None, settings: EvaluationSettings, seed: int) -> dict[str, Any]:
-    def one(images: ImageSet) -> dict[str, Any]:
-        return {"source": images.description, "images": len(images), "fingerprint": images.source.fingerprint()}
-
     held_out = {"share_of_train": settings.test_share, "split_seed": seed, "stratified": train.labels is not None}
-    return {"train": one(train), "test": one(test) if test is not None else held_out}
+    return {"train": train.facts(), "test": held_out if test is None else test.facts()}
 
 
 def check_protocols(protocols: Sequence[str]) -> None:
@@ -284,11 +284,12 @@ def _check_data(protocols: Sequence[str], train: ImageSet, test: ImageSet | None
     if coloured and train.channels != 3:
         raise InputError(f"protocol {coloured[0]} takes RGB images, not {train.channels} channels; leave it out")
     needy = [name for name in protocols if name not in ("rank", "segmentation")]
+    if test is not None:
+        class_numbers(train, test)  # refused now, not after all features
     for images in (train, test):
         if needy and images is not None and images.labels is None:
             raise DataError(
-                f"{images.description}: no labels, and protocol {needy[0]} needs them; "
-                "give class folders, a label column or labels array"
+                f"{images.description}: no labels, and protocol {needy[0]} needs them: {images.source.no_labels}"
             )
         if "segmentation" in protocols and images is not None and not has_masks(images.source):
             raise DataError(

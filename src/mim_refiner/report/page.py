@@ -116,10 +116,28 @@ def data_lines(run: RunFiles) -> list[str]:
         for part in ("train", "test"):
             source = (record.get("data") or {}).get(part) or {}
             if source.get("source"):
-                measured[f"{'bank' if part == 'train' else 'test images'}: {source['source']}"] = None
+                name = "bank" if part == "train" else "test images"
+                measured[f"{name}: {source['source']}"] = None
+                for line in left_out_lines(source):
+                    measured[f"{name}: {line}"] = None
             elif source.get("share_of_train"):
                 measured[f"test images: {100 * source['share_of_train']:.0f} % of the bank, held out"] = None
     return [*lines, *measured]
+
+
+def left_out_lines(facts: Mapping[str, Any]) -> list[str]:
+    """What of the data was not read or not used, in words; ``facts`` as ``ImageSet.facts`` gives them."""
+    lines = [f"left out: {each['count']} {each['what']} (first: {each['first']})" for each in facts.get("left_out", ())]
+    unreadable = facts.get("unreadable") or {}
+    if unreadable.get("count"):
+        some = "; ".join(f"{name}: {reason}" for name, reason in unreadable["first"])
+        lines.append(f"{unreadable['count']} images cannot be read and are left out ({some})")
+    if facts.get("no_labels"):
+        lines.append(f"no labels: {facts['no_labels']}")
+    shared = facts.get("also_in_train")
+    if shared:
+        lines.append(f"{shared['count']} of {shared['compared']} test images compared are among the training images")
+    return lines
 
 
 def text_of(value: Any) -> str:

@@ -1,0 +1,46 @@
+"""Whether test images are among the training images: by the bytes of the files, for at most some thousand of each."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from mim_refiner.data.source_base import ImageSource, Shared
+from mim_refiner.errors import DataError
+
+_TEST_LIMIT, _TRAIN_LIMIT = 2_000, 20_000  # evenly spaced; a copy of any size is found, a small overlap may not be
+
+
+def check_overlap(train: ImageSource, test: ImageSource) -> Shared:
+    """Compare test with train images and note on ``test`` how many it shares.
+
+    Raises DataError when every test image that was compared is a training image: such a number says nothing.
+    """
+    bank = _digests(train, _TRAIN_LIMIT)
+    found = _digests(test, _TEST_LIMIT)
+    common = [digest for digest in found if digest in bank]
+    shared = Shared(len(common), len(found), f"{test.name(found[common[0]])} is {train.name(bank[common[0]])}"
+                    if common else "")  # fmt: skip
+    if found and len(common) == len(found):
+        raise DataError(
+            f"{test.description}: every test image is among the training images of {train.description} "
+            f"(first: {shared.first}); give other test images"
+        )
+    test.shared = shared if common else None
+    return shared
+
+
+def _digests(source: ImageSource, limit: int) -> dict[bytes, int]:
+    """{hash of the content: number of the first image that has it}; images that cannot be read are passed over."""
+    found: dict[bytes, int] = {}
+    for index in np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)).tolist():
+        try:
+            content = source.read(index)
+        except Exception:  # as in decoding: counted and listed there
+            continue
+        raw = content if isinstance(content, bytes) else np.ascontiguousarray(content).data
+        if len(content):
+            found.setdefault(hashlib.blake2b(raw, digest_size=16).digest(), index)
+    source.close()
+    return found

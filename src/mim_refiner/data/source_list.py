@@ -1,0 +1,160 @@
+"""A list of image files: a .txt, .csv or .tsv table whose separator, header and columns are found by looking at it."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from mim_refiner.data.labels import LabelProblem, Labels, candidates, printable
+from mim_refiner.data.source_base import LeftOut
+from mim_refiner.data.source_files import FileSource, is_image_name, read_regular
+from mim_refiner.errors import DataError
+
+LIST_SUFFIXES = (".txt", ".csv", ".tsv")
+_SEPARATORS = ("", ",", ";", "\t", " ")
+_SAMPLE = 50  # rows looked at to tell how the list is written
+_PATH_NAMES = ("path", "image", "file", "filename", "image_path", "filepath", "file_name", "img", "image_name")
+Row = tuple[int, list[str]]  # line number, cells
+
+
+def list_source(path: Path) -> FileSource:
+    """Read a list: a path a row, relative to the list, and a label where there is a second column or a header says so.
+
+    Commas, semicolons, tabs or blanks between the columns, in any order, with or without a header, quotes or a
+    byte-order mark. Blank lines are ignored, in .txt also those that begin with ``#``. A header's column ``label``
+    holds the labels; without a header it is the other one of two columns.
+    Raises DataError for what is no text or names no images, and for rows of odd length.
+    """
+    lines = _lines(path)
+    layout = _sniff(lines, path)
+    rows = _rows(lines, layout.separator, path)
+    header = [cell.lower() for cell in rows.pop(0)[1]] if layout.header else None
+    _check_widths(rows, layout.width, path)
+    short = next((line for line, cells in rows if len(cells) <= layout.column or not cells[layout.column]), None)
+    if short is not None:
+        raise DataError(f"{path}: row {short} has no path; write one image a row")
+    source = FileSource(path.parent, (_as_path(cells[layout.column], path.parent) for _, cells in rows))
+    source.read_labels(lambda: _labels(rows, header, layout))
+    more = [name for number, name in enumerate(header or ()) if number != layout.column and name and name != "label"]
+    if more:
+        source.left_out = (LeftOut(len(more), "columns of the list", printable(more[0])),)
+    kind = "no labels" if source.classes is None else "with labels"
+    source.description = f"list {path} ({len(rows)} images, {kind})"
+    return source
+
+
+@dataclass(frozen=True)
+class _Layout:
+    separator: str
+    column: int  # of the paths
+    width: int
+    header: bool
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The lines that say something, with their numbers."""
+    try:
+        content = read_regular(path)
+        wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = content.decode("utf-16") if wide else content.decode("utf-8-sig", "surrogateescape")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot read the list file ({error}); give a UTF-8 text file") from None
+    if "\0" in text:
+        raise DataError(f"{path}: cannot read the list file (it holds null bytes); give a UTF-8 text file")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1)
+             if line.strip() and not _comment(line.strip(), path)]  # fmt: skip
+    if not lines:
+        raise DataError(f"{path}: the list names no image; write one path per line")
+    return lines
+
+
+def _comment(line: str, path: Path) -> bool:
+    return line.startswith("#") and path.suffix.lower() == ".txt" and not os.path.isfile(path.parent / line)
+
+
+def _rows(lines: list[tuple[int, str]], separator: str, path: Path) -> list[Row]:
+    if separator in ("", " "):  # what is before the last blank may hold blanks
+        split = (([line] if not separator else line.rsplit(None, 1)) for _, line in lines)
+        return [(number, [cell.strip().strip('"') for cell in cells])
+                for (number, _), cells in zip(lines, split, strict=True)]  # fmt: skip
+    try:
+        table = csv.reader((line for _, line in lines), delimiter=separator, skipinitialspace=True)
+        rows = [(lines[table.line_num - 1][0], [cell.strip() for cell in cells]) for cells in table]
+    except csv.Error as error:
+        raise DataError(f"{path}: cannot read the list file ({error}); write one path per line") from None
+    return [(number, cells) for number, cells in rows if any(cells)]
+
+
+def _sniff(lines: list[tuple[int, str]], path: Path) -> _Layout:
+    """The way of reading the first rows by which most cells of one column are images: existing files, else by ending.
+
+    Of equals the one with the fewest columns wins, so that names may hold blanks and commas.
+    """
+    best: tuple[tuple[float, float, int], _Layout] | None = None
+    for separator in _SEPARATORS:
+        try:
+            rows = [cells for _, cells in _rows(lines[:_SAMPLE], separator, path)]
+        except DataError:  # a quote that opens and never ends, for one
+            continue
+        columns = max(map(len, rows), default=1)
+        for column in range(columns) if columns > 1 or not separator else ():
+            cells = [row[column] if len(row) > column else "" for row in rows]
+            looks = [is_image_name(cell) for cell in cells]
+            there = [bool(cell) and os.path.isfile(path.parent / _as_path(cell, path.parent)) for cell in cells]
+            titled = cells[0].lower() in _PATH_NAMES
+            shares = sum(there) / len(cells), (sum(looks) + titled) / len(cells)
+            if max(shares) >= 0.5 and (best is None or (*shares, -columns) > best[0]):
+                header = len(rows) > 1 and not there[0] and not looks[0]
+                widths = Counter(map(_width, rows[:1] if header else rows))
+                best = (*shares, -columns), _Layout(separator, column, widths.most_common(1)[0][0], header)
+    if best is None:
+        raise DataError(
+            f"{path}: its rows name no images (the first is '{printable(lines[0][1].strip())[:60]}'); "
+            "write one path a row, or columns path,label"
+        )
+    return best[1]
+
+
+def _width(cells: list[str]) -> int:
+    return max((number for number, cell in enumerate(cells, 1) if cell), default=0)
+
+
+def _check_widths(rows: list[Row], width: int, path: Path) -> None:
+    """Refuse rows with more cells than the rest: an unquoted separator in a name shifts the columns."""
+    for line, cells in rows:
+        if len(cells) > width and any(cells[width:]):
+            raise DataError(
+                f"{path}: row {line} has {len(cells)} columns, the others {width}; put cells that hold the separator "
+                "into double quotes"
+            )
+
+
+def _labels(rows: list[Row], header: list[str] | None, layout: _Layout) -> Labels:
+    others = [number for number in range(layout.width) if number != layout.column]
+    if header is not None:
+        others = [number for number in others if number < len(header) and header[number] == "label"]
+        if not others:
+            hint = candidates(header) or "write a column 'label' for them"
+            raise LabelProblem(f"the list has no column 'label' (found {', '.join(map(printable, header))}); {hint}")
+    if not others:
+        raise LabelProblem("the list has one column, of paths; add one for the labels")
+    if len(others) > 1:
+        raise LabelProblem(f"the list has {layout.width} columns and no header; add one that names path and label")
+    column = others[0]
+    short = [line for line, cells in rows if len(cells) <= column or not cells[column]]
+    if short:
+        raise LabelProblem(f"row {short[0]} has no label ({len(short)} of {len(rows)} have none); fill it in")
+    labels = [cells[column] for _, cells in rows]
+    whole = rows[-1][0] - rows[0][0] == len(rows) - 1  # no blank lines among them: rows can be named
+    return Labels.of_texts(labels, first=rows[0][0] if whole else 1, unit="row" if whole else "image")
+
+
+def _as_path(cell: str, folder: Path) -> str:
+    """A path as this system writes it: a list from Windows has backslashes."""
+    if "\\" in cell and os.sep == "/" and not os.path.exists(os.path.join(folder, cell)):
+        return cell.replace("\\", "/")
+    return cell
