@@ -1,6 +1,6 @@
 """Make the cases taken from public bug reports in a temporary folder, and check that each ends as it should.
 
-    python scripts/try_cases.py checkpoints [CASE ...]
+    python scripts/try_cases.py checkpoints|data [CASE ...]
 
 Each part is a module beside this file with ``check(folder, names)``, which yields (case, what was tried, fault or "").
 The cases lie in shared/cases/PART beside the repository, or below $MIM_REFINER_SHARED; without them nothing is tried.
@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-PARTS = {"checkpoints": "try_checkpoints"}
+PARTS = {"checkpoints": "try_checkpoints", "data": "try_data"}
 
 
 def main() -> int:

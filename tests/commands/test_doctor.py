@@ -102,9 +102,9 @@ def plant(
     return planted, places
 
 
-def write(path: Path, images: Sequence[bytes], labels: Sequence[int]) -> Path:
+def write(path: Path, images: Sequence[bytes], labels: Sequence[int], names: Sequence[str] = ()) -> Path:
     table = pa.table({"image": pa.array(images, pa.binary()), "label": pa.array(labels, pa.int64())})
-    pq.write_table(table, path)
+    pq.write_table(table.replace_schema_metadata({"class_names": json.dumps(names)} if names else None), path)
     return path
 
 
@@ -196,9 +196,9 @@ def test_through_the_command_line_to_a_list_that_refine_takes(embedded, tmp_path
 
 def test_unbalanced_classes_are_noted(embedded, tmp_path):
     images, *_ = embedded
-    data = write(tmp_path / "data.parquet", images[:40], [0] * 38 + [2] * 2)
+    data = write(tmp_path / "data.parquet", images[:40], [0] * 38 + [2] * 2, ["a", "b", "c"])
     notes = " ".join(doctor(data=str(data))["classes"]["notes"])
-    for words in ("unbalanced", "1 class numbers have no image", "fewer than 5 images"):
+    for words in ("unbalanced", "1 class names have no image", "fewer than 5 images"):
         assert words in notes
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mim_refiner.data.doctor import HUGE_PIXELS, KINDS, known_signature, scan
 from mim_refiner.data.duplicates import exact_duplicates, exact_matches, near_duplicates, near_matches
-from mim_refiner.data.exclude import without_listed
+from mim_refiner.data.exclude import list_lines, without_listed
 from mim_refiner.data.source_base import ImageSource
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError
@@ -193,6 +193,41 @@ def test_the_list_takes_names_and_numbers(image_folder, tmp_path):
     assert kept.fingerprint() != source.fingerprint()
     listed.write_text("# nothing was found\n")
     assert len(without_listed(source, listed)) == 6
+
+
+ODD_NAMES = [
+    "#1 best.png",
+    " lead.png",
+    "tab\there.png",
+    "z\nnew.png",
+    "trail .png",
+    "gr\udcfc.png",
+    "5",
+    "5.png",
+    "ü.png",
+]
+
+
+def test_a_written_list_drops_what_it_lists(image_folder, tmp_path):
+    source = open_source(image_folder([name if name.endswith(".png") else f"{name}.png" for name in ODD_NAMES]))
+    listed = tmp_path / "exclude.txt"
+    for chosen in ([0], [3, 4], list(range(len(source) - 1))):
+        listed.write_bytes(list_lines((index, source.name(index), "why\tever\n") for index in chosen))
+        kept = without_listed(source, listed)
+        assert set(range(len(source))) - set(kept.indices.tolist()) == set(chosen)
+        assert "none" not in kept.description.rpartition(" of ")[2]
+
+
+def test_names_that_occur_twice_are_dropped_by_number(image_folder, tmp_path):
+    root = image_folder(["a.png", "b.png"])
+    (root / "list.txt").write_text("a.png\nb.png\na.png\na.png\n")
+    source = open_source(root / "list.txt")
+    (tmp_path / "exclude.txt").write_bytes(list_lines([(2, "a.png", "exact duplicate"), (9, "gone.png", "")]))
+    kept = without_listed(source, tmp_path / "exclude.txt")
+    assert kept.indices.tolist() == [0, 1, 3]
+    assert kept.description.endswith("without 1 of exclude.txt, 1 of its lines name none")
+    (tmp_path / "exclude.txt").write_bytes(list_lines([(0, "b.png", "it was there before")]))
+    assert without_listed(source, tmp_path / "exclude.txt").indices.tolist() == [0, 2, 3]
 
 
 def test_lists_that_cannot_be_meant_are_refused(image_folder, tmp_path):

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -87,14 +90,16 @@ def test_csv_list_with_integers_and_further_columns(image_folder):
     root = image_folder(["a.png", "b.png"])
     (root / "list.csv").write_text("path,size,label\na.png,7,4\nb.png,7,2\n")
     source = open_source(root / "list.csv")
-    assert source.labels.tolist() == [4, 2]
-    assert source.class_names is None
+    assert source.labels.tolist() == [1, 0]
+    assert source.class_names == ("2", "4")
+    assert source.classes.ids == (2, 4)
+    assert [str(each) for each in source.left_out] == ["1 columns of the list (first: size)"]
 
 
 def test_text_list_with_tab_labels(image_folder):
     root = image_folder(["a b.png"])
     (root / "list.txt").write_text("a b.png\t3\n")
-    assert open_source(root / "list.txt").labels.tolist() == [3]
+    assert open_source(root / "list.txt").class_names == ("3",)
 
 
 # parquet
@@ -183,7 +188,7 @@ def test_slice(tmp_path, text):
     np.savez(tmp_path / "a.npz", images=np.arange(8, dtype=np.uint8)[:, None, None].repeat(2, 1), labels=np.arange(8))
     source = open_source(f"{tmp_path / 'a.npz'}{text}")
     expected = eval(f"list(range(8)){text}")
-    assert source.labels.tolist() == expected
+    assert [int(source.class_names[number]) for number in source.labels] == expected
     assert [int(source.read(i)[0, 0]) for i in range(len(source))] == expected
     assert source.name(0) == f"a.npz[{expected[0]}]"
     assert source.fingerprint() != open_source(tmp_path / "a.npz").fingerprint()
@@ -197,52 +202,54 @@ def _bad_sources(root: Path) -> dict[str, tuple[str, str]]:
     (root / "words").mkdir()
     (root / "words/readme.md").write_text("x")
     (root / "a.zip").write_bytes(b"x")
+    (root / "a.docx").write_bytes(b"x")
     (root / "bad.parquet").write_bytes(b"PAR1 but no more")
     (root / "bad.npz").write_bytes(b"PK and no more")
     (root / "bad.npy").write_bytes(b"no array")
     (root / "none.txt").write_text("# nothing\n")
-    (root / "ragged.csv").write_text("a.png,1\nb.png\n")
-    (root / "gap.csv").write_text("path,label\na.png,1\nb.png\n")
+    (root / "ragged.csv").write_text("a.png,1\nb.png,2\nc,d.png,3\n")
+    (root / "words.csv").write_text("daisy;rose\ntulip;lily\n")
+    (root / "null.csv").write_bytes(b"a.png\0,1\n")
+    (root / "huge.csv").write_text('"' + "x" * 200_000)
     (root / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
-    write_parquet(root / "columns.parquet", {"picture": [b"x"], "label": [0]})
+    write_parquet(root / "columns.parquet", {"picture": [b"x"], "thumbnail": [b"x"], "label": [0]})
     write_parquet(root / "typed.parquet", {"image": [1.5]})
     write_parquet(root / "rows.parquet", {"image": pa.array([], pa.binary())})
-    write_parquet(root / "nolabel.parquet", {"image": [b"x", b"y"], "label": [0, None]})
-    write_parquet(root / "labels.parquet", {"image": [b"x"], "label": [5]}, {"class_names": '["a"]'})
-    write_parquet(root / "other.parquet", {"image": [b"x"], "label": [0]}, {"class_names": '["b"]'})
     write_parquet(root / "good.parquet", {"image": [b"x"]})
     np.save(root / "float.npy", np.zeros((2, 4, 4, 3), dtype=np.float32))
     np.save(root / "planes.npy", np.zeros((2, 3, 8, 8), dtype=np.uint8))
     np.save(root / "zero.npy", np.zeros((0, 8, 8), dtype=np.uint8))
     np.save(root / "objects.npy", np.array([{}], dtype=object))
     np.savez(root / "keys.npz", pictures=np.zeros((2, 4, 4), dtype=np.uint8))
-    np.savez(root / "short.npz", images=np.zeros((2, 4, 4), dtype=np.uint8), labels=np.zeros(3, dtype=int))
-    np.savez(root / "minus.npz", images=np.zeros((2, 4, 4), dtype=np.uint8), labels=np.array([0, -3]))
+    os.mkfifo(root / "pipe.csv")
     return {
         "nowhere": ("no such file", "check the path"),
         "nowhere-*.parquet": ("no such file", "did you mean"),
         "empty": ("the folder is empty", "give a folder"),
-        "words": ("none of its 1 files is an image", "give a folder"),
-        "a.zip": ("unknown kind of data", "give a folder, .txt"),
+        "words": (r"none of its files is an image: 1 files with other endings \(1 .md\)", "give a folder"),
+        "a.zip": (r"is packed \(.zip\)", "unpack it"),
+        "a.docx": ("unknown kind of data", "give a folder, .txt"),
+        "pipe.csv": ("no regular file", "give a folder"),
+        "{0..9}{0..9}{0..999999}.tar": ("more than a million files", "correct the numbers"),
+        "x" * 5000: ("no such file", "check the path"),
+        "s-{00..02}.tar": ("no such file", "check the path"),
         "bad.parquet": ("not a readable parquet", "download"),
         "bad.npz": ("cannot be read", "save it again"),
         "bad.npy": ("cannot be read", "save it again"),
         "objects.npy": ("cannot be read", "save it again"),
         "none.txt": ("names no image", "one path per line"),
-        "ragged.csv": ("columns", "give every line"),
-        "gap.csv": ("row 3 has no label", "fill it in"),
-        "binary.txt": ("cannot read the list", "UTF-8"),
-        "columns.parquet": ("found picture, label", "rename"),
+        "ragged.csv": ("row 3 has 3 columns, the others 2", "double quotes"),
+        "words.csv": (r"name no images \(the first is 'daisy;rose'\)", "path,label"),
+        "null.csv": ("null bytes", "UTF-8"),
+        "huge.csv": ("name no images", "path,label"),
+        "binary.txt": ("name no images", "path,label"),
+        "columns.parquet": ("found picture, thumbnail, label; 'picture', 'thumbnail' could hold them", "rename"),
         "typed.parquet": ("is double", "store encoded"),
         "rows.parquet": ("no rows", "give one"),
-        "nolabel.parquet": ("1 rows have no label", "fill them in"),
-        "labels.parquet": ("label 5 but only 1 class names", "correct"),
         "float.npy": ("float32", "convert them to uint8"),
         "planes.npy": (r"\(2, 3, 8, 8\)", r"\[N, H, W, C\]"),
         "zero.npy": ("holds no image", "save at least one"),
         "keys.npz": ("found pictures", "save it under"),
-        "short.npz": (r"labels of shape \(3,\)", "one label an image"),
-        "minus.npz": ("label -3 in row 1", "use 0, 1, 2"),
         "good.parquet[5:]": ("selects none of 1 images", "widen"),
         "good.parquet[::0]": ("step", "use 1 or more"),
     }
@@ -253,16 +260,177 @@ def test_bad_sources(tmp_path):
         with pytest.raises(DataError, match=problem) as caught:
             open_source(tmp_path / name)
         caught.match(remedy)
-        caught.match(name.split("[")[0].replace("*", r"\*"))
+        assert name.split("[")[0].split(",")[0][:100].partition("{0")[0] in str(caught.value)
         assert "\n" not in str(caught.value)
+    for twice in ("{0}/good.parquet,{0}/../{1}/good.parquet", "{0},{0}/good.parquet", "{0}/a.docx,{0}"):
+        with pytest.raises(DataError, match=r"twice.*; name every file once"):
+            open_source(twice.format(tmp_path, tmp_path.name))
     with pytest.raises(DataError, match="no data source given"):
         open_source(" ")
 
 
-def test_parts_that_do_not_fit_together(tmp_path):
-    _bad_sources(tmp_path)
-    with pytest.raises(DataError, match=r"1 of 2 parts have labels.*name parts of one kind"):
-        open_source(f"{tmp_path / 'other.parquet'},{tmp_path / 'good.parquet'}")
-    np.savez(tmp_path / "labelled.npz", images=np.zeros((2, 4, 4), dtype=np.uint8), labels=np.zeros(2, dtype=int))
-    with pytest.raises(DataError, match=r"different class names; name one data set"):
-        open_source(f"{tmp_path / 'other.parquet'},{tmp_path / 'labelled.npz'}")
+# what is not read is counted and named
+
+
+def left_out(source):
+    return [str(each) for each in source.left_out]
+
+
+def test_other_endings_and_odd_entries_are_counted(image_folder):
+    root = image_folder(["x/a.png", "x/b.jpe", "y/c.jfif", "y/d.PNG", "y/.e.png", "y/._f.png"])
+    for name in ("x/1.heic", "x/2.HEIC", "notes.md", "x/plain"):
+        (root / name).write_bytes(b"x")
+    write_parquet(root / "t.parquet", {"image": [b"x"]})
+    os.mkfifo(root / "x/pipe.png")
+    (root / "y/gone.png").symlink_to("nowhere")
+    source = open_source(root)
+    assert [source.name(i) for i in range(len(source))] == ["x/a.png", "x/b.jpe", "y/c.jfif", "y/d.PNG", "y/gone.png"]
+    assert source.class_names == ("x", "y")
+    assert left_out(source) == [
+        "1 entries are no regular files (pipes, sockets, devices) (first: x/pipe.png)",
+        "1 hidden files (their names begin with a dot) (first: y/.e.png)",
+        "5 files with other endings (2 .heic, 1 .md, 1 without, 1 .parquet) (first: notes.md)",
+    ]
+    facts = source.facts()
+    assert facts["images"] == 5
+    assert facts["left_out"][2]["count"] == 5
+    assert facts["classes"] == 2
+
+
+def test_a_folder_that_may_not_be_read_is_said(image_folder, monkeypatch):
+    root = image_folder(["x/a.png", "y/b.png", "z/c.png"])
+    scan = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("y"):
+            raise PermissionError(13, "Permission denied")
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    source = open_source(root)
+    assert source.class_names == ("x", "z")
+    assert left_out(source) == ["1 folders cannot be opened (Permission denied) (first: y/)"]
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train/a.png", "val/b.png"], "train, val"),
+        (["Train/x/a.png", "Train/y/b.png", "test/x/c.png"], "Train, test"),
+        (["other/a.png", "test/b.png", "training/c.png"], "test, training"),
+        (["valid/x/a.png", "test/x/b.png"], "test, valid"),
+    ],
+)
+def test_a_root_of_splits_is_refused(image_folder, names, splits):
+    root = image_folder(names)
+    with pytest.raises(DataError, match=f"holds the splits {splits}; choose one, such as {root}/.*#"):
+        open_source(root)
+    first = splits.split(",")[0]
+    assert len(open_source(f"{root}#{first}")) == sum(name.startswith(first) for name in names)
+
+
+def test_a_class_may_be_called_train_or_test(image_folder):
+    assert open_source(image_folder(["bus/a.png", "train/b.png", "car/c.png"])).class_names == ("bus", "car", "train")
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["a.png", "b.png"], "the images lie in no class folders"),
+        (["x/a.png", "y/b.png", "c.png"], r"1 of 3 images lie outside the class folders \('c.png'\); move them"),
+        (["x/a.png", "y/b.png", "y/z/c.png"], r"1 of 3 images lie deeper than the class folders \('y/z/c.png'\)"),
+        (["x/a.png", "x/b.png"], "all images lie in one folder, and classes need two; if they lie in .*/x, give that"),
+    ],
+)
+def test_folders_without_labels_say_why(image_folder, names, reason):
+    root = image_folder(names)
+    source = open_source(root)
+    assert source.labels is None
+    assert re.search(reason, source.no_labels)
+    (root / "train.csv").write_text("a.png,1\n")
+    assert open_source(root).no_labels.endswith("(the folder holds '.csv' files: --data may be such a list)")
+
+
+def test_class_folders_of_numbers_are_those_of_a_list(image_folder):
+    root = image_folder([f"{number}/a.png" for number in range(12)])
+    (root / "list.csv").write_text("".join(f"{number}/a.png,{number}\n" for number in range(12)))
+    folder, listed = open_source(root), open_source(root / "list.csv")
+    assert folder.class_names == listed.class_names == tuple(map(str, range(12)))
+    by_name = {folder.name(i): folder.labels[i] for i in range(12)}
+    assert all(by_name[listed.name(i)] == listed.labels[i] for i in range(12))
+
+
+def test_names_of_several_sources_are_unique(tmp_path, pixels, encode):
+    for part in ("a", "b"):
+        (tmp_path / part / "x").mkdir(parents=True)
+        for name in ("x/1.png", "2.png"):
+            (tmp_path / part / name).write_bytes(encode(pixels(0)))
+        write_parquet(tmp_path / f"{part}/t.parquet", {"image": [b"x"]})
+    folders = open_source(f"{tmp_path}/a,{tmp_path}/b")
+    assert [folders.name(i) for i in range(4)] == ["a/2.png", "a/x/1.png", "b/2.png", "b/x/1.png"]
+    tables = open_source(f"{tmp_path}/*/t.parquet")
+    assert [tables.name(i) for i in range(2)] == ["a/t.parquet[0]", "b/t.parquet[0]"]
+    files = open_source(f"{tmp_path}/*/x/*.png")
+    assert [files.name(i) for i in range(2)] == ["a/x/1.png", "b/x/1.png"]
+    assert files.class_names is None
+    assert open_source(f"{tmp_path}/a/x/*.png").name(0) == "1.png"
+
+
+@pytest.mark.parametrize("name", ["photos #2", "shots[2024]", "a,b", "x{1}", "trail ", "grün", "*"])
+def test_folders_whose_names_have_a_meaning(tmp_path, name, encode, pixels):
+    for kind in ("c0", "c1"):
+        (tmp_path / name / kind).mkdir(parents=True)
+        (tmp_path / name / kind / "1.png").write_bytes(encode(pixels(0)))
+    assert len(open_source(tmp_path / name)) == 2
+    assert open_source(f"{tmp_path / name}/c?/*.png").class_names == ("c0", "c1")
+    assert len(open_source(f"{tmp_path / name}[1:]")) == 1
+
+
+def test_accents_are_found_in_either_form(image_folder):
+    root = image_folder([unicodedata.normalize("NFD", "Gänse/ü.png"), "x/a.png"])
+    (root / "list.txt").write_text("Gänse/ü.png\n")
+    assert open_source(root / "list.txt").read(0) == open_source(root).read(0)
+    assert open_source(root).class_names == (unicodedata.normalize("NFC", "Gänse"), "x")
+
+
+def test_descending_and_nested_braces(tmp_path, encode, pixels):
+    for number in (8, 9, 10):
+        (tmp_path / f"{number:02d}.png").write_bytes(encode(pixels(number)))
+    names = [open_source(f"{tmp_path}/{{10..08}}.png").name(i) for i in range(3)]
+    assert sorted(names) == ["08.png", "09.png", "10.png"]
+    with pytest.raises(DataError, match="no such file"):
+        open_source(f"{tmp_path}/{{a..b}}{{}}{{1..}}.png")
+
+
+# parquet that is odd
+
+
+def test_parquet_pictures_under_other_names_and_beside_the_table(tmp_path, encode, pixels):
+    image = encode(pixels(0))
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/a.png").write_bytes(image)
+    (tmp_path / "secret.png").write_bytes(image)
+    os.mkfifo(tmp_path / "files/pipe.png")
+    for column, values in {
+        "jpg": pa.array([image]), "Image": pa.array([image], pa.large_binary()),
+        "view": pa.array([image], pa.binary_view()), "image": pa.array(["files/a.png"]),
+        "img": pa.array([{"path": "files/a.png", "bytes": None}]),
+    }.items():  # fmt: skip
+        source = open_source(write_parquet(tmp_path / "files" / ".." / "t.parquet", {column: values, "mask": [b"m"]}))
+        assert source.read(0) == image
+    outside = ["files/../secret.png", str(tmp_path / "secret.png"), "files/pipe.png", None, ""]
+    source = open_source(write_parquet(tmp_path / "t.parquet", {"image": pa.array(outside)}))
+    for index in range(len(outside)):
+        with pytest.raises(ValueError, match=r"outside the table's folder|no regular file|holds no image"):
+            source.read(index)
+
+
+def test_fingerprints_tell_tables_and_arrays_of_one_shape_apart(tmp_path):
+    prints = set()
+    for seed in range(3):
+        pixels = np.random.default_rng(seed).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
+        pixels[0] = 0
+        np.savez(tmp_path / "a.npz", images=pixels)
+        write_parquet(tmp_path / "a.parquet", {"image": [row.tobytes() for row in pixels]})
+        prints |= {open_source(tmp_path / name).fingerprint() for name in ("a.npz", "a.parquet")}
+    assert len(prints) == 6

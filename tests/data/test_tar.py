@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,9 @@ def test_labels_as_names_and_json(tmp_path, shard):
     assert source.class_names == ("ant", "bee", "zebra")
     assert source.labels.tolist() == [2, 0, 0, 1]
     assert open_source(shard("c.tar", 2, labels=None)).labels is None
-    with pytest.raises(DataError, match=r"1 of 2 images have no \.cls or \.json label; give all or none"):
-        open_source(shard("d.tar", 2, labels=lambda i: (["cls", "txt"][i], "3")))
+    partly = open_source(shard("d.tar", 2, labels=lambda i: (["cls", "txt"][i], "3")))
+    assert partly.labels is None
+    assert partly.no_labels.startswith("1 of 2 images have no .cls or .json label (first: d.tar/000001.png)")
 
 
 def test_samples_are_grouped_as_webdataset_does(tmp_path, pixels, encode):
@@ -96,7 +98,12 @@ def test_samples_are_grouped_as_webdataset_does(tmp_path, pixels, encode):
         add(archive, "readme.md", b"text")
     source = open_source(path)
     assert [source.name(i) for i in range(len(source))] == ["a.tar/x/1.JPG", "a.tar/y/1.png"]
-    assert source.labels.tolist() == [4, 7]
+    assert source.labels.tolist() == [0, 1]
+    assert source.class_names == ("4", "7")
+    assert [str(each) for each in source.left_out] == [
+        "1 members that end in .md (first: readme.md)",
+        "1 further images of a sample that has one (first: x/1.seg.png)",
+    ]
 
 
 def test_the_index_is_kept_and_made_again_when_the_shard_changes(shard, pixels, encode, monkeypatch, tmp_path):
@@ -229,3 +236,102 @@ def test_hub_offline_and_malformed(monkeypatch, tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="write hf:owner/name"):
         open_source("hf:name/../..")
+
+
+# members in any order, dots in names, and what is not read
+
+
+def members(tmp_path: Path, *names: str, name: str = "m.tar") -> Any:
+    """A source of members by name; ``NAME=TEXT`` has that text as content."""
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for each in names:
+            member, _, content = each.partition("=")
+            add(archive, member, content.encode())
+    return open_source(path)
+
+
+def table(source: Any) -> dict[str, str | None]:
+    labels = [None] * len(source) if source.labels is None else [source.class_names[n] for n in source.labels]
+    return {source.name(i).partition("/")[2]: labels[i] for i in range(len(source))}
+
+
+def lost(source: Any) -> list[str]:
+    return [str(each) for each in source.left_out]
+
+
+def test_labels_need_not_be_neighbours(tmp_path):
+    names = [f"x/{n}.jpg=1" for n in range(6)] + [f"x/{n}.cls=c{n % 2}" for n in (3, 0, 5, 1, 2, 4)]
+    wanted = {f"x/{n}.jpg": f"c{n % 2}" for n in range(6)}
+    for order in (names, names[::-1], sorted(names), names[3:] + names[:3]):
+        assert table(members(tmp_path, *order)) == dict(
+            sorted(wanted.items(), key=lambda item: order.index(f"{item[0]}=1"))
+        )
+
+
+def test_names_may_hold_dots(tmp_path):
+    source = members(tmp_path, "img_2024.05.01_1.cls=7", "img_2024.05.01_1.jpg=1", "img_2.jpg=1", "img_2.cls=8",
+                     "v1.0/img_3.JPG=1",
+                     "v1.0/img_3.CLS=7", "./a.b.jpeg=1", "./a.cls=9", "c..png=1", "c..json=8")  # fmt: skip
+    assert table(source) == {
+        "img_2024.05.01_1.jpg": "7", "img_2.jpg": "8", "v1.0/img_3.JPG": "7", "a.b.jpeg": "9", "c..png": "8",
+    }  # fmt: skip
+    assert lost(source) == []
+
+
+def test_members_that_are_not_read_are_counted(tmp_path):
+    source = members(tmp_path, "1.jpg=1", "1.mask.png=1", "1.png=1", "1.cls=a", "2.heic=1", "3.heic=1", "._1.jpg=1",
+                     "1.jpg=2", "9.cls=b", "8.cls=b", "2.jpg=1", "2.cls=b")  # fmt: skip
+    assert table(source) == {"1.jpg": "a", "2.jpg": "b"}
+    assert lost(source) == [
+        "2 members that end in .heic (first: 2.heic)",
+        "1 hidden members (their names begin with a dot) (first: ._1.jpg)",
+        "1 members that are there twice (first: 1.jpg)",
+        "2 further images of a sample that has one (first: 1.mask.png)",
+        "2 members with labels belong to no image (first: 9)",
+    ]
+    assert lost(open_source(tmp_path / "m.tar")) == lost(source)  # from the cache
+
+
+@pytest.mark.parametrize(("names", "reason"), [
+    (["1.jpg=1", "2.jpg=1"], r"no image has a label beside it: put a \.cls or \.json beside each"),
+    (["1.jpg=1", "1.txt=a cat"], r"1 \.txt members are not read as labels; name them \.cls"),
+    (["a/1.jpg=1", "b/1.cls=3"], "1 members with labels belong to no image .* give them the names"),
+    (["1.jpg=1", "1.json={\"caption\": 3}"], "no image has a label"),
+    (["1.jpg=1", "1.cls=1", "2.jpg=1"], r"1 of 2 images have no .* \(first: m\.tar/2\.jpg\)"),
+    (["1.jpg=1", "1.json={\"label\": 1.5}"], "label 1.5, which is a fraction"),
+    (["1.jpg=1", "1.json={\"label\": -1}"], "every label is -1"),
+    (["1.jpg=1", "1.json=" + "[" * 100_000], "no image has a label"),
+    (["1.jpg=1", "1.json={\"label\": \"\\ud800\"}", "2.jpg=1", "2.json=[1]"], "1 of 2 images have no"),
+    (["1.jpg=1", "1.json={\"label\": " + "9" * 10_000 + "}"], "no image has a label"),
+])  # fmt: skip
+def test_no_labels_says_why(tmp_path, names, reason):
+    source = members(tmp_path, *names)
+    assert source.labels is None
+    assert re.search(reason, source.no_labels)
+
+
+def test_labels_of_json(tmp_path):
+    source = members(tmp_path, "1.jpg=1", '1.json={"cls": 3}', "2.jpg=1", '2.json={"label": "4", "cls": 9}', "3.jpg=1",
+                     "3.json=3", "4.jpg=1", '4.json={"class": 4.0}')  # fmt: skip
+    assert table(source) == {"1.jpg": "3", "2.jpg": "4", "3.jpg": "3", "4.jpg": "4"}
+
+
+def test_shards_of_one_name_in_two_folders(tmp_path):
+    for folder in ("a", "b"):
+        members(tmp_path, "1.jpg=1", "1.cls=x", name=f"{folder}/0.tar")
+    source = open_source(tmp_path)
+    assert [source.name(i) for i in range(2)] == ["a/0.tar/1.jpg", "b/0.tar/1.jpg"]
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as archive:
+        add(archive, "gr\xfc\xdf.jpg", b"1")
+        add(archive, "gr\xfc\xdf.cls", b"caf\xe9")
+        add(archive, "new\nline.jpg", b"1")
+        add(archive, "new\nline.cls", b"tea")
+    source = open_source(path)
+    assert [source.name(i) for i in range(2)] == ["a.tar/gr\\xfc\\xdf.jpg", "a.tar/new\\nline.jpg"]
+    assert source.class_names == ("caf\\xe9", "tea")

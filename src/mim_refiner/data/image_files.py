@@ -52,6 +52,12 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The endings of the files that can be read here, such as ``.jpg``, in small letters."""
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in _formats())
+
+
 @contextlib.contextmanager
 def open_image(data: bytes) -> Iterator[Image.Image]:
     """Open an encoded image without decoding it.

@@ -115,6 +115,7 @@ class Labels:
         Raises LabelProblem for NaN, negative numbers, fractions and numbers that have no name.
         """
         if values.dtype.kind == "f":
+            values = values.astype(np.float64)
             _refuse(~np.isfinite(values), values, first, unit, lambda _, where, count: LabelProblem(
                 f"{where} has no label ({count} of {len(values)} have none); fill it in"))  # fmt: skip
             _refuse(values != np.floor(values), values, first, unit,

@@ -11,15 +11,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mim_refiner.data.image_files import image_suffixes
 from mim_refiner.data.labels import LabelProblem, Labels, printable, shown_names
 from mim_refiner.data.packed import PackedStrings
 from mim_refiner.data.source_base import ImageSource, LeftOut, label_parts, short_hash
 from mim_refiner.errors import DataError
 
-IMAGE_SUFFIXES = frozenset((
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif",
-))  # fmt: skip
+IMAGE_SUFFIXES = image_suffixes()
 ARRAY_SUFFIX = ".npy"  # one image an array, in a folder
 TABLE_SUFFIXES = (".parquet", ".tar")
 TRAINING_NAMES = frozenset({"train", "training"})

@@ -73,7 +73,10 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 
 
 def _comment(line: str, path: Path) -> bool:
-    return line.startswith("#") and path.suffix.lower() == ".txt" and not os.path.isfile(path.parent / line)
+    if not line.startswith("#") or path.suffix.lower() != ".txt":
+        return False
+    starts = (line.split(separator)[0].strip() if separator else line for separator in _SEPARATORS)
+    return not any(os.path.isfile(path.parent / start) for start in starts)  # a file may be named so
 
 
 def _rows(lines: list[tuple[int, str]], separator: str, path: Path) -> list[Row]:
@@ -94,7 +97,7 @@ def _sniff(lines: list[tuple[int, str]], path: Path) -> _Layout:
 
     Of equals the one with the fewest columns wins, so that names may hold blanks and commas.
     """
-    best: tuple[tuple[float, float, int], _Layout] | None = None
+    best: tuple[tuple[int, int, int], _Layout] | None = None
     for separator in _SEPARATORS:
         try:
             rows = [cells for _, cells in _rows(lines[:_SAMPLE], separator, path)]
@@ -105,12 +108,11 @@ def _sniff(lines: list[tuple[int, str]], path: Path) -> _Layout:
             cells = [row[column] if len(row) > column else "" for row in rows]
             looks = [is_image_name(cell) for cell in cells]
             there = [bool(cell) and os.path.isfile(path.parent / _as_path(cell, path.parent)) for cell in cells]
-            titled = cells[0].lower() in _PATH_NAMES
-            shares = sum(there) / len(cells), (sum(looks) + titled) / len(cells)
-            if max(shares) >= 0.5 and (best is None or (*shares, -columns) > best[0]):
+            score = (sum(there), sum(looks) + (cells[0].lower() in _PATH_NAMES), -columns)
+            if 2 * max(sum(there), sum(looks)) >= len(cells) and (best is None or score > best[0]):
                 header = len(rows) > 1 and not there[0] and not looks[0]
                 widths = Counter(map(_width, rows[:1] if header else rows))
-                best = (*shares, -columns), _Layout(separator, column, widths.most_common(1)[0][0], header)
+                best = score, _Layout(separator, column, widths.most_common(1)[0][0], header)
     if best is None:
         raise DataError(
             f"{path}: its rows name no images (the first is '{printable(lines[0][1].strip())[:60]}'); "

@@ -305,13 +305,13 @@ def _together(found: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
 
 def _label(ending: str, content: bytes) -> str:
     """The label in a .cls or .json file; none when it cannot be read."""
-    text = content.decode("utf-8", "replace").strip().replace("\0", "")
+    text = content.decode("utf-8", "surrogateescape").strip()
     if ending == ".cls":
-        return text or _NO_LABEL
+        return printable(text) or _NO_LABEL
     try:
         facts: Any = json.loads(text)
     except (ValueError, RecursionError):
         return _NO_LABEL
     found = next((facts[key] for key in _LABEL_KEYS if key in facts), None) if isinstance(facts, dict) else facts
     usable = isinstance(found, int | float | str) and not isinstance(found, bool) and str(found)
-    return str(found) if usable else _NO_LABEL
+    return printable(str(found)) if usable else _NO_LABEL

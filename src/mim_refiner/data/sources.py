@@ -51,7 +51,12 @@ def open_source(spec: str | os.PathLike[str]) -> ImageSource:
 
     Raises DataError (one line) when it is missing, empty, of an unknown kind, or damaged.
     """
-    text = os.fsdecode(os.fspath(spec))
+    source = _open(os.fsdecode(os.fspath(spec)))
+    source.description = printable(source.description)
+    return source
+
+
+def _open(text: str) -> ImageSource:
     text = text if os.path.exists(text) else text.strip()
     if not text:
         raise DataError(f"no data source given; name {_KINDS}")
@@ -85,21 +90,21 @@ def _open_part(text: str) -> ImageSource:
 
 
 def _open_whole(text: str) -> ImageSource:
-    if os.path.exists(os.path.expanduser(text)):
-        return _open_path(Path(os.path.expanduser(text)))
-    paths: list[Path] = []
-    for piece in _pieces(text):
-        for part in _expand_braces(piece):
-            found = _matches(os.path.expanduser(part))
-            if not found:
-                advice = nearest_path(part) or "; check the path given as data"
-                raise DataError(f"{printable(part or text)[:300]}: no such file or folder{advice}")
-            paths += map(Path, found)
+    paths = [Path(name) for name in _matches(os.path.expanduser(text))]  # its commas and braces may be part of names
+    for part in itertools.chain.from_iterable(map(_expand_braces, _pieces(text))) if not paths else ():
+        found = _matches(os.path.expanduser(part))
+        if not found:
+            advice = nearest_path(part) or "; check the path given as data"
+            raise DataError(f"{printable(part or text)[:300]}: no such file or folder{advice}")
+        paths += map(Path, found)
     if len(paths) == 1:
         return _open_path(paths[0])
     _refuse_twice(paths, text)
     if all(path.suffix.lower() == ".tar" for path in paths):
         return TarSource(paths, f"{len(paths)} shards {text}")
+    if all(path.suffix.lower() == ".parquet" and path.is_file() for path in paths):
+        base = os.path.commonpath([path.absolute().parent for path in paths])
+        return parquet_folder(Path(base), [os.path.relpath(path, base) for path in paths], f"{len(paths)} files {text}")
     if all(path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() for path in paths):
         return image_files(paths)
     return ConcatSource([_open_path(path) for path in paths], f"{len(paths)} sources {text}")
@@ -179,7 +184,10 @@ def _open_path(path: Path) -> ImageSource:
         raise DataError(f"{path}: is no regular file but a pipe or a device; give {_KINDS}")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return ParquetSource(path)
+        source = ParquetSource(path)
+        if not len(source):
+            raise DataError(f"{path}: the parquet file has no rows; give one with images")
+        return source
     if suffix == ".tar":
         return TarSource([path])
     if suffix in (".npz", ".npy"):
