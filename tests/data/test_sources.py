@@ -233,7 +233,7 @@ def _bad_sources(root: Path) -> dict[str, tuple[str, str]]:
         "{0..9}{0..9}{0..999999}.tar": ("more than a million files", "correct the numbers"),
         "x" * 5000: ("no such file", "check the path"),
         "s-{00..02}.tar": ("no such file", "check the path"),
-        "bad.parquet": ("not a readable parquet", "download"),
+        "bad.parquet": ("cannot be read", "download"),
         "bad.npz": ("cannot be read", "save it again"),
         "bad.npy": ("cannot be read", "save it again"),
         "objects.npy": ("cannot be read", "save it again"),

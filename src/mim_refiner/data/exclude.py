@@ -9,7 +9,9 @@ import numpy as np
 
 from mim_refiner.data.labels import printable
 from mim_refiner.data.source_base import ImageSource, Selection
+from mim_refiner.data.source_files import read_regular
 from mim_refiner.errors import DataError, did_you_mean
+from mim_refiner.files import reading
 
 
 def list_lines(items: Iterable[tuple[int, str, str]]) -> bytes:
@@ -59,12 +61,8 @@ def without_listed(source: ImageSource, path: str | Path) -> Selection:
 
 def _entries(path: Path) -> list[tuple[int | None, str]]:
     """(number or None, name or "") of every line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot read the list of images to leave out ({error.strerror}); give the file that doctor wrote"
-        ) from None
+    with reading(path, "give the list of images to leave out that doctor wrote"):
+        text = read_regular(path).decode("utf-8-sig", "surrogateescape")
     entries: list[tuple[int | None, str]] = []
     for line in text.split("\n"):
         cells = line.rstrip("\r").split("\t", 2)

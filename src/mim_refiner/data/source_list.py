@@ -12,6 +12,7 @@ from mim_refiner.data.labels import LabelProblem, Labels, candidates, printable
 from mim_refiner.data.source_base import LeftOut
 from mim_refiner.data.source_files import FileSource, is_image_name, read_regular
 from mim_refiner.errors import DataError
+from mim_refiner.files import reading
 
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 _SEPARATORS = ("", ",", ";", "\t", " ")
@@ -56,14 +57,12 @@ class _Layout:
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     """The lines that say something, with their numbers."""
-    try:
+    with reading(path, "give a UTF-8 text file"):
         content = read_regular(path)
         wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
         text = content.decode("utf-16") if wide else content.decode("utf-8-sig", "surrogateescape")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot read the list file ({error}); give a UTF-8 text file") from None
-    if "\0" in text:
-        raise DataError(f"{path}: cannot read the list file (it holds null bytes); give a UTF-8 text file")
+        if "\0" in text:
+            raise ValueError("it holds null bytes")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1)
              if line.strip() and not _comment(line.strip(), path)]  # fmt: skip
@@ -84,11 +83,9 @@ def _rows(lines: list[tuple[int, str]], separator: str, path: Path) -> list[Row]
         split = (([line] if not separator else line.rsplit(None, 1)) for _, line in lines)
         return [(number, [cell.strip().strip('"') for cell in cells])
                 for (number, _), cells in zip(lines, split, strict=True)]  # fmt: skip
-    try:
+    with reading(path, "write one path per line"):
         table = csv.reader((line for _, line in lines), delimiter=separator, skipinitialspace=True)
         rows = [(lines[table.line_num - 1][0], [cell.strip() for cell in cells]) for cells in table]
-    except csv.Error as error:
-        raise DataError(f"{path}: cannot read the list file ({error}); write one path per line") from None
     return [(number, cells) for number, cells in rows if any(cells)]
 
 

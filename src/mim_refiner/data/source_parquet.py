@@ -18,10 +18,12 @@ from mim_refiner.data.labels import LabelProblem, Labels, candidates, names_in_m
 from mim_refiner.data.source_base import ConcatSource, ImageSource, LeftOut, label_parts, short_hash
 from mim_refiner.data.source_files import read_regular
 from mim_refiner.errors import DataError
+from mim_refiner.files import reading
 
 WHOLE_FILE_BYTES = 512 * 2**20  # a smaller file is held in memory whole, a larger one by row group
 _GROUPS_IN_MEMORY = 4
 _IMAGE_COLUMNS = ("image", "img")
+_OTHERS = ("mask", "annotation", "segmentation", "label")  # hold pictures too, of another kind
 _HIVE_MISSING = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -37,7 +39,7 @@ class ParquetSource(ImageSource):
     def __init__(self, path: Path, *, name: str | None = None, whole_file_bytes: int = WHOLE_FILE_BYTES) -> None:
         self.path, self.base = path, path.parent
         self._name = printable(path.name if name is None else name)
-        try:
+        with reading(path, "download or write the parquet file again"):
             self.size = path.stat().st_size
             with pq.ParquetFile(path) as file:
                 schema, meta = file.schema_arrow, file.metadata
@@ -48,10 +50,7 @@ class ParquetSource(ImageSource):
                 self.column = _image_column(schema, path)
                 self.mark = short_hash([meta.serialized_size, _footer(path, meta.serialized_size)])
                 self.read_labels(lambda: self._read_labels(file, schema))
-        except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{path}: not a readable parquet file ({reason}); download or write it again") from None
-        more = [printable(each) for each in schema.names if each not in (self.column, "label", "mask", "Label")]
+        more = [printable(each) for each in schema.names if each != self.column and each.lower() not in _OTHERS]
         if more:
             self.left_out = (LeftOut(len(more), "columns of the table", more[0]),)
         self.lazy = self.size > whole_file_bytes
@@ -144,7 +143,7 @@ def _footer(path: Path, size: int) -> bytes:
 
 def _image_column(schema: pa.Schema, path: Path) -> str:
     """The column ``image`` or ``img``, else the only one that can hold encoded images."""
-    fit = [field.name for field in schema if _holds_images(field.type) and not field.name.lower().startswith("mask")]
+    fit = [field.name for field in schema if _holds_images(field.type) and field.name.lower() not in _OTHERS]
     named = next((name for name in schema.names if name.lower() in _IMAGE_COLUMNS), None)
     if named is not None and (named in fit or pa.types.is_string(schema.field(named).type)):
         return named  # text: the paths of files beside the table

@@ -21,7 +21,7 @@ from mim_refiner.data.packed import PackedStrings
 from mim_refiner.data.source_base import ImageSource, LeftOut, label_parts, short_hash
 from mim_refiner.data.source_files import ARRAY_SUFFIX, IMAGE_SUFFIXES
 from mim_refiner.errors import DataError, RunFolderError
-from mim_refiner.files import cache_folder, write_bytes
+from mim_refiner.files import cache_folder, reading, write_bytes
 
 _BLOCK = 512
 _VERSION = 2  # of the cached index
@@ -125,22 +125,18 @@ class TarSource(ImageSource):
 
 def open_index(path: Path) -> ShardIndex:
     """The index of a shard: from the cache when the file is as it was, else by one pass over its headers."""
-    try:
+    with reading(path, "check path and permissions"):
         facts = path.stat()
         with path.open("rb") as file:
             start = file.read(_BLOCK)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check path and permissions") from None
     if start[:2] == b"\x1f\x8b" or start[:4] in (b"BZh9", b"\xfd7zX", b"\x28\xb5\x2f\xfd"):
         raise DataError(f"{path}: is a packed tar, which has no random access; unpack it to a plain .tar first")
     key = f"{_VERSION} {path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
     kept = cache_folder() / "tar-index" / f"{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:32]}.npz"
     index = _load_index(kept, facts.st_size)
     if index is None:
-        try:
+        with reading(path, "copy or download it again"):
             index = scan_shard(path)
-        except (OSError, ValueError, MemoryError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); copy or download it again") from None
         _save_index(kept, index)
     return index
 
