@@ -212,7 +212,9 @@ def _shifted_sets(specs: Sequence[str], channels: int, reporter: Reporter) -> di
             sets[name] = open_images(source, reporter, channels=channels)
     for name, images in sets.items():
         if images.labels is None:
-            raise DataError(f"--shifted {name}: {images.description} has no labels: {images.source.no_labels}")
+            raise DataError(
+                f"--shifted {name}: {images.description} has no labels ({images.source.no_labels}); give labelled ones"
+            )
     return sets
 
 

@@ -81,7 +81,10 @@ def evaluation_sets(
     test = None if eval_test is None else open_images(eval_test, reporter, channels=images.channels)
     for option, given in (("--eval-data", None if eval_data is None else bank), ("--eval-test", test)):
         if given is not None and given.labels is None:
-            raise DataError(f"{option}: {given.description} has no labels: {given.source.no_labels}")
+            raise DataError(
+                f"{option}: {given.description} has no labels ({given.source.no_labels}); give labelled images, or leave "
+                f"{option} out"
+            )
     if test is not None:
         check_pair(bank, test, reporter)  # now, not after the training
     return bank, test

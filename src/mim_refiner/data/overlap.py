@@ -15,17 +15,16 @@ _TEST_LIMIT, _TRAIN_LIMIT = 2_000, 20_000  # evenly spaced; a copy of any size i
 def check_overlap(train: ImageSource, test: ImageSource) -> Shared:
     """Compare test with train images and note on ``test`` how many it shares.
 
-    Raises DataError when every test image that was compared is a training image: such a number says nothing.
+    Raises DataError when both are the same images, in any order: a number measured so says nothing.
     """
     bank = _digests(train, _TRAIN_LIMIT)
     found = _digests(test, _TEST_LIMIT)
     common = [digest for digest in found if digest in bank]
     shared = Shared(len(common), len(found), f"{test.name(found[common[0]])} is {train.name(bank[common[0]])}"
                     if common else "")  # fmt: skip
-    if found and len(common) == len(found):
+    if found and found.keys() == bank.keys():
         raise DataError(
-            f"{test.description}: every test image is among the training images of {train.description} "
-            f"(first: {shared.first}); give other test images"
+            f"{test.description}: the test images are the training images ({train.description}); give other test images"
         )
     test.shared = shared if common else None
     return shared

@@ -144,9 +144,12 @@ def suite_protocols(suite: str, images: ImageSet) -> tuple[str, ...]:
         chosen = (*chosen, "segmentation")
     runnable = tuple(n for n in chosen if n == "rank" or (masks if n == "segmentation" else images.labels is not None))
     if not [name for name in runnable if name != "rank"]:
-        why = "masks, and suite {} needs them; give data that has them" if suite == "dense" else (
-            "labels, and suite {} needs them: " + images.source.no_labels)  # fmt: skip
-        raise DataError(f"{images.description}: no {why.format(suite)}")
+        needed, why = "labels", f" ({images.source.no_labels})"
+        if suite == "dense":
+            needed, why = "masks", ""
+        raise DataError(
+            f"{images.description}: no {needed}{why}, and suite {suite} needs them; give data that has them"
+        )
     return runnable
 
 
