@@ -82,8 +82,8 @@ def evaluation_sets(
     for option, given in (("--eval-data", None if eval_data is None else bank), ("--eval-test", test)):
         if given is not None and given.labels is None:
             raise DataError(
-                f"{option}: {given.description} has no labels ({given.source.no_labels}); give labelled images, or leave "
-                f"{option} out"
+                f"{option}: {given.description} has no labels ({given.source.no_labels}); give labelled images, or "
+                f"leave {option} out"
             )
     if test is not None:
         check_pair(bank, test, reporter)  # now, not after the training
