@@ -244,6 +244,24 @@ def eva01() -> tuple[object, object]:
     return {"module": model.state_dict() | {"mask_token": torch.zeros(1, 1, WIDTH)} | zeros("lm_head.weight")}, model
 
 
+def mae_ct() -> tuple[object, object]:
+    model = model_of(no_embed_class=True)
+    return {"state_dict": model.state_dict(), "ctor_kwargs": {"attention_heads": HEADS, "patch_size": 8}}, model
+
+
+def bird_mae() -> tuple[object, object]:
+    model = model_of(in_chans=1, img_size=(64, 32), fc_norm=True, global_pool="avg")
+    return model.state_dict() | {"norm.weight": torch.zeros(WIDTH), "norm.bias": torch.zeros(WIDTH)}, model
+
+
+def bird_mae_refined() -> tuple[object, object]:
+    model = model_of(in_chans=1, img_size=(64, 32))
+    other = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    heads = zeros("projectors.0.0.weight", "predictors.0.0.weight", "fc_norm.weight", "encoder.head.weight")
+    state = under("encoder.", other) | under("encoder_ema.", model.state_dict()) | heads
+    return {"state_dict": state, "hyper_parameters": {"img_size_x": 64, "img_size_y": 32, "num_heads": HEADS}}, model
+
+
 CLIP = (0.48145466, 0.4578275, 0.40821073)
 IMAGENET = (0.485, 0.456, 0.406)
 HALF = (0.5, 0.5, 0.5)
@@ -266,6 +284,9 @@ LAYOUTS: list[tuple[Callable[[], tuple[object, object]], str, str, tuple[float, 
     (vitpose, "vitpose", "mean", IMAGENET),
     (cae, "cae", "mean", IMAGENET),
     (eva01, "eva01", "mean", CLIP),
+    (mae_ct, "mae_ct", "cls", IMAGENET),
+    (bird_mae, "bird_mae", "mean", None),
+    (bird_mae_refined, "bird_mae", "mean", None),
 ]
 
 

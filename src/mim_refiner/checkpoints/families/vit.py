@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, infer_structur
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from mim_refiner.types import BackboneInfo
 
-# (view, tensors under timm's names, wishes) -> what the file says; may change the tensors.
+# (view, tensors under timm's names, wishes) -> what the file says; may change the tensors, and take some out.
 Prepare = Callable[[View, dict[str, Tensor], Wishes], dict[str, Any]]
 _TO_STRUCTURE = ("final_norm", "known_heads", "known_size")
 
@@ -40,6 +41,9 @@ def vit_family(
     def convert(view: View, wishes: Wishes) -> Converted:
         mapped = keys.to_timm(view.tensors)
         said = facts | (prepare(view, mapped.tensors, wishes) if prepare else {})
+        out = tuple(name for name, target in mapped.origin.items() if target not in mapped.tensors)
+        origin = {name: target for name, target in mapped.origin.items() if name not in out}
+        mapped = replace(mapped, origin=origin, rest=mapped.rest + out)
         structure = {key: said.pop(key) for key in _TO_STRUCTURE if key in said}
         vit = infer_structure(mapped.tensors, wishes, view.where, **structure)
         notes = vit.notes + tuple(said.pop("notes", ()))
