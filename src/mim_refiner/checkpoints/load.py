@@ -239,6 +239,7 @@ def _wrap(plan: Plan, model: Any, *, source: str, coverage: float) -> Backbone:
         source=source,
         position_rule=converted.position_rule,
         pooling=converted.pooling,
+        image_size=converted.image_size,
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,7 +78,8 @@ def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str,
                 dynamo=True,
             )
     except Exception as error:  # the exporter raises its own kinds, and any that the model raises under it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        plain = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip()  # torch.export colours its texts
+        reason = (plain.splitlines() or [type(error).__name__])[0][:160]
         raise InputError(
             f"export: torch cannot turn {info.architecture} into an ONNX graph ({reason}); choose --format timm"
         ) from error

@@ -24,7 +24,7 @@ def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str,
     try:
         state = mim_refiner_format.to_source(backbone.model.state_dict(), backbone.info)
     except InputError as error:
-        raise InputError(f"--format refiner: {error}; use --format timm or onnx") from error
+        raise InputError(f"--format refiner: {error}") from error
     torch.save({"state_dict": {name: tensor.detach().clone() for name, tensor in state.items()}}, folder / _FILE)
     return {"file": _FILE, "num_heads": backbone.info.num_heads}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from mim_refiner.core.sharding import shard
 from mim_refiner.errors import InputError
 from mim_refiner.models.class_token import class_token_after
 from mim_refiner.models.positions import RULES, Grid, check_image_size, resize_absolute, resize_relative
-from mim_refiner.models.runners import PlainRunner, free_image_size, runner_for
+from mim_refiner.models.runners import PlainRunner, built_at, free_image_size, rebuilt, runner_for
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, create_vit
 from mim_refiner.types import BackboneInfo, BlockOutput, Pooling
 
@@ -60,13 +61,14 @@ class Backbone(nn.Module):
         source: str = "",
         position_rule: str = "timm",
         pooling: Pooling | None = None,
+        image_size: tuple[int, int] | None = None,
     ) -> Backbone:
         """Wrap a timm model; its facts are read from the model itself.
 
         ``mean``/``std`` default to ImageNet's on the 0-1 scale. ``position_rule`` (see models.positions) says how
         tables of positions are resized for other image sizes, ``pooling`` what the encoder's authors pool by (if None,
         the class token where there is one and the model does not pool by the mean). A model that runs block by block is
-        switched to dynamic image sizes.
+        switched to dynamic image sizes. ``image_size``: what a model that keeps none was trained on.
         Raises InputError for a model without ``forward_intermediates``.
         """
         runner = runner_for(model)
@@ -78,7 +80,7 @@ class Backbone(nn.Module):
             runner.prepare(model)
         else:
             free_image_size(model)
-        in_chans, structure = _in_channels(model), _structure(model)
+        in_chans, structure = _in_channels(model), _structure(model, image_size)
         info = BackboneInfo(
             family=family,
             architecture=architecture or architecture_name(model),
@@ -223,12 +225,17 @@ class Backbone(nn.Module):
     def set_image_size(self, image_size: tuple[int, int]) -> None:
         """Bring the tables of positions to ``image_size`` (H, W pixels) by the encoder's own rule; in place.
 
-        Raises InputError for a size that the patch does not divide and for an encoder of fixed size.
+        A model that does not run block by block becomes the one that timm builds for that size. Raises InputError for
+        a size that the patch does not divide or that the architecture cannot have.
         """
         self.check_new_size(image_size)
         if image_size == self.info.image_size:
             return
-        resized = {} if self.runner is None else self._resized_tables(self.grid_of(image_size))
+        if self.runner is None:
+            self.model = rebuilt(self.model, image_size)
+            self.info = replace(self.info, image_size=image_size)
+            return
+        resized = self._resized_tables(self.grid_of(image_size))
         self.model.set_input_size(img_size=image_size)
         parameters = dict(self.model.named_parameters())
         for name, table in resized.items():  # in place of timm's own resizing
@@ -239,8 +246,9 @@ class Backbone(nn.Module):
     def check_new_size(self, image_size: tuple[int, int]) -> None:
         """InputError for a size that :meth:`set_image_size` cannot bring the encoder to, or that no machine holds."""
         check_image_size(image_size, self.info.patch_size)
-        if image_size != self.info.image_size and not hasattr(self.model, "set_input_size"):
-            raise InputError(f"{self.info.architecture} cannot change its image size; leave image_size out")
+        if image_size != self.info.image_size and self.runner is None:
+            with torch.device("meta"):
+                built_at(self.model, image_size)
         rows, columns = self.grid_of(image_size)
         if rows * columns > MAX_POSITIONS:
             raise InputError(
@@ -300,7 +308,7 @@ class Backbone(nn.Module):
             raise InputError(f"{self.info.architecture} cannot run a part of its blocks; use it without frozen blocks")
         indices = sorted({*wanted, stop - 1})
         options: dict[str, Any] = {"indices": indices, "stop_early": True, "intermediates_only": True}
-        if self.info.num_prefix_tokens:
+        if _gives_prefix(self.model):
             options["return_prefix_tokens"] = True
         try:
             intermediates = self.model.forward_intermediates(images, output_fmt="NCHW", **options)
@@ -325,15 +333,16 @@ class Backbone(nn.Module):
         check_image_size((images.shape[2], images.shape[3]), self.info.patch_size)
 
 
-def _structure(model: Any) -> dict[str, Any]:
+def _structure(model: Any, image_size: tuple[int, int] | None) -> dict[str, Any]:
     """Width, depth, heads, patch, tokens and image size of any timm model, as far as it shows them."""
     by_block = runner_for(model) is not None
     blocks = getattr(model, "blocks", None)
     attention = getattr(blocks[0], "attn", None) if blocks is not None and len(blocks) else None
     patch_embed: Any = getattr(model, "patch_embed", None)
     patch = patch_embed.patch_size if by_block else model.feature_info[-1]["reduction"]
-    image = getattr(patch_embed, "img_size", None) or _default_config(model).get("input_size", (3, 224, 224))[1:]
-    num_prefix = int(getattr(model, "num_prefix_tokens", 0))
+    image = getattr(patch_embed, "img_size", None) or getattr(model, "_model_args", {}).get("img_size")
+    image = image or image_size or _default_config(model).get("input_size", (3, 224, 224))[1:]
+    num_prefix = int(getattr(model, "num_prefix_tokens", 0)) if by_block or _gives_prefix(model) else 0
     return {
         "embed_dim": int(model.num_features),
         "depth": len(model.blocks) if by_block else len(model.feature_info),
@@ -341,8 +350,14 @@ def _structure(model: Any) -> dict[str, Any]:
         "patch_size": (patch, patch) if isinstance(patch, int) else tuple(patch),
         "num_prefix_tokens": num_prefix,
         "has_cls": num_prefix > 0 and getattr(model, "cls_token", None) is not None,
-        "image_size": tuple(image),
+        "image_size": (image, image) if isinstance(image, int) else tuple(image),
     }
+
+
+def _gives_prefix(model: Any) -> bool:
+    """Whether ``forward_intermediates`` gives prefix tokens; CaiT and XCiT add the class token after their blocks."""
+    options = signature(model.forward_intermediates).parameters
+    return "return_prefix_tokens" in options and getattr(model, "num_prefix_tokens", 0) > 0
 
 
 def _authors_pooling(model: Any, has_cls: bool) -> Pooling:

@@ -5,19 +5,24 @@ A runner holds no state; it is what the kinds differ in, apart from :class:`Back
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mim_refiner.errors import InputError
 from mim_refiner.models.beit import enable_any_grid, shared_bias
 from mim_refiner.models.capi import CapiVisionTransformer, token_positions
 from mim_refiner.models.positions import Grid, resize_absolute
 from mim_refiner.models.postnorm import PostNormVisionTransformer
 from mim_refiner.models.variants import VariantVisionTransformer
+from mim_refiner.models.vit import registered_name
 
 
 class PlainRunner:
@@ -122,6 +127,53 @@ def free_image_size(model: Any) -> None:
         model.patch_embed.strict_img_size = False
         for module in masked:
             module.dynamic_mask = True
+
+
+def built_at(model: Any, image_size: tuple[int, int]) -> Any:
+    """A new model of ``model``'s kind for images of (H, W) pixels, as timm builds it; ``model`` if that takes any size.
+
+    Raises InputError for a size that it cannot be built at.
+    """
+    name, arguments = registered_name(model), getattr(model, "_model_args", {})
+    try:
+        with torch.random.fork_rng(devices=[]):
+            new: Any = timm.create_model(name, pretrained=False, **(arguments | {"img_size": image_size}))
+        if type(new) is not type(model):
+            raise ValueError("it was changed after timm made it")
+        return new
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if "unexpected keyword argument 'img_size'" in str(error):
+            return model  # convolutions
+        height, width = image_size
+        raise InputError(
+            f"{name or type(model).__name__} cannot be built for images of {height}x{width} pixels "
+            f"({' '.join(str(error).split())[:120]}); choose another image_size, or leave it out"
+        ) from error
+
+
+@torch.no_grad()
+def rebuilt(model: Any, image_size: tuple[int, int]) -> Any:
+    """:func:`built_at` with the weights of ``model``.
+
+    What timm resizes when it loads weights of another size is resized so (relative tables); tables of absolute
+    positions, which it then refuses, bicubically with antialiasing.
+    """
+    new = built_at(model, image_size)
+    if new is model:
+        return model
+    state = model.state_dict()
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    state = dict(convert(state, new) if convert else state)
+    for key, value in new.state_dict().items():
+        if key.rpartition(".")[2] == "pos_embed" and state[key].shape != value.shape:
+            grids = [tuple(getattr(m, "tokens_spatial_shape", None) or m.patch_embed.grid_size) for m in (model, new)]
+            state[key] = resample_abs_pos_embed(state[key], list(grids[1]), list(grids[0]), num_prefix_tokens=0)
+    new.load_state_dict(state)
+    for ours, theirs in zip(new.modules(), model.modules(), strict=True):
+        if hasattr(theirs, "eps"):
+            ours.eps = theirs.eps
+    free_image_size(new)
+    return new.train(model.training).to(next(model.parameters()))
 
 
 _RUNNERS: dict[type, PlainRunner] = {

@@ -135,12 +135,12 @@ def vit_arguments(model: VisionTransformer) -> dict[str, Any]:
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
-        "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+        "mlp_ratio": mlp_ratio((getattr(block.mlp, "fc1", None) or block.mlp.fc1_g).out_features, model.embed_dim),
         "qkv_bias": block.attn.qkv.bias is not None,
         "proj_bias": block.attn.proj.bias is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
-        # The value is only the initial one; the weights replace it.
-        "init_values": None if layer_scale is None else 1e-5,
+        # The value is only the initial one; the weights replace it. timm would drop None and take the name's own value.
+        "init_values": 0.0 if layer_scale is None else 1e-5,
         "class_token": model.cls_token is not None,
         "reg_tokens": model.num_reg_tokens,
         "no_embed_class": model.no_embed_class,
@@ -151,6 +151,11 @@ def vit_arguments(model: VisionTransformer) -> dict[str, Any]:
         "global_pool": model.global_pool,
         "dynamic_img_size": True,
     }
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """What timm multiplies ``width`` by, and rounds down, to get ``hidden``."""
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
 def _square(size: tuple[int, int]) -> int | list[int]:

@@ -78,6 +78,7 @@ class Converted:
     family: str | None = None  # a family that the file names itself
     norm_eps: float | None = None  # None = timm's for the architecture
     without: tuple[str, ...] = ()  # norms that timm would build and the encoder has not
+    image_size: tuple[int, int] | None = None  # of encoders that take any and keep none (convolutions)
     projection: str = PROJECTION  # the first convolution's weight, for other numbers of channels
     position_rule: str = "timm"  # how tables are resized to other resolutions, see models.positions
     pooling: Pooling | None = None  # what the family's authors pool by, where it is not the class token

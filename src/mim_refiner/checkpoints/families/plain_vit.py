@@ -14,6 +14,7 @@ from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, Wishes
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.vit import BASE_ARCHITECTURE, standard_name
+from mim_refiner.models.vit import mlp_ratio as ratio_of
 
 _BLOCK_PARTS = (
     r"norm[12]\.(weight|bias)|attn\.(qkv|proj)\.(weight|bias)|attn\.[qk]_norm\.(weight|bias)"
@@ -277,9 +278,7 @@ def _table_counts_a_class_token(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def mlp_ratio(tensors: Mapping[str, Tensor], width: int) -> float:
-    """What timm multiplies the width by, and rounds down, to get the rows of fc1."""
-    hidden = next((t.shape[0] for n, t in tensors.items() if n.endswith("mlp.fc1.weight")), 4 * width)
-    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
+    return ratio_of(next((t.shape[0] for n, t in tensors.items() if n.endswith("mlp.fc1.weight")), 4 * width), width)
 
 
 def _is_gated(tensors: Mapping[str, Tensor]) -> bool:

@@ -75,6 +75,7 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
         position_rule=facts.get("position_rule") or "timm",
         pooling=facts.get("encoder_pooling"),
         without=without,
+        image_size=_size(preprocessing.get("input_size")),
         projection=f"{first_conv}.weight" if isinstance(first_conv, str) else PROJECTION,
     )
 
@@ -84,6 +85,10 @@ def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, An
     if not isinstance(value, Mapping):
         raise CheckpointError(f"{where}: '{key}' in its config.json must be a JSON object; write or download it again")
     return value
+
+
+def _size(shape: Any) -> tuple[int, int] | None:
+    return (int(shape[1]), int(shape[2])) if isinstance(shape, list) and len(shape) == 3 else None
 
 
 def _floats(values: Any) -> tuple[float, ...] | None:
