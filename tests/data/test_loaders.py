@@ -14,7 +14,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader, default_crop_ratio, eval_batches, resize_center_crop
 from mim_refiner.data.photometric import normalize
 from mim_refiner.data.sources import open_source
-from mim_refiner.data.views import ViewSpec, mae_views, multi_crop_views
+from mim_refiner.data.views import ViewSpec, multi_crop_views
 from mim_refiner.data.workers import watched
 from mim_refiner.errors import DataError, InputError, WorkerError
 
@@ -57,7 +57,7 @@ def test_view_shows_its_own_image(array_set):
 
 def test_unlabelled_images_give_no_labels(image_folder):
     images = ImageSet(open_source(image_folder(["a.png", "b.png"])))
-    (batch,) = TrainLoader(images, mae_views(8), 2, seed=0).epoch(0)
+    (batch,) = TrainLoader(images, [ViewSpec("mae", 8)], 2, seed=0).epoch(0)
     assert batch.labels is None
     assert batch.to("cpu").labels is None
 
@@ -132,7 +132,7 @@ def damage(root, count):
 def test_damaged_images_are_replaced_and_reported_once(image_folder, workers, cache):
     source = damage(image_folder([f"{i:02d}.png" for i in range(20)]), 2)
     images = ImageSet(source, cache=cache)
-    loader = TrainLoader(images, mae_views(8), 5, seed=0, workers=workers)
+    loader = TrainLoader(images, [ViewSpec("mae", 8)], 5, seed=0, workers=workers)
     batches = list(loader.epoch(0)) + list(loader.epoch(1))
     loader.close()
     skipped = [item for batch in batches for item in batch.skipped]
@@ -146,7 +146,7 @@ def test_damaged_images_are_replaced_and_reported_once(image_folder, workers, ca
 def test_too_many_damaged_images_stop_the_epoch(image_folder, workers):
     source = damage(image_folder([f"{i:02d}.png" for i in range(20)]), 3)
     with pytest.raises(DataError, match="3 of 20 images cannot be read") as caught:
-        list(TrainLoader(ImageSet(source, cache=True), mae_views(8), 5, seed=0, workers=workers).epoch(0))
+        list(TrainLoader(ImageSet(source, cache=True), [ViewSpec("mae", 8)], 5, seed=0, workers=workers).epoch(0))
     assert "\n" not in str(caught.value)
 
 
@@ -156,7 +156,7 @@ def test_damage_found_on_the_way_is_one_line(image_folder, workers):
     images = ImageSet(open_source(root := image_folder(names)), cache=False)
     damage(root, 30)
     with pytest.raises(DataError, match="images cannot be read, more than 10 %") as caught:
-        list(TrainLoader(images, mae_views(8), 5, seed=0, workers=workers).epoch(0))
+        list(TrainLoader(images, [ViewSpec("mae", 8)], 5, seed=0, workers=workers).epoch(0))
     assert "\n" not in str(caught.value)
 
 

@@ -9,7 +9,7 @@ from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from mim_refiner.data.views import ViewSpec, _uniforms, crop_batch, crop_boxes, epoch_order, mae_views, multi_crop_views
+from mim_refiner.data.views import ViewSpec, _uniforms, crop_batch, crop_boxes, epoch_order, multi_crop_views
 from mim_refiner.errors import InputError
 
 COUNT = 3000
@@ -100,9 +100,6 @@ def test_view_lists():
     assert [v.blur_prob for v in views] == [1.0, 0.1, 0.5]
     assert [v.solarize_prob for v in views] == [0.0, 0.2, 0.0]
     assert [v.name for v in multi_crop_views(32, 16, 0)] == ["global0", "global1"]
-    (mae,) = mae_views(32)
-    assert (mae.scale, mae.flip, mae.count) == ((0.2, 1.0), 0.5, 1)
-    assert mae.jitter_prob == mae.blur_prob == mae.gray_prob == mae.solarize_prob == 0
 
 
 @pytest.mark.parametrize(
