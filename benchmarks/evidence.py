@@ -169,7 +169,7 @@ def measure(study: Study, model: str, file: Path) -> Correct:
             protocols=study.tree.get("protocols", ["knn", "linear"]),
             poolings=("cls", "mean") if backbone.info.has_cls else ("mean",),
             settings=EvaluationSettings.quick(),
-            reporter=study.reporter,
+            run=Run(reporter=study.reporter),
         )
         last = backbone.info.depth - 1
         kept = [result for result in results.values() if result.block == last and result.correct is not None]

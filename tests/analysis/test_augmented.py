@@ -6,10 +6,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from mim_refiner.analysis.augmented import augmented_view, paired_views, scaled_view
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.reporting import NullReporter
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_blur_grows_with_the_image():
 def test_three_sets_of_features_in_one_row_order(images):
     torch.manual_seed(0)
     vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0)
-    found = paired_views(Backbone.wrap(vit), images, seed=0, reporter=NullReporter(), indices=np.array([7, 1, 4]))
+    found = paired_views(Backbone.wrap(vit), images, Run(), indices=np.array([7, 1, 4]))
     for part in (found.clean, found.first, found.second):
         assert set(part) == {False, True}
         assert part[True].indices.tolist() == [7, 1, 4]

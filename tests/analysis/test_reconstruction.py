@@ -9,6 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from mim_refiner.analysis.reconstruction import BlockDecoders, ReconstructionSettings, reconstruction_by_block
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError
@@ -38,7 +39,7 @@ def images(tmp_path):
 def measure(backbone, images, seed=0, settings=SETTINGS):
     rows = np.arange(64), np.arange(64, 80)
     return reconstruction_by_block(
-        backbone, images, images, train_rows=rows[0], test_rows=rows[1], settings=settings, seed=seed
+        backbone, images, images, train_rows=rows[0], test_rows=rows[1], settings=settings, run=Run(seed=seed)
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.sources import open_source
@@ -64,7 +65,8 @@ def test_every_part_of_the_identity_counts(make_backbone, make_images, cache):
     backbone, images = make_backbone(), make_images(6)
     shifted = ImageTransform("shifted", lambda *a: ((batch // 2, rows) for batch, rows in eval_batches(*a[:3])))
     options = [
-        {}, {"norm": True}, {"image_size": 48}, {"precision": "bf16"}, {"indices": [0, 1, 2]}, {"transform": shifted},
+        {}, {"norm": True}, {"image_size": 48}, {"run": Run(precision="bf16")}, {"indices": [0, 1, 2]},
+        {"transform": shifted},
     ]  # fmt: skip
     for number, changed in enumerate(options):
         extract_features(backbone, images, blocks=[2], poolings=["cls"], cache=cache, **changed)

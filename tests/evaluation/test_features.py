@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError, InputError
@@ -91,7 +92,7 @@ def test_an_unreadable_image_has_no_row_and_labels_stay_aligned(make_backbone, t
 
 def test_bf16_is_close_and_float32(make_backbone, make_images):
     backbone, images = make_backbone(), make_images(6)
-    exact, rough = (extract_features(backbone, images, precision=name)[2, "mean"] for name in ("fp32", "bf16"))
+    exact, rough = (extract_features(backbone, images, run=Run(precision=name))[2, "mean"] for name in ("fp32", "bf16"))
     assert rough.dtype == torch.float32
     assert not torch.equal(exact, rough)
     torch.testing.assert_close(exact, rough, rtol=0.1, atol=0.1)

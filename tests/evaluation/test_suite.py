@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mim_refiner.core.metrics import effective_rank
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError, InputError, RunFolderError
@@ -30,7 +31,7 @@ ALL = ("knn", "linear", "clustering", "rank")
 
 def test_every_protocol_writes_its_files(make_backbone, make_images, tmp_path):
     backbone, train, test = make_backbone(), make_images(60), make_images(30, seed=1)
-    options = {"protocols": ALL, "settings": QUICK, "model_sha256": "abc", "seed": 3}
+    options = {"protocols": ALL, "settings": QUICK, "model_sha256": "abc", "run": Run(seed=3)}
     results = evaluate_backbone(backbone, train, test, out_dir=tmp_path / "run", **options)
     clusters = ["cluster_accuracy", "nmi", "ami", "ari", "silhouette", "davies_bouldin"]
     metrics = ["knn_top1", "knn_top1_last3", "linear_top1_best", "linear_top1", *clusters, "rank"]
@@ -80,7 +81,7 @@ def test_values_are_those_of_the_protocols(make_backbone, make_images):
 
 def test_without_a_test_set_a_stratified_fifth_is_held_out(make_backbone, make_images):
     train = make_images(60)
-    results = evaluate_backbone(make_backbone(), train, None, protocols=("knn",), settings=QUICK, seed=4)
+    results = evaluate_backbone(make_backbone(), train, None, protocols=("knn",), settings=QUICK, run=Run(seed=4))
     result = results["knn_top1-block02-cls"]
     assert len(result.correct) == 12
     assert result.data["test"] == {"share_of_train": 0.2, "split_seed": 4, "stratified": True}

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import BatchPhotometric, seeded_generator
 from mim_refiner.data.views import ViewSpec, crop_batch
 from mim_refiner.evaluation.features import Features, ImageTransform, feature_sets
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.reporting import Reporter
 
 # Crops of at least 40 % of the area and the paper's colour changes: strong enough that a copy of the pixels is no
 # help, mild enough that both views mostly show the same thing.
@@ -37,25 +37,25 @@ class PairedViews:
     second: Mapping[bool, Features]
 
 
-def paired_views(
-    backbone: Backbone, images: ImageSet, *, seed: int, reporter: Reporter, what: str = "", **options: Any
-) -> PairedViews:
+def paired_views(backbone: Backbone, images: ImageSet, run: Run, *, what: str = "", **options: Any) -> PairedViews:
     """Features of the centre crop and of two random views, one forward pass each.
 
-    ``options`` go to ``feature_sets`` (blocks, poolings, norms, indices, image_size, device, precision, cache). The
+    ``options`` go to ``feature_sets`` (blocks, poolings, norms, indices, image_size, cache). The
     draws depend on (seed, view, position) alone: every encoder sees the same views, and so comparisons are paired.
     """
     count = len(images) if options.get("indices") is None else len(options["indices"])
     found = []
     for name, transform in (
         ("images", None),
-        ("first views", augmented_view(seed, 0)),
-        ("second views", augmented_view(seed, 1)),
+        ("first views", augmented_view(run.seed, 0)),
+        ("second views", augmented_view(run.seed, 1)),
     ):
-        reporter.phase(f"features of the {name}{what}", count)
+        run.reporter.phase(f"features of the {name}{what}", count)
         chosen: dict[str, Any] = {} if transform is None else {"transform": transform}
         found.append(
-            feature_sets(backbone, images, progress=lambda done, _: reporter.update(done, {}), **chosen, **options)
+            feature_sets(
+                backbone, images, run=run, progress=lambda done, _: run.reporter.update(done, {}), **chosen, **options
+            )
         )
     return PairedViews(*found)
 

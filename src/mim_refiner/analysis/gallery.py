@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mim_refiner._version import __version__
 from mim_refiner.analysis.thumbnails import encode, thumbnail_sheet
-from mim_refiner.core.device import autocast, resolve_precision
 from mim_refiner.core.modules import evaluation_mode
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
@@ -55,9 +55,7 @@ def make_gallery(
     pooling: str,
     block: int = -1,
     settings: GallerySettings | None = None,
-    device: torch.device | str | None = None,
-    precision: str = "fp32",
-    seed: int = 0,
+    run: Run | None = None,
 ) -> dict[str, Any]:
     """Return the JSON record of the gallery of one or more encoders ({"before": ..., "after": ...}).
 
@@ -65,7 +63,7 @@ def make_gallery(
     result. Features are compared as in k-NN: standardised by dimension, L2-normalised, cosine. Numbers such as
     ``neighbors`` are rows of ``items``. Raises DataError with fewer than three readable images.
     """
-    settings = settings or GallerySettings()
+    settings, run = settings or GallerySettings(), run or Run()
     wanted = np.unique(np.linspace(0, len(images) - 1, min(settings.images, len(images))).astype(int))
     rows = np.array([index for index in wanted if images.try_load(int(index)) is not None], dtype=np.int64)
     if len(rows) < 3:
@@ -76,24 +74,22 @@ def make_gallery(
     found: dict[str, dict[str, Any]] = {}
     first_map: Points | None = None
     for name, backbone in models.items():
-        features = extract_features(
-            backbone, images, blocks=(block,), poolings=(pooling,), device=device, precision=precision, indices=rows
-        )
+        features = extract_features(backbone, images, blocks=(block,), poolings=(pooling,), run=run, indices=rows)
         prepared = prepare(features[block, pooling])
-        maps = feature_maps(prepared, seed, first_map, umap=settings.umap)
+        maps = feature_maps(prepared, run.seed, first_map, umap=settings.umap)
         first_map = maps["pca"]["points"] if first_map is None else first_map
         found[name] = {
             **neighbor_lists(prepared, labels, settings.neighbors),
-            "clusters": cluster_images(prepared, labels, settings, seed),
+            "clusters": cluster_images(prepared, labels, settings, run.seed),
             "maps": {key: {**value, "points": _rounded(value["points"])} for key, value in maps.items()},
-            "patches": patch_maps(backbone, images, rows[patch_rows], block, device, precision),
+            "patches": patch_maps(backbone, images, rows[patch_rows], block, run),
         }
     return {
         "kind": KIND,
         "data": {"source": images.description, "images": len(images), "shown": len(rows)},
         "block": block % next(iter(models.values())).info.depth,
         "pooling": pooling,
-        "seed": seed,
+        "seed": run.seed,
         "version": __version__,
         "thumbnails": thumbnail_sheet(images, rows.tolist()),
         "items": {
@@ -215,22 +211,20 @@ def patch_maps(
     images: ImageSet,
     indices: Sequence[int] | NDArray[np.int64],
     block: int,
-    device: torch.device | str | None,
-    precision: str,
+    run: Run,
 ) -> dict[str, Any]:
     """First three principal components of the patch tokens as red, green and blue, one small PNG an image.
 
     The components are those of all these images' tokens together; each is scaled to its 2nd and 98th percentile.
     Colours mean nothing across models. Returns {"grid": [rows, columns], "png": [base64], "explained": [3 shares]}.
     """
-    device = next(backbone.parameters()).device if device is None else torch.device(device)
     size = square_image_size(backbone.info)
     grid = (size // backbone.info.patch_size[0], size // backbone.info.patch_size[1])
     tokens: list[Tensor] = []
     with evaluation_mode(backbone), torch.inference_mode():
         for batch, _ in eval_batches(images, size, 8, indices=indices):
-            inputs = normalize(batch.to(device), backbone.info.mean, backbone.info.std)
-            with autocast(resolve_precision(precision, device), device):
+            inputs = normalize(batch.to(run.device), backbone.info.mean, backbone.info.std)
+            with run.autocast():
                 tokens.append(backbone.forward_blocks(inputs, [block])[0].patches.float().cpu())
     values = torch.cat(tokens).double().numpy()
     count, patches, width = values.shape

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mim_refiner.core.device import autocast
 from mim_refiner.core.modules import evaluation_mode
+from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import warmup_cosine
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
@@ -61,25 +61,23 @@ def reconstruction_by_block(
     train_rows: NDArray[np.int64],
     test_rows: NDArray[np.int64],
     settings: ReconstructionSettings | None = None,
-    device: torch.device | str = "cpu",
-    precision: str = "fp32",
-    seed: int = 0,
+    run: Run | None = None,
     progress: Progress | None = None,
 ) -> NDArray[np.float64]:
     """Train a decoder per block on ``train`` and return the masked error of each image of ``test``: [depth, N].
 
     Mean squared error of normalised pixels (1 = predicting the mean of each patch). Start weights, image order and
-    masks depend on the seed alone, so two encoders of one size are compared in pairs.
+    masks depend on the run's seed alone, so two encoders of one size are compared in pairs.
     Raises InputError for an encoder that is not a plain ViT.
     """
-    settings, device = settings or ReconstructionSettings(), torch.device(device)
+    settings, run = settings or ReconstructionSettings(), run or Run()
     if not backbone.is_plain_vit:
         raise InputError(f"{backbone.info.architecture} is not a plain ViT; reconstruction by block needs one")
     if len(train_rows) < 2:
         raise DataError(f"{train.description}: too few images to train decoders on; give more")
-    backbone.to(device)
+    backbone.to(run.device)
     size = square_image_size(backbone.info)
-    decoders = BlockDecoders(backbone, settings, seed).to(device)
+    decoders = BlockDecoders(backbone, settings, run.seed).to(run.device)
     optimizer = torch.optim.AdamW(decoders.parameters(), weight_decay=settings.weight_decay, betas=(0.9, 0.95))
     pixels = _pixels(train, size, train_rows)
     batch = min(settings.batch_size, len(pixels))
@@ -88,7 +86,7 @@ def reconstruction_by_block(
     with evaluation_mode(backbone):
         for step in range(total):
             if step % steps == 0:
-                order = torch.randperm(len(pixels), generator=seeded_generator(seed, 1, step // steps))
+                order = torch.randperm(len(pixels), generator=seeded_generator(run.seed, 1, step // steps))
             rows = order[(step % steps) * batch : (step % steps + 1) * batch]
             for group in optimizer.param_groups:
                 group["lr"] = warmup_cosine(
@@ -98,15 +96,15 @@ def reconstruction_by_block(
                     peak=settings.learning_rate,
                     end=0.0,
                 )
-            noise = decoders.noise(len(rows), seeded_generator(seed, 2, step))
-            with autocast(precision, device):
-                errors = decoders(_inputs(pixels[rows], backbone, device), noise)
+            noise = decoders.noise(len(rows), seeded_generator(run.seed, 2, step))
+            with run.autocast():
+                errors = decoders(_inputs(pixels[rows], backbone, run.device), noise)
             optimizer.zero_grad(set_to_none=True)
             errors.mean(1).sum().backward()
             optimizer.step()
             if progress:
                 progress(step + 1, total)
-        return _evaluate(decoders, backbone, test, size, test_rows, device, precision, seed)
+        return _evaluate(decoders, backbone, test, size, test_rows, run)
 
 
 @torch.no_grad()
@@ -116,15 +114,13 @@ def _evaluate(
     test: ImageSet,
     size: int,
     rows: NDArray[np.int64],
-    device: torch.device,
-    precision: str,
-    seed: int,
+    run: Run,
 ) -> NDArray[np.float64]:
     parts = []
     for number, (pixels, _) in enumerate(eval_batches(test, size, 128, indices=rows)):
-        noise = decoders.noise(len(pixels), seeded_generator(seed, 3, number))
-        with autocast(precision, device):
-            parts.append(decoders(_inputs(pixels, backbone, device), noise).float().cpu())
+        noise = decoders.noise(len(pixels), seeded_generator(run.seed, 3, number))
+        with run.autocast():
+            parts.append(decoders(_inputs(pixels, backbone, run.device), noise).float().cpu())
     return torch.cat(parts, dim=1).double().numpy()
 
 

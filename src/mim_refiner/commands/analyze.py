@@ -21,7 +21,6 @@ from mim_refiner.analysis.verdict import verdict
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.runs import check_pair, open_images, tell_unreadable
 from mim_refiner.commands.survey import (
-    How,
     Limits,
     Samples,
     atlas_of,
@@ -32,6 +31,7 @@ from mim_refiner.commands.survey import (
     measures_of,
 )
 from mim_refiner.core.device import pick_device
+from mim_refiner.core.run import Run
 from mim_refiner.errors import DataError, InputError, did_you_mean
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import Features
@@ -70,7 +70,7 @@ def analyze(
     if unknown or not parts:
         named = f"{unknown[0]!r} is unknown{did_you_mean(unknown[0], PARTS)}" if unknown else "none given"
         raise InputError(f"parts: {named}; choose from {', '.join(PARTS)}")
-    how = How(pick_device(device), seed, reporter, cache=FeatureCache.open(cache))
+    run = Run(pick_device(device), seed=seed, reporter=reporter)
     models = {"before": load_backbone(model)}
     if compare:
         models["after"] = load_backbone(compare)
@@ -78,24 +78,24 @@ def analyze(
     held_out = open_images(test, reporter, channels=train.channels) if test else None
     if held_out is not None:
         check_pair(train, held_out, reporter)
-    samples = choose_samples(train, held_out, seed=seed)
+    samples = choose_samples(train, held_out, seed=seed, cache=FeatureCache.open(cache))
     reporter.message(
         "looking at "
         + ", ".join(f"{name} {text}" for name, text in samples.described().items() if name != "labels")
         + ("" if samples.labelled else "; no labels: neighbour consistency stands in for k-NN accuracy")
     )
-    analysis = _Analysis(models, {"before": model, "after": compare or ""}, samples, how, Path(out))
+    analysis = _Analysis(models, {"before": model, "after": compare or ""}, samples, run, Path(out))
     for part in PARTS:
         if part in parts:
-            analysis.run(part)
+            analysis.do(part)
     reporter.done()
     analysis.result["data"] = {
         name: images.facts() for name, images in (("train", train), ("test", held_out)) if images
     }
     for images in filter(None, (train, held_out)):
         tell_unreadable(images, reporter)
-    if how.cache is not None:
-        analysis.result["cache"] = how.cache.summary()
+    if samples.cache is not None:
+        analysis.result["cache"] = samples.cache.summary()
     return analysis.result
 
 
@@ -103,9 +103,14 @@ class _Analysis:
     """The parts one after the other; each adds to ``result`` and writes its files."""
 
     def __init__(
-        self, models: Mapping[str, Backbone], sources: Mapping[str, str], samples: Samples, how: How, out: Path
+        self,
+        models: Mapping[str, Backbone],
+        sources: Mapping[str, str],
+        samples: Samples,
+        run: Run,
+        out: Path,
     ) -> None:
-        self.models, self.sources, self.samples, self.how, self.out = models, sources, samples, how, out
+        self.models, self.sources, self.samples, self.run, self.out = models, sources, samples, run, out
         self.atlases: dict[str, Atlas] = {}
         self.features: dict[str, Features] = {}  # raw, of the query images
         self.curves: dict[str, dict[str, Any]] = {}
@@ -117,7 +122,7 @@ class _Analysis:
             "seconds": {},
         }
 
-    def run(self, part: str) -> None:
+    def do(self, part: str) -> None:
         started = time.perf_counter()
         steps: dict[str, Callable[[], None]] = {
             "atlas": self.atlas,
@@ -150,16 +155,22 @@ class _Analysis:
         if "after" not in self.models:
             info = self.models["before"].info
             if enough:
-                found = measures_of(self.models["before"], self.samples, self.how, key=default_key(info), name="before")
+                found = measures_of(
+                    self.models["before"],
+                    self.samples,
+                    self.run,
+                    key=default_key(info),
+                    name="before",
+                )
                 self.result["label_free"] = found.summary()
             return
-        unlabelled = judged_without_labels(self.models, self.samples, self.how) if enough else None
+        unlabelled = judged_without_labels(self.models, self.samples, self.run) if enough else None
         judged = unlabelled or {}
         if self.samples.labelled:
             hits = [self._hits(name) for name in ("before", "after")]
             judged = verdict(*hits) | ({"label_free": unlabelled} if unlabelled else {})
         self.result["verdict"] = judged
-        self._keep("verdict", {"kind": "verdict", **judged, "seed": self.how.seed}, None)
+        self._keep("verdict", {"kind": "verdict", **judged, "seed": self.run.seed}, None)
 
     def similarity(self) -> None:
         """CKA between blocks, within and across the models."""
@@ -176,14 +187,14 @@ class _Analysis:
         """Reconstruction error by block, shares of the improvement, and the three regimes."""
         others = [backbone.info.architecture for backbone in self.models.values() if not backbone.is_plain_vit]
         if others:
-            self.how.reporter.message(f"reconstruction by block left out: {others[0]} is not a plain ViT")
+            self.run.reporter.message(f"reconstruction by block left out: {others[0]} is not a plain ViT")
             return
         self._measure_blocks()
         settings = ReconstructionSettings()
         rows = self.samples.bank_rows[: settings.train_images], self.samples.query_rows[: settings.test_images]
         errors = {}
         for name, backbone in self.models.items():
-            self.how.reporter.phase(f"reconstruction by block: {name}", settings.steps(len(rows[0])))
+            self.run.reporter.phase(f"reconstruction by block: {name}", settings.steps(len(rows[0])))
             errors[name] = reconstruction_by_block(
                 backbone,
                 self.samples.bank,
@@ -191,9 +202,8 @@ class _Analysis:
                 train_rows=rows[0],
                 test_rows=rows[1],
                 settings=settings,
-                device=self.how.device,
-                seed=self.how.seed,
-                progress=lambda done, _: self.how.reporter.update(done, {}),
+                run=self.run,
+                progress=lambda done, _: self.run.reporter.update(done, {}),
             )
         pooling = default_key(self.models["before"].info)[1]
         record = regimes_record(
@@ -203,7 +213,7 @@ class _Analysis:
             pooling=pooling,
             settings=settings.__dict__,
             samples={"train": len(rows[0]), "test": len(rows[1])},
-            seed=self.how.seed,
+            seed=self.run.seed,
         )
         self.result["regimes"] = {name: found["regimes"] for name, found in record["models"].items()}
         self.result["statements"] += [found["statement"] for found in record["models"].values()]
@@ -224,14 +234,14 @@ class _Analysis:
         key = default_key(self.models[name].info)
         if name in self.atlases:
             return self.atlases[name].scores[key]
-        return knn_hits(self.models[name], self.samples, self.how, key=key, name=name)
+        return knn_hits(self.models[name], self.samples, self.run, key=key, name=name)
 
     def _measure_blocks(self) -> None:
         """The atlases and the curves that several parts need; once."""
         if self.atlases:
             return
         for name, backbone in self.models.items():
-            self.atlases[name], features = atlas_of(backbone, self.samples, self.how, name=name)
+            self.atlases[name], features = atlas_of(backbone, self.samples, self.run, name=name)
             self.features[name] = features[False]
         measure = self.atlases["before"].record["measure"]
         curves = curves_from_scores(
@@ -239,7 +249,7 @@ class _Analysis:
             measure=measure,
             norm=False,
             data=self.samples.described(),
-            seed=self.how.seed,
+            seed=self.run.seed,
         )
         self.curves = curves.record["curves"]
         self.result["curves"], self.result["change"] = self.curves, curves.record["change"]

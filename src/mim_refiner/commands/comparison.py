@@ -10,7 +10,7 @@ from typing import Any
 from mim_refiner.analysis.blocks import curves_from_results
 from mim_refiner.analysis.label_free import MIN_IMAGES
 from mim_refiner.analysis.verdict import verdict
-from mim_refiner.commands.survey import How, Samples, atlas_of, choose_samples, default_key, judged_without_labels
+from mim_refiner.commands.survey import Samples, atlas_of, choose_samples, default_key, judged_without_labels
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
@@ -62,20 +62,17 @@ def compare(
             out_dir=out,
             name_prefix=f"{stage}-",
             model_sha256=weights_sha256(backbone.model),
-            device=run.device,
-            seed=run.seed,
-            reporter=run.reporter,
+            run=run,
         )
     last = next(iter(stages.values())).info.depth - 1
     summary: dict[str, Any] = {
         stage: summary_metrics(found, block=last, pooling=pooling) for stage, found in results.items()
     }
-    how = How(run.device, run.seed, run.reporter, run.precision)
     samples = choose_samples(train, test, seed=run.seed)
     enough = labelled or len(samples.view_rows) >= MIN_IMAGES
-    summary["recommendation"] = _recommended(stages["after"], samples, how, pooling, enough, out)
+    summary["recommendation"] = _recommended(stages["after"], samples, run, pooling, enough, out)
     if not labelled:
-        summary["verdict"] = judged_without_labels(stages, samples, how, pooling=pooling) if enough else TOO_FEW
+        summary["verdict"] = judged_without_labels(stages, samples, run, pooling=pooling) if enough else TOO_FEW
         return summary
     curves = curves_from_results(results, head_blocks=head_blocks)
     curves.write(out / "evaluation")
@@ -94,11 +91,11 @@ def compare(
 
 
 def _recommended(
-    backbone: Backbone, samples: Samples, how: How, pooling: str, enough: bool, out: Path
+    backbone: Backbone, samples: Samples, run: Run, pooling: str, enough: bool, out: Path
 ) -> dict[str, Any]:
     """Block, pooling and norm to use, by the atlas; the usual ones when there are too few images to tell."""
     if enough:
-        atlas, _ = atlas_of(backbone, samples, how, name="after", pooling=pooling, probe=False, both=False)
+        atlas, _ = atlas_of(backbone, samples, run, name="after", pooling=pooling, probe=False, both=False)
         write_json(out / "evaluation" / "atlas-after.json", atlas.record)  # the report draws it
         return atlas.recommendation
     block, pooling, norm = default_key(backbone.info, pooling)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mim_refiner.analysis.verdict import BETTER, UNCLEAR, WORSE
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.runs import check_pair, open_images, tell_unreadable
@@ -18,6 +16,7 @@ from mim_refiner.core.collectives import rank
 from mim_refiner.core.device import pick_device
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import join_processes
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.cache import FeatureCache
@@ -72,16 +71,15 @@ def evaluate(
     With ``out`` every number is a JSON file in evaluation/ there, beside results.md and results.tex.
     Raises MimRefinerError with one line on bad input.
     """
-    run = _Run(
+    run = Run(join_processes(pick_device(device)), seed=seed, reporter=reporter or NullReporter())
+    options = _Options(
         blocks=blocks,
         poolings=pooling,
         norm=norm,
         settings=EvaluationSettings.from_overrides(settings, suite_settings(suite)),
         out=out if rank() == 0 else None,
-        device=join_processes(pick_device(device)),
-        seed=seed,
+        run=run,
         cache=FeatureCache.open(cache, cache_size),
-        reporter=reporter or NullReporter(),
     )
     if protocols is not None:
         check_protocols(protocols)
@@ -95,7 +93,7 @@ def evaluate(
         check_pair(train, held_out, run.reporter)
     chosen = tuple(protocols) if protocols else suite_protocols(suite, train) if suite else NEEDS_LABELS
     sets = _shifted_sets(shifted, train.channels, run.reporter)
-    found = {source: run.one(backbones[source], source, number, chosen, train, held_out, sets)
+    found = {source: options.one(backbones[source], source, number, chosen, train, held_out, sets)
              for number, source in enumerate(backbones)}  # fmt: skip
     summary = _summary(found)
     summary["data"] = {name: images.facts() for name, images in (("train", train), ("test", held_out)) if images}
@@ -104,20 +102,22 @@ def evaluate(
             tell_unreadable(images, run.reporter)
     if transfer:
         names = tuple(protocols) if protocols else TRANSFER_PROTOCOLS
-        summary["transfer"] = _transfer(run, backbones, Path(transfer), names)
+        summary["transfer"] = _transfer(options, backbones, Path(transfer), names)
     run.reporter.done()
-    summary["seconds"] = run.seconds
-    if run.cache is not None:
-        summary["feature_cache"] = run.cache.summary()
-        run.reporter.message(f"feature cache: {run.cache.hits} found, {run.cache.misses} computed ({run.cache.folder})")
-    if run.out:
-        _write_tables(Path(run.out), summary)
-        summary["out"] = str(Path(run.out) / "evaluation")
+    summary["seconds"] = options.seconds
+    if options.cache is not None:
+        summary["feature_cache"] = options.cache.summary()
+        run.reporter.message(
+            f"feature cache: {options.cache.hits} found, {options.cache.misses} computed ({options.cache.folder})"
+        )
+    if options.out:
+        _write_tables(Path(options.out), summary)
+        summary["out"] = str(Path(options.out) / "evaluation")
     return summary
 
 
 @dataclass
-class _Run:
+class _Options:
     """The options that all models and data sets share."""
 
     blocks: str
@@ -125,10 +125,8 @@ class _Run:
     norm: bool
     settings: EvaluationSettings
     out: str | None
-    device: torch.device
-    seed: int
+    run: Run
     cache: FeatureCache | None
-    reporter: Reporter
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def one(
@@ -143,7 +141,7 @@ class _Run:
         prefix: str = "",
     ) -> dict[str, Result]:
         """Evaluate one model; the first has file names without a prefix, the others compare-, compare2-, ..."""
-        self.reporter.message(f"evaluating {source}: {', '.join(protocols)}")
+        self.run.reporter.message(f"evaluating {source}: {', '.join(protocols)}")
         position = "" if number == 0 else "compare-" if number == 1 else f"compare{number}-"
         return evaluate_backbone(
             backbone,
@@ -157,12 +155,10 @@ class _Run:
             out_dir=self.out,
             name_prefix=position + prefix,
             model_sha256=weights_sha256(backbone.model),
-            device=self.device,
-            seed=self.seed,
+            run=self.run,
             cache=self.cache,
             shifted=shifted,
             seconds=self.seconds.setdefault(source + (f" ({prefix.rstrip('-')})" if prefix else ""), {}),
-            reporter=self.reporter,
         )
 
 
@@ -219,18 +215,18 @@ def _shifted_sets(specs: Sequence[str], channels: int, reporter: Reporter) -> di
 
 
 def _transfer(
-    run: _Run, backbones: Mapping[str, Backbone], path: Path, protocols: Sequence[str]
+    options: _Options, backbones: Mapping[str, Backbone], path: Path, protocols: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Evaluate every model on every data set of the list; a record a set, model and metric, and their means."""
     rows: list[dict[str, Any]] = []
     for name, train_spec, test_spec in _transfer_list(path):
         channels = next(iter(backbones.values())).info.in_chans
-        train = open_images(train_spec, run.reporter, channels=channels)
-        test = open_images(test_spec, run.reporter, channels=channels) if test_spec else None
+        train = open_images(train_spec, options.run.reporter, channels=channels)
+        test = open_images(test_spec, options.run.reporter, channels=channels) if test_spec else None
         if test is not None:
-            check_pair(train, test, run.reporter)
+            check_pair(train, test, options.run.reporter)
         for number, (source, backbone) in enumerate(backbones.items()):
-            found = run.one(backbone, source, number, protocols, train, test, prefix=f"transfer-{name}-")
+            found = options.one(backbone, source, number, protocols, train, test, prefix=f"transfer-{name}-")
             rows += [{"set": name, **_row(source, result)} for result in found.values()]
     groups: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mim_refiner.analysis.placement import place_heads
-from mim_refiner.commands.survey import How, atlas_of, choose_samples
+from mim_refiner.commands.survey import atlas_of, choose_samples
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import InputError
@@ -56,9 +56,8 @@ def place_in_recipe(
         pooling = recipe.heads.pooling
         if pooling == "auto":
             pooling = "cls" if backbone.info.has_cls else "mean"
-        how = How(run.device, run.seed, run.reporter, run.precision)
         atlas, _ = atlas_of(
-            backbone, choose_samples(bank, test, seed=run.seed), how, name="before", probe=False, both=False
+            backbone, choose_samples(bank, test, seed=run.seed), run, name="before", probe=False, both=False
         )
         placement = place_heads(atlas, pooling=pooling, recipe_blocks=_blocks_of(base, backbone.info.depth))
     recipe.heads.blocks = placement["blocks"]

@@ -63,8 +63,7 @@ class OnlineKnn:
             images,
             blocks=self.blocks,
             poolings=(self.pooling,),
-            device=self.run.device,
-            precision=self.run.precision,
+            run=self.run,
             indices=indices,
         )
         assert found.labels is not None

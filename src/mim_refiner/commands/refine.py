@@ -264,7 +264,7 @@ def conclude(
     )
     shown = bank if test is None else test
     pictured = {stage: encoder for stage, encoder in stages.items() if stage not in ("raw", "average")}
-    write_gallery(pictured, shown, out, pooling=pooling, device=run.device, seed=run.seed, reporter=run.reporter)
+    write_gallery(pictured, shown, out, pooling=pooling, run=replace(run, precision="fp32"))
     card = {
         "base": Path(stages["before"].info.source).name,
         "data": data,

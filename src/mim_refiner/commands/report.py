@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mim_refiner.analysis.gallery import make_gallery
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import InputError
 from mim_refiner.files import write_json
@@ -34,14 +33,11 @@ def report(*, runs: Sequence[str], out: str | None = None, reporter: Reporter | 
     return {"report": str(written), "runs": [str(run) for run in runs], "bytes": written.stat().st_size}
 
 
-def write_gallery(
-    stages: Mapping[str, Backbone], images: ImageSet, run: Path, *, pooling: str, device: torch.device, seed: int,
-    reporter: Reporter,
-) -> None:  # fmt: skip
-    """Measure the report's pictures while the encoders are at hand: evaluation/gallery.json of the run folder."""
-    reporter.message("gallery: neighbours, clusters and maps for the report")
-    record = make_gallery(stages, images, pooling=pooling, device=device, seed=seed)
-    write_json(run / "evaluation" / "gallery.json", record)
+def write_gallery(stages: Mapping[str, Backbone], images: ImageSet, out: Path, *, pooling: str, run: Run) -> None:
+    """Measure the report's pictures while the encoders are at hand: evaluation/gallery.json of the folder ``out``."""
+    run.reporter.message("gallery: neighbours, clusters and maps for the report")
+    record = make_gallery(stages, images, pooling=pooling, run=run)
+    write_json(out / "evaluation" / "gallery.json", record)
 
 
 def finish_with_report(run: Path, reporter: Reporter) -> None:

@@ -15,8 +15,8 @@ from mim_refiner.analysis.atlas import Atlas, Key, label_free_atlas, labelled_at
 from mim_refiner.analysis.augmented import PairedViews, paired_views
 from mim_refiner.analysis.label_free import LabelFreeMeasures, dense_drift, label_free_measures
 from mim_refiner.analysis.label_free_verdict import label_free_verdict
-from mim_refiner.core.device import autocast
 from mim_refiner.core.modules import evaluation_mode
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
@@ -52,6 +52,7 @@ class Samples:
     query_rows: NDArray[np.int64]
     view_rows: NDArray[np.int64]  # images of the query set for the label-free measures
     labelled: bool
+    cache: FeatureCache | None = None  # of their features
 
     def described(self) -> dict[str, Any]:
         """What was looked at, for people and JSON."""
@@ -63,24 +64,9 @@ class Samples:
         }
 
 
-@dataclass(frozen=True)
-class How:
-    """What every measurement needs besides encoder and images."""
-
-    device: torch.device
-    seed: int
-    reporter: Reporter
-    precision: str = "fp32"
-    cache: FeatureCache | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"device": self.device, "precision": self.precision, "cache": self.cache}
-
-
-def choose_samples(train: ImageSet, test: ImageSet | None, *, seed: int, limits: Limits | None = None) -> Samples:
+def choose_samples(train: ImageSet, test: ImageSet | None, *, seed: int, cache: FeatureCache | None = None) -> Samples:
     """Thin bank and queries to the limits; without ``test`` a fifth of ``train`` is held out, stratified by class."""
-    limits = limits or Limits()
+    limits = Limits()
     labelled = train.labels is not None and (test is None or test.labels is not None)
     if test is None:
         labels = np.zeros(len(train), dtype=np.int64) if train.labels is None else train.labels
@@ -96,6 +82,7 @@ def choose_samples(train: ImageSet, test: ImageSet | None, *, seed: int, limits:
         _thinned(held, limits.queries),
         _thinned(views, limits.views),
         labelled,
+        cache,
     )
 
 
@@ -107,7 +94,7 @@ def default_key(info: BackboneInfo, pooling: str | None = None) -> Key:
 def atlas_of(
     backbone: Backbone,
     samples: Samples,
-    how: How,
+    run: Run,
     *,
     name: str,
     pooling: str | None = None,
@@ -124,72 +111,78 @@ def atlas_of(
         views = paired_views(
             backbone,
             samples.queries,
+            run,
             indices=samples.view_rows,
-            seed=how.seed,
-            reporter=how.reporter,
             what=f", {name}",
-            **how.options,
+            cache=samples.cache,
         )
-        return atlas_of_views(views, how, name=name, default=default, both=both), dict(views.clean)
-    bank, queries = _bank_and_queries(backbone, samples, how, name)
-    how.reporter.phase(f"atlas: {name}", 0)
-    progress = _progress(how.reporter)
+        return atlas_of_views(views, run, name=name, default=default, both=both), dict(views.clean)
+    bank, queries = _bank_and_queries(backbone, samples, run, name)
+    run.reporter.phase(f"atlas: {name}", 0)
+    progress = _progress(run.reporter)
     return labelled_atlas(
-        bank, queries, default=default, probe=probe, both=both, seed=how.seed, progress=progress
+        bank, queries, default=default, probe=probe, both=both, seed=run.seed, progress=progress
     ), queries
 
 
-def knn_hits(backbone: Backbone, samples: Samples, how: How, *, key: Key, name: str) -> NDArray[np.float64]:
+def knn_hits(
+    backbone: Backbone, samples: Samples, run: Run, *, key: Key, name: str, cache: FeatureCache | None = None
+) -> NDArray[np.float64]:
     """[N]: whether k-NN of one block, pooling and norm classifies each query image rightly; needs labels."""
     block, pooling, norm = key
     options = {"blocks": (block,), "poolings": (pooling,), "norms": (norm,)}
-    bank, queries = _bank_and_queries(backbone, samples, how, name, **options)
-    default = labelled_atlas(bank, queries, default=key, probe=False, both=False, seed=how.seed)
+    bank, queries = _bank_and_queries(backbone, samples, run, name, **options)
+    default = labelled_atlas(bank, queries, default=key, probe=False, both=False, seed=run.seed)
     return default.scores[key]
 
 
-def atlas_of_views(views: PairedViews, how: How, *, name: str, default: Key, both: bool = True) -> Atlas:
+def atlas_of_views(views: PairedViews, run: Run, *, name: str, default: Key, both: bool = True) -> Atlas:
     """Label-free atlas of features that are there already."""
-    how.reporter.phase(f"atlas: {name}", 0)
-    return label_free_atlas(views, default=default, both=both, seed=how.seed, progress=_progress(how.reporter))
+    run.reporter.phase(f"atlas: {name}", 0)
+    return label_free_atlas(views, default=default, both=both, seed=run.seed, progress=_progress(run.reporter))
 
 
-def measures_of(backbone: Backbone, samples: Samples, how: How, *, key: Key, name: str) -> LabelFreeMeasures:
+def measures_of(
+    backbone: Backbone, samples: Samples, run: Run, *, key: Key, name: str, cache: FeatureCache | None = None
+) -> LabelFreeMeasures:
     """Label-free measures of one block, pooling and norm."""
     views = paired_views(
         backbone,
         samples.queries,
+        run,
         blocks=(key[0],),
         poolings=(key[1],),
         norms=(key[2],),
         indices=samples.view_rows,
-        seed=how.seed,
-        reporter=how.reporter,
         what=f", {name}",
-        **how.options,
+        cache=samples.cache,
     )
-    how.reporter.phase(f"label-free measures: {name}", 0)
+    run.reporter.phase(f"label-free measures: {name}", 0)
     found = [part[key[2]][key[0], key[1]] for part in (views.clean, views.first, views.second)]
-    return label_free_measures(*found, seed=how.seed)
+    return label_free_measures(*found, seed=run.seed)
 
 
 def judged_without_labels(
-    models: Mapping[str, Backbone], samples: Samples, how: How, *, pooling: str | None = None
+    models: Mapping[str, Backbone],
+    samples: Samples,
+    run: Run,
+    *,
+    pooling: str | None = None,
 ) -> dict[str, Any]:
     """Label-free verdict on the last block of the first two of ``models``, further ones by name beside it."""
     first, *later = models
     keys = {name: default_key(backbone.info, pooling) for name, backbone in models.items()}
-    measures = {name: measures_of(models[name], samples, how, key=keys[name], name=name) for name in models}
+    measures = {name: measures_of(models[name], samples, run, key=keys[name], name=name) for name in models}
     verdicts = {
         name: label_free_verdict(
-            measures[first], measures[name], drift=drift_of(models[first], models[name], samples, how), seed=how.seed
+            measures[first], measures[name], drift=drift_of(models[first], models[name], samples, run), seed=run.seed
         )
         for name in later
     }
     return verdicts[later[0]] | {name: verdicts[name] for name in later[1:]}
 
 
-def drift_of(before: Backbone, after: Backbone, samples: Samples, how: How) -> NDArray[np.float64] | None:
+def drift_of(before: Backbone, after: Backbone, samples: Samples, run: Run) -> NDArray[np.float64] | None:
     """1 - cosine of the last block's patch features, per image; None for encoders of different shape."""
     old, new = before.info, after.info
     if (old.embed_dim, old.patch_size, old.image_size) != (new.embed_dim, new.patch_size, new.image_size):
@@ -200,22 +193,23 @@ def drift_of(before: Backbone, after: Backbone, samples: Samples, how: How) -> N
         for pixels, _ in eval_batches(samples.queries, square_image_size(old), 64, indices=rows):
             patches = []
             for backbone in (before, after):
-                inputs = normalize(pixels.to(how.device), backbone.info.mean, backbone.info.std)
-                with autocast(how.precision, how.device):
-                    patches.append(backbone.to(how.device).forward_blocks(inputs, [-1])[0].patches.float())
+                inputs = normalize(pixels.to(run.device), backbone.info.mean, backbone.info.std)
+                with run.autocast():
+                    patches.append(backbone.to(run.device).forward_blocks(inputs, [-1])[0].patches.float())
             parts.append(dense_drift(*patches))
     return np.concatenate(parts)
 
 
 def _bank_and_queries(
-    backbone: Backbone, samples: Samples, how: How, name: str, **options: Any
+    backbone: Backbone, samples: Samples, run: Run, name: str, **options: Any
 ) -> tuple[dict[bool, Features], dict[bool, Features]]:
     """Features {norm applied?: Features} of bank and query images, classes numbered as in the bank.
 
     ``options`` go to ``feature_sets``: everything unless blocks, poolings or norms are named.
     """
-    bank = _features(backbone, samples.bank, samples.bank_rows, how, f"bank images, {name}", options)
-    queries = _features(backbone, samples.queries, samples.query_rows, how, f"query images, {name}", options)
+    options["cache"] = samples.cache
+    bank = _features(backbone, samples.bank, samples.bank_rows, run, f"bank images, {name}", options)
+    queries = _features(backbone, samples.queries, samples.query_rows, run, f"query images, {name}", options)
     number = class_numbers(samples.bank, samples.queries)
     if number is not None:
         queries = {
@@ -226,10 +220,10 @@ def _bank_and_queries(
 
 
 def _features(
-    backbone: Backbone, images: ImageSet, rows: NDArray[np.int64], how: How, what: str, options: Mapping[str, Any]
+    backbone: Backbone, images: ImageSet, rows: NDArray[np.int64], run: Run, what: str, options: Mapping[str, Any]
 ) -> dict[bool, Features]:
-    how.reporter.phase(f"features of the {what}", len(rows))
-    return feature_sets(backbone, images, indices=rows, progress=_progress(how.reporter), **{**how.options, **options})
+    run.reporter.phase(f"features of the {what}", len(rows))
+    return feature_sets(backbone, images, run=run, indices=rows, progress=_progress(run.reporter), **options)
 
 
 def _progress(reporter: Reporter) -> Any:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mim_refiner.core.collectives import from_rank_0, from_ranks, gather_rows, is_distributed, rank, world_size
-from mim_refiner.core.device import autocast, resolve_precision
 from mim_refiner.core.modules import device_of, evaluation_mode
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import default_crop_ratio, eval_batches
 from mim_refiner.data.photometric import normalize
@@ -88,8 +88,8 @@ def extract_features(
 ) -> Features:
     """Pool the tokens after each of ``blocks`` by each of ``poolings``, in one forward pass, images in order.
 
-    ``norm`` applies the final norm to every block output. ``options``: image_size, batch_size, device, precision,
-    indices, transform, cache, progress as in :func:`feature_sets`, which gives features with and without the norm at
+    ``norm`` applies the final norm to every block output. ``options``: image_size, batch_size, run, indices,
+    transform, cache, progress as in :func:`feature_sets`, which gives features with and without the norm at
     once. Same inputs, same bits on one machine.
     """
     return feature_sets(backbone, images, blocks=blocks, poolings=poolings, norms=(norm,), **options)[norm]
@@ -104,8 +104,7 @@ def feature_sets(
     norms: Sequence[bool] = (False, True),
     image_size: int | None = None,
     batch_size: int = 256,
-    device: torch.device | str | None = None,
-    precision: str = "fp32",
+    run: Run | None = None,
     indices: Sequence[int] | NDArray[np.int64] | Tensor | None = None,
     transform: ImageTransform = CENTRE_CROP,
     cache: FeatureCache | None = None,
@@ -115,8 +114,8 @@ def feature_sets(
 
     Images are resized and centre-cropped to ``image_size`` (the encoder's own when None) unless ``transform`` says
     otherwise, and normalised as the encoder wants it. With ``cache`` every (block, pooling, norm) found there is read
-    and only the rest is computed, in one forward pass. The backbone is moved to ``device`` (None: stays where it is),
-    runs in eval mode, and gets every module's mode back.
+    and only the rest is computed, in one forward pass. The backbone is moved to the device of ``run`` (None: stays
+    where it is, float32), runs in eval mode, and gets every module's mode back.
     In a distributed run every process must call it: each computes a part (of centre crops), rank 0 keeps the cache, and
     all get the whole. Raises InputError for an unknown block or pooling, DataError for non-finite features or > 10 %
     unreadable images.
@@ -127,12 +126,11 @@ def feature_sets(
         for block in resolve_blocks(blocks, backbone.info.depth)
         for pooling in resolve_poolings(poolings, backbone.info)
     ]
-    device = device_of(backbone) if device is None else torch.device(device)
-    backbone.to(device)
-    precision = resolve_precision(precision, device)
+    run = run or Run(device_of(backbone))
+    backbone.to(run.device)
     size = image_size or square_image_size(backbone.info)
     chosen = None if indices is None else np.asarray(indices, dtype=np.int64)
-    identity = {} if cache is None else _identity(backbone, images, chosen, transform, size, precision, device)
+    identity = {} if cache is None else _identity(backbone, images, chosen, transform, size, run)
     cache = cache if rank() == 0 else None
     found = {} if cache is None else {key: cache.get({**identity, **_key_identity(key)}) for key in keys}
     found = from_rank_0(found)
@@ -144,7 +142,7 @@ def feature_sets(
         def forward(part: NDArray[np.int64] | None) -> tuple[dict[_FullKey, Tensor], Tensor]:
             batches = transform.batches(images, size, batch_size, part)
             total = len(images) if part is None else len(part)
-            return _forward(backbone, batches, missing, total, device, precision, progress)
+            return _forward(backbone, batches, missing, total, run, progress)
 
         # other transforms draw by an image's place in the call
         spread = is_distributed() and transform is CENTRE_CROP
@@ -195,8 +193,7 @@ def _forward(
     batches: Iterator[tuple[Tensor, Tensor]],
     keys: Sequence[_FullKey],
     total: int,
-    device: torch.device,
-    precision: str,
+    run: Run,
     progress: Progress | None,
 ) -> tuple[dict[_FullKey, Tensor], Tensor]:
     """One pass over the images for all ``keys``: {key: float32 [N, D]} and the positions of the rows [N]."""
@@ -206,9 +203,9 @@ def _forward(
     done = 0
     with evaluation_mode(backbone), torch.inference_mode():
         for batch, positions in batches:
-            inputs = normalize(batch.to(device, non_blocking=True), backbone.info.mean, backbone.info.std)
+            inputs = normalize(batch.to(run.device, non_blocking=True), backbone.info.mean, backbone.info.std)
             rows = slice(done, done + len(positions))
-            with autocast(precision, device):
+            with run.autocast():
                 outputs = dict(zip(wanted, backbone.forward_blocks(inputs, wanted), strict=True))
                 normed = {key[0]: _normed(backbone, outputs[key[0]]) for key in keys if key[2]}
             for block, pooling, norm in keys:
@@ -251,8 +248,7 @@ def _identity(
     indices: NDArray[np.int64] | None,
     transform: ImageTransform,
     size: int,
-    precision: str,
-    device: torch.device,
+    run: Run,
 ) -> dict[str, Any]:
     """All that the features depend on but block, pooling and norm. The batch size is left out: it moves last bits."""
     return {
@@ -261,7 +257,7 @@ def _identity(
         "data": data_identity(images),
         "rows": rows_identity(indices),
         "transform": [transform.name, size, default_crop_ratio(size)],
-        "computed": [precision, device.type, torch.__version__],
+        "computed": [run.precision, run.device.type, torch.__version__],
     }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import default_crop_ratio
 from mim_refiner.evaluation.cache import FeatureCache
@@ -18,7 +19,6 @@ from mim_refiner.evaluation.finetune import LabelledRows
 from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.reporting import Reporter
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,9 @@ class Job:
     poolings: tuple[str, ...]
     norm: bool
     settings: EvaluationSettings
-    seed: int
-    device: torch.device
+    run: Run
     data: Mapping[str, Any]
     model_sha256: str | None
-    reporter: Reporter
     cache: FeatureCache | None = None
     shifted: Mapping[str, tuple[ImageSet, torch.Tensor | None]] | None = None
 
@@ -73,7 +71,7 @@ class Job:
     ) -> Features:
         """Extract (or find) features with this job's settings; ``what`` names the phase shown to the user."""
         if what:
-            self.reporter.phase(what, len(images) if rows is None else len(rows))
+            self.run.reporter.phase(what, len(images) if rows is None else len(rows))
         return extract_features(
             self.backbone,
             images,
@@ -82,12 +80,11 @@ class Job:
             norm=self.norm,
             image_size=self.settings.image_size,
             batch_size=self.settings.batch_size,
-            device=self.device,
-            precision=self.settings.precision,
+            run=self.run,
             indices=rows,
             transform=transform,
             cache=self.cache if cached else None,
-            progress=(lambda done, _: self.reporter.update(done, {})) if what else None,
+            progress=(lambda done, _: self.run.reporter.update(done, {})) if what else None,
         )
 
     def labelled(self, features: Features, images: ImageSet) -> LabelledRows:
@@ -116,6 +113,6 @@ class Job:
             settings=settings,
             data=self._data(),
             model_sha256=self.model_sha256,
-            seed=self.seed,
+            seed=self.run.seed,
             **{"ci95": None, **rest},
         )

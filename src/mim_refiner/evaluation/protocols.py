@@ -35,7 +35,7 @@ def knn(job: Job) -> list[Result]:
     }
     results = []
     for key, score in knn_protocol(
-        job.of_blocks(job.train), job.of_blocks(job.test), device=job.device, **options
+        job.of_blocks(job.train), job.of_blocks(job.test), device=job.run.device, **options
     ).items():
         results.append(_accuracy(job, "knn", "knn_top1", key, score, options))
     together = job.last_blocks(job.settings.knn_last)
@@ -44,7 +44,7 @@ def knn(job: Job) -> list[Result]:
         shown = {**options, "blocks": list(together)}
         results += [
             _accuracy(job, "knn", f"knn_top1_last{len(together)}", key, score, shown)
-            for key, score in knn_protocol(train, test, device=job.device, **options).items()
+            for key, score in knn_protocol(train, test, device=job.run.device, **options).items()
         ]
     return results
 
@@ -60,8 +60,8 @@ def linear(job: Job) -> list[Result]:
         job.test,
         sets,
         settings,
-        seed=job.seed,
-        device=job.device,
+        seed=job.run.seed,
+        device=job.run.device,
         epoch_features=_augmented(job, sets) if settings.augment else None,
     )
     results = []
@@ -80,7 +80,7 @@ def low_shot(job: Job) -> list[Result]:
     suffix = "_reference" if settings.scoring == "reference" else ""
     results = []
     for (key, shots), score in low_shot_protocol(
-        job.of_blocks(job.train), job.of_blocks(job.test), settings, seed=job.seed
+        job.of_blocks(job.train), job.of_blocks(job.test), settings, seed=job.run.seed
     ).items():
         options = {**dataclasses.asdict(settings), "shots": shots, "accuracy_by_split": score.by_split}
         results.append(
@@ -102,7 +102,7 @@ def clustering(job: Job) -> list[Result]:
     test = job.of_blocks(job.test)
     seeds = job.settings.cluster_seeds
     results = []
-    for key, score in clustering_protocol(test, num_seeds=seeds, seed=job.seed).items():
+    for key, score in clustering_protocol(test, num_seeds=seeds, seed=job.run.seed).items():
         options = {
             "algorithm": "mini-batch k-means",
             "clusters": len(np.unique(test.labels)) if test.labels is not None else 0,
@@ -119,7 +119,7 @@ def clustering(job: Job) -> list[Result]:
 
 def rank(job: Job) -> list[Result]:
     """Effective rank of the train features; needs no labels."""
-    rows = np.sort(np.random.default_rng(job.seed).permutation(len(job.train))[:RANK_ROWS])
+    rows = np.sort(np.random.default_rng(job.run.seed).permutation(len(job.train))[:RANK_ROWS])
     options = {"rows": len(rows), "features": "raw, of train"}
     return [
         job.result("rank", "rank", key, effective_rank(job.train[key][rows]), settings=options)
@@ -164,7 +164,7 @@ def _augmented(job: Job, sets: list[FeatureSet]) -> Any:
     """Features of random crops and flips, new ones every epoch (the paper's training augmentation)."""
     blocks = sorted({key[0] for feature_set in sets for key in feature_set})
     low, high = job.settings.linear.crop_scale
-    crops = RandomCrops(float(low), float(high), seed=job.seed)
+    crops = RandomCrops(float(low), float(high), seed=job.run.seed)
 
     def features(epoch: int) -> Features:
         # not cached: used once, and fifty such entries would push everything else out

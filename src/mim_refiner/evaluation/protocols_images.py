@@ -25,7 +25,7 @@ def finetuning(job: Job) -> list[Result]:
     settings, results = job.settings.finetune, []
     train, test = job.labelled(job.train, job.train_images), job.labelled(job.test, job.test_images)
     for share in settings.shares:
-        rows = share_of(train, share, job.seed)
+        rows = share_of(train, share, job.run.seed)
         score = _tuned(job, rows, test, f"fine-tuning on {100 * share:g} % of the labels")
         name = "finetune_top1" if share >= 1 else f"finetune_{100 * share:g}pct_top1"
         options = {**dataclasses.asdict(settings), "share": share, "train_images": len(rows.rows)}
@@ -42,7 +42,7 @@ def long_tail(job: Job) -> list[Result]:
     assert job.train.labels is not None
     assert job.test.labels is not None
     labels = job.train.labels.numpy()
-    chosen = imbalanced_subset(labels, imbalance=settings.imbalance, largest=settings.largest, seed=job.seed)
+    chosen = imbalanced_subset(labels, imbalance=settings.imbalance, largest=settings.largest, seed=job.run.seed)
     groups = class_groups(labels[chosen], job.test.labels.numpy(), settings)
     key = job.main_key
     subset, test = (dataclasses.replace(part, values={key: part[key]}) for part in (job.train.select(chosen), job.test))
@@ -50,9 +50,11 @@ def long_tail(job: Job) -> list[Result]:
     for method in settings.methods:
         if method == "knn":
             k = min(job.settings.knn_k, len(subset))
-            score = knn_protocol(subset, test, k=k, temperature=job.settings.knn_temperature, device=job.device)[key]
+            score = knn_protocol(subset, test, k=k, temperature=job.settings.knn_temperature, device=job.run.device)[
+                key
+            ]
         elif method == "linear":
-            probe = linear_probe(subset, test, job.settings.linear, seed=job.seed, device=job.device)[key]
+            probe = linear_probe(subset, test, job.settings.linear, seed=job.run.seed, device=job.run.device)[key]
             score = probe.selected or probe.best
         else:
             rows = job.labelled(job.train, job.train_images).select(chosen)
@@ -81,8 +83,8 @@ def robustness(job: Job) -> list[Result]:
         k=job.settings.knn_k,
         temperature=job.settings.knn_temperature,
         linear=job.settings.linear,
-        seed=job.seed,
-        device=job.device,
+        seed=job.run.seed,
+        device=job.run.device,
     )
     clean = job.test.select(_spaced(len(job.test), settings.images))
     shown = {
@@ -91,7 +93,7 @@ def robustness(job: Job) -> list[Result]:
         "k": job.settings.knn_k,
         "probe": {"epochs": job.settings.linear.epochs, "selection": "best rate on a held-out part of train"},
     }
-    scored = score_sets(made, key, _corrupted_sets(job, clean), job.device)
+    scored = score_sets(made, key, _corrupted_sets(job, clean), job.run.device)
     results = []
     for name, by_set in scored.items():
         sets = {set_name: float(correct.mean()) for set_name, correct in by_set.items()}
@@ -135,7 +137,7 @@ def _corrupted_sets(job: Job, clean: Features) -> Iterator[tuple[str, Features]]
     yield "clean", clean
     for kind in job.settings.robustness.kinds:
         for severity in job.settings.robustness.severities:
-            transform = corrupted(kind, int(severity), job.seed)
+            transform = corrupted(kind, int(severity), job.run.seed)
             found = job.features_of(
                 job.test_images,
                 clean.indices,
@@ -156,7 +158,7 @@ def _shifted_results(job: Job, made: Any, shown: dict[str, Any]) -> list[Result]
         )
         if numbers is not None and found.labels is not None:
             found = dataclasses.replace(found, labels=numbers[found.labels])
-        for name, by_set in score_sets(made, job.main_key, [(set_name, found)], job.device).items():
+        for name, by_set in score_sets(made, job.main_key, [(set_name, found)], job.run.device).items():
             score = AccuracyScore.of(torch.from_numpy(by_set[set_name]))
             details = {**shown, "classifier": name, "set": images.description, "images": len(found)}
             results.append(_result(job, "robustness", f"shift_{_slug(set_name)}_{name}_top1", score, details))
@@ -172,7 +174,7 @@ def _mean_over_sets(correct: np.ndarray[Any, Any]) -> tuple[float, float, float]
 
 
 def _tuned(job: Job, train: Any, test: Any, what: str) -> AccuracyScore:
-    job.reporter.phase(what, 0)
+    job.run.reporter.phase(what, 0)
     size = job.settings.image_size
     assert size is not None
     return finetune(
@@ -181,10 +183,10 @@ def _tuned(job: Job, train: Any, test: Any, what: str) -> AccuracyScore:
         test,
         job.settings.finetune,
         image_size=size,
-        seed=job.seed,
-        device=job.device,
-        precision=job.settings.precision,
-        progress=lambda done, _: job.reporter.update(done, {}),
+        seed=job.run.seed,
+        device=job.run.device,
+        precision=job.run.precision,
+        progress=lambda done, _: job.run.reporter.update(done, {}),
     )
 
 

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mim_refiner.core.device import resolve_precision
+from mim_refiner.core.modules import device_of
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.labels import shown_names
 from mim_refiner.data.masks import has_masks
@@ -31,7 +34,6 @@ from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.reporting import NullReporter, Reporter
 
 RUNNERS: dict[str, Callable[[Job], list[Result]]] = {
     "knn": frozen.knn,
@@ -66,12 +68,10 @@ def evaluate_backbone(
     out_dir: str | Path | None = None,
     name_prefix: str = "",
     model_sha256: str | None = None,
-    device: torch.device | str | None = None,
-    seed: int = 0,
+    run: Run | None = None,
     cache: FeatureCache | None = None,
     shifted: Mapping[str, ImageSet] | None = None,
     seconds: dict[str, float] | None = None,
-    reporter: Reporter | None = None,
 ) -> dict[str, Result]:
     """Run ``protocols`` for every block and pooling; return {result name: Result}, e.g. ``knn_top1-block11-cls``.
 
@@ -84,7 +84,8 @@ def evaluate_backbone(
     labels (or masks, for segmentation) are missing.
     """
     settings = settings or EvaluationSettings()
-    reporter = reporter or NullReporter()
+    run = run or Run(device_of(backbone))
+    run = dataclasses.replace(run, precision=resolve_precision(settings.precision, run.device))
     seconds = {} if seconds is None else seconds
     check_protocols(protocols)
     _check_settings(protocols, settings, backbone)
@@ -101,11 +102,9 @@ def evaluate_backbone(
         poolings=resolve_poolings(poolings, backbone.info),
         norm=norm,
         settings=dataclasses.replace(settings, image_size=settings.image_size or square_image_size(backbone.info)),
-        seed=seed,
-        device=next(backbone.parameters()).device if device is None else torch.device(device),
-        data=_describe(train, test, settings, seed),
+        run=run,
+        data=_describe(train, test, settings, run.seed),
         model_sha256=model_sha256,
-        reporter=reporter,
         cache=cache,
         shifted={name: (images, class_numbers(train, images)) for name, images in (shifted or {}).items()},
     )
@@ -119,7 +118,7 @@ def evaluate_backbone(
         seconds["features"] = time.perf_counter() - started
     for protocol in dict.fromkeys(protocols):
         started = time.perf_counter()
-        reporter.phase(protocol, 0)
+        run.reporter.phase(protocol, 0)
         if protocol == "segmentation":
             results += _segmentation(job, train, test)
         else:
@@ -200,7 +199,7 @@ def _with_features(job: Job, train: ImageSet, test: ImageSet | None, blocks: tup
         queries = job.features_of(test, None, blocks=blocks, poolings=job.poolings, what="features of the test images")
         return dataclasses.replace(job, train=bank, test=_with_labels_of(train, test, queries))
     labels = np.zeros(len(bank), dtype=np.int64) if bank.labels is None else bank.labels.numpy()
-    kept, held = stratified_split(labels, job.settings.test_share, job.seed)
+    kept, held = stratified_split(labels, job.settings.test_share, job.run.seed)
     return dataclasses.replace(job, train=bank.select(kept), test=bank.select(held))
 
 
@@ -213,11 +212,11 @@ def _segmentation(job: Job, train: ImageSet, test: ImageSet | None) -> list[Resu
         train,
         test,
         settings,
-        seed=job.seed,
-        device=job.device,
-        precision=job.settings.precision,
+        seed=job.run.seed,
+        device=job.run.device,
+        precision=job.run.precision,
         cache=job.cache,
-        progress=lambda done, _: job.reporter.update(done, {}),
+        progress=lambda done, _: job.run.reporter.update(done, {}),
     )
     made = retrained.segmentation_result(job.result, score, settings)
     return [dataclasses.replace(result, norm=settings.norm) for result in made]
