@@ -150,8 +150,7 @@ def test_resize_equals_pillow_for_each_channel():
 def test_photometrics_without_colour_against_a_loop():
     view = ViewSpec("x", 8, jitter_prob=1.0, gray_prob=1.0, solarize_prob=1.0)
     images = torch.from_numpy(random((4, 5, 8, 8)))
-    from mim_refiner.data.colour import BRIGHTNESS, CONTRAST
-    from mim_refiner.data.photometric import draw_params
+    from mim_refiner.data.photometric import BRIGHTNESS, CONTRAST, draw_params
 
     params = draw_params(view, 4, seeded_generator(3))
     found = BatchPhotometric(view, [0.0] * 5, [1.0] * 5)(images, seeded_generator(3))

@@ -8,18 +8,22 @@ from scipy.stats import chisquare, kstest
 from torchvision.transforms.v2 import functional as tv
 
 from mim_refiner.core.collectives import Rows
-from mim_refiner.data.colour import (
+from mim_refiner.data.photometric import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
     SATURATION,
+    BatchPhotometric,
+    augment,
     blend,
+    blur_radius,
+    draw_params,
     gaussian_blur,
+    seeded_generator,
     shift_hue,
     solarize,
     to_gray,
 )
-from mim_refiner.data.photometric import BatchPhotometric, augment, blur_radius, draw_params, seeded_generator
 from mim_refiner.data.views import ViewSpec, multi_crop_views
 from mim_refiner.errors import InputError
 

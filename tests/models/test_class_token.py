@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.models.class_token import class_token_after
+from mim_refiner.models.runners import class_token_after
 from mim_refiner.models.stochastic import draw_by_row
 
 VIT: dict[str, Any] = {"patch_size": 8, "img_size": 32}
@@ -78,7 +78,7 @@ def test_dropout_of_the_attention_keeps_the_mean() -> None:
     dropped = block.attn(normed)[:, 0]
     alone = class_token_after(block, many)
     assert alone is not None
-    from mim_refiner.models.class_token import _attended
+    from mim_refiner.models.runners import _attended
 
     own = _attended(block.attn, normed)[:, 0]
     assert (own.mean(0) - steady).abs().max() < 0.05

@@ -7,14 +7,11 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from mim_refiner.errors import InputError
 
@@ -84,16 +81,3 @@ def cpu_has_fast_bf16() -> bool:
     """Whether bf16 products run in hardware on this CPU (AVX512-BF16 or AMX): about twice the speed of fp32."""
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return bool(probe()) or bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-
-
-def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """CPU tensors on the device: in one copy from page-locked memory, so that the host need not wait for it."""
-    if device.type == "cpu" or not tensors:
-        return list(tensors)
-    starts = list(accumulate((-(-tensor.nbytes // 16) * 16 for tensor in tensors), initial=0))
-    packed = torch.empty(starts.pop(), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    places = [slice(start, start + tensor.nbytes) for start, tensor in zip(starts, tensors, strict=True)]
-    for place, tensor in zip(places, tensors, strict=True):
-        packed[place] = tensor.contiguous().view(-1).view(torch.uint8)
-    there = packed.to(device, non_blocking=True)
-    return [there[place].view(t.dtype).view(t.shape) for place, t in zip(places, tensors, strict=True)]

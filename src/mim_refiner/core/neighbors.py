@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mim_refiner.core.device import send
+from mim_refiner.core.run import send
 from mim_refiner.errors import InputError
 from mim_refiner.types import NeighborResult
 

@@ -14,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mim_refiner.core.sharding import shard
 from mim_refiner.errors import InputError
-from mim_refiner.models.class_token import class_token_after
 from mim_refiner.models.positions import RULES, Grid, check_image_size, resize_absolute, resize_relative
-from mim_refiner.models.runners import PlainRunner, built_at, free_image_size, rebuilt, runner_for
+from mim_refiner.models.runners import PlainRunner, built_at, class_token_after, free_image_size, rebuilt, runner_for
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, create_vit
 from mim_refiner.types import BackboneInfo, BlockOutput, Pooling
 

@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from mim_refiner.core.device import send
+from mim_refiner.core.run import send
 from mim_refiner.errors import InputError
 
 
