@@ -51,13 +51,15 @@ class Refused:
 
 @dataclass(frozen=True)
 class Agrees:
-    """No right values exist: it loads, or is refused in one line, but ``inspect`` says the same."""
+    """No right tokens exist: it loads (always, with facts), or is refused in one line; ``inspect`` says the same."""
 
     file: str
     options: dict[str, Any] = field(default_factory=lambda: {"num_heads": 4})
+    facts: dict[str, Any] = field(default_factory=dict)  # of info
 
 
 NONE: dict[str, Any] = {}
+PRITHVI: dict[str, Any] = {"family": "prithvi", "in_chans": 6, "image_size": (16, 16), "position_rule": "corners"}
 EXPECTED: dict[str, list[Loads | Refused | Agrees]] = {
     # The file's own arguments say 32x128; the caller may say it too.
     "01": [
@@ -89,21 +91,25 @@ EXPECTED: dict[str, list[Loads | Refused | Agrees]] = {
         for rest in ("", "/snapshots/0123abc", "/snapshots/0123abc/vit_l", "/snapshots/0123abc/vit_l/model.safetensors")
     ],
     "13": [Loads("hub_reg4.pth", "reg4"), Loads("hub.pth"), Loads("teacher_checkpoint.pth")],
-    "14": [Agrees(name) for name in ("satmae_groups.pth", "satmae_temporal.pth", "prithvi.pt", "prithvi_100M.pt")],
+    "14": [
+        Refused("satmae_groups.pth", "SatMAE with groups of channels"),
+        Refused("satmae_temporal.pth", "temporal SatMAE"),
+        *(Agrees(name, facts=PRITHVI) for name in ("prithvi.pt", "prithvi_100M.pt")),
+    ],
     "15": [Loads("beit", "beit", options=NONE), Loads("swin", "swin", options=NONE)],
     "16": [
         Loads("hf_vit", options=NONE, facts={"mean": (0.5,) * 3, "num_heads": 12, "norm_eps": 1e-3}),
         Loads("hf_vit/model.safetensors", options=NONE, facts={"mean": (0.5,) * 3, "num_heads": 12, "norm_eps": 1e-3}),
     ],
-    "17": [Agrees("multimae.pth")],
-    "18": [Agrees("vitpose.pth")],
+    "17": [Agrees("multimae.pth", facts={"family": "multimae", "pooling": "mean", "image_size": (16, 16)})],
+    "18": [Refused("vitpose.pth", "ViTPose with patches of 4x4")],
     "19": [Loads("linprobe.pth")],
     "20": [
         Refused("peft", r"LoRA.*facebook/vit-mae-base", NONE),
         Loads("lora.pth", ""),
         Refused("int8.safetensors", r"8-bit"),
     ],
-    "21": [Loads("hiera_64", "stages", options=NONE), Agrees("hiera_224", NONE)],
+    "21": [Loads("hiera_64", "stages", options=NONE), Agrees("hiera_224", NONE, {"image_size": (224, 224)})],
     "23": [
         Refused("hiera.safetensors", "Hiera"),
         Refused("swin.safetensors", "Swin"),
@@ -114,9 +120,8 @@ EXPECTED: dict[str, list[Loads | Refused | Agrees]] = {
         for name in ("lightly", "solo", "dinov3_lightning", "gram_only", "moco", "emaenc", "avg")
     ],
     "25": [
-        *(Agrees(name, NONE) for name in ("timm_beit", "timm_eva02")),
-        Agrees("mae_ft.pth"),
-        Agrees("beit.pth", NONE),
+        *(Agrees(name, NONE, {"pooling": "mean"}) for name in ("timm_beit", "timm_eva02", "beit.pth")),
+        Agrees("mae_ft.pth", facts={"pooling": "mean"}),
     ],
     "26": [Loads("cae.pth", "cae", facts={"mean": IMAGENET}), Loads("b13_mae.pth", "b13", "images13")],
     "27": [Refused("cloned", "Git LFS", NONE), Refused("page.pth", "web page", NONE)],
@@ -126,9 +131,12 @@ EXPECTED: dict[str, list[Loads | Refused | Agrees]] = {
         Refused("msm_mae.pth", r"66 entries.*image_size"),
         Loads("msm_mae.pth", "msm", "y", {"num_heads": 4, "image_size": "20x52"}),
     ],
-    "29": [Agrees("beit_args.pth"), Agrees("eva01.pt")],
+    "29": [Agrees("beit_args.pth", facts={"mean": IMAGENET}), Agrees("eva01.pt", facts={"mean": CLIP})],
     "30": [Loads("eva01.pt", "eva"), Loads("hf_beit", "hf", options=NONE)],
-    "31": [Agrees(name, NONE) for name in ("xcit_nano_12_p16_224", "cait_xxs24_224", "aimv2_large_patch14_224")],
+    "31": [
+        Agrees(name, NONE, {"num_prefix_tokens": 0})
+        for name in ("xcit_nano_12_p16_224", "cait_xxs24_224", "aimv2_large_patch14_224")
+    ],
     "32": [Refused("own.pth", "layers.0", {"key_map": "first.yaml"})],
     "34": [
         Refused("module.pth", r"torch\.load\(.*weights_only=False.*state_dict", NONE),
@@ -181,7 +189,7 @@ def _fault(made: Path, trial: Loads | Refused | Agrees, cases: Path) -> str:
 
 
 def _facts(trial: Loads | Refused | Agrees) -> dict[str, Any]:
-    return trial.facts if isinstance(trial, Loads) else {}
+    return {} if isinstance(trial, Refused) else trial.facts
 
 
 def _with_key_map(options: dict[str, Any], made: Path) -> dict[str, Any]:
@@ -204,7 +212,7 @@ def _inspect(source: str) -> tuple[int, str]:
 
 
 def _fault_of_refusal(text: str, trial: Loads | Refused | Agrees, code: int, line: str) -> str:
-    if isinstance(trial, Loads):
+    if isinstance(trial, Loads) or _facts(trial):
         return f"is refused: {text}"
     if code != 2 or len(line.splitlines()) != 1:
         return f"loading refuses it ({text}), inspect ends with {code}: {line}"

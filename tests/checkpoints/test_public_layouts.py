@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -365,6 +366,29 @@ def test_refused_by_name(tmp_path: Path, change: Callable[[State], State], reaso
     for read in (load_backbone, inspect_checkpoint):
         with pytest.raises(CheckpointError, match=reason):
             read(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(("make", "width", "heads"), [(dinov2, 384, 6), (mae_pytorch, 384, 6), (vitpose, 384, 12)])
+def test_heads_of_the_authors_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], tuple[object, object]], width: int, heads: int
+) -> None:
+    """384 wide is 6 or 12 heads: each family knows its own."""
+    monkeypatch.setattr(sys.modules[__name__], "WIDTH", width)
+    state, model = make()
+    torch.save(state, tmp_path / "weights.pth")
+    assert (
+        load_backbone(tmp_path / "weights.pth", image_size=Backbone.wrap(model).info.image_size).info.num_heads == heads
+    )
+
+
+def test_spectrograms_of_bird_mae_are_not_square(tmp_path: Path) -> None:
+    """256 positions are 16x16 and 32x8."""
+    model = model_of(in_chans=1, img_size=(512, 128), patch_size=16, depth=1, fc_norm=True, global_pool="avg")
+    state = model.state_dict() | {"norm.weight": torch.zeros(WIDTH), "norm.bias": torch.zeros(WIDTH)}
+    torch.save(state, tmp_path / "weights.pth")
+    assert load_backbone(tmp_path / "weights.pth", num_heads=HEADS).info.image_size == (512, 128)
+    resized = load_backbone(tmp_path / "weights.pth", num_heads=HEADS, image_size=(256, 128))
+    assert resized.info.image_size == (256, 128)
 
 
 def test_tinymim_has_other_heads_in_its_last_block(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_refiner.checkpoints.families import mae
-from mim_refiner.checkpoints.families.base import PROJECTION, View, Wishes
+from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, View, Wishes
 from mim_refiner.checkpoints.families.plain_vit import has_plain_vit
 from mim_refiner.checkpoints.families.vit import vit_family
 
@@ -34,7 +34,13 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
         for name in ("norm.weight", "norm.bias"):
             tensors.pop(name, None)
     size = (view.contents.fact("img_size_x"), view.contents.fact("img_size_y"))
-    return {"known_size": size if all(isinstance(side, int) for side in size) else wishes.image_size or _SIZE}
+    if all(isinstance(side, int) for side in size):
+        return {"known_size": size}
+    rows, columns = (side // patch for side, patch in zip(_SIZE, tensors[PROJECTION].shape[2:], strict=True))
+    if tensors["pos_embed"].shape[1] != rows * columns + 1:
+        return {}
+    guess = f"{GUESS}spectrograms of {_SIZE[0]}x{_SIZE[1]}, as the authors' files; pass image_size= if yours differ"
+    return {"known_size": _SIZE, "notes": (_NOTE, guess)}
 
 
 FAMILY = vit_family("bird_mae", matches, dropped=_DROPPED, prepare=_prepare, pooling="mean", notes=(_NOTE,))

@@ -28,4 +28,6 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
     return {"final_norm": None if any(name.startswith("wfm.") for name in view.tensors) else True}
 
 
-FAMILY = vit_family("crossmae", matches, dropped=_DROPPED, prepare=_prepare, to_source=mae.to_source, pooling="mean")
+FAMILY = vit_family(
+    "crossmae", matches, dropped=_DROPPED, prepare=_prepare, to_source=mae.to_source, pooling="mean", heads={384: 6}
+)

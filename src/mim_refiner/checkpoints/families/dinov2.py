@@ -47,4 +47,4 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
     return {"position_rule": "timm" if "reg_token" in tensors else "dino"}  # as the authors' hub has it
 
 
-FAMILY = vit_family("dinov2", matches, dropped=_DROPPED, prepare=_prepare, final_norm=True)
+FAMILY = vit_family("dinov2", matches, dropped=_DROPPED, prepare=_prepare, final_norm=True, heads={384: 6})

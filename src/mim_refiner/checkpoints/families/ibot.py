@@ -13,6 +13,7 @@ from mim_refiner.checkpoints.families.base import View, Wishes
 from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, has_plain_vit
 from mim_refiner.checkpoints.families.vit import vit_family
 
+HEADS = {192: 3, 384: 6}
 _DROPPED = {
     "masked_embed": "mask token, used only in training",
     "mask_token": "mask token, used only in training",
@@ -40,4 +41,6 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
     return {"family": None if masks else "dino"}
 
 
-FAMILY = vit_family("ibot", matches, dropped=_DROPPED, prepare=_prepare, final_norm=True, position_rule="dino")
+FAMILY = vit_family(
+    "ibot", matches, dropped=_DROPPED, prepare=_prepare, final_norm=True, position_rule="dino", heads=HEADS
+)

@@ -18,4 +18,4 @@ def matches(view: View) -> bool:
 
 
 _DROPPED = {"mask_token": "mask token of the predictor"}
-FAMILY = vit_family("ijepa", matches, dropped=_DROPPED, final_norm=True, pooling="mean")
+FAMILY = vit_family("ijepa", matches, dropped=_DROPPED, final_norm=True, pooling="mean", heads={192: 3, 384: 6})

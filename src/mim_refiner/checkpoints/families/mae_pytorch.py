@@ -49,4 +49,4 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
     return said | {"notes": tuple(notes)}
 
 
-FAMILY = vit_family("mae_pytorch", matches, dropped=_DROPPED, prepare=_prepare)
+FAMILY = vit_family("mae_pytorch", matches, dropped=_DROPPED, prepare=_prepare, heads={384: 6})

@@ -84,5 +84,6 @@ VIT = vit_family(
     anchor=ANCHOR,
     dropped=_DROPPED,
     prepare=_prepare,
+    heads={192: 3, 384: 6},
 )
 BEIT = Family("mmpretrain_beit", ANCHOR, _is_beit, _convert_beit)

@@ -79,4 +79,4 @@ def _entries_of_a_date(patches: Tensor, where: str) -> int:
     return length
 
 
-FAMILY = vit_family("prithvi", matches, dropped=_DROPPED, prepare=_prepare, position_rule="corners")
+FAMILY = vit_family("prithvi", matches, dropped=_DROPPED, prepare=_prepare, position_rule="corners", heads={192: 3})

@@ -29,11 +29,13 @@ def vit_family(
     prepare: Prepare | None = None,
     to_source: Callable[[Mapping[str, Tensor], BackboneInfo], dict[str, Tensor]] | None = None,
     default_encoder: tuple[str, ...] = (),
+    heads: Mapping[int, int] | None = None,
     **facts: Any,
 ) -> Family:
     """A family of plain ViTs.
 
-    ``keys``: its names. ``dropped``: start of a name -> why the encoder does not take it. ``facts``: fields of
+    ``keys``: its names. ``dropped``: start of a name -> why the encoder does not take it. ``heads``: those of the
+    authors' models by width, where other ViTs of that width have others. ``facts``: fields of
     :class:`Converted` (ImageNet's mean and std and the rule "bicubic" by default), or ``final_norm``, ``known_heads``,
     ``known_size`` of :func:`infer_structure`; those that depend on the file come from ``prepare``.
     """
@@ -45,6 +47,8 @@ def vit_family(
         origin = {name: target for name, target in mapped.origin.items() if name not in out}
         mapped = replace(mapped, origin=origin, rest=mapped.rest + out)
         structure = {key: said.pop(key) for key in _TO_STRUCTURE if key in said}
+        if heads and PROJECTION in mapped.tensors and wishes.told_heads < 1:
+            structure.setdefault("known_heads", heads.get(mapped.tensors[PROJECTION].shape[0], 0))
         vit = infer_structure(mapped.tensors, wishes, view.where, **structure)
         notes = vit.notes + tuple(said.pop("notes", ()))
         arguments = vit.arguments | said.pop("arguments", {})

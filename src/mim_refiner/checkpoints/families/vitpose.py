@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import PROJECTION, View, Wishes
+from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, View, Wishes
 from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.checkpoints.families.plain_vit import has_plain_vit, is_encoder_name
 from mim_refiner.checkpoints.families.vit import vit_family
@@ -37,9 +37,19 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
     unit = math.isqrt((table.shape[1] - 1) // 12)
     if wishes.image_size is None and 12 * unit**2 == table.shape[1] - 1:
         size = (4 * unit * patch[0], 3 * unit * patch[1])
-        note = f"images of {size[0]}x{size[1]}, the 4:3 of the authors' persons; pass image_size= if yours differ"
+        note = (
+            f"{GUESS}images of {size[0]}x{size[1]}, the 4:3 of the authors' persons; pass image_size= if yours differ"
+        )
         said |= {"known_size": size, "notes": (note,)}
     return said
 
 
-FAMILY = vit_family("vitpose", matches, keys=KEYS, prepare=_prepare, final_norm=True, architecture="vit_variant")
+FAMILY = vit_family(
+    "vitpose",
+    matches,
+    keys=KEYS,
+    prepare=_prepare,
+    final_norm=True,
+    architecture="vit_variant",
+    heads={384: 12},
+)
