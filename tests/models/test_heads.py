@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -8,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mim_refiner.core.nna import multi_view_nna_loss
 from mim_refiner.errors import InputError
-from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective, RefinerHead
+from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective, RefinerHead, run_heads
 
 QUEUE_NAMES = {"queue.x": "queue.entries", "queue.idx": "queue.sample_ids", "queue.ptr": "queue.pointer"}
 ZERO_GRADIENT = "projector.2.1.bias"  # removed by the normalisation of the predictor's first BatchNorm and of the loss
@@ -181,3 +185,47 @@ def test_unusable_input_is_refused() -> None:
         run(RefinerHead(6, SMALL), torch.randn(2, 20, 6))
     with pytest.raises(InputError, match="num_global"):
         run(RefinerHead(6, SMALL), torch.randn(1, 8, 6))
+
+
+def test_several_heads_at_once_are_each_head_alone() -> None:
+    """Losses, gradients, statistics and queues in float64; and as many products for three heads as for one."""
+    torch.manual_seed(0)
+    alone = [RefinerHead(6, SMALL, top_k=3).double() for _ in range(3)]
+    together = [copy.deepcopy(head) for head in alone]
+    x, ids = torch.randn(3, 4, 8, 6, dtype=torch.float64), torch.arange(8)
+    choices = [torch.randint(3, (16,)) for _ in alone]
+    outputs = run_heads(together, x, ids, choices=choices)
+    sum(output.loss for output in outputs).backward()  # type: ignore[union-attr]
+    for number, (head, other) in enumerate(zip(alone, together, strict=True)):
+        expected = head(x[number], ids, choice=choices[number])
+        expected.loss.backward()
+        for name, value in vars(expected).items():
+            torch.testing.assert_close(getattr(outputs[number], name), value, rtol=1e-12, atol=1e-12)
+        for name, parameter in head.named_parameters():
+            torch.testing.assert_close(other.get_parameter(name).grad, parameter.grad, rtol=1e-11, atol=1e-12)
+        for name, buffer in head.named_buffers():
+            torch.testing.assert_close(other.get_buffer(name), buffer, rtol=1e-12, atol=1e-12)
+        assert other.projector[0][1].num_batches_tracked == 1
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run_heads(together, x, ids, choices=choices)
+    products = {event.key: event.count for event in profiler.key_averages()}
+    assert products["aten::native_batch_norm"] == 5
+    assert "aten::addmm" not in products
+
+
+def test_a_batch_norm_sends_one_message_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three heads of five layers over two make-believe processes: five messages for the norms, three for the rest."""
+    sent: list[str] = []
+    for name in ("all_gather", "all_reduce"):
+        plain = getattr(dist, name)
+        monkeypatch.setattr(dist, name, lambda *a, name=name, plain=plain, **k: (sent.append(name), plain(*a, **k))[1])
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        heads = [RefinerHead(6, SMALL) for _ in range(3)]
+        outputs = run_heads(heads, torch.randn(3, 4, 8, 6), torch.arange(8))
+        assert sent == ["all_gather"] * 8  # also predictions, queue entries and their numbers
+        sent.clear()
+        torch.stack([output.loss for output in outputs]).sum().backward()
+        assert sent == ["all_reduce"] * 6
+    finally:
+        dist.destroy_process_group()

@@ -47,30 +47,6 @@ def all_gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks; every rank's loss depends on it, so the gradient is summed over ranks too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        grad = grad_outputs[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad
-
-
-def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum of ``x`` over ranks, with gradient; see :func:`all_gather_with_grad` for the convention."""
-    if not is_distributed():
-        return x
-    total: Tensor = _AllReduceSum.apply(x)
-    return total
-
-
 class _AllGather(torch.autograd.Function):
     """All-gather whose backward sums, over ranks, the gradient of this rank's rows."""
 

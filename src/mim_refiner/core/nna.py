@@ -63,31 +63,37 @@ def multi_view_nna_loss(
 ) -> NNAOutput:
     """Mean NNA loss over all pairs (target of a global view, prediction of another view).
 
-    predicted: [V, B, D], the G global views first; targets, neighbors: [G, B, D]. ``view_pairing``: "cross" pairs each
+    predicted: [V, B, D], the G global views first; targets, neighbors: [G, B, D]; with [K, ...] before all three the
+    results are K numbers, each of its own loss. ``view_pairing``: "cross" pairs each
     global target with every other view, never its own; "reference" repeats the indexing of the published code
     (ml-jku/MIM-Refiner cc57423), see :func:`view_pair_weights`. ``alignment`` is the mean cosine of neighbour and
     prediction over the same pairs. Raises InputError when no pair exists or the shapes do not fit.
     """
-    num_views, num_global = predicted.shape[0], targets.shape[0]
-    if targets.shape != neighbors.shape or targets.shape[1:] != predicted.shape[1:] or temperature <= 0:
+    num_views, num_global = predicted.shape[-3], targets.shape[-3]
+    fit = targets.shape == neighbors.shape and targets.shape == (
+        *predicted.shape[:-3],
+        num_global,
+        *predicted.shape[-2:],
+    )
+    if not fit or temperature <= 0:
         raise InputError(
             f"NNA loss needs predicted [V,B,D], targets and neighbors [G,B,D] and a temperature above 0; got "
             f"{tuple(predicted.shape)}, {tuple(targets.shape)}, {tuple(neighbors.shape)} and {temperature}"
         )
     weights = view_pair_weights(num_global, num_views, view_pairing, predicted.device).to(predicted)
-    losses = nna_loss(  # every pair at once: [G, V, B]
-        predicted[None],
-        targets[:, None],
-        neighbors[:, None],
+    losses = nna_loss(  # every pair at once: [..., G, V, B]
+        predicted.unsqueeze(-4),
+        targets.unsqueeze(-3),
+        neighbors.unsqueeze(-3),
         temperature,
         gather=gather,
         swap_negatives=swap_negatives,
         reduction="none",
     )
     with torch.no_grad():
-        cosine = torch.einsum("gbd,vbd->gv", F.normalize(neighbors, dim=-1), F.normalize(predicted, dim=-1))
-        alignment = (weights * cosine).sum() / (weights.sum() * predicted.shape[1])
-    return NNAOutput(loss=(weights * losses.mean(-1)).sum() / weights.sum(), alignment=alignment)
+        cosine = torch.einsum("...gbd,...vbd->...gv", F.normalize(neighbors, dim=-1), F.normalize(predicted, dim=-1))
+        alignment = (weights * cosine).sum((-2, -1)) / (weights.sum() * predicted.shape[-2])
+    return NNAOutput(loss=(weights * losses.mean(-1)).sum((-2, -1)) / weights.sum(), alignment=alignment)
 
 
 def view_pair_weights(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from mim_refiner.core.collectives import (
     all_gather,
     all_gather_with_grad,
-    all_reduce_sum,
     is_distributed,
     process_rows,
-    world_size,
 )
+from mim_refiner.core.device import send
 from mim_refiner.core.neighbors import NeighborQueue
 from mim_refiner.core.nna import ViewPairing, multi_view_nna_loss
 from mim_refiner.errors import InputError
+from mim_refiner.models.stacked import mlp, run_mlps
 
 
 @dataclass(frozen=True)
@@ -57,36 +57,6 @@ class HeadOutput:
     predicted: Tensor  # [V, B, out_dim]
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over the batch of all ranks.
-
-    (torch's SyncBatchNorm has no CPU kernel and refuses float64; a head's inputs are small next to an encoder's.)
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and is_distributed()):
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            wide = _at_least_float32(x)
-            total = len(x) * world_size()
-            mean = all_reduce_sum(wide.sum(0)) / total
-            centred = wide - mean
-            variance = all_reduce_sum(centred.square().sum(0)) / total
-            self._track(mean.detach(), variance.detach() * (total / (total - 1)))
-            output = centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias
-        return output.to(x.dtype)
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
-        self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-        self.running_var.lerp_(variance.to(self.running_var), self.momentum)
-
-
 class RefinerHead(nn.Module):
     """One head on the pooled output of one block.
 
@@ -99,8 +69,8 @@ class RefinerHead(nn.Module):
     def __init__(self, in_dim: int, config: HeadConfig, objective: Objective | None = None, *, top_k: int = 1) -> None:
         super().__init__()
         self.objective = objective or Objective()
-        self.projector = _mlp([in_dim, *[config.projector_hidden] * config.projector_layers, config.out_dim])
-        self.predictor = _mlp([config.out_dim, config.predictor_hidden, config.out_dim])
+        self.projector = mlp([in_dim, *[config.projector_hidden] * config.projector_layers, config.out_dim])
+        self.predictor = mlp([config.out_dim, config.predictor_hidden, config.out_dim])
         self.queue = NeighborQueue(config.queue_size, config.out_dim, top_k=top_k)
 
     def forward(
@@ -111,59 +81,82 @@ class RefinerHead(nn.Module):
         generator: torch.Generator | None = None,
         choice: Tensor | None = None,
     ) -> HeadOutput:
-        """Loss of features [V, B, in_dim] (global views first) of the samples ``sample_ids`` [B].
+        """:func:`run_heads` of one head, on features [V, B, in_dim]."""
+        choices = None if choice is None else [choice]
+        return run_heads([self], features[None], sample_ids, generator=generator, choices=choices)[0]
 
-        In training the look-up excludes entries of the same sample and view 0, gathered over ranks, is enqueued after
-        it; in eval mode neither happens. ``choice`` [G*B] replays the draws among the top_k neighbours.
-        """
-        (num_views, batch), num_global = features.shape[:2], self.objective.num_global
-        if not 1 <= num_global <= num_views:
-            raise InputError(f"head: num_global must be between 1 and the {num_views} views, got {num_global}")
-        projected = self.projector(features.flatten(0, 1))
-        predicted = self.predictor(projected)
-        # autocast would run similarities and logits in bfloat16, whose 3 digits are too few for cosines
-        with torch.autocast(features.device.type, enabled=False):
-            projected = _at_least_float32(projected).view(num_views, batch, -1)
-            predicted = _at_least_float32(predicted).view(num_views, batch, -1)
-            targets = projected[:num_global].detach()
-            if choice is None:  # drawn for the rows of all ranks, so that their number changes nothing
-                rows = process_rows(batch)
-                drawn = self.queue.draw(num_global * rows.total, generator)
-                choice = None if drawn is None else rows.take(drawn)
-            found = self.queue.lookup(targets.flatten(0, 1), sample_ids, exclude_same=self.training, choice=choice)
-            neighbor_ids = self.queue.sample_ids[found.indices]
-            result = multi_view_nna_loss(
-                predicted,
-                targets,
-                found.neighbors.to(targets).view_as(targets) if self.objective.swap_positive else targets,
-                self.objective.temperature,
-                gather=all_gather_with_grad if is_distributed() else None,
-                swap_negatives=self.objective.swap_negatives,
-                view_pairing=self.objective.view_pairing,
-            )
-            if self.training:
-                self.queue.enqueue(all_gather(targets[0]), all_gather(sample_ids.to(targets.device)))
-        return HeadOutput(
-            loss=result.loss,
-            alignment=result.alignment,
-            neighbor_similarity=found.similarity,
-            neighbor_age=found.age,
-            neighbor_sample_ids=neighbor_ids,
-            projected=projected,
-            predicted=predicted,
+
+def run_heads(
+    heads: Sequence[RefinerHead],
+    features: Tensor,
+    sample_ids: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    choices: Sequence[Tensor] | None = None,
+) -> list[HeadOutput]:
+    """Losses of K heads, equal in size, on features [K, V, B, in_dim] (global views first) of samples [B].
+
+    In training the look-up excludes entries of the same sample and view 0, gathered over ranks, is enqueued after it;
+    in eval mode neither happens. ``choices`` K times [G*B] replays the draws among the top_k neighbours.
+    """
+    (_, views, batch), objective, training = features.shape[:3], heads[0].objective, heads[0].training
+    num_global = objective.num_global
+    if not 1 <= num_global <= views:
+        raise InputError(f"head: num_global must be between 1 and the {views} views, got {num_global}")
+    projected = run_mlps([head.projector for head in heads], features.flatten(1, 2))
+    predicted = run_mlps([head.predictor for head in heads], projected)
+    # autocast would run similarities and logits in bfloat16, whose 3 digits are too few for cosines
+    with torch.autocast(features.device.type, enabled=False):
+        projected, predicted = (_at_least_float32(x).unflatten(1, (views, batch)) for x in (projected, predicted))
+        targets = projected[:, :num_global].detach()
+        if choices is None:
+            choices = draw_choices(heads, num_global, batch, generator, features.device)
+        found = [
+            head.queue.lookup(own.flatten(0, 1), sample_ids, exclude_same=training, choice=choice)
+            for head, own, choice in zip(heads, targets, choices or repeat(None), strict=False)
+        ]
+        result = multi_view_nna_loss(
+            predicted,
+            targets,
+            torch.stack([result.neighbors for result in found]).to(targets).view_as(targets)
+            if objective.swap_positive
+            else targets,
+            objective.temperature,
+            gather=all_gather_with_grad if is_distributed() else None,
+            swap_negatives=objective.swap_negatives,
+            view_pairing=objective.view_pairing,
         )
+        neighbor_ids = [head.queue.sample_ids[own.indices] for head, own in zip(heads, found, strict=True)]
+        if training:
+            ids = all_gather(sample_ids.to(targets.device))
+            for head, rows in zip(heads, all_gather(targets[:, 0].transpose(0, 1)).unbind(1), strict=True):
+                head.queue.enqueue(rows, ids)
+    return [
+        HeadOutput(
+            loss=result.loss[number],
+            alignment=result.alignment[number],
+            neighbor_similarity=own.similarity,
+            neighbor_age=own.age,
+            neighbor_sample_ids=neighbor_ids[number],
+            projected=projected[number],
+            predicted=predicted[number],
+        )
+        for number, own in enumerate(found)
+    ]
+
+
+def draw_choices(
+    heads: Sequence[RefinerHead], num_global: int, batch: int, generator: torch.Generator | None, device: torch.device
+) -> list[Tensor] | None:
+    """Which of their nearest neighbours the heads' targets take, [G*B] each; sent in one copy. None: the nearest.
+
+    Drawn for the rows of all ranks, so that their number changes nothing.
+    """
+    rows = process_rows(batch)
+    drawn = [head.queue.draw(num_global * rows.total, generator) for head in heads]
+    taken = [rows.take(own) for own in drawn if own is not None]
+    return send(taken, device) if taken else None
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _mlp(widths: Sequence[int]) -> nn.Sequential:
-    """Linear-BatchNorm layers through ``widths`` with GELU between them."""
-    layers = []
-    for index, (width_in, width_out) in enumerate(pairwise(widths)):
-        linear = nn.Linear(width_in, width_out, bias=False)
-        nn.init.xavier_uniform_(linear.weight)
-        layer: list[nn.Module] = [linear, BatchNorm(width_out)]
-        layers.append(nn.Sequential(*layer, *([nn.GELU()] if index < len(widths) - 2 else [])))
-    return nn.Sequential(*layers)

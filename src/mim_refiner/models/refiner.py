@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective, RefinerHead
+from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective, RefinerHead, draw_choices, run_heads
 from mim_refiner.models.stochastic import draw_by_row
 
 
@@ -130,8 +130,24 @@ class Refiner(nn.Module):
 
         ``sample_ids`` [B]; ``choices`` {block: [G*B]} replays the draws among the nearest neighbours.
         """
-        outputs: dict[int, HeadOutput] = {}
+        if choices is None:  # for all at once, so that they travel together
+            heads = [self.head(block) for block in features]
+            num_global, batch, device = heads[0].objective.num_global, len(sample_ids), sample_ids.device
+            drawn = draw_choices(heads, num_global, batch, generator, device)
+            choices = None if drawn is None else dict(zip(features, drawn, strict=True))
+        alike: dict[int, list[int]] = {}  # blocks of equal width, whose heads run together
         for block, inputs in features.items():
-            choice = None if choices is None else choices[block]
-            outputs[block] = self.heads[str(block)](inputs, sample_ids, generator=generator, choice=choice)
-        return RefinerOutput(torch.stack([output.loss for output in outputs.values()]).sum(), outputs)
+            alike.setdefault(inputs.shape[-1], []).append(block)
+        outputs: dict[int, HeadOutput] = {}
+        for blocks in alike.values():
+            own = None if choices is None else [choices[block] for block in blocks]
+            stacked = torch.stack([features[block] for block in blocks])
+            found = run_heads([self.head(block) for block in blocks], stacked, sample_ids, choices=own)
+            outputs |= dict(zip(blocks, found, strict=True))
+        return RefinerOutput(torch.stack([outputs[b].loss for b in features]).sum(), {b: outputs[b] for b in features})
+
+    def head(self, block: int) -> RefinerHead:
+        """The head on a block's output."""
+        head = self.heads[str(block)]
+        assert isinstance(head, RefinerHead)
+        return head
