@@ -14,7 +14,7 @@ from timm.models import is_model_in_modules
 from torch import nn
 
 from mim_refiner.checkpoints.families import Converted
-from mim_refiner.checkpoints.limits import check_architecture, check_arguments
+from mim_refiner.checkpoints.limits import MAX_CHANNELS, check_architecture, check_arguments
 from mim_refiner.checkpoints.store import one_line
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models import capi, postnorm, variants  # noqa: F401  (registers their architectures with timm)
@@ -36,7 +36,7 @@ def build(converted: Converted, where: str) -> Any:
             model: Any = create_vit(converted.architecture, **arguments)
         else:
             model = timm.create_model(converted.architecture, pretrained=False, num_classes=0, **arguments)
-    except (InputError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except Exception as error:  # timm's constructors raise almost anything for arguments that do not fit
         raise CheckpointError(
             f"{where}: timm cannot build '{converted.architecture}' as described ({one_line(error)}); correct its "
             "config.json, or take the files from their source again"
@@ -66,6 +66,8 @@ def adapt_channels(converted: Converted, in_chans: int) -> Converted:
     """
     if in_chans < 1:
         raise InputError(f"in_chans must be at least 1, got {in_chans}")
+    if in_chans > MAX_CHANNELS:
+        raise InputError(f"in_chans={in_chans} is more than any sensor has (at most {MAX_CHANNELS}); correct it")
     weight = converted.tensors.get(converted.projection)
     if weight is None or weight.ndim != 4:
         raise InputError(f"in_chans: '{converted.architecture}' has no patch projection to adapt; leave in_chans out")

@@ -76,12 +76,12 @@ def _joined(folder: Path, name: str, size: Any, chunks: list[Any], places: Mappi
         return parts[0][1]
     if sum(part.numel() for _, part in parts) != math.prod(size):
         raise ValueError(f"the chunks of {name} do not fill it; a part of the folder is missing")
-    whole = torch.empty(tuple(size), dtype=parts[0][1].dtype)
+    whole, filled = torch.empty(tuple(size), dtype=parts[0][1].dtype), torch.zeros(tuple(size), dtype=torch.bool)
     for offset, part in parts:
-        for dimension, (first, length) in enumerate(zip(offset, part.shape, strict=True)):
-            if first + length > size[dimension]:
-                raise ValueError(f"a chunk of {name} lies outside of it")
-        whole[tuple(slice(first, first + length) for first, length in zip(offset, part.shape, strict=True))] = part
+        inside = tuple(slice(first, first + length) for first, length in zip(offset, part.shape, strict=True))
+        if part.ndim != whole.ndim or whole[inside].shape != part.shape or bool(filled[inside].any()):
+            raise ValueError(f"a chunk of {name} lies outside of it or on another one")
+        whole[inside], filled[inside] = part, True
     return whole
 
 

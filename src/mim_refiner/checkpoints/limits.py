@@ -8,6 +8,8 @@ from typing import Any
 from mim_refiner.errors import CheckpointError
 
 MAX_DEPTH = 512  # blocks; the deepest published encoders have under 100
+MAX_CHANNELS = 4096  # of images; hyperspectral sensors have some hundred
+MAX_PIXELS = 2**27  # of an image size that is asked for
 MAX_SIZE = 2**20  # width, pixels, heads, channels
 
 

@@ -21,11 +21,13 @@ from mim_refiner.checkpoints.families import ASKED, Converted, Wishes
 from mim_refiner.checkpoints.families.base import GUESS
 from mim_refiner.checkpoints.families.own import own_family
 from mim_refiner.checkpoints.families.plain_vit import heads_question
+from mim_refiner.checkpoints.limits import MAX_PIXELS
 from mim_refiner.checkpoints.options import split_options
 from mim_refiner.checkpoints.resolve import read_source
 from mim_refiner.checkpoints.store import one_line
 from mim_refiner.checkpoints.told import guesses, told, with_own_facts
 from mim_refiner.errors import CheckpointError, InputError, MimRefinerError
+from mim_refiner.files import reading
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import RULES
 from mim_refiner.types import BackboneInfo, CheckpointReport, TensorRecord
@@ -202,11 +204,15 @@ def _merge(source: str | Path, wishes: Wishes, key_map: KeyMapLike) -> tuple[str
         in_chans=options.in_chans if wishes.in_chans is None else wishes.in_chans,
         encoder=wishes.encoder or options.encoder,
     )
+    size = merged.image_size
+    if size is not None and (min(size) < 1 or size[0] * size[1] > MAX_PIXELS):
+        raise InputError(f"image_size {size[0]}x{size[1]} is no image size that an encoder takes; correct it")
     return bare, merged, options.key_map if key_map is None else key_map
 
 
 def _plan(source: str, wishes: Wishes, key_map: KeyMapLike) -> Plan:
-    contents = read_source(source)
+    with reading(one_line(source, 300), "check it, or take the file from its source again", CheckpointError):
+        contents = read_source(source)
     families = ASKED if key_map is None else (own_family(key_map),)
     wishes = told(wishes, contents)
     family = "config.json"
@@ -216,7 +222,9 @@ def _plan(source: str, wishes: Wishes, key_map: KeyMapLike) -> Plan:
         converted = with_own_facts(detected.family.convert(detected.view, wishes), contents)
         if wishes.in_chans is not None:
             converted = adapt_channels(converted, wishes.in_chans)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except MimRefinerError:
+        raise
+    except Exception as error:
         # Shapes and config entries of a damaged file can fail anywhere; all mean the same to the user.
         raise CheckpointError(
             f"{contents.source}: its tensors or its config.json do not fit the {family} "

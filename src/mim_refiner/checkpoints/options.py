@@ -42,7 +42,7 @@ def split_options(source: str | Path) -> tuple[str, SourceOptions]:
     """
     text = str(source)
     bare, mark, listed = text.rpartition(_MARK)
-    if not mark or "=" not in listed or Path(text).exists():
+    if not mark or "=" not in listed or _exists(text):
         return text, SourceOptions()
     values: dict[str, object] = {}
     for item in listed.split(","):
@@ -50,7 +50,9 @@ def split_options(source: str | Path) -> tuple[str, SourceOptions]:
         if name not in SourceOptions.__dataclass_fields__ or not equals or not value:
             known = ", ".join(SourceOptions.__dataclass_fields__)
             close = did_you_mean(name, SourceOptions.__dataclass_fields__)
-            raise InputError(f"{text}: '{item}' is no option of a model source{close}; use NAME=VALUE with {known}")
+            raise InputError(
+                f"{text[:200]}: '{item[:80]}' is no option of a model source{close}; use NAME=VALUE with {known}"
+            )
         values[name] = _number(name, value) if name in ("num_heads", "in_chans") else value
     if "image_size" in values:
         values["image_size"] = parse_size(str(values["image_size"]))
@@ -59,13 +61,20 @@ def split_options(source: str | Path) -> tuple[str, SourceOptions]:
 
 def parse_size(text: str) -> tuple[int, int]:
     """ "224" or "192x256" (height x width) as a pair; InputError otherwise."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text, re.ASCII)
     if match is None:
-        raise InputError(f"image_size '{text}': give one number or HEIGHTxWIDTH, for example 224 or 192x256")
+        raise InputError(f"image_size '{text[:40]}': give one number or HEIGHTxWIDTH, for example 224 or 192x256")
     return int(match[1]), int(match[2] or match[1])
 
 
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
 def _number(name: str, value: str) -> int:
-    if not value.isdigit() or int(value) < 1:
-        raise InputError(f"{name} '{value}': give a whole number of at least 1")
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", value, re.ASCII):
+        raise InputError(f"{name} '{value[:40]}': give a whole number from 1 to 999999")
     return int(value)

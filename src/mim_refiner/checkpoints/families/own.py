@@ -18,13 +18,13 @@ from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family,
 from mim_refiner.checkpoints.families.dinov2 import free_registers
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
 from mim_refiner.checkpoints.families.plain_vit import infer_structure
-from mim_refiner.checkpoints.store import check_regular, one_line
+from mim_refiner.checkpoints.store import one_line
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean
+from mim_refiner.files import read_yaml
 from mim_refiner.models.mae import sincos_position_table
 from mim_refiner.models.positions import sinusoid_table
 
 _SIZED_BY_TENSORS = ("vit_postnorm", "vit_variant")  # beside timm's plain ViTs
-_MAX_BYTES = 2**20
 
 
 class OwnKeyMap(BaseModel):
@@ -52,34 +52,15 @@ class OwnKeyMap(BaseModel):
     licence: str | None = None
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a few lines of them can stand for billions of entries."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not read; write the entries out")
-        return super().compose_node(parent, index)
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        check_regular(path)
-        if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{path}: is larger than any key map; give a YAML file with the entry 'keys'")
-        loader = _PlainLoader(path.read_text(encoding="utf-8"))
-        return loader.get_single_data()
-    except CheckpointError as error:
-        raise InputError(f"{path}: the key map {str(error).removeprefix(f'{path}: ')}") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: the key map cannot be read ({one_line(error)}); give a YAML file") from error
-
-
 def read_key_map(given: Mapping[str, Any] | str | Path) -> OwnKeyMap:
     """Check a key map given as a mapping or as a YAML file; InputError in one line for what is wrong."""
     where = "key_map"
     if isinstance(given, str | Path):
         where = str(given)
-        given = _read_yaml(Path(given).expanduser())
+        try:
+            given = read_yaml(Path(given).expanduser())
+        except (OSError, ValueError, RuntimeError, yaml.YAMLError) as error:
+            raise InputError(f"{where}: the key map cannot be read ({one_line(error)}); give a YAML file") from error
     if not isinstance(given, Mapping):
         raise InputError(f"{where}: a key map is a mapping with the entry 'keys'; see the README")
     try:
