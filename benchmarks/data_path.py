@@ -135,7 +135,7 @@ def index(entries: int) -> dict[str, Any]:
         names = (f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(entries))
         found["folder_with_classes"] = measured(lambda: folder_source(folder, names))
         flat = (f"{i:09d}.jpg" for i in range(entries))
-        found["folder_flat"] = measured(lambda: FileSource(folder, flat, None, None, ""))
+        found["folder_flat"] = measured(lambda: FileSource(folder, flat))
         found["as_python_strings"] = measured(
             lambda: [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(entries)]
         )

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mim_refiner.report.tables import STAGES, comparison_table, results_rows
+from mim_refiner.report.tables import STAGES, comparison_table, left_out_lines, results_rows
 
 SHARES = ("top1", "accuracy", "nmi", "ami", "coverage")  # printed in percent
 
@@ -37,6 +37,10 @@ def print_result(result: Any, file: TextIO) -> None:
                 console.print(escape(line))
             for title, measured in measured_tables(value).items():
                 console.print(record_table(title, measured))
+        elif key == "data" and isinstance(value, Mapping):
+            for part, facts in value.items():
+                for line in left_out_lines(facts):
+                    console.print(escape(f"{part} images: {line}"))
         elif key in REASONED and isinstance(value, Mapping) and "reason" in value:
             console.print(escape(f"{REASONED[key]}: {value['reason']}"))
         elif key in ("results", "transfer") and is_records(value) and "model" in value[0]:

@@ -89,9 +89,9 @@ def analyze(
         if part in parts:
             analysis.do(part)
     reporter.done()
-    analysis.result["data"] = {
-        name: images.facts() for name, images in (("train", train), ("test", held_out)) if images
-    }
+    facts = {name: images.facts() for name, images in (("train", train), ("test", held_out)) if images}
+    analysis.result["data"] = facts
+    write_json(Path(out) / "data.json", {"kind": "data", **facts})  # for the report
     for images in filter(None, (train, held_out)):
         tell_unreadable(images, reporter)
     if samples.cache is not None:

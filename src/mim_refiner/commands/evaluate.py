@@ -18,6 +18,7 @@ from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import join_processes
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.source_files import read_regular
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.results import Result, paired_change
@@ -29,7 +30,7 @@ from mim_refiner.evaluation.suite import (
     suite_protocols,
     suite_settings,
 )
-from mim_refiner.files import write_bytes
+from mim_refiner.files import reading, write_bytes
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.tables import latex_table, markdown_table, results_rows
 from mim_refiner.reporting import NullReporter, Reporter
@@ -244,11 +245,9 @@ def _transfer(
 
 def _transfer_list(path: Path) -> list[tuple[str, str, str]]:
     """(name, train, test or "") of every line of a CSV file; paths are relative to the working directory."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(cell.strip() for cell in row)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot read the list of data sets ({error}); give a CSV name,train[,test]") from None
+    with reading(path, "give a list of data sets, a CSV name,train[,test]"):
+        lines = read_regular(path).decode("utf-8-sig").splitlines()
+        rows = [[cell.strip() for cell in row] for row in csv.reader(lines) if any(cell.strip() for cell in row)]
     rows = [row for row in rows if row[0].lower() != "name" and not row[0].startswith("#")]
     for number, row in enumerate(rows, 1):
         if not 2 <= len(row) <= 3 or not all(row[:2]) or not re.fullmatch(r"[\w.-]+", row[0]):

@@ -138,6 +138,7 @@ def _pretrain(
     summary = {
         "run": str(out),
         "export": str(Path(out) / "export"),
+        "data": {"train": images.facts()},
         "seconds": {"total": time.perf_counter() - started},
     }
     if after is not None:

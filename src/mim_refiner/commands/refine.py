@@ -171,6 +171,7 @@ def refine_and_compare(
         summary = conclude(stages, bank, test, chosen, results, described, run)
     if not folder.writes:  # the rest is rank 0's
         return {}
+    summary["data"] = {"train": images.facts()}
     summary["seconds"] = {"training": seconds, "total": time.perf_counter() - started}
     more = {"head_placement": placement, "stopped": str(stopped) if stopped else None}
     more["weights"] = None if stopped else weights_taken(refinement)

@@ -26,6 +26,7 @@ from mim_refiner.report.numbers import (
 )
 from mim_refiner.report.panels import block_curve_panels, comparison_panels, learning_panels
 from mim_refiner.report.run_files import RunFiles, flat, read_run
+from mim_refiner.report.tables import left_out_lines
 
 TEMPLATES = ("page.html.j2", "run.html.j2", "macros.html.j2", "style.css", "script.js")
 
@@ -111,10 +112,11 @@ def data_lines(run: RunFiles) -> list[str]:
         lines.append(
             f"trained on {run.recipe['data']} (fingerprint {run.recipe.get('data_fingerprint', 'not recorded')})"
         )
+        lines += [f"training images: {line}" for line in left_out_lines((run.summary.get("data") or {}).get("train"))]
     measured: dict[str, None] = {}
-    for record in run.results.values():
+    for facts in [*(record.get("data") or {} for record in run.results.values()), *run.of_kind("data").values()]:
         for part in ("train", "test"):
-            source = (record.get("data") or {}).get(part) or {}
+            source = facts.get(part) or {}
             if source.get("source"):
                 name = "bank" if part == "train" else "test images"
                 measured[f"{name}: {source['source']}"] = None
@@ -123,21 +125,6 @@ def data_lines(run: RunFiles) -> list[str]:
             elif source.get("share_of_train"):
                 measured[f"test images: {100 * source['share_of_train']:.0f} % of the bank, held out"] = None
     return [*lines, *measured]
-
-
-def left_out_lines(facts: Mapping[str, Any]) -> list[str]:
-    """What of the data was not read or not used, in words; ``facts`` as ``ImageSet.facts`` gives them."""
-    lines = [f"left out: {each['count']} {each['what']} (first: {each['first']})" for each in facts.get("left_out", ())]
-    unreadable = facts.get("unreadable") or {}
-    if unreadable.get("count"):
-        some = "; ".join(f"{name}: {reason}" for name, reason in unreadable["first"])
-        lines.append(f"{unreadable['count']} images cannot be read and are left out ({some})")
-    if facts.get("no_labels"):
-        lines.append(f"no labels: {facts['no_labels']}")
-    shared = facts.get("also_in_train")
-    if shared:
-        lines.append(f"{shared['count']} of {shared['compared']} test images compared are among the training images")
-    return lines
 
 
 def text_of(value: Any) -> str:

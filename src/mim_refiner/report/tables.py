@@ -137,3 +137,19 @@ def _latex(text: str) -> str:
     ):  # fmt: skip
         text = text.replace(plain, escaped)
     return text
+
+
+def left_out_lines(facts: Mapping[str, Any] | None) -> list[str]:
+    """What of the data was not read or not used, in words; ``facts`` as ``ImageSet.facts`` gives them."""
+    facts = facts or {}
+    lines = [f"left out: {each['count']} {each['what']} (first: {each['first']})" for each in facts.get("left_out", ())]
+    unreadable = facts.get("unreadable") or {}
+    if unreadable.get("count"):
+        some = "; ".join(f"{name}: {reason}" for name, reason in unreadable["first"])
+        lines.append(f"{unreadable['count']} images cannot be read and are left out ({some})")
+    if facts.get("no_labels"):
+        lines.append(f"no labels: {facts['no_labels']}")
+    shared = facts.get("also_in_train")
+    if shared:
+        lines.append(f"{shared['count']} of {shared['compared']} test images compared are among the training images")
+    return lines
