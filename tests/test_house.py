@@ -15,6 +15,8 @@ PACKAGE = ROOT / "src" / "mim_refiner"
 
 MAX_FILE_LINES = 400  # most files have 100-300
 MAX_FUNCTION_LINES = 80  # readable without scrolling
+HEART = ("training", "models", "core")  # and there:
+MAX_HEART_LINES, MAX_HEART_PARAMETERS = 60, 8  # beside self
 MAX_REPOSITORY_FILE = 20_000_000  # bytes
 
 # Folders of the machine that runs this, and of the one it was written on. The latter's separators are put on here, so
@@ -67,6 +69,19 @@ def test_functions_are_short():
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 if lines > MAX_FUNCTION_LINES:
                     found[f"{path.relative_to(PACKAGE)}:{node.name}"] = lines
+    assert found == {}
+
+
+def test_functions_of_the_heart_are_shorter_and_take_few_parameters():
+    found = {}
+    for path in (path for folder in HEART for path in sorted((PACKAGE / folder).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines, given = (node.end_lineno or node.lineno) - node.lineno + 1, node.args
+                names = [item.arg for item in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+                count = len(names) - (names[:1] in (["self"], ["cls"])) + bool(given.vararg) + bool(given.kwarg)
+                if lines > MAX_HEART_LINES or count > MAX_HEART_PARAMETERS:
+                    found[f"{path.relative_to(PACKAGE)}:{node.name}"] = (lines, count)
     assert found == {}
 
 

@@ -17,9 +17,9 @@ from mim_refiner.analysis.gallery import (
     feature_maps,
     make_gallery,
     neighbor_lists,
-    prepare,
 )
 from mim_refiner.analysis.thumbnails import thumbnail_sheet
+from mim_refiner.core.metrics import standardized
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError
@@ -31,7 +31,7 @@ def features():
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1, 2], 12)
     centres = 4 * rng.normal(size=(3, 16))
-    return prepare(torch.from_numpy(centres[labels] + rng.normal(size=(36, 16)))), labels
+    return standardized(torch.from_numpy(centres[labels] + rng.normal(size=(36, 16)))).numpy(), labels
 
 
 def test_neighbours_are_those_of_a_loop(features):

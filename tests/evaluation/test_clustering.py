@@ -12,8 +12,9 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.preprocessing import StandardScaler, normalize
 
+from mim_refiner.core.metrics import standardized
 from mim_refiner.errors import DataError, InputError
-from mim_refiner.evaluation.clustering import class_separation, clustering_protocol, prepare, score_clusters
+from mim_refiner.evaluation.clustering import class_separation, clustering_protocol, score_clusters
 
 
 def test_finds_separated_classes(make_features):
@@ -90,8 +91,8 @@ def test_prepare_is_what_k_nn_does_to_its_bank(make_features):
     x = make_features()[1, "cls"].double()
     expected = (x - x.mean(0)) / (x.std(0) + 1e-6)
     expected = expected / expected.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(prepare(x), expected)
-    assert torch.isfinite(prepare(x[:1])).all()
+    torch.testing.assert_close(standardized(x), expected)
+    assert torch.isfinite(standardized(x[:1])).all()
 
 
 def test_bad_input(make_features):

@@ -82,7 +82,7 @@ def test_rates_fall_with_the_distance_from_the_output(make_backbone):
     model = Classifier(make_backbone(), 3, "cls", 0.2)
     settings = FinetuneSettings(layer_decay=0.5, weight_decay=0.1)
     scale = {
-        id(p): (group["scale"], group["weight_decay"]) for group in _groups(model, settings) for p in group["params"]
+        id(p): (group["lr_scale"], group["weight_decay"]) for group in _groups(model, settings) for p in group["params"]
     }
     assert len(scale) == sum(1 for _ in model.parameters())
     encoder = model.backbone.model

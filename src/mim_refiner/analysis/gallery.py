@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from mim_refiner._version import __version__
 from mim_refiner.analysis.thumbnails import encode, thumbnail_sheet
+from mim_refiner.core.metrics import standardized
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
@@ -75,7 +75,7 @@ def make_gallery(
     first_map: Points | None = None
     for name, backbone in models.items():
         features = extract_features(backbone, images, blocks=(block,), poolings=(pooling,), run=run, indices=rows)
-        prepared = prepare(features[block, pooling])
+        prepared = standardized(features[block, pooling].double()).numpy()
         maps = feature_maps(prepared, run.seed, first_map, umap=settings.umap)
         first_map = maps["pca"]["points"] if first_map is None else first_map
         found[name] = {
@@ -106,13 +106,6 @@ def make_gallery(
             for name, value in found.items()
         },
     }  # fmt: skip
-
-
-def prepare(features: Tensor) -> NDArray[np.float64]:
-    """Standardise each dimension of [N, D] and L2-normalise the rows, as k-NN does."""
-    values = features.double()
-    values = (values - values.mean(0)) / (values.std(0) + 1e-6)
-    return F.normalize(values, dim=1).numpy()
 
 
 def neighbor_lists(features: NDArray[np.float64], labels: NDArray[np.int64] | None, count: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from mim_refiner.core.metrics import accuracy_interval, paired_interval
+from mim_refiner.core.metrics import accuracy_interval, paired_interval, standardized
 from mim_refiner.errors import InputError
 
 _ROWS = 1024  # rows of one similarity product
@@ -98,7 +98,7 @@ def cluster_stability(x: Tensor, *, clusters: int = 20, pairs: int = 10, seed: i
     Pair p splits the images by (seed, p): the same halves for every encoder, so that differences are paired by p.
     """
     k = min(clusters, len(x) // 4)
-    points = _standardized(x, x).double().cpu().numpy().astype(np.float32)
+    points = standardized(x).double().cpu().numpy().astype(np.float32)
     scores = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # collapsed features have fewer points than clusters
@@ -178,12 +178,7 @@ def rank_of_rows(x: Tensor) -> Callable[[NDArray[np.int64]], float]:
 
 
 def _prepared(clean: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _standardized(clean, clean), _standardized(first, clean), _standardized(second, clean)
-
-
-def _standardized(x: Tensor, reference: Tensor) -> Tensor:
-    """As k-NN sees features: standardised by the reference's mean and deviation, then of length one."""
-    return F.normalize((x - reference.mean(0)) / (reference.std(0) + 1e-6), dim=1)
+    return standardized(clean), standardized(first, clean), standardized(second, clean)
 
 
 def _nearest(queries: Tensor, gallery: Tensor, own: Tensor, count: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import t as student_t
@@ -16,6 +17,16 @@ from torch import Tensor
 from mim_refiner.errors import InputError
 
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+
+def standardized(x: Tensor, reference: Tensor | None = None) -> Tensor:
+    """Features [N, D] as k-NN compares them: by dimension with the reference's mean and deviation, then of length one.
+
+    The unbiased deviation + 1e-6, of ``x`` itself without a reference.
+    """
+    known = x if reference is None else reference
+    deviation = known.std(0, correction=min(1, len(known) - 1))
+    return F.normalize((x - known.mean(0)) / (deviation + 1e-6), dim=1)
 
 
 def clustering_accuracy(y_true: ArrayLike | Tensor, y_pred: ArrayLike | Tensor) -> float:

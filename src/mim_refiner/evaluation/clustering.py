@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, davies_bouldin_score, silhouette_score
-from torch import Tensor
 
-from mim_refiner.core.metrics import clustering_accuracy, normalized_mutual_information
+from mim_refiner.core.metrics import clustering_accuracy, normalized_mutual_information, standardized
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import AccuracyScore, required_labels
@@ -70,17 +68,12 @@ def clustering_protocol(
         )
     scores = {}
     for done, key in enumerate(features.keys):
-        x = prepare(features[key]).numpy()
+        x = standardized(features[key]).numpy()
         clusters, inertia = _best_kmeans(x, k, num_seeds, {"batch_size": batch_size, "max_iter": max_iter}, seed)
         scores[key] = score_clusters(labels, clusters, inertia, class_separation(x, labels, seed))
         if progress:
             progress(done + 1, len(features.keys))
     return scores
-
-
-def prepare(x: Tensor) -> Tensor:
-    """Standardise features [N, D] per dimension and L2-normalise them, as the k-NN protocol does."""
-    return F.normalize((x - x.mean(0)) / (x.std(0, correction=min(1, len(x) - 1)) + 1e-6), dim=1)
 
 
 def class_separation(x: NDArray[np.float32], labels: NDArray[np.int64], seed: int = 0) -> tuple[float, float]:

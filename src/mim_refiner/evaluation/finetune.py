@@ -23,6 +23,7 @@ from torchvision.transforms import Compose
 from mim_refiner.core.device import autocast, resolve_precision
 from mim_refiner.core.layer_decay import layer_decay_scales
 from mim_refiner.core.modules import evaluation_mode
+from mim_refiner.core.optim import parameter_groups, set_learning_rate
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
@@ -33,7 +34,6 @@ from mim_refiner.evaluation.knn import AccuracyScore
 from mim_refiner.models.backbone import Backbone
 
 Progress = Callable[[int, int], None]
-_NO_DECAY = ("cls_token", "reg_token", "mask_token", "pos_embed")
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,7 @@ def _train(
     for _ in range(settings.epochs):
         for images, labels in begun(loader):
             rate = warmup_cosine(step, total_steps=total, warmup_steps=warmup, peak=peak, end=settings.end_lr)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
+            set_learning_rate(optimizer, rate)
             images, targets = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             if mixup:
                 images, targets = mixup(images, targets)
@@ -177,17 +176,11 @@ def _train(
 
 
 def _groups(model: Classifier, settings: FinetuneSettings) -> list[dict[str, Any]]:
-    """AdamW groups by (learning-rate scale, weight decay); the position table moves, unlike in refinement."""
-    encoder = model.backbone.model
-    scales = layer_decay_scales(encoder, settings.layer_decay) if settings.layer_decay < 1 else {}
-    named = [(name, parameter, scales.get(name, 1.0)) for name, parameter in encoder.named_parameters()]
-    named += [(f"head.{name}", parameter, 1.0) for name, parameter in model.head.named_parameters()]
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter, scale in named:
-        decay = settings.weight_decay if parameter.ndim > 1 and not name.endswith(_NO_DECAY) else 0.0
-        group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
-        group["params"].append(parameter)
-    return list(groups.values())
+    """The position table moves, unlike in refinement."""
+    encoder, decay = model.backbone.model, settings.weight_decay
+    scales = layer_decay_scales(encoder, settings.layer_decay) if settings.layer_decay < 1 else None
+    groups = parameter_groups(encoder.named_parameters(), weight_decay=decay, scales=scales)
+    return groups + parameter_groups(model.head.named_parameters(), weight_decay=decay)
 
 
 def _set_drop_path(backbone: Backbone, rate: float) -> None:

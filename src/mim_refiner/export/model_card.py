@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mim_refiner.export.parity import Parity
 from mim_refiner.export.usage import LIBRARIES, usage
+from mim_refiner.files import dotted
 from mim_refiner.types import BackboneInfo
 
 _METRIC_NAMES = {
@@ -129,20 +130,11 @@ def _recipe(card: Mapping[str, Any]) -> str:
     if command:
         parts.append(f"```bash\n{command}\n```")
     if isinstance(recipe, Mapping):
-        rows = [f"| {key} | {_cell(value)} |" for key, value in _flat(recipe)]
+        rows = [f"| {key} | {_cell(value)} |" for key, value in dotted(recipe).items() if value is not None]
         parts.append("\n".join(["| setting | value |", "|---|---|", *rows]))
     elif recipe:
         parts.append(str(recipe))
     return "\n\n".join(["## How it was made", *parts]) if parts else ""
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings of a nested recipe as ``refinement.base_lr``, those that are unset left out."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield f"{prefix}{key}", value
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from mim_refiner.checkpoints.families.timm_format import OWN_FACTS
 from mim_refiner.errors import InputError
 from mim_refiner.export.model_card import model_card
 from mim_refiner.export.parity import CheckImages, Parity, check_images, compare
+from mim_refiner.files import atomic_folder
 from mim_refiner.models.backbone import Backbone
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -130,21 +128,12 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     check_target(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        with atomic_folder(out) as folder:
+            yield folder
+            for path in folder.iterdir():
+                path.chmod(0o644)
     except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
-    try:
-        yield work
-        work.chmod(0o755)  # mkdtemp makes it private
-        for path in work.iterdir():
-            path.chmod(0o644)
-            _sync(path)
-        _swap(work, out)
-    except OSError as error:
-        raise InputError(f"{out}: writing failed ({error.strerror}); free space or choose another --out") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        raise InputError(f"{out}: cannot be written ({error.strerror}); free space or choose another --out") from error
 
 
 def check_target(out: Path) -> None:
@@ -176,23 +165,3 @@ def source_facts(source: str | Path) -> dict[str, Any]:
         own = config.get(OWN_FACTS) if isinstance(config, dict) else None
         return own if isinstance(own, dict) else {}
     return {}
-
-
-def _swap(work: Path, out: Path) -> None:
-    """Put the finished folder in place; an earlier export is moved aside first, so that no moment shows a mixture."""
-    if not out.exists():
-        os.replace(work, out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-    os.replace(out, old)  # onto an empty folder: allowed and atomic
-    try:
-        os.replace(work, out)
-    except OSError:
-        os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

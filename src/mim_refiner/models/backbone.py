@@ -51,23 +51,21 @@ class Backbone(nn.Module):
         cls,
         model: nn.Module,
         *,
-        family: str = "timm",
         architecture: str | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        licence: str = "unknown",
-        coverage: float = 1.0,
-        source: str = "",
         position_rule: str = "timm",
         pooling: Pooling | None = None,
         image_size: tuple[int, int] | None = None,
+        **origin: Any,
     ) -> Backbone:
         """Wrap a timm model; its facts are read from the model itself.
 
         ``mean``/``std`` default to ImageNet's on the 0-1 scale. ``position_rule`` (see models.positions) says how
         tables of positions are resized for other image sizes, ``pooling`` what the encoder's authors pool by (if None,
         the class token where there is one and the model does not pool by the mean). A model that runs block by block is
-        switched to dynamic image sizes. ``image_size``: what a model that keeps none was trained on.
+        switched to dynamic image sizes. ``image_size``: what a model that keeps none was trained on. ``origin``:
+        family, licence, coverage and source, as in :class:`BackboneInfo`.
         Raises InputError for a model without ``forward_intermediates``.
         """
         runner = runner_for(model)
@@ -80,19 +78,17 @@ class Backbone(nn.Module):
         else:
             free_image_size(model)
         in_chans, structure = _in_channels(model), _structure(model, image_size)
+        facts: dict[str, Any] = {"family": "timm", "licence": "unknown", "coverage": 1.0} | origin
         info = BackboneInfo(
-            family=family,
             architecture=architecture or architecture_name(model),
             mean=_per_channel(mean, IMAGENET_MEAN, in_chans),
             std=_per_channel(std, IMAGENET_STD, in_chans),
             in_chans=in_chans,
-            licence=licence,
-            coverage=coverage,
-            source=source,
             position_rule=position_rule,
             norm_eps=norm_eps(model),
             pooling=pooling or _authors_pooling(model, structure["has_cls"]),
             **structure,
+            **facts,
         )
         return cls(model, info)
 

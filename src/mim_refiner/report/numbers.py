@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mim_refiner.report.run_files import RunFiles, flat
+from mim_refiner.files import dotted
+from mim_refiner.report.run_files import RunFiles
 from mim_refiner.report.tables import METRICS, STAGES
 
 HEADLINES = {
@@ -186,7 +187,7 @@ def run_row(run: RunFiles, name: str) -> dict[str, Any]:
 
 def recipe_differences(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """[{"key", "values": [one a run]}] of every recipe key in which the runs differ."""
-    recipes = [flat(run.recipe) for run in runs]
+    recipes = [dotted(run.recipe) for run in runs]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     rows = [{"key": key, "values": [recipe.get(key) for recipe in recipes]} for key in keys]
     return [row for row in rows if any(value != row["values"][0] for value in row["values"])]

@@ -14,7 +14,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 
 from mim_refiner._version import __version__
 from mim_refiner.errors import InputError
-from mim_refiner.files import reading, write_bytes
+from mim_refiner.files import dotted, reading, write_bytes
 from mim_refiner.report.gallery import gallery_view
 from mim_refiner.report.numbers import (
     atlas_tables,
@@ -25,7 +25,7 @@ from mim_refiner.report.numbers import (
     verdict_view,
 )
 from mim_refiner.report.panels import block_curve_panels, comparison_panels, learning_panels
-from mim_refiner.report.run_files import RunFiles, flat, read_run
+from mim_refiner.report.run_files import RunFiles, read_run
 from mim_refiner.report.tables import left_out_lines
 
 TEMPLATES = ("page.html.j2", "run.html.j2", "macros.html.j2", "style.css", "script.js")
@@ -93,8 +93,8 @@ def run_view(run: RunFiles, number: int, *, compact: bool) -> dict[str, Any]:
         "log_panels": learning_panels(run.metrics, prefix) if run.metrics else [],
         "gallery": gallery_view(next(iter(galleries.values()))) if galleries else None,
         "compact": compact,
-        "recipe": flat(run.recipe),
-        "environment": flat(run.environment),
+        "recipe": dotted(run.recipe),
+        "environment": dotted(run.environment),
         "licence": licence,
         "architecture": run.config.get("mim_refiner", {}).get("architecture") or run.config.get("architecture"),
         "cost": cost_rows(run),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,14 +88,6 @@ def read_run(path: str | Path) -> RunFiles:
         lost = f" (damaged: {'; '.join(damaged[:3])})" if damaged else ""
         raise InputError(f"{path}: holds no results to report{lost}; give the --out folder of refine, demo or evaluate")
     return run
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def _collect(value: Any, kind: str, where: str, found: dict[str, Json]) -> None:

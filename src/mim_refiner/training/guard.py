@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mim_refiner.core.collectives import agree, from_rank_0
-from mim_refiner.core.metrics import effective_rank
+from mim_refiner.core.metrics import effective_rank, standardized
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.core.sharding import full_state
@@ -71,9 +71,7 @@ class FeatureProbe:
         a, b = F.normalize(first, dim=1), F.normalize(second, dim=1)
         cosine, own = a @ b.T, (a * b).sum(1)
         others = (cosine.sum() - own.sum()) / max(1, self.count * (self.count - 1))
-        mean, deviation = first.mean(0), first.std(0) + 1e-6
-        standard = [F.normalize((x - mean) / deviation, dim=1) for x in (first, second)]
-        found = (standard[0] @ standard[1].T).argmax(1) == torch.arange(self.count)
+        found = (standardized(first) @ standardized(second, first).T).argmax(1) == torch.arange(self.count)
         values = (effective_rank(first), 1 - others.item(), own.mean().item(), found.float().mean().item())
         return dict(zip(names, values, strict=True))
 

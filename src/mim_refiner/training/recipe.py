@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from mim_refiner.errors import RecipeError, did_you_mean
-from mim_refiner.files import load_yaml, reading
+from mim_refiner.files import dotted, load_yaml, reading
 
 # Bounds that no run reaches: beyond them lie mistyped numbers, which would else end in an allocation or an overflow.
 PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
@@ -173,21 +173,14 @@ def from_tree(base: R, tree: Any, where: str) -> R:
     if not isinstance(tree, dict):
         raise RecipeError(f"{where}: a recipe file is a mapping of keys to values; see recipe.yaml of any run folder")
     merged = base.model_dump()
-    for key, value in _leaves(tree):
+    for key, value in dotted(tree).items():
         _assign(merged, key, _as_number(value) if isinstance(value, str) else value, base, where=f"{where}: ")
     return _validated(type(base), merged)
 
 
 def known_keys(recipe: Recipe) -> list[str]:
     """All dotted keys that --set accepts."""
-    return [key for key, _ in _leaves(recipe.model_dump())]
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return found
+    return list(dotted(recipe.model_dump()))
 
 
 def _shown(value: Any) -> str:
