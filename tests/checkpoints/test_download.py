@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -84,7 +85,9 @@ def fails(which: Entry) -> str:
 
 
 def test_download_once_and_verified(server: Any, cache: Path) -> None:
-    which = entry(server, sha256=hashlib.sha256(CONTENT).hexdigest(), md5_start=hashlib.md5(CONTENT).hexdigest()[:6])
+    which = entry(
+        server, sha256=hashlib.sha256(CONTENT).hexdigest(), hash_start="md5:" + hashlib.md5(CONTENT).hexdigest()[:6]
+    )
     seen: list[tuple[int, int | None]] = []
     path = fetch(which, progress=lambda done, total: seen.append((done, total)))
     assert path == cached_path(which) == cache / "toy" / "encoder.pth"
@@ -125,7 +128,7 @@ def test_a_server_without_ranges(server: Any) -> None:
 
 
 def test_wrong_hash_is_refused_and_removed(server: Any) -> None:
-    for known in ({"sha256": "0" * 64}, {"md5_start": "000000"}):
+    for known in ({"sha256": "0" * 64}, {"hash_start": "md5:000000"}, {"hash_start": "sha256:00000000"}):
         which = entry(server, **known)
         assert "removed" in fails(which)
         assert {file.name for file in cached_path(which).parent.iterdir()} == {"encoder.pth.lock"}
@@ -191,7 +194,10 @@ def test_catalogue_entries_are_whole() -> None:
     families = {each.family for each in CATALOGUE.values()}
     assert families >= {
         "mae", "data2vec2", "dbot", "crossmae", "ijepa", "beit", "beit2", "simmim", "ibot", "capi", "mim_refiner",
+        "bird_mae", "cae", "dinov2", "eva01", "mae_ct", "mae_pytorch", "mmpretrain", "mmpretrain_beit", "multimae",
+        "prithvi", "scale_mae", "tinymim", "videomae", "vitpose",
     }  # fmt: skip
+    assert all(re.fullmatch(r"(md5:[0-9a-f]{6}|sha256:[0-9a-f]{8})?", each.hash_start) for each in CATALOGUE.values())
 
 
 def test_licences() -> None:

@@ -175,7 +175,8 @@ def _check_space(entry: Entry, path: Path, needed: int) -> None:
 
 def _verify(entry: Entry, part: Path, notes: Path) -> None:
     """Compare the whole file with the catalogue's hash; a wrong file is removed."""
-    for algorithm, expected in (("sha256", entry.sha256), ("md5", entry.md5_start)):
+    for told in (f"sha256:{entry.sha256}", entry.hash_start):
+        algorithm, _, expected = told.partition(":")
         if not expected:
             continue
         with part.open("rb") as file:

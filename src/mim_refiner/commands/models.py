@@ -26,7 +26,7 @@ def models(*, name: str | None = None) -> dict[str, Any]:
 
 def _listed(name: str) -> dict[str, Any]:
     facts = record(CATALOGUE[name])
-    md5 = f"md5 {CATALOGUE[name].md5_start}..." if CATALOGUE[name].md5_start else "unknown"
-    facts["hash"] = f"sha256 {facts['sha256'][:8]}..." if CATALOGUE[name].sha256 else md5
+    told = f"sha256:{CATALOGUE[name].sha256[:8]}" if CATALOGUE[name].sha256 else CATALOGUE[name].hash_start
+    facts["hash"] = f"{told.replace(':', ' ')}..." if told else "unknown"
     keys = ("name", "family", "architecture", "image_size", "data", "licence", "size", "hash", "sha256", "address")
     return {key: facts[key] for key in keys}
