@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,57 @@ def test_a_size_that_cannot_be_built_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="image size 40x64 is not a multiple of the patch size 32x32"):
         load_backbone(folder, image_size=(40, 64))
     assert json.loads((folder / "config.json").read_text())["architecture"] == "hiera_tiny_224"
+
+
+def _swin() -> Any:
+    arguments = {"embed_dim": 16, "depths": (2, 2, 1), "num_heads": (2, 4, 8), "window_size": 6, "img_size": 96}
+    model = timm.create_model("swin_base_patch4_window7_224", num_classes=0, **arguments).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def _original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def name(key: str) -> str:
+        return re.sub(r"layers\.(\d+)\.downsample", lambda match: f"layers.{int(match[1]) - 1}.downsample", key)
+
+    return {name(key): tensor for key, tensor in state.items()}
+
+
+def _mmpretrain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of mmpretrain; the neighbours of a patch as [channel, row, column] instead of [column, row, channel]."""
+    rules = [
+        ("layers.", "stages."), ("patch_embed.proj", "patch_embed.projection"), (".attn.", ".attn.w_msa."),
+        (".mlp.fc1.", ".ffn.layers.0.0."), (".mlp.fc2.", ".ffn.layers.1."),
+    ]  # fmt: skip
+    renamed = {}
+    for key, tensor in _original(state).items():
+        if ".downsample." in key:
+            tensor = tensor.unflatten(-1, (2, 2, -1)).movedim((-3, -2, -1), (-1, -2, -3)).flatten(-3)
+        for old, new in rules:
+            key = key.replace(old, new)
+        renamed["norm2." + key.removeprefix("norm.") if key.startswith("norm.") else key] = tensor
+    return {f"backbone.{key}": tensor for key, tensor in renamed.items()} | {
+        "backbone.mask_token": torch.zeros(1, 1, 16)
+    }
+
+
+@pytest.mark.parametrize(
+    ("layout", "family"),
+    [
+        (lambda state: {"model": {f"encoder.{k}": t for k, t in _original(state).items()}}, "swin"),
+        (lambda state: {"model": _original(state) | {"head.weight": torch.zeros(3, 64)}}, "swin"),
+        (lambda state: state, "swin"),
+        (lambda state: {"state_dict": _mmpretrain(state)}, "mmpretrain_swin"),
+    ],
+    ids=["simmim", "swin", "timm", "mmpretrain"],
+)
+def test_files_of_swin_without_config(tmp_path: Path, layout: Any, family: str) -> None:
+    model = _swin()
+    torch.save(layout(model.state_dict()), tmp_path / "swin.pth")
+    backbone = load_backbone(tmp_path / "swin.pth", image_size=96)
+    assert (backbone.info.family, backbone.info.coverage, backbone.info.pooling) == (family, 1.0, "mean")
+    images = torch.randn(1, 3, 96, 96)
+    with torch.inference_mode():
+        assert_stages(backbone, images, model.forward_intermediates(images, intermediates_only=True, output_fmt="NCHW"))
+    assert inspect_checkpoint(tmp_path / "swin.pth").family == family

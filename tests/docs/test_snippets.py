@@ -64,7 +64,8 @@ def quick_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = np.random.default_rng(number).integers(0, 60_000, (32, 32, 4), dtype=np.uint16)
         np.save(folder / "bands" / f"{number}.npy", pixels)
     torch.manual_seed(0)
-    torch.save({"model": create_vit(CHECKPOINT, image_size=32).state_dict()}, folder / "mae.pth")
+    state = create_vit(CHECKPOINT, image_size=32).state_dict()
+    torch.save({"model": state, "args": {"num_heads": 3}}, folder / "mae.pth")
     with contextlib.chdir(folder):
         run(["pretrain", "--data", "photos/", "--arch", ARCHITECTURE, "--out", PREPARED[0]])
         run(["refine", "--data", "photos/", "--model", PREPARED[0], "--out", PREPARED[1]])
