@@ -27,9 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.cli.progress import make_reporter
+from mim_refiner.commands.inputs import open_images
 from mim_refiner.commands.pretrain import make_autoencoder, pretrain
 from mim_refiner.commands.refine import refine
-from mim_refiner.commands.runs import open_images
 from mim_refiner.core.metrics import accuracy_interval, crossed_interval
 from mim_refiner.core.run import Run
 from mim_refiner.data.views import ViewSpec

@@ -171,7 +171,7 @@ def test_five_hundred_planted_faults_in_the_cifar10_test_set(shared_dir, tmp_pat
 
 
 def test_through_the_command_line_to_a_list_that_refine_takes(embedded, tmp_path, capsys):
-    from mim_refiner.commands.runs import open_images
+    from mim_refiner.commands.inputs import open_images
     from mim_refiner.reporting import NullReporter
 
     images, labels, test, _ = embedded

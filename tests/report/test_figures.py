@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mim_refiner.errors import InputError, RunFolderError
-from mim_refiner.report.figures import DPI, block_curves, learning_curves, read_metrics
+from mim_refiner.report.figures import DPI, block_curves, read_metrics
 
 
 def curve(values):
@@ -102,28 +102,11 @@ def step(number, phase="refine", start=0, **extra):
     return {"phase": phase, "step": number, "total_step": start + number, "loss": 5 / number, "lr": 1e-3, **extra}
 
 
-def test_learning_curves(tmp_path):
-    lines = [step(n, "warmup", **{"loss/1": 2.0, "loss/2": 3.0, "alignment/1": 0.5}) for n in (10, 20)]
-    lines += [step(n, start=20, **{"loss/1": 1.0, "knn_top1": 0.4, "knn_top1/2": 0.4}) for n in (10, 20)]
-    shown = pixels(learning_curves(log(tmp_path, lines), tmp_path / "curves.png"))
-    # loss, loss of each head, alignment, k-NN, learning rate: two rows of three
-    assert shown.shape == (round(7.3 * DPI), round(14.2 * DPI), 3)
-    assert shown.std() > 5
-
-
 def test_resumed_and_cut_logs_are_read_well(tmp_path):
     lines = [step(10), step(20, loss=9.0), step(30), {**step(20), "loss": 1.0}, {"note": "no step"}, '{"step": 40, "lo']
     records = read_metrics(log(tmp_path, lines))
     assert [record["step"] for record in records] == [10, 20, 30]
     assert records[1]["loss"] == 1.0  # the repetition after the resume counts
-
-
-def test_log_without_numbers_is_refused(tmp_path):
-    for lines in ([], [{"step": 1, "images_per_s": 3}]):
-        with pytest.raises(InputError, match=r"metrics\.jsonl of a run"):
-            learning_curves(log(tmp_path, lines), tmp_path / "x.png")
-    with pytest.raises(InputError, match="cannot read"):
-        learning_curves(tmp_path / "absent", tmp_path / "x.png")
 
 
 def test_drawing_loads_no_pyplot_and_no_torch():

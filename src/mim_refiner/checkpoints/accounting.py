@@ -14,7 +14,7 @@ from mim_refiner.types import TensorRecord
 
 
 @dataclass(frozen=True)
-class Plan:
+class Diagnosis:
     """What loading a source means, tensor by tensor."""
 
     contents: Contents
@@ -25,12 +25,12 @@ class Plan:
     encoders: tuple[str, ...]
 
 
-def account(plan: Plan, model: nn.Module) -> tuple[list[TensorRecord], list[str], list[str]]:
+def fates(diagnosis: Diagnosis, model: nn.Module) -> tuple[list[TensorRecord], list[str], list[str]]:
     """Return (fate of every tensor, encoder tensors not provided, file tensors without a place).
 
     Raises CheckpointError for a tensor of the wrong shape.
     """
-    converted, section = plan.converted, plan.contents.section(plan.view.section)
+    converted, section = diagnosis.converted, diagnosis.contents.section(diagnosis.view.section)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     sources: dict[str, list[str]] = {}
     for name, target in converted.origin.items():
@@ -43,7 +43,7 @@ def account(plan: Plan, model: nn.Module) -> tuple[list[TensorRecord], list[str]
         shape = tuple(converted.tensors[target].shape)
         if shape != expected[target]:
             raise CheckpointError(
-                f"{plan.contents.source}: {names[0]} has shape {list(shape)}, the encoder needs "
+                f"{diagnosis.contents.source}: {names[0]} has shape {list(shape)}, the encoder needs "
                 f"{list(expected[target])}; "
                 "the file does not fit its config or arguments (patch size, image size, channels)"
             )
@@ -52,7 +52,7 @@ def account(plan: Plan, model: nn.Module) -> tuple[list[TensorRecord], list[str]
         records.append(TensorRecord(name, tuple(section[name].shape), "dropped", reason=reason))
     for name in unplaced:
         records.append(TensorRecord(name, tuple(section[name].shape), "dropped", reason="no place in the encoder"))
-    records.extend(_other_sections(plan))
+    records.extend(_other_sections(diagnosis))
     missing = [name for name in expected if name not in converted.tensors]
     return records, missing, unplaced
 
@@ -78,20 +78,20 @@ def _placed(name: str, target: str, in_file: tuple[int, ...], shape: tuple[int, 
     return TensorRecord(name, in_file, "loaded" if name == target else "renamed", target)
 
 
-def _other_sections(plan: Plan) -> Iterator[TensorRecord]:
-    for path, tensors in plan.contents.sections.items():
-        if path == plan.view.section:
+def _other_sections(diagnosis: Diagnosis) -> Iterator[TensorRecord]:
+    for path, tensors in diagnosis.contents.sections.items():
+        if path == diagnosis.view.section:
             continue
-        reason = _why_not(path, plan)
+        reason = _why_not(path, diagnosis)
         for name, tensor in tensors.items():
             yield TensorRecord(f"{path}.{name}".lstrip("."), tuple(tensor.shape), "dropped", reason=reason)
 
 
-def _why_not(path: str, plan: Plan) -> str:
+def _why_not(path: str, diagnosis: Diagnosis) -> str:
     first, last = path.split(".")[0], path.split(".")[-1].lstrip("_")
     if first.startswith("opt"):
         return "optimiser state"
-    if last in plan.encoders:
+    if last in diagnosis.encoders:
         return f"another encoder of the file, choose it by --encoder {last}"
     if "loss" in first or first in ("scaler", "amp_scaler", "lr_scheduler", "criterion"):
         return "state of the training"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim_refiner.checkpoints.accounting import Plan, account, coverage, some
+from mim_refiner.checkpoints.accounting import Diagnosis, coverage, fates, some
 from mim_refiner.checkpoints.build import adapt_channels, build, untouched_random_state
 from mim_refiner.checkpoints.catalog import UNKNOWN_LICENCE, family_licence
 from mim_refiner.checkpoints.detect import detect
@@ -73,16 +73,16 @@ def load_backbone(
         consequence = "the missing ones stay RANDOM" if found.missing else "they are ignored"
         gap = str(found.problem).partition(";")[0]
         warnings.warn(f"{gap}; {consequence}", PartialCheckpointWarning, stacklevel=2)
-        if (wrong := _wrong_numbers(found.plan.converted.tensors, found.sketch, bare)) is not None:
+        if (wrong := _wrong_numbers(found.diagnosis.converted.tensors, found.sketch, bare)) is not None:
             raise wrong
-    plan = found.plan
-    _check_size(found.sketch, plan, bare)
+    diagnosis = found.diagnosis
+    _check_size(found.sketch, diagnosis, bare)
     with untouched_random_state():
-        model = build(plan.converted, plan.contents.source)
+        model = build(diagnosis.converted, diagnosis.contents.source)
     expected = found.sketch.state_dict()
-    tensors = {name: tensor for name, tensor in plan.converted.tensors.items() if name in expected}
+    tensors = {name: tensor for name, tensor in diagnosis.converted.tensors.items() if name in expected}
     model.load_state_dict(tensors, strict=False)
-    backbone = _wrap(plan, model, source=bare, coverage=coverage(model, found.missing))
+    backbone = _wrap(diagnosis, model, source=bare, coverage=coverage(model, found.missing))
     if wishes.image_size is not None:
         backbone.set_image_size(wishes.image_size)
     for note in found.notes:
@@ -108,11 +108,11 @@ def inspect_checkpoint(
     """
     bare, wishes, key_map = _merge(source, Wishes(_pair(image_size), num_heads, in_chans, encoder), key_map)
     found = _examine(bare, wishes, key_map)
-    plan, info = found.plan, found.backbone.info
-    known_heads = plan.converted.num_heads != 0
+    diagnosis, info = found.diagnosis, found.backbone.info
+    known_heads = diagnosis.converted.num_heads != 0
     return CheckpointReport(
         source=bare,
-        family=plan.family,
+        family=diagnosis.family,
         architecture=info.architecture if known_heads else info.architecture.replace("heads=1,", "heads=?,"),
         embed_dim=info.embed_dim,
         depth=info.depth,
@@ -120,14 +120,14 @@ def inspect_checkpoint(
         patch_size=info.patch_size,
         image_size=wishes.image_size or info.image_size,
         num_prefix_tokens=info.num_prefix_tokens,
-        licence=plan.licence,
+        licence=diagnosis.licence,
         coverage=info.coverage,
         tensors=tuple(found.records),
         missing=tuple(found.missing),
         notes=found.notes,
         problem="" if found.problem is None else str(found.problem),
-        encoder=plan.view.label,
-        encoders=plan.encoders,
+        encoder=diagnosis.view.label,
+        encoders=diagnosis.encoders,
         in_chans=info.in_chans,
         has_cls=info.has_cls,
         mean=info.mean,
@@ -142,7 +142,7 @@ def inspect_checkpoint(
 class _Examined:
     """A source as far as it can be judged without building weights; ``problem``: the error that loading ends with."""
 
-    plan: Plan
+    diagnosis: Diagnosis
     backbone: Backbone  # without memory for its weights
     records: list[TensorRecord]
     missing: list[str]
@@ -156,13 +156,13 @@ class _Examined:
 
 
 def _examine(source: str, wishes: Wishes, key_map: KeyMapLike) -> _Examined:
-    plan = _plan(source, wishes, key_map)
-    converted = plan.converted
+    diagnosis = _diagnose(source, wishes, key_map)
+    converted = diagnosis.converted
     known_heads = converted.num_heads != 0
     with torch.device("meta"):  # shapes are compared before any memory is taken
-        sketch = build(converted if known_heads else replace(converted, num_heads=1), plan.contents.source)
-    records, missing, unplaced = account(plan, sketch)
-    backbone = _wrap(plan, sketch, source=source, coverage=coverage(sketch, missing))
+        sketch = build(converted if known_heads else replace(converted, num_heads=1), diagnosis.contents.source)
+    records, missing, unplaced = fates(diagnosis, sketch)
+    backbone = _wrap(diagnosis, sketch, source=source, coverage=coverage(sketch, missing))
     problem: MimRefinerError | None = None
     gap = _gap(source, len(sketch.state_dict()), missing, unplaced)
     if not known_heads:
@@ -171,8 +171,8 @@ def _examine(source: str, wishes: Wishes, key_map: KeyMapLike) -> _Examined:
         problem = CheckpointError(gap)
     else:
         problem = _wrong_numbers(converted.tensors, sketch, source) or _wrong_size(backbone, wishes)
-    notes = _notes(plan, backbone.info, unplaced)
-    return _Examined(plan, backbone, records, missing, notes, problem, is_gap=known_heads and bool(gap))
+    notes = _notes(diagnosis, backbone.info, unplaced)
+    return _Examined(diagnosis, backbone, records, missing, notes, problem, is_gap=known_heads and bool(gap))
 
 
 def _wrong_size(backbone: Backbone, wishes: Wishes) -> MimRefinerError | None:
@@ -184,10 +184,10 @@ def _wrong_size(backbone: Backbone, wishes: Wishes) -> MimRefinerError | None:
     return None
 
 
-def _check_size(sketch: Any, plan: Plan, source: str) -> None:
+def _check_size(sketch: Any, diagnosis: Diagnosis, source: str) -> None:
     """CheckpointError for an encoder far larger than its file: config and options take no memory that nothing fills."""
     wanted = sum(tensor.numel() for tensor in sketch.state_dict().values())
-    held = sum(tensor.numel() for tensor in plan.converted.tensors.values())
+    held = sum(tensor.numel() for tensor in diagnosis.converted.tensors.values())
     if wanted > 8 * held + 2**27:
         raise CheckpointError(
             f"{source}: its config describes an encoder of {wanted:.1e} numbers, the file holds {held:.1e}; take "
@@ -210,7 +210,7 @@ def _merge(source: str | Path, wishes: Wishes, key_map: KeyMapLike) -> tuple[str
     return bare, merged, options.key_map if key_map is None else key_map
 
 
-def _plan(source: str, wishes: Wishes, key_map: KeyMapLike) -> Plan:
+def _diagnose(source: str, wishes: Wishes, key_map: KeyMapLike) -> Diagnosis:
     with reading(one_line(source, 300), "check it, or take the file from its source again", CheckpointError):
         contents = read_source(source)
     families = ASKED if key_map is None else (own_family(key_map),)
@@ -232,17 +232,17 @@ def _plan(source: str, wishes: Wishes, key_map: KeyMapLike) -> Plan:
         ) from error
     name = converted.family or detected.family.name
     licence = converted.licence or family_licence(name)
-    return Plan(contents, detected.view, name, converted, licence, detected.encoders)
+    return Diagnosis(contents, detected.view, name, converted, licence, detected.encoders)
 
 
-def _wrap(plan: Plan, model: Any, *, source: str, coverage: float) -> Backbone:
-    converted = plan.converted
+def _wrap(diagnosis: Diagnosis, model: Any, *, source: str, coverage: float) -> Backbone:
+    converted = diagnosis.converted
     return Backbone.wrap(
         model,
-        family=plan.family,
+        family=diagnosis.family,
         mean=_per_channel(converted, converted.mean),
         std=_per_channel(converted, converted.std),
-        licence=plan.licence,
+        licence=diagnosis.licence,
         coverage=coverage,
         source=source,
         position_rule=converted.position_rule,
@@ -251,18 +251,18 @@ def _wrap(plan: Plan, model: Any, *, source: str, coverage: float) -> Backbone:
     )
 
 
-def _notes(plan: Plan, info: BackboneInfo, unplaced: list[str]) -> tuple[str, ...]:
-    converted = plan.converted
+def _notes(diagnosis: Diagnosis, info: BackboneInfo, unplaced: list[str]) -> tuple[str, ...]:
+    converted = diagnosis.converted
     notes = [*converted.notes, *guesses(converted, info.in_chans)]
-    if len(plan.encoders) > 1:
-        others = ", ".join(label for label in plan.encoders if label != plan.view.label)
-        notes.append(f"this is the encoder '{plan.view.label}'; the file also holds {others}: choose by --encoder")
+    if len(diagnosis.encoders) > 1:
+        others = ", ".join(label for label in diagnosis.encoders if label != diagnosis.view.label)
+        notes.append(f"this is the encoder '{diagnosis.view.label}'; the file also holds {others}: choose by --encoder")
     if converted.num_heads == 0:
         notes.append("the file does not tell the number of attention heads; pass num_heads= (--num-heads) to load it")
     if unplaced:
         notes.append(f"{len(unplaced)} tensors have no place in the encoder: {some(unplaced)}")
     notes.append(f"positions at other image sizes: {RULES[info.position_rule]}")
-    if converted.licence is None and plan.licence != UNKNOWN_LICENCE:
+    if converted.licence is None and diagnosis.licence != UNKNOWN_LICENCE:
         notes.append("licence: that of the family's published weights; weights trained by others carry their own")
     return tuple(notes)
 

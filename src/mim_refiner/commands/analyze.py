@@ -19,7 +19,7 @@ from mim_refiner.analysis.regimes import regimes_record
 from mim_refiner.analysis.similarity import block_similarity
 from mim_refiner.analysis.verdict import verdict
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.runs import check_pair, open_images, tell_unreadable
+from mim_refiner.commands.inputs import check_pair, open_images, tell_unreadable
 from mim_refiner.commands.survey import (
     Limits,
     Samples,

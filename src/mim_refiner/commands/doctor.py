@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.estimate import check_model
-from mim_refiner.commands.runs import announce
+from mim_refiner.commands.inputs import announce
 from mim_refiner.data.doctor import KINDS, Finding, Scan, scan
 from mim_refiner.data.duplicates import exact_duplicates, exact_matches, near_duplicates, near_matches
 from mim_refiner.data.exclude import list_lines

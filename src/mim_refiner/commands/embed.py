@@ -7,7 +7,7 @@ from typing import Any
 
 from mim_refiner._version import __version__
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.runs import announce
+from mim_refiner.commands.inputs import announce
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.data.decode import ImageSet

@@ -11,7 +11,7 @@ from typing import Any
 
 from mim_refiner.analysis.verdict import BETTER, UNCLEAR, WORSE
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.runs import check_pair, open_images, tell_unreadable
+from mim_refiner.commands.inputs import check_pair, open_images, tell_unreadable
 from mim_refiner.core.collectives import rank
 from mim_refiner.core.device import pick_device
 from mim_refiner.core.identity import weights_sha256

@@ -7,7 +7,7 @@ from typing import Any
 
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.checkpoints.options import bare_source
-from mim_refiner.commands.runs import open_images
+from mim_refiner.commands.inputs import open_images
 from mim_refiner.core.device import pick_device
 from mim_refiner.errors import InputError, did_you_mean
 from mim_refiner.export.hub import check_repository

@@ -14,9 +14,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.loggers import logging_to
-from mim_refiner.commands.monitor import OnlineKnn
-from mim_refiner.commands.runs import (
+from mim_refiner.commands.inputs import (
     common_image_size,
     list_skipped,
     open_images,
@@ -24,6 +22,8 @@ from mim_refiner.commands.runs import (
     refuse_to_overwrite_inputs,
     train_loader,
 )
+from mim_refiner.commands.loggers import logging_to
+from mim_refiner.commands.monitor import OnlineKnn
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import join_processes

@@ -15,12 +15,7 @@ from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.comparison import SUMMARY_TEST_LIMIT, SUMMARY_TRAIN_LIMIT, compare, thinned
 from mim_refiner.commands.head_blocks import FILE as PLACEMENT_FILE
 from mim_refiner.commands.head_blocks import head_block_settings, place_in_recipe
-from mim_refiner.commands.loggers import logging_to
-from mim_refiner.commands.monitor import OnlineKnn
-from mim_refiner.commands.plan import fit_into
-from mim_refiner.commands.plan import plan as run_plan
-from mim_refiner.commands.report import finish_with_report, write_gallery
-from mim_refiner.commands.runs import (
+from mim_refiner.commands.inputs import (
     evaluation_sets,
     list_skipped,
     open_images,
@@ -29,6 +24,11 @@ from mim_refiner.commands.runs import (
     results_folder,
     train_loader,
 )
+from mim_refiner.commands.loggers import logging_to
+from mim_refiner.commands.monitor import OnlineKnn
+from mim_refiner.commands.plan import fit_into
+from mim_refiner.commands.plan import plan as run_plan
+from mim_refiner.commands.report import finish_with_report, write_gallery
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import join_processes

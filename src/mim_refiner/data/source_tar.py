@@ -116,12 +116,6 @@ class TarSource(ImageSource):
     def fingerprint(self) -> str:
         return short_hash(["tar", self.names.buffer, self._sizes.astype(np.uint64), *label_parts(self.classes)])
 
-    @property
-    def index_bytes(self) -> int:
-        """Memory of the index."""
-        labels = 0 if self.labels is None else self.labels.nbytes
-        return self.names.nbytes + self._offsets.nbytes + self._sizes.nbytes + labels
-
 
 def open_index(path: Path) -> ShardIndex:
     """The index of a shard: from the cache when the file is as it was, else by one pass over its headers."""

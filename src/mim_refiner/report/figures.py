@@ -52,45 +52,6 @@ def block_curves(result: Mapping[str, Any] | str | Path, path: str | Path, *, ti
     return save_figure(figure, path)
 
 
-def learning_curves(metrics: str | Path, path: str | Path) -> Path:
-    """Draw a run's ``metrics.jsonl`` over steps: loss, alignment, neighbour similarity, k-NN, learning rate.
-
-    Phases follow one another on the step axis. Raises InputError when the file has no usable line.
-    """
-    records = read_metrics(metrics)
-    groups = [
-        (series_of(records, "loss", "loss"), "loss"),
-        (series_of(records, "loss/", "block "), "loss of each head"),
-        (series_of(records, "alignment/", "block "), "alignment (cosine)"),
-        (series_of(records, "neighbor_similarity/", "block "), "neighbour similarity (cosine)"),
-        (
-            series_of(records, "knn_top1/", "block ") or series_of(records, "knn_top1", "last block"),
-            "online k-NN accuracy",
-        ),
-        (series_of(records, "lr", "peak of all groups"), "learning rate"),
-    ]
-    shown = [(lines, label) for lines, label in groups if lines]
-    if not shown:
-        raise InputError(f"{metrics}: no loss, k-NN or learning rate to draw; give the metrics.jsonl of a run")
-    figure, axes = panels(len(shown), columns=min(3, len(shown)))
-    starts = phase_starts(records)
-    for axis, (lines, label) in zip(axes, shown, strict=True):
-        for position, (name, (steps, values)) in enumerate(lines.items()):
-            shade = 0.15 + 0.7 * position / max(1, len(lines) - 1)
-            colour = STYLES["after"][0] if len(lines) == 1 else (shade, 0.35, 1 - shade)
-            axis.plot(steps, values, label=name, color=colour, linewidth=1.3, marker="." if len(steps) < 30 else "")
-        for name, start in starts.items():
-            axis.axvline(start, color="#999999", linewidth=0.8, linestyle=":")
-            axis.annotate(
-                name, (start, 1.0), xycoords=("data", "axes fraction"), fontsize=7, va="bottom", color="#666666"
-            )
-        axis.set_xlabel("step")
-        axis.set_ylabel(label)
-        if len(lines) > 1:
-            axis.legend(fontsize=7, frameon=False, ncols=2)
-    return save_figure(figure, path)
-
-
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl in step order: the last record of every step counts (a resumed run repeats some).
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 GLOBAL_VIEWS = 2
 STATE_BYTES = 4 + 4 + 8  # a trained parameter: weight, gradient, two moments of AdamW, all float32
@@ -228,18 +227,3 @@ class Job:
             "predictions": predictions * others + 2 * ring * predictions * self.processes,
             "queue": len(self.head_blocks) * self.local_batch * (self.out_dim * 4 + 8) * others,
         }
-
-
-def totals(job: Job, *, images: int, epochs: float, bytes_an_image: float, rate: float) -> dict[str, Any]:
-    """Of a whole run: steps, operations, hours at ``rate`` operations a second and process, bytes read a second."""
-    steps = int(epochs * (images // job.batch))
-    operations = sum(job.operations().values())
-    seconds = operations / (rate * job.processes)
-    return {
-        "steps": steps,
-        "operations_a_step": operations,
-        "seconds_a_step": seconds,
-        "hours": steps * seconds / 3600,
-        "images_a_second": job.batch / seconds,
-        "bytes_read_a_second": job.batch * bytes_an_image / seconds,
-    }
