@@ -136,6 +136,22 @@ def test_a_pickle_of_arrays_is_read(tmp_path: Path, vit_state: State) -> None:
     assert torch.equal(backbone.model.norm.weight, vit_state["norm.weight"])
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_state_dict_written_by_pickle_is_read(tmp_path: Path, vit_state: State, protocol: int) -> None:
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps({"model": vit_state}, protocol=protocol))
+    held = load_backbone(path, num_heads=4).model.state_dict()
+    assert all(torch.equal(held[name], vit_state[name]) for name in held)
+    path.write_bytes(pickle.dumps({"model": vit_state, "own": collections.namedtuple}, protocol=protocol))
+    with pytest.raises(CheckpointError, match=r"could run code.*__import__\('pickle'\)\.load"):
+        load_backbone(path, num_heads=4)
+    inner = pickle.dumps(Runs(torch.storage._load_from_bytes, b"x"), protocol=protocol)
+    for item in (Runs(torch.storage._load_from_bytes, inner), Runs(torch.storage._load_from_bytes, b"\x80\x02K\x01.")):
+        path.write_bytes(pickle.dumps({"model": item}, protocol=protocol))
+        with pytest.raises(CheckpointError, match=r"could run code|damaged"):
+            read_checkpoint(path)
+
+
 class Runs:
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)

@@ -27,16 +27,21 @@ from mim_refiner.checkpoints.held import (
 )
 
 MAX_PICKLE_BYTES = 64 * 2**20  # a ViT-H training state needs about 1 MB
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a legacy file
+_LEGACY_PROTOCOL = 1001
+_NESTED = "torch.storage._load_from_bytes"  # how pickle itself writes a storage: as bytes of a legacy file
 _MAX_READS = 4_000_000  # each costs up to 70 bytes of memory; a training state of 1000 tensors needs about 400,000
 
 
 class UnsafePickleError(Exception):
-    """The pickle names classes or functions (``names``) that are not on the list; ``value``: what it holds, inert."""
+    """The pickle names classes or functions (``names``) that are not on the list.
 
-    def __init__(self, names: list[str], value: Any = None) -> None:
+    ``value``: what it holds, inert. ``plain``: torch did not write the file.
+    """
+
+    def __init__(self, names: list[str], value: Any = None, *, plain: bool = False) -> None:
         super().__init__(", ".join(name[:80] for name in names[:3]))
-        self.names = names
-        self.value = value
+        self.names, self.value, self.plain = names, value, plain
 
 
 class _Counted(io.BytesIO):
@@ -64,8 +69,9 @@ class _Reader(pickle._Unpickler):
     readline: Callable[[], bytes]
     pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, file: _Counted) -> None:
+    def __init__(self, file: _Counted, *, nested: bool = False) -> None:
         super().__init__(file, encoding="latin1")
+        self.nested = nested
         self.storages: dict[str, Storage] = {}
         self.forbidden: dict[str, None] = {}
 
@@ -73,7 +79,7 @@ class _Reader(pickle._Unpickler):
         if (module, name) in _compat_pickle.NAME_MAPPING:  # of Python 2, which protocol 2 keeps
             module, name = _compat_pickle.NAME_MAPPING[module, name]
         full = f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
-        if not is_harmless(full):
+        if not is_harmless(full) and (full != _NESTED or self.nested):
             self.forbidden[full] = None
         return Named(full)
 
@@ -99,6 +105,8 @@ class _Reader(pickle._Unpickler):
         """What stands for ``function(*arguments)``."""
         if not isinstance(function, Named) or not isinstance(arguments, tuple):
             raise BrokenPickleError("it calls something that is no named class")
+        if function.name == _NESTED and len(arguments) == 1 and isinstance(arguments[0], bytes):
+            return read_legacy(memoryview(bytearray(arguments[0])), nested=True)
         known = CALLS.get(function.name)
         return Stub(function.name, arguments) if known is None else known(*arguments)
 
@@ -187,7 +195,7 @@ class _Reader(pickle._Unpickler):
         del dispatch[_code[0]]  # no checkpoint needs them
 
 
-def read_pickle(data: bytes) -> tuple[Any, dict[str, Storage], int]:
+def read_pickle(data: bytes, *, nested: bool = False) -> tuple[Any, dict[str, Storage], int]:
     """(value, storages by key, length) of the pickle at the start of ``data``.
 
     The value is made of plain containers, text, numbers, and :class:`HeldTensor`, :class:`Stub`, :class:`Named`.
@@ -195,7 +203,7 @@ def read_pickle(data: bytes) -> tuple[Any, dict[str, Storage], int]:
     is no pickle. Nothing is imported or called, and no more memory is taken than the pickle's length allows.
     """
     file = _Counted(data[:MAX_PICKLE_BYTES])
-    reader = _Reader(file)
+    reader = _Reader(file, nested=nested)
     try:
         value = reader.load()
         if reader.stack or reader.metastack:
@@ -203,9 +211,50 @@ def read_pickle(data: bytes) -> tuple[Any, dict[str, Storage], int]:
     except Exception as error:  # every kind of damage raises its own; all mean: no whole pickle
         if reader.forbidden:
             raise UnsafePickleError(list(reader.forbidden)) from error
-        if isinstance(error, BrokenPickleError):
+        if isinstance(error, BrokenPickleError | UnsafePickleError):
             raise
         raise BrokenPickleError("its pickle is cut off or damaged") from error
     if reader.forbidden:
         raise UnsafePickleError(list(reader.forbidden), value)
     return value, reader.storages, file.tell()
+
+
+def read_legacy(data: memoryview, *, nested: bool = False) -> Any:
+    """The value of a legacy torch file, or of one pickle alone (arrays, state dicts written by pickle itself).
+
+    A legacy file: five pickles, then the storages, each after its length, to the end of the file. Raises as
+    :func:`read_pickle`. ``nested``: it lies in a pickle, and may hold no further one.
+    """
+    head = bytes(data[:MAX_PICKLE_BYTES])
+    try:
+        value, _, at = read_pickle(head, nested=nested)
+    except UnsafePickleError as error:
+        raise UnsafePickleError(error.names, error.value, plain=True) from error
+    if value != _MAGIC:
+        if at != len(data) or nested:
+            raise BrokenPickleError("it is a pickle that torch did not write")
+        return value
+    values: list[Any] = []
+    storages: dict[str, Storage] = {}
+    for _ in range(4):  # protocol, the writer's byte order, the object, the order of the storages
+        value, found, length = read_pickle(head[at:], nested=nested)
+        values.append(value)
+        storages |= found
+        at += length
+    protocol, _, payload, order = values
+    if protocol != _LEGACY_PROTOCOL or not isinstance(order, list) or sorted(map(str, order)) != sorted(storages):
+        raise BrokenPickleError("its storages are not those that its pickle names")
+    for key in order:
+        at = _place(storages[str(key)], data, at)
+    if at != len(data):
+        raise BrokenPickleError(f"its tensors need {at} bytes and {len(data)} are there")
+    return payload
+
+
+def _place(storage: Storage, data: memoryview, at: int) -> int:
+    """Give ``storage`` its bytes, which begin with their number of items; returns where they end."""
+    end = at + 8 + storage.nbytes
+    if end > len(data) or int.from_bytes(data[at : at + 8], "little") != storage.count:
+        raise BrokenPickleError(f"storage {storage.key[:20]} is cut off or has another length than its pickle says")
+    storage.data = data[at + 8 : end]
+    return end

@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from mim_refiner.checkpoints.held import BrokenPickleError, HeldTensor, Storage, Stub
-from mim_refiner.checkpoints.pickles import MAX_PICKLE_BYTES, UnsafePickleError, read_pickle
+from mim_refiner.checkpoints.held import BrokenPickleError, HeldTensor, Stub
+from mim_refiner.checkpoints.pickles import MAX_PICKLE_BYTES, UnsafePickleError, read_legacy, read_pickle
 from mim_refiner.errors import CheckpointError
 
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"  # first byte of pickle protocol 2 and later
-_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a legacy file
-_LEGACY_PROTOCOL = 1001
 _MAX_MEMBERS = 200_000
 _SAVE_AGAIN = "save its tensors alone (a state dict, or safetensors)"
 _DOWNLOAD = "copy or download it again"
@@ -36,11 +34,11 @@ def read_torch_file(path: Path, start: bytes) -> Any:
 def read_torch(file: IO[bytes], data: memoryview, where: str, start: bytes) -> Any:
     """The same of an open ``file`` whose bytes are ``data``; ``where`` names it in messages."""
     try:
-        return _read_zip(file, data, where) if start.startswith(ZIP) else _read_legacy(data, where)
+        return _read_zip(file, data, where) if start.startswith(ZIP) else read_legacy(data)
     except UnsafePickleError as error:
         raise CheckpointError(
             f"{where}: holds pickled objects ({error}) that could run code, so it was not loaded; where you trust its "
-            f"source, save its tensors alone: {_command(where, error.value)}"
+            f"source, save its tensors alone: {_command(where, error)}"
         ) from error
     except BrokenPickleError as error:
         raise CheckpointError(f"{where}: is damaged or no torch checkpoint ({error}); {_DOWNLOAD}") from error
@@ -51,8 +49,9 @@ def read_torch(file: IO[bytes], data: memoryview, where: str, start: bytes) -> A
         ) from error
 
 
-def _command(where: str, value: Any) -> str:
+def _command(where: str, error: UnsafePickleError) -> str:
     """The command that saves the tensors of a file with code in it as a state dict."""
+    value = error.value
     parts = value if isinstance(value, Mapping) else {}
     whole = [key for key, held in parts.items() if isinstance(held, Stub) and "_modules" in held.fields()]
     inner = max(parts, key=lambda key: _tensors(parts[key]), default=None)
@@ -63,10 +62,10 @@ def _command(where: str, value: Any) -> str:
     else:
         taken = "x.state_dict()" if isinstance(value, Stub) else "x"
     file = where if re.fullmatch(r"[\w./ +=,:@-]+", where) else "FILE"  # nothing that a shell would read
-    return (
-        f"python -c \"import torch; x = torch.load({file!r}, 'cpu', weights_only=False); "
-        f"torch.save({taken}, 'weights.pth')\""
-    )
+    load = f"torch.load({file!r}, 'cpu', weights_only=False)"
+    if error.plain:
+        load = f"__import__('pickle').load(open({file!r}, 'rb'))"
+    return f"python -c \"import torch; x = {load}; torch.save({taken}, 'weights.pth')\""
 
 
 def _tensors(held: Any) -> int:
@@ -140,39 +139,3 @@ def _check_member(where: str, member: zipfile.ZipInfo, seen: Mapping[str, object
         )
     if member.flag_bits & 0x1:
         raise CheckpointError(f"{where}: member {shown} is encrypted; {_SAVE_AGAIN}")
-
-
-def _read_legacy(data: memoryview, where: str) -> Any:
-    """Five pickles, then the storages, each after its length; or one pickle alone, as other tools save arrays."""
-    head = bytes(data[:MAX_PICKLE_BYTES])
-    value, _, at = read_pickle(head)
-    if value != _MAGIC:
-        if at != len(data):
-            raise CheckpointError(f"{where}: is a pickle but no torch checkpoint, so it was not loaded; {_SAVE_AGAIN}")
-        return value
-    values: list[Any] = []
-    storages: dict[str, Storage] = {}
-    for _ in range(4):  # protocol, the writer's byte order, the object, the order of the storages
-        value, found, length = read_pickle(head[at:])
-        values.append(value)
-        storages |= found
-        at += length
-    protocol, _, payload, order = values
-    if protocol != _LEGACY_PROTOCOL or not isinstance(order, list) or sorted(map(str, order)) != sorted(storages):
-        raise BrokenPickleError("its storages are not those that its pickle names")
-    for key in order:
-        at = _place(storages[str(key)], data, at)
-    if at != len(data):
-        raise CheckpointError(
-            f"{where}: its tensors need {at} bytes and {len(data)} are there, it is truncated or damaged; {_DOWNLOAD}"
-        )
-    return payload
-
-
-def _place(storage: Storage, data: memoryview, at: int) -> int:
-    """Give ``storage`` its bytes, which begin with their number of items; returns where they end."""
-    end = at + 8 + storage.nbytes
-    if end > len(data) or int.from_bytes(data[at : at + 8], "little") != storage.count:
-        raise BrokenPickleError(f"storage {storage.key[:20]} is cut off or has another length than its pickle says")
-    storage.data = data[at + 8 : end]
-    return end
