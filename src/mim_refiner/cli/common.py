@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
@@ -107,6 +108,7 @@ def execute(
     With ``as_json`` stdout carries the JSON object alone: whatever else prints during the run goes to stderr.
     """
     speaks = os.environ.get("RANK", "0") == "0"  # of torchrun's processes only the first one
+    logging.getLogger("mim_refiner").disabled = quiet  # says on stderr what had to be guessed about a model
     reporter = make_reporter(sys.stderr, quiet=quiet or not speaks, live=not as_json)
     with stdout_for_result(as_json) as stdout:
         try:
