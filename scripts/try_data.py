@@ -27,6 +27,10 @@ from mim_refiner.data.exclude import without_listed
 from mim_refiner.data.sources import open_source
 
 EVALUATE = "evaluate --model {encoder} --protocols knn --pooling cls --cache off --device cpu"
+DENSE = (
+    "evaluate --model {encoder} --suite dense --cache off --device cpu --set segmentation.epochs=2 "
+    "--set segmentation.stride=1 --set segmentation.short_side=32"
+)
 SMALL = "--set decoder_dim=16 --set decoder_depth=1 --set knn_every=0"
 PRETRAIN = f"pretrain --arch vit_w32_d2_h2_p8 --set image_size=32 --set training.epochs=1 --set batch_size=16 {SMALL}"
 
@@ -56,6 +60,17 @@ def measured(data: str, *says: str, like: str = "", **holds: Any) -> Trial:
 def refused(data: str, *says: str, verb: str = EVALUATE) -> Trial:
     """A command on ``data`` ends in one line that holds all of ``says``."""
     return Trial(f"{verb} --data {data}", 2, says)
+
+
+def masked(kind: str, *says: str, like: str = "") -> Trial:
+    """Segmentation on images of ``kind`` gives what that on ``like`` gives, or ends in a line that holds ``says``."""
+
+    def command(kind: str) -> str:
+        images = "image" if kind == "same-names" else "images"
+        folder = "same" if kind == "same-names" else kind
+        return f"{DENSE} --data {folder}/train/{images}[:8] --test {folder}/test/{images}[:6]"
+
+    return Trial(command(kind), 2 if says else 0, says, command(like) if like else "")
 
 
 def looked(data: str, *says: str, **holds: Any) -> Trial:
@@ -117,9 +132,20 @@ CASES: dict[str, list[Trial]] = {
            refused("half.npz", "row 0 has the label 0.5", "fraction"), refused("onehot.npz", r"\(120, 10\)"),
            refused("nolabels.npz", "no array 'labels' or 'y'"), refused("target.npz", "'targets' is not read"),
            *(refused(f"{name}.npz", name) for name in ("object", "keras", "positional", "broken", "cut", "medmnist"))],
+    "17": [*(refused(kind, "float values; save it as uint8 or uint16") for kind in ("f01", "f255")),
+           refused("i32", "32-bit signed values"), measured("u8", data__train__unreadable__count=0)],
     "19": [measured("phone", r"left out of folder .*40 \.heic", data__train__images=160),
            refused("noext", "none of its files is an image", "200 without"),
            looked("phone", r"40 \.heic", classes__classes=10)],
+    "20": [measured(kind, data__train__unreadable__count=0) for kind in ("strip", "line")],
+    "21": [looked("one")],
+    "22": [Trial(f"{DENSE} --data train/images --test test/images", 2, ("masks hold only 0 and 255; 255 is ignored",)),
+           Trial(f"{DENSE} --data train01/images --test test01/images")],
+    "23": [*(masked(kind, like="plain") for kind in ("palette", "b16", "rgbgrey", "suffix", "same-names")),
+           *(masked(kind) for kind in ("halfsize", "onebit", "newclass")),
+           masked("rgb", "0000.png", "colours"), masked("jpeg", "0000.png", "JPEG"), masked("missing", "0006.png"),
+           masked("allignored", "masks hold only 255"), masked("rotated", "180x240", "240x180")],
+    "27": [masked("maskdouble", like="same"), masked("maskhalf")],
     "28": [*(measured(f"train{ten}.parquet --test test{ten}.parquet", data__train__classes=5) for ten in ("", "10")),
            Trial(f"{EVALUATE} --data train10.parquet --test test10.parquet --protocols linear --set linear.epochs=2 "
                  "--set linear.last=1", same_as=f"{EVALUATE} --data train.parquet --test test.parquet "
@@ -196,6 +222,8 @@ def _fault(trial: Trial, scratch: Path, number: int, results: dict[str, Any], en
     code, result, err = _run(trial.command, scratch, number, encoder)
     if code != trial.code:
         return f"exit code {code}: {err[-300:]}"
+    if "site-packages" in err:
+        return f"a library's warning reaches the user: {err[-300:]}"
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     if code == 2 and (len(lines) != 1 or err.splitlines()[-1] != lines[0]):
         return f"no single error line at the end: {err[-300:]}"

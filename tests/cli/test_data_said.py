@@ -169,6 +169,17 @@ def test_embedded_labels_are_the_numbers_of_the_data(cli, mae, shapes, tmp_path)
     assert named == [{"label": number, "name": name} for number, name in enumerate(("circle", "square", "triangle"))]
 
 
+def test_a_list_of_data_sets_is_looked_at_before_any_feature(cli, mae, shapes, tmp_path):
+    test = shutil.copytree(shapes, tmp_path / "test")
+    (test / "circle").rename(test / "ring")
+    for line, reason in ((f"a,{shapes},{test}", "class 'ring' does not occur"), ("a,nowhere", "no such file")):
+        (tmp_path / "sets.csv").write_text(f"{line}\n")
+        outcome = cli.call("evaluate", "--model", mae.export, "--data", shapes, "--protocols", "knn", "--transfer",
+                           tmp_path / "sets.csv", "--cache", "off")  # fmt: skip
+        assert (outcome.code, "features of" in outcome.err) == (2, False)
+        assert reason in outcome.err
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\0\0", b'a,"' + b"x" * 200_000, b"", b"only\n"])
 def test_damaged_lists_of_data_sets(cli, mae, shapes, tmp_path, content):
     (tmp_path / "sets.csv").write_bytes(content)

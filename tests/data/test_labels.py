@@ -110,7 +110,9 @@ def test_columns_of_a_table(kind):
 
 
 def test_booleans_and_big_unsigned_numbers():
-    assert labels_of_column(pa.chunked_array([pa.array([True, False])])).names == ("0", "1")
+    flags = labels_of_column(pa.chunked_array([pa.array([True, False])]))
+    assert (flags.names, flags.ids) == (("False", "True"), (0, 1))
+    assert matched(Labels.of_texts(["True"]), flags) == matched(Labels.of_texts(["1"]), flags) == ([1], [])
     assert labels_of_column(pa.chunked_array([pa.array([2**64 - 1, 0], pa.uint64())])).ids == (0, 2**64 - 1)
     assert labels_of_column(pa.chunked_array([pa.array([1e300, 0.0])])).numbers.tolist() == [1, 0]
 
@@ -260,7 +262,7 @@ def test_array_labels(tmp_path):
     assert reason(np.array(["b", "a", "b"])) == "a,b"
     assert reason(np.array([b"2", b"1", b"10"])) == "1,2,10"
     assert reason(np.array([[4], [2], [4]], np.uint8)) == "2,4"
-    assert reason(np.array([True, False, True])) == "0,1"
+    assert reason(np.array([True, False, True])) == "False,True"
     assert reason(np.array([1.0, 2.0, 1.0], np.float32)) == "1,2"
     assert "row 1 has no label" in reason(np.array([0, np.nan, 1]))
     assert "0.5, which is a fraction" in reason(np.array([0.5, 1, 1]))

@@ -77,6 +77,10 @@ def test_further_columns_need_a_header(folder):
 def test_two_columns_of_images_are_told_apart_by_their_titles(folder):
     text = lines(",", [("mask", "image")] + [("a.png", name) for name, _ in ROWS], (0, 1))
     assert opened(folder, text).name(2) == "d,e.png"
+    bare = opened(folder, "a.png,a.png\nd,e.png\n".replace("d,e", "sub/b c"))
+    assert "row 2 has no label" in bare.no_labels
+    bare = opened(folder, "a.png,a.png\nsub/b c.png,a.png\n")
+    assert bare.no_labels == "the list has two columns of images and no labels; add a column 'label'"
 
 
 @pytest.mark.parametrize("missing", ["", "nan"])

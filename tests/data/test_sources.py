@@ -319,6 +319,8 @@ def test_a_folder_that_may_not_be_read_is_said(image_folder, monkeypatch):
         (["Train/x/a.png", "Train/y/b.png", "test/x/c.png"], "Train, test"),
         (["other/a.png", "test/b.png", "training/c.png"], "test, training"),
         (["valid/x/a.png", "test/x/b.png"], "test, valid"),
+        (["train2017/a.png", "val2017/b.png"], "train2017, val2017"),
+        (["Training_images/a.png", "Testing-Set/b.png"], "Testing-Set, Training_images"),
     ],
 )
 def test_a_root_of_splits_is_refused(image_folder, names, splits):
@@ -331,6 +333,7 @@ def test_a_root_of_splits_is_refused(image_folder, names, splits):
 
 def test_a_class_may_be_called_train_or_test(image_folder):
     assert open_source(image_folder(["bus/a.png", "train/b.png", "car/c.png"])).class_names == ("bus", "car", "train")
+    assert open_source(image_folder(["test1/a.png", "test2/b.png"])).class_names[2:4] == ("test1", "test2")
 
 
 @pytest.mark.parametrize(
@@ -391,6 +394,7 @@ def test_accents_are_found_in_either_form(image_folder):
     (root / "list.txt").write_text("Gänse/ü.png\n")
     assert open_source(root / "list.txt").read(0) == open_source(root).read(0)
     assert open_source(root).class_names == (unicodedata.normalize("NFC", "Gänse"), "x")
+    assert len(open_source(root / "Gänse")) == 1
 
 
 def test_descending_and_nested_braces(tmp_path, encode, pixels):

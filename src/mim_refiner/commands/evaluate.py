@@ -19,6 +19,7 @@ from mim_refiner.core.launch import join_processes
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.source_files import read_regular
+from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.results import Result, paired_change
@@ -26,6 +27,7 @@ from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.suite import (
     NEEDS_LABELS,
     check_protocols,
+    class_numbers,
     evaluate_backbone,
     suite_protocols,
     suite_settings,
@@ -94,6 +96,7 @@ def evaluate(
         check_pair(train, held_out, run.reporter)
     chosen = tuple(protocols) if protocols else suite_protocols(suite, train) if suite else NEEDS_LABELS
     sets = _shifted_sets(shifted, train.channels, run.reporter)
+    further = _transfer_list(Path(transfer)) if transfer else []
     found = {source: options.one(backbones[source], source, number, chosen, train, held_out, sets)
              for number, source in enumerate(backbones)}  # fmt: skip
     summary = _summary(found)
@@ -101,9 +104,9 @@ def evaluate(
     for images in (train, held_out, *sets.values()):
         if images is not None:
             tell_unreadable(images, run.reporter)
-    if transfer:
+    if further:
         names = tuple(protocols) if protocols else TRANSFER_PROTOCOLS
-        summary["transfer"] = _transfer(options, backbones, Path(transfer), names)
+        summary["transfer"] = _transfer(options, backbones, further, names)
     run.reporter.done()
     summary["seconds"] = options.seconds
     if options.cache is not None:
@@ -216,11 +219,11 @@ def _shifted_sets(specs: Sequence[str], channels: int, reporter: Reporter) -> di
 
 
 def _transfer(
-    options: _Options, backbones: Mapping[str, Backbone], path: Path, protocols: Sequence[str]
+    options: _Options, backbones: Mapping[str, Backbone], sets: Sequence[tuple[str, str, str]], protocols: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Evaluate every model on every data set of the list; a record a set, model and metric, and their means."""
     rows: list[dict[str, Any]] = []
-    for name, train_spec, test_spec in _transfer_list(path):
+    for name, train_spec, test_spec in sets:
         channels = next(iter(backbones.values())).info.in_chans
         train = open_images(train_spec, options.run.reporter, channels=channels)
         test = open_images(test_spec, options.run.reporter, channels=channels) if test_spec else None
@@ -234,17 +237,19 @@ def _transfer(
         if row["value"] is not None:
             groups.setdefault((row["model"], row["metric"], row["block"], row["pooling"]), []).append(row["value"])
     names = ("model", "metric", "block", "pooling")
-    sets = len({row["set"] for row in rows})
     means = [
         {"set": "mean", **dict(zip(names, key, strict=True)), "value": sum(values) / len(values), "ci95": None}
         for key, values in groups.items()
-        if len(values) == sets
+        if len(values) == len(sets)
     ]
     return rows + means
 
 
 def _transfer_list(path: Path) -> list[tuple[str, str, str]]:
-    """(name, train, test or "") of every line of a CSV file; paths are relative to the working directory."""
+    """(name, train, test or "") of every line of a CSV file; paths are relative to the working directory.
+
+    Every set is opened once, so that a wrong path or class is found before the first measurement.
+    """
     with reading(path, "give a list of data sets, a CSV name,train[,test]"):
         lines = read_regular(path).decode("utf-8-sig").splitlines()
         rows = [[cell.strip() for cell in row] for row in csv.reader(lines) if any(cell.strip() for cell in row)]
@@ -256,6 +261,9 @@ def _transfer_list(path: Path) -> list[tuple[str, str, str]]:
         raise DataError(f"{path}: names no data set; write a line name,train[,test] for each")
     if len({row[0] for row in rows}) < len(rows):
         raise DataError(f"{path}: two data sets have the same name; rename one")
+    for row in rows:
+        opened = [open_source(spec) for spec in row[1:] if spec]
+        class_numbers(opened[0], opened[-1])
     return [(row[0], row[1], row[2] if len(row) == 3 else "") for row in rows]
 
 

@@ -122,7 +122,7 @@ class Labels:
                     lambda value, where, _: _no_class(value, where, "a fraction"))  # fmt: skip
             values = values.astype(object if np.abs(values).max(initial=0) >= 2**62 else np.int64)
         elif values.dtype.kind == "b":
-            values = values.astype(np.int64)
+            values, names = values.astype(np.int64), names or ("False", "True")
         only_unlabelled = len(values) > 0 and bool((values == -1).all())
         _refuse(values < 0, values, first, unit,
                 lambda value, where, _: _no_class(value, where, "negative", only_unlabelled))  # fmt: skip

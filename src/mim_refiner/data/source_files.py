@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import stat
 import unicodedata
 from collections import Counter
@@ -20,8 +21,7 @@ from mim_refiner.errors import DataError
 IMAGE_SUFFIXES = image_suffixes()
 ARRAY_SUFFIX = ".npy"  # one image an array, in a folder
 TABLE_SUFFIXES = (".parquet", ".tar")
-TRAINING_NAMES = frozenset({"train", "training"})
-SPLIT_NAMES = TRAINING_NAMES | {"val", "valid", "validation", "dev", "test", "testing", "eval"}
+_SPLIT = re.compile(r"(?:(train)|(val|dev|eval)|(test))(?:id|idation|ing)?(?:[ _-]?(?:set|data|images|[0-9]{4}))?")
 
 
 def is_image_name(name: str) -> bool:
@@ -173,8 +173,9 @@ def _class_folders(names: PackedStrings, root: str) -> Labels:
         tops[top] = None
         if "/" in rest:
             deep.append(name)
-    splits = [top for top in tops if top.lower() in SPLIT_NAMES]
-    if len(splits) > 1 and (len(splits) == len(tops) or not TRAINING_NAMES.isdisjoint(map(str.lower, splits))):
+    kinds = {top: match.lastindex for top in tops if (match := _SPLIT.fullmatch(top.lower()))}
+    splits = list(kinds)
+    if len(set(kinds.values())) > 1 and (len(splits) == len(tops) or 1 in kinds.values()):
         both = f"{root}/{splits[0]},{root}/{splits[1]}"
         raise DataError(
             f"{root}: holds the splits {', '.join(splits)}; choose one, such as {root}/{splits[0]} or "

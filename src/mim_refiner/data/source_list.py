@@ -148,6 +148,8 @@ def _labels(rows: list[Row], header: list[str] | None, layout: _Layout) -> Label
     if short:
         raise LabelProblem(f"row {short[0]} has no label ({len(short)} of {len(rows)} have none); fill it in")
     labels = [cells[column] for _, cells in rows]
+    if sum(map(is_image_name, labels)) > len(labels) / 2:
+        raise LabelProblem("the list has two columns of images and no labels; add a column 'label'")
     whole = rows[-1][0] - rows[0][0] == len(rows) - 1  # no blank lines among them: rows can be named
     return Labels.of_texts(labels, first=rows[0][0] if whole else 1, unit="row" if whole else "image")
 

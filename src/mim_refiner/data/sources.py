@@ -8,6 +8,7 @@ import glob
 import itertools
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,8 +113,9 @@ def _open_whole(text: str) -> ImageSource:
 
 def _matches(pattern: str) -> list[str]:
     """The path itself, or what the pattern matches; folders that exist are taken as they are written, with [ and *."""
-    if os.path.exists(pattern):
-        return [pattern]
+    for form in (pattern, unicodedata.normalize("NFC", pattern), unicodedata.normalize("NFD", pattern)):
+        if os.path.exists(form):
+            return [form]
     folder, rest = pattern, ""
     while folder and not os.path.isdir(folder):
         folder, name = os.path.split(folder)

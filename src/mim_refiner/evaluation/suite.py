@@ -17,6 +17,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.labels import shown_names
 from mim_refiner.data.masks import has_masks
+from mim_refiner.data.source_base import ImageSource
 from mim_refiner.errors import DataError, InputError, did_you_mean
 from mim_refiner.evaluation import protocols as frozen
 from mim_refiner.evaluation import protocols_images as retrained
@@ -230,7 +231,7 @@ def _with_labels_of(train: ImageSet, test: ImageSet, features: Features) -> Feat
     return dataclasses.replace(features, labels=number[features.labels])
 
 
-def class_numbers(train: ImageSet, test: ImageSet) -> torch.Tensor | None:
+def class_numbers(train: ImageSet | ImageSource, test: ImageSet | ImageSource) -> torch.Tensor | None:
     """Return the number in train of every test class [classes], matched by name; None without labels.
 
     Raises DataError for a test class that train lacks.
