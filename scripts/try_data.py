@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -182,7 +183,10 @@ CASES: dict[str, list[Trial]] = {
 
 def check(cases: Path, names: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     """Make every case in a temporary folder and try it; yields (case, what, fault or "")."""
-    with tempfile.TemporaryDirectory(prefix="encoder-") as made:
+    with (
+        tempfile.TemporaryDirectory(prefix="encoder-") as made,
+        mock.patch.dict(os.environ, {"MIM_REFINER_CACHE": f"{made}/cache"}),
+    ):
         encoder = _small_encoder(Path(made))
         for folder in sorted(path.parent for path in cases.glob("*/make.py")):
             if not names or folder.name.startswith(tuple(names)):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["checkpoints"])
+@pytest.mark.parametrize("part", ["checkpoints", "data"])
 def test_cases(shared_dir: Path, part: str) -> None:
     if not (shared_dir / "cases" / part).is_dir():
         pytest.skip(f"needs {shared_dir / 'cases' / part}")
