@@ -21,7 +21,7 @@ def knn_predict(
     temperature: float = 0.07,
     standardize: bool = True,
     chunk_size: int = 16384,
-    search: Literal["auto", "fp32", "bf16"] = "auto",
+    search: Literal["auto", "fp32", "int8"] = "auto",
 ) -> Tensor:
     """Return the predicted classes [M] of test_x [M, D] from train_x [N, D] with classes train_y [N].
 
@@ -61,5 +61,5 @@ def _check(
         raise InputError(
             f"k-NN: temperature must be above 0 and chunk_size at least 1, got {temperature}, {chunk_size}"
         )
-    if search not in ("auto", "fp32", "bf16"):
-        raise InputError(f"k-NN: search precision {search!r} is unknown; use auto, fp32 or bf16")
+    if search not in ("auto", "fp32", "int8"):
+        raise InputError(f"k-NN: search precision {search!r} is unknown; use auto, fp32 or int8")
