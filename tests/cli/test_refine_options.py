@@ -80,6 +80,7 @@ def test_the_average_is_exported_where_the_run_is_long_enough_and_both_are_measu
     assert summary["weights"]["exported"] == "average"
     assert summary["weights"]["both_measured"]
     assert summary["weights"]["start_share"] < 0.1
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["export_weights"] == "ema"
     assert summary["after"].keys() == summary["raw"].keys()
     assert summary["verdict"]["raw"].keys() >= {"verdict", "reason"}
     exported, raw, average = stages_of(out)
@@ -100,7 +101,7 @@ def test_a_run_too_short_for_its_average_exports_the_raw_weights_and_says_so(cli
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["weights"]["exported"] == "raw"
     assert "raw" not in summary
-    assert "weights exported: raw (export_weights=auto); the average holds 99." in outcome.out
+    assert "weights exported: raw (export_weights=model); the average holds 99." in outcome.out
     exported, raw, _ = stages_of(tmp_path / "run")
     assert torch.equal(exported["blocks.2.mlp.fc1.weight"], raw["blocks.2.mlp.fc1.weight"])
 

@@ -49,6 +49,7 @@ from mim_refiner.training.refine import (
     START_SHARE,
     Refinement,
     build,
+    choose_weights,
     make_refiner,
     resolve,
     start_share,
@@ -145,6 +146,7 @@ def refine_and_compare(
     chosen = resolve(chosen, backbone)
     refiner = prepare(backbone, chosen, run)
     loader = train_loader(images, view_specs(chosen), chosen, run)
+    chosen = choose_weights(chosen, loader.steps_per_epoch)
     if plan:
         return run_plan(chosen, refiner, len(images), run, memory_budget)
     if memory_budget is not None:
@@ -232,12 +234,10 @@ def weights_taken(refinement: Refinement) -> dict[str, Any]:
     """Which weights are exported and why, {"exported": "raw" or "average", ...}, for the summary."""
     recipe = refinement.recipe
     share = start_share(recipe, refinement.loader.steps_per_epoch)
-    long_enough = share <= START_SHARE
-    average = recipe.export_weights == "ema" or (recipe.export_weights == "auto" and long_enough)
-    exported = "average" if average else "raw"
+    exported = "average" if recipe.export_weights == "ema" else "raw"
     return {
         "exported": exported,
-        "both_measured": long_enough,
+        "both_measured": share <= START_SHARE,
         "start_share": share,
         "reason": f"{exported} (export_weights={recipe.export_weights}); the average holds {share:.1%} of the start",
     }

@@ -69,6 +69,14 @@ def start_share(recipe: RefineRecipe, steps_per_epoch: int) -> float:
     return float(recipe.ema_decay ** (recipe.refinement.epochs * steps_per_epoch))
 
 
+def choose_weights(recipe: RefineRecipe, steps_per_epoch: int) -> RefineRecipe:
+    """Replace the "auto" of ``export_weights``: the average where the run is long enough for it, else the raw ones."""
+    if recipe.export_weights != "auto":
+        return recipe
+    long_enough = start_share(recipe, steps_per_epoch) <= START_SHARE
+    return recipe.model_copy(update={"export_weights": "ema" if long_enough else "model"})
+
+
 def head_blocks(recipe: RefineRecipe, depth: int) -> list[int]:
     """The blocks with a head; the last third for "last_third", and for "auto" as long as nothing was measured."""
     blocks = recipe.heads.blocks
