@@ -67,16 +67,16 @@ def test_the_trace_leaves_the_model_as_it_is() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
-    ["vit_w192_d12_h3_p4 32 16 16 0 fp32", "vit_w192_d12_h3_p4 32 16 16 4 fp32", "vit_w384_d6_h6_p8 64 32 12 0 fp32"],
+    ["vit_w192_d12_h3_p4 32 16 16 0 fp32", "vit_w192_d12_h3_p4 32 16 16 4 fp32", "vit_w384_d6_h6_p8 64 32 8 0 fp32"],
 )
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of resident memory from Linux")
-def test_expected_peaks_are_within_a_quarter_of_measured_ones(shape: str) -> None:
+def test_expected_peaks_are_within_15_percent_of_measured_ones(shape: str) -> None:
     script = Path(__file__).with_name("peak_memory.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, script, *shape.split()], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["expected"] == pytest.approx(result["measured"], rel=0.25), result
+    assert result["expected"] == pytest.approx(result["measured"], rel=0.15), result
 
 
 def test_the_cheapest_setting_that_fits_is_picked() -> None:
@@ -136,9 +136,10 @@ def test_auto_reads_what_is_free() -> None:
 def test_small_helpers() -> None:
     assert [even_parts(m, 32) for m in (1, 5, 9, 16, 31, 32)] == [1, 5, 8, 16, 16, 32]
     assert [format_bytes(count) for count in (2.34e10, 5e6, 1e3, 3e12)] == ["23.4 GB", "5.0 MB", "1.0 KB", "3.0 TB"]
-    needs = Needs(10, 1, 1, 0, 5, 2, 3, 50)
+    needs = Needs(10, 4, 1, 1, 0, 5, 2, 3, 50)
     assert needs.largest_micro_batch(30, 8) == 5
     assert needs.largest_micro_batch(10, 8) == 0
+    assert (needs.whole(), replace(needs, plain=2).whole()) == (57, 11)
 
 
 # --- the cost model

@@ -7,6 +7,7 @@ formula to keep in step with the model, no memory, and only as much time as it t
 from __future__ import annotations
 
 import copy
+import math
 import re
 import weakref
 from collections.abc import Sequence
@@ -21,16 +22,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mim_refiner.core.device import autocast
+from mim_refiner.core.device import autocast, free_memory
 from mim_refiner.errors import InputError
 from mim_refiner.models.refiner import Refiner
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 RESERVE = 0.08  # of the budget, for what libraries keep
 TRACED = 8  # images; peaks are lines in their number but for transients of single layers
-# Activations and transients take more than their own bytes, by the gaps between blocks of changing size. glibc's heap:
-# measured (docs/scale.md); CUDA's caching allocator: an assumption.
-WASTE = {"cpu": 1.2, "cuda": 1.1}
+# Activations and transients take more than their own bytes, by the gaps between blocks of changing size: in a plain
+# step, and in a cached one, whose passes follow each other. glibc's heap: measured (docs/scale.md); CUDA's: assumed.
+WASTE = {"cpu": (1.09, 1.3), "cuda": (1.1, 1.1)}
+BF16_SCRATCH = 80e6  # that products in bf16 keep on a CPU: measured, about the same for all sizes
 
 
 class LiveBytes(TorchDispatchMode):
@@ -67,6 +69,7 @@ class Needs:
     """Bytes of one process; ``encoder`` and ``heads`` are peaks above what is there before and after."""
 
     state: int  # weights, gradients, moments, average, queues
+    gradients: int  # of the state: those of a plain step come as its activations go
     images: int  # the batch's views
     features: int  # inputs of the heads and their gradients
     prefix: int  # tokens after the frozen blocks, which a cached step keeps
@@ -82,7 +85,7 @@ class Needs:
 
     def whole(self) -> int:
         """Peak of the plain step."""
-        return self.state + self.images + self.plain
+        return self.state - self.gradients + self.images + max(self.plain, self.gradients)
 
     def largest_micro_batch(self, budget: float, batch: int) -> int:
         """Images that fit into a pass of the cached step, 0 if not even one."""
@@ -114,9 +117,8 @@ def measure_needs(
 ) -> Needs:
     """Trace the step of ``batch`` images a process. view_shapes: (pixels, how many such views).
 
-    ``shards``: processes that share the blocks' weights (core.sharding).
-
-    ``waste`` multiplies what the allocator places anew every step; None: the device's own figure.
+    ``shards``: processes that share the blocks' weights (core.sharding). ``waste`` multiplies what the allocator places
+    anew every step; None: the device's own figures.
     """
     trained = refiner_like(refiner, checkpointing)
     views = sum(count for _, count in view_shapes)
@@ -133,16 +135,18 @@ def measure_needs(
     prefix = sum(batch * c * n * dim * 4 for (_, c), n in zip(view_shapes, tokens, strict=True))
     features = heads * batch * views * dim * 4
     heads_peak = trained.heads(batch, views, precision)
-    factor = WASTE.get(trained.device.type, 1.1) if waste is None else waste
+    plain, cached = WASTE.get(trained.device.type, WASTE["cuda"]) if waste is None else (waste, waste)
+    scratch = int(BF16_SCRATCH) if precision == "bf16" and trained.device.type == "cpu" and waste is None else 0
     return Needs(
-        state=held + average + 3 * trainable - _elsewhere(trained.model, shards),
+        state=held + average + 3 * trainable + scratch - _elsewhere(trained.model, shards),
         images=sum(batch * count * channels * size**2 * 4 for size, count in view_shapes),
         features=2 * features,
         prefix=prefix if refiner.frozen_blocks else 0,
-        heads=int(factor * heads_peak),
-        encoder_base=int(factor * bases[largest]),
-        encoder_image=int(factor * slopes[largest]),
-        plain=int(factor * (bases[largest] + batch * sum(slopes) + heads_peak)),
+        gradients=0 if shards > 1 else trainable,
+        heads=int(cached * heads_peak),
+        encoder_base=int(cached * bases[largest]),
+        encoder_image=int(cached * slopes[largest]),
+        plain=int(plain * (bases[largest] + batch * sum(slopes) + heads_peak)),
     )
 
 
@@ -258,7 +262,10 @@ def even_parts(micro_batch: int, batch: int) -> int:
 def parse_budget(text: str, device: torch.device) -> float:
     """``"24GB"``, ``"80 GiB"`` or ``"auto"`` (what the device has free now) in bytes; raises InputError."""
     if text.strip().lower() == "auto":
-        return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else _free_host_memory()
+        free = free_memory(device)
+        if free == math.inf:
+            raise InputError("--memory-budget auto: this system does not tell its free memory; write an amount")
+        return free
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)\s*", text.upper())
     if not match or float(match[1]) == 0:
         raise InputError(f"--memory-budget {text!r}: not an amount of memory; write for example 24GB, or auto")
@@ -271,15 +278,6 @@ def format_bytes(count: float) -> str:
         if count >= UNITS[unit]:
             return f"{count / UNITS[unit]:.1f} {unit}"
     return f"{count / 1e3:.1f} KB"
-
-
-def _free_host_memory() -> float:
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return float(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        raise InputError("--memory-budget auto: this system does not tell its free memory; write an amount") from None
 
 
 def _drop_gradient(parameter: Tensor) -> None:
