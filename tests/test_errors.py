@@ -24,6 +24,7 @@ PASSED_ON = {
     "{item.error}",
     "{path}: {message}",
     "{problem}",
+    "{cause.text}",
     "fine-tuning: {'; '.join(problems)}",
     "{path}: {_explain_unpickling(error)}",
 }

@@ -40,6 +40,14 @@ class RunFolderError(MimRefinerError):
     """A run folder cannot be written, or belongs to another recipe."""
 
 
+class OtherProcessError(MimRefinerError):
+    """Another of a run's processes failed, or is gone; ``text`` and ``exit_code`` are those that all end with."""
+
+    def __init__(self, text: str, exit_code: int = 2) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 class GuardStopError(MimRefinerError):
     """The do-no-harm guard stopped the run; the best state is kept."""
 

@@ -18,12 +18,13 @@ from mim_refiner.errors import DataError, MimRefinerError, RunFolderError, reaso
 
 CACHE_VARIABLE = "MIM_REFINER_CACHE"
 TEXT_BYTES = 2**20  # of a settings file; YAML is read slowly
+CACHE_OFF = ("off", "none", "0")  # instead of a folder
 
 
 def cache_folder() -> Path:
-    """Where downloads and indices are kept: $MIM_REFINER_CACHE, else mim-refiner below the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
+    """Where downloads are kept: $MIM_REFINER_CACHE, else (also when that says off) the user's own cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE, "").strip()
+    if chosen and not cache_is_off(chosen):
         return Path(chosen).expanduser()
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "mim-refiner"
@@ -93,6 +94,11 @@ def reading(what: object, remedy: str, kind: type[MimRefinerError] = DataError) 
         raise
     except Exception as error:
         raise kind(f"{what}: cannot be read ({reason_of(error)}); {remedy}") from error
+
+
+def cache_is_off(chosen: str | None = None) -> bool:
+    """Whether ``chosen`` (by default $MIM_REFINER_CACHE) is no folder but a word for keeping nothing."""
+    return (os.environ.get(CACHE_VARIABLE, "") if chosen is None else chosen).strip().lower() in CACHE_OFF
 
 
 @contextlib.contextmanager

@@ -81,6 +81,28 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
+def processes(
+    folder: Path, words: Sequence[object], count: int = 2, *, code: str = "", **environment: object
+) -> list[Outcome]:
+    """What became of the command in ``count`` processes; "{rank}" in words is theirs, ``code`` is run in each first."""
+    folder.mkdir(exist_ok=True)
+    given = {name: str(value) for name, value in environment.items()}
+    started = [
+        {"words": [str(word).replace("{rank}", str(rank)) for word in words], "environment": given, "code": code}
+        for rank in range(count)
+    ]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("forked_cli.py"), folder, json.dumps(started)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
+        | {"TORCH_CPP_LOG_LEVEL": "FATAL"},  # as the command does before it loads torch
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    said = [[(folder / f"{rank}.{stream}").read_text() for stream in ("out", "err")] for rank in range(count)]
+    return [Outcome(code, *texts) for code, texts in zip(json.loads(done.stdout), said, strict=True)]
+
+
 def with_settings(settings: Sequence[str]) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
@@ -132,6 +154,7 @@ def cli() -> SimpleNamespace:
     return SimpleNamespace(
         call=call,
         start=start,
+        processes=processes,
         pretrain=pretrain_arguments,
         refine=refine_arguments,
         files_of=files_of,

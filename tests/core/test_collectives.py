@@ -81,7 +81,7 @@ def test_mean_over_ranks_is_the_single_process_loss(ranks: Results, reference: d
     loss.backward()
     assert predicted.grad is not None
     torch.testing.assert_close((ranks[0]["loss"] + ranks[1]["loss"]) / 2, loss.detach())
-    # each rank holds the gradient of the SUM of both losses; DistributedDataParallel divides by the world size
+    # each rank holds the gradient of the SUM of both losses; average_gradients divides by the world size
     summed = torch.cat([result["grad"] for result in ranks]).transpose(0, 1)
     torch.testing.assert_close(summed / 2, predicted.grad)
 

@@ -125,6 +125,15 @@ def test_the_index_is_kept_and_made_again_when_the_shard_changes(shard, pixels, 
     assert len(scans) == 2
 
 
+def test_no_index_is_kept_where_the_cache_is_off(shard, monkeypatch, tmp_path):
+    monkeypatch.setenv("MIM_REFINER_CACHE", "off")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.chdir(tmp_path)
+    assert len(open_source(shard("a.tar", 3))) == 3
+    assert not (tmp_path / "user").exists()
+    assert not (tmp_path / "off").exists()
+
+
 def test_members_never_escape(tmp_path, pixels, encode):
     path = tmp_path / "in" / "a.tar"
     path.parent.mkdir()

@@ -16,6 +16,7 @@ from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.cache import FeatureCache, data_identity, model_identity, parse_size
 from mim_refiner.evaluation.features import ImageTransform, extract_features, feature_sets
+from mim_refiner.files import cache_folder, cache_is_off
 
 
 @pytest.fixture
@@ -171,3 +172,16 @@ def test_where_and_how_large(tmp_path, monkeypatch):
     assert (parse_size("1.5kb"), parse_size(12), parse_size("3 TB")) == (1500, 12, 3 * 10**12)
     with pytest.raises(InputError, match="like 5GB"):
         parse_size("much")
+
+
+@pytest.mark.parametrize("word", ["off", " OFF", "none", "0"])
+def test_a_cache_that_is_off_is_no_folder(word, monkeypatch, tmp_path):
+    """Neither for features nor for downloads, which go to the user's own folder, as without the variable."""
+    monkeypatch.setenv("MIM_REFINER_CACHE", word)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert FeatureCache.open() is None
+    assert cache_folder() == tmp_path / "user" / "mim-refiner"
+    assert cache_is_off()
+    monkeypatch.setenv("MIM_REFINER_CACHE", str(tmp_path / "chosen"))
+    assert cache_folder() == tmp_path / "chosen"
+    assert not cache_is_off()

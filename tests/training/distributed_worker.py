@@ -1,11 +1,14 @@
-"""One of the gloo processes of test_distributed.py.
+"""The gloo processes of test_distributed.py: python distributed_worker.py FOLDER SETTING...
 
-python distributed_worker.py RANK STORE OUT PROCESSES MICRO_BATCH FROZEN_BLOCKS WAY.
+Torch is loaded once; every process is a fork of this one. Rank R of setting N writes FOLDER/N-R.safetensors.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -14,17 +17,37 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_distributed import three_steps
+from test_distributed import Setting, bf16_step, three_steps
 
 
-def main() -> None:
-    rank, store, out, processes, micro_batch, frozen_blocks, way = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(processes))
-    save_file(three_steps(int(micro_batch) or None, int(frozen_blocks), way), out)
+def process(rank: int, setting: Setting, store: Path, out: Path) -> None:
+    """One process of a group."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=setting.processes)
+    save_file(bf16_step() if setting.way == "bf16" else three_steps(*setting[1:]), out)
     dist.barrier()
     dist.destroy_process_group()
 
 
+def main() -> None:
+    folder, settings = Path(sys.argv[1]), [Setting(*values) for values in json.loads(sys.argv[2])]
+    failed = 0
+    for number, setting in enumerate(settings):
+        children = []
+        for rank in range(setting.processes):
+            child = os.fork()
+            if child:
+                children.append(child)
+                continue
+            try:
+                process(rank, setting, folder / f"store-{number}", folder / f"{number}-{rank}.safetensors")
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        failed += sum(os.waitpid(child, 0)[1] != 0 for child in children)
+    sys.exit(failed)
+
+
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()

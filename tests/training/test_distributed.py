@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mim_refiner.core.collectives import average_gradients, process_rows
+from mim_refiner.core.collectives import average_gradients, process_rows, rank
 from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.optim import adamw, parameter_groups
 from mim_refiner.core.run import Run
@@ -34,11 +37,21 @@ BATCH = 12  # of all processes
 SIZES = (16, 16, 8, 8, 8)
 
 
-def three_steps(micro_batch: int | None, frozen_blocks: int, way: str = "") -> dict[str, Tensor]:
+class Setting(NamedTuple):
+    """Of a group of processes; see :func:`three_steps`."""
+
+    processes: int
+    micro_batch: int
+    frozen_blocks: int
+    way: str
+
+
+def three_steps(micro_batch: int, frozen_blocks: int, way: str) -> dict[str, Tensor]:
     """This process's part of three steps: losses, gradients of the first; parameters, buffers, average at the end.
 
     way: "sharded", or "checkpointing" for that on top; halfway everything goes through whole states and back.
     """
+    is_first = rank() == 0
     torch.manual_seed(0)
     vit = create_vit("vit_w32_d4_h2_p8", image_size=16, drop_path_rate=0.4)
     config = HeadConfig(24, 24, 16, 30)
@@ -62,7 +75,9 @@ def three_steps(micro_batch: int | None, frozen_blocks: int, way: str = "") -> d
         torch.manual_seed(7 + step)
         sample_ids = (torch.arange(BATCH) + 5 * step)[mine]
         optimizer.zero_grad(set_to_none=True)
-        output = forward_backward(refiner, views, sample_ids, torch.Generator().manual_seed(step), Run(), micro_batch)
+        output = forward_backward(
+            refiner, views, sample_ids, torch.Generator().manual_seed(step), Run(), micro_batch or None
+        )
         average_gradients(refiner.parameters())
         result[f"loss{step}"] = output.loss.detach()
         if step == 0:
@@ -74,6 +89,7 @@ def three_steps(micro_batch: int | None, frozen_blocks: int, way: str = "") -> d
             with torch.no_grad():  # as online k-NN does
                 refiner.backbone.forward_blocks(torch.zeros(2, 3, 16, 16, dtype=torch.float64))
             states, moments = [full_state(module) for module in (refiner, ema)], full_optimizer_state(optimizer)
+            assert is_first == all(states) == bool(moments)  # nobody else holds them
             assert not any(isinstance(t, DTensor) for state in states for t in state.values())
             for module, state in zip((refiner, ema), copy.deepcopy(states), strict=True):
                 with torch.no_grad():
@@ -82,48 +98,96 @@ def three_steps(micro_batch: int | None, frozen_blocks: int, way: str = "") -> d
                 load_full_state(module, state)
             optimizer = adamw(parameter_groups(refiner.named_parameters(), weight_decay=0.05), (0.9, 0.95))
             load_full_optimizer_state(optimizer, copy.deepcopy(moments))
-    result |= {f"state/{name}": tensor for name, tensor in full_state(refiner).items()}
-    return result | {f"average/{name}": tensor for name, tensor in full_state(ema).items()}
+    for name, module in (("state", refiner), ("average", ema)):
+        whole = full_state(module) or {k: v for k, v in module.state_dict().items() if not isinstance(v, DTensor)}
+        result |= {f"{name}/{key}": tensor for key, tensor in whole.items()}
+    return result
 
 
-@pytest.mark.parametrize(
-    ("processes", "micro_batch", "frozen_blocks", "way"),
-    [
-        (2, 0, 1, ""),
-        (2, 4, 1, ""),
-        (2, 0, 0, "sharded"),
-        (2, 4, 1, "sharded"),
-        (2, 4, 0, "checkpointing"),
-        (4, 0, 1, "two nodes"),
-    ],
-)
-def test_processes_equal_one(processes: int, micro_batch: int, frozen_blocks: int, way: str, tmp_path: Path) -> None:
-    worker = str(Path(__file__).with_name("distributed_worker.py"))
+def bf16_step() -> dict[str, Tensor]:
+    """Loss and gradients of a forward pass under autocast, with the blocks sharded where there are processes for it."""
+    torch.manual_seed(0)
+    backbone = Backbone.wrap(create_vit("vit_w32_d2_h2_p8", image_size=16))
+    sharded = torch.distributed.is_initialized()
+    if sharded:
+        backbone.shard_blocks(bf16=True)
+    qkv = backbone.model.blocks[0].attn.qkv
+    qkv.register_forward_pre_hook(lambda layer, _: seen.append((layer.weight.dtype, layer.bias.dtype)))
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with CountedCasts() as casts, Run(precision="bf16").autocast():
+        loss = backbone.forward_blocks(images, [-1])[0].patches.float().square().mean()
+        if sharded:  # of the matrices none is left to cast: they came in bf16
+            assert seen == [(torch.bfloat16, torch.float32)]
+            assert casts.matrices == 0
+    loss.backward()
+    average_gradients(backbone.parameters())
+    grads = {name: p.grad for name, p in backbone.named_parameters() if p.grad is not None}
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+    whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
+    return {"loss": loss.detach(), "casts": torch.tensor(casts.matrices), **whole}
+
+
+class CountedCasts(TorchDispatchMode):
+    """Counts the matrices that are cast from float32 to bf16."""
+
+    matrices = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.matrices += args[0].ndim == 2 and min(args[0].shape) >= 32
+        return func(*args, **kwargs)
+
+
+SETTINGS = [
+    Setting(2, 0, 1, ""),
+    Setting(2, 4, 1, ""),
+    Setting(2, 0, 0, "sharded"),
+    Setting(2, 4, 1, "sharded"),
+    Setting(2, 4, 0, "checkpointing"),
+    Setting(4, 0, 1, "two nodes"),
+    Setting(2, 0, 0, "bf16"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the processes of all settings wrote."""
+    out = tmp_path_factory.mktemp("gloo")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    environment |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    environment |= {"LOCAL_WORLD_SIZE": "2"}
-    outs = [tmp_path / f"rank{rank}.safetensors" for rank in range(processes)]
-    setting = [str(processes), str(micro_batch), str(frozen_blocks), way]
-    started = [
-        subprocess.Popen(
-            [sys.executable, worker, str(rank), str(tmp_path / "store"), str(out), *setting],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, out in enumerate(outs)
-    ]
-    for process in started:
-        output, _ = process.communicate(timeout=250)
-        assert process.returncode == 0, output
-    one, (first, *others) = three_steps(None, frozen_blocks), [load_file(out) for out in outs]
-    assert all(one.keys() == found.keys() for found in (first, *others))
+    environment |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
+    worker = Path(__file__).with_name("distributed_worker.py")
+    command = [sys.executable, worker, out, json.dumps(SETTINGS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.mark.parametrize("number", range(len(SETTINGS) - 1), ids=lambda number: "-".join(map(str, SETTINGS[number])))
+def test_processes_equal_one(number: int, folder: Path) -> None:
+    setting = SETTINGS[number]
+    outs = [folder / f"{number}-{rank}.safetensors" for rank in range(setting.processes)]
+    one, (first, *others) = three_steps(0, setting.frozen_blocks, ""), [load_file(out) for out in outs]
+    assert one.keys() == first.keys()
+    assert all(found.keys() == first.keys() for found in others) or setting.way
     for name, expected in one.items():
         if name.startswith("loss"):
-            mean = sum((other[name] for other in others), first[name]) / processes
+            mean = sum((other[name] for other in others), first[name]) / setting.processes
             torch.testing.assert_close(mean, expected, rtol=1e-10, atol=0)
         else:
             tolerance = 1e-10 if name.startswith("grad/") else 1e-9
             torch.testing.assert_close(first[name], expected, rtol=tolerance, atol=tolerance, msg=name)
-            assert all(torch.equal(first[name], other[name]) for other in others), name
+            assert all(torch.equal(first[name], other[name]) for other in others if name in other), name
+
+
+def test_sharded_blocks_travel_and_compute_in_bf16(folder: Path) -> None:
+    one, first, second = (
+        bf16_step(),
+        *(load_file(folder / f"{len(SETTINGS) - 1}-{rank}.safetensors") for rank in (0, 1)),
+    )
+    assert one.pop("casts") == 8  # autocast's copies of four matrices of two blocks
+    assert first.pop("casts") == second.pop("casts") == 0
+    for name, expected in one.items():
+        torch.testing.assert_close(first[name], expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+        assert torch.equal(first[name], second[name]), name

@@ -19,9 +19,11 @@ from typing import Annotated, Any, Literal, TextIO
 import typer
 
 from mim_refiner.cli.progress import make_reporter
+from mim_refiner.core.processes import started_as
 from mim_refiner.errors import InputError
 
 Device = Literal["auto", "cpu", "cuda"]
+IN_MANY_PROCESSES = ("demo", "evaluate", "pretrain", "refine")  # share their work; of another verb one process does all
 
 SOURCES = "folder, .txt/.csv list, .parquet file(s), .tar shards, .npz/.npy arrays, hf:owner/name; #split, \\[a:b]"
 MODELS = "checkpoint file, timm folder or timm model name"
@@ -107,7 +109,12 @@ def execute(
 
     With ``as_json`` stdout carries the JSON object alone: whatever else prints during the run goes to stderr.
     """
-    speaks = os.environ.get("RANK", "0") == "0"  # of torchrun's processes only the first one
+    place = started_as()
+    speaks = place.rank == 0  # of several processes only the first one
+    if place.world_size > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the end of a process is told in a line of ours
+        if verb.__name__ not in IN_MANY_PROCESSES and not speaks:
+            return None  # the first one does the work, and writes
     logging.getLogger("mim_refiner").disabled = quiet  # says on stderr what had to be guessed about a model
     reporter = make_reporter(sys.stderr, quiet=quiet or not speaks, live=not as_json)
     with stdout_for_result(as_json) as stdout:

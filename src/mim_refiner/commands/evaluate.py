@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from mim_refiner.commands.inputs import check_pair, open_images, tell_unreadable
 from mim_refiner.core.collectives import rank
 from mim_refiner.core.device import pick_device
 from mim_refiner.core.identity import weights_sha256
-from mim_refiner.core.launch import join_processes
+from mim_refiner.core.launch import join_processes, refuse_difference, together
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.source_files import read_regular
@@ -32,7 +32,7 @@ from mim_refiner.evaluation.suite import (
     suite_protocols,
     suite_settings,
 )
-from mim_refiner.files import reading, write_bytes
+from mim_refiner.files import dotted, reading, write_bytes
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.tables import latex_table, markdown_table, results_rows
 from mim_refiner.reporting import NullReporter, Reporter
@@ -40,6 +40,7 @@ from mim_refiner.reporting import NullReporter, Reporter
 TRANSFER_PROTOCOLS = ("knn", "linear")  # unless protocols are named
 
 
+@together
 def evaluate(
     *,
     model: str,
@@ -74,7 +75,9 @@ def evaluate(
     With ``out`` every number is a JSON file in evaluation/ there, beside results.md and results.tex.
     Raises MimRefinerError with one line on bad input.
     """
-    run = Run(join_processes(pick_device(device)), seed=seed, reporter=reporter or NullReporter())
+    reporter = reporter or NullReporter()
+    # first of all: what follows depends on the rank
+    run = Run(join_processes(pick_device(device), reporter), seed=seed, reporter=reporter)
     options = _Options(
         blocks=blocks,
         poolings=pooling,
@@ -97,6 +100,7 @@ def evaluate(
     chosen = tuple(protocols) if protocols else suite_protocols(suite, train) if suite else NEEDS_LABELS
     sets = _shifted_sets(shifted, train.channels, run.reporter)
     further = _transfer_list(Path(transfer)) if transfer else []
+    refuse_difference(lambda: options.facts(backbones, (train, held_out, *sets.values()), chosen, transfer))
     found = {source: options.one(backbones[source], source, number, chosen, train, held_out, sets)
              for number, source in enumerate(backbones)}  # fmt: skip
     summary = _summary(found)
@@ -132,6 +136,20 @@ class _Options:
     run: Run
     cache: FeatureCache | None
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def facts(
+        self,
+        backbones: Mapping[str, Backbone],
+        sets: Sequence[ImageSet | None],
+        protocols: Sequence[str],
+        transfer: str | None,
+    ) -> dict[str, Any]:
+        """What must be the same in all processes that evaluate together."""
+        options = {"blocks": self.blocks, "pooling": self.poolings, "norm": self.norm, "seed": self.run.seed}
+        models = {f"model {source}": weights_sha256(backbone.model) for source, backbone in backbones.items()}
+        data = [None if images is None else images.source.fingerprint() for images in sets]
+        more = {"data": data, "protocols": protocols, "transfer": transfer}
+        return options | dotted(asdict(self.settings)) | models | more
 
     def one(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 
 from mim_refiner.analysis.placement import place_heads
 from mim_refiner.commands.survey import atlas_of, choose_samples
+from mim_refiner.core.collectives import decide_on_rank_0, from_rank_0
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import InputError
@@ -50,7 +51,7 @@ def place_in_recipe(
     """
     if recipe.heads.blocks != "auto":
         return None
-    placement = _kept(out)
+    placement = decide_on_rank_0(lambda: _kept(out))
     if placement is None:
         run.reporter.message("placing heads: measuring every block of the encoder")
         pooling = recipe.heads.pooling
@@ -59,7 +60,8 @@ def place_in_recipe(
         atlas, _ = atlas_of(
             backbone, choose_samples(bank, test, seed=run.seed), run, name="before", probe=False, both=False
         )
-        placement = place_heads(atlas, pooling=pooling, recipe_blocks=_blocks_of(base, backbone.info.depth))
+        placed = place_heads(atlas, pooling=pooling, recipe_blocks=_blocks_of(base, backbone.info.depth))
+        placement = from_rank_0(placed)  # measured by all, who share the images; rounding may differ
     recipe.heads.blocks = placement["blocks"]
     run.reporter.message(placement["reason"])
     return placement

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mim_refiner.checkpoints.options import bare_source
-from mim_refiner.core.collectives import rank, world_size
+from mim_refiner.core.collectives import from_ranks, is_distributed, rank, world_size
+from mim_refiner.core.launch import refuse_difference
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.exclude import list_lines, without_listed
@@ -23,7 +24,7 @@ from mim_refiner.data.views import ViewSpec
 from mim_refiner.data.workers import worker_count
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.suite import class_numbers
-from mim_refiner.files import write_bytes
+from mim_refiner.files import dotted, write_bytes
 from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipe import Recipe
 from mim_refiner.training.state import RunFolder
@@ -122,6 +123,16 @@ def train_loader(images: ImageSet, views: Sequence[ViewSpec], recipe: Recipe, ru
     )
 
 
+def refuse_other_work(recipe: Recipe, run: Run, encoder: str | None, **images: ImageSet | None) -> None:
+    """Raise InputError where the processes of a run were not all given the same recipe, seed, encoder and images."""
+
+    def facts() -> dict[str, Any]:
+        given = {name: each.source.fingerprint() for name, each in images.items() if each is not None}
+        return dotted(recipe.model_dump(mode="json")) | {"seed": run.seed, "encoder": encoder, **given}
+
+    refuse_difference(facts)
+
+
 def open_run(out: str, asked: Mapping[str, Any], recipe: Recipe, images: ImageSet, *, overwrite: bool) -> RunFolder:
     """Create or continue the run folder ``out`` of what was ``asked`` and the resolved recipe."""
     resolved = {key: value for key, value in asked.items() if value is not None} | recipe.model_dump(mode="json")
@@ -141,6 +152,9 @@ def results_folder(path: Path) -> Iterator[Path]:
 
 def list_skipped(images: ImageSet, folder: RunFolder, reporter: Reporter, already: int = 0) -> int:
     """List the images that could not be read in skipped_images.txt, say how many if more than ``already``."""
+    if is_distributed():  # rank 0 lists those of all
+        for items in from_ranks(images.unreadable_items()):
+            images.add_unreadable(items)
     if len(images.unreadable) > already:
         if folder.writes:
             write_bytes(folder.path / "skipped_images.txt", list_lines(images.unreadable_items()))

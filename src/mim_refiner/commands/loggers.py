@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 
 import yaml
 
+from mim_refiner.core.processes import started_as
 from mim_refiner.errors import InputError, RunFolderError, did_you_mean
 from mim_refiner.files import dotted, read_json, read_yaml, reading
 from mim_refiner.reporting import Reporter, Tee
@@ -51,7 +52,7 @@ def logging_to(names: Sequence[str], out: str, reporter: Reporter) -> Iterator[R
         for module in LOGGERS[name][: 1 if server else None]:
             if find_spec(module) is None:
                 raise InputError(f"--log {name}: {module} is not installed; pip install 'mim-refiner[{name}]'")
-    if not names or os.environ.get("RANK", "0") != "0":  # of torchrun's processes only the first one logs
+    if not names or started_as().rank > 0:  # of several processes only the first one logs
         yield reporter
         return
     recorder = _Recorder([_OPENERS[name] for name in dict.fromkeys(names)], Path(out))

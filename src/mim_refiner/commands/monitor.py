@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mim_refiner.core.collectives import from_rank_0
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
@@ -54,7 +55,8 @@ class OnlineKnn:
         for block in self.blocks:
             predicted = knn_predict(bank[block], bank_labels, test[block])
             metrics[f"knn_top1/{block}"] = predicted.eq(truth).float().mean().item()
-        return {"knn_top1": metrics[f"knn_top1/{self.blocks[-1]}"], **metrics}
+        # what is kept as best, and when a run stops, depends on it
+        return from_rank_0({"knn_top1": metrics[f"knn_top1/{self.blocks[-1]}"], **metrics})
 
     def _features(self, images: ImageSet, indices: NDArray[np.int64]) -> tuple[dict[int, Tensor], Tensor]:
         """Features {block: [N, D]} and labels [N]."""

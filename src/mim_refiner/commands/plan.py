@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from mim_refiner.core.collectives import world_size
+from mim_refiner.core.collectives import agree, world_size
 from mim_refiner.core.run import Run
-from mim_refiner.core.sharding import shard_count
+from mim_refiner.core.sharding import processes_on_node, shard_count
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.cost import EncoderShape, Job
 from mim_refiner.training.memory import Choice, choose, format_bytes, measure_needs, parse_budget
@@ -21,7 +21,7 @@ RATE_SECONDS = 0.3  # of measuring how fast the device runs a block
 
 def fit_into(recipe: RefineRecipe, refiner: Refiner, budget: str, run: Run) -> RefineRecipe:
     """The recipe with the micro-batch and checkpointing that fit into the budget; says what was picked."""
-    available = parse_budget(budget, run.device)
+    available = available_memory(budget, run)
     picked = choose(
         refiner,
         view_shapes(recipe),
@@ -54,7 +54,7 @@ def plan(recipe: RefineRecipe, refiner: Refiner, images: int, run: Run, budget: 
             refiner,
             shapes,
             local,
-            parse_budget(budget, run.device),
+            available_memory(budget, run),
             precision=run.precision,
             micro_batch=recipe.micro_batch,
             checkpointing=recipe.checkpointing,
@@ -75,6 +75,14 @@ def plan(recipe: RefineRecipe, refiner: Refiner, images: int, run: Run, budget: 
         chosen = recipe.model_copy(update={"micro_batch": picked.micro_batch, "checkpointing": picked.checkpointing})
         result |= _costs(chosen, refiner, images, run)
     return {"plan": result}
+
+
+def available_memory(budget: str, run: Run) -> float:
+    """Bytes of the budget for each process: all take the same step, so what the fullest device has counts for all."""
+    found = parse_budget(budget, run.device)
+    if run.device.type == "cpu" and budget.strip().lower() == "auto":
+        found /= processes_on_node()
+    return agree(found, largest=False)
 
 
 def shards_of(recipe: RefineRecipe) -> int:

@@ -19,6 +19,7 @@ from mim_refiner.commands.inputs import (
     list_skipped,
     open_images,
     open_run,
+    refuse_other_work,
     refuse_to_overwrite_inputs,
     train_loader,
 )
@@ -26,7 +27,7 @@ from mim_refiner.commands.loggers import logging_to
 from mim_refiner.commands.monitor import OnlineKnn
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
-from mim_refiner.core.launch import join_processes
+from mim_refiner.core.launch import join_processes, together
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.data.decode import ImageSet
@@ -45,6 +46,7 @@ from mim_refiner.training.signals import stops_cleanly
 
 
 @stops_cleanly
+@together
 def pretrain(
     *,
     data: str,
@@ -88,7 +90,7 @@ def _pretrain(
     started = time.perf_counter()
     if (arch is None) == (model is None):
         raise InputError("pretrain needs --arch for a new encoder, or --model to go on from one; give one of them")
-    run = Run(join_processes(pick_device(device)), seed=seed, reporter=reporter)
+    run = Run(join_processes(pick_device(device), reporter), seed=seed, reporter=reporter)
     images = open_images(data, reporter, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model)
     # the size decides which recipe is the default, and a setting or a named recipe may decide the size
@@ -100,6 +102,7 @@ def _pretrain(
     backbone = start(arch, model, size, out)
     encoder = backbone.model
     weights = None if model is None else weights_sha256(encoder)
+    refuse_other_work(chosen, run, weights or arch, images=images)
     if run.device.type == "cpu":
         backbone.use_math_attention()
     if chosen.compile:

@@ -20,6 +20,7 @@ from mim_refiner.commands.inputs import (
     list_skipped,
     open_images,
     open_run,
+    refuse_other_work,
     refuse_to_overwrite_inputs,
     results_folder,
     train_loader,
@@ -31,10 +32,10 @@ from mim_refiner.commands.plan import plan as run_plan
 from mim_refiner.commands.report import finish_with_report, write_gallery
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
-from mim_refiner.core.launch import join_processes
+from mim_refiner.core.launch import join_processes, together
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
-from mim_refiner.core.sharding import full_state, is_sharded
+from mim_refiner.core.sharding import full_state, is_sharded, load_full_state
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import GuardStopError, NonFiniteLossError
 from mim_refiner.export.timm import export_timm
@@ -111,6 +112,7 @@ def refine(
 
 
 @stops_cleanly
+@together
 def refine_and_compare(
     *,
     data: str,
@@ -131,7 +133,7 @@ def refine_and_compare(
 ) -> dict[str, Any]:
     """Do what :func:`refine` says; ``others`` are further encoders {stage: source} to measure beside."""
     started = time.perf_counter()
-    run = Run(join_processes(pick_device(device)), seed=seed, reporter=reporter)
+    run = Run(join_processes(pick_device(device), reporter), seed=seed, reporter=reporter)
     torch.manual_seed(seed)  # of tensors that the checkpoint lacks: they are part of what the run is known by
     backbone = load_backbone(model)
     weights = weights_sha256(backbone.model)
@@ -141,6 +143,7 @@ def refine_and_compare(
     chosen = override(base, settings)
     run = replace(run, precision=resolve_precision(chosen.precision, run.device))
     bank, test = evaluation_sets(images, eval_data, eval_test, reporter)
+    refuse_other_work(chosen, run, weights, images=images, eval_data=bank, eval_test=test)
     before = None if overwrite else Path(out)
     placement = None if plan else place_in_recipe(chosen, base, backbone, bank, test, run, before)
     chosen = resolve(chosen, backbone)
@@ -226,7 +229,7 @@ def trained(
     for stage, encoder in stages.items():
         if is_sharded(encoder):
             whole, stages[stage] = full_state(encoder), load_backbone(model)
-            stages[stage].load_state_dict(whole)
+            load_full_state(stages[stage], whole)
     return stages, None
 
 

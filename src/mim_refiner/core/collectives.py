@@ -6,16 +6,20 @@ that random draws do not depend on how the batch is cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor
+
+from mim_refiner.errors import MimRefinerError
+
+T = TypeVar("T")
 
 BUCKET_BYTES = 64 * 2**20  # of gradients sent by one call
 
@@ -66,7 +70,7 @@ class _AllGather(torch.autograd.Function):
 def all_gather_with_grad(x: Tensor) -> Tensor:
     """Gather [B, ...] of every rank to [world*B, ...] in rank order, with gradient.
 
-    The backward pass sums over the losses of all ranks; DistributedDataParallel then divides parameter gradients by
+    The backward pass sums over the losses of all ranks; :func:`average_gradients` then divides parameter gradients by
     the world size, so the effective loss is the mean over ranks. Every rank must hold the same B.
     """
     if not is_distributed():
@@ -80,7 +84,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over ranks; those of sharded parameters are that already.
 
     One exchange after the backward pass, in buckets: the micro-batches of a cached step have several backward passes,
-    so DistributedDataParallel's overlap would not fit; the exchange is a small part of a step (docs/scale.md).
+    so sending during one would not fit; the exchange is a small part of a step (docs/scale.md).
     """
     if not is_distributed():
         return
@@ -110,6 +114,37 @@ def agree(value: float, *, largest: bool = True) -> float:
     agreed = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(agreed, dist.ReduceOp.MAX if largest else dist.ReduceOp.MIN)
     return agreed.item()
+
+
+def decide_on_rank_0(decide: Callable[[], T]) -> T:
+    """What ``decide`` returns on rank 0, on every rank; its MimRefinerError is raised on every rank.
+
+    For all that may come out differently by process: files that are read, memory that is free, what was measured. The
+    others do not call ``decide``, so it must not exchange anything; they wait for it, as after writing a file.
+    """
+    if not is_distributed():
+        return decide()
+    answer: tuple[Any, MimRefinerError | None] = (None, None)
+    if rank() == 0:
+        try:
+            answer = (decide(), None)
+        except MimRefinerError as error:
+            answer = (None, error)
+    value, problem = from_rank_0(answer)
+    if problem is not None:
+        raise problem
+    return value
+
+
+def agree_on_end(stop: bool, error: MimRefinerError | None) -> bool:
+    """Whether any rank was told to stop; raises, on every rank, the error that any of them met.
+
+    One number is exchanged by way of the CPU; a training step asks before it begins.
+    """
+    word = agree(2.0 if error else float(stop))
+    if word == 2:
+        raise next(found for found in from_ranks(error) if found)
+    return bool(word)
 
 
 def from_rank_0(value: Any) -> Any:

@@ -1,39 +1,248 @@
-"""Joining the processes that torchrun (or SLURM through it) started."""
+"""Joining the processes that torchrun (or SLURM through it) started, and ending them together."""
 
 from __future__ import annotations
 
 import atexit
+import functools
+import json
 import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from mim_refiner.errors import InputError
+from mim_refiner._version import __version__
+from mim_refiner.core.collectives import from_ranks, is_distributed
+from mim_refiner.core.processes import TIMEOUT_VARIABLE, Place, silence_timeout, started_as
+from mim_refiner.core.watch import ANSWER, INTERRUPTED, Trouble, Watch, life
+from mim_refiner.errors import InputError, MimRefinerError, OtherProcessError
+from mim_refiner.reporting import NullReporter, Reporter
+
+LISTED = 5  # differences named in a message
+STUCK = timedelta(minutes=30)  # an exchange among processes that are all alive
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_watch: Watch | None = None
 
 
-def join_processes(device: torch.device) -> torch.device:
+def join_processes(device: torch.device, reporter: Reporter | None = None) -> torch.device:
     """Join the process group that torchrun's environment describes, and return this process's own device.
 
-    Changes nothing in a process that was started alone. Raises InputError when a machine has fewer GPUs than processes.
+    Changes nothing in a process that was started alone, and little where a process group runs already. Raises
+    InputError, on all processes with the same line, when one is missing or has another version, and when a machine
+    has fewer GPUs than processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    global _watch
+    place = started_as()
+    if place.world_size == 1:
         return device
-    if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise InputError(
-                f"{local + 1} processes were started on a machine with {torch.cuda.device_count()} GPUs; "
-                "lower torchrun's --nproc-per-node, or use --device cpu"
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = silence_timeout()
+        told = reporter or NullReporter()
+        told.message(
+            f"{place.world_size} processes: all are to join within {2 * timeout:g} s; then the run ends when one "
+            f"gives no sign of life for {timeout:g} s ({TIMEOUT_VARIABLE})"
+        )
+        store, names = _meet(place, 2 * timeout)
+        _watch = Watch(store, place, names, timeout)
+        _watch.start()
+        atexit.register(_leave)
+    own = _own_device(device, place)
     if not dist.is_initialized():
         # CPU tensors by gloo: flags are agreed on without waiting for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        atexit.register(_leave)
-    return device
+        backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+        group = PrefixStore("group", store)
+        dist.init_process_group(backend, store=group, rank=place.rank, world_size=place.world_size, timeout=STUCK)
+    return own
+
+
+def together(verb: Callable[P, T]) -> Callable[P, T]:
+    """For a verb that several processes run as one: an error of one ends all, with its line and exit code."""
+
+    @functools.wraps(verb)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return verb(*args, **kwargs)
+        except (Exception, KeyboardInterrupt) as error:
+            reason = _agreed(error)
+            if reason is error:
+                raise
+            raise reason from None
+
+    return wrapped
+
+
+def refuse_difference(facts: Callable[[], Mapping[str, Any]]) -> None:
+    """Raise InputError on all processes, with the differences, unless all were started for the same work.
+
+    ``facts`` gives {name: value}, such as a recipe's settings and the fingerprint of the data; a process that was
+    started alone does not ask for them.
+    """
+    if is_distributed():
+        everyone = from_ranks({name: str(value) for name, value in facts().items()})
+        problem = _difference(dict(enumerate(everyone)))
+        if problem:
+            raise InputError(problem)
+
+
+def _difference(everyone: Mapping[int, Mapping[str, str]]) -> str:
+    first = everyone[0]
+    lines = [
+        f"{name}: {first.get(name, 'none')} on process 0, {facts.get(name, 'none')} on process {rank}"
+        for rank, facts in everyone.items()
+        for name in first.keys() | facts.keys()
+        if first.get(name) != facts.get(name)
+    ]
+    if not lines:
+        return ""
+    named = {line.partition(":")[0]: line for line in sorted(lines, reverse=True)}  # each once, of the lowest rank
+    shown = sorted(named.values())
+    more = f" and {len(shown) - LISTED} more" if len(shown) > LISTED else ""
+    return f"the processes differ ({'; '.join(shown[:LISTED])}{more}); start all of them with the same command"
+
+
+# --- joining
+
+
+def _meet(place: Place, timeout: float) -> tuple[Store, dict[int, str]]:
+    """The store that all processes know, and {rank: host and pid} once all are there. Raises InputError."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store itself
+    end = time.monotonic() + timeout
+    try:
+        if place.rank > 0 or agent:
+            _reach(place, end)
+        store: Store = TCPStore(
+            place.host,
+            place.port,
+            place.world_size,
+            place.rank == 0 and not agent,
+            timedelta(seconds=timeout + ANSWER),  # rank 0 has the word until then
+            wait_for_workers=False,
+        )
+        store = PrefixStore(f"mim-refiner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store.set(life(place.rank), "0")
+        store.set(f"hello/{place.rank}", json.dumps(_facts(place, store)))
+        if place.rank == 0:
+            store.set("welcome", json.dumps(_welcome(store, place, end)))
+        problem, names = json.loads(store.get("welcome"))
+        reader = store.add("readers of the welcome", 1)
+        until = time.monotonic() + ANSWER
+        while problem and place.rank == 0 and reader < len(names) and time.monotonic() < until:
+            time.sleep(0.05)
+            reader = store.add("readers of the welcome", 0)
+    except (RuntimeError, OSError) as error:
+        what = " ".join(str(error).split())[:120]
+        raise InputError(
+            f"process {place.rank} of {place.world_size} met no other at {place.host}:{place.port} ({what}); see that "
+            "process 0 runs, that MASTER_ADDR is its machine, and that no other program uses MASTER_PORT"
+        ) from None
+    if problem:
+        raise InputError(problem)
+    return store, dict(enumerate(names))
+
+
+def _reach(place: Place, end: float) -> None:
+    """Wait until something listens where the processes meet; torch itself would log every try."""
+    while True:
+        try:
+            with socket.create_connection((place.host, place.port), max(0.1, end - time.monotonic())):
+                return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def _facts(place: Place, store: Store) -> dict[str, str]:
+    """What this process tells of itself; all but its name must be the same everywhere."""
+    twice = f"{place.rank} twice" if store.add(f"seat/{place.rank}", 1) > 1 else ""
+    return {
+        "name": f"{platform.node()}, pid {os.getpid()}",
+        "mim-refiner": __version__,
+        "torch": torch.__version__,
+        "verb": " ".join(sys.argv[1:2]),
+        "WORLD_SIZE": str(place.world_size),
+        "RANK": twice,
+    }
+
+
+def _welcome(store: Store, place: Place, end: float) -> tuple[str, list[str]]:
+    """Rank 0 waits for all: the reason not to begin, or an empty text, and the names of those that came."""
+    missing = list(range(place.world_size))
+    while (missing := [rank for rank in missing if not store.check([f"hello/{rank}"])]) and time.monotonic() < end:
+        time.sleep(0.05)
+    everyone = {rank: json.loads(store.get(f"hello/{rank}")) for rank in range(place.world_size) if rank not in missing}
+    names = [facts.pop("name") for facts in everyone.values()]
+    if not missing:
+        return _difference(everyone), names
+    which = ", ".join(map(str, missing[:LISTED])) + (", ..." if len(missing) > LISTED else "")
+    twice = "".join(f"; {facts['RANK']} came" for facts in everyone.values() if facts["RANK"])
+    return (
+        f"{len(missing)} of {place.world_size} processes did not join in time (RANK {which}{twice}); see why they did "
+        f"not start, or give them more time with {TIMEOUT_VARIABLE}",
+        names,
+    )
+
+
+def _own_device(device: torch.device, place: Place) -> torch.device:
+    if device.type != "cuda":
+        return device
+    if place.local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"{place.local_rank + 1} processes were started on a machine with {torch.cuda.device_count()} GPUs; "
+            "lower torchrun's --nproc-per-node, or use --device cpu"
+        )
+    torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
+
+
+# --- ending
+
+
+def _agreed(error: BaseException) -> BaseException:
+    """The error that all processes end with: the first that was posted, or ``error`` itself."""
+    if _watch is None:
+        return error
+    if _is_failed_exchange(error):  # the effect of another's end: its reason is what the user wants to read
+        _watch.suspect()
+        cause = _watch.wait_for_trouble(_watch.timeout + 1)
+    else:
+        cause = _watch.post(_trouble(error))
+    _watch.settled.set()
+    if cause is None or cause == _trouble(error):
+        return error
+    return KeyboardInterrupt() if cause.code == INTERRUPTED else OtherProcessError(cause.text, cause.code)
+
+
+def _trouble(error: BaseException) -> Trouble:
+    if isinstance(error, MimRefinerError):
+        return Trouble(error.exit_code, str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return Trouble(INTERRUPTED, "interrupted")
+    rank = 0 if _watch is None else _watch.place.rank
+    code = 2 if isinstance(error, OSError | torch.OutOfMemoryError) else 1
+    return Trouble(code, f"process {rank} failed: {type(error).__name__}: {error}")
+
+
+def _is_failed_exchange(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text or "connection" in text
+    )
 
 
 def _leave() -> None:
-    if dist.is_initialized():
+    if _watch is not None:
+        _watch.leave()
+    if dist.is_initialized() and (
+        _watch is None or _watch.trouble is None
+    ):  # else it may wait for a process that is gone
         dist.destroy_process_group()

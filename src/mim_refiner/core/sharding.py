@@ -8,31 +8,45 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mim_refiner.core.collectives import broadcast_state, world_size
+from mim_refiner.core.collectives import (
+    broadcast_state,
+    decide_on_rank_0,
+    from_rank_0,
+    is_distributed,
+    rank,
+    world_size,
+)
 
 
-def shard(root: nn.Module, blocks: Sequence[nn.Module], *, method: str) -> None:
-    """Spread the parameters of ``blocks`` over the processes, in place; the rest of ``root`` stays whole everywhere.
+def shard(root: nn.Module, blocks: Sequence[nn.Module], *, method: str, bf16: bool = False) -> None:
+    """Spread the matrices of ``blocks`` over the processes, in place; the rest of ``root`` stays whole everywhere.
 
     ``method``: name of the method of ``root`` that runs the blocks. All processes must make the same passes, also those
     without gradients: torch prefetches in the order of the passes it has seen. Gradients of sharded parameters come
     averaged over the processes. On several nodes each node holds all parts: only gradients travel between nodes.
+    ``bf16``: for passes under autocast; what travels, and what a block computes with, is cast once, by its owner, and
+    autocast finds nothing left to cast. Vectors (norms, biases, scales) stay whole in fp32, as under autocast alone.
     """
     broadcast_state([root])
     mesh = _mesh(next(root.parameters()).device)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None,
+        cast_forward_inputs=False,
+    )  # fmt: skip
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        vectors = {parameter for parameter in block.parameters() if parameter.ndim < 2}
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=vectors)
     whole = {parameter for parameter in root.parameters() if not isinstance(parameter, DTensor)}
-    fully_shard(root, mesh=mesh, ignored_params=whole)
+    fully_shard(root, mesh=mesh, mp_policy=policy, ignored_params=whole)
     register_fsdp_forward_method(root, method)
 
 
@@ -47,33 +61,63 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with whole tensors; sharded ones are copied to the CPU. Every process must call it."""
-    return {name: _whole(tensor) for name, tensor in module.state_dict().items()}
+    """The state dict with whole tensors, sharded ones on the CPU; every process must call it.
+
+    Rank 0 alone gets it, the others an empty one: none but it holds more than a tensor at a time.
+    """
+    state = {name: _whole(tensor) for name, tensor in module.state_dict().items()}
+    return {name: tensor for name, tensor in state.items() if tensor is not None}
 
 
 def load_full_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load whole tensors, of which every process takes its part."""
+    """Load whole tensors that rank 0 gives (the others may pass anything), of which every process takes its part."""
+    if not is_distributed():
+        module.load_state_dict(state)
+        return
     own = module.state_dict()
-    module.load_state_dict({name: _like(tensor, own.get(name)) for name, tensor in state.items()})
+    shapes = {name: tensor.shape for name, tensor in own.items()}
+    if decide_on_rank_0(lambda: shapes != {name: tensor.shape for name, tensor in state.items()}):
+        raise ValueError(f"the state is not that of this {type(module).__name__}")
+    for name, tensor in own.items():
+        given = (
+            state[name].to(tensor.dtype)
+            if rank() == 0
+            else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        )
+        local(tensor).copy_(local(_part(given, tensor)))
 
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state dict with whole tensors. Every process must call it."""
+    """The optimizer's state dict with whole tensors, on rank 0 alone; see :func:`full_state`."""
     found = optimizer.state_dict()
-    return {**found, "state": {index: _each(_whole, values) for index, values in found["state"].items()}}
+    whole = {index: _each(_whole, values) for index, values in found["state"].items()}
+    return {**found, "state": whole} if rank() == 0 else {}
 
 
 def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what :func:`full_optimizer_state` gave; every process takes its part before it reaches the device."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    parts = {index: _each(partial(_like, other=parameters[index]), values) for index, values in state["state"].items()}
-    optimizer.load_state_dict({**state, "state": parts})
+    """Load what :func:`full_optimizer_state` gave rank 0; see :func:`load_full_state`."""
+    if is_distributed():  # what there is, without what the large tensors hold
+        outline = {index: _each(_outline, values) for index, values in state.get("state", {}).items()}
+        outline = from_rank_0({**state, "state": outline})
+        given = state["state"] if rank() == 0 else outline["state"]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parts = {
+            index: _each(lambda tensor, like=parameters[index]: _part(tensor, like) if tensor.ndim else tensor, values)
+            for index, values in given.items()
+        }
+        state = {**outline, "state": parts}
+    optimizer.load_state_dict(state)
 
 
 def shard_count() -> int:
     """Into how many parts :func:`shard` cuts: one for every process of a node, as torchrun started them."""
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    on_node = processes_on_node()
     return on_node if world_size() % on_node == 0 else world_size()
+
+
+def processes_on_node() -> int:
+    """Processes on this machine, as torchrun says; without a word of it all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
 
 
 def _mesh(device: torch.device) -> DeviceMesh:
@@ -84,14 +128,27 @@ def _mesh(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (nodes, parts), mesh_dim_names=("nodes", "processes"))
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+def _whole(tensor: Tensor) -> Tensor | None:
+    """The whole tensor on rank 0, a sharded one on the CPU; None on the others."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if rank() > 0:
+        return None
+    return whole.cpu() if isinstance(tensor, DTensor) else whole
 
 
-def _like(tensor: Tensor, other: Tensor | None) -> Tensor:
-    if not isinstance(other, DTensor) or tensor.shape != other.shape:  # a step count stays as it is
-        return tensor
-    return distribute_tensor(tensor.to(other.dtype), other.device_mesh, other.placements, src_data_rank=None)
+def _outline(tensor: Tensor) -> Tensor:
+    """The tensor without its numbers; a single number, such as a count of steps, stays."""
+    return tensor.to("meta") if tensor.ndim else tensor
+
+
+def _part(tensor: Tensor, like: Tensor) -> Tensor:
+    """Rank 0's tensor on all, cut as ``like`` is; the others give one of its shape."""
+    device = local(like).device
+    whole = tensor.to(device) if rank() == 0 else torch.empty_like(tensor, device=device)
+    dist.broadcast(whole, 0)
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _each(change: Any, values: Mapping[str, Any]) -> dict[str, Any]:

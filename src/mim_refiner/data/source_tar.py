@@ -21,7 +21,7 @@ from mim_refiner.data.packed import PackedStrings
 from mim_refiner.data.source_base import ImageSource, LeftOut, label_parts, short_hash
 from mim_refiner.data.source_files import ARRAY_SUFFIX, IMAGE_SUFFIXES
 from mim_refiner.errors import DataError, RunFolderError
-from mim_refiner.files import cache_folder, reading, write_bytes
+from mim_refiner.files import cache_folder, cache_is_off, reading, write_bytes
 
 _BLOCK = 512
 _VERSION = 2  # of the cached index
@@ -127,11 +127,12 @@ def open_index(path: Path) -> ShardIndex:
         raise DataError(f"{path}: is a packed tar, which has no random access; unpack it to a plain .tar first")
     key = f"{_VERSION} {path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
     kept = cache_folder() / "tar-index" / f"{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:32]}.npz"
-    index = _load_index(kept, facts.st_size)
+    index = None if cache_is_off() else _load_index(kept, facts.st_size)
     if index is None:
         with reading(path, "copy or download it again"):
             index = scan_shard(path)
-        _save_index(kept, index)
+        if not cache_is_off():
+            _save_index(kept, index)
     return index
 
 

@@ -31,11 +31,10 @@ from mim_refiner._version import __version__
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import InputError
-from mim_refiner.files import cache_folder
+from mim_refiner.files import CACHE_VARIABLE, cache_folder, cache_is_off
 from mim_refiner.models.backbone import Backbone
 
-FOLDER_VARIABLE, SIZE_VARIABLE = "MIM_REFINER_CACHE", "MIM_REFINER_CACHE_SIZE"
-OFF = ("off", "none", "0")
+SIZE_VARIABLE = "MIM_REFINER_CACHE_SIZE"
 DEFAULT_SIZE = "5GB"
 _FORMAT = 1  # raise it when features of the same identity would change
 _SAMPLED_IMAGES = 1024  # of a set that does not fit into memory
@@ -64,9 +63,9 @@ class FeatureCache:
         ``size`` such as "5GB" or bytes; default $MIM_REFINER_CACHE_SIZE, else 5 GB. Raises InputError for a size that
         cannot be read.
         """
-        chosen = str(folder or os.environ.get(FOLDER_VARIABLE) or cache_folder() / "features")
+        chosen = str(folder or os.environ.get(CACHE_VARIABLE) or cache_folder() / "features")
         limit = parse_size(size if size is not None else os.environ.get(SIZE_VARIABLE) or DEFAULT_SIZE)
-        return None if chosen.lower() in OFF or limit == 0 else cls(Path(chosen).expanduser(), limit)
+        return None if cache_is_off(chosen) or limit == 0 else cls(Path(chosen).expanduser(), limit)
 
     def get(self, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """Return the tensors stored under ``identity``; None when there are none, or when they are damaged."""

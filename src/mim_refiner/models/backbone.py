@@ -272,14 +272,14 @@ class Backbone(nn.Module):
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
 
-    def shard_blocks(self) -> None:
+    def shard_blocks(self, *, bf16: bool = False) -> None:
         """Spread the blocks' weights over the processes (core.sharding); all are to call it, with the same weights.
 
-        Raises InputError for a model that does not run block by block.
+        ``bf16``: they run under autocast. Raises InputError for a model that does not run block by block.
         """
         if self.runner is None:
             raise InputError(f"shard: {self.info.architecture} does not run block by block; leave shard out")
-        shard(self, self.model.blocks, method="run_blocks")
+        shard(self, self.model.blocks, method="run_blocks", bf16=bf16)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """``torch.compile`` every block in place; parameter names stay as they are.

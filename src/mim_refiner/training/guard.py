@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mim_refiner.core.collectives import agree, from_rank_0
+from mim_refiner.core.collectives import decide_on_rank_0, from_rank_0
 from mim_refiner.core.metrics import effective_rank, standardized
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
-from mim_refiner.core.sharding import full_state
+from mim_refiner.core.sharding import full_state, load_full_state
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import normalize
 from mim_refiner.data.views import ViewSpec, crop_batch
@@ -132,18 +132,24 @@ class Guard:
 
     def begin(self, total_step: int) -> None:
         """Measure the START, or remember it together with what was seen up to ``total_step``."""
-        if self.file.exists():
-            try:
-                stored = read_json(self.file)
-                start = _numbers(stored["start"])
-                history = [_numbers(entry) for entry in stored["history"]]
-                history = [entry for entry in history if entry["total_step"] <= total_step]
-                self.start, self.history, self.best_step = start, history, operator.index(stored["best_step"])
-            except Exception as error:
-                self.folder.notes.append(f"{FILE} is damaged ({reason_of(error)}); the guard begins anew from here")
+        if stored := decide_on_rank_0(lambda: self._stored(total_step)):
+            self.start, self.history, self.best_step = stored
         if not self.start:
             self.start = dict(from_rank_0(self.probe()))
             self._write()
+
+    def _stored(self, total_step: int) -> tuple[dict[str, float], list[dict[str, float]], int] | None:
+        """START, history up to ``total_step`` and best step as the run folder has them."""
+        if not self.file.exists():
+            return None
+        try:
+            stored = read_json(self.file)
+            start, history = _numbers(stored["start"]), [_numbers(entry) for entry in stored["history"]]
+            history = [entry for entry in history if entry["total_step"] <= total_step]
+            return start, history, operator.index(stored["best_step"])
+        except Exception as error:
+            self.folder.notes.append(f"{FILE} is damaged ({reason_of(error)}); the guard begins anew from here")
+            return None
 
     @property
     def needs_start_knn(self) -> bool:
@@ -177,7 +183,6 @@ class Guard:
         reason = self._reason()
         self._write(reason)
         if reason:
-            agree(0.0)  # rank 0 has written what load_best reads
             state = f"the state after step {self.best_step}" if self.best_step else "the encoder as it was at the start"
             raise GuardStopError(
                 f"{self.folder.path}: the guard stopped the run after step {total_step}: {reason}. "
@@ -219,10 +224,13 @@ class Guard:
 
 def load_best(folder: RunFolder, fresh: Encoder) -> Encoder:
     """Give ``fresh`` (the encoder as it was at the START) the best state's weights, if that is a later one."""
-    with reading(folder.path / FILE, "use --overwrite to start anew", RunFolderError):
-        later = read_json(folder.path / FILE)["best_step"]
-    if later:
-        fresh.load_state_dict(load_file(folder.checkpoints / BEST))
+
+    def later() -> int:
+        with reading(folder.path / FILE, "use --overwrite to start anew", RunFolderError):
+            return read_json(folder.path / FILE)["best_step"]
+
+    if decide_on_rank_0(later):
+        load_full_state(fresh, load_file(folder.checkpoints / BEST) if folder.writes else {})
     return fresh
 
 

@@ -6,7 +6,7 @@ uninterrupted one to the bit on the CPU: nothing but weights, optimizer state an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mim_refiner.core.collectives import agree, broadcast_state
+from mim_refiner.core.collectives import agree_on_end, decide_on_rank_0
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.core.sharding import load_full_optimizer_state
@@ -73,10 +73,9 @@ class Loop:
     def resume(self) -> None:
         """Go to the newest whole checkpoint: ``position`` says which phase is to run, and from which step."""
         self.position, self._optimizer_state, notes = self.folder.restore(self.modules)
-        broadcast_state(self.modules.values())
         if self.position.total_step:
             self.run.reporter.message(f"resuming after step {self.position.total_step}")
-        elif not self.folder.last.exists():
+        elif not decide_on_rank_0(self.folder.last.exists):
             self.folder.save(self.position, self.modules, None)  # what a first step that fails goes back to
         if self.guard:
             self.guard.begin(self.position.total_step)
@@ -93,7 +92,7 @@ class Loop:
 
     def finish(self) -> None:
         """End the run; raises KeyboardInterrupt when a signal came after the last step's checkpoint."""
-        if any_rank(self._interrupted()):
+        if agree_on_end(self._interrupted(), None):
             raise KeyboardInterrupt
         self.finished = True
         self.run.reporter.done()
@@ -120,15 +119,22 @@ class Loop:
             self.run.reporter.update(self.first, {})
 
     def batches(self) -> Generator[tuple[int, ViewBatch], None, None]:
-        """(step, batch) of the rest of the phase. A batch that cannot be had ends the run with a checkpoint."""
+        """(step, batch) of the rest of the phase.
+
+        A stop signal to any rank, or a batch that any of them cannot have, ends all with a checkpoint.
+        """
         with closing(self._stream()) as stream:
             for step in range(self.first, self.steps):
-                try:
-                    batch = next(stream)
+                batch, problem = _next(stream)
+                try:  # the one exchange about it in a step: a signal from here on waits for the next
+                    stop = agree_on_end(self._interrupted(), problem)
                 except DataError:
-                    if self.base + step > self.position.total_step:
-                        self._save(Position(self.number, step, self.base + step))
+                    self._save_before(step)
                     raise
+                if stop:
+                    self._save_before(step)
+                    raise KeyboardInterrupt
+                assert batch is not None
                 if (self.number, step) not in self.folder.skipped:
                     yield step, batch
                 else:
@@ -170,18 +176,16 @@ class Loop:
         They are the steps after which something reads the weights or the losses: a log line, k-NN, the guard, a
         checkpoint. In between nobody waits for the device. Raises NonFiniteLossError.
         """
-        # asked once: a signal from here on waits for the next step and its checkpoint
-        self.stop = any_rank(self._interrupted())
         total = self.base + step + 1
         self.last = step + 1 == self.steps
-        self.saves = (step + 1) % self.recipe.checkpoint_every == 0 or self.stop or self.last
+        self.saves = (step + 1) % self.recipe.checkpoint_every == 0 or self.last
         self.logs = (step + 1) % self.recipe.log_every == 0 or self.last
         epoch, within = divmod(step + 1, self.loader.steps_per_epoch)
         every = self.recipe.knn_every
         self.measures = self.monitor is not None and bool(every) and within == 0 and epoch % every == 0
         self.looks = self.watched is not None and (self.measures or self.watched.due(total, phase_end=self.last))
         if self.saves or self.logs or self.measures or self.looks:
-            self._refuse_non_finite(step)
+            self._refuse_non_finite()
 
     def after_update(self, step: int) -> None:
         """After a step: k-NN and the guard's look, the log line, the checkpoint, the stop."""
@@ -198,8 +202,6 @@ class Loop:
             self._write_line(step, total)
         if self.saves:
             self._save(Position(self.number + self.last, 0 if self.last else step + 1, total))
-        if self.stop:
-            raise KeyboardInterrupt
 
     def _write_line(self, step: int, total: int) -> None:
         record: dict[str, Any] = {
@@ -220,11 +222,17 @@ class Loop:
         self.folder.save(position, self.modules, self.optimizer if position.phase == self.number else None)
         self.position = position
 
-    def _refuse_non_finite(self, step: int) -> None:
+    def _save_before(self, step: int) -> None:
+        """A checkpoint of the steps so far, if there is none: the run ends before this one."""
+        if self.base + step > self.position.total_step:
+            self._refuse_non_finite()
+            self._save(Position(self.number, step, self.base + step))
+
+    def _refuse_non_finite(self) -> None:
         first = self.log.first_non_finite()
         if first is None:
             return
-        last = self.folder.last.resolve().name if self.folder.last.exists() else "none yet"
+        last = decide_on_rank_0(lambda: self.folder.last.resolve().name if self.folder.last.exists() else "none yet")
         raise NonFiniteLossError(
             f"{self.folder.path}: non-finite loss at step {first} of {self.name} (learning rate "
             f"{self.learning_rate(first):.3g}, last good checkpoint: {last}); lower base_lr or use "
@@ -248,6 +256,9 @@ def step_generator(seed: int, phase: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(value)
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank: a signal rarely reaches all of them within one step."""
-    return bool(agree(float(flag)))
+def _next(stream: Iterator[ViewBatch]) -> tuple[ViewBatch | None, DataError | None]:
+    """The next batch, or why there is none."""
+    try:
+        return next(stream), None
+    except DataError as error:
+        return None, error

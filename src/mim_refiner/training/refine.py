@@ -104,8 +104,8 @@ def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run)
     backbone = refiner.backbone
     ema = ExponentialMovingAverage(backbone)
     if recipe.shard and is_distributed():
-        backbone.shard_blocks()
-        ema.module.shard_blocks()  # type: ignore[operator]
+        for encoder in (backbone, ema.module):
+            encoder.shard_blocks(bf16=run.precision == "bf16")  # type: ignore[operator]
     if recipe.checkpointing:
         backbone.model.set_grad_checkpointing(True)
     info = backbone.info

@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mim_refiner.core.collectives import from_rank_0, rank
+from mim_refiner.core.collectives import broadcast_state, decide_on_rank_0, rank
 from mim_refiner.core.sharding import full_optimizer_state, full_state, load_full_state
+from mim_refiner.core.watch import writing
 from mim_refiner.errors import RunFolderError, reason_of
 from mim_refiner.files import (
     atomic_folder,
@@ -42,6 +43,7 @@ from mim_refiner.files import (
 from mim_refiner.training.lock import LOCK, hold
 
 SKIPS = "skipped_batches.json"
+State = dict[str, Any]  # of a module or an optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ FREE_PARTS = ("guard.",)
 class RunFolder:
     """One run on disk. ``open`` creates it, or continues it when the recipe is the same.
 
-    In a distributed run rank 0 alone writes; all ranks read.
+    In a distributed run rank 0 alone writes and reads; the others have its word.
     """
 
     def __init__(self, path: Path, *, keep_checkpoints: int = 2) -> None:
@@ -81,18 +83,17 @@ class RunFolder:
     def open(cls, path: str | Path, recipe: dict[str, Any], *, overwrite: bool, keep_checkpoints: int = 2) -> RunFolder:
         """Create or continue ``path``. Raises RunFolderError for another recipe, foreign files, or no permission."""
         run = cls(Path(path), keep_checkpoints=keep_checkpoints)
-        problem = ""
-        if run.writes:
+
+        def prepare() -> tuple[bool, list[tuple[int, int]]]:
             try:
                 run._prepare(recipe, overwrite)
-            except RunFolderError as error:
-                problem = str(error)
             except OSError as error:
-                problem = f"{path}: cannot write the run folder ({error.strerror}); choose a writable --out"
-        problem, run.resumed = from_rank_0((problem, run.resumed))
-        if problem:
-            raise RunFolderError(problem)
-        run.skipped = run._read_skips()
+                raise RunFolderError(
+                    f"{path}: cannot write the run folder ({error.strerror}); choose a writable --out"
+                ) from None
+            return run.resumed, run._read_skips()
+
+        run.resumed, run.skipped = decide_on_rank_0(prepare)
         return run
 
     def _prepare(self, recipe: dict[str, Any], overwrite: bool) -> None:
@@ -152,58 +153,71 @@ class RunFolder:
     def save(
         self, position: Position, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None
     ) -> Path:
-        """Write a checkpoint; it exists whole or not at all. Raises RunFolderError when the disk refuses."""
-        name = f"step-{position.total_step:06d}"
-        target = self.checkpoints / name
-        states = {key: full_state(module) for key, module in modules.items()}  # every rank has its part of sharded ones
+        """Write a checkpoint; it exists whole or not at all. Raises RunFolderError when the disk refuses.
+
+        Every rank calls it, and returns when rank 0, which alone holds whole states, has written.
+        """
+        target = self.checkpoints / f"step-{position.total_step:06d}"
+        states = {key: full_state(module) for key, module in modules.items()}
         optimizer_state = None if optimizer is None else full_optimizer_state(optimizer)
-        if self.writes:
-            try:
-                with atomic_folder(target) as folder:
-                    _write(folder, position, states, optimizer_state)
-                link = self.checkpoints / ".last.tmp"
-                link.unlink(missing_ok=True)
-                link.symlink_to(name)
-                link.replace(self.last)
-                sync(self.checkpoints)
-            except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap the system's refusal
-                reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-                raise RunFolderError(
-                    f"{target}: cannot write the checkpoint ({reason}); free space or mend permissions, then run "
-                    "the same command again: it resumes from the checkpoint before"
-                ) from None
-            self._prune()
+        decide_on_rank_0(lambda: self._write(target, position, states, optimizer_state))
         return target
 
-    def restore(self, modules: Mapping[str, nn.Module]) -> tuple[Position, dict[str, Any] | None, list[str]]:
-        """Load the newest whole checkpoint.
+    def _write(
+        self, target: Path, position: Position, states: Mapping[str, State], optimizer_state: State | None
+    ) -> None:
+        try:
+            with writing, atomic_folder(target) as folder:
+                _fill(folder, position, states, optimizer_state)
+            link = self.checkpoints / ".last.tmp"
+            link.unlink(missing_ok=True)
+            link.symlink_to(target.name)
+            link.replace(self.last)
+            sync(self.checkpoints)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap the system's refusal
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            raise RunFolderError(
+                f"{target}: cannot write the checkpoint ({reason}); free space or mend permissions, then run "
+                "the same command again: it resumes from the checkpoint before"
+            ) from None
+        for folder in self._saved()[: -self.keep_checkpoints]:
+            shutil.rmtree(folder, ignore_errors=True)
 
-        Returns its position, the optimizer's state, and a note on every damaged checkpoint passed over.
+    def restore(self, modules: Mapping[str, nn.Module]) -> tuple[Position, State | None, list[str]]:
+        """Load the newest whole checkpoint; without one all ranks go on from rank 0's modules.
+
+        Returns its position, the optimizer's state (empty but on rank 0, see core.sharding; None where none was kept),
+        and a note on every damaged checkpoint passed over.
         """
+        newest, position, notes = decide_on_rank_0(self._newest)
+        if newest is None:
+            broadcast_state(modules.values())
+            return position, None, notes
+        for key, module in modules.items():
+            load_full_state(module, _load(newest / f"{key}.safetensors", module) if self.writes else {})
+        optimizer_file = newest / "optimizer.pt"
+        if not decide_on_rank_0(optimizer_file.exists):
+            return position, None, notes
+        return position, _load(optimizer_file) if self.writes else {}, notes
+
+    def _newest(self) -> tuple[Path | None, Position, list[str]]:
+        """The newest whole checkpoint, its position, and notes on damaged ones; drops the log lines behind it."""
         notes: list[str] = []
+        newest, position = None, Position()
         for folder in reversed(self._saved()):
             problem = _damage(folder)
-            if problem:
-                notes.append(f"{folder.name} is damaged ({problem}); using the checkpoint before it")
-                continue
-            with reading(folder, "remove this checkpoint, or use --overwrite to start anew", RunFolderError):
+            if not problem:
                 state = read_json(folder / "state.json")
-                for key, module in modules.items():
-                    load_full_state(module, load_file(folder / f"{key}.safetensors"))
-                optimizer_file = folder / "optimizer.pt"
-                optimizer = None
-                if optimizer_file.exists():  # saved on whatever device; every process moves its own part to its own
-                    optimizer = torch.load(optimizer_file, map_location="cpu", weights_only=True)
-            position = Position(state["phase"], state["step"], state["total_step"])
-            self._forget_metrics_after(position)
-            return position, optimizer, notes
-        self._forget_metrics_after(Position())
-        return Position(), None, notes
+                newest, position = folder, Position(state["phase"], state["step"], state["total_step"])
+                break
+            notes.append(f"{folder.name} is damaged ({problem}); using the checkpoint before it")
+        self._forget_metrics_after(position)
+        return newest, position, notes
 
     def _forget_metrics_after(self, position: Position) -> None:
         """Drop log lines of steps that will be run again, and damaged ones."""
         path = self.path / "metrics.jsonl"
-        if not self.writes or not path.exists():
+        if not path.exists():
             return
         with reading(path, "move the file away; the run goes on without it", RunFolderError):
             *lines, _torn = read_regular(path).split(b"\n")
@@ -215,13 +229,20 @@ class RunFolder:
                 if step is not None and step <= position.total_step]  # fmt: skip
         write_bytes(path, b"".join(kept))
 
-    def _prune(self) -> None:
-        for folder in self._saved()[: -self.keep_checkpoints]:
-            shutil.rmtree(folder, ignore_errors=True)
-
     def _saved(self) -> list[Path]:
         """Folders of checkpoints, the newest last; names of a million steps and more are longer."""
         return sorted(self.checkpoints.glob("step-*"), key=lambda folder: (len(folder.name), folder.name))
+
+
+def _load(path: Path, module: nn.Module | None = None) -> State:
+    """The state in a file, of this module; saved on whatever device, every process moves its own part to its own."""
+    with reading(path.parent, "remove this checkpoint, or use --overwrite to start anew", RunFolderError):
+        if module is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path)
+        if any(state[name].shape != tensor.shape for name, tensor in module.state_dict().items()):
+            raise ValueError(f"{path.name} is of another encoder")
+        return state
 
 
 def file_sha256(path: Path) -> str:
@@ -276,12 +297,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _write(
-    folder: Path,
-    position: Position,
-    states: Mapping[str, Mapping[str, torch.Tensor]],
-    optimizer_state: dict[str, Any] | None,
-) -> None:
+def _fill(folder: Path, position: Position, states: Mapping[str, State], optimizer_state: State | None) -> None:
     for key, state in states.items():
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / f"{key}.safetensors")
     if optimizer_state is not None:
