@@ -75,7 +75,7 @@ def _entries_of_a_date(patches: Tensor, where: str) -> int:
     date = patches[:, dim - dim // 16 * 4 :]
     same = int((date == date[0]).all(dim=1).to(torch.int64).cumprod(0).sum())
     squares = (total // dates for dates in range(1, total + 1) if total % dates == 0)
-    length = same if same < total and total % same == 0 else next(n for n in squares if math.isqrt(n) ** 2 == n)
+    length = same if 1 < same < total and total % same == 0 else next(n for n in squares if math.isqrt(n) ** 2 == n)
     return length
 
 
