@@ -146,7 +146,7 @@ class Steps:
         self.results.put(steps=self.found)
 
     def line(self, batch: int, micro_batch: int | None, cost: dict[str, float], expected: float) -> dict[str, Any]:
-        job = replace(step.job_of(self.bench.options, self.bench), batch=batch, micro_batch=micro_batch)
+        job = replace(step.workload_of(self.bench.options, self.bench), batch=batch, micro_batch=micro_batch)
         done = job.model_operations() / cost["seconds"]
         line = {"batch": batch, "micro_batch": micro_batch, **cost, "images_per_s": batch / cost["seconds"]}
         line |= {"operations_per_s": done, "share_of_matrix_rate": done / self.rate, "planned_bytes": expected}
@@ -209,7 +209,7 @@ def small(results: Results, options: argparse.Namespace, device: torch.device) -
     bench, found = bench_of("small", options, device), {}
     for batch in (8,) if options.dry_run else (256, 1024):
         cost = timed(partial(bench.step, bench.random_views(batch), None), device, calls=1 if options.dry_run else 5)
-        job = replace(step.job_of(bench.options, bench), batch=batch)
+        job = replace(step.workload_of(bench.options, bench), batch=batch)
         share = job.model_operations() / cost["seconds"] / rate
         found[f"step, {batch}"] = {**cost, "images_per_s": batch / cost["seconds"], "share_of_matrix_rate": share}
         results.put(steps=found)

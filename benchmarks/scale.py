@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mim_refiner.training.cost import ENCODERS, Job
+from mim_refiner.training.cost import ENCODERS, Workload
 
 TFLOPS = {"24 GB card": 165e12, "A100 80 GB": 312e12, "H100 80 GB": 989e12}  # bf16 dense
 MFU = 0.4
@@ -19,14 +19,14 @@ IMAGE_BYTES = 110e3  # a JPEG of ImageNet
 LOADER_SECONDS = 4.9e-3  # CPU of decoding a 500x375 JPEG and cutting its twelve views (docs/benchmarks.md)
 
 
-def jobs() -> dict[str, Job]:
+def jobs() -> dict[str, Workload]:
     large = [(224, 2), (96, 10)]
     huge = [(224, 2), (98, 10)]
     return {
-        "ViT-B/16": Job(ENCODERS["ViT-B/16"], 1024, range(8, 12), large),
-        "ViT-L/16": Job(ENCODERS["ViT-L/16"], 1024, range(16, 24), large),
-        "ViT-H/14": Job(ENCODERS["ViT-H/14"], 512, range(20, 32), huge),
-        "ViT-2B/14": Job(ENCODERS["ViT-2B/14"], 512, range(16, 24), huge, frozen_blocks=6),
+        "ViT-B/16": Workload(ENCODERS["ViT-B/16"], 1024, range(8, 12), large),
+        "ViT-L/16": Workload(ENCODERS["ViT-L/16"], 1024, range(16, 24), large),
+        "ViT-H/14": Workload(ENCODERS["ViT-H/14"], 512, range(20, 32), huge),
+        "ViT-2B/14": Workload(ENCODERS["ViT-2B/14"], 512, range(16, 24), huge, frozen_blocks=6),
     }
 
 
@@ -42,7 +42,7 @@ def gb(value: float) -> str:
     return f"{value / 1e9:.1f}"
 
 
-def largest(job: Job, budget: float) -> str:
+def largest(job: Workload, budget: float) -> str:
     """The largest micro-batch that fits, or what is needed at 1."""
     for micro in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1):
         if micro <= job.local_batch and sum(replace(job, micro_batch=micro).memory().values()) <= budget:
@@ -51,7 +51,7 @@ def largest(job: Job, budget: float) -> str:
     return f"- ({gb(need)} GB)"
 
 
-def network_seconds(job: Job) -> tuple[float, float]:
+def network_seconds(job: Workload) -> tuple[float, float]:
     """(gradients, all the rest) of a step."""
     speed = (NODE_BYTES if job.processes <= 8 else NETWORK_BYTES) * EFFICIENCY
     sent = job.traffic()

@@ -38,7 +38,7 @@ from mim_refiner.data.views import crop_batch, multi_crop_views
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.training.cost import EncoderShape, Job
+from mim_refiner.training.cost import EncoderShape, Workload
 from mim_refiner.training.refine import forward_backward
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # bf16 dense, makers' figures
@@ -134,12 +134,12 @@ class Bench:
         return result | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def job_of(options: argparse.Namespace, bench: Bench) -> Job:
+def workload_of(options: argparse.Namespace, bench: Bench) -> Workload:
     info = bench.refiner.backbone.info
     shape = EncoderShape(info.embed_dim, info.depth, info.num_heads, info.patch_size[0], image_size=options.image)
     views = [(options.image, 2), (options.local, options.locals)]
     widths = (options.projector, options.predictor, options.out_dim, options.queue)
-    return Job(shape, options.batch, bench.refiner.blocks, views, *widths, frozen_blocks=options.frozen)
+    return Workload(shape, options.batch, bench.refiner.blocks, views, *widths, frozen_blocks=options.frozen)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     if options.only:
         parts = {name: work for name, work in parts.items() if any(word in name for word in options.only.split(";"))}
-    job = job_of(options, bench)
+    job = workload_of(options, bench)
     name = (
         torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else f"CPU, {options.threads} threads"
     )

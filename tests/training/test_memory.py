@@ -18,7 +18,7 @@ from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.training.cost import ENCODERS, EncoderShape, Job
+from mim_refiner.training.cost import ENCODERS, EncoderShape, Workload
 from mim_refiner.training.memory import (
     LiveBytes,
     Needs,
@@ -154,19 +154,19 @@ def test_parameters_are_those_of_the_model() -> None:
             model = create_vit(arch, image_size=size)
         assert shape.parameters == sum(p.numel() for p in model.parameters())
     refiner = make()
-    job = Job(EncoderShape(64, 4, 2, 8, image_size=32), 8, (2, 3), [(32, 2)], 64, 64, 32, 256)
+    job = Workload(EncoderShape(64, 4, 2, 8, image_size=32), 8, (2, 3), [(32, 2)], 64, 64, 32, 256)
     assert job.heads_parameters == sum(p.numel() for p in refiner.heads.parameters())
 
 
 def test_operations_are_those_of_a_counted_step() -> None:
     shapes = [(32, 2), (16, 4)]
-    job = Job(EncoderShape(64, 4, 2, 8, image_size=32), 8, (2, 3), shapes, 64, 64, 32, 256)
+    job = Workload(EncoderShape(64, 4, 2, 8, image_size=32), 8, (2, 3), shapes, 64, 64, 32, 256)
     traced = refiner_like(make(), checkpointing=False)
     for size, count in shapes:
         # Not every torch counts its fused attention on a CPU.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             traced.encoder((size, count), "fp32", 8)
-        one = Job(job.encoder, 8, (2, 3), [(size, count)], 64, 64, 32, 256)
+        one = Workload(job.encoder, 8, (2, 3), [(size, count)], 64, 64, 32, 256)
         assert one.operations()["encoder"] == pytest.approx(counter.get_total_flops(), rel=0.05)
     with FlopCounterMode(display=False) as counter:
         traced.heads(8, 6, "fp32")
@@ -188,24 +188,24 @@ def test_bytes_of_activations_are_those_of_a_trace(precision: str, fused: bool) 
 
 def test_the_published_case_is_what_its_users_report() -> None:
     """About 100 images of a ViT-L step fill an 80 GB GPU (MIM-Refiner issues 9 and 11)."""
-    job = Job(ENCODERS["ViT-L/16"], 100, range(16, 24), [(224, 2), (96, 10)])
+    job = Workload(ENCODERS["ViT-L/16"], 100, range(16, 24), [(224, 2), (96, 10)])
     assert 50e9 < sum(job.memory().values()) < 100e9
     assert (
-        sum(Job(ENCODERS["ViT-L/16"], 1024, range(16, 24), [(224, 2), (96, 10)], micro_batch=32).memory().values())
+        sum(Workload(ENCODERS["ViT-L/16"], 1024, range(16, 24), [(224, 2), (96, 10)], micro_batch=32).memory().values())
         < 80e9
     )
 
 
 def test_traffic_grows_with_processes_as_rings_do() -> None:
-    job = Job(ENCODERS["ViT-L/16"], 1024, range(16, 24), [(224, 2), (96, 10)], processes=8)
-    alone = Job(ENCODERS["ViT-L/16"], 1024, range(16, 24), [(224, 2), (96, 10)])
+    job = Workload(ENCODERS["ViT-L/16"], 1024, range(16, 24), [(224, 2), (96, 10)], processes=8)
+    alone = Workload(ENCODERS["ViT-L/16"], 1024, range(16, 24), [(224, 2), (96, 10)])
     assert set(alone.traffic().values()) == {0}
     assert job.traffic()["gradients"] == pytest.approx(2 * 7 / 8 * 4 * job.trained_parameters)
 
 
 def test_sharded_blocks_need_an_eighth_and_travel_more() -> None:
     huge = [(224, 2), (98, 10)]
-    whole = Job(ENCODERS["ViT-2B/14"], 512, range(16, 24), huge, frozen_blocks=6, micro_batch=32, processes=8)
+    whole = Workload(ENCODERS["ViT-2B/14"], 512, range(16, 24), huge, frozen_blocks=6, micro_batch=32, processes=8)
     shared = replace(whole, shards=8)
     kept = whole.memory()["parameters and optimizer"] - shared.memory()["parameters and optimizer"]
     block = ENCODERS["ViT-2B/14"].block_parameters

@@ -12,7 +12,7 @@ from mim_refiner.core.collectives import agree, world_size
 from mim_refiner.core.run import Run
 from mim_refiner.core.sharding import processes_on_node, shard_count
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.training.cost import EncoderShape, Job
+from mim_refiner.training.cost import EncoderShape, Workload
 from mim_refiner.training.memory import Choice, choose, format_bytes, measure_needs, parse_budget
 from mim_refiner.training.recipe import RefineRecipe
 
@@ -100,7 +100,7 @@ def view_shapes(recipe: RefineRecipe) -> list[tuple[int, int]]:
     return list(shapes.items())
 
 
-def job_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Job:
+def workload_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Workload:
     """What the cost model needs to know of a run with a plain ViT."""
     model, info, heads = refiner.backbone.model, refiner.backbone.info, recipe.heads
     block = model.blocks[0]
@@ -114,7 +114,7 @@ def job_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Job:
         block.mlp.fc1.out_features / info.embed_dim,
         max(info.image_size),
     )
-    return Job(
+    return Workload(
         shape,
         recipe.batch_size,
         refiner.blocks,
@@ -135,7 +135,7 @@ def job_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Job:
 
 
 def _costs(recipe: RefineRecipe, refiner: Refiner, images: int, run: Run) -> dict[str, Any]:
-    job = job_of(recipe, refiner, run.precision)
+    job = workload_of(recipe, refiner, run.precision)
     rate = measured_rate(refiner, job, run)
     steps = images // recipe.batch_size
     step_seconds = sum(job.operations().values()) / (rate * job.processes)
@@ -153,7 +153,7 @@ def _costs(recipe: RefineRecipe, refiner: Refiner, images: int, run: Run) -> dic
     }
 
 
-def measured_rate(refiner: Refiner, job: Job, run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
+def measured_rate(refiner: Refiner, job: Workload, run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
     """Operations a second of the last block, forward and backward, on a few views of the first size."""
     block = refiner.backbone.model.blocks[-1]
     modes = {parameter: parameter.requires_grad for parameter in block.parameters()}

@@ -75,7 +75,7 @@ ENCODERS = {
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What of a recipe decides over its cost."""
 
     encoder: EncoderShape
