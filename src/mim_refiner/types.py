@@ -11,6 +11,18 @@ from typing import Literal
 from torch import Tensor
 
 Pooling = Literal["cls", "mean"]
+ImageSize = int | tuple[int, int]  # pixels: side of a square, or (height, width)
+
+
+def height_width(size: ImageSize) -> tuple[int, int]:
+    """(height, width) of either form."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def side_or_pair(size: ImageSize) -> ImageSize:
+    """The shorter form: one number for a square."""
+    height, width = height_width(size)
+    return height if height == width else (height, width)
 
 
 @dataclass(frozen=True)

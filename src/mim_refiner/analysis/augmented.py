@@ -21,6 +21,7 @@ from mim_refiner.data.photometric import BatchPhotometric, seeded_generator
 from mim_refiner.data.views import ViewSpec, crop_batch
 from mim_refiner.evaluation.features import Features, ImageTransform, feature_sets
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.types import ImageSize, height_width
 
 # Crops of at least 40 % of the area and the paper's colour changes: strong enough that a copy of the pixels is no
 # help, mild enough that both views mostly show the same thing.
@@ -64,7 +65,7 @@ def augmented_view(seed: int, number: int) -> ImageTransform:
     """Random crop, flip, colour jitter, grayscale and blur of every image; ``number`` tells the views apart."""
 
     def batches(
-        images: ImageSet, size: int, batch_size: int, indices: Sequence[int] | NDArray[np.int64] | Tensor | None
+        images: ImageSet, size: ImageSize, batch_size: int, indices: Sequence[int] | NDArray[np.int64] | Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         spec = scaled_view(size)
         wanted = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
@@ -94,9 +95,9 @@ def augmented_view(seed: int, number: int) -> ImageTransform:
     return ImageTransform(f"random view {number} of seed {seed}: {VIEW}", batches)
 
 
-def scaled_view(size: int) -> ViewSpec:
+def scaled_view(size: ImageSize) -> ViewSpec:
     """The view at ``size`` pixels, its blur as wide in proportion."""
     low, high = VIEW.blur_sigma
-    factor = max(1.0, size / BLUR_REFERENCE)
+    factor = max(1.0, max(height_width(size)) / BLUR_REFERENCE)
     shown = {**VIEW.__dict__, "size": size, "blur_sigma": (low, high * factor)}
     return ViewSpec(**shown)

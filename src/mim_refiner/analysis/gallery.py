@@ -28,8 +28,9 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import DataError
-from mim_refiner.evaluation.features import extract_features, square_image_size
+from mim_refiner.evaluation.features import extract_features, own_image_size
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.types import height_width
 
 KIND = "gallery"
 Points = NDArray[np.float64]  # [N, 2]
@@ -211,8 +212,9 @@ def patch_maps(
     The components are those of all these images' tokens together; each is scaled to its 2nd and 98th percentile.
     Colours mean nothing across models. Returns {"grid": [rows, columns], "png": [base64], "explained": [3 shares]}.
     """
-    size = square_image_size(backbone.info)
-    grid = (size // backbone.info.patch_size[0], size // backbone.info.patch_size[1])
+    size = own_image_size(backbone.info)
+    height, width = height_width(size)
+    grid = (height // backbone.info.patch_size[0], width // backbone.info.patch_size[1])
     tokens: list[Tensor] = []
     with evaluation_mode(backbone), torch.inference_mode():
         for batch, _ in eval_batches(images, size, 8, indices=indices):

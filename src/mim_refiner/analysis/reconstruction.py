@@ -24,10 +24,10 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize, seeded_generator
 from mim_refiner.errors import DataError, InputError
-from mim_refiner.evaluation.features import square_image_size
+from mim_refiner.evaluation.features import own_image_size
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.mae import patchify, sincos_position_table
-from mim_refiner.types import BackboneInfo
+from mim_refiner.types import BackboneInfo, ImageSize
 
 Progress = Callable[[int, int], None]
 
@@ -76,7 +76,7 @@ def reconstruction_by_block(
     if len(train_rows) < 2:
         raise DataError(f"{train.description}: too few images to train decoders on; give more")
     backbone.to(run.device)
-    size = square_image_size(backbone.info)
+    size = own_image_size(backbone.info)
     decoders = BlockDecoders(backbone, settings, run.seed).to(run.device)
     optimizer = torch.optim.AdamW(decoders.parameters(), weight_decay=settings.weight_decay, betas=(0.9, 0.95))
     pixels = _pixels(train, size, train_rows)
@@ -112,7 +112,7 @@ def _evaluate(
     decoders: BlockDecoders,
     backbone: Backbone,
     test: ImageSet,
-    size: int,
+    size: ImageSize,
     rows: NDArray[np.int64],
     run: Run,
 ) -> NDArray[np.float64]:
@@ -200,6 +200,6 @@ def _inputs(pixels: Tensor, backbone: Backbone, device: torch.device) -> Tensor:
     return normalize(pixels.to(device, non_blocking=True), backbone.info.mean, backbone.info.std)
 
 
-def _pixels(images: ImageSet, size: int, rows: NDArray[np.int64]) -> Tensor:
-    """The chosen images in memory, uint8 [N, 3, S, S]."""
+def _pixels(images: ImageSet, size: ImageSize, rows: NDArray[np.int64]) -> Tensor:
+    """The chosen images in memory, uint8 [N, 3, H, W]."""
     return torch.cat([batch for batch, _ in eval_batches(images, size, 256, indices=rows)])

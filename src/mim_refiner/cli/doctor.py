@@ -74,7 +74,7 @@ def print_findings(result: Mapping[str, Any], file: TextIO) -> None:
         console.print(f"left out: {each['count']} {each['what']} (first: {each['first']})", markup=False)
     if result.get("no_labels"):
         console.print(f"no labels: {result['no_labels']}", markup=False)
-    for title in ("pixels", "classes", "model"):
+    for title in ("pixels", "augmentations", "classes", "model"):
         if result.get(title):
             console.print(f"{title}:", markup=False)
             for key, value in result[title].items():

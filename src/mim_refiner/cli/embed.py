@@ -37,7 +37,8 @@ PoolingOption = Annotated[
 ]
 NormOption = Annotated[bool, typer.Option("--norm/--no-norm", help="Apply the encoder's final norm.")]
 ImageSizeOption = Annotated[
-    int | None, typer.Option("--image-size", min=1, metavar="PIXELS", help="Default: the encoder's own.")
+    str | None,
+    typer.Option("--image-size", metavar="PIXELS", help="A side or HEIGHTxWIDTH; default: the encoder's own."),
 ]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images a forward pass.")]
 PrecisionOption = Annotated[

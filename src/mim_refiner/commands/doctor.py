@@ -18,12 +18,15 @@ from mim_refiner.commands.inputs import announce
 from mim_refiner.data.doctor import KINDS, Finding, Scan, scan
 from mim_refiner.data.duplicates import exact_duplicates, exact_matches, near_duplicates, near_matches
 from mim_refiner.data.exclude import list_lines
+from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.labels import printable
 from mim_refiner.data.sources import ImageSource, open_source
 from mim_refiner.files import write_bytes, write_json
 from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.training.domains import DOMAINS, suggest_domain
 
 LIST_NAME = "exclude.txt"
+WHITE = 230  # of 255: paper
 
 
 def doctor(
@@ -63,6 +66,7 @@ def doctor(
         "to_exclude": len(left_out),
         "findings": [_row(finding) for finding in findings],
         "pixels": _pixels(found),
+        "augmentations": _suggested(found, source, channels),
         "classes": _classes(source),
         "disk_free_gb": round(shutil.disk_usage(Path(out) if out and Path(out).exists() else Path.cwd()).free / 1e9, 1),
         "seconds": round(time.perf_counter() - started, 2),
@@ -147,6 +151,18 @@ def _pixels(found: Scan) -> dict[str, Any]:
         "mean": [round(value, 4) for value in found.mean],
         "std": [round(value, 4) for value in found.std],
     }
+
+
+def _suggested(found: Scan, source: ImageSource, channels: int) -> dict[str, Any] | None:
+    """The augmentation set that channels, bits, shape and background speak for; None where nothing could be decoded."""
+    if not len(found.rows):
+        return None
+    first = decode_image(source.read(int(found.rows[0])), channels)[0]
+    colourless = channels == 3 and found.gray >= 0.95 * len(found.rows)
+    aspect = float(np.median(found.sizes.max(1) / found.sizes.min(1)))
+    white = float((found.thumbs.min(axis=-1) >= WHITE).mean())
+    name = suggest_domain(1 if colourless else channels, 8 * first.dtype.itemsize, aspect, white)
+    return {"domain": name, "why": DOMAINS[name].reason, "use": f"refine --set domain={name}"}
 
 
 def _classes(source: ImageSource) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mim_refiner._version import __version__
 from mim_refiner.checkpoints.load import load_backbone
+from mim_refiner.checkpoints.options import parse_size
 from mim_refiner.commands.inputs import announce
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
@@ -19,6 +20,7 @@ from mim_refiner.evaluation.feature_parts import PartFolder, read_json, refuse_d
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.types import ImageSize, side_or_pair
 
 LISTED_UNREADABLE = 5  # in messages; the manifest has them all
 
@@ -31,7 +33,7 @@ def embed(
     block: int = -1,
     pooling: str | None = None,
     norm: bool = False,
-    image_size: int | None = None,
+    image_size: ImageSize | str | None = None,
     batch_size: int = 256,
     precision: str = "fp32",
     dtype: str = "float32",
@@ -43,7 +45,8 @@ def embed(
 
     ``block``: negative numbers count from the last. ``pooling``: "cls", "mean" of the patch tokens, or "patches" (all
     of them, [N, D] a row); None: what the encoder's authors pool by, mostly cls. ``norm`` applies the encoder's
-    final norm. ``image_size``: pixels, default the encoder's own. ``precision`` of the forward pass: fp32, bf16, auto.
+    final norm. ``image_size``: a side in pixels,
+    (height, width) or "192x256"; default the encoder's own. ``precision`` of the forward pass: fp32, bf16, auto.
     ``dtype`` of the file: float32, float16.
 
     ``<out>.manifest.json`` says what the rows are. Finished parts stay in ``<out>.parts/`` until the file is complete,
@@ -62,7 +65,7 @@ def embed(
         block=block,
         pooling=pooling,
         norm=norm,
-        image_size=image_size,
+        image_size=side_or_pair(parse_size(image_size)) if isinstance(image_size, str) else image_size,
         batch_size=batch_size,
         precision=resolve_precision(precision, torch_device),
         dtype=dtype,

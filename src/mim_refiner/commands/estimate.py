@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import Any
@@ -15,6 +16,7 @@ from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.recipes import refine_recipe
 from mim_refiner.training.refine import head_blocks
+from mim_refiner.types import ImageSize, height_width
 
 PROBE_SECONDS = 4.0
 BACKWARD = 3.0  # forward and backward against forward alone
@@ -44,7 +46,7 @@ def check_model(
     }
     rate = forward_rate(backbone, target, chosen.precision)
     result["forward_images_per_s"] = round(rate, 1)
-    views = image_equivalents(chosen, max(info.image_size))
+    views = image_equivalents(chosen, info.image_size)
     warmup = chosen.warmup.epochs * images * views / rate
     refinement = chosen.refinement.epochs * images * views * BACKWARD / rate
     result["estimated_hours"] = round((warmup + refinement) / 3600, 2)
@@ -52,10 +54,13 @@ def check_model(
     return result
 
 
-def image_equivalents(recipe: RefineRecipe, size: int) -> float:
+def image_equivalents(recipe: RefineRecipe, size: ImageSize) -> float:
     """How many full-size images the views of one image cost."""
-    side = recipe.views.global_size or size
-    return 2 * (side / size) ** 2 + recipe.views.num_local * (recipe.views.local_size / size) ** 2
+    views = recipe.views
+    whole = math.prod(height_width(size))
+    areas = [math.prod(height_width(side)) / whole for side in (views.global_size or size, views.local_size or 0)]
+    local = areas[1] if views.local_size else (3 / 7) ** 2 * areas[0]
+    return 2 * areas[0] + views.num_local * local
 
 
 def forward_rate(backbone: Backbone, device: torch.device, precision: str) -> float:

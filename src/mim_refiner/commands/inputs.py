@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from mim_refiner.data.workers import worker_count
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.files import dotted, write_bytes
+from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipe import Recipe
 from mim_refiner.training.state import RunFolder
 
+MOMENT_IMAGES = 1000
 SMALL_PIXELS = 64  # side in pixels up to which images count as small
 
 
@@ -89,6 +92,25 @@ def evaluation_sets(
     if test is not None:
         check_pair(bank, test, reporter)  # now, not after the training
     return bank, test
+
+
+def channel_moments(images: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of every channel on the 0-1 scale, of at most 1,000 evenly spaced images."""
+    rows = np.linspace(0, len(images) - 1, min(MOMENT_IMAGES, len(images))).astype(int)
+    loaded = [pixels for row in rows if (pixels := images.try_load(int(row))) is not None]
+    images.raise_if_too_many_unreadable()
+    scaled = [pixels / np.float64(np.iinfo(pixels.dtype).max) for pixels in loaded]
+    mean = np.mean([pixels.mean((0, 1)) for pixels in scaled], axis=0)
+    square = np.mean([(pixels**2).mean((0, 1)) for pixels in scaled], axis=0)
+    std = np.sqrt(np.maximum(square - mean**2, 1e-8))  # a channel of one value stays finite
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def normalize_by(images: ImageSet, *backbones: Backbone) -> None:
+    """From now on the encoders, and what is exported of them, normalise by these images' channels."""
+    mean, std = channel_moments(images)
+    for backbone in backbones:
+        backbone.info = replace(backbone.info, mean=mean, std=std)
 
 
 def refuse_to_overwrite_inputs(out: str, overwrite: bool, **sources: str | None) -> None:

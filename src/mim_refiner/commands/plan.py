@@ -15,6 +15,7 @@ from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.cost import EncoderShape, Workload
 from mim_refiner.training.memory import Choice, choose, format_bytes, measure_needs, parse_budget
 from mim_refiner.training.recipe import RefineRecipe
+from mim_refiner.types import ImageSize
 
 RATE_SECONDS = 0.3  # of measuring how fast the device runs a block
 
@@ -90,12 +91,13 @@ def shards_of(recipe: RefineRecipe) -> int:
     return shard_count() if recipe.shard else 1
 
 
-def view_shapes(recipe: RefineRecipe) -> list[tuple[int, int]]:
+def view_shapes(recipe: RefineRecipe) -> list[tuple[ImageSize, int]]:
     """(pixels, how many such views); views of one size pass through the encoder together."""
     views = recipe.views
     assert views.global_size is not None
-    shapes = {views.global_size: 2}
+    shapes: dict[ImageSize, int] = {views.global_size: 2}
     if views.num_local:
+        assert views.local_size is not None
         shapes[views.local_size] = shapes.get(views.local_size, 0) + views.num_local
     return list(shapes.items())
 
@@ -112,7 +114,7 @@ def workload_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Workl
         info.num_prefix_tokens,
         info.in_chans,
         block.mlp.fc1.out_features / info.embed_dim,
-        max(info.image_size),
+        info.image_size,
     )
     return Workload(
         shape,

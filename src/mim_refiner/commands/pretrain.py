@@ -43,6 +43,7 @@ from mim_refiner.training.pretrain import pretrain as train
 from mim_refiner.training.recipe import PretrainRecipe, override
 from mim_refiner.training.recipes import pretrain_recipe
 from mim_refiner.training.signals import stops_cleanly
+from mim_refiner.types import ImageSize, height_width
 
 
 @stops_cleanly
@@ -95,7 +96,7 @@ def _pretrain(
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model)
     # the size decides which recipe is the default, and a setting or a named recipe may decide the size
     size = override(pretrain_recipe(recipe, image_size=0), settings).image_size or common_image_size(images)
-    chosen = override(pretrain_recipe(recipe, image_size=size, images=len(images)), settings)
+    chosen = override(pretrain_recipe(recipe, image_size=max(height_width(size)), images=len(images)), settings)
     chosen.image_size = size
     run = replace(run, precision=resolve_precision(chosen.precision, run.device))
 
@@ -157,7 +158,7 @@ def make_monitor(backbone: Backbone, images: ImageSet, run: Run) -> OnlineKnn:
     return OnlineKnn(backbone, images, None, blocks=blocks, pooling=pooling, run=run)
 
 
-def start(arch: str | None, model: str | None, size: int, out: str) -> Backbone:
+def start(arch: str | None, model: str | None, size: ImageSize, out: str) -> Backbone:
     """A new encoder ``arch``, or the one of ``model``. Raises InputError for a model that is no plain ViT."""
     if model is None:
         assert arch is not None

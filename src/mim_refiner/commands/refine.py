@@ -18,6 +18,7 @@ from mim_refiner.commands.head_blocks import head_block_settings, place_in_recip
 from mim_refiner.commands.inputs import (
     evaluation_sets,
     list_skipped,
+    normalize_by,
     open_images,
     open_run,
     refuse_other_work,
@@ -142,6 +143,8 @@ def refine_and_compare(
     base = refine_recipe(recipe, image_size=max(backbone.info.image_size), images=len(images))
     chosen = override(base, settings)
     run = replace(run, precision=resolve_precision(chosen.precision, run.device))
+    if chosen.normalization == "data":
+        normalize_by(images, backbone)
     bank, test = evaluation_sets(images, eval_data, eval_test, reporter)
     refuse_other_work(chosen, run, weights, images=images, eval_data=bank, eval_test=test)
     before = None if overwrite else Path(out)
@@ -170,6 +173,8 @@ def refine_and_compare(
     seconds = time.perf_counter() - started
 
     stages = {"before": load_backbone(model), **after}
+    for encoder in stages.values():
+        encoder.info = replace(encoder.info, mean=backbone.info.mean, std=backbone.info.std)
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
     with results_folder(folder.path) as results:
         described = f"{Path(data).name} ({len(images)} images)"

@@ -21,7 +21,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.evaluation.cache import FeatureCache
-from mim_refiner.evaluation.features import Features, feature_sets, square_image_size
+from mim_refiner.evaluation.features import Features, feature_sets, own_image_size
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.models.backbone import Backbone
@@ -190,7 +190,7 @@ def drift_of(before: Backbone, after: Backbone, samples: Samples, run: Run) -> N
     rows = _thinned(samples.view_rows, DRIFT_IMAGES)
     parts = []
     with torch.inference_mode(), evaluation_mode(before), evaluation_mode(after):
-        for pixels, _ in eval_batches(samples.queries, square_image_size(old), 64, indices=rows):
+        for pixels, _ in eval_batches(samples.queries, own_image_size(old), 64, indices=rows):
             patches = []
             for backbone in (before, after):
                 inputs = normalize(pixels.to(run.device), backbone.info.mean, backbone.info.std)

@@ -76,18 +76,18 @@ def resize(pixels: Raw, width: int, height: int, box: tuple[float, float, float,
     return output
 
 
-def resize_view(pixels: Raw, side: int) -> Raw:
-    """:func:`resize` to a square training view; for RGB of 64 px and more by torch's 8-bit kernel.
+def resize_view(pixels: Raw, height: int, width: int) -> Raw:
+    """:func:`resize` to a training view; for RGB of 64 px and more by torch's 8-bit kernel.
 
     That kernel gives Pillow's values to one level of 255 (two in one pixel of ten thousand) in a third of the time.
     Small views stay with Pillow, so that their values are the same on every processor.
     """
-    if pixels.shape[2] != 3 or pixels.dtype != np.uint8 or side < _TORCH_SIDE:
-        return resize(pixels, side, side)
+    if pixels.shape[2] != 3 or pixels.dtype != np.uint8 or min(height, width) < _TORCH_SIDE:
+        return resize(pixels, width, height)
     if not pixels.flags.writeable:  # torch warns of such arrays
         pixels = pixels.copy()
     planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # channels last in memory, which the kernel likes
-    resized = functional.interpolate(planes, size=(side, side), mode="bicubic", antialias=True)
+    resized = functional.interpolate(planes, size=(height, width), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 

@@ -24,6 +24,7 @@ from mim_refiner.data.prefetch import in_background
 from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order, scale_reduction
 from mim_refiner.data.workers import begun, decoding_threads, end_workers
 from mim_refiner.errors import DataError, InputError
+from mim_refiner.types import ImageSize, height_width
 
 _ELONGATED = 4  # times longer than wide: the view is resized alone, or the cost would grow with the length
 
@@ -253,14 +254,20 @@ class TrainLoader:
         self._closed = True
 
 
-def default_crop_ratio(image_size: int) -> float:
-    """Return 1.0 up to 64 px (nothing to spare at the border), else 0.875 (224 of 256 px)."""
-    return 1.0 if image_size <= 64 else 0.875
+def default_crop_ratio(image_size: ImageSize) -> float:
+    """Return 1.0 up to 64 px (nothing to spare at the border) and for what is no square, else 0.875 (224 of 256 px)."""
+    return 0.875 if isinstance(image_size, int) and image_size > 64 else 1.0
 
 
-def resize_center_crop(pixels: Pixels, image_size: int, crop_ratio: float) -> Pixels:
-    """Resize the shorter side to round(image_size / crop_ratio), bicubic, and cut out the centre: [S, S, C]."""
+def resize_center_crop(pixels: Pixels, image_size: ImageSize, crop_ratio: float) -> Pixels:
+    """Resize the shorter side to round(image_size / crop_ratio), bicubic, and cut out the centre: [S, S, C].
+
+    For a size (H, W) that is no square the whole image is resized to it: [H, W, C].
+    """
     height, width = pixels.shape[:2]
+    if not isinstance(image_size, int):
+        same = (height, width) == image_size
+        return pixels if same else resize(pixels, image_size[1], image_size[0])
     short = round(image_size / crop_ratio)
     long = int(short * max(height, width) / min(height, width))
     if min(height, width) == short:
@@ -288,18 +295,18 @@ def _view_of(pixels: Pixels, top: int, left: int, side: int, resized: tuple[int,
 
 def eval_batches(
     images: ImageSet,
-    image_size: int,
+    image_size: ImageSize,
     batch_size: int,
     *,
     indices: Sequence[int] | NDArray[np.int64] | Tensor | None = None,
     crop_ratio: float | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (uint8 [B, 3, S, S], their indices int64 [B]) in order, every image once.
+    """Yield (uint8 [B, 3, H, W], their indices int64 [B]) in order, every image once.
 
     Unreadable images are left out (not replaced), so always take labels by the indices that come with the batch.
     ``crop_ratio`` None means ``default_crop_ratio``. Raises DataError when more than 10 % cannot be read.
     """
-    if batch_size < 1 or image_size < 1:
+    if min(batch_size, *height_width(image_size)) < 1:
         raise InputError(f"batch size {batch_size} and image size {image_size} must be at least 1")
     ratio = default_crop_ratio(image_size) if crop_ratio is None else crop_ratio
     if not 0 < ratio <= 1:
@@ -311,7 +318,7 @@ def eval_batches(
 
 
 def _eval_items(
-    images: ImageSet, image_size: int, batch_size: int, wanted: NDArray[np.int64], ratio: float
+    images: ImageSet, image_size: ImageSize, batch_size: int, wanted: NDArray[np.int64], ratio: float
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     def prepare(index: int) -> Pixels | None:
         pixels = images.try_load(index)  # at full scale, as in the published protocols

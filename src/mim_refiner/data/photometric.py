@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mim_refiner.core.collectives import Rows
 from mim_refiner.core.run import send
+from mim_refiner.data import domain
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import InputError
 
@@ -121,11 +122,15 @@ def augment(
     one behind the other in memory.
     """
     groups: dict[object, list[int]] = {}  # views that the same operations suit
-    drawn = []
+    drawn, domains = [], {}
     for number, (images, photometric) in enumerate(zip(views, photometrics, strict=True)):
         view = photometric.view
         params = draw_params(view, len(images) if rows is None else rows.total, generator)
         drawn.append(params if rows is None else params.of(rows))
+        if view.domain.active:  # only then more is drawn: photographs see the same numbers as ever
+            total = len(images) if rows is None else rows.total
+            table = domain.draw(total, images.shape[1], generator)
+            domains[number] = table if rows is None else table[rows.start : rows.stop]
         key = (images.dtype, images.shape[1:], view.blur_sigma[1], view.solarize_threshold)
         groups.setdefault((*key, *photometric.mean, *photometric.std), []).append(number)
     plans = [
@@ -141,6 +146,9 @@ def augment(
             images = _augmented(pixels, photometrics[group[0]].view, chunks, own)
         for number, part in zip(group, images.split([len(views[number]) for number in group]), strict=True):
             output[number] = part
+    for (number, _), table in zip(domains.items(), send(list(domains.values()), device), strict=True):
+        own_of = photometrics[number]
+        output[number] = domain.apply(output[number], table, own_of.view.domain, own_of.mean, own_of.std)
     return output
 
 

@@ -8,17 +8,19 @@ does not depend on the batch size, the worker, the rank, or on where the epoch w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mim_refiner.data.channels import common_type, resize_view
+from mim_refiner.data.domain import DomainSpec
 from mim_refiner.errors import InputError
+from mim_refiner.types import ImageSize, height_width
 
 _ATTEMPTS = 10
-_DRAWS = 24  # uniform numbers a sample and view: 10 areas, 10 ratios, top, left, flip, one spare
+_DRAWS = 24  # uniform numbers a sample and view: 10 areas, 10 ratios, top, left, flip, upside down
 _COUNTERS = _DRAWS // 4  # a Philox counter step gives four 64-bit numbers
 _ORDER_STREAM = 0  # stream numbers below the first view's
 _FIRST_VIEW_STREAM = 16
@@ -28,17 +30,21 @@ _FIRST_VIEW_STREAM = 16
 class ViewSpec:
     """One kind of view: its crop and its photometric augmentations (defaults: method.md section 5, without blur).
 
-    size: output pixels, square. count: how many such views a sample gets. scale: share of the image area.
-    ratio: width / height of the crop. The jitter strengths are those of torchvision's ColorJitter; blur_sigma in pixels
-    of the view; solarize_threshold on the 0-255 scale.
+    size: output pixels, one number for a square or (height, width). count: how many such views a sample gets. scale:
+    share of the image area. ratio: width / height of the crop beside that of the view. crop_axes "longer": the crop
+    spans the view's shorter axis whole and ``scale`` is its share of the longer one. vflip: upside down. The jitter
+    strengths are those of torchvision's ColorJitter; blur_sigma in pixels of the view; solarize_threshold on the 0-255
+    scale; domain: what photographs do not need.
     """
 
     name: str
-    size: int
+    size: ImageSize
     count: int = 1
     scale: tuple[float, float] = (0.25, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    vflip: float = 0.0
+    crop_axes: Literal["both", "longer"] = "both"
     jitter_prob: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
@@ -49,10 +55,19 @@ class ViewSpec:
     gray_prob: float = 0.2
     solarize_prob: float = 0.0
     solarize_threshold: float = 128.0
+    domain: DomainSpec = field(default_factory=DomainSpec)
+
+    @property
+    def height(self) -> int:
+        return height_width(self.size)[0]
+
+    @property
+    def width(self) -> int:
+        return height_width(self.size)[1]
 
     def __post_init__(self) -> None:
         problems = []
-        if self.size < 1 or self.count < 1:
+        if min(self.height, self.width, self.count) < 1:
             problems.append(f"size {self.size} and count {self.count} must be at least 1")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             problems.append(f"scale {self.scale} must be low <= high within (0, 1]")
@@ -60,7 +75,7 @@ class ViewSpec:
             problems.append(f"ratio {self.ratio} must be low <= high, above 0")
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             problems.append(f"blur_sigma {self.blur_sigma} must be low <= high, above 0")
-        for key in ("flip", "jitter_prob", "blur_prob", "gray_prob", "solarize_prob"):
+        for key in ("flip", "vflip", "jitter_prob", "blur_prob", "gray_prob", "solarize_prob"):
             if not 0 <= getattr(self, key) <= 1:
                 problems.append(f"{key} {getattr(self, key)} must be between 0 and 1")
         if min(self.brightness, self.contrast, self.saturation) < 0 or not 0 <= self.hue <= 0.5:
@@ -70,49 +85,26 @@ class ViewSpec:
 
 
 def multi_crop_views(
-    global_size: int,
-    local_size: int,
+    global_size: ImageSize,
+    local_size: ImageSize,
     num_local: int,
     global_scale: tuple[float, float] = (0.25, 1.0),
     local_scale: tuple[float, float] = (0.05, 0.25),
     *,
-    flip: float = 0.5,
-    jitter_prob: float = 0.8,
-    brightness: float = 0.4,
-    contrast: float = 0.4,
-    saturation: float = 0.2,
-    hue: float = 0.1,
     blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5),
-    blur_sigma: tuple[float, float] = (0.1, 2.0),
-    gray_prob: float = 0.2,
     solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0),
-    solarize_threshold: float = 128.0,
+    **same: Any,
 ) -> list[ViewSpec]:
     """Return the refinement views: global0, global1 and ``num_local`` local ones (none for 0).
 
-    ``blur_prob`` and ``solarize_prob`` hold one value each for global0, global1 and local.
+    ``blur_prob`` and ``solarize_prob`` hold one value each for global0, global1 and local; ``same``: further fields of
+    ViewSpec, alike in all views.
     """
     groups = [("global0", global_size, 1, global_scale), ("global1", global_size, 1, global_scale)]
     if num_local:
         groups.append(("local", local_size, num_local, local_scale))
     return [
-        ViewSpec(
-            name=name,
-            size=size,
-            count=count,
-            scale=scale,
-            flip=flip,
-            jitter_prob=jitter_prob,
-            brightness=brightness,
-            contrast=contrast,
-            saturation=saturation,
-            hue=hue,
-            blur_prob=blur_prob[position],
-            blur_sigma=blur_sigma,
-            gray_prob=gray_prob,
-            solarize_prob=solarize_prob[position],
-            solarize_threshold=solarize_threshold,
-        )
+        ViewSpec(name, size, count, scale, blur_prob=blur_prob[position], solarize_prob=solarize_prob[position], **same)
         for position, (name, size, count, scale) in enumerate(groups)
     ]
 
@@ -142,8 +134,11 @@ def crop_boxes(
     The distribution is that of torchvision's ``RandomResizedCrop.get_params``.
     """
     count = len(uniforms)
+    if spec.crop_axes == "longer":
+        return _spanning_boxes(uniforms, heights, widths, spec), uniforms[:, 22] < spec.flip
+    low, high = (bound * spec.width / spec.height for bound in spec.ratio)
     area = (heights * widths)[:, None] * _between(uniforms[:, :_ATTEMPTS], *spec.scale)
-    ratio = np.exp(_between(uniforms[:, _ATTEMPTS : 2 * _ATTEMPTS], np.log(spec.ratio[0]), np.log(spec.ratio[1])))
+    ratio = np.exp(_between(uniforms[:, _ATTEMPTS : 2 * _ATTEMPTS], np.log(low), np.log(high)))
     crop_w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
     crop_h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (crop_w > 0) & (crop_w <= widths[:, None]) & (crop_h > 0) & (crop_h <= heights[:, None])
@@ -154,8 +149,21 @@ def crop_boxes(
     left = (uniforms[:, 21] * (widths - width + 1)).astype(np.int64)
     boxes = np.stack([top, left, height, width], axis=1)
     for row in np.flatnonzero(~fits.any(axis=1)):
-        boxes[row] = _central_box(int(heights[row]), int(widths[row]), spec.ratio)
+        boxes[row] = _central_box(int(heights[row]), int(widths[row]), (low, high))
     return boxes, uniforms[:, 22] < spec.flip
+
+
+def _spanning_boxes(
+    uniforms: NDArray[np.float64], heights: NDArray[np.int64], widths: NDArray[np.int64], spec: ViewSpec
+) -> NDArray[np.int64]:
+    """Boxes [B, 4] that span one axis whole: the view's shorter one (of a square view the height)."""
+    along_height = spec.height > spec.width
+    whole = heights if along_height else widths
+    length = np.rint(whole * _between(uniforms[:, 0], *spec.scale)).astype(np.int64).clip(1)
+    start = (uniforms[:, 20] * (whole - length + 1)).astype(np.int64)
+    zero = np.zeros_like(start)
+    edges = (start, zero, length, widths) if along_height else (zero, start, heights, length)
+    return np.stack(edges, axis=1)
 
 
 def _between(uniform: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
@@ -177,13 +185,14 @@ def scale_reduction(specs: Sequence[ViewSpec], height: int, width: int, *, seed:
 
     ``specs``: one a view.
     """
-    most = min(height, width) // max(spec.size for spec in specs)
+    most = min(height // max(spec.height for spec in specs), width // max(spec.width for spec in specs))
     sides = np.array([height]), np.array([width])
     for view, spec in enumerate(specs):
         if most < 2:  # nearly always so at once for images of the usual sizes
             return 1
         boxes, _ = crop_boxes(_uniforms(seed, epoch, _FIRST_VIEW_STREAM + view, position, 1), *sides, spec)
-        most = min(most, int(boxes[0, 2:].min()) // (spec.size + 1))  # a pixel to spare: edges are rounded
+        # a pixel to spare: edges are rounded
+        most = min(most, int(boxes[0, 2]) // (spec.height + 1), int(boxes[0, 3]) // (spec.width + 1))
     return 1 << min(most, 8).bit_length() - 1 if most else 1
 
 
@@ -197,9 +206,9 @@ def crop_batch(
     view: int,
     shapes: Sequence[tuple[int, int]] | None = None,
 ) -> NDArray[Any]:
-    """Crop one view of every image [H, W, C] to [B, size, size, C]; they lie at ``position``, ``position + 1``, ...
+    """Crop one view of every image [H, W, C] to [B, height, width, C]; they lie at ``position``, ``position + 1``, ...
 
-    ``view`` numbers the views of a sample. Bicubic with antialiasing, then the flip. uint8 stays uint8; where
+    ``view`` numbers the views of a sample. Bicubic with antialiasing, then the flips. uint8 stays uint8; where
     16-bit images are among them, all become uint16. ``shapes``: (height, width) of the whole images where these are
     reduced; the crops are those of the whole ones.
     """
@@ -213,13 +222,15 @@ def crop_batch(
         boxes = np.concatenate([corner, opposite - corner], axis=1)
     images = common_type(list(images))
     # Channels first in memory: the tensors made of it need no further copy.
-    planes = np.empty((len(images), images[0].shape[2], spec.size, spec.size), dtype=images[0].dtype)
+    planes = np.empty((len(images), images[0].shape[2], spec.height, spec.width), dtype=images[0].dtype)
     output = planes.transpose(0, 2, 3, 1)
-    for row, (image, (top, left, height, width), flip) in enumerate(
-        zip(images, boxes.tolist(), flips.tolist(), strict=True)
+    upside_down = (uniforms[:, 23] < spec.vflip).tolist()
+    for row, (image, (top, left, height, width), flip, turned) in enumerate(
+        zip(images, boxes.tolist(), flips.tolist(), upside_down, strict=True)
     ):
         crop = image[top : top + height, left : left + width]
-        if crop.shape[:2] != (spec.size, spec.size):
-            crop = resize_view(crop, spec.size)
-        output[row] = crop[:, ::-1] if flip else crop
+        if crop.shape[:2] != (spec.height, spec.width):
+            crop = resize_view(crop, spec.height, spec.width)
+        crop = crop[:, ::-1] if flip else crop
+        output[row] = crop[::-1] if turned else crop
     return output

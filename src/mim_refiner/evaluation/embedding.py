@@ -18,11 +18,11 @@ from mim_refiner.data.loaders import default_crop_ratio, eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.feature_parts import Part, PartFolder
-from mim_refiner.evaluation.features import resolve_blocks, resolve_poolings, square_image_size
+from mim_refiner.evaluation.features import own_image_size, resolve_blocks, resolve_poolings
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import check_image_size
 from mim_refiner.reporting import Reporter
-from mim_refiner.types import BackboneInfo, BlockOutput
+from mim_refiner.types import BackboneInfo, BlockOutput, ImageSize, height_width
 
 POOLINGS = ("cls", "mean", "patches")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -36,7 +36,7 @@ class FeatureSpec:
     block: int  # from 0
     pooling: str  # "cls", "mean", "patches"
     norm: bool
-    image_size: int  # pixels, side of the square
+    image_size: ImageSize  # pixels
     batch_size: int
     precision: Literal["fp32", "bf16"]
     dtype: str  # as stored: "float32", "float16"
@@ -50,7 +50,7 @@ class FeatureSpec:
         block: int,
         pooling: str | None,
         norm: bool,
-        image_size: int | None,
+        image_size: ImageSize | None,
         batch_size: int,
         precision: Literal["fp32", "bf16"],
         dtype: str,
@@ -70,21 +70,26 @@ class FeatureSpec:
         if batch_size < 1:
             raise InputError(f"batch size {batch_size} must be at least 1")
         [number] = resolve_blocks([block], info.depth)
-        size = image_size or square_image_size(info)
-        check_image_size((size, size), info.patch_size)
-        patches = (size // info.patch_size[0]) * (size // info.patch_size[1]) if pooling == "patches" else 1
+        size = image_size or own_image_size(info)
+        sides = height_width(size)
+        check_image_size(sides, info.patch_size)
+        patches = (sides[0] // info.patch_size[0]) * (sides[1] // info.patch_size[1]) if pooling == "patches" else 1
         batch_bytes = batch_size * patches * info.embed_dim * DTYPES[dtype].itemsize
         part_images = batch_size * max(1, min(PART_BATCHES, PART_BYTES // batch_bytes))
         return cls(number, pooling, norm, size, batch_size, precision, dtype, part_images)
 
     def transform(self, info: BackboneInfo) -> dict[str, Any]:
         """How an image becomes the encoder's input, in words that a program reads."""
-        ratio = default_crop_ratio(self.image_size)
+        size = self.image_size
+        cut = (
+            {"resize": list(size)}
+            if isinstance(size, tuple)
+            else {"resize_shorter_side": round(size / default_crop_ratio(size)), "center_crop": size}
+        )
         return {
             "channels": "RGB" if info.in_chans == 3 else info.in_chans,
-            "resize_shorter_side": round(self.image_size / ratio),
             "interpolation": "bicubic",
-            "center_crop": self.image_size,
+            **cut,
             "scale": "0-1",
             "mean": list(info.mean),
             "std": list(info.std),

@@ -20,7 +20,7 @@ from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.cache import FeatureCache, data_identity, model_identity, rows_identity
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.types import BackboneInfo, BlockOutput
+from mim_refiner.types import BackboneInfo, BlockOutput, ImageSize, side_or_pair
 
 POOLINGS = ("cls", "mean")
 FeatureKey = tuple[int, str]  # (block, counted from 0; pooling)
@@ -62,7 +62,7 @@ class Features:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How the images of a set become uint8 batches [B, 3, S, S] and their positions in the set [B].
+    """How the images of a set become uint8 batches [B, 3, H, W] and their positions in the set [B].
 
     ``name`` says everything that the pixels depend on (with all numbers and seeds): it is part of a cache entry's key.
     ``batches`` takes (images, image size, batch size, indices or None), as ``data.loaders.eval_batches``.
@@ -102,7 +102,7 @@ def feature_sets(
     blocks: str | Sequence[int] = "all",
     poolings: Sequence[str] | None = None,
     norms: Sequence[bool] = (False, True),
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     batch_size: int = 256,
     run: Run | None = None,
     indices: Sequence[int] | NDArray[np.int64] | Tensor | None = None,
@@ -128,7 +128,7 @@ def feature_sets(
     ]
     run = run or Run(device_of(backbone))
     backbone.to(run.device)
-    size = image_size or square_image_size(backbone.info)
+    size = image_size or own_image_size(backbone.info)
     chosen = None if indices is None else np.asarray(indices, dtype=np.int64)
     identity = {} if cache is None else _identity(backbone, images, chosen, transform, size, run)
     cache = cache if rank() == 0 else None
@@ -247,7 +247,7 @@ def _identity(
     images: ImageSet,
     indices: NDArray[np.int64] | None,
     transform: ImageTransform,
-    size: int,
+    size: ImageSize,
     run: Run,
 ) -> dict[str, Any]:
     """All that the features depend on but block, pooling and norm. The batch size is left out: it moves last bits."""
@@ -292,11 +292,6 @@ def resolve_poolings(poolings: Sequence[str] | None, info: BackboneInfo) -> tupl
     return names
 
 
-def square_image_size(info: BackboneInfo) -> int:
-    """Side of the square images that the encoder is made for; InputError when they are not square."""
-    height, width = info.image_size
-    if height != width:
-        raise InputError(
-            f"{info.architecture} is made for {height}x{width} px images; give image_size, a square's side"
-        )
-    return height
+def own_image_size(info: BackboneInfo) -> ImageSize:
+    """The size of the images that the encoder is made for."""
+    return side_or_pair(info.image_size)

@@ -32,6 +32,7 @@ from mim_refiner.data.workers import begun, worker_count
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.knn import AccuracyScore
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.types import ImageSize, height_width
 
 Progress = Callable[[int, int], None]
 
@@ -101,7 +102,7 @@ def finetune(
     test: LabelledRows,
     settings: FinetuneSettings | None = None,
     *,
-    image_size: int,
+    image_size: ImageSize,
     seed: int = 0,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
@@ -142,7 +143,7 @@ def _train(
     train: LabelledRows,
     settings: FinetuneSettings,
     num_classes: int,
-    image_size: int,
+    image_size: ImageSize,
     seed: int,
     device: torch.device,
     precision: str,
@@ -231,7 +232,12 @@ class _Shuffled(Sampler[list[tuple[int, int]]]):
 
 
 def _loader(
-    train: LabelledRows, backbone: Backbone, settings: FinetuneSettings, image_size: int, batch_size: int, seed: int
+    train: LabelledRows,
+    backbone: Backbone,
+    settings: FinetuneSettings,
+    image_size: ImageSize,
+    batch_size: int,
+    seed: int,
 ) -> DataLoader[Any]:
     transform = training_transform(settings, image_size, backbone.info.mean, backbone.info.std)
     workers = worker_count(settings.workers, cached=train.images.cached)
@@ -246,7 +252,7 @@ def _loader(
 
 
 def training_transform(
-    settings: FinetuneSettings, image_size: int, mean: Sequence[float], std: Sequence[float]
+    settings: FinetuneSettings, image_size: ImageSize, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Image.Image], Tensor]:
     """timm's training transform: random resized crop, flip, RandAugment, normalisation, random erasing."""
     crop, _, final = create_transform(
@@ -264,7 +270,7 @@ def training_transform(
     if not settings.randaugment:
         return Compose([crop, final])
     options = {
-        "translate_const": int(image_size * 0.45),
+        "translate_const": int(max(height_width(image_size)) * 0.45),
         "img_mean": tuple(min(255, round(255 * value)) for value in mean),
         "interpolation": Image.Resampling.BICUBIC,
         # at the full magnitude timm posterises to 0 bits, which newer Pillow refuses
@@ -275,7 +281,7 @@ def training_transform(
 
 @torch.inference_mode()
 def _predict(
-    model: Classifier, test: LabelledRows, image_size: int, batch_size: int, device: torch.device, precision: str
+    model: Classifier, test: LabelledRows, image_size: ImageSize, batch_size: int, device: torch.device, precision: str
 ) -> Tensor:
     """Classes [N] in the order of ``test``; an image that cannot be read counts as wrong (-1)."""
     classes = torch.full((len(test.images),), -1)

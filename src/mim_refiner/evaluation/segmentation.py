@@ -215,7 +215,7 @@ def confusion(truth: Mask, predicted: NDArray[np.int64], classes: int, ignore: i
 
 def check_segmentation(settings: SegmentationSettings, backbone: Backbone) -> int:
     """Return the window in pixels; raise InputError for settings that mean nothing."""
-    window, patch = settings.window or backbone.info.image_size[0], backbone.info.patch_size
+    window, patch = settings.window or min(backbone.info.image_size), backbone.info.patch_size
     if window % patch[0] or window % patch[1]:
         raise InputError(f"segmentation.window {window} must be a multiple of the patch size {patch[0]}x{patch[1]}")
     if not 0 < settings.stride <= 1 or settings.every < 1 or settings.count < 1 or settings.epochs < 1:

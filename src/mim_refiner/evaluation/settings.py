@@ -16,6 +16,7 @@ from mim_refiner.evaluation.long_tail import LongTailSettings
 from mim_refiner.evaluation.low_shot import LowShotSettings
 from mim_refiner.evaluation.robustness import RobustnessSettings
 from mim_refiner.evaluation.segmentation import SegmentationSettings
+from mim_refiner.types import ImageSize
 
 QUICK_CLUSTER_SEEDS = 10
 LARGEST = 10**9  # beyond it lie mistyped numbers
@@ -39,7 +40,7 @@ class EvaluationSettings:
     segmentation: SegmentationSettings = field(default_factory=SegmentationSettings)
     robustness: RobustnessSettings = field(default_factory=RobustnessSettings)
     test_share: float = 0.2  # held out of train when there is no test set
-    image_size: int | None = None  # None: the encoder's own
+    image_size: ImageSize | None = None  # None: the encoder's own
     batch_size: int = 256
     precision: str = "fp32"
 

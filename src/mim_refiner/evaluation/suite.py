@@ -22,7 +22,7 @@ from mim_refiner.errors import DataError, InputError, did_you_mean
 from mim_refiner.evaluation import protocols as frozen
 from mim_refiner.evaluation import protocols_images as retrained
 from mim_refiner.evaluation.cache import FeatureCache
-from mim_refiner.evaluation.features import Features, resolve_blocks, resolve_poolings, square_image_size
+from mim_refiner.evaluation.features import Features, own_image_size, resolve_blocks, resolve_poolings
 from mim_refiner.evaluation.finetune import check_finetune
 from mim_refiner.evaluation.jobs import Job
 from mim_refiner.evaluation.linear_probe import check_linear
@@ -102,7 +102,7 @@ def evaluate_backbone(
         blocks=wanted,
         poolings=resolve_poolings(poolings, backbone.info),
         norm=norm,
-        settings=dataclasses.replace(settings, image_size=settings.image_size or square_image_size(backbone.info)),
+        settings=dataclasses.replace(settings, image_size=settings.image_size or own_image_size(backbone.info)),
         run=run,
         data=_describe(train, test, settings, run.seed),
         model_sha256=model_sha256,

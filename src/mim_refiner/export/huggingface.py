@@ -168,15 +168,16 @@ def _dinov2_state(backbone: Backbone) -> dict[str, Tensor]:
 
 
 def _preprocessing(backbone: Backbone) -> dict[str, Any]:
-    """Our evaluation transform: shorter side resized, centre cropped, normalised."""
+    """Our evaluation transform: shorter side resized, centre cropped (what is no square: resized), normalised."""
     height, width = backbone.info.image_size
-    side = max(height, width)
+    square = height == width
+    resized = {"shortest_edge": round(height / default_crop_ratio(height))}
     return {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": round(side / default_crop_ratio(side))},
+        "size": resized if square else {"height": height, "width": width},
         "resample": 3,  # bicubic
-        "do_center_crop": True,
+        "do_center_crop": square,
         "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -15,7 +15,7 @@ from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError, InputError
-from mim_refiner.types import BackboneInfo
+from mim_refiner.types import BackboneInfo, side_or_pair
 
 CHECK_IMAGES = 4
 DEMO_IMAGES = "CIFAR-10 test images embedded in mim-refiner"
@@ -60,12 +60,11 @@ def check_images(info: BackboneInfo, images: ImageSet | None = None, source: str
     if images is None:
         with as_file(files("mim_refiner") / "assets" / "cifar10_test.parquet") as path:
             return check_images(info, ImageSet(open_source(f"{path}[:{CHECK_IMAGES}]"), cache=False), DEMO_IMAGES)
-    height, width = info.image_size
-    batch = next(eval_batches(images, max(height, width), CHECK_IMAGES, indices=range(min(len(images), 64))), None)
+    size = side_or_pair(info.image_size)
+    batch = next(eval_batches(images, size, CHECK_IMAGES, indices=range(min(len(images), 64))), None)
     if batch is None:
         raise DataError(f"{images.description}: none of the first images can be read; give readable ones")
-    top, left = (max(height, width) - height) // 2, (max(height, width) - width) // 2
-    pixels = batch[0][:, torch.arange(info.in_chans) % batch[0].shape[1], top : top + height, left : left + width]
+    pixels = batch[0][:, torch.arange(info.in_chans) % batch[0].shape[1]]
     return CheckImages(normalize(pixels, info.mean, info.std), source or images.description)
 
 

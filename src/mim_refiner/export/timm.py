@@ -20,6 +20,7 @@ from mim_refiner.export.writing import Format, Pairs, write_export
 from mim_refiner.models.backbone import Backbone, norm_eps
 from mim_refiner.models.capi import CapiVisionTransformer
 from mim_refiner.models.vit import BASE_ARCHITECTURE, registered_name, standard_name, vit_arguments
+from mim_refiner.types import side_or_pair
 
 
 def export_timm(
@@ -64,7 +65,8 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
             "input_size": [info.in_chans, *info.image_size],
             "fixed_input_size": False,
             "interpolation": "bicubic",
-            "crop_pct": default_crop_ratio(max(info.image_size)),
+            "crop_pct": default_crop_ratio(side_or_pair(info.image_size)),
+            **({"crop_mode": "squash"} if info.image_size[0] != info.image_size[1] else {}),
             "mean": list(info.mean),
             "std": list(info.std),
             "num_classes": int(getattr(model, "num_classes", 0)),

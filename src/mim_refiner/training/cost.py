@@ -6,8 +6,11 @@ as torch keeps them for the backward pass of a timm block (tests compare them wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from mim_refiner.types import ImageSize, height_width
 
 GLOBAL_VIEWS = 2
 STATE_BYTES = 4 + 4 + 8  # a trained parameter: weight, gradient, two moments of AdamW, all float32
@@ -24,11 +27,12 @@ class EncoderShape:
     prefix: int = 1  # class token, registers
     channels: int = 3
     mlp_ratio: float = 4.0
-    image_size: int = 224  # of the position table
+    image_size: ImageSize = 224  # of the position table
 
-    def tokens(self, size: int) -> int:
-        """Tokens of a square view of ``size`` pixels."""
-        return (size // self.patch) ** 2 + self.prefix
+    def tokens(self, size: ImageSize) -> int:
+        """Tokens of a view of ``size`` pixels."""
+        height, width = height_width(size)
+        return (height // self.patch) * (width // self.patch) + self.prefix
 
     @property
     def block_parameters(self) -> int:
@@ -81,7 +85,7 @@ class Workload:
     encoder: EncoderShape
     batch: int  # images a step, of all processes
     head_blocks: Sequence[int]
-    view_sizes: Sequence[tuple[int, int]]  # (pixels, how many such views)
+    view_sizes: Sequence[tuple[ImageSize, int]]  # (pixels, how many such views)
     projector_hidden: int = 2048
     predictor_hidden: int = 4096
     out_dim: int = 256
@@ -194,7 +198,10 @@ class Workload:
             + 3 * 4 * e.block_parameters * (self.shards > 1),
             "average of the encoder": e.parameters * 4 - blocks * 4 * elsewhere,
             "queues": len(self.head_blocks) * self.queue_size * (self.out_dim * 4 + 16),
-            "images": sum(self.local_batch * count * e.channels * pixels**2 * 4 for pixels, count in self.view_sizes),
+            "images": sum(
+                self.local_batch * count * e.channels * math.prod(height_width(size)) * 4
+                for size, count in self.view_sizes
+            ),
             "features": 2 * features,
             # a cached step holds one size of views at a time, and the heads' graph before the encoder's
             "activations": max(max(groups), len(self.head_blocks) * head)

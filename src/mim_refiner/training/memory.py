@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from mim_refiner.core.device import autocast, free_memory
 from mim_refiner.errors import InputError
 from mim_refiner.models.refiner import Refiner
+from mim_refiner.types import ImageSize, height_width
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 RESERVE = 0.08  # of the budget, for what libraries keep
@@ -107,7 +108,7 @@ class Choice:
 
 def measure_needs(
     refiner: Refiner,
-    view_shapes: Sequence[tuple[int, int]],
+    view_shapes: Sequence[tuple[ImageSize, int]],
     batch: int,
     *,
     precision: str,
@@ -139,7 +140,7 @@ def measure_needs(
     scratch = int(BF16_SCRATCH) if precision == "bf16" and trained.device.type == "cpu" and waste is None else 0
     return Needs(
         state=held + average + 3 * trainable + scratch - _elsewhere(trained.model, shards),
-        images=sum(batch * count * channels * size**2 * 4 for size, count in view_shapes),
+        images=sum(batch * count * channels * math.prod(height_width(size)) * 4 for size, count in view_shapes),
         features=2 * features,
         prefix=prefix if refiner.frozen_blocks else 0,
         gradients=0 if shards > 1 else trainable,
@@ -183,15 +184,18 @@ class refiner_like:  # noqa: N801  (reads as a function)
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
-    def tokens(self, size: int) -> int:
+    def tokens(self, size: ImageSize) -> int:
         info = self.model.backbone.info
-        return (size // info.patch_size[0]) * (size // info.patch_size[1]) + info.num_prefix_tokens
+        sides = zip(height_width(size), info.patch_size, strict=True)
+        return math.prod(side // patch for side, patch in sides) + info.num_prefix_tokens
 
-    def encoder(self, shape: tuple[int, int], precision: str, images: int) -> int:
+    def encoder(self, shape: tuple[ImageSize, int], precision: str, images: int) -> int:
         """Peak bytes of forward and backward pass of the encoder on ``images`` images' views of one size."""
         size, count = shape
         with self.mode, LiveBytes() as live:
-            pixels = torch.empty(images * count, self.model.backbone.info.in_chans, size, size, device=self.device)
+            pixels = torch.empty(
+                images * count, self.model.backbone.info.in_chans, *height_width(size), device=self.device
+            )
             with autocast(precision, self.device):
                 outputs = self.model.pooled_blocks(self.model.frozen_prefix(pixels))
             values = list(outputs.values())
@@ -218,7 +222,7 @@ class refiner_like:  # noqa: N801  (reads as a function)
 
 def choose(
     refiner: Refiner,
-    view_shapes: Sequence[tuple[int, int]],
+    view_shapes: Sequence[tuple[ImageSize, int]],
     batch: int,
     budget: float,
     *,

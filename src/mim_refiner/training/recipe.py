@@ -7,10 +7,12 @@ refused with the nearest valid name. ``resolved`` recipes contain no "auto": the
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -22,6 +24,7 @@ from pydantic import (
 
 from mim_refiner.errors import RecipeError, did_you_mean
 from mim_refiner.files import dotted, load_yaml, reading
+from mim_refiner.training.domains import DOMAINS, PHOTOGRAPHS
 
 # Bounds that no run reaches: beyond them lie mistyped numbers, which would else end in an allocation or an overflow.
 PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
@@ -29,7 +32,17 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
 Width = Annotated[int, Field(ge=1, le=2**17)]  # of a layer
 Side = Annotated[int, Field(ge=1, le=2**14)]  # pixels
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _pair(value: Any) -> Any:
+    """HEIGHTxWIDTH as text."""
+    parts = value.split("x") if isinstance(value, str) else []
+    return tuple(int(part) for part in parts) if len(parts) == 2 and all(part.isdecimal() for part in parts) else value
+
+
+Size = Annotated[Side | tuple[Side, Side], BeforeValidator(_pair)]  # of a square, or (height, width)
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Hue = Annotated[float, Field(ge=0, le=0.5)]
 Precision = Literal["auto", "fast", "fp32", "bf16"]
 R = TypeVar("R", bound="Recipe")
 
@@ -59,18 +72,27 @@ class Phase(_Settings):
 class Views(_Settings):
     """Multi-crop views; sizes in pixels, scales are shares of the image area."""
 
-    global_size: Side | None = None  # None: the encoder's own image size
+    global_size: Size | None = None  # None: the encoder's own image size
     global_scale: tuple[float, float] = (0.25, 1.0)
-    local_size: Side = 96
+    local_size: Size | None = 96  # None: three sevenths of the global size, in whole patches
     local_scale: tuple[float, float] = (0.05, 0.25)
     num_local: Annotated[int, Field(ge=0, le=1000)] = 10
     flip: Share = 0.5
+    vflip: Share = 0.0  # upside down
+    crop_axes: Literal["both", "longer"] = "both"  # longer: crops span the shorter axis whole
     jitter_prob: Share = 0.8
-    jitter_strength: NonNegativeFloat = 1.0  # multiplies (0.4, 0.4, 0.2, 0.1)
+    jitter: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, Hue] = (0.4, 0.4, 0.2, 0.1)
+    jitter_strength: NonNegativeFloat = 1.0  # multiplies jitter: brightness, contrast, saturation, hue
     gray_prob: Share = 0.2
     blur_prob: tuple[Share, Share, Share] = (1.0, 0.1, 0.5)  # global 0, global 1, local
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_prob: tuple[Share, Share, Share] = (0.0, 0.2, 0.0)
+    # For images that are no photographs (data/domain.py says what each is).
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees, either way
+    gain: Decay = 0.0
+    noise: Decay = 0.0
+    mask_rows: Decay = 0.0
+    mask_columns: Decay = 0.0
 
 
 class Heads(_Settings):
@@ -122,6 +144,8 @@ class Recipe(_Settings):
 class RefineRecipe(Recipe):
     """Both phases of MIM-Refiner (paper section 3.3 and appendix; ../docs recipes table)."""
 
+    domain: Literal[tuple(DOMAINS)] = PHOTOGRAPHS  # type: ignore[valid-type]  # of augmentations (training/domains.py)
+    normalization: Literal["encoder", "data"] = "encoder"  # data: mean and deviation of the images' channels
     views: Views = Views()
     heads: Heads = Heads()
     warmup: Phase = Phase(epochs=20, base_lr=2e-4)
@@ -143,7 +167,7 @@ class RefineRecipe(Recipe):
 class PretrainRecipe(Recipe):
     """Masked-autoencoder pre-training (arXiv 2111.06377, appendix A.1)."""
 
-    image_size: Side | None = None  # None: size of the images, or 224 for larger ones
+    image_size: Size | None = None  # None: size of the images, or 224 for larger ones
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     crop_scale: tuple[float, float] = (0.2, 1.0)
     decoder_dim: Width = 512
@@ -156,16 +180,27 @@ class PretrainRecipe(Recipe):
 def override(recipe: R, settings: list[str]) -> R:
     """Apply ``key=value`` overrides (dotted keys, YAML values); raises RecipeError naming key, value and remedy."""
     tree = recipe.model_dump()
-    for setting in settings:
-        key, separator, text = setting.partition("=")
-        if not separator:
-            raise RecipeError(f"--set {setting!r} has no '='; write --set key=value")
-        with reading(f"--set {key[:60]}", "quote the value, or write a number, true or [list]", RecipeError):
-            value = load_yaml(text)
-        if isinstance(value, str):  # YAML 1.1 reads 4e-4 as text
-            value = _as_number(value)
-        _assign(tree, key.strip(), value, recipe)
+    changes = [_change(setting) for setting in settings]
+    _lay_domain(tree, [value for key, value in changes if key == "domain"])
+    for key, value in changes:
+        _assign(tree, key, value, recipe)
     return _validated(type(recipe), tree)
+
+
+def _lay_domain(tree: dict[str, Any], names: Sequence[Any]) -> None:
+    """Lay a domain's augmentations over the recipe's views; what is set besides comes after."""
+    if names and names[-1] in DOMAINS and "views" in tree:
+        tree["views"] |= DOMAINS[names[-1]].views
+
+
+def _change(setting: str) -> tuple[str, Any]:
+    """(key, value) of ``key=value``."""
+    key, separator, text = setting.partition("=")
+    if not separator:
+        raise RecipeError(f"--set {setting!r} has no '='; write --set key=value")
+    with reading(f"--set {key[:60]}", "quote the value, or write a number, true or [list]", RecipeError):
+        value = load_yaml(text)
+    return key.strip(), _as_number(value) if isinstance(value, str) else value  # YAML 1.1 reads 4e-4 as text
 
 
 def from_tree(base: R, tree: Any, where: str) -> R:
@@ -173,6 +208,7 @@ def from_tree(base: R, tree: Any, where: str) -> R:
     if not isinstance(tree, dict):
         raise RecipeError(f"{where}: a recipe file is a mapping of keys to values; see recipe.yaml of any run folder")
     merged = base.model_dump()
+    _lay_domain(merged, [tree["domain"]] if isinstance(tree.get("domain"), str) else [])
     for key, value in dotted(tree).items():
         _assign(merged, key, _as_number(value) if isinstance(value, str) else value, base, where=f"{where}: ")
     return _validated(type(base), merged)

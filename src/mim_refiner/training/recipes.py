@@ -147,7 +147,7 @@ def _default_refine(image_size: int) -> RefineRecipe:
         return tiny()
     recipe = _large("default", pooling="auto")
     recipe.heads.blocks = "last_third"
-    recipe.views.global_size = None
+    recipe.views.global_size = recipe.views.local_size = None
     return recipe
 
 

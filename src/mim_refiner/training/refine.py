@@ -19,6 +19,7 @@ from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.layer_decay import layer_decay_scales, negligible_blocks
 from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
 from mim_refiner.core.run import Run
+from mim_refiner.data.domain import DomainSpec
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.data.photometric import BatchPhotometric, augment
 from mim_refiner.data.views import ViewSpec, multi_crop_views
@@ -30,8 +31,9 @@ from mim_refiner.models.refiner import Refiner, RefinerOutput
 from mim_refiner.training.cached import cached_forward_backward, refuse_batch_dependent
 from mim_refiner.training.guard import FeatureProbe, Guard
 from mim_refiner.training.loop import Loop, Monitor
-from mim_refiner.training.recipe import RefineRecipe
+from mim_refiner.training.recipe import RefineRecipe, Views
 from mim_refiner.training.state import RunFolder
+from mim_refiner.types import ImageSize, height_width, side_or_pair
 
 WARMUP, REFINEMENT = 0, 1  # numbers of the phases
 NUM_GLOBAL = 2
@@ -58,9 +60,11 @@ def resolve(recipe: RefineRecipe, backbone: Backbone) -> RefineRecipe:
     if recipe.heads.pooling == "auto":
         recipe.heads.pooling = "cls" if info.has_cls else "mean"
     if recipe.views.global_size is None:
-        recipe.views.global_size = max(info.image_size)
+        recipe.views.global_size = side_or_pair(info.image_size)
+    if recipe.views.local_size is None:
+        recipe.views.local_size = local_size(recipe.views, info.patch_size)
     for size in (recipe.views.global_size, recipe.views.local_size):
-        check_image_size((size, size), info.patch_size)
+        check_image_size(height_width(size), info.patch_size)
     return recipe
 
 
@@ -75,6 +79,19 @@ def choose_weights(recipe: RefineRecipe, steps_per_epoch: int) -> RefineRecipe:
         return recipe
     long_enough = start_share(recipe, steps_per_epoch) <= START_SHARE
     return recipe.model_copy(update={"export_weights": "ema" if long_enough else "model"})
+
+
+def local_size(views: Views, patch_size: tuple[int, int]) -> ImageSize:
+    """Three sevenths of the global size (96 of 224 px) in whole patches; the shorter axis whole where crops span it."""
+    assert views.global_size is not None
+    sides = height_width(views.global_size)
+    spanned = views.crop_axes == "longer"
+    shrunk = [max(1, round(side * 3 / 7 / patch)) * patch for side, patch in zip(sides, patch_size, strict=True)]
+    along_height = sides[0] > sides[1]
+    height, width = shrunk
+    if spanned:
+        height, width = (height, sides[1]) if along_height else (sides[0], width)
+    return side_or_pair((height, width))
 
 
 def head_blocks(recipe: RefineRecipe, depth: int) -> list[int]:
@@ -144,6 +161,8 @@ def view_specs(recipe: RefineRecipe) -> list[ViewSpec]:
     """The recipe's views, global ones first."""
     views = recipe.views
     assert views.global_size is not None
+    assert views.local_size is not None
+    brightness, contrast, saturation, hue = (strength * views.jitter_strength for strength in views.jitter)
     return multi_crop_views(
         views.global_size,
         views.local_size,
@@ -151,15 +170,18 @@ def view_specs(recipe: RefineRecipe) -> list[ViewSpec]:
         views.global_scale,
         views.local_scale,
         flip=views.flip,
+        vflip=views.vflip,
+        crop_axes=views.crop_axes,
         jitter_prob=views.jitter_prob,
-        brightness=0.4 * views.jitter_strength,
-        contrast=0.4 * views.jitter_strength,
-        saturation=0.2 * views.jitter_strength,
-        hue=0.1 * views.jitter_strength,
+        brightness=brightness,
+        contrast=contrast,
+        saturation=saturation,
+        hue=hue,
         blur_prob=views.blur_prob,
         blur_sigma=views.blur_sigma,
         gray_prob=views.gray_prob,
         solarize_prob=views.solarize_prob,
+        domain=DomainSpec(views.rotate, views.gain, views.noise, views.mask_rows, views.mask_columns),
     )
 
 

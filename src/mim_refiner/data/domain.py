@@ -1,0 +1,114 @@
+"""What images other than photographs need: rotation, gain and noise of each channel, masked bands; batched, any device.
+
+Works on normalised images, whose mean is zero: that is what a masked band holds. Random numbers are one row an image of
+a CPU generator; the noise of a pixel is a hash of its image's number and its place, so the device changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mim_refiner.errors import InputError
+
+_DRAWS = 7  # angle, noise, its seed, length and place of both bands; then a gain a channel
+_NOISY_AT_ONCE = 2**22  # values
+_LOW = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class DomainSpec:
+    """Augmentations of images that are no photographs; all off.
+
+    rotate: largest turn in degrees, either way; the border is mirrored. gain: every channel times 1 - gain to 1 + gain.
+    noise: largest standard deviation of Gaussian noise, on the 0-1 scale. mask_rows, mask_columns: largest share of one
+    band set to the mean (SpecAugment, arXiv 1904.08779). Raises InputError for values out of range.
+    """
+
+    rotate: float = 0.0
+    gain: float = 0.0
+    noise: float = 0.0
+    mask_rows: float = 0.0
+    mask_columns: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rotate <= 180 and all(0 <= share < 1 for share in astuple(self)[1:])):
+            raise InputError(f"{self}: rotate lies between 0 and 180, the others between 0 and 1; choose others")
+
+    @property
+    def active(self) -> bool:
+        return any(astuple(self))
+
+
+def draw(count: int, channels: int, generator: torch.Generator) -> Tensor:
+    """Uniform numbers [count, 7 + channels] that decide all of :func:`apply`."""
+    return torch.rand(count, _DRAWS + channels, generator=generator)
+
+
+@torch.no_grad()
+def apply(images: Tensor, drawn: Tensor, spec: DomainSpec, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Augment normalised float32 images [B, C, H, W] by their rows of ``drawn`` [B, 7 + C], on the same device."""
+    angle, sigma, seed, rows_length, rows_start, columns_length, columns_start = drawn[:, :_DRAWS].unbind(1)
+    if spec.rotate:
+        images = rotated(images, (2 * angle - 1) * math.radians(spec.rotate))
+    if spec.gain:  # of the values before normalisation
+        gain = (1 + spec.gain * (2 * drawn[:, _DRAWS:] - 1))[:, :, None, None]
+        offset = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device)[:, None, None]
+        images = images * gain + (gain - 1) * offset
+    if spec.noise:
+        deviation = torch.tensor([1 / s for s in std], device=images.device)[:, None, None]
+        at_once = max(1, _NOISY_AT_ONCE // images[0].numel())
+        scale = (spec.noise * sigma)[:, None, None, None] * deviation
+        numbers = (seed * 2**24).long()
+        parts = [
+            part + part_scale * hashed_normal(part_numbers, part.shape[1:])
+            for part, part_scale, part_numbers in zip(
+                images.split(at_once), scale.split(at_once), numbers.split(at_once), strict=True
+            )
+        ]
+        images = torch.cat(parts)
+    if spec.mask_rows or spec.mask_columns:
+        in_rows = _band(images.shape[2], rows_length * spec.mask_rows, rows_start)[:, None, :, None]
+        in_columns = _band(images.shape[3], columns_length * spec.mask_columns, columns_start)[:, None, None, :]
+        images = images.masked_fill(in_rows | in_columns, 0.0)
+    return images
+
+
+def rotated(images: Tensor, angle: Tensor) -> Tensor:
+    """Turn each image about its centre by ``angle`` [B] radians, by pixels; bilinear, mirrored border."""
+    height, width = images.shape[2:]
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    first = torch.stack([cos, -sin * height / width, zero], dim=1)
+    second = torch.stack([sin * width / height, cos, zero], dim=1)
+    grid = F.affine_grid(torch.stack([first, second], dim=1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def hashed_normal(numbers: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal values [B, *shape], a function of the image's number (int64 [B] below 2**24) and the place."""
+    place = torch.arange(math.prod(shape), device=numbers.device)
+    keys = _hashed(_hashed(numbers)[:, None] + place)
+    radius = (-2 * ((keys + 1).double() / 2**32).log()).sqrt()
+    turn = _hashed(keys ^ 0x9E3779B9).double() * (2 * math.pi / 2**32)
+    return (radius * turn.cos()).float().view(len(numbers), *shape)
+
+
+def _hashed(x: Tensor) -> Tensor:
+    """32 bits of every int64, well mixed (two rounds of multiply and shift)."""
+    x = x & _LOW
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x46CA68B5)):
+        x = ((x ^ (x >> shift)) * factor) & _LOW
+    return x ^ (x >> 16)
+
+
+def _band(size: int, share: Tensor, start: Tensor) -> Tensor:
+    """[B, size], True within a band of ``share`` of the size that begins anywhere where it fits."""
+    length = (share * size).round()
+    first = (start * (size - length + 1)).floor()
+    place = torch.arange(size, device=share.device)
+    return (place >= first[:, None]) & (place < (first + length)[:, None])
