@@ -34,7 +34,7 @@ EXECUTED = [
     if page.name not in ("checkpoints.md", "scale.md", "benchmarks.md", "evaluation.md")  # commands on files not here
     and any(block.runs and block.language in ("bash", "python") for block in blocks(page))
 ]
-CHECKPOINT = "vit_w192_d12_h3_p16"  # of a size whose number of heads is known
+CHECKPOINT = "vit_w192_d12_h3_p16"
 PREPARED = ("runs/mae", "runs/photos")  # what the quick start makes; other pages begin with it
 
 
@@ -59,13 +59,15 @@ def quick_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "photos", 0, 48)
     write_images(folder / "labelled" / "train", 100, 40)
     write_images(folder / "labelled" / "test", 200, 30)
-    (folder / "bands").mkdir()
-    for number in range(32):
-        pixels = np.random.default_rng(number).integers(0, 60_000, (32, 32, 4), dtype=np.uint16)
-        np.save(folder / "bands" / f"{number}.npy", pixels)
+    for name, shape in (("bands", (32, 32, 13)), ("scans", (40, 32, 3)), ("spectrograms", (64, 16, 1))):
+        (folder / name).mkdir()
+        for number in range(32):
+            pixels = np.random.default_rng(number).integers(0, 60_000, shape, dtype=np.uint16)
+            np.save(folder / name / f"{number}.npy", pixels)
     torch.manual_seed(0)
-    state = create_vit(CHECKPOINT, image_size=32).state_dict()
-    torch.save({"model": state, "args": {"num_heads": 3}}, folder / "mae.pth")
+    for name, size, channels in (("mae", 32, 3), ("medical", 32, 3), ("bands", 32, 13), ("spectrogram", (64, 16), 1)):
+        encoder = create_vit(CHECKPOINT, image_size=size, in_chans=channels)
+        torch.save({"model": encoder.state_dict(), "args": {"num_heads": 3}}, folder / f"{name}.pth")
     with contextlib.chdir(folder):
         run(["pretrain", "--data", "photos/", "--arch", ARCHITECTURE, "--out", PREPARED[0]])
         run(["refine", "--data", "photos/", "--model", PREPARED[0], "--out", PREPARED[1]])
