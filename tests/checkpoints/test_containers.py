@@ -6,12 +6,14 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import types
 import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -132,6 +134,8 @@ def test_a_folder_of_distributed_checkpoint(distributed: Path, vit_state: State)
     assert same(load_backbone(distributed, num_heads=4), vit_state)
     report = inspect_checkpoint(distributed, num_heads=4)
     assert (report.problem, len(report.tensors)) == ("", len(vit_state))  # the optimiser's are not read
+    for part in distributed.iterdir():  # a part means the folder
+        assert same(load_backbone(part, num_heads=4), vit_state)
 
 
 def test_chunks_of_several_processes_are_joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -193,6 +197,20 @@ def test_a_part_of_a_dtensor_is_named(tmp_path: Path, vit_state: State) -> None:
         load_backbone(tmp_path / "part.pth", num_heads=4)
 
 
+def test_sharded_tensors_and_archives_of_numpy_are_named(
+    tmp_path: Path, vit_state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("torch.distributed._shard.sharded_tensor.api")
+    kind = type("ShardedTensor", (), {"__module__": module.__name__})
+    module.ShardedTensor = kind  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.save({"model": vit_state | {"norm.weight": kind()}}, tmp_path / "sharded.pth")
+    np.savez(tmp_path / "jax.npz", a=np.ones(3), b=np.ones(2))
+    for name, message in (("sharded.pth", r"FULL_STATE_DICT"), ("jax.npz", "a NumPy archive")):
+        with pytest.raises(CheckpointError, match=message):
+            load_backbone(tmp_path / name, num_heads=4)
+
+
 def test_deepspeed(tmp_path: Path, vit_state: State) -> None:
     rest = {
         "param_shapes": [OrderedDict((n, t.shape) for n, t in vit_state.items())],
@@ -206,6 +224,8 @@ def test_deepspeed(tmp_path: Path, vit_state: State) -> None:
     (tmp_path / "run" / "latest").write_text("global_step5")
     for source in (tmp_path / "run", folder, folder / "mp_rank_00_model_states.pt"):
         assert same(load_backbone(source, num_heads=4), vit_state)
+    with pytest.raises(CheckpointError, match="optimiser's state and no model"):
+        load_backbone(folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     empty = {name: torch.empty(0) for name in vit_state}
     torch.save({"module": empty, **rest}, folder / "mp_rank_00_model_states.pt")
     with pytest.raises(CheckpointError, match=r"ZeRO 3.*python zero_to_fp32\.py"):
@@ -269,7 +289,7 @@ def test_an_adapter_folder_is_merged_into_its_base(
     held = load_backbone(folder).model.state_dict()
     assert all(torch.allclose(held[name], merged[name], atol=1e-6) for name in held)
     write(use_rslora=True, lora_alpha=4)  # 4 / sqrt(4) is 2 as well
-    held = load_backbone(folder).model.state_dict()
+    held = load_backbone(folder / "adapter_model.safetensors").model.state_dict()
     assert all(torch.allclose(held[name], merged[name], atol=1e-6) for name in held)
     for more, message in [
         ({"peft_type": "IA3"}, "kind IA3"),

@@ -160,6 +160,10 @@ def _rank(view: View) -> int:
 
 def _unknown(contents: Contents) -> CheckpointError:
     names = [f"{path}.{strip_wrappers(name)}".lstrip(".") for path, held in contents.sections.items() for name in held]
+    if all(name.startswith(("optim", "fp32_flat_groups", "single_partition")) for name in names):
+        return CheckpointError(
+            f"{contents.source}: holds an optimiser's state and no model; give the file of the weights"
+        )
     kind = None if contents.config is None else contents.config.get("model_type")
     guess = f"a Hugging Face model of type '{kind}'" if kind else None
     guess = guess or next((what for part, what in _KNOWN_OTHERS if any(part in name for name in names)), None)

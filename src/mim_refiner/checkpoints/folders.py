@@ -44,9 +44,13 @@ def read_folder(folder: Path, read_base: Base) -> Contents:
     return replace(contents, source=str(folder))
 
 
-def read_file(path: Path) -> Contents:
-    """All tensors of a file; with the config of its folder where the file is that folder's model."""
+def read_file(path: Path, read_base: Base) -> Contents:
+    """All tensors of a file; with the config of its folder where the file is that folder's model, or a part of it."""
     folder = path.parent
+    if path.name == METADATA or path.suffix == ".distcp":
+        return read_folder(folder, read_base)
+    if path.name in _ADAPTER_FILES and (folder / ADAPTER).is_file():
+        return _read_adapter(folder, read_base)
     if path.name.endswith(_INDEX):
         return replace(_with_configs(folder, lambda place, _: _read_shards(path)), source=str(path))
     index = (
@@ -105,7 +109,7 @@ def _weight_file(folder: Path) -> Path:
         return found[0]
     if found:
         names = ", ".join(path.name for path in found[:4])
-        raise CheckpointError(f"{folder}: holds several weight files ({names}); name the chosen one model.safetensors")
+        raise CheckpointError(f"{folder}: holds several weight files ({names}); give the path of the one you mean")
     for name, (tool, option) in _OTHER_TOOLS.items():
         if (folder / name).exists():
             raise CheckpointError(

@@ -253,7 +253,7 @@ def _wrap(diagnosis: Diagnosis, model: Any, *, source: str, coverage: float) -> 
 
 def _notes(diagnosis: Diagnosis, info: BackboneInfo, unplaced: list[str]) -> tuple[str, ...]:
     converted = diagnosis.converted
-    notes = [*converted.notes, *guesses(converted, info.in_chans)]
+    notes = [*converted.notes, *guesses(converted, diagnosis.contents, info.in_chans)]
     if len(diagnosis.encoders) > 1:
         others = ", ".join(label for label in diagnosis.encoders if label != diagnosis.view.label)
         notes.append(f"this is the encoder '{diagnosis.view.label}'; the file also holds {others}: choose by --encoder")

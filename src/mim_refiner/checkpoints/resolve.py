@@ -39,7 +39,7 @@ def read_source(source: str | Path) -> Contents:
     if path.is_dir():
         return _read_folder(path)
     if path.exists():
-        return read_file(path)
+        return read_file(path, _read_base)
     match = re.fullmatch(r"hf[-_]hub:([^@]+)(?:@(.+))?", text)
     if match:
         return replace(_read_folder(_download(match[1], match[2], text)), source=text)

@@ -265,6 +265,11 @@ def _tensor(item: Any, path: Path) -> Tensor | None:
                 f"{path}: holds one process's part {list(held.size)} of a tensor {list(held.whole)} (DTensor, FSDP2); "
                 "gather the state dict (full_state_dict=True) and save it, or give a folder of distributed checkpoint"
             )
+        if isinstance(item, Stub) and item.name.endswith(".ShardedTensor"):
+            raise CheckpointError(
+                f"{path}: holds one process's part of sharded tensors (FSDP); save the full state dict "
+                "(FULL_STATE_DICT), or give a folder of distributed checkpoint"
+            )
         if isinstance(item, Stub) and item.name in NO_DENSE:
             raise CheckpointError(f"{path}: holds sparse or quantised tensors; save it with plain dense ones")
         return None if held is None else held.tensor()

@@ -68,10 +68,15 @@ def _normalisation(contents: Contents) -> dict[str, tuple[float, ...]]:
     return {"mean": tuple(v / scale for v in mean), "std": tuple(v / scale for v in std)}
 
 
-def guesses(converted: Converted, channels: int) -> tuple[str, ...]:
+def guesses(converted: Converted, contents: Contents, channels: int) -> tuple[str, ...]:
     """What is not known about how images go in."""
-    if converted.mean is not None and converted.std is not None and len(converted.mean) == channels:
+    config = contents.config or {}
+    told = "model_type" not in config or bool(config.get("preprocessor"))  # transformers keeps them in a second file
+    if told and converted.mean is not None and converted.std is not None and len(converted.mean) == channels:
         return ()
+    if converted.mean is not None and len(converted.mean) == channels:
+        shown = " ".join(f"{value:g}" for value in converted.mean)
+        return (f"{GUESS}mean ({shown}) and std of the family, since there is no preprocessor_config.json",)
     named = "ImageNet's" if channels == 3 else f"ImageNet's, for {channels} channels"
     return (f"{GUESS}mean and std ({named}), which nothing tells; mean: and std: of a key map say others",)
 

@@ -94,6 +94,10 @@ def _read_zip(file: IO[bytes], data: memoryview, where: str) -> Any:
         raise CheckpointError(f"{where}: claims to hold more than its {len(data)} bytes; {_DOWNLOAD}")
     pickles = [name for name in found if name.count("/") == 1 and name.endswith("/data.pkl")]
     root = pickles[0].removesuffix("data.pkl") if len(pickles) == 1 else ""
+    if found and all(name.endswith(".npy") for name in found):
+        raise CheckpointError(
+            f"{where}: is a NumPy archive (as JAX writes weights); save them with torch or safetensors"
+        )
     if not root or any(not name.startswith(root) for name in found):
         raise CheckpointError(f"{where}: is a zip file but no torch checkpoint; give the file that torch.save wrote")
     if len(found[pickles[0]]) > MAX_PICKLE_BYTES:
