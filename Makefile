@@ -6,9 +6,10 @@ READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 OUT ?= demo-out
 TEST_WORKERS ?= 2
+FUZZ ?= 3000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev demo smoke test check lint format docs docs-serve wheel extras lower-bounds clean distclean
+.PHONY: help venv venv-dev demo smoke test fuzz check lint format docs docs-serve wheel extras lower-bounds clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +35,9 @@ smoke: $(READY)  ## the demo in its smallest form, in a folder that is thrown aw
 # One thread a worker: the workers already fill the cores, and small tensors gain nothing from more.
 test: $(READY_DEV)  ## the whole test suite; builds the documentation too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
+
+fuzz: $(READY_DEV)  ## damaged inputs for every reader, thousands of each (FUZZ=3000)
+	OMP_NUM_THREADS=1 MIM_REFINER_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n $(TEST_WORKERS) -k "fuzz or damage"
 
 lint: $(READY_DEV)  ## style only (seconds)
 	$(BIN)/ruff check .

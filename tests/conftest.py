@@ -9,6 +9,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("MIM_REFINER_CACHE", "off")  # tests of the cache name a folder of their own
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,3 +44,37 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"needs the shared folder with golden vectors and data; {path} does not exist")
     return path
+
+
+@pytest.fixture(scope="session")
+def fuzz_rounds() -> int:
+    """How many damaged inputs of each kind the fuzzers try: few in ``make test``, many in ``make fuzz``."""
+    return int(os.environ.get("MIM_REFINER_FUZZ", "40"))
+
+
+@pytest.fixture(scope="session")
+def damaged() -> Callable[[bytes, np.random.Generator], bytes]:
+    """Cut off, zeroed, with bytes or numbers changed, with a part doubled or left out: as disks and foes do it."""
+    numbers = [b"null", b"[]", b"-1", b"1e999", b'"x"', b"9" * 5000, b"[" * 5000, b"\0"]
+
+    def damage(content: bytes, generator: np.random.Generator) -> bytes:
+        size, changed, way = len(content), bytearray(content), int(generator.integers(0, 6))
+        start, stop = sorted(generator.integers(0, size + 1, 2).tolist())
+        digits = [at for at, byte in enumerate(content) if byte in b"0123456789"]
+        if way == 0:
+            return content[:start]
+        if way == 1:
+            changed[start : start + 40] = bytes(len(changed[start : start + 40]))
+        elif way == 2:
+            for position in generator.integers(0, size, 4):
+                changed[position] = int(generator.integers(0, 256))
+        elif way == 3:
+            return content[:start] + content[stop:]
+        elif way == 4:
+            return content[:stop] + content[start:]
+        elif digits:
+            at = int(generator.choice(digits))
+            changed[at : at + 1] = numbers[int(generator.integers(0, len(numbers)))]
+        return bytes(changed)
+
+    return damage
