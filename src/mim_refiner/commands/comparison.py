@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mim_refiner.analysis.blocks import curves_from_results
 from mim_refiner.analysis.label_free import MIN_IMAGES
@@ -15,18 +18,63 @@ from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.source_base import sliced
+from mim_refiner.errors import DataError
 from mim_refiner.evaluation.results import Result, result_name
 from mim_refiner.evaluation.settings import EvaluationSettings
+from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.evaluation.suite import evaluate_backbone, summary_metrics
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.figures import block_curves
 
 SUMMARY_TRAIN_LIMIT, SUMMARY_TEST_LIMIT = 10_000, 5_000  # evenly spaced images: quick, and stated in the JSON
+KNN_K = EvaluationSettings().knn_k
 TOO_FEW = {
     "verdict": "not measured",
     "reason": f"a verdict without labels needs {MIN_IMAGES} images or more; give them, or labels by --eval-data",
 }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The labelled images to measure on, as far as they can be, by ``k`` neighbours; settled before step 1."""
+
+    bank: ImageSet
+    test: ImageSet | None
+    k: int = KNN_K
+
+
+def measured(bank: ImageSet, test: ImageSet | None, *, given: bool, run: Run) -> Measured:
+    """Try every split that the comparison will make, so that no measurement can cost a finished training.
+
+    Labels that do not suffice are left aside, and that is said: the verdict then needs none. DataError where the
+    images were ``given`` to measure on.
+    """
+    if bank.labels is None or (test is not None and test.labels is None):
+        return Measured(bank, test)
+    settings = EvaluationSettings.quick()
+    try:
+        seen = thinned(bank, SUMMARY_TRAIN_LIMIT)
+        labels = np.delete(seen.labels, seen.unreadable_indices)  # type: ignore[arg-type]
+        if test is None:
+            labels = labels[stratified_split(labels, settings.test_share, run.seed)[0]]
+            choose_samples(bank, None, seed=run.seed)
+        stratified_split(labels, settings.linear.held_out, run.seed)
+        if len(np.unique(labels)) < 2:
+            raise DataError(f"{len(labels)} images to compare with are of one class; give more classes")
+    except DataError as error:
+        if given:
+            raise DataError(f"--eval-data: {bank.description}: {error}") from None
+        run.reporter.message(f"the labels of {bank.description} are left aside: {error}; the verdict will need none")
+        return Measured(_without_labels(bank), None if test is None else _without_labels(test))
+    return Measured(bank, test, min(KNN_K, len(labels)))
+
+
+def _without_labels(images: ImageSet) -> ImageSet:
+    bare = object.__new__(ImageSet)  # a copy would leave the source behind
+    bare.__dict__.update(images.__dict__)
+    bare.classes = bare.labels = bare.class_names = None
+    return bare
 
 
 def compare(
@@ -38,6 +86,7 @@ def compare(
     head_blocks: Sequence[int],
     out: Path,
     run: Run,
+    knn_k: int = KNN_K,
 ) -> dict[str, Any]:
     """Evaluate the encoders {"before": ..., "after": ...[, "full": ...]} and return their summary entries,
     the verdict, and the features of "after" to use ("recommendation").
@@ -58,7 +107,7 @@ def compare(
             protocols=protocols,
             blocks=(-1,),
             knn_blocks="all",
-            settings=EvaluationSettings.quick(precision=run.precision),
+            settings=EvaluationSettings.quick(precision=run.precision, knn_k=knn_k),
             out_dir=out,
             name_prefix=f"{stage}-",
             model_sha256=weights_sha256(backbone.model),

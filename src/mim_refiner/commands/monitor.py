@@ -16,7 +16,8 @@ from mim_refiner.evaluation.features import extract_features
 from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.models.backbone import Backbone
 
-BANK_LIMIT, TEST_LIMIT = 5000, 1000
+BANK_LIMIT, TEST_LIMIT, KNN_K = 5000, 1000, 10
+MIN_KNN_IMAGES = 5  # of which one is held out
 
 
 class OnlineKnn:
@@ -53,7 +54,7 @@ class OnlineKnn:
         truth = truth if number is None else number[truth]
         metrics = {}
         for block in self.blocks:
-            predicted = knn_predict(bank[block], bank_labels, test[block])
+            predicted = knn_predict(bank[block], bank_labels, test[block], k=min(KNN_K, len(bank_labels)))
             metrics[f"knn_top1/{block}"] = predicted.eq(truth).float().mean().item()
         # what is kept as best, and when a run stops, depends on it
         return from_rank_0({"knn_top1": metrics[f"knn_top1/{self.blocks[-1]}"], **metrics})

@@ -24,7 +24,7 @@ from mim_refiner.commands.inputs import (
     train_loader,
 )
 from mim_refiner.commands.loggers import logging_to
-from mim_refiner.commands.monitor import OnlineKnn
+from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import join_processes, together
@@ -124,7 +124,7 @@ def _pretrain(
         f"{len(images)} images, {chosen.training.epochs} epochs of {loader.steps_per_epoch} steps, {run.precision}; "
         f"learning rate base {chosen.training.base_lr:.3g}, peak {peak:.3g}"
     )
-    watched = images.labels is not None and chosen.knn_every
+    watched = images.labels is not None and chosen.knn_every and len(images) >= MIN_KNN_IMAGES
     monitor = make_monitor(backbone, images, run) if watched else None
     with contextlib.closing(loader):
         train(mae, chosen, loader, photometric, folder, run, monitor)

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.comparison import SUMMARY_TEST_LIMIT, SUMMARY_TRAIN_LIMIT, compare, thinned
+from mim_refiner.commands.comparison import (
+    SUMMARY_TEST_LIMIT,
+    SUMMARY_TRAIN_LIMIT,
+    Measured,
+    compare,
+    measured,
+    thinned,
+)
 from mim_refiner.commands.head_blocks import FILE as PLACEMENT_FILE
 from mim_refiner.commands.head_blocks import head_block_settings, place_in_recipe
 from mim_refiner.commands.inputs import (
@@ -145,7 +152,8 @@ def refine_and_compare(
     run = replace(run, precision=resolve_precision(chosen.precision, run.device))
     if chosen.normalization == "data":
         normalize_by(images, backbone)
-    bank, test = evaluation_sets(images, eval_data, eval_test, reporter)
+    on = measured(*evaluation_sets(images, eval_data, eval_test, reporter), given=eval_data is not None, run=run)
+    bank, test = on.bank, on.test
     refuse_other_work(chosen, run, weights, images=images, eval_data=bank, eval_test=test)
     before = None if overwrite else Path(out)
     placement = None if plan else place_in_recipe(chosen, base, backbone, bank, test, run, before)
@@ -178,7 +186,7 @@ def refine_and_compare(
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
     with results_folder(folder.path) as results:
         described = f"{Path(data).name} ({len(images)} images)"
-        summary = conclude(stages, bank, test, chosen, results, described, run)
+        summary = conclude(stages, on, chosen, results, described, run)
     if not folder.writes:  # the rest is rank 0's
         return {}
     summary["data"] = {"train": images.facts()}
@@ -252,38 +260,34 @@ def weights_taken(refinement: Refinement) -> dict[str, Any]:
 
 
 def conclude(
-    stages: dict[str, Backbone],
-    bank: ImageSet,
-    test: ImageSet | None,
-    recipe: RefineRecipe,
-    out: Path,
-    data: str,
-    run: Run,
+    stages: dict[str, Backbone], on: Measured, recipe: RefineRecipe, out: Path, data: str, run: Run
 ) -> dict[str, Any]:
-    """Compare before and after, and export the refined encoder with its figures, into the folder ``out``."""
-    pooling = recipe.heads.pooling
-    summary = compare(
-        stages,
-        thinned(bank, SUMMARY_TRAIN_LIMIT),
-        None if test is None else thinned(test, SUMMARY_TEST_LIMIT),
-        pooling=pooling,
-        head_blocks=[int(block) for block in recipe.heads.blocks],
-        out=out,
-        run=replace(run, precision="fp32"),
-    )
-    shown = bank if test is None else test
-    pictured = {stage: encoder for stage, encoder in stages.items() if stage not in ("raw", "average")}
-    write_gallery(pictured, shown, out, pooling=pooling, run=replace(run, precision="fp32"))
-    card = {
-        "base": Path(stages["before"].info.source).name,
-        "data": data,
-        "recipe": recipe.model_dump(mode="json"),
-        "before": summary["before"],
-        "after": summary["after"],
-    }
-    recommended = summary["recommendation"]
-    facts = {key: recommended[key] for key in ("block", "pooling", "norm")} | {"recommendation": recommended["reason"]}
-    export_timm(stages["after"].to("cpu"), out / "export", card=card, facts=facts)
+    """Compare before and after, and export the refined encoder with its figures, into the folder ``out``.
+
+    It is exported, without figures, where the comparison fails too.
+    """
+    pooling, run = recipe.heads.pooling, replace(run, precision="fp32")
+    base, settings = Path(stages["before"].info.source).name, recipe.model_dump(mode="json")
+    card: dict[str, Any] = {"base": base, "data": data, "recipe": settings}
+    facts: dict[str, Any] = {}
+    try:
+        summary = compare(
+            stages,
+            thinned(on.bank, SUMMARY_TRAIN_LIMIT),
+            None if on.test is None else thinned(on.test, SUMMARY_TEST_LIMIT),
+            pooling=pooling,
+            head_blocks=[int(block) for block in recipe.heads.blocks],
+            out=out,
+            run=run,
+            knn_k=on.k,
+        )
+        card |= {"before": summary["before"], "after": summary["after"]}
+        found = summary["recommendation"]
+        facts = {key: found[key] for key in ("block", "pooling", "norm")} | {"recommendation": found["reason"]}
+        pictured = {stage: encoder for stage, encoder in stages.items() if stage not in ("raw", "average")}
+        write_gallery(pictured, on.bank if on.test is None else on.test, out, pooling=pooling, run=run)
+    finally:
+        export_timm(stages["after"].to("cpu"), out / "export", card=card, facts=facts)
     return summary
 
 

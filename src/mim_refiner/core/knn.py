@@ -56,7 +56,9 @@ def _check(
     if train_y.shape != train_x.shape[:1] or train_y.is_floating_point() or (len(train_y) and int(train_y.min()) < 0):
         raise InputError(f"k-NN needs one class number >= 0 per train row, got labels of shape {tuple(train_y.shape)}")
     if not 1 <= k <= len(train_x):
-        raise InputError(f"k-NN: k must be between 1 and the {len(train_x)} train samples, got {k}")
+        raise InputError(
+            f"k-NN: k is {k} and there are {len(train_x)} train images; set knn_k to {len(train_x)} or less"
+        )
     if not temperature > 0 or chunk_size < 1:
         raise InputError(
             f"k-NN: temperature must be above 0 and chunk_size at least 1, got {temperature}, {chunk_size}"
