@@ -22,6 +22,7 @@ ABSOLUTE = {"use_absolute_position_embeddings": True, "use_mean_pooling": False}
 CASES = [
     ("Beit", "BeitModel", "hf_beit", 48, 3, 16, (48, 48), OWN),
     ("Beit", "BeitModel", "hf_beit", 24, 2, 8, (64, 32), SHARED | {"use_mean_pooling": False}),
+    ("Beit", "BeitModel", "hf_beit", 24, 2, 8, (32, 32), OWN | {"layer_scale_init_value": 0.0}),
     ("Beit", "BeitForMaskedImageModeling", "hf_beit", 48, 4, 8, (40, 40), SHARED | {"use_mask_token": True}),
     ("Beit", "BeitForImageClassification", "hf_beit", 40, 5, 8, (24, 24), ABSOLUTE),
     ("Data2VecVision", "Data2VecVisionModel", "hf_data2vec_vision", 48, 6, 8, (32, 32), ABSOLUTE),
@@ -123,3 +124,20 @@ def test_mean_and_std_of_the_preprocessor(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}')
     report = inspect_checkpoint(tmp_path)
     assert (report.mean, report.std, report.norm_eps) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_dinov2_with_swiglu(tmp_path: Path) -> None:
+    """The giant DINOv2's MLP."""
+    config = transformers.Dinov2Config(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=28, patch_size=7, use_swiglu_ffn=True
+    )
+    model = transformers.Dinov2Model(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "folder")
+    images = torch.randn(2, 3, 28, 28)
+    with torch.inference_mode():
+        expected, got = hidden(model, images, 7), tokens(load_backbone(tmp_path / "folder"), images)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

@@ -25,6 +25,7 @@ BEIT: dict[str, Any] = {"patch_size": 8, "img_size": 32}
 # timm name, arguments, sizes of a global and a local view
 BY_BLOCK = [
     ("vit_postnorm", {"patch_size": 8, "img_size": 32}, 32, 16),
+    ("vit_variant", {"patch_size": 8, "img_size": 32, "patch_padding": 2, "block_heads": (2, 2, 3)}, 32, 16),
     ("vit_capi", {"patch_size": 8, "img_size": 32, "reg_tokens": 4}, 32, 16),
     ("beit_base_patch16_224", BEIT, 32, 16),
     ("beit_base_patch16_224", BEIT | {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}, 32, 24),

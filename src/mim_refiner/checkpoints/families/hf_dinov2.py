@@ -12,7 +12,6 @@ from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishe
 from mim_refiner.checkpoints.families.dinov2 import free_registers
 from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.checkpoints.families.plain_vit import infer_structure
-from mim_refiner.errors import CheckpointError
 from mim_refiner.types import BackboneInfo
 
 _BLOCK = "encoder.layer.{i}."
@@ -34,6 +33,8 @@ _KEYS = KeyMap(
         (_BLOCK + "layer_scale2.lambda1", "blocks.{i}.ls2.gamma"),
         (_BLOCK + "mlp.fc1.{p}", "blocks.{i}.mlp.fc1.{p}"),
         (_BLOCK + "mlp.fc2.{p}", "blocks.{i}.mlp.fc2.{p}"),
+        (_BLOCK + "mlp.weights_in.{p}", "blocks.{i}.mlp.fc1.{p}"),  # SwiGLU of the giant one
+        (_BLOCK + "mlp.weights_out.{p}", "blocks.{i}.mlp.fc2.{p}"),
     ]
 )
 _TYPES = ("dinov2", "dinov2_with_registers")
@@ -47,8 +48,6 @@ def matches(view: View) -> bool:
 
 def convert(view: View, wishes: Wishes) -> Converted:
     hf.check_activation(view)
-    if (view.contents.config or {}).get("use_swiglu_ffn"):
-        raise CheckpointError(f"{view.where}: a DINOv2 with SwiGLU blocks is not supported; choose a smaller one")
     mapped = _KEYS.to_timm(view.tensors)
     free_registers(mapped.tensors)
     vit = infer_structure(mapped.tensors, wishes, view.where, final_norm=True, **hf.facts(view))

@@ -75,6 +75,8 @@ def to_source(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tens
             "the MIM-Refiner format holds encoders with a class token, a position table and no registers only; "
             "choose --format timm"
         )
+    if not {"norm.weight", "fc_norm.weight", "norm_pre.weight"} & tensors.keys():
+        raise InputError("the MIM-Refiner format has no encoders without final norm; choose --format timm")
     if table.shape[1] == rows * columns + 1:
         tensors["cls_token"], table = token + table[:, :1], table[:, 1:]
     tensors["pos_embed"] = table.reshape(1, rows, columns, -1)
