@@ -30,7 +30,7 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
     if min(patch) <= 2 * PADDING:
         raise CheckpointError(
             f"{view.where}: a ViTPose with patches of {patch[0]}x{patch[1]} pixels, whose padding by {PADDING} pixels "
-            "makes another grid than its table has; the published ones have patches of 16"
+            "makes another grid than its table has; give one with patches of 16, as published"
         )
     tensors["pos_embed"] = table[:, 1:] + table[:, :1]
     said: dict[str, Any] = {"arguments": {"patch_padding": PADDING}}
