@@ -20,7 +20,7 @@ _ROWS = 256  # queries a matrix product
 _COLUMNS = 16384  # bank rows a matrix product
 _GROUP = 64  # at most so many columns share one running maximum
 _CANDIDATES = 1024  # a query, on average over a tile; more means that very many rows are equally near
-_RERANK_ROWS = 512  # candidates ranked at once: they stay in a CPU's cache
+_CACHED_ROWS = 512  # vectors prepared or ranked at once: they stay in a CPU's cache
 
 
 @dataclass
@@ -40,11 +40,12 @@ class Bank:
         if not standardize:
             return cls(features, None, None)
         dtype = torch.promote_types(features.dtype, torch.float32)
-        parts = features.split(_COLUMNS)
+        parts = features.split(_CACHED_ROWS)
         total = sum((part.to(dtype).sum(0).double() for part in parts), torch.zeros((), device=features.device))
         mean = (total / len(features)).to(dtype)
         squares = sum(
-            (((part.to(dtype) - mean) ** 2).sum(0).double() for part in parts), torch.zeros((), device=features.device)
+            ((part.to(dtype) - mean).square_().sum(0).double() for part in parts),
+            torch.zeros((), device=features.device),
         )
         return cls(features, mean, (squares / max(1, len(features) - 1)).sqrt().to(dtype) + 1e-6)
 
@@ -114,9 +115,9 @@ def nearest(bank: Bank, queries: Tensor, k: int, *, dtype: torch.dtype, chunk_si
 
 def _pass_over(bank: Bank, parts: list[_Tile], group: int) -> None:
     for first in range(0, len(bank.features), _COLUMNS) if parts else ():
-        exact = bank.prepare(bank.features[first : first + _COLUMNS])
+        exact = [bank.prepare(part) for part in bank.features[first : first + _COLUMNS].split(_CACHED_ROWS)]
         for dtype in {part.dtype for part in parts}:
-            rough = _Rough.of(exact, dtype)
+            rough = _Rough(*map(torch.cat, zip(*(_Rough.of(x, dtype) for x in exact), strict=True)))
             for part in parts:
                 if part.dtype == dtype:
                     part.offer(rough, first, group)
@@ -179,7 +180,7 @@ class _Tile:
 
     def _exact(self, bank: Bank, query: Tensor, row: Tensor) -> Tensor:
         """Cosines of pairs of a query and a bank row."""
-        parts = zip(query.split(_RERANK_ROWS), row.split(_RERANK_ROWS), strict=True)
+        parts = zip(query.split(_CACHED_ROWS), row.split(_CACHED_ROWS), strict=True)
         return torch.cat([(self.queries[q] * bank.prepare(bank.features[r])).sum(1) for q, r in parts])
 
     def _threshold(self) -> Tensor:
