@@ -368,6 +368,13 @@ def test_refused_by_name(tmp_path: Path, change: Callable[[State], State], reaso
             read(tmp_path / "weights.pth")
 
 
+def test_a_narrow_table_of_another_part_is_no_reason(tmp_path: Path) -> None:
+    """A decoder's table before the encoder's is not the encoder's."""
+    state = {"decoder.pos_embed": torch.zeros(1, 17, 8)} | under("encoder.", model_of().state_dict())
+    torch.save({"model": state}, tmp_path / "weights.pth")
+    assert load_backbone(tmp_path / "weights.pth", num_heads=HEADS).info.embed_dim == WIDTH
+
+
 @pytest.mark.parametrize(("make", "width", "heads"), [(dinov2, 384, 6), (mae_pytorch, 384, 6), (vitpose, 384, 12)])
 def test_heads_of_the_authors_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], tuple[object, object]], width: int, heads: int

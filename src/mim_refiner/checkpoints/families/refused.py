@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -12,29 +12,38 @@ from mim_refiner.errors import CheckpointError
 State = Mapping[str, Tensor]
 
 
-def _ends(state: State, ending: str) -> Tensor | None:
-    """The first tensor whose name ends so, at a dot."""
-    return next((tensor for name, tensor in state.items() if name == ending or name.endswith("." + ending)), None)
+def _with(state: State, ending: str) -> Iterator[tuple[str, Tensor]]:
+    """(what stands before it, tensor) of every name that ends so, at a dot."""
+    for name, tensor in state.items():
+        if name == ending or name.endswith("." + ending):
+            yield name.removesuffix(ending), tensor
 
 
 def _satmae_groups(state: State) -> bool:
-    return _ends(state, "channel_embed") is not None and _ends(state, "patch_embed.0.proj.weight") is not None
+    return any(f"{start}patch_embed.0.proj.weight" in state for start, _ in _with(state, "channel_embed"))
 
 
 def _satmae_temporal(state: State) -> bool:
-    table, token, projection = (_ends(state, name) for name in ("pos_embed", "cls_token", PROJECTION))
-    known = table is not None and token is not None and projection is not None
-    return known and table.ndim == 3 and projection.ndim == 4 and 0 < table.shape[2] < token.shape[-1]  # type: ignore[union-attr]
+    for start, table in _with(state, "pos_embed"):
+        token, projection = state.get(f"{start}cls_token"), state.get(start + PROJECTION)
+        if token is None or projection is None or table.ndim != 3 or projection.ndim != 4:
+            continue
+        if 0 < table.shape[2] < token.shape[-1]:
+            return True
+    return False
 
 
 def _video(state: State) -> bool:
-    projection = _ends(state, PROJECTION)
-    deep = projection is not None and projection.ndim == 5 and projection.shape[2] > 1
-    return deep and (_ends(state, "cls_token") is not None or _ends(state, "pos_embed_temporal") is not None)
+    return any(
+        projection.ndim == 5
+        and projection.shape[2] > 1
+        and bool({f"{start}cls_token", f"{start}pos_embed_temporal"} & state.keys())
+        for start, projection in _with(state, PROJECTION)
+    )
 
 
 def _dinov3(state: State) -> bool:
-    return _ends(state, "rope_embed.periods") is not None
+    return any(True for _ in _with(state, "rope_embed.periods"))
 
 
 def _vitpose_plus(state: State) -> bool:
