@@ -15,14 +15,16 @@ from torch import nn
 
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.photometric import normalize
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import GuardStopError
-from mim_refiner.models.backbone import Backbone, create_vit
+from mim_refiner.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_vit
 from mim_refiner.training.guard import FeatureProbe, Guard, load_best
 from mim_refiner.training.recipe import GuardSettings
 from mim_refiner.training.state import RunFolder
 
-HEALTHY = {"rank": 40.0, "spread": 0.4, "view_alignment": 0.8, "retrieval": 0.6}
+HEALTHY = {"rank": 40.0, "spread": 0.4, "view_alignment": 0.8, "retrieval": 0.6, "dense_spread": 0.5}
+MOMENTS = (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def make_probe(images: ImageSet, drop_path: float = 0.0) -> FeatureProbe:
@@ -67,7 +69,8 @@ class Scripted:
 def test_measures_equal_slow_loops(tiny_images: ImageSet) -> None:
     probe = make_probe(tiny_images)
     found = probe()
-    first, second = (probe._features(crops).double() for crops in probe._two_crops())
+    (first, dense), (second, _) = (probe._features(crops) for crops in probe._two_crops())
+    first, second = first.double(), second.double()
     n = len(first)
 
     def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -81,6 +84,11 @@ def test_measures_equal_slow_loops(tiny_images: ImageSet) -> None:
     hits = sum(max(range(n), key=lambda j: cosine(a[i], b[j])) == i for i in range(n))
     assert found["retrieval"] == pytest.approx(hits / n)
     assert 1 <= found["rank"] <= n
+    [output] = probe.backbone.eval().forward_blocks(normalize(probe._two_crops()[0][:2], *MOMENTS), [-1])
+    for image, patches in enumerate(output.patches.detach().double()):
+        pairs = [cosine(p, q) for i, p in enumerate(patches) for j, q in enumerate(patches) if i != j]
+        assert dense[image].item() == pytest.approx(1 - sum(pairs) / len(pairs), abs=1e-6)
+    assert found["dense_spread"] == pytest.approx(dense.mean().item(), abs=1e-6)
 
 
 def test_looking_changes_neither_modes_nor_random_numbers_and_is_repeatable(tiny_images: ImageSet) -> None:

@@ -48,11 +48,6 @@ class PackedStrings(Sequence[str]):
         small = int(starts[-1]) < 2**32
         return cls(np.concatenate([part.buffer for part in parts]), ends.astype(np.uint32) if small else ends)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory taken."""
-        return self.buffer.nbytes + self.ends.nbytes
-
     def __len__(self) -> int:
         return len(self.ends)
 

@@ -42,7 +42,7 @@ Encoder = TypeVar("Encoder", bound=torch.nn.Module)
 
 
 class FeatureProbe:
-    """Label-free measures of the last block's pooled features on fixed crops of fixed images."""
+    """Label-free measures of the last block's features, pooled and dense, on fixed crops of fixed images."""
 
     def __init__(
         self,
@@ -59,21 +59,22 @@ class FeatureProbe:
         self._crops: list[Tensor] | None = None
 
     def __call__(self) -> dict[str, float]:
-        """Return ``rank``, ``spread``, ``view_alignment`` and ``retrieval``; all NaN for features that are.
+        """Return ``rank``, ``spread``, ``view_alignment``, ``retrieval``, ``dense_spread``; all NaN if features are.
 
         spread: 1 - mean cosine of different images. view_alignment: mean cosine of the two crops of an image.
         retrieval: share of images whose second crop is, by cosine of standardised features, the nearest to the first.
+        dense_spread: 1 - mean cosine of different patches of one image; told, and judged by no rule.
         """
-        first, second = (self._features(crops) for crops in self._two_crops())
-        names = ("rank", "spread", "view_alignment", "retrieval")
-        if not bool(torch.isfinite(first).all() and torch.isfinite(second).all()):
+        (first, dense), (second, _) = (self._features(crops) for crops in self._two_crops())
+        names = ("rank", "spread", "view_alignment", "retrieval", "dense_spread")
+        if not all(bool(torch.isfinite(found).all()) for found in (first, second, dense)):
             return dict.fromkeys(names, math.nan)
         a, b = F.normalize(first, dim=1), F.normalize(second, dim=1)
         cosine, own = a @ b.T, (a * b).sum(1)
         others = (cosine.sum() - own.sum()) / max(1, self.count * (self.count - 1))
         found = (standardized(first) @ standardized(second, first).T).argmax(1) == torch.arange(self.count)
-        values = (effective_rank(first), 1 - others.item(), own.mean().item(), found.float().mean().item())
-        return dict(zip(names, values, strict=True))
+        means = (own.mean(), found.float().mean(), dense.mean())
+        return dict(zip(names, (effective_rank(first), 1 - others.item(), *(x.item() for x in means)), strict=True))
 
     def _two_crops(self) -> list[Tensor]:
         if self._crops is None:  # the same images and crops at every look, also after a resume
@@ -84,13 +85,18 @@ class FeatureProbe:
         return self._crops
 
     @torch.no_grad()
-    def _features(self, crops: Tensor) -> Tensor:
-        info, pooled = self.backbone.info, []
+    def _features(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features [N, D], and how far the patches of each image lie apart [N]."""
+        info, pooled, dense = self.backbone.info, [], []
         for part in crops.split(PROBE_BATCH):
             with evaluation_mode(self.backbone), self.run.autocast():
                 inputs = normalize(part.to(self.run.device), info.mean, info.std)
-                pooled.append(self.backbone.forward_blocks(inputs, [-1])[0].pooled(self.pooling).float().cpu())
-        return torch.cat(pooled)
+                output = self.backbone.forward_blocks(inputs, [-1])[0]
+            pooled.append(output.pooled(self.pooling).float().cpu())
+            count, patches = output.patches.shape[1], F.normalize(output.patches.float(), dim=2)
+            cosines = patches.sum(1).square().sum(1) - count  # of all pairs of different patches
+            dense.append(1 - (cosines / max(1, count * (count - 1))).cpu())
+        return torch.cat(pooled), torch.cat(dense)
 
 
 @dataclass(frozen=True)
