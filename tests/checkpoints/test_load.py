@@ -64,7 +64,8 @@ def test_what_is_known_of_the_image_size_counts_before_the_square(
 ) -> None:
     told = [{"args": argparse.Namespace(input_size=[16, 64])}, {"hyper_parameters": {"cfg": {"img_size": [16, 64]}}}]
     told += [{"config": {"data": {"image_size": "16x64"}}}, {"args": {"img_size": [3, 16, 64]}}]
-    told += [{"args": {"target_length": 16, "num_mel_bins": 64}}]
+    told += [{"args": {"target_length": 16, "num_mel_bins": 64}}, {"args": {"img_h": 16, "img_w": 64}}]
+    told += [{"cfg": {"data": {"input_height": 16, "input_width": 64}}}, {"args": {"img_size": "(16, 64)"}}]
     for extra in told:
         path = save({"model": vit_state, **extra}, tmp_path)
         assert load_backbone(path, num_heads=4).info.image_size == (16, 64)
@@ -90,6 +91,15 @@ def test_many_positions_that_are_no_usual_square_are_asked_for(
         with pytest.raises(CheckpointError, match=r"256 positions may be 16x16 .* or 8x32 .*pass image_size="):
             read(path, num_heads=2)
     assert load_backbone(path, num_heads=2, image_size=size).info.image_size == size
+
+
+def test_a_config_of_no_known_library_counts_as_arguments(tmp_path: Path, vit_state: State) -> None:
+    save_file(vit_state, tmp_path / "weights.safetensors")
+    (tmp_path / "config.json").write_text('{"model": {"img_size": [16, 64], "num_heads": 8}, "std": [0.2, 0.2, 0.2]}')
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.1, 0.1]}')
+    for source in (tmp_path, tmp_path / "weights.safetensors"):
+        info = load_backbone(source).info
+        assert (info.image_size, info.num_heads, info.mean, info.std) == ((16, 64), 8, (0.1,) * 3, (0.2,) * 3)
 
 
 def test_mean_and_std_of_the_file_or_a_guess(

@@ -9,12 +9,13 @@ from typing import Any
 
 from mim_refiner.checkpoints.adapters import plain_weights, with_adapter
 from mim_refiner.checkpoints.distributed_folder import METADATA, read_distributed
-from mim_refiner.checkpoints.store import Contents, check_inside, read_checkpoint, read_config
+from mim_refiner.checkpoints.store import OWN_FACTS, Contents, check_inside, leaves, read_checkpoint, read_config
 from mim_refiner.errors import CheckpointError
 
 CONFIG, PREPROCESSOR, ADAPTER = "config.json", "preprocessor_config.json", "adapter_config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
 WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".th", ".ckpt")
+_MODEL_KEYS = {"architecture", "architectures", "model_type", "model_args", "pretrained_cfg", OWN_FACTS}
 _INDEX = ".index.json"
 _DEEPSPEED = "mp_rank_00_model_states.pt"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -68,7 +69,10 @@ def _with_configs(folder: Path, read: Callable[[Path, Mapping[str, Any]], Conten
     config = read_config(folder) if (folder / CONFIG).exists() or (folder / CONFIG).is_symlink() else {}
     if (folder / PREPROCESSOR).exists():
         config["preprocessor"] = read_config(folder, PREPROCESSOR)
-    return replace(plain_weights(read(folder, config)), config=config or None)
+    contents = plain_weights(read(folder, config))
+    if config and not _MODEL_KEYS & config.keys():  # of no library that we know: the training's own arguments
+        return replace(contents, config=None, facts=leaves(config) | dict(contents.facts))
+    return replace(contents, config=config or None)
 
 
 def _inner(folder: Path) -> Path:

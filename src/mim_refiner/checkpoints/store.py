@@ -22,6 +22,7 @@ from mim_refiner.errors import CheckpointError
 # Parts of names that DDP, torch.compile, FSDP and activation checkpointing put in.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"Rar!": "rar"}
+OWN_FACTS = "mim_refiner"  # key in config.json under which our exports keep what timm has no field for
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _MAX_CONFIG_BYTES = 16 * 2**20
 _LFS = b"version https://git-lfs"
@@ -55,7 +56,7 @@ class Contents:
         None where nothing is said, or several things that differ; what stands below a decoder's or predictor's entry
         is about that.
         """
-        for facts in (self.facts, _leaves(self.config or {})):
+        for facts in (self.facts, leaves(self.config or {})):
             for name in names:
                 found = {
                     value
@@ -326,7 +327,8 @@ def _plain(item: Any, depth: int = 0) -> Any:
     return item if isinstance(item, bool | int | float | str) else None
 
 
-def _leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+def leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a config by path."""
     return {
         name: value for where, held in _mappings(config, "config") for name, value in _plain_values(where, held).items()
     }

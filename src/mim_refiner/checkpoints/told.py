@@ -10,13 +10,17 @@ from typing import Any
 
 from mim_refiner.checkpoints.families import Converted, Wishes
 from mim_refiner.checkpoints.families.base import GUESS
-from mim_refiner.checkpoints.families.timm_format import OWN_FACTS
-from mim_refiner.checkpoints.store import Contents
+from mim_refiner.checkpoints.store import OWN_FACTS, Contents
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.positions import RULES
 
 _HEADS = ("encoder_num_heads", "num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "vit_heads")
 _SIZES = ("input_size", "img_size", "image_size", "input_resolution", "imgsz", "global_crops_size")
+_PAIRS = [
+    *(((f"{start}{height}",), (f"{start}{width}",)) for start in ("img_", "image_", "input_")
+      for height, width in (("height", "width"), ("h", "w"))),
+    (("target_length",), ("num_mel_bins", "n_mels", "num_mels")),
+]  # fmt: skip
 _MEANS, _STDS = ("image_mean", "img_mean", "pixel_mean", "mean"), ("image_std", "img_std", "pixel_std", "std")
 
 
@@ -29,11 +33,12 @@ def told(wishes: Wishes, contents: Contents) -> Wishes:
 def _size(contents: Contents) -> tuple[int, int] | None:
     """Image size (height, width) in training; a spectrogram's is frames x mel bands, as AudioMAE lays it out."""
     size = contents.fact(*_SIZES)
-    frames, bands = contents.fact("target_length"), contents.fact("num_mel_bins", "n_mels", "num_mels")
-    if size is None and frames is not None and bands is not None:
-        size = (frames, bands)
+    for rows, columns in _PAIRS:
+        if size is None:
+            size = (contents.fact(*rows), contents.fact(*columns))
+            size = None if None in size else size
     if isinstance(size, str):
-        match = re.fullmatch(r"(\d{1,6})(?:[x,](\d{1,6}))?", size, re.ASCII)
+        match = re.fullmatch(r"[(\[]?(\d{1,6})(?:\s*[x,]\s*(\d{1,6}))?[)\]]?", size, re.ASCII)
         size = tuple(int(side) for side in match.groups(match[1])) if match else None
     sides = size if isinstance(size, tuple) else (size, size)
     if len(sides) == 3:  # channels first, as timm writes it

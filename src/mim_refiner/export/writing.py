@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mim_refiner._version import __version__
-from mim_refiner.checkpoints.families.timm_format import OWN_FACTS
+from mim_refiner.checkpoints.store import OWN_FACTS
 from mim_refiner.errors import InputError
 from mim_refiner.export.model_card import model_card
 from mim_refiner.export.parity import CheckImages, Parity, check_images, compare

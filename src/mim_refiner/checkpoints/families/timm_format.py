@@ -10,10 +10,9 @@ from torch import Tensor
 from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account, is_buffer
 from mim_refiner.checkpoints.families.keymap import Mapped
 from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, has_plain_vit, infer_structure
+from mim_refiner.checkpoints.store import OWN_FACTS
 from mim_refiner.errors import CheckpointError
 from mim_refiner.types import BackboneInfo
-
-OWN_FACTS = "mim_refiner"  # key in config.json under which our exports keep what timm has no field for
 
 _CLASSIFIER = {f"{name}.": "classifier" for name in ("head", "head_dist", "fc", "classifier")}
 
