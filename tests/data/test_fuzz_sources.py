@@ -22,7 +22,7 @@ from mim_refiner.errors import MimRefinerError
 
 MOST_SECONDS, MOST_BYTES = 10, 300 * 2**20
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 9, 3), dtype=np.uint8)
-MASK = np.arange(72, dtype=np.uint8).reshape(8, 9) % 5
+MASK = np.arange(72, dtype=np.uint8).reshape(8, 9) % 3
 
 
 def png(pixels) -> bytes:

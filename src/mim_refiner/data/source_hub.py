@@ -26,7 +26,7 @@ def download_dataset(text: str, split: str | None) -> Path:
     """
     match = _NAME.fullmatch(text)
     if match is None:
-        raise DataError(f"{text}: is no data set name; write hf:owner/name, with @revision and #split if needed")
+        raise DataError(f"{text[:200]}: is no data set name; write hf:owner/name, with @revision and #split if needed")
     repository, revision = match["repository"], match["revision"]
     patterns = [f"*{split}*{kind}" if split else f"*{kind}" for kind in _KINDS]
     if split:

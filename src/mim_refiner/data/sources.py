@@ -161,7 +161,8 @@ def _expand_braces(text: str) -> list[str]:
 
     Raises DataError for more than a million names, before any is made.
     """
-    parts, count, end = [], 1, 0
+    parts: list[tuple[str, Sequence[str | int], int]] = []  # (text before, choices, digits)
+    count, end = 1, 0
     for match in _BRACES.finditer(text):
         first, dots, last = match[1].partition("..")
         found: Sequence[str | int] = match[1].split(",")
@@ -171,12 +172,13 @@ def _expand_braces(text: str) -> list[str]:
         count *= len(found)
         if count > _MAX_FILES:
             raise DataError(f"{printable(text)[:200]}: the braces name more than a million files; correct the numbers")
-        parts += [
-            [text[end : match.start()]],
-            [each if isinstance(each, str) else f"{each:0{len(first)}d}" for each in found],
-        ]
+        parts.append((text[end : match.start()], found, len(first)))
         end = match.end()
-    return ["".join(choice) for choice in itertools.product(*parts, [text[end:]])]
+    written = [
+        [before + (each if isinstance(each, str) else f"{each:0{digits}d}") for each in found]
+        for before, found, digits in parts
+    ]
+    return ["".join(choice) for choice in itertools.product(*written, [text[end:]])]
 
 
 def _open_path(path: Path) -> ImageSource:
