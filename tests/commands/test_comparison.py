@@ -1,0 +1,82 @@
+"""What a comparison needs is tried before the first step, and a finished training is always exported."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mim_refiner.commands import refine
+from mim_refiner.commands.comparison import measured
+from mim_refiner.core.run import Run
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.sources import open_source
+from mim_refiner.errors import DataError
+from mim_refiner.models.backbone import Backbone, create_vit
+from mim_refiner.reporting import NullReporter
+from mim_refiner.training.recipes import tiny
+
+
+class Told(NullReporter):
+    def __init__(self):
+        self.said = []
+
+    def message(self, text):
+        self.said.append(text)
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Return a maker of a set with so many images of every class."""
+
+    def make(*counts):
+        labels = np.repeat(np.arange(len(counts)), counts)
+        pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8, 3), dtype=np.uint8)
+        path = tmp_path / f"{len(labels)}-{len(counts)}.npz"
+        np.savez(path, images=pixels, labels=labels)
+        return ImageSet(open_source(path))
+
+    return make
+
+
+def run() -> Run:
+    return Run(torch.device("cpu"), seed=0, reporter=Told())
+
+
+@pytest.mark.parametrize("counts", [(1,) * 64, (1, 1), (1,), (64,), (3,)])
+def test_labels_that_do_not_suffice_are_left_aside_and_that_is_said(labelled, counts):
+    bank, told = labelled(*counts), run()
+    on = measured(bank, None, given=False, run=told)
+    if bank.labels is not None:  # one class alone is no labels for some sources
+        assert bank.classes is not None
+        assert "are left aside" in told.reporter.said[0]
+        with pytest.raises(DataError, match="--eval-data: "):
+            measured(bank, None, given=True, run=run())
+    assert on.bank.labels is None
+    assert on.bank.classes is None
+    assert len(on.bank) == len(bank)
+    assert on.bank.source is bank.source
+
+
+def test_k_fits_the_bank(labelled):
+    assert measured(labelled(40, 40), None, given=False, run=run()).k == 10
+    assert measured(labelled(5, 5), None, given=False, run=run()).k == 8
+    assert measured(labelled(5, 5), labelled(7, 7), given=True, run=run()).k == 10
+    assert measured(labelled(3, 3), labelled(7, 7), given=True, run=run()).k == 6
+
+
+def test_the_export_is_written_when_measuring_fails(labelled, tmp_path, monkeypatch):
+    encoder = Backbone.wrap(create_vit("vit_w32_d2_h2_p8", image_size=16), source="mae")
+
+    def fails(*arguments, **options):
+        raise DataError("the disk with the images is gone; mount it")
+
+    monkeypatch.setattr(refine, "compare", fails)
+    recipe = tiny()
+    recipe.heads.blocks = [1]
+    on = SimpleNamespace(bank=labelled(4, 4), test=None, k=3)
+    with pytest.raises(DataError, match="the disk with the images is gone"):
+        refine.conclude({"before": encoder, "after": encoder}, on, recipe, tmp_path, "photos", run())
+    assert {path.name for path in (tmp_path / "export").iterdir()} >= {"config.json", "model.safetensors"}
