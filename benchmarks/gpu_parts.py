@@ -40,20 +40,12 @@ if TYPE_CHECKING:
     from gpu import Results
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
-PAPER = "--image 224 --local 96 --locals 10 --projector 2048 --predictor 4096 --out-dim 256 --queue 65536"
-SIZES = {
-    "vit_l": f"--arch vit_large_patch16_224 {PAPER} --heads 8",
-    "vit_b": f"--arch vit_base_patch16_224 {PAPER} --heads 4",
-    "small": "--arch vit_w192_d12_h3_p4 --image 32 --local 16 --locals 4 --heads 4 --projector 512 --predictor 1024",
-    "toy": "--arch vit_w32_d3_h2_p8 --image 32 --local 16 --locals 2 --heads 2 --projector 32 --predictor 32 "
-    "--out-dim 16 --queue 64 --top-k 4",
-}
 FITS = 0.92  # of the memory that is free
 
 
 def bench_of(size: str, options: argparse.Namespace, device: torch.device, precision: str = "bf16") -> step.Bench:
-    words = [*SIZES["toy" if options.dry_run else size].split(), "--device", device.type, "--batch", "8"]
-    return step.Bench(step.parse([*words, "--precision", precision]))
+    size = "toy" if options.dry_run else size
+    return step.Bench(step.parse(f"--size {size} --device {device.type} --batch 8 --precision {precision}".split()))
 
 
 def synchronize(device: torch.device) -> None:
@@ -100,7 +92,8 @@ class Steps:
         self.bench = bench_of(size, options, device)
         self.batches = (4, 8, 16) if self.dry else (64, 256, 1024)  # two of them trace the planner's line
         self.shapes = [(self.bench.options.image, 2), (self.bench.options.local, self.bench.options.locals)]
-        self.free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4e9
+        # the planner counts the weights, which lie there already
+        self.free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() if device.type == "cuda" else 4e9
         self.found: dict[str, Any] = {}
         self.traced: dict[tuple[int, bool], Any] = {}
 
@@ -126,7 +119,7 @@ class Steps:
         while self.results.left >= least:
             work = partial(self.bench.step, self.bench.random_views(batch), micro_batch)
             try:
-                cost = timed(work, self.device, calls=1 if self.dry else 2)
+                cost = timed(work, self.device, calls=1 if self.dry or batch > 512 else 2, rounds=2)
             except torch.OutOfMemoryError as error:
                 self.found[name] = {"batch": batch, "micro_batch": micro_batch, "error": str(error)[:200]}
                 if micro_batch is not None:

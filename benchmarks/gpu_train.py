@@ -47,6 +47,7 @@ class Command:
         words = [word for key, value in options.items() for word in ("--" + key.replace("_", "-"), str(value))]
         words += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
         self.words = [sys.executable, "-m", "mim_refiner", verb, "--out", str(out), "--quiet", *words, *flags]
+        self.interrupted = False
         self.log = out.with_name(f"{out.name}.log")
         out.parent.mkdir(parents=True, exist_ok=True)
         source = str(Path(__file__).resolve().parent.parent / "src")
@@ -83,15 +84,20 @@ class Command:
         self.check()
         return found
 
-    def stop(self) -> None:
-        """Ctrl-C, and wait for the checkpoint."""
-        if self.running:
+    def interrupt(self) -> None:
+        """Ctrl-C, once: the run writes a checkpoint and ends."""
+        if self.running and not self.interrupted:
+            self.interrupted = True
             self.process.send_signal(signal.SIGINT)
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+
+    def stop(self) -> None:
+        """Interrupt, and wait for the end."""
+        self.interrupt()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 class Training:
@@ -154,6 +160,8 @@ class Training:
                 time.sleep(0.2)
         finally:
             for run in runs.values():
+                run.interrupt()
+            for run in runs.values():
                 run.stop()
         for key, run in runs.items():
             run.check()
@@ -199,6 +207,7 @@ def train(results: Results, options: argparse.Namespace, device: torch.device) -
     if options.dry_run:
         toy_data(options)
     training = Training(results, options, device)
+    results.put(images=training.images, decoders=training.decoders)
     stages: list[tuple[str, Callable[..., Command], int]] = [("refined", training.refine, options.refine_epochs)]
     if options.start is None:
         stages.insert(0, ("mae", training.pretrain, options.mae_epochs))

@@ -17,13 +17,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAPER = (
-    "--image 224 --local 96 --locals 10 --projector 2048 --predictor 4096 --out-dim 256 --queue 65536 --precision bf16"
-)
 SIZES = {
     "cpu": ("--batch 64 --micro-batch 16", 4),
-    "vit_b": (f"--arch vit_base_patch16_224 {PAPER} --heads 4 --batch 256 --micro-batch 64", 4),
-    "vit_l": (f"--arch vit_large_patch16_224 {PAPER} --heads 8 --batch 96 --micro-batch 32", 8),
+    "vit_b": ("--size vit_b --precision bf16 --batch 256 --micro-batch 64", 4),
+    "vit_l": ("--size vit_l --precision bf16 --batch 96 --micro-batch 32", 8),
 }  # options of step.py, and how many blocks the frozen variant freezes
 
 

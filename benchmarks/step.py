@@ -1,8 +1,7 @@
 """Throughput, MFU and peak memory of refinement steps: plain and cached, with and without data, part by part.
 
     python benchmarks/step.py                                   a small ViT, on this machine's CPU
-    python benchmarks/step.py --arch vit_large_patch16_224 --image 224 --local 96 --locals 10 --heads 8 --batch 96 \
-        --micro-batch 32 --projector 2048 --predictor 4096 --out-dim 256 --queue 65536 --precision bf16    on a GPU
+    python benchmarks/step.py --size vit_l --batch 96 --micro-batch 32 --precision bf16    on a GPU
 
     torchrun --nproc-per-node 8 benchmarks/step.py ...          --batch is that of all processes together
 
@@ -41,6 +40,14 @@ from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.cost import EncoderShape, Workload
 from mim_refiner.training.refine import forward_backward
 
+PAPER = "--image 224 --local 96 --locals 10 --projector 2048 --predictor 4096 --out-dim 256 --queue 65536"
+SIZES = {
+    "vit_l": f"--arch vit_large_patch16_224 {PAPER} --heads 8",
+    "vit_b": f"--arch vit_base_patch16_224 {PAPER} --heads 4",
+    "small": "--projector 512 --predictor 1024",
+    "toy": "--arch vit_w32_d3_h2_p8 --locals 2 --heads 2 --projector 32 --predictor 32 --out-dim 16 --queue 64 "
+    "--top-k 4",
+}  # options of this script
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # bf16 dense, makers' figures
 
 
@@ -194,6 +201,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--size", choices=SIZES, help="options of a size; those given beside it come after")
     add("--arch", default="vit_w192_d12_h3_p4")
     add("--image", type=int, default=32)
     add("--local", type=int, default=16)
@@ -219,7 +227,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         default=0.0,
         help="operations a second that count as 100 %% MFU, for devices not known here",
     )
-    return parser.parse_args(words)
+    size = parser.parse_args(words).size
+    return parser.parse_args([*SIZES[size].split(), *words] if size else words)
 
 
 def main() -> None:

@@ -101,7 +101,17 @@ def test_profile_tells_the_dearest_and_the_number_of_operators(gpu: Any, options
 
 @pytest.mark.slow
 def test_small_measures_the_command_with_its_data_in_its_own_process(gpu: Any, options: argparse.Namespace) -> None:
-    words = ["--dry-run", "--out", str(options.out), "--work", str(options.work), "--parts", "small"]
+    words = [
+        "--dry-run",
+        "--out",
+        str(options.out),
+        "--work",
+        str(options.work),
+        "--parts",
+        "small",
+        "--box",
+        "small=250",
+    ]
     assert gpu.main(words) == 0
     found = read(options, "small")
     assert found["finished"]

@@ -269,7 +269,8 @@ def parse_budget(text: str, device: torch.device) -> float:
         free = free_memory(device)
         if free == math.inf:
             raise InputError("--memory-budget auto: this system does not tell its free memory; write an amount")
-        return free
+        # what the weights take already is part of what is planned
+        return free + (torch.cuda.memory_reserved(device) if device.type == "cuda" else 0)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)\s*", text.upper())
     if not match or float(match[1]) == 0:
         raise InputError(f"--memory-budget {text!r}: not an amount of memory; write for example 24GB, or auto")
