@@ -120,6 +120,7 @@ def test_small_measures_the_command_with_its_data_in_its_own_process(gpu: Any, o
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_training_goes_on_where_its_box_ended_and_its_weights_become_an_encoder(
     gpu: Any, options: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
