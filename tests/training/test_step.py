@@ -37,13 +37,17 @@ def views(step: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(BATCH, 3, size, size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
 
 
-def run(refiner: Refiner, micro_batch: int | None, step: int = 0, precision: str = "fp32") -> RefinerOutput:
+def run(
+    refiner: Refiner, micro_batch: int | None, step: int = 0, precision: str = "fp32", kept: int = 0
+) -> RefinerOutput:
     """One step as the loop does it: the global generator seeded by the step."""
     dtype = next(refiner.parameters()).dtype
     refiner.zero_grad(set_to_none=True)
     torch.manual_seed(7 + step)
     sample_ids, generator = torch.arange(BATCH) + step, torch.Generator().manual_seed(step)
-    return forward_backward(refiner, views(step, dtype), sample_ids, generator, Run(precision=precision), micro_batch)
+    return forward_backward(
+        refiner, views(step, dtype), sample_ids, generator, Run(precision=precision), micro_batch, kept
+    )
 
 
 def gradients(refiner: Refiner) -> dict[str, Tensor]:
@@ -73,6 +77,19 @@ def test_all_gradients_and_buffers_equal_the_plain_step_in_float64(options: dict
         torch.testing.assert_close(ours[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(dict(cached.named_buffers())[name], buffer, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("kept", [1, 3, 100])
+@pytest.mark.parametrize("frozen_blocks", [0, 2])
+def test_kept_graphs_change_no_gradient_and_spare_their_second_pass(kept: int, frozen_blocks: int) -> None:
+    plain, cached = make(frozen_blocks), make(frozen_blocks)
+    passes: list[int] = []
+    cached.backbone.model.blocks[2].register_forward_hook(lambda *_: passes.append(1))
+    expected, output = run(plain, None), run(cached, 5, kept=kept)
+    assert len(passes) == 2 * 6 - min(kept, 6)  # two sizes of view, three micro-batches each
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(cached)[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
 
 
 def test_the_random_layers_of_the_comparison_do_drop() -> None:

@@ -48,7 +48,7 @@ def plan(recipe: RefineRecipe, refiner: Refiner, images: int, run: Run, budget: 
     needs = measure_needs(
         refiner, shapes, local, precision=run.precision, checkpointing=recipe.checkpointing, shards=shards
     )
-    peak = needs.whole() if recipe.micro_batch is None else needs.cached(recipe.micro_batch)
+    peak = needs.whole() if recipe.micro_batch is None else needs.cached(recipe.micro_batch, recipe.kept_graphs)
     picked = Choice(recipe.micro_batch, recipe.checkpointing, peak, "as the recipe says")
     if budget is not None:
         picked = choose(

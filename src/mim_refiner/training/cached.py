@@ -5,7 +5,8 @@ the negatives and the queue. So the cached step runs the encoder without graph o
 and their gradients with respect to the features on the whole batch, and then runs the encoder once more with graph,
 micro-batch by micro-batch, each fed with its rows of the feature gradients. Random layers see the same draws in both
 passes and as in the plain step (:mod:`mim_refiner.models.stochastic`). The price is one more forward pass of the part
-that trains. (Gradient caching: Gao et al., arXiv 2101.06983.)
+that trains; where memory allows, the graphs of some micro-batches are kept from the first pass and cost none.
+(Gradient caching: Gao et al., arXiv 2101.06983.)
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class _Piece:
     rows: slice  # of this process's batch
     prefix: Tensor | None  # tokens after the frozen blocks; None where there are none
     state: list[Tensor]  # random state at the start of the trained part
+    outputs: Mapping[int, Tensor] | None = None  # pooled blocks with their graph, where it is kept
 
     def images(self, views: Sequence[Tensor]) -> Tensor:
         return torch.cat([views[index][self.rows] for index in self.group])
@@ -58,13 +60,15 @@ def cached_forward_backward(
     run: Run,
     rows: Rows,
     micro_batch: int,
+    kept: int = 0,
 ) -> RefinerOutput:
     """Leave the gradients of one step in the parameters and return its losses; ``rows`` of this process's views.
 
-    micro_batch: images (with all their views of one size) that pass through the encoder with a graph at a time.
+    micro_batch: images (with all their views of one size) that pass through the encoder with a graph at a time; the
+    graphs of the first ``kept`` of them stay.
     """
-    features, pieces = _features_without_graph(refiner, views, run, rows, micro_batch)
     trains = not refiner.encoder_frozen
+    features, pieces = _first_pass(refiner, views, run, rows, micro_batch, kept if trains else 0)
     for value in features.values():
         value.requires_grad_(trains)
     with run.autocast():
@@ -74,15 +78,18 @@ def cached_forward_backward(
         piece = pieces.pop(0)  # frees what it holds
         _set_random_state(piece.state, run.device)
         with use_rows(rows.part(piece.rows.start, piece.rows.stop)):
-            with run.autocast():
-                outputs = refiner.pooled_blocks(piece.images(views) if piece.prefix is None else piece.prefix)
+            outputs, piece.outputs = piece.outputs, None
+            if outputs is None:
+                with run.autocast():
+                    outputs = refiner.pooled_blocks(piece.images(views) if piece.prefix is None else piece.prefix)
             torch.autograd.backward([outputs[block] for block in features], piece.grads(features))
+            del outputs  # before the next one's graph is made
     return output
 
 
 @torch.no_grad()
-def _features_without_graph(
-    refiner: Refiner, views: Sequence[Tensor], run: Run, rows: Rows, micro_batch: int
+def _first_pass(
+    refiner: Refiner, views: Sequence[Tensor], run: Run, rows: Rows, micro_batch: int, kept: int
 ) -> tuple[dict[int, Tensor], list[_Piece]]:
     """First pass: {block: [V, B, D]}, and what the second pass needs."""
     pieces: list[_Piece] = []
@@ -98,11 +105,14 @@ def _features_without_graph(
                 prefix = refiner.frozen_prefix(piece.images(views))
                 if refiner.frozen_blocks and not refiner.encoder_frozen:
                     piece.prefix, piece.state = prefix, _random_state(run.device)
+                with torch.set_grad_enabled(len(pieces) < kept):
+                    outputs = refiner.pooled_blocks(prefix)
+                piece.outputs = outputs if len(pieces) < kept else None
                 pieces.append(piece)
-                for block, output in refiner.pooled_blocks(prefix).items():
+                for block, output in outputs.items():
                     if block not in features:
                         features[block] = output.new_empty(len(views), rows.count, output.shape[1])
-                    for index, of_view in zip(group, output.chunk(len(group)), strict=True):
+                    for index, of_view in zip(group, output.detach().chunk(len(group)), strict=True):
                         features[block][index, part] = of_view
     return features, pieces
 

@@ -79,10 +79,11 @@ class Needs:
     encoder_image: int  # and what an image (all its views of the larger kind) adds
     plain: int  # graph of everything at once
 
-    def cached(self, micro_batch: int) -> int:
-        """Peak of the cached step."""
-        encoder = self.encoder_base + micro_batch * self.encoder_image
-        return self.state + self.images + self.features + self.prefix + max(self.heads, encoder)
+    def cached(self, micro_batch: int, kept_graphs: int = 0) -> int:
+        """Peak of the cached step; of it the graphs that are kept, which stand beside the heads' or one more."""
+        part = micro_batch * self.encoder_image
+        most = max(self.heads, self.encoder_base + part) + kept_graphs * part
+        return self.state + self.images + self.features + self.prefix + most
 
     def whole(self) -> int:
         """Peak of the plain step."""

@@ -154,6 +154,7 @@ class RefineRecipe(Recipe):
     freeze_below: NonNegativeFloat = 0.0  # freezes also the first blocks whose layer-decay scale is below; 0: none
     # Memory; none changes what a step computes.
     micro_batch: PositiveInt | None = None  # images a process holds activations of at a time; None: its whole batch
+    kept_graphs: NonNegativeInt = 0  # micro-batches (of views of one size) that need no second pass, if memory allows
     shard: bool = False  # FSDP2: encoder weights, gradients, moments and average spread over the processes
     checkpointing: bool = False  # keep block inputs only and compute the rest again in the backward pass
     weight_decay: NonNegativeFloat = 0.05

@@ -223,7 +223,8 @@ def train_phase(refinement: Refinement, loop: Loop, number: int) -> None:
             generator = loop.generator(step)  # of all the step's draws
             optimizer.zero_grad(set_to_none=True)
             views, sample_ids = make_views(refinement, batch, generator)
-            output = forward_backward(refiner, views, sample_ids, generator, refinement.run, recipe.micro_batch)
+            parts = recipe.micro_batch, recipe.kept_graphs
+            output = forward_backward(refiner, views, sample_ids, generator, refinement.run, *parts)
             average_gradients(refiner.parameters())
             loop.log.add(step, output.loss, metrics_of(output, sample_ids, refinement.labels), len(sample_ids))
             loop.before_update(step)
@@ -275,18 +276,20 @@ def forward_backward(
     generator: torch.Generator | None,
     run: Run,
     micro_batch: int | None = None,
+    kept_graphs: int = 0,
     choices: Mapping[int, Tensor] | None = None,
 ) -> RefinerOutput:
     """Leave the gradients of this process's views in the parameters and return the losses of all heads.
 
     views: [B, C, h, w] each, normalised, global ones first; sample_ids [B]. micro_batch: images that pass through the
-    encoder with a graph at a time; None, or at least B: all of them, the plain step. ``choices`` replays the plain
-    step's draws among the nearest neighbours.
+    encoder with a graph at a time; None, or at least B: all of them, the plain step. kept_graphs: of so many parts of
+    the batch the graph is kept rather than made again. ``choices`` replays the plain step's draws among the nearest
+    neighbours.
     """
     rows = process_rows(len(sample_ids))
     with use_rows(rows):
         if micro_batch is not None and micro_batch < rows.count:
-            return cached_forward_backward(refiner, views, sample_ids, generator, run, rows, micro_batch)
+            return cached_forward_backward(refiner, views, sample_ids, generator, run, rows, micro_batch, kept_graphs)
         with run.autocast():
             features = refiner.features(views)  # {block: [V, B, D]}
             output = refiner.head_losses(features, sample_ids, generator=generator, choices=choices)
