@@ -150,6 +150,20 @@ def test_labels_are_never_needed_to_train_embed_or_look(cli, mae, unlabelled, tm
     assert "has no labels (row 1 has no label" in cli.call(*given).err
 
 
+def test_paths_that_are_no_utf8(cli, mae, shapes, tmp_path):
+    root = shutil.copytree(shapes, tmp_path / "caf\udce9")
+    (root / "circle" / "circle-00.png").rename(root / "circle" / "gr\udcfc\n.png")
+    done = cli.start("doctor", "--data", root)
+    out, err = done.communicate()
+    assert done.returncode == 0, err
+    assert "caf\\xe9 (48 images, 3 class folders)" in out
+    outcome = cli.call("embed", "--model", mae.export, "--data", root, "--out", tmp_path / "f.parquet")
+    assert outcome.code == 0, outcome.err
+    assert "circle/gr\\xfc\\n.png" in pq.read_table(tmp_path / "f.parquet").column("name").to_pylist()
+    run = shutil.copytree(mae.path, tmp_path / "run\udce9")
+    assert "run\\udce9" in write_report([run]).read_text()
+
+
 def test_embedded_labels_are_the_numbers_of_the_data(cli, mae, shapes, tmp_path):
     ids = {"circle": 8427189000, "square": 9703, "triangle": 17}
     data = listed(shapes, tmp_path / "ids.csv", ids.get)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import sys
@@ -114,6 +115,8 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 
 def _main(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths may be no UTF-8; stderr does so by itself
     try:
         code = app(words, prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()

@@ -290,5 +290,5 @@ def _write_tables(out: Path, summary: Mapping[str, Any]) -> None:
     if summary.get("transfer"):
         tables.append(("transfer", *results_rows(summary["transfer"], ())))
     for name, header, rows in tables:
-        write_bytes(out / f"{name}.md", markdown_table(header, rows).encode())
-        write_bytes(out / f"{name}.tex", latex_table(header, rows).encode())
+        write_bytes(out / f"{name}.md", markdown_table(header, rows).encode(errors="backslashreplace"))
+        write_bytes(out / f"{name}.tex", latex_table(header, rows).encode(errors="backslashreplace"))

@@ -40,7 +40,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
     read = [read_run(run) for run in runs]
     target = Path(out) if out is not None else (read[0].path / "report.html" if len(read) == 1 else Path("report.html"))
     with reading(", ".join(str(run.path) for run in read), "mend or delete its result files, report again", InputError):
-        page = render(read).encode("utf-8")
+        page = render(read).encode("utf-8", "backslashreplace")  # a path may be no UTF-8
     return write_bytes(target, page)
 
 
