@@ -153,6 +153,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half-written in ``folder``; a folder that it had only moved aside goes back."""
+    for aside in folder.glob(".*.old.tmp"):
+        whole = folder / aside.name.rsplit(".", 3)[0].removeprefix(".")
+        if not whole.exists():
+            aside.rename(whole)
+    for leftover in folder.glob(".*.tmp"):
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole folder."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def sync(path: Path) -> None:
     """Wait until the file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

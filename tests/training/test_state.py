@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mim_refiner.errors import RunFolderError
-from mim_refiner.files import write_json
+from mim_refiner.files import atomic_folder, write_json
 from mim_refiner.training.state import Position, RunFolder
 
 RECIPE = {"name": "tiny", "heads": {"blocks": [1, 2]}, "batch_size": 8}
@@ -159,6 +159,29 @@ def test_leftovers_of_a_killed_write_are_cleared_away(tmp_path: Path) -> None:
     (run.checkpoints / ".last.tmp").symlink_to("step-000002")
     open_run(tmp_path / "run")
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["last", "step-000001"]
+
+
+def test_a_folder_that_a_killed_run_had_moved_aside_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two renames of a swap: the old one is whole, the new one has no name yet."""
+    run = open_run(tmp_path / "run")
+    with atomic_folder(run.checkpoints / "best") as folder:
+        (folder / "encoder").write_text("old")
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name.endswith(".new.tmp"):
+            raise SystemExit(9)
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # a kill cleans nothing
+        with pytest.raises(SystemExit), atomic_folder(run.checkpoints / "best") as folder:
+            (folder / "encoder").write_text("new")
+    assert not (run.checkpoints / "best").exists()
+    open_run(tmp_path / "run")
+    assert (run.checkpoints / "best" / "encoder").read_text() == "old"
+    assert not list(run.checkpoints.glob(".*"))
 
 
 def test_a_disk_that_refuses_is_one_clear_line_and_leaves_nothing(

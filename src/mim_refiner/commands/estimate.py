@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from mim_refiner.checkpoints.load import inspect_checkpoint
-from mim_refiner.core.device import autocast, pick_device, resolve_precision
+from mim_refiner.core.device import pick_device, resolve_precision
+from mim_refiner.core.run import Run
 from mim_refiner.data.doctor import Scan
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.recipe import RefineRecipe
@@ -34,6 +35,7 @@ def check_model(
     info = backbone.info
     chosen = refine_recipe(recipe, image_size=max(info.image_size), images=images)
     target = pick_device(device)
+    run = Run(target, resolve_precision(chosen.precision, target))
     result: dict[str, Any] = {
         "source": model,
         "family": info.family,
@@ -44,7 +46,7 @@ def check_model(
         "recipe": chosen.name,
         "notes": [*report.notes, *_fit_notes(backbone, found, images, chosen)],
     }
-    rate = forward_rate(backbone, target, chosen.precision)
+    rate = forward_rate(backbone, run)
     result["forward_images_per_s"] = round(rate, 1)
     views = image_equivalents(chosen, info.image_size)
     warmup = chosen.warmup.epochs * images * views / rate
@@ -63,18 +65,18 @@ def image_equivalents(recipe: RefineRecipe, size: ImageSize) -> float:
     return 2 * areas[0] + views.num_local * local
 
 
-def forward_rate(backbone: Backbone, device: torch.device, precision: str) -> float:
+def forward_rate(backbone: Backbone, run: Run) -> float:
     """Images a second of forward passes, measured for a few seconds after one to warm up."""
     info = backbone.info
-    backbone.to(device)
-    images = torch.zeros(32 if max(info.image_size) <= 64 else 4, info.in_chans, *info.image_size, device=device)
+    backbone.to(run.device)
+    images = torch.zeros(32 if max(info.image_size) <= 64 else 4, info.in_chans, *info.image_size, device=run.device)
 
     def step() -> None:
         backbone.forward_blocks(images, [-1])
-        if device.type == "cuda":
+        if run.device.type == "cuda":
             torch.cuda.synchronize()
 
-    with torch.inference_mode(), autocast(resolve_precision(precision, device), device):
+    with torch.inference_mode(), run.autocast():
         step()
         started, done = time.perf_counter(), 0
         while done == 0 or (time.perf_counter() - started < PROBE_SECONDS and done < 20):

@@ -29,6 +29,7 @@ from mim_refiner.core.watch import writing
 from mim_refiner.errors import RunFolderError, reason_of
 from mim_refiner.files import (
     atomic_folder,
+    clear_leftovers,
     dotted,
     dump_yaml,
     load_yaml,
@@ -36,6 +37,7 @@ from mim_refiner.files import (
     read_regular,
     read_yaml,
     reading,
+    remove,
     sync,
     write_bytes,
     write_json,
@@ -108,7 +110,7 @@ class RunFolder:
         if there and overwrite:
             for each in path.iterdir():
                 if each.name != LOCK:
-                    _remove(each)
+                    remove(each)
         self.resumed = there and not overwrite
         if not self.resumed:  # first of all files: a folder with others but without it is taken for a foreign one
             write_bytes(recipe_file, dump_yaml(recipe))
@@ -116,9 +118,7 @@ class RunFolder:
         if not (path / "environment.json").exists():
             write_json(path / "environment.json", environment())
         for folder in (path, self.checkpoints, path / "evaluation"):  # of a run that was killed while writing
-            for pattern in (".*.tmp", ".export-*"):
-                for leftover in folder.glob(pattern):
-                    _remove(leftover)
+            clear_leftovers(folder)
 
     def _read_skips(self) -> list[tuple[int, int]]:
         try:
@@ -291,10 +291,6 @@ def _total_step(line: bytes) -> float | None:
         return float(json.loads(line).get("total_step", 0))
     except Exception:  # a crashed file system leaves anything
         return None
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _fill(folder: Path, position: Position, states: Mapping[str, State], optimizer_state: State | None) -> None:
