@@ -27,6 +27,7 @@ from mim_refiner.errors import InputError
 _LUMA = (0.2989, 0.587, 0.114)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _TILE = 32  # pixels of output that a product of the blur gives
+_PHOTOGRAPHS = domain.DomainSpec()  # those that nothing of data/domain.py is done to
 _DRAWS = 13  # jitter?, four factors, four order keys, blur?, sigma, gray?, solarise?
 _CHUNK_BYTES = 2**19  # of images that a CPU takes through all operations together: they stay in its cache
 
@@ -127,7 +128,7 @@ def augment(
         view = photometric.view
         params = draw_params(view, len(images) if rows is None else rows.total, generator)
         drawn.append(params if rows is None else params.of(rows))
-        if view.domain.active:  # only then more is drawn: photographs see the same numbers as ever
+        if view.domain != _PHOTOGRAPHS:  # only then more is drawn: photographs see the same numbers as ever
             total = len(images) if rows is None else rows.total
             table = domain.draw(total, images.shape[1], generator)
             domains[number] = table if rows is None else table[rows.start : rows.stop]
