@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import yaml
@@ -12,16 +10,6 @@ import yaml
 def evaluate(model: object, data: object, out: object) -> list[object]:
     words = ["evaluate", "--model", model, "--data", data, "--out", out, "--protocols", "knn,rank", "--device", "cpu"]
     return [*words, "--cache", "off", "--json"]
-
-
-@pytest.mark.slow
-def test_of_an_evaluation_process_0_alone_writes(mae, shapes, cli, tmp_path):
-    first, second = cli.processes(tmp_path / "said", evaluate(mae.export, shapes, tmp_path / "of-{rank}"))
-    assert (first.code, second.code) == (0, 0), first.err + second.err
-    assert json.loads(first.out)["results"]
-    assert (second.out, second.err) == ("", "")
-    assert list((tmp_path / "of-0" / "evaluation").iterdir())
-    assert not (tmp_path / "of-1").exists()
 
 
 @pytest.mark.slow

@@ -78,15 +78,9 @@ def evaluate(
     reporter = reporter or NullReporter()
     # first of all: what follows depends on the rank
     run = Run(join_processes(pick_device(device), reporter), seed=seed, reporter=reporter)
-    options = _Options(
-        blocks=blocks,
-        poolings=pooling,
-        norm=norm,
-        settings=EvaluationSettings.from_overrides(settings, suite_settings(suite)),
-        out=out if rank() == 0 else None,
-        run=run,
-        cache=FeatureCache.open(cache, cache_size),
-    )
+    how = EvaluationSettings.from_overrides(settings, suite_settings(suite))
+    kept = FeatureCache.open(cache, cache_size)
+    options = _Options(blocks, pooling, norm, how, out if rank() == 0 else None, run, kept)
     if protocols is not None:
         check_protocols(protocols)
     others = [compare] if isinstance(compare, str) else list(compare or ())

@@ -219,12 +219,13 @@ class Workload:
         alone = self.trained_parameters * 4  # of what every process holds whole
         sharded: dict[str, float] = {}
         if self.shards > 1:
-            # Blocks are gathered anew for every pass over views of one size, and once more to go back through it.
+            # Blocks are gathered anew for every pass over views of one size, and once more to go back through it; under
+            # bf16 their weights travel so, their gradients do not.
             micro = min(self.micro_batch or self.local_batch, self.local_batch)
             passes = len(self.view_sizes) * -(-self.local_batch // micro)
             ways = 2 + (micro < self.local_batch) + self.checkpointing
             gathers = ways * self.trained_blocks + self.frozen_blocks
-            sharded["weights of blocks"] = passes * gathers * block * part
+            sharded["weights of blocks"] = passes * gathers * block * part * (0.5 if self.bf16 else 1)
             sharded["gradients of blocks"] = passes * self.trained_blocks * block * part
             nodes = self.processes // self.shards
             sharded["gradients of blocks"] += passes * 2 * (1 - 1 / nodes) * self.trained_blocks * block / self.shards
