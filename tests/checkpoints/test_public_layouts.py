@@ -368,6 +368,14 @@ def test_refused_by_name(tmp_path: Path, change: Callable[[State], State], reaso
             read(tmp_path / "weights.pth")
 
 
+def test_beit_that_classifies_by_its_token_pools_by_it(tmp_path: Path) -> None:
+    """Fine-tuned with --use_cls: the classifier reads the final norm's class token, and there is no fc_norm."""
+    state = model_of("beit_base_patch16_224", use_fc_norm=False, global_pool="token").state_dict()
+    for extra, pooling in ((zeros("lm_head.weight"), "mean"), (zeros("head.weight"), "cls")):
+        torch.save({"model": state | extra}, tmp_path / "weights.pth")
+        assert load_backbone(tmp_path / "weights.pth").info.pooling == pooling
+
+
 def test_a_narrow_table_of_another_part_is_no_reason(tmp_path: Path) -> None:
     """A decoder's table before the encoder's is not the encoder's."""
     state = {"decoder.pos_embed": torch.zeros(1, 17, 8)} | under("encoder.", model_of().state_dict())

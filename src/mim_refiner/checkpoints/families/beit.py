@@ -59,12 +59,17 @@ def convert_as(
     option = view.contents.fact("imagenet_default_mean_and_std")
     imagenet = imagenet if option is None else bool(option)
     values = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if imagenet else {"mean": BEIT_MEAN, "std": BEIT_STD}
+    by_token = "head.weight" in view.tensors and "norm.weight" in mapped.tensors  # a classifier behind the final norm
     return Converted(
         beit.architecture,
         beit.arguments,
         beit.num_heads,
         **account(view, mapped, dropped or DROPPED),
-        **({"position_rule": "bicubic", "pooling": "mean", "notes": beit.notes + notes} | values | facts),
+        **(
+            {"position_rule": "bicubic", "pooling": "cls" if by_token else "mean", "notes": beit.notes + notes}
+            | values
+            | facts
+        ),
     )
 
 

@@ -33,7 +33,7 @@ def convert(view: View, wishes: Wishes) -> Converted:
         norm_eps=hf.norm_eps(view),
         without=_without(view, mapped.tensors),
         position_rule=_position_rule(mapped.tensors, beit.arguments["img_size"]),
-        pooling="mean",
+        pooling="mean" if (view.contents.config or {}).get("use_mean_pooling", True) else "cls",
         notes=beit.notes,
     )
 
