@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -165,3 +166,44 @@ def test_a_reader_that_has_gone_leaves_no_noise():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode in (0, 1)  # 0 when the output went out before the reader left
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "needs more memory than the machine gives"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 17000000000000 bytes."),
+            "17000.0 GB",
+        ),
+        (RuntimeError("Could not determine home directory."), "no home folder"),
+        (OSError(36, "File name too long", "x" * 300), "File name too long"),
+        (OSError(40, "Too many levels of symbolic links", b"loop"), "'loop'"),
+    ],
+)
+def test_refusals_of_the_machine_are_one_line_and_no_bug(monkeypatch, capsys, error, said):
+    def fails(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(app_module, "app", fails)
+    assert app_module.main(["models"]) == 2
+    line = capsys.readouterr().err
+    assert said in line
+    assert line.count("\n") == 1
+
+
+def test_warnings_of_libraries_stay_inside_and_ours_are_one_line(monkeypatch, capsys):
+    class OurWarning(UserWarning):
+        pass
+
+    OurWarning.__module__ = "mim_refiner.checkpoints.load"
+
+    def warns(*arguments, **options):
+        warnings.simplefilter("always")
+        warnings.warn("invalid value", RuntimeWarning, stacklevel=1)
+        warnings.warn("tensors stay\nrandom", OurWarning, stacklevel=1)
+
+    monkeypatch.delenv("MIM_REFINER_DEBUG", raising=False)
+    monkeypatch.setattr(app_module, "app", warns)
+    assert app_module.main(["models"]) == 0
+    assert capsys.readouterr().err == "warning: tensors stay random\n"
