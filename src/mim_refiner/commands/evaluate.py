@@ -107,11 +107,9 @@ def evaluate(
         summary["transfer"] = _transfer(options, backbones, further, names)
     run.reporter.done()
     summary["seconds"] = options.seconds
-    if options.cache is not None:
-        summary["feature_cache"] = options.cache.summary()
-        run.reporter.message(
-            f"feature cache: {options.cache.hits} found, {options.cache.misses} computed ({options.cache.folder})"
-        )
+    if (kept := options.cache) is not None:
+        summary["feature_cache"] = kept.summary()
+        run.reporter.message(f"feature cache: {kept.hits} found, {kept.misses} computed ({kept.folder})")
     if options.out:
         _write_tables(Path(options.out), summary)
         summary["out"] = str(Path(options.out) / "evaluation")
