@@ -41,6 +41,7 @@ EXIT_BROKEN_PIPE = 1  # silently, as Python itself and typer do
 REFUSALS = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT}
 
 _ALLOCATION = re.compile(r"can't allocate memory|Unable to allocate|Storage size calculation overflowed")
+_FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)|PytorchStreamWriter failed")
 
 app = typer.Typer(
     name=PROGRAM,
@@ -154,6 +155,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         return EXIT_BAD_INPUT, "there is no home folder that ~ could stand for; write the path out"
     if _is_out_of_device_memory(error):
         return EXIT_BAD_INPUT, "the GPU is out of memory; use a smaller batch (--set batch_size=...) or --device cpu"
+    if _FULL.search(str(error)):  # as libraries wrap the system's refusal
+        return EXIT_BAD_INPUT, "the disk is full or its quota used up; free space, then run the same command again"
     if isinstance(error, MemoryError) or _ALLOCATION.search(str(error)):
         asked = re.search(r"allocate (\d+) bytes", str(error))
         how = f" ({int(asked[1]) / 1e9:.1f} GB asked for at once)" if asked else ""
