@@ -35,7 +35,7 @@ def test_overrides_of_every_kind():
     changed = EvaluationSettings.from_overrides(
         ["low_shot.shots=[1, 3]", "low_shot.scoring=reference", "finetune.shares=0.1", "robustness.kinds=fog,jpeg",
          "robustness.images=50", "linear.augment=true", "knn_last=0", "segmentation.window=96",
-         "finetune.randaugment="],
+         "finetune.randaugment=", "finetune.workers=-1", "segmentation.memory_gb=8"],
         EvaluationSettings.quick(),
     )  # fmt: skip
     assert (changed.low_shot.shots, changed.low_shot.scoring) == ((1, 3), "reference")
@@ -76,6 +76,7 @@ def test_overrides():
         ("knn_k=true", "must be like 10"),
         ("linear.learning_rates=fast", "must be numbers"),
         ("image_size=1.5", "a whole number above 0"),
+        ("finetune.workers=-2", "must be like -1"),
     ],
 )
 def test_bad_overrides_are_one_clear_line(item, words):

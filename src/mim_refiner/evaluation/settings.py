@@ -115,8 +115,8 @@ def _parse(key: str, text: str, default: Any) -> Any:
     elif isinstance(default, str):
         parsed = value if isinstance(value, str) else None
     else:
-        lowest = 1 if default is None or default > 0 else 0
-        may_be_zero = key in ("knn_last", "linear.last", "finetune.workers")
+        lowest = 1 if default is None or default > 0 else default
+        may_be_zero = key in ("knn_last", "linear.last")
         parsed = value if type(value) is int and (0 if may_be_zero else lowest) <= value <= LARGEST else None
     if parsed is not None:
         return parsed
