@@ -311,7 +311,8 @@ def _unfolded(value: Any) -> Any:
 
 
 def _plain_values(where: str, held: Mapping[Any, Any]) -> dict[str, Any]:
-    return {f"{where}.{key}".lstrip("."): value for key, item in held.items() if (value := _plain(item)) is not None}
+    named = {key: item for key, item in held.items() if isinstance(key, str)}  # members of lists have no names
+    return {f"{where}.{key}".lstrip("."): value for key, item in named.items() if (value := _plain(item)) is not None}
 
 
 def _plain(item: Any, depth: int = 0) -> Any:
