@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,11 @@ def work(what: str, rank: int) -> None:
         raise ValueError("out of cheese")
     if what in ("interrupt 0", "interrupt 1") and rank == int(what[-1]):
         raise KeyboardInterrupt
-    if what in ("kill 0", "kill 1") and rank == int(what[-1]):
-        os.kill(os.getpid(), signal.SIGKILL)
+    if what in ("kill 0", "kill 1"):
+        if rank == int(what[-1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as commands do; torchrun then sends it to the rest
+        threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     if what in ("stop 0", "stop 1") and rank == int(what[-1]):
         os.kill(os.getpid(), signal.SIGSTOP)
     if what == "kill while writing" and rank == 1:

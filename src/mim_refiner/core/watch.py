@@ -79,10 +79,11 @@ class Watch:
                 self._store.set("suspect", "1")
 
     def wait_for_trouble(self, seconds: float) -> Trouble | None:
-        """The reason to end, once it is known."""
+        """The reason to end, once it is known. Stop signals change nothing: torchrun sends them when a process died."""
         end = time.monotonic() + seconds
         while self.trouble is None and time.monotonic() < end:
-            time.sleep(0.05)
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(0.05)
         return self.trouble
 
     def leave(self) -> None:
