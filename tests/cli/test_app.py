@@ -176,6 +176,7 @@ def test_a_reader_that_has_gone_leaves_no_noise():
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 17000000000000 bytes."),
             "17000.0 GB",
         ),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk is full"),
         (RuntimeError("Could not determine home directory."), "no home folder"),
         (OSError(36, "File name too long", "x" * 300), "File name too long"),
         (OSError(40, "Too many levels of symbolic links", b"loop"), "'loop'"),

@@ -18,7 +18,7 @@ from mim_refiner.checkpoints.store import OWN_FACTS
 from mim_refiner.errors import InputError
 from mim_refiner.export.model_card import model_card
 from mim_refiner.export.parity import CheckImages, Parity, check_images, compare
-from mim_refiner.files import atomic_folder
+from mim_refiner.files import atomic_folder, read_json
 from mim_refiner.models.backbone import Backbone
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -159,8 +159,8 @@ def source_facts(source: str | Path) -> dict[str, Any]:
     folder = Path(str(source).removeprefix("local-dir:")).expanduser()
     for place in (folder / "export", folder):
         try:
-            config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            config = read_json(place / "config.json")
+        except Exception:  # a damaged file tells nothing
             continue
         own = config.get(OWN_FACTS) if isinstance(config, dict) else None
         return own if isinstance(own, dict) else {}
