@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 
@@ -117,3 +118,12 @@ def test_import_loads_no_heavy_module():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("said", "expected"), [(None, "1"), ("0", "0")])
+def test_huge_pages_are_asked_for_before_torch_loads_unless_the_user_decided(said: str | None, expected: str) -> None:
+    code = "import os, sys, mim_refiner; print(os.environ['THP_MEM_ALLOC_ENABLE'], 'torch' in sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {} if said is None else {"THP_MEM_ALLOC_ENABLE": said}
+    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert output.stdout.split() == [expected, "False"]
