@@ -90,6 +90,7 @@ def facts(device: str) -> dict[str, Any]:
 
 def run_part(name: str, options: argparse.Namespace, seconds: float) -> Results:
     """Run a part in this process; an error goes into its file and is raised."""
+    import gpu_check
     import gpu_parts
     import gpu_train
     import torch
@@ -101,7 +102,7 @@ def run_part(name: str, options: argparse.Namespace, seconds: float) -> Results:
         torch.set_num_threads(1)
     results = Results(options.out / f"{name}.json", seconds, {"part": name, "dry_run": options.dry_run})
     results.put(facts=facts(device))
-    parts: dict[str, Callable[..., None]] = {**gpu_parts.PARTS, "train": gpu_train.train}
+    parts: dict[str, Callable[..., None]] = {**gpu_parts.PARTS, "check": gpu_check.check, "train": gpu_train.train}
     started = time.monotonic()
     try:
         parts[name](results, options, torch.device(device))

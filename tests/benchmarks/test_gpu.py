@@ -53,13 +53,13 @@ def test_check_compares_everything_and_finds_no_difference(gpu: Any, options: ar
 def test_a_difference_is_named_and_what_was_found_before_it_is_kept(
     gpu: Any, options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gpu_parts
+    import gpu_check
 
     def wrong(train_x: torch.Tensor, train_y: torch.Tensor, test_x: torch.Tensor, **given: Any) -> torch.Tensor:
         return torch.zeros(len(test_x), dtype=torch.long) + int(test_x.shape[0] == 500)
 
-    monkeypatch.setattr(gpu_parts, "knn_predict", wrong)
-    monkeypatch.setattr(gpu_parts, "check_resume", lambda checks, device: None)
+    monkeypatch.setattr(gpu_check, "knn_predict", wrong)
+    monkeypatch.setattr(gpu_check, "check_resume", lambda checks, device: None)
     with pytest.raises(AssertionError, match="golden k-NN"):
         gpu.run_part("check", options, 60)
     found = read(options, "check")
