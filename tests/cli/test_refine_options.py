@@ -112,3 +112,13 @@ def test_the_papers_recipes_export_the_average():
     assert {recipe.export_weights for recipe in papers.values()} == {"auto"}
     for name, recipe in papers.items():
         assert start_share(recipe, steps_per_epoch=1_281_167 // recipe.batch_size) <= START_SHARE, name
+
+
+def test_images_on_the_device_refine_as_others_do(mae, unlabelled, cli, tmp_path):
+    for setting in ("on", "off"):
+        words = cli.refine(unlabelled, mae.export, tmp_path / setting, f"images_on_device={setting}")
+        outcome = cli.call(*words)
+        assert outcome.code == 0, outcome.err
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("on", "off")]
+    first = [json.loads(log[0])["loss"] for log in logs]
+    assert first[0] == pytest.approx(first[1], rel=1e-3)  # crops differ by roundings

@@ -13,12 +13,14 @@ import numpy as np
 
 from mim_refiner.checkpoints.options import bare_source
 from mim_refiner.core.collectives import from_ranks, is_distributed, rank, world_size
+from mim_refiner.core.device import free_memory
 from mim_refiner.core.launch import refuse_difference
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.exclude import list_lines, without_listed
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.overlap import check_overlap
+from mim_refiner.data.resident import held_on_device
 from mim_refiner.data.source_base import ImageSource
 from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import ViewSpec
@@ -142,6 +144,7 @@ def train_loader(images: ImageSet, views: Sequence[ViewSpec], recipe: Recipe, ru
         reduced_decode=recipe.reduced_decode,
         rank=rank(),
         world_size=world_size(),
+        resident=held_on_device(recipe.images_on_device, images, run.device, free_memory(run.device)),
     )
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from mim_refiner.data.channels import common_type, resize
 from mim_refiner.data.decode import ImageSet, Loaded, Pixels
 from mim_refiner.data.prefetch import in_background
+from mim_refiner.data.resident import ResidentImages
 from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order, scale_reduction
 from mim_refiner.data.workers import begun, decoding_threads, end_workers
 from mim_refiner.errors import DataError, InputError
@@ -82,9 +83,11 @@ class _Assembler(Dataset[_Assembled]):
         world_size: int,
         reduced_decode: bool,
         rows: NDArray[np.int64] | None,
+        resident: ResidentImages | None = None,
     ) -> None:
         self.images = images
         self.rows = rows
+        self.resident = resident
         self.views = [spec for spec in views for _ in range(spec.count)]
         self.batch_size = batch_size
         self.local_size = batch_size // world_size
@@ -107,6 +110,10 @@ class _Assembler(Dataset[_Assembled]):
         chosen = self._order[1][position : position + self.local_size]
         loaded = [self._load(int(index), epoch, position + row) for row, index in enumerate(chosen)]
         ids = np.array([image.index for image in loaded], dtype=np.int64)
+        labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[ids])
+        if self.resident is not None:
+            views = self.resident.views(ids, self.views, seed=self.seed, epoch=epoch, position=position)
+            return ViewBatch(views, torch.from_numpy(ids), labels)
         views = [
             _channels_first(
                 crop_batch(
@@ -121,7 +128,6 @@ class _Assembler(Dataset[_Assembled]):
             )
             for number, spec in enumerate(self.views)
         ]
-        labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[ids])
         return ViewBatch(views, torch.from_numpy(ids), labels)
 
     def _load(self, index: int, epoch: int, position: int) -> Loaded:
@@ -156,7 +162,8 @@ class TrainLoader:
     part of each batch. ``workers`` > 0 assembles in that many processes, which live until ``close``; 0 in a thread.
     A worker that is killed, or gives nothing for ``timeout`` seconds (0: waits for ever), is a WorkerError in
     ``epoch``; ``restart`` makes new ones. ``reduced_decode``: JPEGs so large that no view needs all their pixels are
-    decoded at 1/2, 1/4 or 1/8. ``rows``: these images in this order, every epoch, and none is dropped.
+    decoded at 1/2, 1/4 or 1/8. ``resident``: the images on a device, where views are then cut. ``rows``: these images
+    in this order, every epoch, and none is dropped.
 
     Raises DataError when the batch is larger than the set or too many images are unreadable, InputError for sizes
     that do not fit.
@@ -177,6 +184,7 @@ class TrainLoader:
         timeout: float = 0,
         reduced_decode: bool = False,
         rows: NDArray[np.int64] | None = None,
+        resident: ResidentImages | None = None,
     ) -> None:
         if batch_size < 1 or workers < 0 or not views:
             sizes = f"batch size {batch_size}, {workers} workers and {len(views)} views"
@@ -193,7 +201,8 @@ class TrainLoader:
         self.views = list(views)
         self.batch_size = batch_size
         self.steps_per_epoch = len(images) // batch_size if rows is None else -(-len(rows) // batch_size)
-        self._assembler = _Assembler(images, views, batch_size, seed, rank, world_size, reduced_decode, rows)
+        self._assembler = _Assembler(images, views, batch_size, seed, rank, world_size, reduced_decode, rows, resident)
+        workers = 0 if resident else workers  # nothing to decode, and the device cuts while the host goes on
         self._reported: set[int] = set()
         self._prefetch = prefetch
         self._steps = _Steps()
@@ -226,6 +235,9 @@ class TrainLoader:
     def _assembled(self, keys: list[tuple[int, int]]) -> Generator[_Assembled, None, None]:
         if self._closed:
             raise RuntimeError("the loader is closed")
+        if self._assembler.resident is not None:
+            yield from (self._assembler[key] for key in keys)
+            return
         if self._loader is None:
             with contextlib.closing(in_background((self._assembler[key] for key in keys), self._prefetch)) as stream:
                 yield from stream

@@ -196,6 +196,22 @@ def scale_reduction(specs: Sequence[ViewSpec], height: int, width: int, *, seed:
     return 1 << min(most, 8).bit_length() - 1 if most else 1
 
 
+def boxes_and_flips(
+    spec: ViewSpec,
+    heights: NDArray[np.int64],
+    widths: NDArray[np.int64],
+    *,
+    seed: int,
+    epoch: int,
+    position: int,
+    view: int,
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Boxes [B, 4], mirrored? [B] and upside down? [B] of one view of the samples from ``position`` on."""
+    uniforms = _uniforms(seed, epoch, _FIRST_VIEW_STREAM + view, position, len(heights))
+    boxes, flips = crop_boxes(uniforms, heights, widths, spec)
+    return boxes, flips, uniforms[:, 23] < spec.vflip
+
+
 def crop_batch(
     images: Sequence[NDArray[Any]],
     spec: ViewSpec,
@@ -212,10 +228,10 @@ def crop_batch(
     16-bit images are among them, all become uint16. ``shapes``: (height, width) of the whole images where these are
     reduced; the crops are those of the whole ones.
     """
-    uniforms = _uniforms(seed, epoch, _FIRST_VIEW_STREAM + view, position, len(images))
     given = np.array([image.shape[:2] for image in images], dtype=np.int64)
     whole = given if shapes is None else np.array(shapes, dtype=np.int64)
-    boxes, flips = crop_boxes(uniforms, whole[:, 0], whole[:, 1], spec)
+    place = {"seed": seed, "epoch": epoch, "position": position, "view": view}
+    boxes, flips, upside_down = boxes_and_flips(spec, whole[:, 0], whole[:, 1], **place)
     if shapes is not None:
         edges = np.stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])  # [2 corners, B, 2]
         corner, opposite = np.rint(edges * (given / whole)).astype(np.int64)
@@ -224,9 +240,8 @@ def crop_batch(
     # Channels first in memory: the tensors made of it need no further copy.
     planes = np.empty((len(images), images[0].shape[2], spec.height, spec.width), dtype=images[0].dtype)
     output = planes.transpose(0, 2, 3, 1)
-    upside_down = (uniforms[:, 23] < spec.vflip).tolist()
     for row, (image, (top, left, height, width), flip, turned) in enumerate(
-        zip(images, boxes.tolist(), flips.tolist(), upside_down, strict=True)
+        zip(images, boxes.tolist(), flips.tolist(), upside_down.tolist(), strict=True)
     ):
         crop = image[top : top + height, left : left + width]
         if crop.shape[:2] != (spec.height, spec.width):

@@ -53,6 +53,8 @@ class _Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name == "images_on_device":  # YAML reads on and off so
+            return "on" if value else "off"
         if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
             raise ValueError("true and false are no numbers")
         return value
@@ -133,6 +135,8 @@ class Recipe(_Settings):
     precision: Precision = "auto"  # bf16 on GPU, fp32 on CPU; "fast": bf16 also on CPUs that have it
     compile: bool = False  # torch.compile of the encoder's blocks: fewer passes over memory, half a minute to begin
     workers: int = Field(default=-1, ge=-1, le=4096)  # loader processes; -1: decided from data and cores
+    # on, off, auto: 8-bit images of one size stay on the GPU where they take a quarter of its free memory at most
+    images_on_device: Literal["auto", "on", "off"] = "auto"
     reduced_decode: bool = True  # large JPEGs at 1/2, 1/4 or 1/8 where no view needs more pixels; not in evaluation
     loader_timeout: NonNegativeFloat = 600  # seconds without a batch after which loader processes are replaced
     checkpoint_every: PositiveInt = 500  # steps

@@ -1,0 +1,92 @@
+"""Decoded images that stay on the device: crops are made there, and nothing but boxes travels.
+
+A crop is resized by one matrix an axis, with the weights of Pillow's bicubic filter with antialiasing: the same boxes
+and flips as on the CPU, and the same pixels but for rounding (tests/data/test_resident.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mim_refiner.core.run import send
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.views import ViewSpec, boxes_and_flips
+from mim_refiner.errors import InputError
+
+SHARE = 0.25  # of the free memory that the images may take when nobody says
+
+
+class ResidentImages:
+    """All images of a set, uint8 [N, C, H, W], on ``device``. Raises InputError for a set that cannot be held so."""
+
+    def __init__(self, images: ImageSet, device: torch.device) -> None:
+        if not fits_together(images):
+            raise InputError(
+                "images_on_device=on: needs 8-bit images of one size that fit into memory; set it to auto or off"
+            )
+        assert images.array is not None
+        pixels = torch.from_numpy(images.array)
+        self.pixels = pixels.permute(0, 3, 1, 2).contiguous().to(device)
+
+    def views(
+        self, rows: NDArray[np.int64], specs: Sequence[ViewSpec], *, seed: int, epoch: int, position: int
+    ) -> list[Tensor]:
+        """Every view of the images ``rows`` [B], uint8 [B, C, h, w], on the device; they lie from ``position`` on."""
+        height, width = self.pixels.shape[2:]
+        sides = np.full(len(rows), height), np.full(len(rows), width)
+        drawn = [
+            boxes_and_flips(spec, *sides, seed=seed, epoch=epoch, position=position, view=view)
+            for view, spec in enumerate(specs)
+        ]
+        tables = [torch.from_numpy(np.column_stack(parts).astype(np.float32)) for parts in drawn]
+        chosen, *tables = send([torch.from_numpy(rows), *tables], self.pixels.device)
+        images = self.pixels.index_select(0, chosen).float()
+        return [crops(images, table, spec) for table, spec in zip(tables, specs, strict=True)]
+
+
+def fits_together(images: ImageSet) -> bool:
+    """Whether the set is decoded in memory as one array of 8 bits."""
+    return images.array is not None and images.array.dtype == np.uint8
+
+
+def held_on_device(setting: str, images: ImageSet, device: torch.device, free: float) -> ResidentImages | None:
+    """``setting`` "on", "off", or "auto": on a GPU, where the images take at most a quarter of the ``free`` bytes."""
+    if setting == "on":
+        return ResidentImages(images, device)
+    if setting == "off" or device.type == "cpu" or not fits_together(images):
+        return None
+    assert images.array is not None
+    return ResidentImages(images, device) if images.array.nbytes <= SHARE * free else None
+
+
+def crops(images: Tensor, table: Tensor, spec: ViewSpec) -> Tensor:
+    """Cut, resize and flip float images [B, C, H, W] by ``table`` [B, 6]: top, left, height, width, flip, upside down.
+
+    Returns uint8 [B, C, h, w]. Rounded after each axis, as Pillow does.
+    """
+    top, left, height, width, flip, turned = table.unbind(1)
+    across = resampling(left, width, images.shape[3], spec.width, flip)
+    down = resampling(top, height, images.shape[2], spec.height, turned)
+    rows = (images @ across[:, None].mT).round_().clamp_(0, 255)
+    return (down[:, None] @ rows).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def resampling(start: Tensor, length: Tensor, given: int, wanted: int, mirrored: Tensor) -> Tensor:
+    """Weights [B, wanted, given] that resize ``length`` [B] pixels from ``start`` [B] on to ``wanted`` ones.
+
+    The cubic filter of Keys (1981) with a = -0.5, widened where pixels are merged; ``mirrored`` [B]: 1 reverses.
+    """
+    scale = (length / wanted)[:, None, None]
+    place = torch.arange(wanted, device=start.device, dtype=torch.float32)
+    place = torch.where(mirrored[:, None] > 0, wanted - 1 - place, place)[:, :, None]
+    source = (torch.arange(given, device=start.device) - start[:, None])[:, None]
+    x = ((source + 0.5 - (place + 0.5) * scale) / scale.clamp(min=1)).abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, far) * (x < 2) * ((source >= 0) & (source < length[:, None, None]))
+    return weights / weights.sum(2, keepdim=True)
