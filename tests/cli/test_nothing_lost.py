@@ -287,6 +287,7 @@ def test_plan_prints_and_writes_nothing(mae, unlabelled, cli, tmp_path):
     assert plan["setting"]["micro_batch"] is None
     assert plan["steps"] == {"warmup": 6, "refinement": 6}
     assert plan["hours"] > 0
+    assert plan["views_are_cut"].startswith("on the CPU")
     assert not (tmp_path / "run").exists()
     assert "plan.setting: " in cli.call(*words, "--plan").out
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from mim_refiner.data.channels import common_type, resize
 from mim_refiner.data.decode import ImageSet, Loaded, Pixels
 from mim_refiner.data.prefetch import in_background
-from mim_refiner.data.resident import ResidentImages
+from mim_refiner.data.resident import SHARE, ResidentImages
 from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order, scale_reduction
 from mim_refiner.data.workers import begun, decoding_threads, end_workers
 from mim_refiner.errors import DataError, InputError
@@ -254,6 +254,16 @@ class TrainLoader:
         fresh = [(name, why) for index, name, why in self.images.unreadable_items() if index not in self._reported]
         self._reported.update(self.images.unreadable_indices)
         return replace(item.batch, skipped=fresh) if fresh else item.batch
+
+    @property
+    def cut_where(self) -> str:
+        """Where views are cut, in words, with the rule that decides it."""
+        resident = self._assembler.resident
+        if resident is None:
+            return (
+                f"on the CPU (images_on_device=auto: on a GPU up to {SHARE:.0%} of its free memory, 8 bits, one size)"
+            )
+        return f"on the device, which holds all images ({resident.pixels.nbytes / 1e9:.2f} GB)"
 
     def restart(self) -> None:
         """Replace the worker processes, after one was killed or hung."""
