@@ -37,7 +37,7 @@ test: $(READY_DEV)  ## the whole test suite; builds the documentation too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
 
 fuzz: $(READY_DEV)  ## damaged inputs for every reader, thousands of each (FUZZ=3000)
-	OMP_NUM_THREADS=1 MIM_REFINER_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n $(TEST_WORKERS) -k "fuzz or damage"
+	OMP_NUM_THREADS=1 MIM_REFINER_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n $(TEST_WORKERS) -o timeout=7200 -k "fuzz or damage"
 
 lint: $(READY_DEV)  ## style only (seconds)
 	$(BIN)/ruff check .

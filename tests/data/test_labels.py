@@ -53,11 +53,15 @@ def test_only_plain_decimals_are_numbers(text):
     assert set(labels.names) == {text, "cat", "dog"}
 
 
-def test_two_spellings_of_one_number_stay_two_classes():
-    labels = Labels.of_texts(["07", "7", "07"])
+def test_two_spellings_of_one_number_are_two_folders_and_no_labels_of_a_list():
+    labels = Labels.of_texts(["07", "7", "07"], folders=True)
     assert labels.names == ("07", "7")
     assert labels.numbers.tolist() == [0, 1, 0]
     assert labels.ids is None
+    assert Labels.of_texts(["7.0", "7", "8"]).ids == (7, 8)
+    for texts in (["07", "7", "07"], ["7.0", "007", "8"]):
+        with pytest.raises(LabelProblem, match="one number in two spellings; write it one way"):
+            Labels.of_texts(texts)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,7 @@ def test_two_spellings_of_one_number_stay_two_classes():
     [
         (["1", "", "2"], "row 1 has no label .1 of 3 have none"),
         (["a", "nan", "NaN"], "row 1 has no label .2 of 3 have none"),
+        (["a", "b", "NULL"], "row 2 has no label .1 of 3 have none"),
         (["1", "2", "label"], "row 2 has the label 'label', and 2 others have numbers"),
         (["1", "-1", "2"], "row 1 has the label -1, which is negative; -1 marks an image without a label"),
         (["-1", "-1"], "every label is -1"),
@@ -115,6 +120,10 @@ def test_booleans_and_big_unsigned_numbers():
     assert matched(Labels.of_texts(["True"]), flags) == matched(Labels.of_texts(["1"]), flags) == ([1], [])
     assert labels_of_column(pa.chunked_array([pa.array([2**64 - 1, 0], pa.uint64())])).ids == (0, 2**64 - 1)
     assert labels_of_column(pa.chunked_array([pa.array([1e300, 0.0])])).numbers.tolist() == [1, 0]
+    ids = [Decimal(10**19 + number) for number in (2, 0, 1)]  # floats would make one class of them
+    assert labels_of_column(pa.chunked_array([pa.array(ids)])).numbers.tolist() == [2, 0, 1]
+    named = labels_of_column(pa.chunked_array([pa.array([Decimal(1), Decimal(0)])]), ["ant", "bee"])
+    assert (named.names, named.numbers.tolist()) == (("ant", "bee"), [1, 0])
 
 
 @pytest.mark.parametrize(

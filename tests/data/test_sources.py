@@ -438,3 +438,12 @@ def test_fingerprints_tell_tables_and_arrays_of_one_shape_apart(tmp_path):
         write_parquet(tmp_path / "a.parquet", {"image": [row.tobytes() for row in pixels]})
         prints |= {open_source(tmp_path / name).fingerprint() for name in ("a.npz", "a.parquet")}
     assert len(prints) == 6
+
+
+def test_two_stars_are_refused_as_they_would_leave_out_most(tmp_path, pixels, encode):
+    for name in ("a.png", "x/b.png", "x/y/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encode(pixels(1)))
+    with pytest.raises(DataError, match="a folder is read with all that lies below it: give the folder"):
+        open_source(f"{tmp_path}/**/*.png")
+    assert len(open_source(tmp_path)) == 3

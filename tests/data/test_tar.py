@@ -82,6 +82,8 @@ def test_labels_as_names_and_json(tmp_path, shard):
     assert source.class_names == ("ant", "bee", "zebra")
     assert source.labels.tolist() == [2, 0, 0, 1]
     assert open_source(shard("c.tar", 2, labels=None)).labels is None
+    flags = open_source(shard("e.tar", 2, labels=lambda i: ("json", json.dumps({"label": i > 0}))))
+    assert (flags.class_names, flags.labels.tolist()) == (("False", "True"), [0, 1])
     partly = open_source(shard("d.tar", 2, labels=lambda i: (["cls", "txt"][i], "3")))
     assert partly.labels is None
     assert partly.no_labels.startswith("1 of 2 images have no .cls or .json label (first: d.tar/000001.png)")

@@ -117,6 +117,16 @@ def test_labels_are_needed_except_for_the_rank(make_backbone, make_images, tmp_p
     assert evaluate_backbone(make_backbone(), bare, None, protocols=("rank",))["rank-block02-cls"].value > 1
 
 
+def test_one_class_would_always_be_right(make_backbone, make_images, tmp_path):
+    one = make_images(40, classes=1)
+    for protocol in ("knn", "linear", "clustering"):
+        with pytest.raises(
+            DataError, match=f"all images have the label '0', and protocol {protocol} needs two classes"
+        ):
+            evaluate_backbone(make_backbone(), one, None, protocols=(protocol,), out_dir=tmp_path / "run")
+    assert evaluate_backbone(make_backbone(), one, None, protocols=("rank",))["rank-block02-cls"].value > 1
+
+
 def test_bad_requests_are_refused_before_any_work(make_backbone, make_images, tmp_path, monkeypatch):
     backbone, train = make_backbone(), make_images(40)
     monkeypatch.setattr(backbone, "forward_blocks", lambda *a, **k: pytest.fail("worked before it checked"))

@@ -41,6 +41,13 @@ def test_save_and_restore_give_back_weights_optimizer_and_position(tmp_path: Pat
     assert (tmp_path / "run" / "checkpoints" / "last" / "state.json").exists()
 
 
+@pytest.mark.parametrize("name", ["run-\udcff", "run\0"])
+def test_a_path_that_safetensors_cannot_write_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RunFolderError, match="not valid UTF-8 text; choose another --out"):
+        open_run(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("damage", ["truncate", "remove", "no_state", "other_step"])
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path: Path, damage: str) -> None:
     run = open_run(tmp_path / "run")

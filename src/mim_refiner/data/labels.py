@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 CANDIDATES = ("labels", "class", "target", "targets", "category", "fine_label", "coarse_label", "label_name", "y",
               "class_name", "class_id", "label_id", "classes", "cls", "species", "y_train", "train_labels")  # fmt: skip
-MISSING = frozenset({"", "nan", "NaN", "<NA>"})  # an empty cell, and how data frames write one
+# An empty cell, and how data frames, databases and spreadsheets write one.
+MISSING = frozenset({"", "nan", "NaN", "<NA>", "NULL", "null", "#N/A"})
 _WHOLE = re.compile(r"[0-9]{1,40}")
 _NUMBER = re.compile(r"(-?[0-9]{1,40})(\.[0-9]+)?")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -102,6 +103,11 @@ class Labels:
                     _, where, number = place(re.compile(pattern).fullmatch)
                     raise _no_class(names[number], where, what, all(name.startswith("-1") for name in names))
             names = [name.partition(".")[0] for name in names]
+            spelled: dict[int, str] = {}
+            twice = [name for name in names if spelled.setdefault(int(name), name) != name]
+            if twice:
+                raise LabelProblem(f"the labels '{spelled[int(twice[0])]}' and '{twice[0]}' are one number in two "
+                                   "spellings; write it one way, or give names")  # fmt: skip
         if all(_WHOLE.fullmatch(name) for name in names) and len({int(name) for name in names}) == len(set(names)):
             ids = [int(name) for name in names]
         return _numbered(numbers, names, ids)

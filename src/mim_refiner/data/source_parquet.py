@@ -171,7 +171,9 @@ def labels_of_column(column: pa.ChunkedArray, names: list[str] | None = None) ->
     if column.null_count:
         first = column.is_null().index(True).as_py()
         raise LabelProblem(f"row {first} has no label ({column.null_count} of {len(column)} have none); fill it in")
-    if pa.types.is_decimal(kind):
+    if pa.types.is_decimal(kind):  # floats would make one class of ids above 2**53
+        if names is None:
+            return Labels.of_texts(format(value, "f") for value in column.to_pylist())
         column, kind = column.cast(pa.float64()), pa.float64()
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
         return Labels.of_numbers(column.to_numpy(), names)
@@ -179,8 +181,9 @@ def labels_of_column(column: pa.ChunkedArray, names: list[str] | None = None) ->
         return Labels.of_texts(column.to_pylist())
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return Labels.of_texts(value.decode("utf-8", "surrogateescape") for value in column.to_pylist())
-    what = "holds lists, several labels an image" if pa.types.is_nested(kind) and not pa.types.is_struct(kind) else kind
-    raise LabelProblem(f"the column 'label' is {what}; store one whole number or class name a row")
+    lists = pa.types.is_nested(kind) and not pa.types.is_struct(kind)
+    what = "holds lists, several labels an image" if lists else f"is {kind}"
+    raise LabelProblem(f"the column 'label' {what}; store one whole number or class name a row")
 
 
 def parquet_folder(root: Path, names: Sequence[str], description: str) -> ImageSource:

@@ -24,7 +24,7 @@ from mim_refiner.errors import DataError, RunFolderError
 from mim_refiner.files import cache_folder, cache_is_off, reading, write_bytes
 
 _BLOCK = 512
-_VERSION = 2  # of the cached index
+_VERSION = 3  # of the cached index
 _LABEL_KEYS = ("label", "cls", "class")
 _MAX_LABEL_BYTES = 2**20
 _NO_LABEL = "\0"
@@ -304,5 +304,5 @@ def _label(ending: str, content: bytes) -> str:
     except (ValueError, RecursionError):
         return _NO_LABEL
     found = next((facts[key] for key in _LABEL_KEYS if key in facts), None) if isinstance(facts, dict) else facts
-    usable = isinstance(found, int | float | str) and not isinstance(found, bool) and str(found)
+    usable = isinstance(found, int | float | str) and str(found)
     return printable(str(found)) if usable else _NO_LABEL

@@ -124,6 +124,8 @@ def _matches(pattern: str) -> list[str]:
             break
     if not glob.has_magic(rest):
         return []
+    if "**" in rest:  # would be read as * alone, and most files left out
+        raise DataError(f"{pattern}: ** is not read; a folder is read with all that lies below it: give the folder")
     try:
         return sorted(glob.glob(os.path.join(glob.escape(folder), rest)))
     except (OSError, ValueError, RecursionError):  # names longer than the system takes

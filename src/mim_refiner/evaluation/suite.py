@@ -294,6 +294,11 @@ def _check_data(protocols: Sequence[str], train: ImageSet, test: ImageSet | None
             raise DataError(
                 f"{images.description}: no labels, and protocol {needy[0]} needs them: {images.source.no_labels}"
             )
+        if needy and images is train and len(train.class_names or ()) < 2:  # would always be right
+            raise DataError(
+                f"{train.description}: all images have the label {shown_names(train.class_names or ())}, and protocol "
+                f"{needy[0]} needs two classes; give more"
+            )
         if "segmentation" in protocols and images is not None and not has_masks(images.source):
             raise DataError(
                 f"{images.description}: no masks, and protocol segmentation needs them; "

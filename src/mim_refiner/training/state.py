@@ -12,6 +12,7 @@ import json
 import operator
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -100,6 +101,8 @@ class RunFolder:
 
     def _prepare(self, recipe: dict[str, Any], overwrite: bool) -> None:
         path, recipe_file = self.path, self.path / "recipe.yaml"
+        if "\0" in str(path) or re.search("[\udc80-\udcff]", str(path.resolve())):  # safetensors takes no other
+            raise RunFolderError(f"{path}: the path is not valid UTF-8 text; choose another --out")
         there = recipe_file.exists()
         if there and not overwrite:
             _refuse_other_recipe(recipe_file, recipe)
