@@ -230,6 +230,53 @@ def test_deepspeed(tmp_path: Path, vit_state: State) -> None:
     torch.save({"module": empty, **rest}, folder / "mp_rank_00_model_states.pt")
     with pytest.raises(CheckpointError, match=r"ZeRO 3.*python zero_to_fp32\.py"):
         load_backbone(tmp_path / "run", num_heads=4)
+    (folder / "mp_rank_00_model_states.pt").rename(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    for source in (tmp_path / "run", folder):  # as ZeRO 3 itself names it
+        with pytest.raises(CheckpointError, match=r"ZeRO 3.*python zero_to_fp32\.py"):
+            load_backbone(source, num_heads=4)
+    (tmp_path / "run" / "latest").write_text("global_step9")
+    with pytest.raises(CheckpointError, match="'latest' names 'global_step9'"):
+        load_backbone(tmp_path / "run", num_heads=4)
+
+
+def test_folders_without_a_model_say_what_they_hold(tmp_path: Path, vit_state: State) -> None:
+    folder = shards(tmp_path / "shards", vit_state, binary=False, config=False)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match="without their index; download"):
+        load_backbone(folder)
+    (tmp_path / "run" / "pytorch_model_fsdp_0").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"only folders \(pytorch_model_fsdp_0\); give the one"):
+        load_backbone(tmp_path / "run")
+    pointer = write_config(tmp_path / "pointer")
+    (pointer / "config.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match=r"config.json: is a Git LFS pointer"):
+        load_backbone(pointer)
+
+
+def test_a_config_in_capitals_and_the_pooling_of_the_arguments(tmp_path: Path, vit_state: State) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"model": vit_state, "cfg": {"MODEL": {"NUM_HEADS": 4}, "DECODER": {"NUM_HEADS": 2}}}, path)
+    assert (load_backbone(path).info.num_heads, load_backbone(path).info.pooling) == (4, "cls")
+    for said in ({"gp": "avg"}, {"global_pool": True}):
+        torch.save({"model": vit_state, "args": {"num_heads": 4, **said}}, path)
+        assert load_backbone(path).info.pooling == inspect_checkpoint(path).pooling == "mean"
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (("encoder.stages.0.layers.0.attn.qkv.weight", "embeddings.patch_embeddings.projection.weight"), "a Hiera"),
+        (("encoder.layers.0.blocks.0.attention.self.key.weight", "embeddings.norm.bias"), "a Swin"),
+        (("embeddings.distillation_token", "embeddings.patch_embeddings.projection.weight"), "Audio Spectrogram"),
+        (("layer.0.attention.o_proj.bias", "embeddings.cls_token"), "a DINOv3"),
+        (("encoder.stages.0.layers.0.pwconv1.bias",), "a ConvNeXt"),
+    ],
+)
+def test_bare_models_of_transformers_are_named(tmp_path: Path, names: tuple[str, ...], what: str) -> None:
+    save_file({name: torch.ones(4, 3, 4, 4) for name in names}, tmp_path / "x.safetensors")
+    for read in (load_backbone, inspect_checkpoint):
+        with pytest.raises(CheckpointError, match=what):
+            read(tmp_path / "x.safetensors", num_heads=4)
 
 
 def lora(state: State, *, zero: bool = False) -> tuple[State, State]:
@@ -325,6 +372,9 @@ TEXTS = {
     b"<!DOCTYPE html><html></html>": "web page", b"\n <html><body>": "web page",
     b"<?xml version='1.0'?><Error/>": "web page",
     b"\x89HDF\r\n\x1a\n" + bytes(20): "HDF5", b"GGUF" + bytes(20): "GGUF", b"just text": "is not a checkpoint",
+    b"\xef\xbb\xbf<!DOCTYPE html>": "web page", b"<!-- saved --><html>": "web page",
+    bytes(4096): "zeros.*did not finish",
+    b'{"error": "not found"}': "is text .*not found",
 }  # fmt: skip
 
 

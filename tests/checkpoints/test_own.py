@@ -246,6 +246,7 @@ def test_first_steps_of_a_key_map_end_in_one_line(tmp_path: Path, keys: dict[str
 AVERAGES = [
     "teacher", "momentum", "ema", "target", "model_ema", "ema_model", "teacher_backbone.vit", "momentum_encoder",
     "target_network", "net_target", "encoder_ema", "averaged_model.module", "swa_model",
+    "modelEMA", "EMAModel", "teacherEncoder", "ema2", "avg_model", "average_model.module", "polyak",
 ]  # fmt: skip
 
 

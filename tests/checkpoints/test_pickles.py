@@ -76,6 +76,9 @@ def companions(patch: pytest.MonkeyPatch) -> dict[str, Any]:
         "bytes": b"\x00\xff", "bytearray": bytearray(b"ab"), "big": 2**70, "slice": slice(1, 2), "none": None,
         "size": torch.Size([1, 2]), "device": torch.device("cpu"), "dtype": torch.bfloat16,
         "version": torch.torch_version.TorchVersion("2.1"), "generator": np.random.default_rng(0).bit_generator.state,
+        "rng": np.random.default_rng(0), "masked": np.ma.masked_array([1, 2], [0, 1]), "range": range(3),
+        "ellipsis": (..., NotImplemented), "records": np.array([1.5]).view(np.recarray),
+        "transform": fake(patch, "torchvision.transforms.transforms.Resize")(),
         "random state": np.random.RandomState(0), "parameter": torch.nn.Parameter(torch.ones(2)),
     }  # fmt: skip
 
@@ -232,8 +235,9 @@ def test_whole_programs_name_their_state_dict(tmp_path: Path) -> None:
         (torch.nn.Linear(2, 2), r"x\.state_dict"),
         ({"net": torch.nn.Linear(2, 2)}, r"x\['net'\]\.s"),
     ):
-        buffer = io.BytesIO()
-        torch.save(payload, buffer)
-        (tmp_path / "x.pth").write_bytes(buffer.getvalue())
-        with pytest.raises(CheckpointError, match=taken):
-            read_checkpoint(tmp_path / "x.pth")
+        for new in (True, False):
+            buffer = io.BytesIO()
+            torch.save(payload, buffer, _use_new_zipfile_serialization=new)
+            (tmp_path / "x.pth").write_bytes(buffer.getvalue())
+            with pytest.raises(CheckpointError, match=taken):
+                read_checkpoint(tmp_path / "x.pth")

@@ -12,7 +12,7 @@ from mim_refiner.checkpoints.store import Contents, strip_wrappers
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean
 
 # Parts of names of running averages of an encoder, best first; the others come in the order of the file.
-_AVERAGES = ("teacher", "target", "momentum", "ema", "averaged", "swa", "shadow")
+_AVERAGES = ("teacher", "target", "momentum", "ema", "averaged", "average", "avg", "polyak", "swa", "shadow")
 _NO_AVERAGE = {"gram", "student", "online"}  # a Gram teacher is an old state, only there to regularise
 # Parts of paths and prefixes that do not tell encoders apart.
 _UNTELLING = {"", "model", "state_dict", "backbone", "net", "network", "vit", "beit", "trunk", "visual"}
@@ -25,8 +25,14 @@ _KNOWN_OTHERS = (
     ("swinv2.encoder.", "a Swin Transformer V2 of transformers; load timm's conversion of it"),
     (
         "embeddings.distillation_token",
-        "a DeiT of transformers; load timm's deit_base_distilled_patch16_224",
+        "a DeiT of transformers (load timm's deit_base_distilled_patch16_224) or an Audio Spectrogram Transformer "
+        "(its two class tokens are not read)",
     ),
+    ("encoder.stages.0.layers.0.attn.", "a Hiera of transformers; load timm's conversion, such as hiera_tiny_224.mae"),
+    ("encoder.layers.0.blocks.0.attention.self.", "a Swin Transformer of transformers; load timm's conversion of it"),
+    ("encoder.stages.0.layers.0.pwconv1.", "a ConvNeXt of transformers; load timm's conversion of it"),
+    ("embeddings.class_embedding", "a CLIP of transformers; load timm's conversion of it"),
+    ("layer.0.attention.o_proj.", "a DINOv3 of transformers; load timm's conversion of it"),
     ("embeddings.cls_token_distill", "a DeiT of transformers; load timm's conversion of it"),
     ("convnextv2.", "a ConvNeXt V2 of transformers; load timm's conversion of it"),
     ("vision_model.encoder.layers.", "a CLIP or SigLIP of transformers; load timm's conversion of it"),
@@ -69,7 +75,10 @@ def detect(contents: Contents, wishes: Wishes, families: Sequence[Family] = FAMI
     raise _unknown(contents)
 
 
-_REFUSED = ("hiera.encoder.", "swin.encoder.", "swinv2.encoder.", "embeddings.distillation_token")
+_REFUSED = (
+    "hiera.encoder.", "swin.encoder.", "swinv2.encoder.", "embeddings.distillation_token",
+    "encoder.stages.0.layers.0.attn.", "encoder.layers.0.blocks.0.attention.self.",
+)  # fmt: skip
 
 
 def _refuse_others(contents: Contents) -> None:
@@ -112,7 +121,7 @@ def _views(contents: Contents, family: Family) -> Iterator[View]:
 def _label(section: str, prefix: str) -> str:
     """What an encoder is called: the telling part of its place, nearest first; "model" where nothing tells."""
     for part in reversed([*section.split("."), *prefix.split(".")]):
-        if "ema" in part.split("_"):
+        if "ema" in _words(part):
             return "ema"
         if part not in _UNTELLING:
             return part
@@ -131,7 +140,7 @@ def _labelled(views: list[View]) -> list[View]:
 def _choose(views: list[View], family: Family, wishes: Wishes) -> View:
     by_label = {view.label: view for view in views}
     if wishes.encoder is not None:
-        close = [label for label in by_label if wishes.encoder in re.split(r"[_.:-]", label)]
+        close = [label for label in by_label if wishes.encoder.lower() in _words(label)]
         if wishes.encoder not in by_label and len(close) == 1:
             return by_label[close[0]]
         if wishes.encoder not in by_label:
@@ -152,10 +161,15 @@ def _is_alike(view: View, known: View) -> bool:
 
 def _rank(view: View) -> int:
     """Place of a view's name among those of running averages; after them all for another name."""
-    words = re.split(r"[_.-]", f"{view.section}.{view.prefix}".lower())
-    if _NO_AVERAGE & set(words):
+    words = _words(f"{view.section}.{view.prefix}")
+    if _NO_AVERAGE & words:
         return len(_AVERAGES) + ("gram" in words)
     return next((rank for rank, name in enumerate(_AVERAGES) if name in words), len(_AVERAGES))
+
+
+def _words(name: str) -> set[str]:
+    """The words of a name in any spelling: model_ema, modelEMA, EMAModel, ema2."""
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
 
 
 def _unknown(contents: Contents) -> CheckpointError:

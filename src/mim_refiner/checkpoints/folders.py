@@ -9,7 +9,15 @@ from typing import Any
 
 from mim_refiner.checkpoints.adapters import plain_weights, with_adapter
 from mim_refiner.checkpoints.distributed_folder import METADATA, read_distributed
-from mim_refiner.checkpoints.store import OWN_FACTS, Contents, check_inside, leaves, read_checkpoint, read_config
+from mim_refiner.checkpoints.store import (
+    OWN_FACTS,
+    Contents,
+    check_inside,
+    leaves,
+    one_line,
+    read_checkpoint,
+    read_config,
+)
 from mim_refiner.errors import CheckpointError
 
 CONFIG, PREPROCESSOR, ADAPTER = "config.json", "preprocessor_config.json", "adapter_config.json"
@@ -18,6 +26,7 @@ WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".th", ".ckpt")
 _MODEL_KEYS = {"architecture", "architectures", "model_type", "model_args", "pretrained_cfg", OWN_FACTS}
 _INDEX = ".index.json"
 _DEEPSPEED = "mp_rank_00_model_states.pt"
+_ZERO3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _OTHER_TOOLS = {"flax_model.msgpack": ("Flax", "from_flax"), "tf_model.h5": ("TensorFlow", "from_tf")}
 _NO_MODELS = {"training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "random_states_0.pkl"}  # Trainer's
@@ -35,14 +44,36 @@ def read_folder(folder: Path, read_base: Base) -> Contents:
         return replace(plain_weights(read_distributed(folder)), source=str(folder))
     if (folder / ADAPTER).exists() and not (folder / CONFIG).exists():
         return _read_adapter(folder, read_base)
-    if (folder / _DEEPSPEED).exists():
-        return replace(plain_weights(read_checkpoint(folder / _DEEPSPEED)), source=str(folder))
+    for states in (_DEEPSPEED, _ZERO3):
+        if (folder / states).exists():
+            return replace(plain_weights(read_checkpoint(folder / states)), source=str(folder))
     if not (folder / CONFIG).exists() and not (folder / CONFIG).is_symlink() and not _index(folder):
         if len(_weights(folder)) != 1:
-            read_config(folder)  # says that there is none
+            raise _no_model(folder)
         return replace(plain_weights(read_checkpoint(_weight_file(folder), config={})), source=str(folder), config=None)
     contents = _with_configs(folder, _read_weights)
     return replace(contents, source=str(folder))
+
+
+def _no_model(folder: Path) -> CheckpointError:
+    """What a folder holds instead of a model."""
+    files = _weights(folder)
+    if any("-of-" in path.name for path in files):
+        return CheckpointError(
+            f"{folder}: holds shards of a model without their index; download its model.safetensors.index.json "
+            "(pytorch_model.bin.index.json for .bin files) into the folder"
+        )
+    below = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
+    if files or not below:
+        named = f"several weight files ({', '.join(path.name for path in files[:4])})" if files else "no weights"
+        return CheckpointError(
+            f"{folder}: the folder has no config.json and {named}; give a timm folder, a finished run, or the "
+            "weight file"
+        )
+    listed = one_line(", ".join(below[:4]), 160)
+    return CheckpointError(
+        f"{folder}: the folder has no config.json and no weights, only folders ({listed}); give the one with the model"
+    )
 
 
 def read_file(path: Path, read_base: Base) -> Contents:
@@ -90,8 +121,11 @@ def _inner(folder: Path) -> Path:
         raise CheckpointError(f"{folder}: this run has no export/ yet; run its command again to finish it")
     if (folder / "latest").is_file():
         tag = (folder / "latest").read_bytes()[:256].decode("utf-8", "replace").strip()
-        if tag and "/" not in tag and (folder / tag / _DEEPSPEED).exists():
+        if tag and "/" not in tag and any((folder / tag / states).exists() for states in (_DEEPSPEED, _ZERO3)):
             return folder / tag
+        raise CheckpointError(
+            f"{folder}: its file 'latest' names {ascii(tag)[:80]}, which holds no {_DEEPSPEED}; copy that folder here"
+        )
     return folder
 
 

@@ -21,21 +21,24 @@ DTYPES: dict[str, torch.dtype] = {
 # Packages whose classes keep settings, times and histories; their objects become stubs. Only classes (CamelCase): the
 # names of functions stay forbidden.
 _DATA_PACKAGES = {
-    "accelerate", "addict", "argparse", "attr", "box", "collections", "dataclasses", "datetime", "decimal",
-    "deepspeed", "detectron2", "easydict", "enum", "fairseq", "fractions", "fvcore", "hydra", "ipaddress", "lightning",
+    "accelerate", "addict", "argparse", "attr", "attrdict", "box", "collections", "dataclasses", "datetime", "decimal",
+    "deepspeed", "detectron2", "easydict", "enum", "fairseq", "fractions", "fvcore", "hydra", "ipaddress",
+    "jsonargparse", "lightning",
     "lightning_fabric", "lightning_utilities", "ml_collections", "mmcls", "mmcv", "mmdet", "mmengine", "mmpretrain",
     "mmseg", "mmselfsup", "munch", "numpy", "omegaconf", "pathlib", "peft", "pytorch_lightning", "transformers",
-    "typing", "uuid", "yacs",
+    "typing", "uuid", "wandb", "yacs",
 }  # fmt: skip
 _DATA_MODULES = (
     "torch.torch_version.", "torch.distributed.", "torch.optim.", "torch.cuda.amp.", "torch.amp.", "torch.utils.data.",
+    "torchvision.transforms.",
 )  # fmt: skip
 _DATA_NAMES = {
     "datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta", "datetime.timezone", "numpy.ndarray",
     "operator.getitem", "torch.device", "torch.Generator", "torch.Tensor", "torch.serialization._get_layout",
     "_io.BytesIO", "zoneinfo.ZoneInfo", "zoneinfo.ZoneInfo._unpickle", "numpy.random._pickle.__bit_generator_ctor",
     "numpy.random._pickle.__generator_ctor", "numpy.random._pickle.__randomstate_ctor", "types.SimpleNamespace",
-    "types.MappingProxyType",
+    "types.MappingProxyType", "numpy.ma.core._mareconstruct", "numpy.rec.recarray", "builtins.range",
+    "numpy.random.bit_generator.__pyx_unpickle_SeedSequence", "builtins.Ellipsis", "builtins.NotImplemented",
     *(f"numpy.{name}" for name in dir(np) if isinstance(getattr(np, name), type)),
     *(f"builtins.{n}" for n in ("bool", "bytes", "dict", "float", "int", "list", "object", "slice", "str", "tuple")),
 }  # fmt: skip

@@ -83,7 +83,9 @@ class _Reader(pickle._Unpickler):
             self.forbidden[full] = None
         return Named(full)
 
-    def persistent_load(self, wanted: Any) -> Storage:
+    def persistent_load(self, wanted: Any) -> Any:
+        if isinstance(wanted, tuple) and len(wanted) == 4 and wanted[0] == "module":  # legacy: a class with its source
+            return wanted[1]
         if not (isinstance(wanted, tuple) and len(wanted) in (5, 6) and wanted[0] == "storage"):
             raise BrokenPickleError("it refers to something outside that is no storage")
         _, kind, key, _, count = wanted[:5]

@@ -61,7 +61,7 @@ class Contents:
                 found = {
                     value
                     for path, value in facts.items()
-                    if path.rpartition(".")[2] == name and not _ELSEWHERE & set(path.split("."))
+                    if path.rpartition(".")[2].lower() == name and not _ELSEWHERE & set(path.lower().split("."))
                 }
                 if len(found) == 1:
                     return found.pop()
@@ -174,6 +174,8 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
             f"{folder}: the folder has no config.json; give a timm folder, a finished run, or the weight file"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
+        if path.is_file() and path.read_bytes()[:64].lstrip().startswith((_LFS, b"<")):
+            raise CheckpointError(f"{path}: {_what_it_is(path)}") from error
         raise CheckpointError(f"{path}: is no readable JSON ({one_line(error)}); download it again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: must hold a JSON object with an 'architecture'; write or download it again")
@@ -212,11 +214,15 @@ def _what_it_is(path: Path) -> str:
         start = file.read(512).lstrip()
     if start.startswith(_LFS):
         return "is a Git LFS pointer, not the weights; run 'git lfs pull' in its folder, or download the file itself"
-    if start[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+    if start.removeprefix(b"\xef\xbb\xbf")[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml", b"<!--")):
         return "is a web page, not the weights; download the file again by the link that gives the file itself"
     if start.startswith((b"\x89HDF", b"GGUF")):
         kind = "an HDF5 file (Keras)" if start.startswith(b"\x89HDF") else "a GGUF file (quantised)"
         return f"is {kind}, which is not read; save the weights with torch.save or safetensors"
+    if not start.strip(b"\0"):
+        return "begins with nothing but zeros: its download did not finish; download it again"
+    if start.startswith(b"{"):
+        return f"is text ({one_line(start[:60].decode('utf-8', 'replace'))}), not the weights; download the file again"
     if tarfile.is_tarfile(path):
         return "is a tar archive; unpack it, and give the checkpoint inside (save that of torch before 0.1.10 again)"
     return "is not a checkpoint; give a .safetensors file, or a .pth/.pt/.bin file written by torch.save"

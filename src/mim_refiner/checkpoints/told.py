@@ -58,7 +58,9 @@ def with_own_facts(converted: Converted, contents: Contents) -> Converted:
         facts |= {name: tuple(own[name]) for name in ("mean", "std") if isinstance(own.get(name), list)}
         facts |= {"pooling": own["encoder_pooling"]} if own.get("encoder_pooling") in ("cls", "mean") else {}
     elif contents.config is None:
-        facts = _normalisation(contents)
+        facts = dict(_normalisation(contents))
+        if converted.pooling is None and contents.fact("global_pool", "gp") in (True, "avg", "mean"):
+            facts["pooling"] = "mean"
     found = replace(converted, **facts)
     _check(found, contents.source)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import timm
 from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account, is_buffer
@@ -50,7 +51,7 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in model_args.items()}
     arguments.pop("num_classes", None)
     first_conv = preprocessing.get("first_conv")
-    classifier = preprocessing.get("classifier") or "head"
+    classifier = preprocessing.get("classifier") or _usual_classifier(architecture)
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     without = tuple(str(name) for name in facts.get("without") or ())
     reasons = {f"{head}.": "classifier" for head in heads}
@@ -77,6 +78,11 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
         image_size=_size(preprocessing.get("input_size")),
         projection=f"{first_conv}.weight" if isinstance(first_conv, str) else PROJECTION,
     )
+
+
+def _usual_classifier(architecture: str) -> Any:
+    known = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
+    return (known.classifier if known else None) or "head"
 
 
 def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
