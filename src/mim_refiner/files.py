@@ -159,7 +159,7 @@ def clear_leftovers(folder: Path) -> None:
         whole = folder / aside.name.rsplit(".", 3)[0].removeprefix(".")
         if not whole.exists():
             aside.rename(whole)
-    for leftover in folder.glob(".*.tmp"):
+    for leftover in (*folder.glob(".*.tmp"), *folder.glob(".export-*")):  # the second: exports of older versions
         remove(leftover)
 
 

@@ -109,7 +109,7 @@ def test_inspect_json_is_one_object_and_nothing_else(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0)
     file = tmp_path / "tiny.safetensors"
     save_file(model.state_dict(), file, metadata={"format": "pt"})
-    done = run("inspect", str(file), "--json")
+    done = run("inspect", str(file), "--num-heads", "3", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["embed_dim"], report["depth"]) == (192, 2)

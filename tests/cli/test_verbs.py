@@ -119,7 +119,7 @@ def test_base_and_peak_learning_rate_are_printed(refined, mae):
 
 def test_summary_has_before_after_verdict_and_seconds(refined):
     summary = refined.summary()
-    assert summary.keys() == {"before", "after", "recommendation", "verdict", "seconds"}
+    assert summary.keys() == {"before", "after", "recommendation", "verdict", "seconds", "weights", "data"}
     for stage in ("before", "after"):
         assert summary[stage].keys() >= SUMMARY_METRICS
         assert all(isinstance(summary[stage][name], float) for name in SUMMARY_METRICS)
@@ -500,7 +500,7 @@ def test_as_a_process_stdout_holds_the_json_alone(mae, shapes, cli, tmp_path):
     process = cli.start(*cli.refine(shapes, mae.export, tmp_path / "run"), "--json")
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
-    assert json.loads(stdout).keys() == {"before", "after", "recommendation", "verdict", "seconds"}
+    assert json.loads(stdout).keys() == {"before", "after", "recommendation", "verdict", "seconds", "weights", "data"}
     assert stdout.count("\n") == 1
     assert "refinement 6/6" in stderr
     assert "Traceback" not in stderr
