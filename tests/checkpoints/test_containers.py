@@ -341,6 +341,7 @@ def test_an_adapter_folder_is_merged_into_its_base(
     for more, message in [
         ({"peft_type": "IA3"}, "kind IA3"),
         ({"use_dora": True}, "DoRA"),
+        ({"alpha_pattern": {"qkv": 16}}, "LoRA with an alpha_pattern"),
         ({"r": "x"}, "r and lora_alpha"),
     ]:
         write(**more)
@@ -363,6 +364,9 @@ def test_quantised_weights_are_named(tmp_path: Path, vit_state: State, mark: str
     state = vit_state | {name: vit_state[name].to(torch.int8) for name in names}
     state |= {name.replace("weight", mark): torch.ones(96) for name in names}
     save_file(state, tmp_path / "q.safetensors")
+    with pytest.raises(CheckpointError, match=r"weights (of|with) .*dequantise"):
+        load_backbone(tmp_path / "q.safetensors", num_heads=4)
+    save_file(state | {names[0]: vit_state[names[0]]}, tmp_path / "q.safetensors")  # some layers were left as they are
     with pytest.raises(CheckpointError, match=r"weights (of|with) .*dequantise"):
         load_backbone(tmp_path / "q.safetensors", num_heads=4)
 

@@ -39,6 +39,7 @@ def with_adapter(base: Contents, adapter: Contents) -> Contents:
     config = adapter.config or {}
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("alpha_pattern"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
+        kind = "LoRA with an alpha_pattern" if kind == "LORA" else kind
         raise _cannot(adapter.source, f"is an adapter of kind {kind}")
     section = max(base.sections, key=lambda path: len(base.sections[path]))
     weights = dict(base.sections[section])
@@ -56,10 +57,11 @@ def _refuse_quantised(contents: Contents) -> None:
     for names in contents.sections.values():
         for endings, kind in _QUANTISED:
             mark = next((name for name in names if name.endswith(endings)), None)
-            if mark is not None and not any(
-                tensor.is_floating_point() and tensor.element_size() > 1 and name.endswith("qkv.weight")
-                for name, tensor in names.items()
-            ):
+            if mark is None:
+                continue
+            weights = {name: tensor for name, tensor in names.items() if name.endswith(".weight")}
+            floats = {name for name, t in weights.items() if t.is_floating_point() and t.element_size() > 1}
+            if floats != weights.keys() or not any(name.endswith("qkv.weight") for name in floats):
                 raise CheckpointError(
                     f"{contents.source}: holds {kind} ({mark}), which are not exact; load the model in the tool that "
                     "wrote it, dequantise it there and save it in float"
