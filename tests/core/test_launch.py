@@ -164,6 +164,8 @@ def test_alone_without_a_word_of_others(monkeypatch: pytest.MonkeyPatch) -> None
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 or WORLD_SIZE=2 is too large"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '999"),
         ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK is '1.5'"),
     ],
 )

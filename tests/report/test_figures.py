@@ -114,3 +114,9 @@ def test_drawing_loads_no_pyplot_and_no_torch():
     code = "import sys, mim_refiner.report.figures; print('matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_line_of_wrong_types_costs_that_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"total_step": 1, "step": null}\n[1]\n{"total_step": 2, "step": 2}\n{"step": "x"}\n{"loss": 1}\n')
+    assert read_metrics(path) == [{"total_step": 2, "step": 2}]

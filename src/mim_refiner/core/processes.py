@@ -36,7 +36,12 @@ def started_as() -> Place:
     rank = _number("RANK", 0)
     if rank >= world_size:
         raise InputError(f"RANK={rank} is no process of WORLD_SIZE={world_size}; give each a rank from 0 on")
-    return Place(rank, world_size, _number("LOCAL_RANK", 0), os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0))
+    port = _number("MASTER_PORT", 0)
+    if port > 65535 or world_size > 2**20:
+        raise InputError(
+            f"MASTER_PORT={port} or WORLD_SIZE={world_size} is too large; start the processes with torchrun"
+        )
+    return Place(rank, world_size, _number("LOCAL_RANK", 0), os.environ["MASTER_ADDR"], port)
 
 
 def silence_timeout() -> float:
@@ -53,7 +58,7 @@ def silence_timeout() -> float:
 
 def _number(name: str, default: int, *, smallest: int = 0) -> int:
     text = os.environ.get(name) or str(default)
-    if not (text.isascii() and text.isdigit()) or int(text) < smallest:
+    if not (text.isascii() and text.isdigit()) or len(text) > 18 or int(text) < smallest:
         raise InputError(
             f"the environment variable {name} is {text!r}; give a number of {smallest} or more, or unset it"
         )

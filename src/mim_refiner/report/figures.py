@@ -63,7 +63,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-            by_step[int(record.get("total_step", record["step"]))] = record
+            step, *_ = [int(record[key]) for key in ("total_step", "step") if key in record]
+            by_step[step] = record
         except Exception:  # a crashed file system leaves anything
             continue
     return [by_step[step] for step in sorted(by_step)]
