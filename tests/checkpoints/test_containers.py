@@ -417,3 +417,22 @@ def test_sections_of_many_tools(tmp_path: Path, vit_state: State, section: str) 
         payload = {part: payload, "epoch": 3, "rng": torch.get_rng_state(), "hooks": types.SimpleNamespace(a=1)}
     torch.save(payload, tmp_path / "x.pth")
     assert same(load_backbone(tmp_path / "x.pth", num_heads=4), vit_state)
+
+
+def test_an_average_without_names_gets_the_models(tmp_path: Path, vit_state: State) -> None:
+    """torch_ema keeps a list in the order of the parameters, of those alone that are trained."""
+    for fixed in ((), ("pos_embed",)):
+        trained = [name for name in vit_state if name not in fixed]
+        shadow = [vit_state[name] + 1 for name in trained]
+        for average in ({"ema": {"decay": 0.9, "shadow_params": shadow}}, {"shadow_params": shadow}):
+            torch.save(
+                {"model": vit_state, "optimizer": {"state": {0: {"m": torch.ones(2)}}}, **average}, tmp_path / "x"
+            )
+            averaged = vit_state | dict(zip(trained, shadow, strict=True))
+            assert same(load_backbone(tmp_path / "x", num_heads=4), averaged)
+            assert same(load_backbone(tmp_path / "x", num_heads=4, encoder="model"), vit_state)
+    torch.save({"model": vit_state, "ema": {"shadow_params": shadow[1:]}}, tmp_path / "x")
+    for read in (load_backbone, inspect_checkpoint):
+        with pytest.raises(CheckpointError, match=r"ema\.shadow_params is a running average without names.*encoder="):
+            read(tmp_path / "x", num_heads=4)
+    assert same(load_backbone(tmp_path / "x", num_heads=4, encoder="model"), vit_state)

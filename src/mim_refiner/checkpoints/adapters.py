@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mim_refiner.checkpoints.averages import with_names
 from mim_refiner.checkpoints.store import Contents
 from mim_refiner.errors import CheckpointError
 
@@ -25,13 +26,13 @@ _QUANTISED = (  # endings of names beside weights that are no floats
 
 
 def plain_weights(contents: Contents) -> Contents:
-    """``contents`` with LoRA layers merged and PEFT's names undone.
+    """``contents`` with LoRA layers merged and PEFT's names undone; averages without names get the model's.
 
     Raises CheckpointError for quantised weights, and for adapters that cannot be merged exactly.
     """
     _refuse_quantised(contents)
     sections = {path: _merged(contents, names) for path, names in contents.sections.items()}
-    return replace(contents, sections=sections)
+    return replace(contents, sections=with_names(sections))
 
 
 def with_adapter(base: Contents, adapter: Contents) -> Contents:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from mim_refiner.checkpoints.averages import refuse_lists
 from mim_refiner.checkpoints.families import FAMILIES, Family, View, Wishes
 from mim_refiner.checkpoints.store import Contents, strip_wrappers
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean
@@ -63,6 +64,8 @@ def detect(contents: Contents, wishes: Wishes, families: Sequence[Family] = FAMI
     for an encoder that is not there.
     """
     _refuse_others(contents)
+    if wishes.encoder is None:
+        refuse_lists(contents)
     for family in families:
         views = list(_views(contents, family))
         found = [view for view in views if family.matches(view)]
