@@ -96,7 +96,7 @@ def use(path):
         assert "\n" not in source.name(index)
     source.fingerprint()
     if path.suffix == ".parquet":
-        MaskSet(source).num_classes()
+        MaskSet(source).class_numbers()
 
 
 def survives(call, *arguments):
@@ -137,7 +137,7 @@ def test_fuzz_masks(tmp_path, damaged, fuzz_rounds):
         (tmp_path / folder / "0.png").write_bytes(content)
     for seed in range(fuzz_rounds):
         (tmp_path / "masks" / "0.png").write_bytes(damaged(png(MASK), np.random.default_rng(seed)))
-        survives(lambda: MaskSet(open_source(tmp_path / "images")).num_classes())
+        survives(lambda: MaskSet(open_source(tmp_path / "images")).class_numbers())
 
 
 @pytest.mark.parametrize(

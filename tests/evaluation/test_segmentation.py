@@ -195,7 +195,7 @@ def test_masks_in_folders_slices_and_joined_sources(tmp_path, make_masked):
     source = open_source(tmp_path / "set" / "images")
     masks = MaskSet(source)
     assert [int(masks.load(index)[0, 0]) for index in range(3)] == [0, 1, 2]
-    assert (masks.num_classes(), masks.ignore_index) == (3, 255)
+    assert (masks.class_numbers().tolist(), masks.ignore_index) == ([0, 1, 2], 255)
     path = make_masked("a", 3, 0)
     whole = MaskSet(open_source(path))
     sliced = MaskSet(open_source(f"{path}[1:]"))
@@ -204,6 +204,36 @@ def test_masks_in_folders_slices_and_joined_sources(tmp_path, make_masked):
     assert (sliced.load(0) == whole.load(1)).all()
     assert (joined.load(2) == whole.load(2)).all()
     assert len(joined) == 5
+
+
+def write_masked(root, numbers):
+    """Six images of two halves; the halves' class numbers are ``numbers``."""
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        picture = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8)
+        picture[:, 8:] += 120
+        mask = np.full((16, 16), numbers[0], np.uint8)
+        mask[:, 8:] = numbers[1]
+        for folder, pixels in (("images", picture), ("masks", mask)):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / folder / f"{number}.png")
+    return ImageSet(open_source(root / "images"))
+
+
+def test_class_numbers_are_those_that_occur(tmp_path, make_backbone):
+    settings = SegmentationSettings(epochs=2)
+    scores = [
+        segmentation_protocol(make_backbone(), images, images, settings)
+        for images in (write_masked(tmp_path / str(n), numbers) for n, numbers in enumerate([(0, 1), (7, 200)]))
+    ]
+    assert scores[0].confusions.shape == (6, 2, 2)
+    assert (scores[0].confusions == scores[1].confusions).all()
+
+
+def test_a_class_of_the_test_masks_alone_is_refused(tmp_path, make_backbone):
+    train, test = (write_masked(tmp_path / name, numbers) for name, numbers in (("train", (0, 1)), ("test", (0, 5))))
+    with pytest.raises(DataError, match=r"masks hold class 5, which no mask of .*train"):
+        segmentation_protocol(make_backbone(), train, test)
 
 
 def test_what_has_no_masks_is_refused(tmp_path, make_images, make_backbone, make_masked):

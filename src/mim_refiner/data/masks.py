@@ -43,6 +43,7 @@ class MaskSet:
         self.source = source
         self._columns: dict[Path, tuple[Any, dict[bytes, bytes]]] = {}
         self._folders: dict[str, dict[str, str]] = {}
+        self._dense: Mask | None = None
         leaf, _ = _leaf(source, 0)
         metadata = self._column(leaf.path)[1] if isinstance(leaf, ParquetSource) else {}
         with reading(leaf.description, "correct the notes ignore_index and class_names of the file"):
@@ -65,10 +66,17 @@ class MaskSet:
         with reading(name, _FIX):
             data = self._read(leaf, position)
             mask, turned = _class_numbers(data)
-            return _fitted(mask, turned, leaf, position)
+            mask = _fitted(mask, turned, leaf, position)
+            return mask if self._dense is None else self._dense[mask]
 
-    def num_classes(self) -> int:
-        """Number of class names, else the largest class number + 1; reads every mask.
+    def renumber(self, numbers: NDArray[np.int64]) -> None:
+        """From now on ``load`` gives 0, 1, ... for these class numbers, and 255 (ignore_index) for all others."""
+        self._dense = np.full(256, DEFAULT_IGNORE, dtype=np.uint8)
+        self._dense[numbers] = np.arange(len(numbers))
+        self.ignore_index = DEFAULT_IGNORE
+
+    def class_numbers(self) -> NDArray[np.int64]:
+        """The class numbers that occur, ascending; reads every mask.
 
         DataError where fewer than two classes are labelled, or a number has no name.
         """
@@ -84,7 +92,7 @@ class MaskSet:
         if self.class_names is not None and classes[-1] >= len(self.class_names):
             raise DataError(f"{where}: masks hold class {classes[-1]}, and class_names names {len(self.class_names)}; "
                             "name them all")  # fmt: skip
-        return int(classes[-1]) + 1 if self.class_names is None else len(self.class_names)
+        return classes
 
     def _read(self, leaf: ParquetSource | FileSource, position: int) -> bytes:
         if isinstance(leaf, FileSource):

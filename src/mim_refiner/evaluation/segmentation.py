@@ -22,7 +22,7 @@ from mim_refiner.core.metrics import class_iou, mean_iou_interval
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.masks import Mask, MaskSet
-from mim_refiner.errors import InputError
+from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.windows import Cutting, Encoder, Progress, Windows
 from mim_refiner.models.backbone import Backbone
@@ -91,7 +91,7 @@ def segmentation_protocol(
     settings = settings or SegmentationSettings()
     window = check_segmentation(settings, backbone)
     train_masks, test_masks = MaskSet(train.source), MaskSet(test.source)
-    classes = max(train_masks.num_classes(), test_masks.num_classes())
+    classes = _same_classes(train_masks, test_masks)
     device = torch.device(device)
     blocks = segmentation_blocks(backbone.info.depth, settings)
     encoder = Encoder(backbone.to(device), blocks, settings.norm, device, resolve_precision(precision, device))
@@ -119,6 +119,22 @@ def segmentation_protocol(
         blocks=blocks,
         window=window,
     )
+
+
+def _same_classes(train: MaskSet, test: MaskSet) -> int:
+    """Number both sets' masks by the classes of ``train``; returns how many. DataError for a class that it lacks."""
+    numbers = train.class_numbers()
+    unknown = np.setdiff1d(test.class_numbers(), numbers)
+    if len(unknown):
+        names = test.class_names
+        shown = ", ".join(str(n) if names is None else f"{n} ({names[n]})" for n in unknown[:5])
+        raise DataError(
+            f"{test.source.description}: its masks hold class {shown}, which no mask of "
+            f"{train.source.description} holds; give training images with it, or mark its pixels as ignored"
+        )
+    for masks in (train, test):
+        masks.renumber(numbers)
+    return len(numbers)
 
 
 class DenseProbe:
