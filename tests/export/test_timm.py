@@ -140,3 +140,17 @@ def test_a_folder_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds other files \(config.json, model.safetensors\)"):
         export_timm(make(), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_text() == "{}"
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[" * 9000, b"\xff"])
+def test_a_damaged_config_in_a_run_folder_is_replaced(damage: bytes, tmp_path) -> None:
+    model = create_vit("vit_w32_d3_h2_p8", image_size=16)
+    encoder = Backbone.wrap(model, family="mae", architecture="vit_w32_d3_h2_p8", licence="none", source="test")
+    for place in ("run/export", "elsewhere/export"):
+        export_timm(encoder, tmp_path / place)
+        (tmp_path / place / "config.json").write_bytes(damage)
+    (tmp_path / "run" / "recipe.yaml").write_text("command: refine\n")
+    export_timm(encoder, tmp_path / "run" / "export")
+    assert json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    with pytest.raises(InputError, match="holds other files"):  # nothing tells that this one is ours
+        export_timm(encoder, tmp_path / "elsewhere" / "export")

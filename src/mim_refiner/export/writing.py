@@ -146,12 +146,15 @@ def check_target(out: Path) -> None:
 
 
 def is_own_export(folder: Path) -> bool:
-    """Whether ``folder`` has the config.json of an export of ours and nothing that an export does not write."""
+    """Whether ``folder`` holds an export of ours and nothing that an export does not write.
+
+    Its config.json says so; in a run folder it may be damaged.
+    """
     known = {"config.json", "README.md", "preprocessor_config.json"}
     weights = ("model.safetensors", "model.onnx", "model.onnx.data", "model.th")
     if any(path.name not in known and path.name not in weights for path in folder.iterdir()):
         return False
-    return bool(source_facts(folder))
+    return bool(source_facts(folder)) or (folder.name == "export" and (folder.parent / "recipe.yaml").exists())
 
 
 def source_facts(source: str | Path) -> dict[str, Any]:
