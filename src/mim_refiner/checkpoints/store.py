@@ -301,7 +301,7 @@ def _mappings(payload: Any, source: str) -> Iterator[tuple[str, Mapping[Any, Any
         inner = [
             (item, f"{path}.{key}" if path else str(key), depth + 1)
             for key, item in value.items()
-            if isinstance(item, Mapping | list | tuple | Stub)
+            if isinstance(item, Mapping | list | tuple | Stub) or _is_json(item)
         ]
         waiting.extend(reversed(inner))
     # A list that holds itself, or two lists that hold each other twice, would never end.
@@ -309,11 +309,21 @@ def _mappings(payload: Any, source: str) -> Iterator[tuple[str, Mapping[Any, Any
 
 
 def _unfolded(value: Any) -> Any:
-    """A list or object as a mapping; omegaconf's containers as what they hold."""
+    """A list, object or JSON text as a mapping; omegaconf's containers as what they hold."""
+    if _is_json(value):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
     if isinstance(value, Stub):
         fields = value.fields()
         value = fields["_content"] if isinstance(fields.get("_content"), Mapping | list) else fields
     return dict(enumerate(value)) if isinstance(value, list | tuple) else value
+
+
+def _is_json(item: Any) -> bool:
+    """Whether ``item`` may be arguments as JSON text."""
+    return isinstance(item, str) and len(item) <= _MAX_CONFIG_BYTES and item.lstrip()[:1] == "{"
 
 
 def _plain_values(where: str, held: Mapping[Any, Any]) -> dict[str, Any]:

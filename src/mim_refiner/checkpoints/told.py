@@ -8,17 +8,30 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import timm
+
 from mim_refiner.checkpoints.families import Converted, Wishes
 from mim_refiner.checkpoints.families.base import GUESS
 from mim_refiner.checkpoints.store import OWN_FACTS, Contents
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.positions import RULES
 
-_HEADS = ("encoder_num_heads", "num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "vit_heads")
+_HEADS = (
+    "encoder_num_heads", "num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "nheads", "heads",
+    "vit_heads",
+)  # fmt: skip
+_MODELS = ("model_name", "model", "arch", "architecture", "backbone", "encoder")
+_NAMED = {  # size in a ViT's name: width and heads
+    "tiny": (192, 3), "little": (320, 5), "small": (384, 6), "medium": (512, 8), "base": (768, 12), "large": (1024, 16),
+    "huge": (1280, 16), "giant": (1408, 16),
+}  # fmt: skip
+# Names that public code gives to encoders of 3 and 12 (MAE-Lite), or 6 and 12 heads (DINO and MoCo v3).
+_DOUBTFUL = re.compile(r"mae_.*(tiny|small).*|(vit|deit)_tiny_.*|(vit|deit)_small")
 _SIZES = ("input_size", "img_size", "image_size", "input_resolution", "imgsz", "global_crops_size")
 _PAIRS = [
     *(((f"{start}{height}",), (f"{start}{width}",)) for start in ("img_", "image_", "input_")
       for height, width in (("height", "width"), ("h", "w"))),
+    (("imgh",), ("imgw",)),
     (("target_length",), ("num_mel_bins", "n_mels", "num_mels")),
 ]  # fmt: skip
 _MEANS, _STDS = ("image_mean", "img_mean", "pixel_mean", "mean"), ("image_std", "img_std", "pixel_std", "std")
@@ -26,13 +39,30 @@ _MEANS, _STDS = ("image_mean", "img_mean", "pixel_mean", "mean"), ("image_std", 
 
 def told(wishes: Wishes, contents: Contents) -> Wishes:
     """``wishes`` with heads and image size of the file's own arguments."""
-    heads = contents.fact(*_HEADS)
-    return replace(wishes, told_heads=heads if type(heads) is int else 0, told_size=_size(contents))
+    heads, per_head = contents.fact(*_HEADS), contents.fact("head_dim", "dim_head")
+    name = contents.fact(*_MODELS)
+    width, named = _named(name) if isinstance(name, str) else (0, 0)
+    return replace(
+        wishes,
+        told_heads=heads if type(heads) is int else 0,
+        told_head_dim=per_head if type(per_head) is int else 0,
+        told_model=(width, named),
+        told_size=_size(contents),
+    )
+
+
+def _named(model: str) -> tuple[int, int]:
+    """Width and heads of the plain ViT of that name; (0, 0) for others, and for names of several encoders."""
+    name = model.partition(".")[0].lower()
+    match = re.fullmatch(r"(?:mae_)?(?:vit|deit|deit3)_([a-z]+)(?:_.*)?", name)
+    if match is None or (_DOUBTFUL.fullmatch(name) and not timm.is_model(name)):
+        return 0, 0
+    return _NAMED.get(match[1], (0, 0))
 
 
 def _size(contents: Contents) -> tuple[int, int] | None:
     """Image size (height, width) in training; a spectrogram's is frames x mel bands, as AudioMAE lays it out."""
-    size = contents.fact(*_SIZES)
+    size = contents.fact(*_SIZES) or _two_sides(contents)
     for rows, columns in _PAIRS:
         if size is None:
             size = (contents.fact(*rows), contents.fact(*columns))
@@ -44,6 +74,21 @@ def _size(contents: Contents) -> tuple[int, int] | None:
     if len(sides) == 3:  # channels first, as timm writes it
         sides = sides[1:]
     return (sides[0], sides[1]) if len(sides) == 2 and all(type(n) is int and n > 0 for n in sides) else None
+
+
+def _two_sides(contents: Contents) -> tuple[Any, Any] | None:
+    """A size that is told as a mapping: {height: 32, width: 128}."""
+    for name in _SIZES:
+        for row, column in (("height", "width"), ("h", "w")):
+            sides = {path.lower(): side for path, side in contents.facts.items()}
+            found = {
+                (side, sides.get(f"{path.removesuffix(row)}{column}"))
+                for path, side in sides.items()
+                if f".{path}".endswith(f".{name}.{row}")
+            }
+            if len(found) == 1:
+                return found.pop()
+    return None
 
 
 def with_own_facts(converted: Converted, contents: Contents) -> Converted:

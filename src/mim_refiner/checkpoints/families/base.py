@@ -32,6 +32,8 @@ class Wishes:
     in_chans: int | None = None
     encoder: str | None = None
     told_heads: int = 0  # what the file's own arguments say; what the caller says counts first
+    told_head_dim: int = 0
+    told_model: tuple[int, int] = (0, 0)  # width and heads of the model that they name
     told_size: tuple[int, int] | None = None
 
 

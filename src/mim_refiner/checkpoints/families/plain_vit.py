@@ -186,7 +186,9 @@ def choose_heads(width: int, depth: int, known: int, wishes: Wishes, where: str)
     the standard size, if that is the only usual number.
     """
     standard = 0 if width in USUAL_HEADS else _HEADS_BY_WIDTH_AND_DEPTH.get((width, depth), 0)
-    told = wishes.told_heads if wishes.told_heads > 0 and width % wishes.told_heads == 0 else 0
+    by_size = width // wishes.told_head_dim if wishes.told_head_dim > 0 and width % wishes.told_head_dim == 0 else 0
+    by_name = wishes.told_model[1] if wishes.told_model[0] == width else 0
+    told = wishes.told_heads if wishes.told_heads > 0 and width % wishes.told_heads == 0 else by_size or by_name
     heads = wishes.num_heads or known or told or standard
     if heads and width % heads:
         raise InputError(

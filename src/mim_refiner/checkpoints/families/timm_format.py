@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+from timm.models import is_model_in_modules
 from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account, is_buffer
@@ -50,6 +51,8 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
     model_args = _mapping(config, "model_args", view.where)
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in model_args.items()}
     arguments.pop("num_classes", None)
+    if arguments.get("init_values", 0) is None and not any("gamma" in name for name in view.tensors):
+        arguments |= _no_layer_scale(architecture)
     first_conv = preprocessing.get("first_conv")
     classifier = preprocessing.get("classifier") or _usual_classifier(architecture)
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -78,6 +81,12 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
         image_size=_size(preprocessing.get("input_size")),
         projection=f"{first_conv}.weight" if isinstance(first_conv, str) else PROJECTION,
     )
+
+
+def _no_layer_scale(architecture: str) -> dict[str, float]:
+    """What leaves layer scale out of a timm model: timm drops None and takes the name's own value."""
+    by_zero = is_model_in_modules(architecture.partition(".")[0], ["beit", "vision_transformer", "deit"])
+    return {"init_values": 0.0} if by_zero else {}
 
 
 def _usual_classifier(architecture: str) -> Any:
