@@ -341,12 +341,33 @@ def test_an_adapter_folder_is_merged_into_its_base(
     for more, message in [
         ({"peft_type": "IA3"}, "kind IA3"),
         ({"use_dora": True}, "DoRA"),
-        ({"alpha_pattern": {"qkv": 16}}, "LoRA with an alpha_pattern"),
+        ({"alpha_pattern": {"(a+)+": 16}}, r"adapter_config.json: the pattern .* too involved"),
+        ({"alpha_pattern": {"[": 16}}, "adapter_config.json: '\\[' is no pattern"),
+        ({"alpha_pattern": [16]}, "alpha_pattern must be an object"),
+        ({"rank_pattern": {"qkv": 2}}, "adapter_config.json: r or rank_pattern says rank 2"),
         ({"r": "x"}, "r and lora_alpha"),
     ]:
         write(**more)
         with pytest.raises(CheckpointError, match=message):
             load_backbone(folder)
+
+    # The convolution by its own rank and alpha; one layer's alpha by an expression.
+    write(r=8, rank_pattern={"qkv|proj": 4}, alpha_pattern={r"blocks\.1\.attn\.qkv": 16, "proj": 4})
+    changed = {"blocks.1.attn.qkv.weight": 2.0, "patch_embed.proj.weight": 0.5}
+    held = load_backbone(folder).model.state_dict()
+    for name in held:
+        expected = vit_state[name] + changed.get(name, 1.0) * (merged[name] - vit_state[name])
+        assert torch.allclose(held[name], expected, atol=1e-5)
+    tensors = {f"base_model.model.{n}.weight": t for n, t in layers.items()}
+    tensors["base_model.model.classifier.weight"] = torch.ones(2, 32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    write()
+    held = load_backbone(folder).model.state_dict()
+    assert all(torch.allclose(held[name], merged[name], atol=1e-6) for name in held)
+    dropped = {record.name: record.reason for record in inspect_checkpoint(folder).tensors}
+    assert (
+        dropped["modules_to_save.base_model.model.classifier.weight"] == "classifier that was trained with the adapter"
+    )
 
     def offline(*_: object, **__: object) -> str:
         raise ConnectionError("no route")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mim_refiner.checkpoints.adapters import SAVED_HEAD
 from mim_refiner.checkpoints.families import Converted, View
 from mim_refiner.checkpoints.store import Contents
 from mim_refiner.errors import CheckpointError
@@ -89,6 +90,8 @@ def _other_sections(diagnosis: Diagnosis) -> Iterator[TensorRecord]:
 
 def _why_not(path: str, diagnosis: Diagnosis) -> str:
     first, last = path.split(".")[0], path.split(".")[-1].lstrip("_")
+    if path == SAVED_HEAD:
+        return "classifier that was trained with the adapter"
     if first.startswith("opt"):
         return "optimiser state"
     if last in diagnosis.encoders:

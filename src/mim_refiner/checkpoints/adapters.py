@@ -16,6 +16,7 @@ from mim_refiner.checkpoints.store import Contents
 from mim_refiner.errors import CheckpointError
 
 _START = "base_model.model."  # PEFT's wrapper
+SAVED_HEAD = "modules_to_save"  # section of a classifier that was trained with an adapter
 _PART = re.compile(r"(.+)\.lora_([AB])(?:\.(\w+))?\.weight")  # with the adapter's name, in files of one model
 _QUANTISED = (  # endings of names beside weights that are no floats
     ((".SCB", ".weight_format"), "8-bit weights of bitsandbytes"),
@@ -38,20 +39,29 @@ def plain_weights(contents: Contents) -> Contents:
 def with_adapter(base: Contents, adapter: Contents) -> Contents:
     """``base`` with the adapter of a PEFT folder merged; ``adapter.config`` is its adapter_config.json."""
     config = adapter.config or {}
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("alpha_pattern"):
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
-        kind = "LoRA with an alpha_pattern" if kind == "LORA" else kind
         raise _cannot(adapter.source, f"is an adapter of kind {kind}")
     section = max(base.sections, key=lambda path: len(base.sections[path]))
     weights = dict(base.sections[section])
-    for name, tensor in adapter.section("").items():
+    heads = {name: t for name, t in adapter.section("").items() if _is_head(name, config, weights)}
+    encoder = {name: tensor for name, tensor in adapter.section("").items() if name not in heads}
+    for name, tensor in encoder.items():
         if _PART.fullmatch(name) is None:  # a part that was trained whole
             weights[_target(weights, name.removeprefix(_START).replace(".modules_to_save", ""), adapter)] = tensor
-    scale = _scale(config)
-    for layer, (a, b) in _pairs(adapter.section(""), adapter.source).items():
-        name = _target(weights, f"{layer.removeprefix(_START)}.weight", adapter)
-        weights[name] = _sum(weights[name], a, b, scale, adapter.source)
-    return replace(base, source=adapter.source, sections={**base.sections, section: weights})
+    for layer, (a, b) in _pairs(encoder, adapter.source).items():
+        short = layer.removeprefix(_START)
+        name = _target(weights, f"{short}.weight", adapter)
+        weights[name] = _sum(weights[name], a, b, _scale(config, short, a.shape[0], adapter.source), adapter.source)
+    saved = {SAVED_HEAD: heads} if heads else {}
+    return replace(base, source=adapter.source, sections={**base.sections, section: weights, **saved})
+
+
+def _is_head(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> bool:
+    """Whether the tensor of an adapter is of a classifier that the base model has not."""
+    parts = name.removeprefix(_START).split(".")
+    known = any(known.endswith(f"{parts[0]}.{parts[-1]}") for known in weights)
+    return parts[0] in {"head", "heads", "fc", "classifier", "score"} and not known
 
 
 def _refuse_quantised(contents: Contents) -> None:
@@ -79,6 +89,8 @@ def _merged(contents: Contents, names: Mapping[str, Tensor]) -> dict[str, Tensor
     if not pairs or not any(".base_layer." in name for name in names):
         base = contents.fact("base_model_name_or_path") or "its base model"
         raise _cannot(contents.source, f"holds LoRA layers without the weights of {base} in PEFT's layout")
+    if any(".alpha_pattern." in f".{path}" for path in contents.facts):
+        raise _cannot(contents.source, "holds LoRA layers with an alpha_pattern in one file")
     plain: dict[str, Tensor] = {}
     for name, tensor in names.items():
         if "lora_" in name or ".original_module." in name:
@@ -120,11 +132,33 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float, source: str) -> Ten
     return (weight.to(torch.float32) + scale * change).to(weight.dtype)
 
 
-def _scale(config: Mapping[str, Any]) -> float:
-    alpha, rank = config.get("lora_alpha", 8), config.get("r", 8)
-    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1 or config.get("rank_pattern"):
-        raise CheckpointError("adapter_config.json: r and lora_alpha must be numbers, rank_pattern empty; merge it")
+def _scale(config: Mapping[str, Any], layer: str, rank: int, source: str) -> float:
+    """alpha / rank of a layer; the first entry of alpha_pattern that the layer's name ends with says its alpha."""
+    where = f"{source}/adapter_config.json"
+    patterns = {"alpha_pattern": config.get("alpha_pattern") or {}, "rank_pattern": config.get("rank_pattern") or {}}
+    alpha, said = config.get("lora_alpha", 8), config.get("r", 8)
+    for entry, found in patterns.items():
+        if not isinstance(found, Mapping) or not all(isinstance(v, int | float) and v > 0 for v in found.values()):
+            raise CheckpointError(f"{where}: {entry} must be an object of layers and numbers; correct it")
+    alpha = next((v for key, v in patterns["alpha_pattern"].items() if _speaks_of(key, layer, where)), alpha)
+    said = next((v for key, v in patterns["rank_pattern"].items() if _speaks_of(key, layer, where)), said)
+    if not isinstance(alpha, int | float) or not isinstance(said, int) or said < 1:
+        raise CheckpointError(f"{where}: r and lora_alpha must be numbers; correct it")
+    if said != rank:
+        raise CheckpointError(
+            f"{where}: r or rank_pattern says rank {said} for {layer[:80]}, its tensors have {rank}; correct it"
+        )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _speaks_of(pattern: str, layer: str, where: str) -> bool:
+    """Whether an entry of PEFT's patterns is about ``layer``: an expression for its name or the end of it."""
+    if len(pattern) > 200 or re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:  # may never end
+        raise CheckpointError(f"{where}: the pattern {ascii(pattern)[:80]} is too involved; name the layers in it")
+    try:
+        return re.match(rf"(?:.*\.)?(?:{pattern})$", layer) is not None
+    except re.error as error:
+        raise CheckpointError(f"{where}: {ascii(pattern)[:80]} is no pattern ({error}); correct it") from error
 
 
 def _target(weights: Mapping[str, Tensor], name: str, adapter: Contents) -> str:
