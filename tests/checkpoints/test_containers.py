@@ -109,11 +109,17 @@ def test_the_hub_cache(tmp_path: Path, vit_state: State) -> None:
         assert same(load_backbone(folder), vit_state)
     assert same(load_backbone(top), vit_state)
     (top / "snapshots" / "xyz").mkdir()
-    with pytest.raises(CheckpointError, match="2 snapshots"):
+    with pytest.raises(CheckpointError, match=r"2 snapshots.*newest is .*xyz"):
         load_backbone(top)
     (top / "refs").mkdir()
     (top / "refs" / "main").write_text("abc\n")
-    assert same(load_backbone(top), vit_state)
+    for place in (top, top / "snapshots", top.parent):
+        assert same(load_backbone(place), vit_state)
+    (top.parent / "models--b--other" / "snapshots").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"download did not finish \(no snapshots\)"):
+        load_backbone(top.parent / "models--b--other")
+    with pytest.raises(CheckpointError, match=r"a cache of 2 models; give the folder of one \(models--"):
+        load_backbone(top.parent)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to("/etc/hostname")
     with pytest.raises(CheckpointError, match="leads out of its folder"):

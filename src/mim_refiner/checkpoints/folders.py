@@ -108,13 +108,15 @@ def _with_configs(folder: Path, read: Callable[[Path, Mapping[str, Any]], Conten
 
 def _inner(folder: Path) -> Path:
     """The folder that holds the model: a snapshot of the hub's cache, a run's export, DeepSpeed's latest."""
+    if folder.name == "snapshots":
+        folder = folder.parent
+    models = [path for path in sorted(folder.glob("models--*")) if (path / "snapshots").is_dir()]
+    if len(models) > 1:
+        names = one_line(", ".join(path.name for path in models[:4]), 160)
+        raise CheckpointError(f"{folder}: is a cache of {len(models)} models; give the folder of one ({names})")
+    folder = models[0] if models else folder
     if (folder / "snapshots").is_dir():
-        named = (folder / "refs" / "main").read_text().strip() if (folder / "refs" / "main").is_file() else ""
-        snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
-        chosen = [path for path in snapshots if path.name == named] or snapshots
-        if len(chosen) != 1:
-            raise CheckpointError(f"{folder}: the cache holds {len(chosen)} snapshots; give the folder of one")
-        return chosen[0]
+        return _snapshot(folder)
     if (folder / "export" / CONFIG).exists():
         return folder / "export"
     if (folder / "recipe.yaml").exists() and not (folder / CONFIG).exists():
@@ -127,6 +129,21 @@ def _inner(folder: Path) -> Path:
             f"{folder}: its file 'latest' names {ascii(tag)[:80]}, which holds no {_DEEPSPEED}; copy that folder here"
         )
     return folder
+
+
+def _snapshot(folder: Path) -> Path:
+    """The snapshot that the branch main names, else the only one."""
+    named = (folder / "refs" / "main").read_text().strip() if (folder / "refs" / "main").is_file() else ""
+    snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    chosen = [path for path in snapshots if path.name == named] or snapshots
+    if not chosen:
+        raise CheckpointError(f"{folder}: its download did not finish (no snapshots); download the model again")
+    if len(chosen) > 1:
+        newest = max(chosen, key=lambda path: path.stat().st_mtime)
+        raise CheckpointError(
+            f"{folder}: the cache holds {len(chosen)} snapshots; give the folder of one, the newest is {newest}"
+        )
+    return chosen[0]
 
 
 def _read_weights(folder: Path, config: Mapping[str, Any]) -> Contents:

@@ -27,6 +27,9 @@ from mim_refiner.models.positions import sinusoid_table
 _SIZED_BY_TENSORS = ("vit_postnorm", "vit_variant")  # beside timm's plain ViTs
 
 
+_Heads = Annotated[int, Field(ge=1, strict=True)]
+
+
 class OwnKeyMap(BaseModel):
     """A key map. ``keys``: timm's name -> the file's name, or the names that are joined along dimension 0.
 
@@ -41,7 +44,7 @@ class OwnKeyMap(BaseModel):
     drop: dict[str, str] = Field(default_factory=dict)  # start of a name -> why the encoder does not take it
     architecture: str = "vit"  # a timm name; "vit" = a plain ViT of the size that the tensors have
     arguments: dict[str, Any] = Field(default_factory=dict)  # for timm's constructor; they win over the tensors
-    num_heads: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | None = None
+    num_heads: _Heads | list[_Heads] | None = None
     positions: Literal["table", "sincos", "sinusoid"] = "table"  # sincos: by row and column; sinusoid: by number
     norm_eps: float | None = Field(None, gt=0)
     position_rule: Literal["timm", "bicubic", "dino", "hf"] | None = None  # None = timm's, or the table computed anew
@@ -109,7 +112,11 @@ def _convert(view: View, wishes: Wishes, key_map: OwnKeyMap, keys: KeyMap) -> Co
         arguments["block_heads"] = tuple(by_block)
         architecture = "vit_variant" if architecture == "vit" else architecture
     said = key_map.num_heads[0] if isinstance(key_map.num_heads, list) else key_map.num_heads
-    heads: int = wishes.num_heads or said or int(arguments.pop("num_heads", 0))
+    by_argument = arguments.pop("num_heads", 0)
+    if type(by_argument) is not int:
+        raise InputError(f"key map: arguments: num_heads={ascii(by_argument)[:40]} is no whole number; correct it")
+    heads: int = wishes.num_heads or said or by_argument
+    _check_channels(mapped.tensors, key_map, wishes, int(arguments.get("in_chans", 3)))
     plain = architecture == "vit" or architecture in _SIZED_BY_TENSORS
     if not plain and not timm.is_model(architecture.partition(".")[0]):
         close = did_you_mean(architecture, timm.list_models())
@@ -137,6 +144,17 @@ def _convert(view: View, wishes: Wishes, key_map: OwnKeyMap, keys: KeyMap) -> Co
         pooling=key_map.pooling,
         notes=notes,
     )
+
+
+def _check_channels(tensors: Mapping[str, Tensor], key_map: OwnKeyMap, wishes: Wishes, usual: int) -> None:
+    """InputError for a mean or std of another number of values than the encoder has channels."""
+    weight = tensors.get(PROJECTION)
+    channels = usual if weight is None or weight.ndim < 2 else weight.shape[1]
+    for name, values in (("mean", key_map.mean), ("std", key_map.std)):
+        if values is not None and len(values) not in (channels, wishes.in_chans):
+            raise InputError(
+                f"key map: {name}: has {len(values)} values, the encoder has {channels} channels; give one a channel"
+            )
 
 
 def _complete_table(tensors: dict[str, Tensor], positions: str, size: tuple[int, int] | None, where: str) -> None:
