@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
-from mim_refiner.errors import InputError
+from mim_refiner.errors import CheckpointError, InputError
 
 State = dict[str, Tensor]
 
@@ -72,3 +74,27 @@ def test_a_timm_folder_without_layer_scale(tmp_path: Path, name: str) -> None:
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     held = load_backbone(tmp_path).model.state_dict()
     assert all(torch.equal(held[name], value) for name, value in model.state_dict().items())
+
+
+def test_video_encoders_programs_and_quantised_files_are_named(tmp_path: Path) -> None:
+    name = "embeddings.patch_embeddings.projection.weight"
+    with zipfile.ZipFile(tmp_path / "x.pt2", "w") as archive:
+        archive.writestr("x/archive_format", "pt2")
+        archive.writestr("x/models/model.json", "{}")
+    files: dict[str, Any] = {
+        "bare.pth": {name: torch.ones(8, 3, 2, 4, 4), "encoder.layer.0.output.dense.weight": torch.ones(8, 8)},
+        "whole.pth": {f"videomae.{name}": torch.ones(8, 3, 2, 4, 4), "mask_token": torch.ones(1)},
+    }
+    for file, state in files.items():
+        torch.save(state, tmp_path / file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch tells of its new quantisation
+        torch.save({"a.weight": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)}, tmp_path / "q.pth")
+    messages = {
+        "bare.pth": "video encoder of transformers", "whole.pth": "video encoder of transformers",
+        "x.pt2": r"program of torch\.export", "q.pth": "quantised by torch",
+    }  # fmt: skip
+    for file, message in messages.items():
+        for read in (load_backbone, inspect_checkpoint):
+            with pytest.raises(CheckpointError, match=message):
+                read(tmp_path / file)

@@ -17,6 +17,7 @@ ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"  # first byte of pickle protocol 2 and later
 _MAX_MEMBERS = 200_000
 _SAVE_AGAIN = "save its tensors alone (a state dict, or safetensors)"
+_QUANTISED = re.compile(r"torchao\.[\w.]+|torch\.[\w.]*(\.quantized\.|\bQU?Int\d)[\w.]*")
 _DOWNLOAD = "copy or download it again"
 
 
@@ -36,6 +37,12 @@ def read_torch(file: IO[bytes], data: memoryview, where: str, start: bytes) -> A
     try:
         return _read_zip(file, data, where) if start.startswith(ZIP) else read_legacy(data)
     except UnsafePickleError as error:
+        quantised = next((name[:80] for name in error.names if _QUANTISED.fullmatch(name)), None)
+        if quantised:
+            raise CheckpointError(
+                f"{where}: holds weights quantised by torch ({quantised}), which are not exact; save the model in "
+                "float, as it was before"
+            ) from error
         raise CheckpointError(
             f"{where}: holds pickled objects ({error}) that could run code, so it was not loaded; where you trust its "
             f"source, save its tensors alone: {_command(where, error)}"
@@ -85,6 +92,11 @@ def _read_zip(file: IO[bytes], data: memoryview, where: str) -> Any:
         raise CheckpointError(
             f'{where}: is a TorchScript program, not weights; save its tensors alone: python -c "import torch; '
             f"torch.save(torch.jit.load({where!r}, 'cpu').state_dict(), 'weights.pth')\""
+        )
+    if any(name.endswith(("/archive_format", "serialized_exported_program.json")) for name in names):
+        raise CheckpointError(
+            f'{where}: is a program of torch.export (.pt2), not weights; save its tensors alone: python -c "import '
+            f"torch; torch.save(torch.export.load({where!r}).state_dict, 'weights.pth')\""
         )
     found: dict[str, memoryview] = {}
     for member in members:

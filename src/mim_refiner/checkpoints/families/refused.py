@@ -42,6 +42,11 @@ def _video(state: State) -> bool:
     )
 
 
+def _hf_video(state: State) -> bool:
+    name = "embeddings.patch_embeddings.projection.weight"
+    return any(projection.ndim == 5 for _, projection in _with(state, name))
+
+
 def _dinov3(state: State) -> bool:
     return any(True for _ in _with(state, "rope_embed.periods"))
 
@@ -65,6 +70,11 @@ _KNOWN: dict[str, tuple[Callable[[State], bool], str]] = {
         _video,
         "a video encoder whose class token and positions are those of many frames, so that one image is nothing it was "
         "trained for; use an encoder of images",
+    ),
+    "hf_video": (
+        _hf_video,
+        "a video encoder of transformers (VideoMAE or ViViT); load the VideoMAE file of its authors, where an image is "
+        "read as one tubelet of equal frames, or an encoder of images",
     ),
     "dinov3": (
         _dinov3,
