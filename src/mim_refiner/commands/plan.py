@@ -40,7 +40,9 @@ def fit_into(recipe: RefineRecipe, refiner: Refiner, budget: str, run: Run) -> R
     return recipe.model_copy(update={"micro_batch": picked.micro_batch, "checkpointing": picked.checkpointing})
 
 
-def plan(recipe: RefineRecipe, refiner: Refiner, images: int, run: Run, budget: str | None) -> dict[str, Any]:
+def plan(
+    recipe: RefineRecipe, refiner: Refiner, images: int, run: Run, budget: str | None, views_are_cut: str
+) -> dict[str, Any]:
     """The cost of the run: memory by part, operations, hours at the speed this device shows, traffic."""
     local = recipe.batch_size // world_size()
     shapes = view_shapes(recipe)
@@ -63,6 +65,7 @@ def plan(recipe: RefineRecipe, refiner: Refiner, images: int, run: Run, budget: 
         )
     sizes = vars(needs) | {"plain_step": needs.whole(), "one_image_at_a_time": needs.cached(1)}
     result: dict[str, Any] = {
+        "views_are_cut": views_are_cut,
         "setting": {
             "micro_batch": picked.micro_batch,
             "checkpointing": picked.checkpointing,

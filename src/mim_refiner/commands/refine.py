@@ -162,9 +162,7 @@ def refine_and_compare(
     loader = train_loader(images, view_specs(chosen), chosen, run)
     chosen = choose_weights(chosen, loader.steps_per_epoch)
     if plan:
-        planned = run_plan(chosen, refiner, len(images), run, memory_budget)
-        planned["plan"]["views_are_cut"] = loader.cut_where
-        return planned
+        return run_plan(chosen, refiner, len(images), run, memory_budget, loader.cut_where)
     if memory_budget is not None:
         chosen = fit_into(chosen, refiner, memory_budget, run)
     asked = {"command": "refine", "data": data, "model": model, "model_sha256": weights, "seed": seed,
