@@ -230,10 +230,13 @@ def test_class_numbers_are_those_that_occur(tmp_path, make_backbone):
     assert (scores[0].confusions == scores[1].confusions).all()
 
 
-def test_a_class_of_the_test_masks_alone_is_refused(tmp_path, make_backbone):
+def test_a_class_of_the_test_masks_alone_is_said_and_missed(tmp_path, make_backbone, caplog):
     train, test = (write_masked(tmp_path / name, numbers) for name, numbers in (("train", (0, 1)), ("test", (0, 5))))
-    with pytest.raises(DataError, match=r"masks hold class 5, which no mask of .*train"):
-        segmentation_protocol(make_backbone(), train, test)
+    with caplog.at_level("WARNING", logger="mim_refiner"):
+        score = segmentation_protocol(make_backbone(), train, test, SegmentationSettings(epochs=2))
+    assert "its masks hold class 5, which no training mask holds: counted as missed" in caplog.text
+    assert score.confusions.shape == (6, 3, 3)
+    assert score.confusions[:, 2].sum() == 6 * 16 * 8  # by the order: the known ones first
 
 
 def test_what_has_no_masks_is_refused(tmp_path, make_images, make_backbone, make_masked):

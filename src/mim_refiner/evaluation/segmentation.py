@@ -7,6 +7,7 @@ logits repeated over the patch); for scoring the logits are upsampled bilinearly
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from mim_refiner.core.metrics import class_iou, mean_iou_interval
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.masks import Mask, MaskSet
-from mim_refiner.errors import DataError, InputError
+from mim_refiner.errors import InputError
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.windows import Cutting, Encoder, Progress, Windows
 from mim_refiner.models.backbone import Backbone
@@ -122,16 +123,14 @@ def segmentation_protocol(
 
 
 def _same_classes(train: MaskSet, test: MaskSet) -> int:
-    """Number both sets' masks by the classes of ``train``; returns how many. DataError for a class that it lacks."""
-    numbers = train.class_numbers()
-    unknown = np.setdiff1d(test.class_numbers(), numbers)
+    """Number both sets' masks by the classes that occur; returns how many. One that ``train`` lacks counts as missed."""
+    known, asked = train.class_numbers(), test.class_numbers()
+    unknown = np.setdiff1d(asked, known)
     if len(unknown):
-        names = test.class_names
-        shown = ", ".join(str(n) if names is None else f"{n} ({names[n]})" for n in unknown[:5])
-        raise DataError(
-            f"{test.source.description}: its masks hold class {shown}, which no mask of "
-            f"{train.source.description} holds; give training images with it, or mark its pixels as ignored"
-        )
+        shown = ", ".join(map(str, unknown[:5].tolist()))
+        where = f"{test.source.description}: its masks hold class {shown}, which no training mask holds"
+        logging.getLogger("mim_refiner").warning("%s: counted as missed", where)
+    numbers = np.concatenate([known, unknown])
     for masks in (train, test):
         masks.renumber(numbers)
     return len(numbers)
