@@ -123,7 +123,7 @@ def segmentation_protocol(
 
 
 def _same_classes(train: MaskSet, test: MaskSet) -> int:
-    """Number both sets' masks by the classes that occur; returns how many. One that ``train`` lacks counts as missed."""
+    """Number both masks by the classes that occur; returns how many. One that ``train`` lacks counts as missed."""
     known, asked = train.class_numbers(), test.class_numbers()
     unknown = np.setdiff1d(asked, known)
     if len(unknown):
