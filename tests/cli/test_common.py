@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,15 @@ def test_quiet_silences_the_reporter_but_not_the_result(capsys):
     printed = capsys.readouterr()
     assert printed.err == ""
     assert printed.out == "out: folder\n"
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_quiet_holds_for_one_command(capsys, caplog, quiet):
+    logger = logging.getLogger("mim_refiner")
+    execute(lambda reporter: logger.warning("a guess"), as_json=True, quiet=quiet)
+    assert ("a guess" in caplog.text) != quiet
+    logger.warning("after it")
+    assert "after it" in caplog.text
 
 
 def test_the_reporter_ends_when_the_verb_fails(capsys):

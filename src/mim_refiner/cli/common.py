@@ -115,9 +115,8 @@ def execute(
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the end of a process is told in a line of ours
         if verb.__name__ not in IN_MANY_PROCESSES and not speaks:
             return None  # the first one does the work, and writes
-    logging.getLogger("mim_refiner").disabled = quiet  # says on stderr what had to be guessed about a model
     reporter = make_reporter(sys.stderr, quiet=quiet or not speaks, live=not as_json)
-    with stdout_for_result(as_json) as stdout:
+    with silenced(quiet), stdout_for_result(as_json) as stdout:
         try:
             result = verb(**arguments, reporter=reporter)
         finally:
@@ -127,6 +126,17 @@ def execute(
         elif speaks:
             show(result, as_json=as_json, file=stdout)
     return result
+
+
+@contextlib.contextmanager
+def silenced(quiet: bool) -> Iterator[None]:
+    """Keep the package's remarks (what was guessed, what counts as missed) off stderr inside the block when quiet."""
+    logger = logging.getLogger("mim_refiner")
+    before, logger.disabled = logger.disabled, quiet or logger.disabled
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextlib.contextmanager
