@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mim_refiner.analysis.blocks import curves_from_results, curves_from_scores
-from mim_refiner.core.metrics import accuracy_interval, paired_interval
+from mim_refiner.core.metrics import accuracy_interval, best_of_many_interval, paired_interval
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.results import Result
 
@@ -45,8 +45,9 @@ def test_peak_before_the_last_block_is_found_and_said():
     assert (cls["peak_block"], cls["peak_before_last"], cls["blocks"]) == (1, True, [0, 1, 2])
     assert (mean["peak_block"], mean["peak_before_last"]) == (2, False)
     hits = curves.correct["before/cls"]
-    difference, low, high = paired_interval(hits[2], hits[1])
+    difference, low, high = best_of_many_interval(hits[:2].astype(float) - hits[2])
     assert cls["peak_minus_last"] == {"value": difference, "ci95": [low, high]}
+    assert mean["peak_minus_last"] == {"value": 0.0, "ci95": [0.0, 0.0]}
     assert record["head_blocks"] == [1, 2]
     assert record["statements"][0].endswith("the peak is before the last block.")
     assert record["statements"][1].endswith("which is the last block.")
@@ -58,6 +59,17 @@ def test_a_peak_within_chance_is_not_called_one():
     entry = curve["curves"]["before"]["cls"]
     assert (entry["peak_block"], entry["peak_before_last"]) == (1, False)
     assert curve["statements"][0].endswith("not clearly before the last block.")
+
+
+def test_a_flat_curve_is_rarely_said_to_peak_early():
+    """12 blocks of the same accuracy: at most 5 % of 200 curves; the interval of two blocks alone said it of 13 %."""
+    rng, alone, said = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        hits = (rng.standard_normal(80) + rng.standard_normal((12, 80)) < -0.4).astype(float)
+        curve = curves_from_scores({"a": {"cls": dict(enumerate(hits))}}).record["curves"]["a"]["cls"]
+        said += curve["peak_before_last"]
+        alone += curve["peak_block"] < 11 and paired_interval(hits[-1], hits[curve["peak_block"]])[1] > 0
+    assert said <= 10 < alone
 
 
 def test_change_is_paired_to_the_first_model():

@@ -9,6 +9,7 @@ import torch
 
 from mim_refiner.core.metrics import (
     accuracy_interval,
+    best_of_many_interval,
     clustering_accuracy,
     crossed_interval,
     effective_rank,
@@ -161,3 +162,24 @@ def test_mean_iou_interval_covers_and_pairs() -> None:
     assert difference == pytest.approx(mean_iou(better) - mean_iou(first))
     assert 0 < low < difference < high
     assert mean_iou_interval(first, first, resamples=20) == (0, 0, 0)
+
+
+def test_best_of_many_interval_is_as_wide_as_the_bootstrap_of_the_largest_t() -> None:
+    rng = np.random.default_rng(3)
+    rows = (rng.random((5, 400)) < 0.5).astype(float) - (rng.random(400) < 0.4)  # correlated by the shared second term
+    value, low, high = best_of_many_interval(rows)
+    best = int(rows.mean(1).argmax())
+    error = rows.std(1) / 20
+    largest = []
+    for _ in range(1000):
+        drawn = rows[:, rng.integers(0, 400, 400)]
+        largest.append(max(abs(drawn[k].mean() - rows[k].mean()) / error[k] for k in range(5)))
+    assert value == rows[best].mean()
+    assert (high - low) / 2 == pytest.approx(np.quantile(largest, 0.95) * error[best], rel=0.06)
+    assert low < value < high
+
+
+def test_best_of_many_interval_of_one_row_is_the_paired_one() -> None:
+    before, after = np.arange(60) % 3 == 0, np.arange(60) % 2 == 0
+    found = best_of_many_interval([after.astype(float) - before], draws=200_000)
+    assert found == pytest.approx(paired_interval(before, after), abs=2e-3)
