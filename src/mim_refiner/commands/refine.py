@@ -67,6 +67,7 @@ from mim_refiner.training.refine import (
 )
 from mim_refiner.training.signals import stops_cleanly
 from mim_refiner.training.state import RunFolder
+from mim_refiner.training.view_pool import refuse_pool
 
 
 def refine(
@@ -161,6 +162,7 @@ def refine_and_compare(
     refiner = prepare(backbone, chosen, run)
     loader = train_loader(images, view_specs(chosen), chosen, run)
     chosen = choose_weights(chosen, loader.steps_per_epoch)
+    refuse_pool(chosen, refiner, loader.steps_per_epoch * chosen.batch_size, run)
     if plan:
         return run_plan(chosen, refiner, len(images), run, memory_budget, loader.cut_where)
     if memory_budget is not None:

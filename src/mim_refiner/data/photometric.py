@@ -104,6 +104,11 @@ class BatchPhotometric:
     mean: Sequence[float]
     std: Sequence[float]
 
+    def draw(self, count: int, generator: torch.Generator) -> tuple[PhotometricParams, Tensor | None]:
+        """What happens to ``count`` images, and the table of data/domain.py for images that are no photographs."""
+        params, photographs = draw_params(self.view, count, generator), self.view.domain == _PHOTOGRAPHS
+        return params, None if photographs else domain.draw(count, len(self.mean), generator)
+
     def __call__(self, images: Tensor, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
         """:func:`augment` of one view, on the images' device."""
         return augment([images], [self], generator, images.device, rows)[0]
@@ -126,11 +131,9 @@ def augment(
     drawn, domains = [], {}
     for number, (images, photometric) in enumerate(zip(views, photometrics, strict=True)):
         view = photometric.view
-        params = draw_params(view, len(images) if rows is None else rows.total, generator)
+        params, table = photometric.draw(len(images) if rows is None else rows.total, generator)
         drawn.append(params if rows is None else params.of(rows))
-        if view.domain != _PHOTOGRAPHS:  # only then more is drawn: photographs see the same numbers as ever
-            total = len(images) if rows is None else rows.total
-            table = domain.draw(total, images.shape[1], generator)
+        if table is not None:
             domains[number] = table if rows is None else table[rows.start : rows.stop]
         key = (images.dtype, images.shape[1:], view.blur_sigma[1], view.solarize_threshold)
         groups.setdefault((*key, *photometric.mean, *photometric.std), []).append(number)

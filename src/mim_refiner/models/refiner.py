@@ -99,9 +99,32 @@ class Refiner(nn.Module):
                     pooled[block].update(zip(group, output.chunk(len(group)), strict=True))
         return {block: torch.stack([by_view[v] for v in range(len(views))]) for block, by_view in pooled.items()}
 
+    @property
+    def feature_widths(self) -> list[int]:
+        """Widths of the heads' inputs."""
+        return [self.backbone.block_dims[block] for block in self.blocks]
+
+    @torch.no_grad()
+    def frozen_features(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """What can stand in the place of each view [B, C, h, w] as long as the frozen part stays as it is.
+
+        Tokens after the frozen blocks [B, P+N, D]; where none is frozen the inputs of all heads, one behind the other
+        [B, sum of D], which the warm-up alone can use.
+        """
+        found: dict[int, Tensor] = {}
+        for group in self.view_groups(views):
+            output = self.frozen_prefix(torch.cat([views[index] for index in group]))
+            if not self.frozen_blocks:
+                output = torch.cat(list(self.pooled_blocks(output).values()), dim=1)
+            found |= dict(zip(group, output.chunk(len(group)), strict=True))
+        return [found[index] for index in range(len(views))]
+
     def frozen_prefix(self, images: Tensor) -> Tensor:
-        """Tokens [B, P+N, D] after the frozen blocks, without graph; the images themselves where none is frozen."""
-        if not self.frozen_blocks:
+        """Tokens [B, P+N, D] after the frozen blocks, without graph; the images themselves where none is frozen.
+
+        What :meth:`frozen_features` gave stays as it is, here and in :meth:`pooled_blocks`.
+        """
+        if not self.frozen_blocks or images.ndim < 4:
             return images
         with torch.no_grad():
             tokens, _ = self.backbone.run_blocks(self.backbone.embed(images), 0, self.frozen_blocks)
@@ -109,6 +132,8 @@ class Refiner(nn.Module):
 
     def pooled_blocks(self, prefix: Tensor) -> dict[int, Tensor]:
         """Pooled outputs {block: [B, D]} of the head blocks, from what :meth:`frozen_prefix` gave."""
+        if prefix.ndim == 2:
+            return dict(zip(self.blocks, prefix.split(self.feature_widths, dim=1), strict=True))
         tokens = prefix if self.frozen_blocks else self.backbone.embed(prefix)
         _, outputs = self.backbone.run_blocks(
             tokens, self.frozen_blocks, self.blocks[-1] + 1, self.blocks, class_token_last=self.pooling == "cls"

@@ -38,6 +38,12 @@ class Monitor(Protocol):
     def __call__(self) -> dict[str, float]: ...
 
 
+class BatchSource(Protocol):
+    """Batches of an epoch from a step on."""
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[ViewBatch, None, None]: ...
+
+
 class Loop:
     """One run in its folder. While it is entered, stop signals are noted and obeyed after the step they fall into.
 
@@ -92,10 +98,14 @@ class Loop:
 
     def finish(self) -> None:
         """End the run; raises KeyboardInterrupt when a signal came after the last step's checkpoint."""
-        if agree_on_end(self._interrupted(), None):
-            raise KeyboardInterrupt
+        self.stop_if_asked()
         self.finished = True
         self.run.reporter.done()
+
+    def stop_if_asked(self) -> None:
+        """Raise KeyboardInterrupt after a stop signal to any rank; for work that leaves nothing to save."""
+        if agree_on_end(self._interrupted(), None):
+            raise KeyboardInterrupt
 
     # --- a phase
 
@@ -118,12 +128,12 @@ class Loop:
         if self.first:
             self.run.reporter.update(self.first, {})
 
-    def batches(self) -> Generator[tuple[int, ViewBatch], None, None]:
-        """(step, batch) of the rest of the phase.
+    def batches(self, source: BatchSource | None = None) -> Generator[tuple[int, ViewBatch], None, None]:
+        """(step, batch) of the rest of the phase, from ``source`` or else from the loader.
 
         A stop signal to any rank, or a batch that any of them cannot have, ends all with a checkpoint.
         """
-        with closing(self._stream()) as stream:
+        with closing(self.stream(self.base + self.first, self.base + self.steps, source)) as stream:
             for step in range(self.first, self.steps):
                 batch, problem = _next(stream)
                 try:  # the one exchange about it in a step: a signal from here on waits for the next
@@ -141,16 +151,16 @@ class Loop:
                     self.before_update(step)
                     self.after_update(step)
 
-    def _stream(self) -> Generator[ViewBatch, None, None]:
-        """Epochs are numbered on from the phases before, so that phases see different crops.
+    def stream(self, step: int, stop: int, source: BatchSource | None = None) -> Generator[ViewBatch, None, None]:
+        """Batches of the run's steps ``step`` to ``stop`` - 1, counted over all phases: each sees different crops.
 
         Dead or hanging loader processes are replaced: a batch is a function of its place, so nothing is lost.
         """
-        step, restarts = self.base + self.first, 0
-        while step < self.base + self.steps:
+        restarts = 0
+        while step < stop:
             epoch, start = divmod(step, self.loader.steps_per_epoch)
             try:
-                for batch in self.loader.epoch(epoch, start):
+                for batch in (source or self.loader).epoch(epoch, start):
                     yield batch
                     step, restarts = step + 1, 0
             except WorkerError as error:

@@ -156,6 +156,8 @@ class RefineRecipe(Recipe):
     refinement: Phase = Phase(epochs=30, base_lr=4e-4, top_k=20, layer_decay=0.65)
     frozen_blocks: NonNegativeInt = 0  # stem and first blocks stay as they are
     freeze_below: NonNegativeFloat = 0.0  # freezes also the first blocks whose layer-decay scale is below; 0: none
+    # So many epochs of views are cut, and their frozen features kept; later epochs draw from them. 0: always new views.
+    view_pool: NonNegativeInt = 0
     # Memory; none changes what a step computes.
     micro_batch: PositiveInt | None = None  # images a process holds activations of at a time; None: its whole batch
     kept_graphs: NonNegativeInt = 0  # micro-batches (of views of one size) that need no second pass, if memory allows

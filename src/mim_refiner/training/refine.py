@@ -17,6 +17,7 @@ from torch import Tensor
 from mim_refiner.core.collectives import average_gradients, is_distributed, process_rows, use_rows
 from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.layer_decay import layer_decay_scales, negligible_blocks
+from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
 from mim_refiner.core.run import Run
 from mim_refiner.data.domain import DomainSpec
@@ -30,9 +31,10 @@ from mim_refiner.models.positions import check_image_size
 from mim_refiner.models.refiner import Refiner, RefinerOutput
 from mim_refiner.training.cached import cached_forward_backward, refuse_batch_dependent
 from mim_refiner.training.guard import FeatureProbe, Guard
-from mim_refiner.training.loop import Loop, Monitor
+from mim_refiner.training.loop import Loop, Monitor, step_generator
 from mim_refiner.training.recipe import RefineRecipe, Views
 from mim_refiner.training.state import RunFolder
+from mim_refiner.training.view_pool import ViewPool, make_pool
 from mim_refiner.types import ImageSize, height_width, side_or_pair
 
 WARMUP, REFINEMENT = 0, 1  # numbers of the phases
@@ -198,27 +200,32 @@ def train(refinement: Refinement, folder: RunFolder, monitor: Monitor | None = N
     recipe, loader, run = refinement.recipe, refinement.loader, refinement.run
     modules = {"model": refinement.refiner, "ema": refinement.ema}
     guard = make_guard(refinement, folder, monitor) if recipe.guard.enabled else None
+    pool = make_pool(recipe, loader, run.seed)
     with Loop(folder, run, recipe, loader, modules, monitor, guard) as loop:
         while not loop.finished:
             try:
                 loop.resume()
                 for number in range(loop.position.phase, REFINEMENT + 1):
-                    train_phase(refinement, loop, number)
+                    train_phase(refinement, loop, number, pool)
                 loop.finish()
             except NonFiniteLossError as error:
                 loop.leave_out(error)
 
 
-def train_phase(refinement: Refinement, loop: Loop, number: int) -> None:
-    """Head warm-up (number 0) or refinement (1), step by step."""
+def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool | None = None) -> None:
+    """Head warm-up (number 0) or refinement (1), step by step; on frozen features where a pool has them."""
     recipe, refiner = refinement.recipe, refinement.refiner
+    if pool and (number == WARMUP or recipe.frozen_blocks):
+        fill(pool, refinement, loop)
+    else:
+        pool = None
     if number == WARMUP:
         optimizer = begin_warmup(refinement)
         loop.begin(WARMUP, "warmup", recipe.warmup, optimizer, moves_encoder=False)
     else:
         optimizer = begin_refinement(refinement)
         loop.begin(REFINEMENT, "refinement", recipe.refinement, optimizer)
-    with closing(loop.batches()) as batches:
+    with closing(loop.batches(pool)) as batches:
         for step, batch in batches:
             generator = loop.generator(step)  # of all the step's draws
             optimizer.zero_grad(set_to_none=True)
@@ -233,6 +240,28 @@ def train_phase(refinement: Refinement, loop: Loop, number: int) -> None:
             if number == REFINEMENT:
                 refinement.ema.update(refiner.backbone, recipe.ema_decay)
             loop.after_update(step)
+
+
+def fill(pool: ViewPool, refinement: Refinement, loop: Loop) -> None:
+    """Compute the frozen features of the views that the first epochs show; nothing where the pool has them.
+
+    As in the warm-up, random layers rest.
+    """
+    if pool.full:
+        return
+    recipe, refiner, run = refinement.recipe, refinement.refiner, refinement.run
+    warmup, part = recipe.warmup.epochs * pool.steps_per_epoch, recipe.micro_batch or recipe.batch_size
+    run.reporter.phase("view pool", pool.steps)
+    with evaluation_mode(refiner.backbone), closing(loop.stream(0, pool.steps)) as batches:
+        for number, batch in enumerate(batches):
+            place = (WARMUP, number) if number < warmup else (REFINEMENT, number - warmup)
+            views, sample_ids = make_views(refinement, batch, step_generator(run.seed, *place))
+            parts = zip(*(view.split(part) for view in views), strict=True)
+            with run.autocast():
+                features = zip(*(refiner.frozen_features(images) for images in parts), strict=True)
+                pool.add([torch.cat(of_view) for of_view in features], sample_ids)
+            loop.stop_if_asked()
+            run.reporter.update(number + 1, {})
 
 
 def begin_warmup(refinement: Refinement) -> torch.optim.Optimizer:
@@ -262,9 +291,14 @@ def begin_refinement(refinement: Refinement) -> torch.optim.Optimizer:
 def make_views(refinement: Refinement, batch: ViewBatch, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
     """The batch on the device: views [B, C, h, w] in new colours, normalised, and sample numbers [B].
 
-    Photometrics are drawn for the images of all processes, of which these are some rows.
+    Photometrics are drawn for the images of all processes, of which these are some rows. Features of a pool stay as
+    they are; what a step draws after them is what it draws without a pool.
     """
     rows, device = process_rows(len(batch.sample_ids)), refinement.run.device
+    if batch.views[0].is_floating_point():
+        for photometric in refinement.photometrics:
+            photometric.draw(rows.total, generator)
+        return batch.views, batch.sample_ids.to(device, non_blocking=True)
     views = augment(batch.views, refinement.photometrics, generator, device, rows)
     return views, batch.sample_ids.to(device, non_blocking=True)
 
