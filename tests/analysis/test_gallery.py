@@ -18,10 +18,10 @@ from mim_refiner.analysis.gallery import (
     make_gallery,
     neighbor_lists,
 )
-from mim_refiner.analysis.thumbnails import thumbnail_sheet
 from mim_refiner.core.metrics import standardized
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
+from mim_refiner.data.thumbnails import thumbnail_sheet
 from mim_refiner.errors import DataError
 from mim_refiner.models.backbone import Backbone, create_vit
 

@@ -20,13 +20,13 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from mim_refiner._version import __version__
-from mim_refiner.analysis.thumbnails import encode, thumbnail_sheet
 from mim_refiner.core.metrics import standardized
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
+from mim_refiner.data.thumbnails import encode, thumbnail_sheet
 from mim_refiner.errors import DataError
 from mim_refiner.evaluation.features import extract_features, own_image_size
 from mim_refiner.models.backbone import Backbone

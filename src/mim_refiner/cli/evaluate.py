@@ -42,8 +42,8 @@ ProtocolsOption = Annotated[
     typer.Option(
         "--protocols",
         metavar="NAMES",
-        help="Comma-separated: knn, linear, low_shot, clustering, rank, finetune, long_tail, robustness, segmentation. "
-        "Default: knn,linear,clustering.",
+        help="Comma-separated: knn, linear, attentive, low_shot, clustering, rank, finetune, long_tail, robustness, "
+        "segmentation. Default: knn,linear,clustering.",
     ),
 ]
 BlocksOption = Annotated[

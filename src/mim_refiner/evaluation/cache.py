@@ -106,6 +106,14 @@ class FeatureCache:
         name = hashlib.sha256(text.encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
+    def made_folder(self) -> Path | None:
+        """The folder for large files of a moment, made if need be; None where it cannot be."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return None
+        return self.folder if os.access(self.folder, os.W_OK) else None
+
     def total_bytes(self) -> int:
         """Size of all entries, of this and of other runs."""
         return sum(size for _, size, _ in self._entries())

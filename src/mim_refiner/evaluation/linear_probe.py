@@ -113,7 +113,7 @@ def probe_sets(
     on_test = _correct(grid, layout, test, torch.arange(len(test)), test_y)
     on_held_out = _correct(grid, layout, train, held, labels) if len(held) else None
     return {
-        feature_set: _score(
+        feature_set: score_rates(
             on_test[:, number], None if on_held_out is None else on_held_out[:, number], settings.learning_rates
         )
         for number, feature_set in enumerate(sets)
@@ -306,7 +306,7 @@ def _correct(grid: ProbeGrid, layout: Layout, features: Features, rows: Tensor, 
     return torch.cat([grid.predict(take(part)) == labels[rows[part]][:, None, None] for part in parts])
 
 
-def _score(on_test: Tensor, on_held_out: Tensor | None, rates: Sequence[float]) -> LinearProbeScore:
+def score_rates(on_test: Tensor, on_held_out: Tensor | None, rates: Sequence[float]) -> LinearProbeScore:
     """Pick columns of [N, R] booleans; among equals the smallest rate wins."""
     accuracy = on_test.float().mean(0)
     best = int(np.argmax(accuracy.numpy()))

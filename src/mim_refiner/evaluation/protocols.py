@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ def linear(job: Job) -> list[Result]:
     )
     results = []
     for feature_set in sets:
-        for suffix, accuracy, shown in _selections(job, scores[feature_set]):
+        for suffix, accuracy, shown in selections(scores[feature_set], dataclasses.asdict(settings)):
             blocks = sorted({key[0] for key in feature_set})
             name = f"linear_top1{f'_last{len(blocks)}' if len(blocks) > 1 else ''}{suffix}"
             key = blocks[-1], "+".join(dict.fromkeys(key[1] for key in feature_set))
@@ -132,9 +132,11 @@ def _concatenates(job: Job) -> bool:
     return settings.last > 1 or (settings.concatenate and len(job.poolings) > 1)
 
 
-def _selections(job: Job, score: LinearProbeScore) -> Iterator[tuple[str, AccuracyScore, dict[str, Any]]]:
+def selections(
+    score: LinearProbeScore, settings: Mapping[str, Any]
+) -> Iterator[tuple[str, AccuracyScore, dict[str, Any]]]:
     """("_best" and "", accuracy, settings): the paper's selection on the test set, and the honest one."""
-    options = {**dataclasses.asdict(job.settings.linear), "accuracy_by_rate": score.by_rate}
+    options = {**settings, "accuracy_by_rate": score.by_rate}
     yield "_best", score.best, {**options, "selection": "best on test", "selected_rate": score.best_rate}
     if score.selected is not None:
         chosen = {"selection": "best on a held-out part of train", "selected_rate": score.selected_rate}
@@ -147,14 +149,15 @@ def _grid_results(job: Job, scores: dict[FeatureSet, LinearProbeScore]) -> list[
 
     def one(feature_set: FeatureSet, metric: str, accuracy: AccuracyScore, shown: dict[str, Any]) -> Result:
         blocks, poolings = sorted({key[0] for key in feature_set}), dict.fromkeys(key[1] for key in feature_set)
-        options = {**shown, "probes": probes, "blocks": blocks, "chosen_pooling": "+".join(poolings)}
-        return _accuracy(job, "linear", metric, (blocks[-1], "grid"), accuracy, options)
+        shown = {**shown, "probes": probes, "blocks": blocks, "chosen_pooling": "+".join(poolings)}
+        return _accuracy(job, "linear", metric, (blocks[-1], "grid"), accuracy, shown)
 
     best = max(scores, key=lambda feature_set: scores[feature_set].best.accuracy)
-    (_, accuracy, shown), *_ = _selections(job, scores[best])
+    options = dataclasses.asdict(job.settings.linear)
+    (_, accuracy, shown), *_ = selections(scores[best], options)
     results = [one(best, "linear_top1_grid_best", accuracy, shown)]
     chosen = max(scores, key=lambda feature_set: scores[feature_set].held_out_accuracy or 0.0)
-    for suffix, accuracy, shown in _selections(job, scores[chosen]):
+    for suffix, accuracy, shown in selections(scores[chosen], options):
         if not suffix:
             results.append(one(chosen, "linear_top1_grid", accuracy, shown))
     return results

@@ -1,23 +1,100 @@
-"""The protocols that go back to the images: fine-tuning, long-tailed training, robustness, segmentation."""
+"""The protocols that go back to the images: attentive probes, fine-tuning, long tail, robustness, segmentation."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from mim_refiner.data.thumbnails import encode, thumbnail_sheet
+from mim_refiner.evaluation.attentive import AttentiveScore, Blocks, alike, attentive_protocol, mixture_blocks
 from mim_refiner.evaluation.features import Features
 from mim_refiner.evaluation.finetune import finetune, share_of
 from mim_refiner.evaluation.jobs import Job
 from mim_refiner.evaluation.knn import AccuracyScore, knn_protocol
 from mim_refiner.evaluation.linear_probe import linear_probe
 from mim_refiner.evaluation.long_tail import class_groups, group_accuracies, imbalanced_subset
+from mim_refiner.evaluation.protocols import selections
 from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.robustness import classifiers, corrupted, score_sets
 from mim_refiner.evaluation.segmentation import SegmentationScore, SegmentationSettings
+from mim_refiner.types import height_width
+
+SHOWN_QUERIES = 3  # of a probe with several, beside their mean
+
+
+def attentive(job: Job) -> list[Result]:
+    """Probes that attend to the patch tokens of every block to report, and of a learned mixture of blocks."""
+    settings, size = job.settings.attentive, job.settings.image_size
+    assert size is not None
+    sources: list[Blocks] = [(block,) for block in job.blocks]
+    mixture = mixture_blocks(job.backbone.info.depth, settings.mixture) if settings.mixture else ()
+    if len(mixture) > 1 and alike(job.backbone, mixture):
+        sources.append(mixture)
+    scores = attentive_protocol(
+        job.backbone,
+        job.labelled(job.train, job.train_images),
+        job.labelled(job.test, job.test_images),
+        sources,
+        settings,
+        image_size=size,
+        batch_size=job.settings.batch_size,
+        run=job.run,
+        folder=job.cache.made_folder() if job.cache else None,
+    )
+    results = []
+    for (blocks, pooler), score in scores.items():
+        facts = {"blocks": list(blocks), "block_weights": score.weights, "queries": score.queries}
+        facts["parameters"] = score.parameters
+        options = {**dataclasses.asdict(settings), **facts}
+        for suffix, accuracy, shown in selections(score.accuracy, options):
+            name = f"attentive_top1{'_mixture' if len(blocks) > 1 else ''}{suffix}"
+            results.append(job.result("attentive", name, (blocks[-1], pooler), accuracy.accuracy, ci95=accuracy.ci95,
+                                      correct=accuracy.correct, settings=shown))  # fmt: skip
+    results[0] = dataclasses.replace(results[0], record=_attention(job, scores))
+    return results
+
+
+def _attention(job: Job, scores: Mapping[tuple[Blocks, str], AttentiveScore]) -> dict[str, Any] | None:
+    """What the report draws: where the probes look in the first test images, each map as bright as its maximum."""
+    rows = job.test.indices[: job.settings.attentive.maps].tolist()
+    if not rows:
+        return None
+    probes = []
+    for (blocks, pooler), score in scores.items():
+        maps = score.attention[:, :, job.settings.attentive.class_token and job.backbone.info.has_cls :]
+        grid = _grid(job, maps.shape[2])
+        several = score.queries > 1
+        named = {f"mean of {score.queries} queries" if several else "its query": maps.mean(1)}
+        named |= {f"query {number + 1}": maps[:, number] for number in range(SHOWN_QUERIES * several)}
+        shown = [{"name": name, "png": [_picture(each, grid) for each in found]} for name, found in named.items()]
+        place = f"block {blocks[0]}" if len(blocks) == 1 else f"mixture of blocks {', '.join(map(str, blocks))}"
+        probes.append({"name": f"{pooler}, {place}", "top1": score.accuracy.best.accuracy, "grid": grid, "maps": shown})
+    images = job.test_images
+    return {
+        "kind": "attention",
+        "images": [{"name": images.source.name(row), "jpeg": thumbnail_sheet(images, [row])["jpeg"]} for row in rows],
+        "probes": probes,
+    }
+
+
+def _grid(job: Job, patches: int) -> tuple[int, int]:
+    """Rows and columns of the patches; hierarchical encoders end on a coarser grid."""
+    sides, patch = height_width(job.settings.image_size or 0), job.backbone.info.patch_size
+    height, width = sides[0] // patch[0], sides[1] // patch[1]
+    if height * width == patches:
+        return height, width
+    side = math.isqrt(patches)
+    return side, patches // side
+
+
+def _picture(attention: np.ndarray[Any, Any], grid: tuple[int, int]) -> str:
+    shades = (255 * attention / max(float(attention.max()), 1e-12)).astype(np.uint8).reshape(*grid, 1)
+    return encode(shades.repeat(3, axis=2), "PNG")
 
 
 def finetuning(job: Job) -> list[Result]:

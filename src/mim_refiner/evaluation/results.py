@@ -22,6 +22,7 @@ class Result:
     ``ci95`` is None for metrics without a sampling interval (rank, NMI, ARI ...). What allows paired comparisons stays
     out of the JSON: ``correct`` per test image in test order, [N], or [draws, N] when several training sets were drawn
     (shares where an image was judged several times), and ``confusions``, pixel counts per test image [N, C, C].
+    ``record``: what the report draws of the protocol, a file of its own.
     """
 
     protocol: str
@@ -38,6 +39,7 @@ class Result:
     version: str = __version__
     correct: NDArray[Any] | None = field(default=None, repr=False, compare=False)
     confusions: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
+    record: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:

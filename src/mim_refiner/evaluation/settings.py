@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mim_refiner.errors import InputError, did_you_mean
+from mim_refiner.evaluation.attentive import AttentiveSettings
 from mim_refiner.evaluation.finetune import FinetuneSettings
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings
 from mim_refiner.evaluation.long_tail import LongTailSettings
@@ -34,6 +35,7 @@ class EvaluationSettings:
     knn_last: int = 4  # also the concatenation of so many last blocks; 0 or 1: not
     cluster_seeds: int = 100
     linear: LinearProbeSettings = field(default_factory=LinearProbeSettings)
+    attentive: AttentiveSettings = field(default_factory=AttentiveSettings)
     low_shot: LowShotSettings = field(default_factory=LowShotSettings)
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     long_tail: LongTailSettings = field(default_factory=LongTailSettings)
@@ -116,7 +118,7 @@ def _parse(key: str, text: str, default: Any) -> Any:
         parsed = value if isinstance(value, str) else None
     else:
         lowest = 1 if default is None or default > 0 else default
-        may_be_zero = key in ("knn_last", "linear.last")
+        may_be_zero = key in ("knn_last", "linear.last", "attentive.mixture", "attentive.maps")
         parsed = value if type(value) is int and (0 if may_be_zero else lowest) <= value <= LARGEST else None
     if parsed is not None:
         return parsed

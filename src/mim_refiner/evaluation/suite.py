@@ -21,6 +21,7 @@ from mim_refiner.data.source_base import ImageSource
 from mim_refiner.errors import DataError, InputError, did_you_mean
 from mim_refiner.evaluation import protocols as frozen
 from mim_refiner.evaluation import protocols_images as retrained
+from mim_refiner.evaluation.attentive import check_attentive
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import Features, own_image_size, resolve_blocks, resolve_poolings
 from mim_refiner.evaluation.finetune import check_finetune
@@ -39,6 +40,7 @@ from mim_refiner.models.backbone import Backbone
 RUNNERS: dict[str, Callable[[Job], list[Result]]] = {
     "knn": frozen.knn,
     "linear": frozen.linear,
+    "attentive": retrained.attentive,
     "clustering": frozen.clustering,
     "rank": frozen.rank,
     "low_shot": frozen.low_shot,
@@ -128,6 +130,8 @@ def evaluate_backbone(
     if out_dir is not None:
         for result in results:
             write_json(Path(out_dir) / "evaluation" / f"{name_prefix}{result.name}.json", result.to_json())
+            if result.record is not None:
+                write_json(Path(out_dir) / "evaluation" / f"{name_prefix}{result.protocol}.json", result.record)
     return {result.name: result for result in results}
 
 
@@ -268,6 +272,7 @@ def _check_settings(protocols: Sequence[str], settings: EvaluationSettings, back
     """Raise InputError before any work for settings that would stop a protocol later."""
     checks: dict[str, Callable[[], object]] = {
         "linear": lambda: check_linear(settings.linear),
+        "attentive": lambda: check_attentive(settings.attentive),
         "low_shot": lambda: check_low_shot(settings.low_shot),
         "finetune": lambda: check_finetune(settings.finetune),
         "long_tail": lambda: check_long_tail(settings.long_tail),

@@ -92,6 +92,7 @@ def run_view(run: RunFiles, number: int, *, compact: bool) -> dict[str, Any]:
         "atlases": atlas_tables(run),
         "log_panels": learning_panels(run.metrics, prefix) if run.metrics else [],
         "gallery": gallery_view(next(iter(galleries.values()))) if galleries else None,
+        "attention": {} if compact else run.of_kind("attention"),
         "compact": compact,
         "recipe": dotted(run.recipe),
         "environment": dotted(run.environment),

@@ -1,0 +1,337 @@
+"""Attentive probes: learned queries choose which patch tokens of a frozen encoder to read (arXiv 2506.10178).
+
+Masked image models spread what they know over the patch tokens, where the class token and the mean miss much of it.
+Efficient probing (EP) has M queries of width D. Query m attends to the tokens themselves (no projection of keys), and
+its share of the values, W_m [D, D / (d M)], reads what it found; the M parts side by side go through BatchNorm without
+parameters to a linear classifier. As W_m is linear it is applied after the sum over tokens, which is the same and
+cheaper. ``single`` is the same with one query.
+
+Tokens are normalised to mean 0 and variance 1 each. What an encoder's final norm does beyond that (a scale and a shift)
+the probe can learn itself. A mixture reads the softmax-weighted sum of several blocks' tokens, weights learned.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mim_refiner.core.modules import evaluation_mode
+from mim_refiner.core.optim import adamw, set_learning_rate
+from mim_refiner.core.run import Run
+from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
+from mim_refiner.data.loaders import eval_batches
+from mim_refiner.data.photometric import normalize
+from mim_refiner.errors import DataError, InputError
+from mim_refiner.evaluation.finetune import LabelledRows
+from mim_refiner.evaluation.linear_probe import LinearProbeScore, score_rates
+from mim_refiner.evaluation.splits import stratified_split
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.types import ImageSize
+
+POOLERS = ("ep", "single")
+Blocks = tuple[int, ...]  # whose tokens a probe reads; more than one: a mixture
+Tokens = Mapping[int, Tensor]  # by block, normalised [B, N, D]
+
+
+@dataclass(frozen=True)
+class AttentiveSettings:
+    """``queries`` M and ``value_divisor`` d (values are D / d wide) as published; M is lowered to what divides D / d.
+
+    AdamW trains every probe at every one of ``learning_rates`` (for 256 images a step) on tokens computed once, from
+    centre crops, that lie in float16 on the disk. ``mixture``: of so many blocks, evenly spaced to the last; 0: none.
+    ``class_token`` lets the queries read it too. ``held_out`` as for the linear probe. ``maps``: test images whose
+    attention is kept.
+    """
+
+    learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    poolers: Sequence[str] = POOLERS
+    queries: int = 32
+    value_divisor: int = 1
+    mixture: int = 4
+    class_token: bool = False
+    epochs: int = 30
+    batch_size: int = 256
+    weight_decay: float = 0.0
+    warmup: float = 0.1  # share of all steps
+    end_rate: float = 1e-6
+    query_std: float = 0.02
+    init_std: float = 0.01
+    held_out: float = 0.1
+    maps: int = 8
+
+
+@dataclass(frozen=True)
+class AttentiveScore:
+    """One probe's accuracies, and how its chosen rate reads an image."""
+
+    accuracy: LinearProbeScore
+    queries: int
+    parameters: int  # of one rate's probe, classifier included
+    weights: tuple[float, ...]  # of the blocks
+    attention: NDArray[np.float32]  # [maps, M, N]; rows sum to 1
+
+
+class AttentiveProbe(nn.Module):
+    """R probes, one a learning rate, on tokens [B, N, D] of one block or of several; all have the same start."""
+
+    def __init__(
+        self, blocks: Blocks, dim: int, num_classes: int, queries: int, settings: AttentiveSettings, seed: int
+    ) -> None:
+        super().__init__()
+        width = dim // settings.value_divisor
+        self.blocks, self.queries, self.scale = blocks, math.gcd(queries, width), dim**-0.5
+        generator = torch.Generator().manual_seed(seed)
+        bound = dim**-0.5  # as torch draws the weights of a linear layer
+        start = {
+            "query": torch.randn(self.queries, dim, generator=generator) * settings.query_std,
+            "value": (2 * torch.rand(self.queries, dim, width // self.queries, generator=generator) - 1) * bound,
+            "weight": torch.randn(width, num_classes, generator=generator) * settings.init_std,
+            "bias": torch.zeros(num_classes),
+            "mix": torch.zeros(len(blocks)),
+        }
+        self.rates = nn.ModuleList(
+            nn.ParameterDict({name: nn.Parameter(value.clone()) for name, value in start.items()})
+            for _ in settings.learning_rates
+        )
+        self.norm = nn.BatchNorm1d(len(self.rates) * width, affine=False, eps=1e-6)
+
+    def stacked(self, name: str) -> Tensor:
+        """One parameter of all rates, [R, ...]."""
+        return torch.stack([rate[name] for rate in self.rates])  # type: ignore[index]
+
+    def attend(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Attention [B, R, M, N] and what the queries found [B, R, M, D]."""
+        query = self.stacked("query") * self.scale
+        if len(self.blocks) == 1:
+            [x] = (tokens[block] for block in self.blocks)
+            attention = torch.einsum("bnd,rmd->brmn", x, query).softmax(-1)
+            return attention, torch.einsum("brmn,bnd->brmd", attention, x)
+        several = torch.stack([tokens[block] for block in self.blocks])
+        mixed = torch.einsum("rl,lbnd->brnd", self.stacked("mix").softmax(-1), several)
+        attention = torch.einsum("brnd,rmd->brmn", mixed, query).softmax(-1)
+        return attention, attention @ mixed
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Logits [B, R, C]."""
+        _, found = self.attend(tokens)
+        read = torch.einsum("brmd,rmde->brme", found, self.stacked("value")).flatten(2)
+        normed = self.norm(read.flatten(1)).view_as(read)
+        return torch.einsum("bre,rec->brc", normed, self.stacked("weight")) + self.stacked("bias")
+
+
+def attentive_protocol(
+    backbone: Backbone,
+    train: LabelledRows,
+    test: LabelledRows,
+    sources: Sequence[Blocks],
+    settings: AttentiveSettings | None = None,
+    *,
+    image_size: ImageSize,
+    batch_size: int = 256,
+    run: Run | None = None,
+    folder: Path | None = None,
+) -> dict[tuple[Blocks, str], AttentiveScore]:
+    """Train every pooler on each of ``sources`` at every rate in one pass, and score them on ``test``.
+
+    The tokens of the training images wait in ``folder`` (None: the system's temporary one) and are removed at the end;
+    those of the test images are read once and never stored. Raises InputError for unusable settings or a full disk.
+    """
+    settings, run = settings or AttentiveSettings(), run or Run()
+    check_attentive(settings)
+    encode = _Encoder(backbone, sorted({block for blocks in sources for block in blocks}), settings.class_token,
+                      image_size, batch_size, run)  # fmt: skip
+    kept, held = np.arange(len(train.rows)), np.arange(0)
+    if settings.held_out > 0:
+        kept, held = stratified_split(train.labels, settings.held_out, run.seed)
+    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    labels = torch.from_numpy(train.labels)
+    with tempfile.TemporaryDirectory(prefix="mim-refiner-tokens-", dir=folder) as place:
+        store = _stored(encode, train, Path(place))
+        probes = {}
+        for blocks in sources:
+            for pooler in settings.poolers:
+                dim, queries = store[blocks[0]].shape[2], settings.queries if pooler == "ep" else 1
+                if dim % settings.value_divisor:
+                    raise InputError(
+                        f"attentive.value_divisor {settings.value_divisor} does not divide the width {dim}"
+                    )
+                made = AttentiveProbe(blocks, dim, classes, queries, settings, run.seed)
+                probes[blocks, pooler] = made.to(run.device)
+        _fit(list(probes.values()), store, kept, labels, settings, run)
+        on_held = _hits(probes.values(), _batches(store, held, settings.batch_size, run.device), labels[held])
+    attention: list[list[Tensor]] = [[] for _ in probes]
+    on_test = _hits(probes.values(), encode(test), torch.from_numpy(test.labels), attention, settings.maps)
+    scores = {}
+    for number, (key, probe) in enumerate(probes.items()):
+        score = score_rates(on_test[number], on_held[number] if len(held) else None, settings.learning_rates)
+        rate = list(settings.learning_rates).index(score.selected_rate or score.best_rate)
+        maps = torch.cat(attention[number])[:, rate] if attention[number] else torch.empty(0)
+        parts = dict(probe.rates[rate].items())  # type: ignore[operator]
+        scores[key] = AttentiveScore(
+            score,
+            probe.queries,
+            sum(part.numel() for name, part in parts.items() if name != "mix" or len(probe.blocks) > 1),
+            tuple(parts["mix"].softmax(0).tolist()),
+            maps.float().cpu().numpy(),
+        )
+    return scores
+
+
+def mixture_blocks(depth: int, count: int) -> Blocks:
+    """``count`` block numbers, evenly spaced, the last one among them: 2, 5, 8, 11 of 12."""
+    count = min(count, depth)
+    return tuple(depth * (number + 1) // count - 1 for number in range(count))
+
+
+def alike(backbone: Backbone, blocks: Blocks) -> bool:
+    """Whether tokens of these blocks can be mixed: hierarchical encoders change width and number on the way."""
+    return len({backbone.block_dims[block] for block in blocks}) == 1
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Gives the normalised tokens of images, batch by batch."""
+
+    backbone: Backbone
+    blocks: Sequence[int]
+    class_token: bool
+    image_size: ImageSize
+    batch_size: int
+    run: Run
+
+    def __call__(self, of: LabelledRows) -> Iterator[Tokens]:
+        info, device = self.backbone.info, self.run.device
+        self.backbone.to(device)
+        self.run.reporter.phase(f"attentive: tokens of {len(of.rows)} images", len(of.rows))
+        seen = 0
+        with evaluation_mode(self.backbone), torch.inference_mode():
+            for batch, positions in eval_batches(of.images, self.image_size, self.batch_size, indices=of.rows):
+                inputs = normalize(batch.to(device, non_blocking=True), info.mean, info.std)
+                with self.run.autocast():
+                    outputs = self.backbone.forward_blocks(inputs, self.blocks)
+                tokens = {}
+                for block, output in zip(self.blocks, outputs, strict=True):
+                    x = output.patches
+                    if self.class_token and output.cls is not None:
+                        x = torch.cat([output.cls[:, None], x], dim=1)
+                    tokens[block] = F.layer_norm(x.float(), x.shape[-1:])
+                seen += len(positions)
+                self.run.reporter.update(seen, {})
+                yield tokens
+        if seen != len(of.rows):
+            raise DataError(f"{of.images.description}: {len(of.rows) - seen} images became unreadable; run again")
+
+
+def _stored(encode: _Encoder, of: LabelledRows, place: Path) -> dict[int, NDArray[np.float16]]:
+    """Tokens of all images by block, float16 [images, N, D], in files that are mapped into memory."""
+    store: dict[int, NDArray[np.float16]] = {}
+    done = 0
+    for tokens in encode(of):
+        if not store:
+            shapes = {block: (len(of.rows), *x.shape[1:]) for block, x in tokens.items()}
+            needed, free = 2 * sum(map(math.prod, shapes.values())), shutil.disk_usage(place).free
+            if needed > free:
+                raise InputError(
+                    f"attentive: the tokens need {needed / 1e9:.1f} GB in {place.parent}, which has {free / 1e9:.1f} "
+                    "GB free; name fewer --blocks, lower attentive.mixture, or give another --cache folder"
+                )
+            store = {block: np.lib.format.open_memmap(place / f"{block}.npy", "w+", np.float16, shape)
+                     for block, shape in shapes.items()}  # fmt: skip
+        for block, x in tokens.items():
+            store[block][done : done + len(x)] = x.half().cpu().numpy()
+        done += len(x)
+    return store
+
+
+def _batches(
+    store: Mapping[int, NDArray[np.float16]], rows: NDArray[np.int64], size: int, device: torch.device
+) -> Iterator[Tokens]:
+    for start in range(0, len(rows), size):
+        yield _taken(store, rows[start : start + size], device)
+
+
+def _taken(store: Mapping[int, NDArray[np.float16]], rows: NDArray[np.int64], device: torch.device) -> Tokens:
+    return {block: torch.from_numpy(values[rows]).to(device).float() for block, values in store.items()}
+
+
+def _fit(
+    probes: Sequence[AttentiveProbe],
+    store: Mapping[int, NDArray[np.float16]],
+    kept: NDArray[np.int64],
+    labels: Tensor,
+    settings: AttentiveSettings,
+    run: Run,
+) -> None:
+    """AdamW on the sum of all cross-entropies: no two probes share a weight, so each trains as if alone."""
+    groups: list[dict[str, Any]] = [
+        {"params": list(of_rate.parameters()), "lr_scale": rate, "weight_decay": settings.weight_decay}
+        for probe in probes
+        for of_rate, rate in zip(probe.rates, settings.learning_rates, strict=True)
+    ]
+    optimizer = adamw(groups, (0.9, 0.999))
+    size = min(settings.batch_size, len(kept))
+    steps = len(kept) // size
+    total, generator = settings.epochs * steps, torch.Generator().manual_seed(run.seed)
+    run.reporter.phase("attentive: training the probes", total)
+    for step in range(total):
+        if step % steps == 0:
+            order = kept[torch.randperm(len(kept), generator=generator).numpy()]
+        rows = np.sort(order[step % steps * size :][:size])  # in the order of the file
+        tokens, y = _taken(store, rows, run.device), labels[rows].to(run.device)
+        set_learning_rate(optimizer, warmup_cosine(
+            step, total_steps=total, warmup_steps=round(settings.warmup * total), peak=peak_learning_rate(1.0, size),
+            end=settings.end_rate,
+        ))  # fmt: skip
+        optimizer.zero_grad(set_to_none=True)
+        for probe in probes:  # one after the other, so that one graph is held at a time
+            logits = probe(tokens)
+            loss = F.cross_entropy(logits.transpose(1, 2), y[:, None].expand(logits.shape[:2]), reduction="sum")
+            (loss / size).backward()
+        optimizer.step()
+        run.reporter.update(step + 1, {})
+
+
+@torch.no_grad()
+def _hits(
+    probes: Any, batches: Iterator[Tokens], labels: Tensor, attention: list[list[Tensor]] | None = None, maps: int = 0
+) -> list[Tensor]:
+    """Whether each rate of each probe is right, a bool [N, R] a probe; ``attention`` collects the first ``maps``."""
+    probes = list(probes)
+    found: list[list[Tensor]] = [[] for _ in probes]
+    done = 0
+    for tokens in batches:
+        count = len(next(iter(tokens.values())))
+        for number, probe in enumerate(probes):
+            hits = probe.eval()(tokens).argmax(2).cpu() == labels[done : done + count, None]
+            found[number].append(hits)
+            if attention is not None and done < maps:
+                attention[number].append(probe.attend(tokens)[0][: maps - done])
+        done += count
+    return [torch.cat(parts) if parts else torch.empty(0, 0) for parts in found]
+
+
+def check_attentive(settings: AttentiveSettings) -> None:
+    """Raise InputError for settings that mean nothing."""
+    rates, unknown = list(settings.learning_rates), set(settings.poolers) - set(POOLERS)
+    if not rates or sorted(rates) != rates or rates[0] <= 0:
+        raise InputError(f"attentive.learning_rates must be positive and ascending, got {rates}")
+    if unknown or not settings.poolers:
+        raise InputError(f"attentive.poolers {list(settings.poolers)}: use {' and '.join(POOLERS)}, or one of them")
+    if not 0 <= settings.held_out < 1 or not 0 <= settings.warmup <= 1:
+        raise InputError(f"attentive: held_out {settings.held_out} and warmup {settings.warmup} must be shares below 1")
+    if settings.batch_size < 2:
+        raise InputError(f"attentive.batch_size {settings.batch_size}: BatchNorm needs 2 images or more")
+    negative = [name for name in ("weight_decay", "end_rate", "query_std", "init_std") if getattr(settings, name) < 0]
+    if negative:
+        raise InputError(f"attentive.{negative[0]} must not be negative")
