@@ -1,7 +1,7 @@
 """Make what the demo embeds: a CIFAR-10 subset, and two encoders in half precision with the story of their making.
 
     python scripts/make_demo_assets.py images --train 'cifar10_train-*.parquet' --test cifar10_test.parquet
-    python scripts/make_demo_assets.py weights --name mae --run runs/mae --what "..." --command "..." --date 2026-11-24
+    python scripts/make_demo_assets.py weights --name mae --run runs/mae --what "..." --command "..." --date 2026-11-24 --draws 1500000
 
 The images keep their lossless WebP bytes; an equal number of each class is drawn with a fixed seed.
 """
@@ -50,7 +50,7 @@ def copy_weights(args: argparse.Namespace) -> None:
     save_file(half, target / "model.safetensors", metadata={"format": "pt"})
     record = ASSETS / "weights.json"
     made = json.loads(record.read_text()) if record.exists() else {}
-    made[args.name] = {"what": args.what, "date": args.date, "command": args.command, "seed": 0}
+    made[args.name] = {key: getattr(args, key) for key in ("what", "date", "command", "draws")} | {"seed": 0}
     record.write_text(json.dumps(made, indent=2) + "\n")
     print(f"{target}: {(target / 'model.safetensors').stat().st_size / 1e6:.1f} MB")
 
@@ -64,6 +64,7 @@ def main() -> None:
     weights = parts.add_parser("weights")
     for option in ("name", "run", "what", "command", "date"):
         weights.add_argument(f"--{option}", required=True)
+    weights.add_argument("--draws", type=int, required=True, help="images that the training drew, with repetition")
     args = parser.parse_args()
     ASSETS.mkdir(exist_ok=True)
     if args.part == "images":

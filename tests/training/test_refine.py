@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mim_refiner.errors import NonFiniteLossError
+from mim_refiner.training import loop
 from mim_refiner.training.loop import step_generator
 from mim_refiner.training.metric_log import MetricLog
 from mim_refiner.training.recipe import GuardSettings
@@ -89,6 +90,38 @@ def test_metrics_hold_both_phases_rates_and_every_head(tiny_run: MakeRun, tmp_pa
     assert rates[0] == pytest.approx(peak / 5)  # warm-up of four steps: (i + 1) / (W + 1)
     assert max(rates) == pytest.approx(peak)
     assert rates[-1] < rates[-2] < peak
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "taken"),
+    [
+        (lambda step: 0.9, list(range(12))),  # in time
+        (lambda step: 2.0, [0, 1, 3, 5, 7, 9, 11]),  # twice as slow: every other step
+        (lambda step: 1.0 if step < 6 else 3.0, [0, 1, 2, 3, 4, 5, 6, 8, 11]),  # slows down in mid-run
+    ],
+)
+def test_a_phase_of_limited_time_leaves_steps_out_and_ends_with_its_schedule(
+    tiny_run: MakeRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step_seconds: Callable[[int], float],
+    taken: list[int],
+) -> None:
+    run, now = tiny_run(), [0.0]
+    monkeypatch.setattr(loop, "monotonic", lambda: now[0])
+
+    def turn_the_clock(step: int) -> bool:
+        now[0] += step_seconds(step - 8) if step >= 8 else 0.0
+        return False
+
+    run.spoil = turn_the_clock
+    limited = run.refinement.recipe.refinement.model_copy(update={"max_seconds": 12.0})  # a second a step
+    metrics = run.run(tmp_path / "run", refinement=limited)
+    assert [step - 8 for step in run.steps[8:]] == taken
+    assert run.steps[:8] == list(range(8))  # the warm-up has no limit
+    assert now[0] <= 12 + step_seconds(11)
+    assert [m["total_step"] for m in metrics] == list(range(1, 21))
+    assert metrics[-1]["lr"] == tiny_run().run(tmp_path / "whole")[-1]["lr"]
 
 
 def test_the_queue_carries_from_warmup_into_refinement(tiny_run: MakeRun, tmp_path: Path) -> None:

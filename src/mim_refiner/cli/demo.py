@@ -11,6 +11,9 @@ from mim_refiner.cli.common import DeviceOption, JsonOption, OutOption, QuietOpt
 
 def demo(
     out: OutOption = "demo-out",
+    minutes: Annotated[
+        float, typer.Option("--minutes", metavar="N", help="Time for the demo's own work; more is a better live run.")
+    ] = 4.0,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps only: shows that everything runs.")] = False,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -20,4 +23,4 @@ def demo(
     """Refine a small masked autoencoder on real images in minutes, offline, and compare before and after."""
     from mim_refiner.commands.demo import demo as run
 
-    execute(run, as_json=as_json, quiet=quiet, out=out, smoke=smoke, device=device, seed=seed)
+    execute(run, as_json=as_json, quiet=quiet, out=out, minutes=minutes, smoke=smoke, device=device, seed=seed)

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
+from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.refine import refine_and_compare
+from mim_refiner.commands.time_box import Plan, affordable_test_images, fit, measure, seconds_an_image
+from mim_refiner.core.collectives import decide_on_rank_0
+from mim_refiner.core.device import pick_device, resolve_precision
+from mim_refiner.core.launch import join_processes
+from mim_refiner.core.run import Run
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.sources import open_source
+from mim_refiner.errors import InputError
+from mim_refiner.report.numbers import duration
 from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.training.recipe import RefineRecipe, override
+from mim_refiner.training.recipes import refine_recipe
 
+MINUTES = 4.0
 SMOKE_SETTINGS = ["warmup.epochs=1", "refinement.epochs=1", "warmup.warmup_epochs=0", "refinement.warmup_epochs=0"]
 
 
 def demo(
     *,
     out: str = "demo-out",
+    minutes: float = MINUTES,
     smoke: bool = False,
     device: str = "auto",
     seed: int = 0,
@@ -23,28 +39,75 @@ def demo(
 ) -> dict[str, Any]:
     """Refine the shipped masked autoencoder on the shipped CIFAR-10 subset and compare it with the full refinement.
 
-    ``out`` becomes a run folder as of ``refine``; its summary also has "full", the shipped full refinement.
-    ``smoke``: a few steps on a few images, to see that everything runs. Raises MimRefinerError on bad input.
+    The machine is measured first, and what is done is fitted into ``minutes`` of it. ``out`` becomes a run folder as of
+    ``refine``; its summary also has "full", the shipped full refinement. The same call on the same folder goes on with
+    the plan made there. ``smoke``: a few steps on a few images, to see that everything runs. Raises MimRefinerError on
+    bad input.
     """
-    reporter = reporter or NullReporter()
+    if not 0 < minutes <= 24 * 60:  # NaN neither
+        raise InputError(f"--minutes {minutes}: give the demo some minutes, such as 4 (at most a day)")
+    began, reporter = monotonic(), reporter or NullReporter()
     with as_file(files("mim_refiner") / "assets") as assets:
+        data, test = str(assets / "cifar10_train.parquet"), str(assets / "cifar10_test.parquet")
+        if smoke:
+            data, test = f"{data}[:512]", f"{test}[:256]"
+        images, count = ImageSet(open_source(data)), len(open_source(test))
+        run = Run(join_processes(pick_device(device), reporter), seed=seed)
+        recorded = decide_on_rank_0(lambda: _recipe_of(out))
+        recipe = refine_recipe(recorded or "demo", image_size=32)
+        run = replace(run, precision=resolve_precision(recipe.precision, run.device))
         made = json.loads((assets / "weights.json").read_text())
-        for weights in made.values():
-            reporter.message(f"shipped weights: {weights['what']}; made on {weights['date']} by: {weights['command']}")
-        cut = "[:512]" if smoke else ""
+
+        def seconds_left() -> float:
+            return 60 * minutes - (monotonic() - began)
+
+        def test_limit() -> int:
+            """How many test images there is time for; the machine may be slower than it was before the training."""
+            cost = seconds_an_image(load_backbone(str(assets / "mae")), images, run)
+            return affordable_test_images(seconds_left(), cost, bank=len(images), test=count)
+
+        settings: list[str] = []
+        if recorded:
+            reporter.message(f"going on with the plan of {recorded}")
+        else:
+            costs = measure(str(assets / "mae"), images, recipe, run)
+            plan = fit(seconds_left(), costs, recipe, images=len(images), bank=len(images), test=count)
+            settings = [*plan.settings(), *(SMOKE_SETTINGS if smoke else [])]
+            for line in plan_lines(plan, override(recipe, settings), len(images), made["refined"]["draws"]):
+                reporter.message(line)
         summary = refine_and_compare(
-            data=str(assets / "cifar10_train.parquet") + cut,
+            data=data,
             model=str(assets / "mae"),
             out=out,
-            recipe="demo",
-            eval_data=str(assets / "cifar10_train.parquet") + cut,
-            eval_test=str(assets / "cifar10_test.parquet") + ("[:256]" if smoke else ""),
-            settings=SMOKE_SETTINGS if smoke else [],
+            recipe=recorded or "demo",
+            eval_data=data,
+            eval_test=test,
+            settings=settings,
             device=device,
             seed=seed,
             overwrite=False,
             reporter=reporter,
             others={"full": str(assets / "refined")},
+            test_limit=test_limit,
         )
     reporter.message(f"block curves: {Path(out) / 'block_curves.png'}; the encoder for timm: {Path(out) / 'export'}")
     return summary
+
+
+def plan_lines(plan: Plan, recipe: RefineRecipe, images: int, full_draws: int) -> list[str]:
+    """What the demo is about to do, how long it takes, and how far that is from the full recipe."""
+    steps = (recipe.warmup.epochs + recipe.refinement.epochs) * (images // recipe.batch_size)
+    draws = steps * recipe.batch_size
+    return [
+        f"plan: about {duration(plan.seconds)} from here on: {recipe.warmup.epochs} epochs of head warm-up and "
+        f"{recipe.refinement.epochs} of refinement on {images:,} images, then three encoders compared on "
+        f"{plan.test_images:,} test images",
+        f"the live run draws {draws:,} images, {draws / full_draws:.1%} of the {full_draws:,} of the shipped full "
+        "refinement; --minutes gives it more",
+    ]
+
+
+def _recipe_of(out: str) -> str | None:
+    """The recipe of a run that was begun in the folder, if there is one."""
+    path = Path(out).expanduser() / "recipe.yaml"
+    return str(path) if path.is_file() else None

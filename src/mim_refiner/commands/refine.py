@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from mim_refiner.commands.monitor import OnlineKnn
 from mim_refiner.commands.plan import fit_into
 from mim_refiner.commands.plan import plan as run_plan
 from mim_refiner.commands.report import finish_with_report, write_gallery
+from mim_refiner.core.collectives import from_rank_0
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import join_processes, together
@@ -139,8 +140,12 @@ def refine_and_compare(
     plan: bool = False,
     exclude: str | None = None,
     others: Mapping[str, str] | None = None,
+    test_limit: Callable[[], int] = lambda: SUMMARY_TEST_LIMIT,
 ) -> dict[str, Any]:
-    """Do what :func:`refine` says; ``others`` are further encoders {stage: source} to measure beside."""
+    """Do what :func:`refine` says; ``others`` are further encoders {stage: source} to measure beside.
+
+    ``test_limit`` is asked after the training: on how many test images at most the encoders are to be compared.
+    """
     started = time.perf_counter()
     run = Run(join_processes(pick_device(device), reporter), seed=seed, reporter=reporter)
     torch.manual_seed(seed)  # of tensors that the checkpoint lacks: they are part of what the run is known by
@@ -186,6 +191,8 @@ def refine_and_compare(
     for encoder in stages.values():
         encoder.info = replace(encoder.info, mean=backbone.info.mean, std=backbone.info.std)
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
+    if on.test is not None:
+        on = replace(on, test=thinned(on.test, from_rank_0(test_limit())))
     with results_folder(folder.path) as results:
         described = f"{Path(data).name} ({len(images)} images)"
         summary = conclude(stages, on, chosen, results, described, run)
@@ -276,7 +283,7 @@ def conclude(
         summary = compare(
             stages,
             thinned(on.bank, SUMMARY_TRAIN_LIMIT),
-            None if on.test is None else thinned(on.test, SUMMARY_TEST_LIMIT),
+            on.test,
             pooling=pooling,
             head_blocks=[int(block) for block in recipe.heads.blocks],
             out=out,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
+from time import monotonic
 from typing import Any, Protocol
 
 import numpy as np
@@ -125,6 +126,7 @@ class Loop:
         if self.watched and self.monitor and self.first == 0 and self.watched.needs_start_knn:
             self.watched.note_start_knn(self.monitor()["knn_top1"])
         self.log = MetricLog(self.run.device)
+        self.began, self.left_out = monotonic(), 0
         if self.first:
             self.run.reporter.update(self.first, {})
 
@@ -145,11 +147,29 @@ class Loop:
                     self._save_before(step)
                     raise KeyboardInterrupt
                 assert batch is not None
-                if (self.number, step) not in self.folder.skipped:
+                late = self._late(step)
+                self.left_out += late
+                if not late and (self.number, step) not in self.folder.skipped:
                     yield step, batch
                 else:
                     self.before_update(step)
                     self.after_update(step)
+        if self.left_out:
+            self.run.reporter.message(
+                f"{self.name}: {self.left_out} of {self.steps - self.first} steps were left out to end within "
+                f"{self.phase.max_seconds:.0f} s: the machine is slower than planned"
+            )
+
+    def _late(self, step: int) -> bool:
+        """Whether the phase's time is limited, and this step's share of it has passed when the step would begin.
+
+        Such steps are left out, one here and one there, so that the schedule of the rate comes to its end in time.
+        """
+        limit = self.phase.max_seconds
+        if limit is None:
+            return False
+        ends = self.began + (step + 1 - self.first) * limit / self.steps
+        return decide_on_rank_0(lambda: monotonic() > ends)
 
     def stream(self, step: int, stop: int, source: BatchSource | None = None) -> Generator[ViewBatch, None, None]:
         """Batches of the run's steps ``step`` to ``stop`` - 1, counted over all phases: each sees different crops.

@@ -69,6 +69,7 @@ class Phase(_Settings):
     end_lr: NonNegativeFloat = 1e-6
     top_k: PositiveInt = 1  # neighbours to draw from: 1 in head warm-up, 20 in refinement
     layer_decay: PositiveFloat = 1.0
+    max_seconds: PositiveFloat | None = None  # the phase ends by then: on a slower machine it leaves out some steps
 
 
 class Views(_Settings):

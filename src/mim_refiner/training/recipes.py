@@ -83,7 +83,7 @@ def tiny() -> RefineRecipe:
 
 def demo() -> RefineRecipe:
     """``tiny`` for a few CPU minutes on the demo's 3,000 images."""
-    recipe = tiny().model_copy(update={"name": "demo", "precision": "fast", "knn_every": 3})
+    recipe = tiny().model_copy(update={"name": "demo", "precision": "fast", "knn_every": 0})
     recipe.batch_size = 128
     recipe.heads.queue_size = 2048
     recipe.warmup = Phase(epochs=4, base_lr=2e-3, warmup_epochs=0.5)

@@ -63,7 +63,7 @@ class Position:
 FREE_SETTINGS = {
     "data", "data_images", "exclude", "model",
     "micro_batch", "checkpointing", "shard", "workers", "loader_timeout", "checkpoint_every", "keep_checkpoints",
-    "log_every", "knn_every", "expected", "export_weights",
+    "log_every", "knn_every", "expected", "export_weights", "warmup.max_seconds", "refinement.max_seconds",
 }  # fmt: skip
 FREE_PARTS = ("guard.",)
 

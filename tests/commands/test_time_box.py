@@ -1,0 +1,73 @@
+"""The demo's time: what is planned for fast and slow machines, and measured by a clock that tests turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mim_refiner.commands.demo import demo as demo_verb
+from mim_refiner.commands.demo import plan_lines
+from mim_refiner.commands.time_box import EVALUATION, Costs, Plan, affordable_test_images, fit
+from mim_refiner.errors import InputError
+from mim_refiner.report.numbers import duration
+from mim_refiner.training.recipe import override
+from mim_refiner.training.recipes import demo
+
+FAST, TWO_OLD_CORES, CRAWLING = Costs(0.1, 0.2, 0.0002), Costs(0.4, 1.2, 0.0007), Costs(8.0, 20.0, 0.01)
+
+
+def planned(costs: Costs, seconds: float = 240) -> Plan:
+    return fit(seconds, costs, demo(), images=3000, bank=3000, test=10_000)
+
+
+def training_seconds(plan: Plan, costs: Costs) -> float:
+    steps = 3000 // demo().batch_size
+    return steps * (plan.warmup_epochs * costs.warmup_step + plan.refinement_epochs * costs.refinement_step)
+
+
+@pytest.mark.parametrize("costs", [FAST, TWO_OLD_CORES])
+@pytest.mark.parametrize("seconds", [120, 240, 600])
+def test_what_is_planned_ends_in_time_and_uses_it(costs: Costs, seconds: float) -> None:
+    plan = planned(costs, seconds)
+    evaluation = EVALUATION * costs.image * (3000 + plan.test_images)
+    assert training_seconds(plan, costs) + evaluation <= plan.seconds <= seconds
+    assert plan.warmup_limit + plan.refinement_limit + evaluation <= seconds
+    assert plan.seconds > 0.75 * seconds or plan.refinement_epochs == 100
+
+
+def test_a_faster_machine_or_more_minutes_give_more_epochs_of_both_phases() -> None:
+    slow, more, fast = planned(TWO_OLD_CORES), planned(TWO_OLD_CORES, 600), planned(FAST)
+    assert 1 <= slow.warmup_epochs < more.warmup_epochs <= fast.warmup_epochs
+    assert 1 < slow.refinement_epochs < more.refinement_epochs <= fast.refinement_epochs
+    assert fast.test_images == more.test_images == 10_000
+
+
+def test_a_crawling_machine_does_the_least_and_its_limits_still_hold() -> None:
+    plan = planned(CRAWLING)
+    assert (plan.warmup_epochs, plan.refinement_epochs, plan.test_images) == (1, 1, 2000)
+    assert plan.warmup_limit + plan.refinement_limit == pytest.approx(0.25 * 240)
+    assert training_seconds(plan, CRAWLING) > 240  # so most steps will be left out
+
+
+@pytest.mark.parametrize(("seconds", "images"), [(1, 2000), (60, 7000), (1000, 10_000)])
+def test_test_images_are_cut_before_the_comparison_overruns(seconds: float, images: int) -> None:
+    assert affordable_test_images(seconds, 0.001, bank=3000, test=10_000) == images
+
+
+def test_the_plan_is_said_with_its_distance_from_the_full_recipe() -> None:
+    plan = planned(TWO_OLD_CORES)
+    recipe = override(demo(), plan.settings())
+    draws = (plan.warmup_epochs + plan.refinement_epochs) * 23 * 128
+    first, second = plan_lines(plan, recipe, 3000, 1_600_000)
+    assert f"about {duration(plan.seconds)}" in first
+    assert f"{plan.refinement_epochs} of refinement on 3,000 images" in first
+    assert f"{draws:,} images, {100 * draws / 1_600_000:.1f}% of the 1,600,000" in second
+    assert recipe.refinement.max_seconds == pytest.approx(plan.refinement_limit, abs=0.1)
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf"), 1e6])
+def test_minutes_that_are_none_are_refused_before_anything_is_made(tmp_path: Path, minutes: float) -> None:
+    with pytest.raises(InputError, match="--minutes"):
+        demo_verb(out=str(tmp_path / "out"), minutes=minutes)
+    assert not (tmp_path / "out").exists()
