@@ -1,7 +1,8 @@
 """Make what the demo embeds: a CIFAR-10 subset, and two encoders in half precision with the story of their making.
 
     python scripts/make_demo_assets.py images --train 'cifar10_train-*.parquet' --test cifar10_test.parquet
-    python scripts/make_demo_assets.py weights --name mae --run runs/mae --what "..." --command "..." --date 2026-11-24 --draws 1500000
+    python scripts/make_demo_assets.py weights --name mae --run runs/mae --what "..." --command "..." \\
+        --date 2026-11-24 --draws 1500000
 
 The images keep their lossless WebP bytes; an equal number of each class is drawn with a fixed seed.
 """
