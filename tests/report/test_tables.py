@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import io
+import re
+
 import pytest
 
+from mim_refiner.cli.tables import print_first_screen
 from mim_refiner.report.tables import (
     comparison_rows,
-    comparison_table,
+    demo_sentence,
     latex_table,
     markdown_table,
     results_rows,
+    text_table,
 )
 
 
@@ -17,14 +22,20 @@ def summary():
         "before": {"knn_top1": 0.3, "linear_top1": 0.5, "nmi": None, "rank": 40.0, "knn_by_block": {"cls": [0.1]}},
         "after": {"knn_top1": 0.352, "linear_top1": None, "nmi": None, "rank": 38.5},
         "full": {"knn_top1": 0.55, "linear_top1": 0.7, "nmi": None, "rank": 61.0},
-        "verdict": {"verdict": "better", "reason": "k-NN accuracy rose."},
+        "verdict": {
+            "verdict": "better",
+            "reason": "k-NN accuracy rose.",
+            "knn_difference": 0.052,
+            "ci95": [0.03, 0.074],
+            "full": {"verdict": "better", "knn_difference": 0.25, "ci95": [0.22, 0.28]},
+        },
         "seconds": {"refine": 200.0},
     }
 
 
 def test_rows_show_values_and_differences_to_the_first(summary):
-    header, rows = comparison_rows(summary, {"before": "MAE"})
-    assert header == ["metric", "MAE", "after this run", "after the full recipe"]
+    header, rows = comparison_rows(summary)
+    assert header == ["metric", "start", "live run", "full refinement"]
     assert rows == [
         ["k-NN accuracy (%)", "30.0", "35.2 (+5.2)", "55.0 (+25.0)"],
         ["linear probe accuracy (%)", "50.0", "-", "70.0 (+20.0)"],
@@ -35,7 +46,29 @@ def test_rows_show_values_and_differences_to_the_first(summary):
 def test_two_stages(summary):
     del summary["full"]
     assert comparison_rows(summary)[0] == ["metric", "before", "after this run"]
-    assert len(comparison_table(summary).columns) == 3
+    assert len(text_table(*comparison_rows(summary)).columns) == 3
+    assert demo_sentence({**summary, "verdict": {"verdict": "better", "ci95": [0.1, 0.2]}}) is None
+
+
+@pytest.mark.parametrize(
+    ("word", "ci95", "said"),
+    [("better", [0.03, 0.074], "+5.2 points (95 % interval +3.0 to +7.4): better."),
+     ("no clear change", [-0.01, 0.074],
+      "+5.2 points (95 % interval -1.0 to +7.4): no clear change: the interval holds zero.")],
+)  # fmt: skip
+def test_the_first_screen_of_the_demo_is_one_sentence_and_one_table(summary, word, ci95, said):
+    summary["verdict"] |= {"verdict": word, "ci95": ci95}
+    summary |= {"seconds": {"total": 200.0}, "weights": {"reason": "raw"}, "recommendation": {"reason": "block 9"}}
+    printed = io.StringIO()
+    print_first_screen(summary, printed)
+    sentence, *table = printed.getvalue().splitlines()
+    assert sentence == (
+        f"The live run changed k-NN accuracy by {said} The shipped full refinement changed it by +25.0 points "
+        "(95 % interval +22.0 to +28.0)."
+    )
+    assert [line.split("  ")[0] for line in table] == ["encoder", "start", "live run", "full refinement"]
+    assert re.split(" {2,}", table[-1]) == ["full refinement", "55.0 (+25.0; +22.0 to +28.0)", "70.0 (+20.0)", "-"]
+    assert max(map(len, table)) <= 80
 
 
 @pytest.fixture

@@ -21,6 +21,17 @@ def demo(
     quiet: QuietOption = False,
 ) -> None:
     """Refine a small masked autoencoder on real images in minutes, offline, and compare before and after."""
+    from mim_refiner.cli.tables import print_first_screen
     from mim_refiner.commands.demo import demo as run
 
-    execute(run, as_json=as_json, quiet=quiet, out=out, minutes=minutes, smoke=smoke, device=device, seed=seed)
+    execute(
+        run,
+        as_json=as_json,
+        quiet=quiet,
+        printer=print_first_screen,
+        out=out,
+        minutes=minutes,
+        smoke=smoke,
+        device=device,
+        seed=seed,
+    )

@@ -9,7 +9,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mim_refiner.report.tables import STAGES, comparison_table, left_out_lines, results_rows
+from mim_refiner.report.tables import (
+    STAGES,
+    comparison_rows,
+    demo_rows,
+    demo_sentence,
+    left_out_lines,
+    results_rows,
+    stage_titles,
+    text_table,
+)
 
 SHARES = ("top1", "accuracy", "nmi", "ami", "coverage")  # printed in percent
 
@@ -26,9 +35,9 @@ def print_result(result: Any, file: TextIO) -> None:
     if not isinstance(result, Mapping):
         console.print(escape(str(result)))
         return
-    stages = [name for name in STAGES if isinstance(result.get(name), Mapping)]
+    stages = stage_titles(result)
     if stages:
-        console.print(comparison_table(result))
+        console.print(text_table(*comparison_rows(result)))
     for key, value in result.items():
         if key in stages:
             continue
@@ -53,6 +62,13 @@ def print_result(result: Any, file: TextIO) -> None:
         else:
             for line in lines_of(key, value):
                 console.print(escape(line))
+
+
+def print_first_screen(result: Any, file: TextIO) -> None:
+    """The demo's result: one sentence, one table; everything else is in the report."""
+    console = Console(file=file, highlight=False, soft_wrap=True)
+    console.print(escape(demo_sentence(result) or ""))
+    console.print(text_table(*demo_rows(result)))
 
 
 def lines_of(key: str, value: Any) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mim_refiner.files import dotted
 from mim_refiner.report.run_files import RunFiles
-from mim_refiner.report.tables import METRICS, STAGES
+from mim_refiner.report.tables import METRICS, STAGES, demo_sentence, interval_text, paired_change, stage_titles
 
 HEADLINES = {
     "better": "The refined encoder is better.",
@@ -31,7 +31,7 @@ def verdict_view(run: RunFiles) -> dict[str, Any]:
             return {"headline": "This run is not finished.", "tone": "open", "reason": reason, "further": []}
         reason = "no before and after here; refine measures both, evaluate --compare does so for two encoders"
         return {"headline": "No verdict.", "tone": "open", "reason": reason, "further": []}
-    word = str(verdict.get("verdict", ""))
+    word, sentence = str(verdict.get("verdict", "")), demo_sentence(run.summary)
     further = [
         f"{STAGES[stage]}: {value['verdict']}. {value['reason']}"
         for stage, value in verdict.items()
@@ -40,8 +40,8 @@ def verdict_view(run: RunFiles) -> dict[str, Any]:
     return {
         "headline": HEADLINES.get(word, word[:1].upper() + word[1:] + "."),
         "tone": TONES.get(word, "open"),
-        "reason": str(verdict.get("reason", "")),
-        "further": further,
+        "reason": sentence or str(verdict.get("reason", "")),
+        "further": [] if sentence else further,
     }
 
 
@@ -50,7 +50,7 @@ def metric_rows(run: RunFiles) -> dict[str, Any]:
 
     Values are those of summary.json; intervals come from evaluation/<stage>-<metric>-block..-<pooling>.json.
     """
-    stages = [stage for stage in STAGES if isinstance(run.summary.get(stage), Mapping)]
+    stages = stage_titles(run.summary)
     rows = []
     for metric, (title, factor, digits) in METRICS.items():
         values = [run.summary[stage].get(metric) for stage in stages]
@@ -62,13 +62,13 @@ def metric_rows(run: RunFiles) -> dict[str, Any]:
             if value is not None:
                 cell["value"] = f"{factor * value:.{digits}f}"
                 cell["interval"] = _interval(_ci95(run, stage, metric, value), factor, digits)
-            if stage != stages[0] and value is not None and values[0] is not None:
+            if cells and value is not None and values[0] is not None:
                 cell["change"] = f"{factor * (value - values[0]):+.{digits}f}"
-                if metric == "knn_top1":
-                    cell["change_interval"] = _interval(_paired(run, stage), factor, digits, sign="+")
+                paired = paired_change(run.summary, stage) if metric == "knn_top1" else None
+                cell["change_interval"] = interval_text(paired["ci95"]) if paired else None
             cells.append(cell)
         rows.append({"title": title, "cells": cells})
-    return {"stages": [(stage, STAGES[stage]) for stage in stages], "rows": rows}
+    return {"stages": list(stages.items()), "rows": rows}
 
 
 def _ci95(run: RunFiles, stage: str, metric: str, value: float) -> Sequence[float] | None:
@@ -81,14 +81,8 @@ def _ci95(run: RunFiles, stage: str, metric: str, value: float) -> Sequence[floa
     return None
 
 
-def _paired(run: RunFiles, stage: str) -> Sequence[float] | None:
-    verdict: Mapping[str, Any] = run.summary.get("verdict") or {}
-    part = verdict if stage == "after" else verdict.get(stage)
-    return part.get("ci95") if isinstance(part, Mapping) else None
-
-
-def _interval(pair: Sequence[float] | None, factor: float, digits: int, sign: str = "") -> str | None:
-    return None if pair is None else " to ".join(f"{factor * bound:{sign}.{digits}f}" for bound in pair)
+def _interval(pair: Sequence[float] | None, factor: float, digits: int) -> str | None:
+    return None if pair is None else " to ".join(f"{factor * bound:.{digits}f}" for bound in pair)
 
 
 def atlas_tables(run: RunFiles) -> list[dict[str, Any]]:
@@ -179,7 +173,7 @@ def run_row(run: RunFiles, name: str) -> dict[str, Any]:
         "name": name,
         "verdict": word,
         "tone": TONES.get(word, "open"),
-        "interval": _interval(verdict.get("ci95"), 100, 1, sign="+"),
+        "interval": interval_text(verdict["ci95"]) if verdict.get("ci95") else None,
         "cells": cells,
         "time": "–" if seconds is None else duration(seconds),
     }

@@ -15,6 +15,12 @@ STAGES = {
     "average": "its averaged weights",
     "full": "after the full recipe",
 }
+DEMO_STAGES = {"before": "start", "after": "live run", "full": "full refinement"}
+DEMO_METRICS = {
+    "knn_top1": "k-NN % (change; 95 % interval)",
+    "linear_top1": "linear probe %",
+    "cluster_accuracy": "clusters %",
+}
 # (title, factor to the shown unit, digits)
 METRICS: dict[str, tuple[str, float, int]] = {
     "knn_top1": ("k-NN accuracy (%)", 100, 1),
@@ -25,33 +31,71 @@ METRICS: dict[str, tuple[str, float, int]] = {
 }
 
 
-def comparison_rows(
-    summary: Mapping[str, Any], titles: Mapping[str, str] | None = None
-) -> tuple[list[str], list[list[str]]]:
+def stage_titles(summary: Mapping[str, Any]) -> dict[str, str]:
+    """{stage: title} of the encoders that ``summary`` (summary.json) holds; the demo's have titles of their own."""
+    titles = STAGES | DEMO_STAGES if "full" in summary else STAGES
+    return {stage: title for stage, title in titles.items() if isinstance(summary.get(stage), Mapping)}
+
+
+def paired_change(summary: Mapping[str, Any], stage: str) -> Mapping[str, Any] | None:
+    """The verdict on the k-NN accuracy of a stage against the first: {"knn_difference", "ci95", "verdict"}, if any."""
+    verdict = summary.get("verdict") or {}
+    part = verdict if stage == "after" else verdict.get(stage)
+    return part if isinstance(part, Mapping) and part.get("ci95") else None
+
+
+def demo_sentence(summary: Mapping[str, Any]) -> str | None:
+    """What the demo found, in one sentence; None for the summary of another run."""
+    live, full = paired_change(summary, "after"), paired_change(summary, "full")
+    if live is None or full is None:
+        return None
+    by = [f"{100 * part['knn_difference']:+.1f} points (95 % interval {interval_text(part['ci95'])})"
+          for part in (live, full)]  # fmt: skip
+    word = "no clear change: the interval holds zero" if live["verdict"] == "no clear change" else live["verdict"]
+    return f"The live run changed k-NN accuracy by {by[0]}: {word}. The shipped full refinement changed it by {by[1]}."
+
+
+def interval_text(ci95: Sequence[float], factor: float = 100, digits: int = 1) -> str:
+    """A 95 % interval of a difference: ``+0.6 to +3.3``."""
+    return " to ".join(f"{factor * bound:+.{digits}f}" for bound in ci95)
+
+
+def comparison_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return (header, rows) of text for the stages and metrics that ``summary`` (summary.json) holds.
 
-    A cell after the first stage shows its difference to it. ``titles`` renames stages, e.g. {"before": "MAE"}.
+    A cell after the first stage shows its difference to it.
     """
-    stages = [stage for stage in STAGES if isinstance(summary.get(stage), Mapping)]
-    header = ["metric", *((titles or {}).get(stage, STAGES[stage]) for stage in stages)]
+    titles = stage_titles(summary)
     rows = []
-    for metric, (title, factor, digits) in METRICS.items():
-        values = [summary[stage].get(metric) for stage in stages]
-        if all(value is None for value in values):
-            continue
-        cells = []
-        for position, value in enumerate(values):
-            cell = "-" if value is None else f"{factor * value:.{digits}f}"
-            if position and value is not None and values[0] is not None:
-                cell += f" ({factor * (value - values[0]):+.{digits}f})"
-            cells.append(cell)
+    for metric, (title, _, _) in METRICS.items():
+        cells = [_stage_cell(summary, metric, stage, next(iter(titles))) for stage in titles]
+        if any(cell != "-" for cell in cells):
+            rows.append([title, *cells])
+    return ["metric", *titles.values()], rows
+
+
+def demo_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows) of the demo's first screen: a row an encoder, k-NN with its paired 95 % interval."""
+    rows = []
+    for stage, title in stage_titles(summary).items():
+        cells = [_stage_cell(summary, metric, stage, "before") for metric in DEMO_METRICS]
+        if paired := paired_change(summary, stage):
+            cells[0] = f"{cells[0][:-1]}; {interval_text(paired['ci95'])})"
         rows.append([title, *cells])
-    return header, rows
+    return ["encoder", *DEMO_METRICS.values()], rows
 
 
-def comparison_table(summary: Mapping[str, Any], titles: Mapping[str, str] | None = None) -> Table:
-    """Return a rich table for the terminal."""
-    header, rows = comparison_rows(summary, titles)
+def _stage_cell(summary: Mapping[str, Any], metric: str, stage: str, first: str) -> str:
+    _, factor, digits = METRICS[metric]
+    value, start = summary[stage].get(metric), summary[first].get(metric)
+    if value is None:
+        return "-"
+    change = f" ({factor * (value - start):+.{digits}f})" if stage != first and start is not None else ""
+    return f"{factor * value:.{digits}f}{change}"
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a rich table for the terminal: names to the left, numbers to the right."""
     table = Table(box=None, pad_edge=False)
     for position, name in enumerate(header):
         table.add_column(name, justify="right" if position else "left", no_wrap=True)
