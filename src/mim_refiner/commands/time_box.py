@@ -90,7 +90,7 @@ def fit(left: float, costs: Costs, recipe: RefineRecipe, *, images: int, bank: i
     planned = [warmup * steps * costs.warmup_step, refinement * steps * costs.refinement_step + looks]
     limits = [training * seconds / sum(planned) for seconds in planned]
     expected = sum(map(min, planned, limits)) + evaluation
-    return Plan(warmup, refinement, *limits, test_images=tested, seconds=expected)
+    return Plan(warmup, refinement, limits[0], limits[1], tested, expected)
 
 
 def affordable_test_images(seconds: float, image_cost: float, *, bank: int, test: int) -> int:
@@ -110,8 +110,9 @@ def measure(model: str, images: ImageSet, recipe: RefineRecipe, run: Run, clock:
     refiner = prepare(backbone, recipe, run)
     with closing(train_loader(images, view_specs(recipe), recipe, run)) as loader:
         refinement = build(recipe, refiner, loader, run)
-        steps = [seconds_a_step(refinement, number, clock) for number in (WARMUP, REFINEMENT)]
-    return from_rank_0(Costs(*steps, image=seconds_an_image(load_backbone(model), images, run, clock)))
+        warmup, step = (seconds_a_step(refinement, number, clock) for number in (WARMUP, REFINEMENT))
+    costs: Costs = from_rank_0(Costs(warmup, step, seconds_an_image(load_backbone(model), images, run, clock)))
+    return costs
 
 
 def seconds_a_step(refinement: Refinement, number: int, clock: Clock = monotonic) -> float:

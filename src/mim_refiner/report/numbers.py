@@ -56,9 +56,9 @@ def metric_rows(run: RunFiles) -> dict[str, Any]:
         values = [run.summary[stage].get(metric) for stage in stages]
         if all(value is None for value in values):
             continue
-        cells = []
+        cells: list[dict[str, Any]] = []
         for stage, value in zip(stages, values, strict=True):
-            cell: dict[str, Any] = {"value": None, "interval": None, "change": None, "change_interval": None}
+            cell = {"value": None, "interval": None, "change": None, "change_interval": None}
             if value is not None:
                 cell["value"] = f"{factor * value:.{digits}f}"
                 cell["interval"] = _interval(_ci95(run, stage, metric, value), factor, digits)
