@@ -58,7 +58,7 @@ def metric_rows(run: RunFiles) -> dict[str, Any]:
             continue
         cells: list[dict[str, Any]] = []
         for stage, value in zip(stages, values, strict=True):
-            cell = {"value": None, "interval": None, "change": None, "change_interval": None}
+            cell: dict[str, Any] = {"value": None, "interval": None, "change": None, "change_interval": None}
             if value is not None:
                 cell["value"] = f"{factor * value:.{digits}f}"
                 cell["interval"] = _interval(_ci95(run, stage, metric, value), factor, digits)
