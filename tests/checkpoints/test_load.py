@@ -198,7 +198,8 @@ def test_tensors_without_a_place(tmp_path: Path, vit_state: State) -> None:
     with pytest.warns(PartialCheckpointWarning, match="ignored"):
         assert load_backbone(path, num_heads=4, strict=False).info.coverage == 1.0
     reasons = {record.name: record.reason for record in inspect_checkpoint(path).tensors if record.status == "dropped"}
-    assert reasons == {"rel_pos_bias.table": "no place in the encoder", "head.weight": "classifier"}
+    head = "head of the training (classifier, projection)"
+    assert reasons == {"rel_pos_bias.table": "no place in the encoder", "head.weight": head}
 
 
 def test_tensors_of_other_sections_are_reported(tmp_path: Path, vit_state: State) -> None:

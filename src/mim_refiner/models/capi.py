@@ -11,14 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from mim_refiner.models.positions import Grid
-from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
-
-__all__ = ["CapiVisionTransformer", "vit_capi"]
+from mim_refiner.models.registration import register
 
 NORM_EPS = 1e-5
 
@@ -98,21 +95,4 @@ def _frequencies(head_width: int, highest: float = 7.0, lowest: float = 7e-4) ->
     return both * 2 * torch.pi
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "vit_capi.untrained": {
-            "input_size": (3, 224, 224),
-            "mean": IMAGENET_MEAN,
-            "std": IMAGENET_STD,
-            "interpolation": "bicubic",
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-    }
-)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def vit_capi(pretrained: bool = False, **kwargs: Any) -> Any:
-    """CAPI's ViT; size by timm's arguments (embed_dim, depth, num_heads, patch_size, img_size, reg_tokens, ...)."""
-    return build_model_with_cfg(CapiVisionTransformer, "vit_capi", pretrained, **kwargs)
+register("vit_capi", CapiVisionTransformer)

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
-
-__all__ = ["PostNormVisionTransformer", "vit_postnorm"]
+from mim_refiner.models.registration import register
 
 
 class PostNormBlock(Block):  # type: ignore[misc]
@@ -40,21 +37,4 @@ class PostNormVisionTransformer(VisionTransformer):  # type: ignore[misc]
         parts.norm_pre, parts.norm = parts.norm, nn.Identity()
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "vit_postnorm.untrained": {
-            "input_size": (3, 224, 224),
-            "mean": IMAGENET_MEAN,
-            "std": IMAGENET_STD,
-            "interpolation": "bicubic",
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-    }
-)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def vit_postnorm(pretrained: bool = False, **kwargs: Any) -> Any:
-    """Post-norm ViT; size by timm's arguments (embed_dim, depth, num_heads, patch_size, img_size, ...)."""
-    return build_model_with_cfg(PostNormVisionTransformer, "vit_postnorm", pretrained, **kwargs)
+register("vit_postnorm", PostNormVisionTransformer)

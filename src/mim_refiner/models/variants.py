@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
 from mim_refiner.errors import InputError
-from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
-
-__all__ = ["VariantVisionTransformer", "vit_variant"]
+from mim_refiner.models.registration import register
 
 
 class VariantVisionTransformer(VisionTransformer):  # type: ignore[misc]
@@ -38,21 +35,4 @@ class VariantVisionTransformer(VisionTransformer):  # type: ignore[misc]
             block.attn.scale = block.attn.head_dim**-0.5
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "vit_variant.untrained": {
-            "input_size": (3, 224, 224),
-            "mean": IMAGENET_MEAN,
-            "std": IMAGENET_STD,
-            "interpolation": "bicubic",
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-    }
-)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def vit_variant(pretrained: bool = False, **kwargs: Any) -> Any:
-    """A plain ViT with ``patch_padding`` or ``block_heads``; size by timm's arguments (embed_dim, depth, ...)."""
-    return build_model_with_cfg(VariantVisionTransformer, "vit_variant", pretrained, **kwargs)
+register("vit_variant", VariantVisionTransformer)

@@ -12,6 +12,15 @@ from mim_refiner.checkpoints.families.keymap import Mapped
 from mim_refiner.checkpoints.store import Contents
 from mim_refiner.types import BackboneInfo, Pooling
 
+# Start of a name -> why no encoder takes it; what a family says beside it counts first.
+DROPPED = {
+    **dict.fromkeys(("decoder", "encoder_to_decoder."), "decoder, used only in pre-training"),
+    **dict.fromkeys(("mask_token", "masked_embed", "embeddings.mask_token"), "mask token, used only in pre-training"),
+    **dict.fromkeys(("head.", "head_dist.", "fc.", "classifier."), "head of the training (classifier, projection)"),
+    **dict.fromkeys(("lm_head.", "cls_pt_layers.", "dino_head.", "ibot_head."), "head of the pre-training"),
+    "neck.": "decoder or head, used only in training",
+    "data_preprocessor.": "mean and std",
+}
 # Buffers of older versions: end of a name -> why it is left out.
 _BUFFERS = {
     "relative_position_index": "computed from the grid",
@@ -52,6 +61,18 @@ class View:
     @property
     def where(self) -> str:
         return self.contents.source
+
+    @property
+    def beside(self) -> dict[str, str]:
+        """``outside`` by names from the prefix's last part on: beside "net.encoder." a "net.head.x" is "head.x"."""
+        parent = self.prefix.rstrip(".").rpartition(".")[0]
+        return {name.removeprefix(f"{parent}."): held for name, held in self.outside.items()}
+
+    @property
+    def alone(self) -> bool:
+        """Whether the file holds this encoder under "state_dict" and no other model, no prefix, no config beside it."""
+        sections = {path for path in self.contents.sections if not path.startswith("opt")}
+        return sections == {"state_dict"} and not self.prefix and self.contents.config is None
 
     @property
     def model_type(self) -> str | None:
@@ -106,13 +127,10 @@ class Family:
     default_encoder: tuple[str, ...] = ()  # labels to prefer before the usual ones (teacher, EMA)
 
 
-def account(
-    view: View, mapped: Mapped, reasons: Mapping[str, str], outside: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+def account(view: View, mapped: Mapped, reasons: Mapping[str, str]) -> dict[str, Any]:
     """The fields tensors, origin, dropped and unplaced of :class:`Converted`.
 
-    ``reasons``: start of a short name -> why it is left out. ``outside``: the same for names without the prefix; what
-    it does not know is left out because it lies outside the encoder.
+    ``reasons``: start of a short name -> why it is left out. What lies outside the encoder is left out in any case.
     """
     dropped, unplaced = {}, []
     for short in mapped.rest:
@@ -122,8 +140,8 @@ def account(
         else:
             dropped[view.names[short]] = reason
     elsewhere = f"outside the encoder, whose names start with '{view.prefix}'"
-    for short, name in view.outside.items():
-        dropped[name] = _reason(short, {**(outside or {}), **reasons}) or elsewhere
+    dropped |= dict.fromkeys(view.outside.values(), elsewhere)
+    dropped |= {name: reason for short, name in view.beside.items() if (reason := _reason(short, reasons))}
     return {
         "tensors": mapped.tensors,
         "origin": {view.names[short]: target for short, target in mapped.origin.items()},

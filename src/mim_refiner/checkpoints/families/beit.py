@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_refiner.checkpoints.families import mae
-from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.base import DROPPED, PROJECTION, Converted, Family, View, Wishes, account
 from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.checkpoints.families.plain_beit import BEIT_NAMES, infer_beit
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
@@ -20,12 +20,6 @@ from mim_refiner.types import BackboneInfo
 
 BEIT_MEAN = BEIT_STD = (0.5, 0.5, 0.5)
 INDEX = "relative_position_index"
-DROPPED = {
-    "lm_head.": "predicts visual tokens, used only in pre-training",
-    "mask_token": "mask token, used only in pre-training",
-    "cls_pt_layers.": "shallow head on the class token, used only in pre-training",
-    "head.": "classifier",
-}
 _ALIKE = "fine-tuned files of BEiT and BEiT v2 are alike; v2 wants ImageNet's mean and std instead of 0.5"
 
 
@@ -64,7 +58,7 @@ def convert_as(
         beit.architecture,
         beit.arguments,
         beit.num_heads,
-        **account(view, mapped, dropped or DROPPED),
+        **account(view, mapped, {**(dropped or {}), **DROPPED}),
         **(
             {"position_rule": "bicubic", "pooling": "cls" if by_token else "mean", "notes": beit.notes + notes}
             | values

@@ -10,13 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families import mae
 from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, View, Wishes
 from mim_refiner.checkpoints.families.plain_vit import has_plain_vit
 from mim_refiner.checkpoints.families.vit import vit_family
 
 _NORMS = {"norm.weight", "fc_norm.weight"}
-_DROPPED = mae.DECODER | {"norm.": "unused: the pooled mean has a norm of its own"}
+_DROPPED = {"norm.": "unused: the pooled mean has a norm of its own"}
 _NOTE = "the authors normalise log-mel values by (x + 7.2) / 8.86; compute mean and std of your images"
 _SIZE = (512, 128)  # frames x mel bands of the published files
 

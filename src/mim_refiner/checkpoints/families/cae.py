@@ -13,7 +13,7 @@ from mim_refiner.checkpoints.families.base import Converted, View, Wishes
 
 
 def matches(view: View) -> bool:
-    return beit.has_beit(view) and any(name.startswith("pretext_neck.") for name in view.outside)
+    return beit.has_beit(view) and any(name.startswith("pretext_neck.") for name in view.beside)
 
 
 def convert(view: View, wishes: Wishes) -> Converted:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.base import DROPPED, Converted, Family, View, Wishes, account
 from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.checkpoints.families.plain_vit import choose_heads, count_blocks, mlp_ratio, projection_sizes
 from mim_refiner.errors import CheckpointError
@@ -32,11 +32,6 @@ KEYS = KeyMap(
         (f"{_BLOCK}residual2.fn.fc2.weight", "blocks.{i}.mlp.fc2.weight"),
     ]
 )
-_DROPPED = {
-    "decoder.": "predictor, used only in pre-training",
-    "mask_token": "mask token, used only in pre-training",
-    "head.": "clustering head, used only in pre-training",
-}
 
 
 def matches(view: View) -> bool:
@@ -67,7 +62,7 @@ def convert(view: View, wishes: Wishes) -> Converted:
         "vit_capi",
         arguments,
         heads,
-        **account(view, mapped, _DROPPED),
+        **account(view, mapped, DROPPED),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         pooling="mean",

@@ -12,7 +12,7 @@ from mim_refiner.checkpoints.families import mae
 from mim_refiner.checkpoints.families.base import View, Wishes
 from mim_refiner.checkpoints.families.vit import vit_family
 
-_DROPPED = mae.DECODER | {
+_DROPPED = {
     "dec_norms.": "norms of the decoder's inputs",
     "wfm.": "weights of the sum over blocks that the decoder reads",
 }

@@ -29,7 +29,6 @@ KEYS = KeyMap(
 _DROPPED = {
     f"{_IMAGE}decoder.": "decoder, used only for reconstruction",
     f"{_IMAGE}alibi": "bias of the attention, unused for images",
-    "head.": "classifier",
     "fc_norm.": "norm of the classifier",
 }
 

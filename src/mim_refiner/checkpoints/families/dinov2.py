@@ -14,13 +14,6 @@ from mim_refiner.checkpoints.families.base import View, Wishes
 from mim_refiner.checkpoints.families.plain_vit import has_plain_vit
 from mim_refiner.checkpoints.families.vit import vit_family
 
-_DROPPED = {
-    "mask_token": "mask token, used only in training",
-    "head.": "classifier",
-    "dino_head.": "projection head of the self-distillation",
-    "ibot_head.": "projection head of the self-distillation",
-}
-
 
 def matches(view: View) -> bool:
     """A ViT with class token and registers, a mask token of two dimensions, or blocks in chunks."""
@@ -47,4 +40,4 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
     return {"position_rule": "timm" if "reg_token" in tensors else "dino"}  # as the authors' hub has it
 
 
-FAMILY = vit_family("dinov2", matches, dropped=_DROPPED, prepare=_prepare, final_norm=True, heads={384: 6})
+FAMILY = vit_family("dinov2", matches, prepare=_prepare, final_norm=True, heads={384: 6})

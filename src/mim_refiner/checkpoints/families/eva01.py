@@ -12,7 +12,6 @@ from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from mim_refiner.checkpoints.families import beit
 from mim_refiner.checkpoints.families.base import Converted, View, Wishes
 
-_DROPPED = beit.DROPPED | {"lm_head.": "predicts CLIP's features, used only in pre-training"}
 _CODEBOOK = 8192  # entries, of BEiT's visual tokens; CLIP's features are narrower
 
 
@@ -33,7 +32,7 @@ def convert(view: View, wishes: Wishes) -> Converted:
     facts = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD}
     if view.contents.fact("imagenet_default_mean_and_std"):
         facts = {}
-    return beit.convert_as(view, wishes, "beit", imagenet=True, dropped=_DROPPED, **facts)
+    return beit.convert_as(view, wishes, "beit", imagenet=True, **facts)
 
 
 FAMILY = replace(beit.FAMILY, name="eva01", matches=matches, convert=convert)

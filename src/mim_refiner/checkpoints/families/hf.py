@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from mim_refiner.checkpoints.families.base import View
+from torch import Tensor
+
+from mim_refiner.checkpoints.families import base
+from mim_refiner.checkpoints.families.base import Family, View, Wishes
 from mim_refiner.checkpoints.families.keymap import KeyMap, Template
+from mim_refiner.checkpoints.families.vit import vit_family
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
@@ -57,13 +61,7 @@ BEIT_KEYS = KeyMap(
         ("pooler.layernorm.{p}", "fc_norm.{p}"),
     ]
 )
-DROPPED = {
-    "decoder.": "decoder, used only for reconstruction",
-    "embeddings.mask_token": "mask token, used only in pre-training",
-    "lm_head.": "predicts visual tokens, used only in pre-training",
-    "classifier.": "classifier",
-    "pooler.dense.": "pooler of the classifier",
-}
+DROPPED = base.DROPPED | {"pooler.dense.": "pooler of the classifier"}
 
 
 def has_query_bias_only(view: View) -> bool:
@@ -91,8 +89,24 @@ def facts(view: View) -> dict[str, Any]:
     }
 
 
-def norm_eps(view: View) -> float:
-    return float((view.contents.config or {}).get("layer_norm_eps", NORM_EPS))
+def norm_eps(view: View, default: float = NORM_EPS) -> float:
+    return float((view.contents.config or {}).get("layer_norm_eps", default))
+
+
+def said(view: View, default_eps: float = NORM_EPS) -> dict[str, Any]:
+    """What the configs beside a ViT say, for :func:`vit_family`; CheckpointError for an activation that timm lacks."""
+    check_activation(view)
+    return facts(view) | mean_and_std(view) | {"norm_eps": norm_eps(view, default_eps)}
+
+
+def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    return said(view)
+
+
+def family(name: str, matches: Callable[[View], bool], **options: Any) -> Family:
+    """A family of plain ViTs of transformers; ``options`` as of :func:`vit_family`."""
+    given: dict[str, Any] = {"keys": VIT_KEYS, "prepare": _prepare, "position_rule": "hf"} | options
+    return vit_family(name, matches, anchor=ANCHOR, dropped=DROPPED, final_norm=True, **given)
 
 
 def mean_and_std(

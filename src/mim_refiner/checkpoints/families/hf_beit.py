@@ -53,7 +53,7 @@ def _without(view: View, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 def _with_outer_norm(view: View) -> View:
     """In BeitForMaskedImageModeling the encoder's final norm lies outside "beit."."""
-    outer = {short: name for short, name in view.outside.items() if short.startswith("layernorm.")}
+    outer = {short: name for short, name in view.beside.items() if short.startswith("layernorm.")}
     if not outer or "layernorm.weight" in view.tensors:
         return view
     section = view.contents.section(view.section)
@@ -61,7 +61,7 @@ def _with_outer_norm(view: View) -> View:
         view,
         tensors=view.tensors | {short: section[name] for short, name in outer.items()},
         names=view.names | outer,
-        outside={short: name for short, name in view.outside.items() if short not in outer},
+        outside={short: name for short, name in view.outside.items() if name not in outer.values()},
     )
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mim_refiner.checkpoints.families import hf
-from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.base import View, Wishes
 from mim_refiner.checkpoints.families.dinov2 import free_registers
 from mim_refiner.checkpoints.families.keymap import KeyMap
-from mim_refiner.checkpoints.families.plain_vit import infer_structure
 from mim_refiner.types import BackboneInfo
 
 _BLOCK = "encoder.layer.{i}."
@@ -46,21 +46,9 @@ def matches(view: View) -> bool:
     return known and "encoder.layer.0.layer_scale1.lambda1" in view.tensors
 
 
-def convert(view: View, wishes: Wishes) -> Converted:
-    hf.check_activation(view)
-    mapped = _KEYS.to_timm(view.tensors)
-    free_registers(mapped.tensors)
-    vit = infer_structure(mapped.tensors, wishes, view.where, final_norm=True, **hf.facts(view))
-    return Converted(
-        vit.architecture,
-        vit.arguments,
-        vit.num_heads,
-        **account(view, mapped, hf.DROPPED),
-        **hf.mean_and_std(view),
-        norm_eps=float((view.contents.config or {}).get("layer_norm_eps", 1e-6)),
-        position_rule="timm" if "reg_token" in mapped.tensors else "hf",
-        notes=vit.notes,
-    )
+def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    free_registers(tensors)
+    return hf.said(view, 1e-6) | {"position_rule": "timm" if "reg_token" in tensors else "hf"}
 
 
 def to_source(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tensor]:
@@ -69,4 +57,4 @@ def to_source(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tens
     return {**_KEYS.from_timm(state), "embeddings.mask_token": mask}
 
 
-FAMILY = Family("hf_dinov2", hf.ANCHOR, matches, convert, to_source)
+FAMILY = hf.family("hf_dinov2", matches, keys=_KEYS, prepare=_prepare, to_source=to_source)

@@ -14,11 +14,6 @@ from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, has_plain_vit
 from mim_refiner.checkpoints.families.vit import vit_family
 
 HEADS = {192: 3, 384: 6}
-_DROPPED = {
-    "masked_embed": "mask token, used only in training",
-    "mask_token": "mask token, used only in training",
-    "head.": "projection head of the self-distillation",
-}
 
 
 def matches(view: View) -> bool:
@@ -28,8 +23,8 @@ def matches(view: View) -> bool:
         return False
     if {"student", "teacher"} & {*view.section.split("."), *view.prefix.split(".")}:
         return True
-    alone = set(view.contents.sections) == {"state_dict"} and not view.prefix
-    return alone and all(VIT_NAMES.knows(name) for name in names) and "reg_token" not in names
+    bare = view.alone and not view.contents.facts
+    return bare and all(VIT_NAMES.knows(name) for name in names) and "reg_token" not in names
 
 
 def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, str | None]:
@@ -41,6 +36,4 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
     return {"family": None if masks else "dino"}
 
 
-FAMILY = vit_family(
-    "ibot", matches, dropped=_DROPPED, prepare=_prepare, final_norm=True, position_rule="dino", heads=HEADS
-)
+FAMILY = vit_family("ibot", matches, prepare=_prepare, final_norm=True, position_rule="dino", heads=HEADS)

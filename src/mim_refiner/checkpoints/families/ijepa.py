@@ -17,5 +17,4 @@ def matches(view: View) -> bool:
     return bool(named) and has_plain_vit(view.tensors) and "cls_token" not in view.tensors
 
 
-_DROPPED = {"mask_token": "mask token of the predictor"}
-FAMILY = vit_family("ijepa", matches, dropped=_DROPPED, final_norm=True, pooling="mean", heads={192: 3, 384: 6})
+FAMILY = vit_family("ijepa", matches, final_norm=True, pooling="mean", heads={192: 3, 384: 6})

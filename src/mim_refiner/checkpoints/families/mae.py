@@ -16,12 +16,6 @@ from mim_refiner.checkpoints.families.plain_vit import TIMM_NAMES, has_plain_vit
 from mim_refiner.checkpoints.families.vit import vit_family
 from mim_refiner.types import BackboneInfo
 
-DECODER = {
-    "decoder": "decoder, used only for reconstruction",
-    "mask_token": "mask token, used only for reconstruction",
-    "head.": "classifier",
-}
-
 
 def has_decoder(view: View) -> bool:
     """Whether a reconstructing decoder with a mask token lies beside a plain ViT."""
@@ -53,4 +47,4 @@ def to_source(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tens
     return TIMM_NAMES.from_timm(state)
 
 
-FAMILY = vit_family("mae", matches, dropped=DECODER, prepare=prepare, to_source=to_source)
+FAMILY = vit_family("mae", matches, prepare=prepare, to_source=to_source)

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families import mae
 from mim_refiner.checkpoints.families.base import View, Wishes
 from mim_refiner.checkpoints.families.plain_vit import has_plain_vit
 from mim_refiner.checkpoints.families.vit import vit_family
@@ -19,8 +18,7 @@ from mim_refiner.checkpoints.families.vit import vit_family
 def matches(view: View) -> bool:
     """A plain ViT alone under "state_dict", with its constructor's arguments beside it or positions of patches only."""
     names = view.tensors
-    alone = set(view.contents.sections) == {"state_dict"} and not view.prefix and view.contents.config is None
-    if not alone or not has_plain_vit(names) or not {"cls_token", "pos_embed"} <= names.keys():
+    if not view.alone or not has_plain_vit(names) or not {"cls_token", "pos_embed"} <= names.keys():
         return False
     entries = names["pos_embed"].shape[1]
     free = math.isqrt(entries) ** 2 == entries and math.isqrt(entries - 1) ** 2 != entries - 1
@@ -31,4 +29,4 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
     return {"final_norm": True, "known_heads": view.contents.fact("attention_heads") or 0}
 
 
-FAMILY = vit_family("mae_ct", matches, dropped=mae.DECODER, prepare=_prepare)
+FAMILY = vit_family("mae_ct", matches, prepare=_prepare)

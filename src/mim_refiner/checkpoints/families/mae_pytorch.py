@@ -15,20 +15,13 @@ from mim_refiner.checkpoints.families.plain_vit import has_plain_vit
 from mim_refiner.checkpoints.families.vit import vit_family
 from mim_refiner.models.positions import sinusoid_table
 
-_DROPPED = {
-    "decoder.": "decoder, used only for reconstruction",
-    "encoder_to_decoder.": "decoder, used only for reconstruction",
-    "mask_token": "mask token, used only for reconstruction",
-    "head.": "classifier",
-}
-
 
 def matches(view: View) -> bool:
     """A ViT without class token, with BEiT's biases, and without a table or with a decoder of this code beside it."""
     names = view.tensors
     if view.contents.config is not None or "cls_token" in names or "blocks.0.attn.q_bias" not in names:
         return False
-    return has_plain_vit(names) and ("pos_embed" not in names or "encoder_to_decoder.weight" in view.outside)
+    return has_plain_vit(names) and ("pos_embed" not in names or "encoder_to_decoder.weight" in view.beside)
 
 
 def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
@@ -49,4 +42,4 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
     return said | {"notes": tuple(notes)}
 
 
-FAMILY = vit_family("mae_pytorch", matches, dropped=_DROPPED, prepare=_prepare, heads={384: 6})
+FAMILY = vit_family("mae_pytorch", matches, prepare=_prepare, heads={384: 6})

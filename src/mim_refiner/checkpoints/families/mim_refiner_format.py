@@ -7,58 +7,43 @@ is resized bicubically without antialiasing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.base import PROJECTION, View, Wishes
 from mim_refiner.checkpoints.families.keymap import KeyMap
-from mim_refiner.checkpoints.families.plain_vit import infer_structure, is_encoder_name
+from mim_refiner.checkpoints.families.plain_vit import is_encoder_name
+from mim_refiner.checkpoints.families.vit import vit_family
 from mim_refiner.errors import CheckpointError, InputError
-from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from mim_refiner.types import BackboneInfo
 
 _RENAMED = {"cls_token": "cls_tokens.tokens", "pos_embed": "pos_embed.embed"}
-_PRE_NORM = KeyMap(
-    [(source, timm) for timm, source in _RENAMED.items()],
-    same=lambda name: is_encoder_name(name) and name not in _RENAMED,
-)
-_POST_NORM = KeyMap(
-    [(source, timm) for timm, source in _RENAMED.items()] + [("embed_norm.{p}", "norm_pre.{p}")],
+_KEYS = KeyMap(
+    [*((source, timm) for timm, source in _RENAMED.items()), ("embed_norm.{p}", "norm_pre.{p}")],
     same=lambda name: is_encoder_name(name) and name not in _RENAMED and not name.startswith("norm_pre."),
 )
-_HEADS = {"head.": "head"}
 
 
 def matches(view: View) -> bool:
     return {"pos_embed.embed", "cls_tokens.tokens", "blocks.0.attn.qkv.weight"} <= view.tensors.keys()
 
 
-def convert(view: View, wishes: Wishes) -> Converted:
-    post_norm = "embed_norm.weight" in view.tensors
-    mapped = (_POST_NORM if post_norm else _PRE_NORM).to_timm(view.tensors)
-    table = mapped.tensors["pos_embed"]
+def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    table = tensors["pos_embed"]
     if table.ndim != 4:
         raise CheckpointError(
             f"{view.where}: pos_embed.embed has shape {list(table.shape)}, not [1, rows, columns, width]; "
             "save the encoder with the published code again"
         )
-    patch = mapped.tensors[PROJECTION].shape[2:]
-    mapped.tensors["pos_embed"] = table.flatten(1, 2)
-    size = (table.shape[1] * patch[0], table.shape[2] * patch[1])
-    heads = (view.contents.config or {}).get("num_heads", 0)  # of our exports; a bare file does not tell
-    vit = infer_structure(
-        mapped.tensors, wishes, view.where, final_norm=not post_norm, known_heads=heads, known_size=size
-    )
-    return Converted(
-        "vit_postnorm" if post_norm else vit.architecture,
-        vit.arguments,
-        vit.num_heads,
-        **account(view, mapped, _HEADS),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        position_rule="bicubic",
-        notes=vit.notes,
-    )
+    patch, post_norm = tensors[PROJECTION].shape[2:], "norm_pre.weight" in tensors
+    tensors["pos_embed"] = table.flatten(1, 2)
+    return {
+        "final_norm": not post_norm,
+        "known_heads": (view.contents.config or {}).get("num_heads", 0),  # of our exports; a bare file does not tell
+        "known_size": (table.shape[1] * patch[0], table.shape[2] * patch[1]),
+        **({"architecture": "vit_postnorm"} if post_norm else {}),
+    }
 
 
 def to_source(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tensor]:
@@ -80,7 +65,7 @@ def to_source(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tens
     if table.shape[1] == rows * columns + 1:
         tensors["cls_token"], table = token + table[:, :1], table[:, 1:]
     tensors["pos_embed"] = table.reshape(1, rows, columns, -1)
-    return (_POST_NORM if "norm_pre.weight" in tensors else _PRE_NORM).from_timm(tensors)
+    return _KEYS.from_timm(tensors)
 
 
-FAMILY = Family("mim_refiner", PROJECTION, matches, convert, to_source)
+FAMILY = vit_family("mim_refiner", matches, keys=_KEYS, prepare=_prepare, to_source=to_source)

@@ -43,13 +43,7 @@ BEIT_KEYS = KeyMap(
         (f"rel_pos_bias.{_TABLE}", f"rel_pos_bias.{_TABLE}"),
     ]
 )
-_DROPPED = {
-    "neck.": "decoder, used only in pre-training",
-    "head.": "head of the task",
-    "mask_token": "mask token, used only in pre-training",
-    "data_preprocessor.": "mean and std",
-    "target_generator.": "makes the targets of the pre-training",
-}
+_DROPPED = {"target_generator.": "makes the targets of the pre-training"}
 
 
 def _is_beit(view: View) -> bool:
@@ -63,7 +57,7 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
 def _mean_and_std(view: View) -> dict[str, Any]:
     """Those of the file, where it keeps them (0-255)."""
     section = view.contents.section(view.section)
-    found = {key: section.get(view.outside.get(f"data_preprocessor.{key}", "")) for key in ("mean", "std")}
+    found = {key: section.get(view.beside.get(f"data_preprocessor.{key}", "")) for key in ("mean", "std")}
     if any(tensor is None or not bool(tensor.any()) for tensor in found.values()):
         return {}
     return {key: tuple((tensor.flatten() / 255).tolist()) for key, tensor in found.items() if tensor is not None}

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim_refiner.checkpoints.families import mae
 from mim_refiner.checkpoints.families.base import PROJECTION, View, Wishes
 from mim_refiner.checkpoints.families.plain_vit import has_plain_vit
 from mim_refiner.checkpoints.families.vit import vit_family
 from mim_refiner.errors import CheckpointError
 
-_DROPPED = mae.DECODER | {
+_DROPPED = {
     "temporal_embed_enc.": "weight of the date, which an image has not",
     "location_embed_enc.": "weight of the place, which an image has not",
 }

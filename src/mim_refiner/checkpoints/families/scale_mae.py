@@ -12,7 +12,7 @@ from mim_refiner.checkpoints.families.plain_vit import has_plain_vit
 from mim_refiner.checkpoints.families.vit import vit_family
 
 _HEADS = ("fpn.", "fcn.", "fcn_high.", "fcn_low.")
-_DROPPED = mae.DECODER | dict.fromkeys((*_HEADS, "pos_emb_projection."), "head of the decoder")
+_DROPPED = dict.fromkeys((*_HEADS, "pos_emb_projection."), "head of the decoder")
 _NOTE = "positions of a ground sampling distance of 1; the authors scale them by that of the image"
 
 

@@ -13,15 +13,11 @@ from mim_refiner.checkpoints.families.base import Converted, View, Wishes
 
 def matches(view: View) -> bool:
     """BEiT's blocks as the encoder of a model whose decoder is a single layer."""
-    return beit.has_beit(view) and "encoder" in view.prefix.split(".") and "decoder.0.weight" in view.outside
+    return beit.has_beit(view) and "encoder" in view.prefix.split(".") and "decoder.0.weight" in view.beside
 
 
 def convert(view: View, wishes: Wishes) -> Converted:
-    converted = beit.convert_as(view, wishes, "beit", imagenet=True)
-    decoder = {
-        view.outside[name]: "decoder, used only for reconstruction" for name in view.outside if "decoder" in name
-    }
-    return replace(converted, dropped=converted.dropped | decoder)
+    return beit.convert_as(view, wishes, "beit", imagenet=True)
 
 
 FAMILY = replace(beit.FAMILY, name="simmim", matches=matches, convert=convert)

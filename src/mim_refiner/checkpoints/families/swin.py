@@ -11,7 +11,7 @@ import re
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.base import DROPPED, GUESS, PROJECTION, Converted, Family, View, Wishes, account
 from mim_refiner.checkpoints.families.keymap import Mapped
 from mim_refiner.checkpoints.families.plain_vit import projection_sizes
 from mim_refiner.errors import CheckpointError
@@ -31,11 +31,7 @@ _MM_NAMES = (
     ("stages.", "layers."), ("patch_embed.projection", "patch_embed.proj"), (".attn.w_msa.", ".attn."),
     (".ffn.layers.0.0.", ".mlp.fc1."), (".ffn.layers.1.", ".mlp.fc2."),
 )  # fmt: skip
-_DROPPED = {
-    "mask_token": "mask token, used only in pre-training", "decoder.": "decoder, used only for reconstruction",
-    "neck.": "decoder, used only for reconstruction", "head.": "classifier", "data_preprocessor.": "mean and std",
-    **{f"norm{n}.": "norm of an earlier stage's output" for n in range(3)},
-}  # fmt: skip
+_DROPPED = DROPPED | {f"norm{n}.": "norm of an earlier stage's output" for n in range(3)}
 
 
 def matches(view: View) -> bool:

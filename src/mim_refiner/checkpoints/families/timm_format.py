@@ -9,14 +9,22 @@ import timm
 from timm.models import is_model_in_modules
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account, is_buffer
+from mim_refiner.checkpoints.families.base import (
+    DROPPED,
+    PROJECTION,
+    Converted,
+    Family,
+    View,
+    Wishes,
+    account,
+    is_buffer,
+)
 from mim_refiner.checkpoints.families.keymap import Mapped
-from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, has_plain_vit, infer_structure
+from mim_refiner.checkpoints.families.plain_vit import has_plain_vit
+from mim_refiner.checkpoints.families.vit import vit_family
 from mim_refiner.checkpoints.store import OWN_FACTS
 from mim_refiner.errors import CheckpointError
 from mim_refiner.types import BackboneInfo
-
-_CLASSIFIER = {f"{name}.": "classifier" for name in ("head", "head_dist", "fc", "classifier")}
 
 
 def matches(view: View) -> bool:
@@ -24,18 +32,13 @@ def matches(view: View) -> bool:
     return view.contents.config is not None or has_plain_vit(view.tensors)
 
 
-def convert(view: View, wishes: Wishes) -> Converted:
-    """Names stay as they are; a classifier is left out.
+_BARE = vit_family("timm", matches, mean=None, std=None, position_rule="timm")
 
-    With a config.json the architecture is built as it says, otherwise the structure is read from the tensors.
-    """
-    if view.contents.config is not None:
-        return _from_config(view, view.contents.config, wishes)
-    mapped = VIT_NAMES.to_timm(view.tensors)
-    vit = infer_structure(mapped.tensors, wishes, view.where)
-    return Converted(
-        vit.architecture, vit.arguments, vit.num_heads, **account(view, mapped, _CLASSIFIER), notes=vit.notes
-    )
+
+def convert(view: View, wishes: Wishes) -> Converted:
+    """With a config.json the architecture is built as it says, otherwise the structure is read from the tensors."""
+    config = view.contents.config
+    return _BARE.convert(view, wishes) if config is None else _from_config(view, config, wishes)
 
 
 def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Converted:
@@ -59,6 +62,7 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
     without = tuple(str(name) for name in facts.get("without") or ())
     reasons = {f"{head}.": "classifier" for head in heads}
     reasons |= {f"{name}.": "only there for timm, not part of the encoder" for name in without}
+    reasons |= {name: DROPPED[name] for name in ("mask_token", "masked_embed", "decoder", "lm_head.")}
     starts = tuple(reasons)
     tensors = {
         name: tensor for name, tensor in view.tensors.items() if not name.startswith(starts) and not is_buffer(name)

@@ -35,6 +35,4 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
     return {"known_heads": heads, "arguments": arguments, "notes": (_NOTE.format(last, heads),)}
 
 
-FAMILY = vit_family(
-    "tinymim", matches, dropped=mae.DECODER, prepare=_prepare, final_norm=True, architecture="vit_variant"
-)
+FAMILY = vit_family("tinymim", matches, prepare=_prepare, final_norm=True, architecture="vit_variant")

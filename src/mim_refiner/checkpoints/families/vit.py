@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.base import DROPPED, PROJECTION, Converted, Family, View, Wishes, account
 from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, infer_structure
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
@@ -34,8 +34,8 @@ def vit_family(
 ) -> Family:
     """A family of plain ViTs.
 
-    ``keys``: its names. ``dropped``: start of a name -> why the encoder does not take it. ``heads``: those of the
-    authors' models by width, where other ViTs of that width have others. ``facts``: fields of
+    ``keys``: its names. ``dropped``: start of a name -> why the encoder does not take it, beside DROPPED. ``heads``:
+    those of the authors' models by width, where other ViTs of that width have others. ``facts``: fields of
     :class:`Converted` (ImageNet's mean and std and the rule "bicubic" by default), or ``final_norm``, ``known_heads``,
     ``known_size`` of :func:`infer_structure`; those that depend on the file come from ``prepare``.
     """
@@ -57,7 +57,7 @@ def vit_family(
             said.pop("architecture", vit.architecture),
             arguments,
             vit.num_heads,
-            **account(view, mapped, dropped or {}),
+            **account(view, mapped, {**(dropped or {}), **DROPPED}),
             **(defaults | said),
             notes=notes,
         )
