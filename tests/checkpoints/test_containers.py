@@ -313,6 +313,10 @@ def test_lora_layers_in_one_file_are_merged(tmp_path: Path, vit_state: State) ->
     torch.save({"model": state, "peft_config": {"lora_alpha": 8, "r": 4}}, tmp_path / "told.pth")
     held = load_backbone(tmp_path / "told.pth", num_heads=4).model.state_dict()
     assert all(torch.allclose(held[name], merged[name], atol=1e-6) for name in held)
+    options = {"lora_alpha": 1, "use_rslora": True, "rank_pattern": {"x": 1}, "alpha_pattern": {r"blocks\..*|proj": 4}}
+    torch.save({"model": state, "peft_config": options}, tmp_path / "patterns.pth")  # 4 / sqrt(4) is 2 as well
+    held = load_backbone(tmp_path / "patterns.pth", num_heads=4).model.state_dict()
+    assert all(torch.allclose(held[name], merged[name], atol=1e-6) for name in held)
     for change, message in [
         ({}, r"scale \(lora_alpha\)"),
         ({"base_model.model.blocks.0.attn.qkv.lora_A.other.weight": torch.ones(4, 32)}, "several LoRA adapters"),

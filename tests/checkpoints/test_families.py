@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
 from mim_refiner.checkpoints.families import FAMILIES, FAMILY_BY_NAME, capi, data2vec2
-from mim_refiner.errors import InputError
+from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.backbone import Backbone, create_vit
 
 State = dict[str, Tensor]
@@ -109,6 +109,27 @@ def test_running_averages_are_preferred(tmp_path: Path) -> None:
     assert chosen.info.source == str(path)
     with pytest.raises(InputError, match="has no encoder 'teacher'; it holds model, ema"):
         load_backbone(path, num_heads=3, encoder="teacher")
+
+
+@pytest.mark.parametrize("average", ["encoder_k", "momentum_encoder", "key_encoder"])
+def test_the_average_of_moco_is_taken(tmp_path: Path, average: str) -> None:
+    first, second = (state_of("vit_tiny_patch16_224") for _ in range(2))
+    state = {f"module.encoder_q.{name}": tensor for name, tensor in first.items()}
+    state |= {f"module.{average}.{name}": tensor for name, tensor in second.items()}
+    path = save({"state_dict": state | {"module.queue": torch.zeros(4, 4)}}, tmp_path)
+    assert torch.equal(load_backbone(path, num_heads=3).model.cls_token, second["cls_token"])
+    assert torch.equal(load_backbone(path, num_heads=3, encoder="encoder_q").model.cls_token, first["cls_token"])
+    assert inspect_checkpoint(path, num_heads=3).encoders == ("encoder_q", average)
+
+
+def test_what_tools_put_beside_an_encoder_is_left_out(tmp_path: Path) -> None:
+    state = state_of("vit_tiny_patch16_224")
+    extra = {"n_averaged": torch.tensor(3), "masked_embed": torch.zeros(1, 24), "decoder_x": torch.zeros(2)}
+    path = save({f"module.{name}": tensor for name, tensor in (state | extra).items()}, tmp_path)
+    assert load_backbone(path, num_heads=3).info.coverage == 1.0
+    path = save({"model": {"_fsdp_wrapped_module._flat_param": torch.zeros(9)}}, tmp_path)
+    with pytest.raises(CheckpointError, match="flat parameters of FSDP; save the full state dict"):
+        load_backbone(path)
 
 
 def test_data2vec_of_another_size_with_heads_from_its_config(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import collections
 import datetime
 import decimal
 import fractions
+import functools
 import io
 import os
 import pathlib
 import pickle
+import re
 import sys
 import types
 import uuid
@@ -79,6 +81,8 @@ def companions(patch: pytest.MonkeyPatch) -> dict[str, Any]:
         "rng": np.random.default_rng(0), "masked": np.ma.masked_array([1, 2], [0, 1]), "range": range(3),
         "ellipsis": (..., NotImplemented), "records": np.array([1.5]).view(np.recarray),
         "transform": fake(patch, "torchvision.transforms.transforms.Resize")(),
+        "classes": [type(None), torch.nn.GELU, re.compile("x.*")],
+        "partial": functools.partial(torch.nn.LayerNorm, eps=1e-6),
         "random state": np.random.RandomState(0), "parameter": torch.nn.Parameter(torch.ones(2)),
     }  # fmt: skip
 
@@ -111,6 +115,7 @@ def test_companions_of_weights_do_not_matter(
     assert {facts[f"scalars.{name}"] for name in NUMBERS} == {1}
     assert (facts["omegaconf.num_heads"], facts["omegaconf.l"], facts["yacs.config.CfgNode.deep.lr"]) == (4, (32,), 0.1)
     assert (facts["namespace.size"], facts["simple.num_heads"], contents.fact("num_heads")) == ((32, 32), 4, 4)
+    assert facts["partial.eps"] == 1e-6
     assert contents.sections["arrays"]["0"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert torch.equal(contents.sections["arrays"]["2"], torch.eye(3, 2, dtype=torch.float64))
     backbone = load_backbone(path)  # the heads are in the options

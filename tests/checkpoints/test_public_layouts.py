@@ -310,6 +310,16 @@ def test_layout_gives_the_encoders_tokens(
     assert all(record.target or record.reason for record in report.tensors)
 
 
+def test_a_whole_model_below_a_prefix_is_the_same(tmp_path: Path) -> None:
+    """What tells a family lies beside the encoder, wherever Lightning puts both: CAE's neck, the norm of a BEiT."""
+    state, model = cae()
+    assert isinstance(state, dict)
+    torch.save({"state_dict": under("model.", state["model"])}, tmp_path / "weights.pth")
+    loaded = load_backbone(tmp_path / "weights.pth", num_heads=HEADS)
+    assert (loaded.info.family, loaded.info.mean) == ("cae", IMAGENET)
+    assert torch.equal(loaded.model.cls_token, model.cls_token)
+
+
 def tokens(backbone: Backbone, images: Tensor) -> list[Tensor]:
     depth = backbone.info.depth
     with torch.inference_mode():

@@ -78,6 +78,30 @@ def test_size_other_size_and_export(kind: tuple[Path, tuple[int, int], tuple[int
         write_export(HUGGING_FACE, backbone, tmp_path / "hf", images=CheckImages(torch.zeros(1, 3, *size), "zeros"))
 
 
+@pytest.mark.parametrize("name", ["vit_small_r26_s32_224", "flexivit_small", "samvit_base_patch16"])
+def test_vits_with_a_stem_or_tables_of_their_own(tmp_path: Path, name: str) -> None:
+    """Hybrids count patches of the image, FlexiViT resizes as timm loads it, SAM's tables stay as they are."""
+    sam = {"window_size": 2, "global_attn_indexes": [1]} if name.startswith("sam") else {}
+    arguments = {**_BLOCKS, "img_size": 64, **sam}
+    model = timm.create_model(name, num_classes=0, **arguments)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    save_for_hf(model, tmp_path, model_args=arguments)
+    backbone, images = load_backbone(tmp_path), torch.randn(1, 3, 64, 64)
+    assert backbone.info.patch_size == ((32, 32) if "s32" in name else (16, 16))
+    assert_stages(backbone, images, stages_of_timm(tmp_path, images))
+    if sam:
+        with pytest.raises(InputError, match=r"samvit_base_patch16 has positions \(pos_embed\).*leave image_size out"):
+            load_backbone(tmp_path, image_size=(96, 64))
+        assert "leave image_size out" in inspect_checkpoint(tmp_path, image_size=(96, 64)).problem
+        return
+    images = torch.randn(1, 3, 96, 64)
+    resized = load_backbone(tmp_path, image_size=(96, 64))
+    assert_stages(resized, images, stages_of_timm(tmp_path, images, img_size=(96, 64)))
+    export_timm(resized, tmp_path / "export", images=CheckImages(images, "noise"))
+    assert_stages(load_backbone(tmp_path / "export"), images, stages_of_timm(tmp_path, images, img_size=(96, 64)))
+
+
 def test_a_size_that_cannot_be_built_is_said(tmp_path: Path) -> None:
     model = timm.create_model("hiera_tiny_224", num_classes=0, embed_dim=16, stages=(1, 1, 1, 1), img_size=(64, 64))
     folder = tmp_path / "folder"

@@ -64,11 +64,15 @@ def test_the_arguments_tell_the_size(tmp_path: Path, vit_state: State, said: Any
     assert load_backbone(tmp_path / "x.pth", num_heads=4).info.image_size == (16, 64)
 
 
-@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva_giant_patch14_224", "deit3_small_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["beit_base_patch16_224", "eva_giant_patch14_224", "deit3_small_patch16_224", "vit_small_patch16_dinov3"]
+)
 def test_a_timm_folder_without_layer_scale(tmp_path: Path, name: str) -> None:
     arguments = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 28, "patch_size": 14}
-    zero = {} if name.startswith("eva") else {"init_values": 0.0}
+    zero = {} if name.startswith("eva") or "dinov3" in name else {"init_values": 0.0}
     model = timm.create_model(name, num_classes=0, **arguments, **zero)
+    for block in model.blocks if "dinov3" in name else ():  # the name always gives it
+        block.gamma_1 = block.gamma_2 = None
     config = {"architecture": name, "model_args": arguments | {"init_values": None}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), tmp_path / "model.safetensors")

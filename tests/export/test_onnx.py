@@ -116,6 +116,21 @@ def test_a_graph_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_refusal_is_one_plain_line_with_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any, **options: Any) -> Any:
+        try:
+            raise ValueError("\x1b[31mno size for s0\x1b[0m\nuser stack:\n  File x")
+        except ValueError as error:
+            raise RuntimeError("Failed to export the model, step 1/3\nNext steps:") from error
+
+    monkeypatch.setattr(torch.onnx, "export", failing)
+    with pytest.raises(InputError) as caught:
+        write_export(ONNX, make(), tmp_path / "out", facts=facts())
+    assert re.search(r"ONNX graph \(no size for s0\); choose --format timm$", str(caught.value))
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

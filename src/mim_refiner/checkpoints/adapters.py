@@ -22,7 +22,7 @@ _QUANTISED = (  # endings of names beside weights that are no floats
     ((".SCB", ".weight_format"), "8-bit weights of bitsandbytes"),
     ((".absmax", ".quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4"), "4-bit weights of bitsandbytes"),
     ((".qweight", ".qzeros", ".g_idx"), "weights of GPTQ or AWQ"),
-    ((".weight_scale", ".weight_scale_inv", "_packed_params"), "8-bit weights with scales"),
+    ((".weight_scale", ".weight_scale_inv", "_packed_params", "._weight_qdata"), "8-bit weights with scales"),
 )
 
 
@@ -52,7 +52,8 @@ def with_adapter(base: Contents, adapter: Contents) -> Contents:
     for layer, (a, b) in _pairs(encoder, adapter.source).items():
         short = layer.removeprefix(_START)
         name = _target(weights, f"{short}.weight", adapter)
-        weights[name] = _sum(weights[name], a, b, _scale(config, short, a.shape[0], adapter.source), adapter.source)
+        scale = _scale(config, short, a.shape[0], f"{adapter.source}/adapter_config.json")
+        weights[name] = _sum(weights[name], a, b, scale, adapter.source)
     saved = {SAVED_HEAD: heads} if heads else {}
     return replace(base, source=adapter.source, sections={**base.sections, section: weights, **saved})
 
@@ -89,8 +90,7 @@ def _merged(contents: Contents, names: Mapping[str, Tensor]) -> dict[str, Tensor
     if not pairs or not any(".base_layer." in name for name in names):
         base = contents.fact("base_model_name_or_path") or "its base model"
         raise _cannot(contents.source, f"holds LoRA layers without the weights of {base} in PEFT's layout")
-    if any(".alpha_pattern." in f".{path}" for path in contents.facts):
-        raise _cannot(contents.source, "holds LoRA layers with an alpha_pattern in one file")
+    config = _options(contents)
     plain: dict[str, Tensor] = {}
     for name, tensor in names.items():
         if "lora_" in name or ".original_module." in name:
@@ -98,15 +98,24 @@ def _merged(contents: Contents, names: Mapping[str, Tensor]) -> dict[str, Tensor
         short = re.sub(r"\.modules_to_save\.\w+\.", ".", name.replace(".base_layer.", "."))
         plain[short.replace(_START, "", 1)] = tensor
     for layer, (a, b) in pairs.items():
-        name = f"{layer.replace(_START, '', 1)}.weight"
-        rank, alpha = a.shape[0], contents.fact("lora_alpha")
-        known = isinstance(alpha, int | float) and not contents.fact("use_rslora")
-        if not known and bool(b.any()):
-            raise _cannot(contents.source, "holds LoRA layers whose scale (lora_alpha) it does not tell")
+        short = layer.replace(_START, "", 1)
+        name = f"{short}.weight"
         if name not in plain:
             raise _cannot(contents.source, f"holds a LoRA layer for {name}, which is not there")
-        plain[name] = _sum(plain[name], a, b, alpha / rank if known else 0.0, contents.source)
+        if bool(b.any()):
+            plain[name] = _sum(plain[name], a, b, _scale(config, short, a.shape[0], contents.source), contents.source)
     return plain
+
+
+def _options(contents: Contents) -> dict[str, Any]:
+    """PEFT's options among the values beside one file's weights, as an adapter_config.json has them; ranks are told."""
+    patterns = {
+        path.partition("alpha_pattern.")[2]: value
+        for path, value in contents.facts.items()
+        if ".alpha_pattern." in f".{path}"
+    }
+    said = {name: contents.fact(name) for name in ("lora_alpha", "use_rslora")}
+    return said | {"alpha_pattern": patterns, "r": None}
 
 
 def _pairs(names: Mapping[str, Tensor], source: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -132,9 +141,8 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float, source: str) -> Ten
     return (weight.to(torch.float32) + scale * change).to(weight.dtype)
 
 
-def _scale(config: Mapping[str, Any], layer: str, rank: int, source: str) -> float:
+def _scale(config: Mapping[str, Any], layer: str, rank: int, where: str) -> float:
     """alpha / rank of a layer; the first entry of alpha_pattern that the layer's name ends with says its alpha."""
-    where = f"{source}/adapter_config.json"
     patterns = {"alpha_pattern": config.get("alpha_pattern") or {}, "rank_pattern": config.get("rank_pattern") or {}}
     alpha, said = config.get("lora_alpha", 8), config.get("r", 8)
     for entry, found in patterns.items():
@@ -142,9 +150,11 @@ def _scale(config: Mapping[str, Any], layer: str, rank: int, source: str) -> flo
             raise CheckpointError(f"{where}: {entry} must be an object of layers and numbers; correct it")
     alpha = next((v for key, v in patterns["alpha_pattern"].items() if _speaks_of(key, layer, where)), alpha)
     said = next((v for key, v in patterns["rank_pattern"].items() if _speaks_of(key, layer, where)), said)
-    if not isinstance(alpha, int | float) or not isinstance(said, int) or said < 1:
+    if alpha is None:
+        raise _cannot(where, "holds LoRA layers whose scale (lora_alpha) it does not tell")
+    if not isinstance(alpha, int | float) or not isinstance(said, int | None):
         raise CheckpointError(f"{where}: r and lora_alpha must be numbers; correct it")
-    if said != rank:
+    if said not in (rank, None):
         raise CheckpointError(
             f"{where}: r or rank_pattern says rank {said} for {layer[:80]}, its tensors have {rank}; correct it"
         )

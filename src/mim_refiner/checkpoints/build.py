@@ -14,6 +14,7 @@ from timm.models import is_model_in_modules
 from torch import nn
 
 from mim_refiner.checkpoints.families import Converted
+from mim_refiner.checkpoints.families.base import LAYER_SCALE
 from mim_refiner.checkpoints.limits import MAX_CHANNELS, check_architecture, check_arguments
 from mim_refiner.checkpoints.store import one_line
 from mim_refiner.errors import CheckpointError, InputError
@@ -42,6 +43,9 @@ def build(converted: Converted, where: str) -> Any:
             "config.json, or take the files from their source again"
         ) from error
     for name in converted.without:
+        if name == LAYER_SCALE:
+            _without_layer_scale(model)
+            continue
         if not isinstance(getattr(model, name, None), nn.LayerNorm | nn.RMSNorm | nn.Identity):
             raise CheckpointError(
                 f"{where}: its config.json leaves out {ascii(name)[:40]}, without which nothing is computed; correct it"
@@ -56,6 +60,14 @@ def build(converted: Converted, where: str) -> Any:
             if isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 module.eps = converted.norm_eps
     return model
+
+
+def _without_layer_scale(model: nn.Module) -> None:
+    """For timm's constructors that always give it."""
+    for module in model.modules():
+        for name in ("gamma_1", "gamma_2"):
+            if hasattr(module, name):
+                setattr(module, name, None)
 
 
 def adapt_channels(converted: Converted, in_chans: int) -> Converted:

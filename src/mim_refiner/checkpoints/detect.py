@@ -13,7 +13,9 @@ from mim_refiner.checkpoints.store import Contents, strip_wrappers
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean
 
 # Parts of names of running averages of an encoder, best first; the others come in the order of the file.
-_AVERAGES = ("teacher", "target", "momentum", "ema", "averaged", "average", "avg", "polyak", "swa", "shadow")
+_AVERAGES = (
+    "teacher", "target", "momentum", "ema", "averaged", "average", "avg", "polyak", "swa", "shadow", "k", "key",
+)  # fmt: skip
 _NO_AVERAGE = {"gram", "student", "online"}  # a Gram teacher is an old state, only there to regularise
 # Parts of paths and prefixes that do not tell encoders apart.
 _UNTELLING = {"", "model", "state_dict", "backbone", "net", "network", "vit", "beit", "trunk", "visual"}
@@ -44,6 +46,7 @@ _KNOWN_OTHERS = (
     ("alibi", "another modality of data2vec 2.0"),
     ("embeddings.patch_embeddings", "another Hugging Face transformers model"),
     ("lora_A", "a LoRA adapter without its base model"),
+    ("_flat_param", "flat parameters of FSDP; save the full state dict (FULL_STATE_DICT)"),
 )
 
 
@@ -163,7 +166,7 @@ def _is_alike(view: View, known: View) -> bool:
 
 
 def _rank(view: View) -> int:
-    """Place of a view's name among those of running averages; after them all for another name."""
+    """Place of a view's name among those of running averages (MoCo's is encoder_k); after them all for another name."""
     words = _words(f"{view.section}.{view.prefix}")
     if _NO_AVERAGE & words:
         return len(_AVERAGES) + ("gram" in words)

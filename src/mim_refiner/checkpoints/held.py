@@ -32,6 +32,7 @@ _DATA_MODULES = (
     "torch.torch_version.", "torch.distributed.", "torch.optim.", "torch.cuda.amp.", "torch.amp.", "torch.utils.data.",
     "torchvision.transforms.",
 )  # fmt: skip
+_LAYERS = ("torch.nn.", "timm.")  # packages whose classes are harmless as long as nothing is made of them
 _DATA_NAMES = {
     "datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta", "datetime.timezone", "numpy.ndarray",
     "operator.getitem", "torch.device", "torch.Generator", "torch.Tensor", "torch.serialization._get_layout",
@@ -39,6 +40,7 @@ _DATA_NAMES = {
     "numpy.random._pickle.__generator_ctor", "numpy.random._pickle.__randomstate_ctor", "types.SimpleNamespace",
     "types.MappingProxyType", "numpy.ma.core._mareconstruct", "numpy.rec.recarray", "builtins.range",
     "numpy.random.bit_generator.__pyx_unpickle_SeedSequence", "builtins.Ellipsis", "builtins.NotImplemented",
+    "builtins.type", "functools.partial", "re._compile",
     *(f"numpy.{name}" for name in dir(np) if isinstance(getattr(np, name), type)),
     *(f"builtins.{n}" for n in ("bool", "bytes", "dict", "float", "int", "list", "object", "slice", "str", "tuple")),
 }  # fmt: skip
@@ -273,9 +275,24 @@ CALLS: dict[str, Callable[..., Any]] = {
 def is_harmless(name: str) -> bool:
     if name in CALLS or name in _DATA_NAMES or name in DTYPES or storage_type(Named(name)) is not None:
         return True
-    package, _, rest = name.partition(".")
-    known = package in _DATA_PACKAGES or name.startswith(_DATA_MODULES)
-    return known and rest.rpartition(".")[2].lstrip("_")[:1].isupper()
+    package = name.partition(".")[0]
+    return _is_class(name) and (package in _DATA_PACKAGES or name.startswith((*_DATA_MODULES, *_LAYERS)))
+
+
+def makes_code(function: Named, arguments: tuple[Any, ...]) -> str:
+    """The class by whose objects a model computes, where a call makes one or a new class; "" for any other call.
+
+    The same classes are harmless as values (norm_layer=torch.nn.LayerNorm among the options of a training).
+    """
+    made = arguments[0] if function.name.startswith("copyreg.") and arguments else function
+    if not isinstance(made, Named) or (made.name == "builtins.type" and len(arguments) == 1):
+        return ""
+    layer = _is_class(made.name) and made.name.startswith(_LAYERS) and made.name not in CALLS
+    return made.name if layer or made.name == "builtins.type" else ""
+
+
+def _is_class(name: str) -> bool:
+    return "." in name and name.rpartition(".")[2].lstrip("_")[:1].isupper()
 
 
 def storage_type(kind: Any) -> torch.dtype | None:

@@ -23,6 +23,7 @@ from mim_refiner.checkpoints.held import (
     check_key,
     is_harmless,
     is_size,
+    makes_code,
     storage_type,
 )
 
@@ -109,6 +110,8 @@ class _Reader(pickle._Unpickler):
             raise BrokenPickleError("it calls something that is no named class")
         if function.name == _NESTED and len(arguments) == 1 and isinstance(arguments[0], bytes):
             return read_legacy(memoryview(bytearray(arguments[0])), nested=True)
+        if code := makes_code(function, arguments):
+            self.forbidden[code] = None
         known = CALLS.get(function.name)
         return Stub(function.name, arguments) if known is None else known(*arguments)
 

@@ -60,7 +60,7 @@ def _command(where: str, error: UnsafePickleError) -> str:
     """The command that saves the tensors of a file with code in it as a state dict."""
     value = error.value
     parts = value if isinstance(value, Mapping) else {}
-    whole = [key for key, held in parts.items() if isinstance(held, Stub) and "_modules" in held.fields()]
+    whole = [key for key, held in parts.items() if isinstance(held, Stub) and held.fields().get("_modules")]
     inner = max(parts, key=lambda key: _tensors(parts[key]), default=None)
     if whole:
         taken = f"x[{whole[0]!r}].state_dict()"

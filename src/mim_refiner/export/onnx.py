@@ -78,8 +78,11 @@ def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str,
                 dynamo=True,
             )
     except Exception as error:  # the exporter raises its own kinds, and any that the model raises under it
-        plain = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip()  # torch.export colours its texts
-        reason = (plain.splitlines() or [type(error).__name__])[0][:160]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the outer ones only say which step failed
+            cause = cause.__cause__
+        plain = re.sub(r"\x1b\[[\d;]*m", "", str(cause)).strip()  # torch.export colours its texts
+        reason = (plain.splitlines() or [type(cause).__name__])[0][:160]
         raise InputError(
             f"export: torch cannot turn {info.architecture} into an ONNX graph ({reason}); choose --format timm"
         ) from error

@@ -15,8 +15,16 @@ from torch.utils.checkpoint import checkpoint
 from mim_refiner.core.sharding import shard
 from mim_refiner.errors import InputError
 from mim_refiner.models.positions import RULES, Grid, check_image_size, resize_absolute, resize_relative
-from mim_refiner.models.runners import PlainRunner, built_at, class_token_after, free_image_size, rebuilt, runner_for
-from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, create_vit
+from mim_refiner.models.runners import (
+    PlainRunner,
+    built_at,
+    class_token_after,
+    free_image_size,
+    rebuilt,
+    resized_state,
+    runner_for,
+)
+from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, create_vit, in_channels
 from mim_refiner.types import BackboneInfo, BlockOutput, Pooling
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "create_vit"]
@@ -77,7 +85,7 @@ class Backbone(nn.Module):
             runner.prepare(model)
         else:
             free_image_size(model)
-        in_chans, structure = _in_channels(model), _structure(model, image_size)
+        in_chans, structure = in_channels(model), _structure(model, image_size)
         facts: dict[str, Any] = {"family": "timm", "licence": "unknown", "coverage": 1.0} | origin
         info = BackboneInfo(
             architecture=architecture or architecture_name(model),
@@ -243,7 +251,7 @@ class Backbone(nn.Module):
         check_image_size(image_size, self.info.patch_size)
         if image_size != self.info.image_size and self.runner is None:
             with torch.device("meta"):
-                built_at(self.model, image_size)
+                resized_state(self.model, built_at(self.model, image_size))
         rows, columns = self.grid_of(image_size)
         if rows * columns > MAX_POSITIONS:
             raise InputError(
@@ -334,7 +342,7 @@ def _structure(model: Any, image_size: tuple[int, int] | None) -> dict[str, Any]
     blocks = getattr(model, "blocks", None)
     attention = getattr(blocks[0], "attn", None) if blocks is not None and len(blocks) else None
     patch_embed: Any = getattr(model, "patch_embed", None)
-    patch = patch_embed.patch_size if by_block else model.feature_info[-1]["reduction"]
+    patch = patch_embed.feat_ratio(as_scalar=False) if by_block else model.feature_info[-1]["reduction"]
     image = getattr(patch_embed, "img_size", None) or getattr(model, "_model_args", {}).get("img_size")
     image = image or image_size or _default_config(model).get("input_size", (3, 224, 224))[1:]
     num_prefix = int(getattr(model, "num_prefix_tokens", 0)) if by_block or _gives_prefix(model) else 0
@@ -363,13 +371,6 @@ def _authors_pooling(model: Any, has_cls: bool) -> Pooling:
 def _default_config(model: Any) -> dict[str, Any]:
     config = getattr(model, "pretrained_cfg", None)
     return config if isinstance(config, dict) else {}
-
-
-def _in_channels(model: nn.Module) -> int:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    return 3
 
 
 def _per_channel(given: Sequence[float] | None, imagenet: tuple[float, ...], channels: int) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ Grid = tuple[int, int]  # rows and columns of patches
 # Rule -> what it does to absolute tables, and to BEiT's tables of relative positions.
 RULES = {
     "timm": "bicubic with antialiasing; relative: linear at geometrically spaced distances",
+    "flexi": "bilinear without antialiasing (FlexiViT, as timm loads it)",
     "bicubic": "bicubic without antialiasing; relative: linear at geometrically spaced distances",
     "dino": "bicubic without antialiasing, scale computed with an offset of 0.1",
     "hf": "bicubic without antialiasing; relative: bilinear",
@@ -32,10 +33,9 @@ def resize_absolute(table: Tensor, old: Grid, new: Grid, *, num_prefix: int, rul
     """Table [1, P+N, D] of grid ``old`` for grid ``new``; the first ``num_prefix`` entries stay as they are."""
     if old == new:
         return table
-    if rule == "timm":
-        resized: Tensor = resample_abs_pos_embed(
-            table, new_size=list(new), old_size=list(old), num_prefix_tokens=num_prefix
-        )
+    if rule in ("timm", "flexi"):
+        kind = {"interpolation": "bilinear", "antialias": False} if rule == "flexi" else {}
+        resized: Tensor = resample_abs_pos_embed(table, list(new), list(old), num_prefix, **kind)
         return resized
     prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
     if rule in ("sincos", "sinusoid"):

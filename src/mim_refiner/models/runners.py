@@ -31,7 +31,7 @@ from mim_refiner.models.capi import CapiVisionTransformer, token_positions
 from mim_refiner.models.positions import Grid, resize_absolute
 from mim_refiner.models.postnorm import PostNormBlock, PostNormVisionTransformer
 from mim_refiner.models.variants import VariantVisionTransformer
-from mim_refiner.models.vit import registered_name
+from mim_refiner.models.vit import architecture_name, registered_name
 
 _PRE_NORM, _POST_NORM = (Block, BeitBlock, EvaBlock), (PostNormBlock,)
 _ATTENTIONS = (Attention, BeitAttention, GridAttention, EvaAttention)
@@ -163,24 +163,35 @@ def built_at(model: Any, image_size: tuple[int, int]) -> Any:
         ) from error
 
 
-@torch.no_grad()
-def rebuilt(model: Any, image_size: tuple[int, int]) -> Any:
-    """:func:`built_at` with the weights of ``model``.
+def resized_state(model: Any, new: Any) -> dict[str, Tensor]:
+    """State dict of ``model`` for ``new``, which is built at another size; on the device of ``new``.
 
     What timm resizes when it loads weights of another size is resized so (relative tables); tables of absolute
-    positions, which it then refuses, bicubically with antialiasing.
+    positions, which it then refuses, bicubically with antialiasing. Raises InputError for tables of another kind.
     """
+    wanted = new.state_dict()
+    state = {name: tensor.to(next(iter(wanted.values())).device) for name, tensor in model.state_dict().items()}
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    state = dict(convert(state, new) if convert else state)
+    for key, value in wanted.items():
+        if key.rpartition(".")[2] == "pos_embed" and state[key].ndim == 3 and state[key].shape != value.shape:
+            grids = [tuple(getattr(m, "tokens_spatial_shape", None) or m.patch_embed.grid_size) for m in (model, new)]
+            state[key] = resample_abs_pos_embed(state[key], list(grids[1]), list(grids[0]), num_prefix_tokens=0)
+        if state[key].shape != value.shape:
+            raise InputError(
+                f"{architecture_name(model)} has positions ({key}) that are not brought to another image size; leave "
+                "image_size out"
+            )
+    return state
+
+
+@torch.no_grad()
+def rebuilt(model: Any, image_size: tuple[int, int]) -> Any:
+    """:func:`built_at` with the weights of ``model``."""
     new = built_at(model, image_size)
     if new is model:
         return model
-    state = model.state_dict()
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    state = dict(convert(state, new) if convert else state)
-    for key, value in new.state_dict().items():
-        if key.rpartition(".")[2] == "pos_embed" and state[key].shape != value.shape:
-            grids = [tuple(getattr(m, "tokens_spatial_shape", None) or m.patch_embed.grid_size) for m in (model, new)]
-            state[key] = resample_abs_pos_embed(state[key], list(grids[1]), list(grids[0]), num_prefix_tokens=0)
-    new.load_state_dict(state)
+    new.load_state_dict(resized_state(model, new))
     for ours, theirs in zip(new.modules(), model.modules(), strict=True):
         if hasattr(theirs, "eps"):
             ours.eps = theirs.eps

@@ -131,7 +131,7 @@ def vit_arguments(model: VisionTransformer) -> dict[str, Any]:
     return {
         "img_size": list(model.patch_embed.img_size),
         "patch_size": _square(model.patch_embed.patch_size),
-        "in_chans": model.patch_embed.proj.in_channels,
+        "in_chans": in_channels(model),
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
@@ -151,6 +151,11 @@ def vit_arguments(model: VisionTransformer) -> dict[str, Any]:
         "global_pool": model.global_pool,
         "dynamic_img_size": True,
     }
+
+
+def in_channels(model: nn.Module) -> int:
+    """Channels of the images: those of the first convolution."""
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
 
 
 def mlp_ratio(hidden: int, width: int) -> float:

@@ -20,6 +20,7 @@ DROPPED = {
     **dict.fromkeys(("lm_head.", "cls_pt_layers.", "dino_head.", "ibot_head."), "head of the pre-training"),
     "neck.": "decoder or head, used only in training",
     "data_preprocessor.": "mean and std",
+    "n_averaged": "number of averaged states",
 }
 # Buffers of older versions: end of a name -> why it is left out.
 _BUFFERS = {
@@ -28,6 +29,7 @@ _BUFFERS = {
     "attn_mask": "computed from the grid",
     "attn.k_bias": "always zero",
 }
+LAYER_SCALE = "layer_scale"  # among what a model is built without
 GUESS = "guessed: "  # start of a note that is said on every load
 PROJECTION = "patch_embed.proj.weight"  # timm's name of a ViT's first convolution
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import (
     DROPPED,
+    LAYER_SCALE,
     PROJECTION,
     Converted,
     Family,
@@ -32,6 +33,8 @@ def matches(view: View) -> bool:
     return view.contents.config is not None or has_plain_vit(view.tensors)
 
 
+# timm drops init_values=None and takes the name's own value; 0 leaves layer scale out of these.
+_UNSCALED_BY_ZERO = ["beit", "vision_transformer", "deit"]
 _BARE = vit_family("timm", matches, mean=None, std=None, position_rule="timm")
 
 
@@ -54,12 +57,15 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
     model_args = _mapping(config, "model_args", view.where)
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in model_args.items()}
     arguments.pop("num_classes", None)
-    if arguments.get("init_values", 0) is None and not any("gamma" in name for name in view.tensors):
-        arguments |= _no_layer_scale(architecture)
+    unscaled = arguments.get("init_values", 0) is None and not any("gamma" in name for name in view.tensors)
+    by_zero = unscaled and is_model_in_modules(architecture.partition(".")[0], _UNSCALED_BY_ZERO)
+    if by_zero:
+        arguments["init_values"] = 0.0
     first_conv = preprocessing.get("first_conv")
     classifier = preprocessing.get("classifier") or _usual_classifier(architecture)
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     without = tuple(str(name) for name in facts.get("without") or ())
+    without += (LAYER_SCALE,) if unscaled and not by_zero else ()
     reasons = {f"{head}.": "classifier" for head in heads}
     reasons |= {f"{name}.": "only there for timm, not part of the encoder" for name in without}
     reasons |= {name: DROPPED[name] for name in ("mask_token", "masked_embed", "decoder", "lm_head.")}
@@ -79,18 +85,12 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
         licence=facts.get("licence") or preprocessing.get("license"),
         family=facts.get("family"),
         norm_eps=facts.get("norm_eps"),
-        position_rule=facts.get("position_rule") or "timm",
+        position_rule=facts.get("position_rule") or ("flexi" if architecture.startswith("flexi") else "timm"),
         pooling=facts.get("encoder_pooling"),
         without=without,
         image_size=_size(preprocessing.get("input_size")),
         projection=f"{first_conv}.weight" if isinstance(first_conv, str) else PROJECTION,
     )
-
-
-def _no_layer_scale(architecture: str) -> dict[str, float]:
-    """What leaves layer scale out of a timm model: timm drops None and takes the name's own value."""
-    by_zero = is_model_in_modules(architecture.partition(".")[0], ["beit", "vision_transformer", "deit"])
-    return {"init_values": 0.0} if by_zero else {}
 
 
 def _usual_classifier(architecture: str) -> Any:
