@@ -109,6 +109,18 @@ def test_an_encoder_of_fixed_size_says_so() -> None:
         backbone.forward_blocks(torch.randn(1, 3, 96, 96))
 
 
+def test_another_size_of_a_beit_is_reached_without_warnings() -> None:
+    """timm's own interpolation of relative tables warns once in a process."""
+    arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    backbone = Backbone.wrap(timm.create_model("beit_base_patch16_224", num_classes=0, **arguments))
+    torch.set_warn_always(True)
+    try:
+        backbone.set_image_size((24, 16))
+    finally:
+        torch.set_warn_always(False)
+    assert backbone.model.blocks[0].attn.relative_position_bias_table.shape[0] == 5 * 3 + 3
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of timm's own interpolation
 @pytest.mark.parametrize(("old", "new"), [((4, 4), (2, 2)), ((4, 4), (7, 3)), ((3, 5), (5, 5)), ((2, 3), (9, 8))])
 def test_relative_tables_as_timm_resizes_them(old: tuple[int, int], new: tuple[int, int]) -> None:
@@ -155,5 +167,5 @@ def test_absolute_tables_by_each_rule(rule: str, offset: float, old: tuple[int, 
 
 
 def test_unknown_rule() -> None:
-    with pytest.raises(InputError, match="position rule 'nearest' is unknown; use timm, bicubic"):
+    with pytest.raises(InputError, match="position rule 'nearest' is unknown; use timm, flexi, bicubic"):
         Backbone.wrap(timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0), position_rule="nearest")

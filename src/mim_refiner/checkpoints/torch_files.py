@@ -60,7 +60,8 @@ def _command(where: str, error: UnsafePickleError) -> str:
     """The command that saves the tensors of a file with code in it as a state dict."""
     value = error.value
     parts = value if isinstance(value, Mapping) else {}
-    whole = [key for key, held in parts.items() if isinstance(held, Stub) and held.fields().get("_modules")]
+    modules = {key: held.fields() for key, held in parts.items() if isinstance(held, Stub)}
+    whole = [key for key, fields in modules.items() if fields.get("_modules") or fields.get("_parameters")]
     inner = max(parts, key=lambda key: _tensors(parts[key]), default=None)
     if whole:
         taken = f"x[{whole[0]!r}].state_dict()"

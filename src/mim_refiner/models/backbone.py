@@ -23,6 +23,7 @@ from mim_refiner.models.runners import (
     rebuilt,
     resized_state,
     runner_for,
+    unwarned,
 )
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, create_vit, in_channels
 from mim_refiner.types import BackboneInfo, BlockOutput, Pooling
@@ -239,7 +240,8 @@ class Backbone(nn.Module):
             self.info = replace(self.info, image_size=image_size)
             return
         resized = self._resized_tables(self.grid_of(image_size))
-        self.model.set_input_size(img_size=image_size)
+        with unwarned():
+            self.model.set_input_size(img_size=image_size)
         parameters = dict(self.model.named_parameters())
         for name, table in resized.items():  # in place of timm's own resizing
             parameters[name].copy_(table)

@@ -11,7 +11,9 @@ keys adds one number to all logits, which the softmax takes away. Values and gra
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -163,6 +165,14 @@ def built_at(model: Any, image_size: tuple[int, int]) -> Any:
         ) from error
 
 
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """timm's resizing of relative tables warns of torch's future, which nobody here can change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
 def resized_state(model: Any, new: Any) -> dict[str, Tensor]:
     """State dict of ``model`` for ``new``, which is built at another size; on the device of ``new``.
 
@@ -172,7 +182,8 @@ def resized_state(model: Any, new: Any) -> dict[str, Tensor]:
     wanted = new.state_dict()
     state = {name: tensor.to(next(iter(wanted.values())).device) for name, tensor in model.state_dict().items()}
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    state = dict(convert(state, new) if convert else state)
+    with unwarned():
+        state = dict(convert(state, new) if convert else state)
     for key, value in wanted.items():
         if key.rpartition(".")[2] == "pos_embed" and state[key].ndim == 3 and state[key].shape != value.shape:
             grids = [tuple(getattr(m, "tokens_spatial_shape", None) or m.patch_embed.grid_size) for m in (model, new)]
