@@ -90,6 +90,7 @@ def test_rank_of_rows_is_the_effective_rank_of_those_rows():
     rows = np.random.default_rng(1).integers(0, 40, 40)
     assert rank_of_rows(x)(np.arange(40)) == pytest.approx(effective_rank(x), abs=1e-4)
     assert rank_of_rows(x)(rows) == pytest.approx(effective_rank(x[rows]), abs=1e-4)
+    assert rank_of_rows(x, centred=True)(rows) == pytest.approx(effective_rank(x[rows], centred=True), abs=1e-4)
     assert rank_of_rows(torch.zeros(5, 3))(np.arange(5)) == 0
 
 
@@ -144,4 +145,5 @@ def test_too_few_images_are_refused():
     with pytest.raises(InputError, match="at least 20"):
         label_free_measures(*views(1.0, count=19), seed=0)
     found = label_free_measures(*views(1.0, count=30), seed=0, pairs=2)
-    assert set(found.summary()) == {"neighbour consistency", "view retrieval", "effective rank", "cluster stability"}
+    ranks = {"effective rank", "effective rank, centred"}
+    assert set(found.summary()) == {"neighbour consistency", "view retrieval", "cluster stability"} | ranks

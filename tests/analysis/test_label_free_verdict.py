@@ -23,14 +23,14 @@ def measures(noise, seed, count=150, directions=12):
 @pytest.mark.parametrize("seed", range(3))
 def test_three_words(seed):
     rough, fine = measures(1.0, seed), measures(0.5, seed)
-    better, worse, same = (
-        label_free_verdict(*pair, seed=seed) for pair in ((rough, fine), (fine, rough), (fine, fine))
-    )
-    assert (better["verdict"], worse["verdict"], same["verdict"]) == ("better", "worse", "no clear change")
-    consistency = better["measures"][0]
+    sound, worse, same = (label_free_verdict(*pair, seed=seed) for pair in ((rough, fine), (fine, rough), (fine, fine)))
+    assert (sound["verdict"], worse["verdict"], same["verdict"]) == ("no collapse seen", "worse", "no clear change")
+    consistency = sound["measures"][0]
     assert consistency["measure"] == "neighbour consistency"
     assert consistency["ci95"][0] <= consistency["difference"] <= consistency["ci95"][1]
-    assert better["reason"].startswith("Two views of an image share more of their neighbours than before")
+    assert sound["reason"].startswith("Two views of an image share more of their neighbours than before")
+    assert "better" not in sound["reason"]
+    assert [row["measure"] for row in sound["measures"]][2:4] == ["effective rank", "effective rank, centred"]
     assert same["confidence"] == {
         "word": "high",
         "bootstrap_agreement": 1.0,
@@ -55,19 +55,19 @@ def test_small_changes_are_not_clear_however_certain():
     found = label_free_verdict(before, shifted)
     assert found["verdict"] == "no clear change"
     assert found["measures"][0]["ci95"] == pytest.approx([0.01, 0.01])
-    assert label_free_verdict(before, shifted, rule=VerdictRule(min_change=0.005))["verdict"] == "better"
+    assert label_free_verdict(before, shifted, rule=VerdictRule(min_change=0.005))["verdict"] == "no collapse seen"
 
 
 def test_a_measure_that_objects_lowers_the_confidence():
     before, after = measures(1.0, 0), measures(0.5, 0)
     other = LabelFreeMeasures(after.consistency, before.retrieval - 1, before.stability - 0.5, after.features)
     found = [label_free_verdict(before, one) for one in (after, other)]
-    assert [verdict["verdict"] for verdict in found] == ["better"] * 2
+    assert [verdict["verdict"] for verdict in found] == ["no collapse seen"] * 2
     assert [verdict["confidence"]["word"] for verdict in found] == ["high", "medium"]
     assert [verdict["confidence"]["against"] for verdict in found] == [[], ["view retrieval"]]
 
 
-def test_consistency_won_by_losing_rank_is_not_called_better():
+def test_consistency_won_by_losing_rank_is_no_clear_change():
     """Found on a refinement at twice the learning rate: consistency +9 points, rank x 0.71, k-NN unchanged."""
     before, after = measures(1.0, 0), measures(0.5, 0)
     thin = after.features * torch.tensor([1.0] * 8 + [0.01] * 4)  # effective rank between 50 and 75 %

@@ -46,6 +46,7 @@ REFINE_SETTINGS = (
     "heads.out_dim=16",
     "heads.queue_size=32",
     "log_every=2",
+    "hold_out=0",
 )
 
 

@@ -130,6 +130,10 @@ def test_summary_has_before_after_verdict_and_seconds(refined):
         summary["after"]["knn_top1"] - summary["before"]["knn_top1"]
     )
     assert 0 < summary["seconds"]["training"] <= summary["seconds"]["total"]
+    # the fixture trains on all its images
+    assert summary["verdict"]["measured_on"] == "Measured on images it trained on."
+    assert "Measured on images it trained on." in (refined.path / "report.html").read_text()
+    assert "Measured on images it trained on." in refined.outcome.out
 
 
 def test_evaluation_files_carry_the_contract(refined):
@@ -346,7 +350,8 @@ def test_unlabelled_images_get_a_verdict_without_labels(mae, unlabelled, cli, tm
     outcome = cli.call(*cli.refine(unlabelled, mae.export, tmp_path / "run"), "--json")
     assert outcome.code == 0, outcome.err
     verdict = outcome.json["verdict"]
-    assert verdict["verdict"] in ("better", "no clear change", "worse")
+    assert verdict["verdict"] in ("no collapse seen", "no clear change", "worse")
+    assert verdict["measured_on"] == "Measured on images it trained on."
     assert "Judged without labels; confidence" in verdict["reason"]
     assert {row["measure"] for row in verdict["measures"]} > {"neighbour consistency", "effective rank"}
     assert outcome.json["recommendation"]["measure"] == "consistency"
@@ -363,20 +368,32 @@ def test_a_handful_of_unlabelled_images_gives_no_verdict_and_no_error(mae, unlab
 
 
 def test_labelled_images_beside_unlabelled_ones_give_a_verdict(mae, unlabelled, shapes, cli, tmp_path):
-    words = cli.refine(unlabelled, mae.export, tmp_path / "run")
+    words = cli.refine(unlabelled, mae.export, tmp_path / "run", "hold_out=0.1", "knn_every=1")
     outcome = cli.call(*words, "--eval-data", shapes, "--eval-test", f"{shapes}[::3]", "--json")
     assert outcome.code == 0, outcome.err
+    # the same images under other names: found by their bytes
+    assert outcome.json["verdict"]["measured_on"].startswith("Measured on images it trained on: at least 16 of the 16")
+    assert "held out" not in outcome.err
+    looks = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    hits = [9 * look["knn_top1"] for look in looks if "knn_top1" in look]  # of 9 bank images: not of the test images
+    assert hits == pytest.approx([round(hit) for hit in hits])
     assert outcome.json["verdict"]["verdict"] in ("better", "no clear change", "worse")
     record = json.loads((tmp_path / "run" / "evaluation" / "after-knn_top1-block02-cls.json").read_text())
     assert record["data"]["test"]["images"] == 16
 
 
 def test_json_is_one_object_and_equals_the_summary_file(mae, shapes, cli, tmp_path):
-    outcome = cli.call(*cli.refine(shapes, mae.export, tmp_path / "run"), "--json", "--quiet")
+    outcome = cli.call(*cli.refine(shapes, mae.export, tmp_path / "run", "hold_out=0.25"), "--json", "--quiet")
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("\n") == 1
     assert outcome.json == json.loads((tmp_path / "run" / "summary.json").read_text())
     assert outcome.err == ""
+    # labelled images are held out, trained on by no step, and that is said
+    assert outcome.json["data"]["train"]["images"] == 36
+    assert "Measured on 12 images that were held out of training." in outcome.json["verdict"]["reason"]
+    record = json.loads((tmp_path / "run" / "evaluation" / "after-knn_top1-block02-cls.json").read_text())
+    assert (record["data"]["train"]["images"], record["data"]["test"]["images"]) == (36, 12)
+    assert record["data"]["test"].get("also_in_train") is None
 
 
 def test_refine_goes_on_from_a_refined_run(refined, shapes, cli, tmp_path):

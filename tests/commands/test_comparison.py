@@ -76,7 +76,7 @@ def test_the_export_is_written_when_measuring_fails(labelled, tmp_path, monkeypa
     monkeypatch.setattr(refine, "compare", fails)
     recipe = tiny()
     recipe.heads.blocks = [1]
-    on = SimpleNamespace(bank=labelled(4, 4), test=None, k=3)
+    on = SimpleNamespace(bank=labelled(4, 4), test=None, k=3, says="")
     with pytest.raises(DataError, match="the disk with the images is gone"):
         refine.conclude({"before": encoder, "after": encoder}, on, recipe, tmp_path, "photos", run())
     assert {path.name for path in (tmp_path / "export").iterdir()} >= {"config.json", "model.safetensors"}

@@ -49,6 +49,8 @@ def test_effective_rank_of_known_spectra() -> None:
         expected = math.exp(-sum(s * math.log(s) for s in share))
         assert effective_rank(features) == pytest.approx(expected, rel=1e-4)
         assert effective_rank(1e6 * features) == pytest.approx(expected, rel=1e-4)
+        centred = features - features.mean(0)
+        assert effective_rank(features + 7, centred=True) == pytest.approx(effective_rank(centred), rel=1e-4)
     assert effective_rank(torch.zeros(5, 3)) == 0.0
 
 

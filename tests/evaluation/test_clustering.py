@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.preprocessing import StandardScaler, normalize
 
-from mim_refiner.core.metrics import standardized
+from mim_refiner.core.metrics import accuracy_interval, standardized
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.clustering import class_separation, clustering_protocol, score_clusters
 
@@ -23,7 +23,7 @@ def test_finds_separated_classes(make_features):
     for score in scores.values():
         assert (score.accuracy, score.nmi, score.ari) == (1.0, pytest.approx(1.0), pytest.approx(1.0))
         assert score.correct.all()
-        assert score.ci95[0] > 0.97
+        assert score.interval("accuracy")[0] > 0.97
 
 
 def test_inertia_is_close_to_full_k_means(make_features):
@@ -51,7 +51,9 @@ def test_scores_equal_their_definitions():
     best = max(np.mean(np.array(order)[clusters] == labels) for order in itertools.permutations(range(4)))
     assert score.accuracy == pytest.approx(best)
     assert score.correct.mean() == pytest.approx(best)
-    assert score.ci95[0] < best < score.ci95[1]
+    low, high = score.interval("accuracy")
+    assert low < best < high
+    assert score.interval("nmi") is None
     assert score.nmi == pytest.approx(normalized_mutual_info_score(labels, clusters))
     assert score.ari == pytest.approx(adjusted_rand_score(labels, clusters))
     assert -0.1 < score.ami < score.nmi  # chance agreement is taken off
@@ -103,3 +105,17 @@ def test_bad_input(make_features):
         clustering_protocol(features, num_clusters=21)
     with pytest.raises(InputError, match="0 seeds"):
         clustering_protocol(features, num_seeds=0)
+
+
+def test_resamples_equal_a_loop_and_are_the_same_for_every_encoder(make_features):
+    features = make_features(60, shift=1.0)
+    score = clustering_protocol(features, num_seeds=2, resamples=3)[1, "cls"]
+    for number in range(3):
+        rows = np.random.default_rng([0, 4, number]).integers(0, 60, 60)
+        again = clustering_protocol(features.select(rows), num_seeds=2, num_clusters=4)[1, "cls"]
+        assert score.drawn["accuracy"][number] == again.accuracy
+    half = 1.96 * score.drawn["accuracy"].std(ddof=1)
+    assert score.interval("accuracy") == pytest.approx((score.accuracy - half, min(1, score.accuracy + half)))
+    low, high = score.interval("nmi")
+    assert low < score.nmi < high
+    assert dataclasses.replace(score, drawn={}).interval("accuracy") == accuracy_interval(score.correct)[1:]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mim_refiner.errors import RunFolderError
-from mim_refiner.evaluation.results import Result, result_name
+from mim_refiner.evaluation.results import Result, paired_change, result_name
 from mim_refiner.files import write_json
 
 
@@ -43,6 +43,18 @@ def test_json_has_the_contract_fields_and_no_more():
     assert record["ci95"] == [0.4, 0.6]
     assert record["settings"] == {"temperature": "inf", "rates": [1.0, 2.0]}
     assert result.name == result_name("knn_top1", 3, "cls") == "knn_top1-block03-cls"
+
+
+def test_paired_change_of_resampled_clusterings_is_by_the_same_resamples():
+    def clustered(value, drawn):
+        facts = {"settings": {}, "data": {}, "model_sha256": None, "seed": 0}
+        return Result("clustering", "nmi", value, None, 3, "cls", False, **facts, drawn=np.array(drawn))
+
+    change = paired_change(clustered(0.2, [0.1, 0.2, 0.3]), clustered(0.5, [0.4, 0.5, 0.6]))
+    assert change == pytest.approx((0.3, 0.3, 0.3))  # what both gain or lose by the draw of images is no doubt
+    value, low, high = paired_change(clustered(0.2, [0.1, 0.2, 0.3]), clustered(0.5, [0.6, 0.5, 0.4]))
+    assert (low, value, high) == pytest.approx((0.3 - 1.96 * 0.2, 0.3, 0.3 + 1.96 * 0.2))
+    assert paired_change(clustered(0.2, [0.1, 0.2]), clustered(0.5, [0.6, 0.5, 0.4])) is None
 
 
 def test_write_is_whole_or_not_at_all(tmp_path):

@@ -57,7 +57,7 @@ def test_every_protocol_writes_its_files(make_backbone, make_images, tmp_path):
         if record["ci95"] is not None:
             assert record["ci95"][0] <= record["value"] <= record["ci95"][1]
             assert result.correct.mean() == pytest.approx(record["value"])
-    assert {r.metric for r in results.values() if r.ci95 is None} == {*clusters[1:], "rank"}
+    assert {r.metric for r in results.values() if r.ci95 is None} == {*clusters[1:], "rank", "rank_centred"}
 
     again = evaluate_backbone(backbone, train, test, out_dir=tmp_path / "run", name_prefix="after-", **options)
     for name in again:  # same seed, same bytes; the prefix keeps two encoders in one folder apart

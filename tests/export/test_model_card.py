@@ -40,7 +40,7 @@ def test_content(tmp_path: Path) -> None:
         "| Training data | CIFAR-10 train \\| 50000 images |",
         "| Recommended features | block -1, pooling cls, without the final norm |",
         "| k-NN top-1 | 50.0 % | 75.0 % |",
-        "| effective rank | 10.25 | 20.5 |",
+        "| effective rank (RankMe) | 10.25 | 20.5 |",
         "| normalised mutual information | – | 30.0 % |",
         "| heads.temperature | 0.2 |",
         "| epochs | 10 |",

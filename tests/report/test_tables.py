@@ -39,7 +39,7 @@ def test_rows_show_values_and_differences_to_the_first(summary):
     assert rows == [
         ["k-NN accuracy (%)", "30.0", "35.2 (+5.2)", "55.0 (+25.0)"],
         ["linear probe accuracy (%)", "50.0", "-", "70.0 (+20.0)"],
-        ["effective rank", "40.0", "38.5 (-1.5)", "61.0 (+21.0)"],
+        ["effective rank (RankMe)", "40.0", "38.5 (-1.5)", "61.0 (+21.0)"],
     ]
 
 

@@ -18,7 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from mim_refiner.core.metrics import accuracy_interval, paired_interval, standardized
+from mim_refiner.core.metrics import accuracy_interval, effective_rank, paired_interval, standardized
 from mim_refiner.errors import InputError
 
 _ROWS = 1024  # rows of one similarity product
@@ -38,7 +38,8 @@ class LabelFreeMeasures:
         return {
             "neighbour consistency": float(self.consistency.mean()),
             "view retrieval": float(self.retrieval.mean()),
-            "effective rank": rank_of_rows(self.features)(np.arange(len(self.features))),
+            "effective rank": effective_rank(self.features),
+            "effective rank, centred": effective_rank(self.features, centred=True),
             "cluster stability": float(self.stability.mean()),
         }
 
@@ -161,13 +162,17 @@ def score_interval(scores: NDArray[np.float64]) -> tuple[float, float]:
     return float(scores.mean()) - half, float(scores.mean()) + half
 
 
-def rank_of_rows(x: Tensor) -> Callable[[NDArray[np.int64]], float]:
-    """RankMe of chosen rows of ``x`` [N, D] (with repetition), from D x D products: quick enough to bootstrap."""
+def rank_of_rows(x: Tensor, *, centred: bool = False) -> Callable[[NDArray[np.int64]], float]:
+    """``effective_rank`` of chosen rows of ``x`` [N, D] (repetition allowed), from D x D products: quick enough to
+    bootstrap.
+    """
     x = x.double()
 
     def rank(rows: NDArray[np.int64]) -> float:
         weights = torch.from_numpy(np.bincount(rows, minlength=len(x))).double()
-        squares = torch.linalg.eigvalsh(x.T @ (weights[:, None] * x)).clamp(min=0)
+        mean = weights @ x / weights.sum()
+        product = x.T @ (weights[:, None] * x) - centred * weights.sum() * torch.outer(mean, mean)
+        squares = torch.linalg.eigvalsh(product).clamp(min=0)
         singular = squares.sqrt()
         if float(singular.sum()) == 0:
             return 0.0

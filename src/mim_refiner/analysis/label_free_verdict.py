@@ -1,4 +1,7 @@
-"""Did refinement help, judged without labels? A rule on four measures, calibrated where labels exist (LOG.md)."""
+"""Did refinement do harm, judged without labels? A rule on four measures, tried where labels exist.
+
+It never says "better": training against augmentations raises neighbour consistency by itself, also where k-NN stands.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim_refiner.analysis.label_free import LabelFreeMeasures, bootstrap_interval, rank_of_rows
-from mim_refiner.analysis.verdict import BETTER, UNCLEAR, WORSE
+from mim_refiner.analysis.verdict import SOUND, UNCLEAR, WORSE
 from mim_refiner.errors import InputError
 
 Rows = NDArray[np.int64]
@@ -22,7 +25,7 @@ class VerdictRule:
 
     ``collapse``: an effective rank below this share of the base's is worse, whatever the neighbours say: features that
     fall on few directions agree with each other without telling images apart. Below the share ``rank_kept`` a rise of
-    the consistency is not called better: training against augmentations raises it on the way to collapse as well.
+    the consistency is no clear change: training against augmentations raises it on the way to collapse as well.
     """
 
     min_change: float = 0.02
@@ -41,9 +44,10 @@ def label_free_verdict(
 ) -> dict[str, Any]:
     """Compare two encoders on the same N images and views.
 
-    Better or worse: neighbour consistency changed by more than ``min_change``, and so did its paired 95 % interval;
-    worse too when the effective rank collapsed, and not better when it fell far (``VerdictRule``). Returns {"verdict",
-    "reason", "measures": [a row each], "confidence", "samples", "rule"}. ``drift`` [M]: see ``dense_drift``.
+    "no collapse seen" or "worse": neighbour consistency rose or fell by more than ``min_change``, and so did its paired
+    95 % interval; worse too when the effective rank collapsed; "no clear change" otherwise, and where a rise came with
+    a rank that fell far (``VerdictRule``). Returns {"verdict", "reason", "measures": [a row each], "confidence",
+    "samples", "rule"}. ``drift`` [M]: see ``dense_drift``.
     Raises InputError when the images differ.
     """
     rule = rule or VerdictRule()
@@ -54,6 +58,7 @@ def label_free_verdict(
         "neighbour consistency": _row(before.consistency, after.consistency, replicates=1000, seed=seed),
         "view retrieval": _row(before.retrieval, after.retrieval, replicates=1000, seed=seed),
         "effective rank": _rank_row(before, after, replicates, seed),
+        "effective rank, centred": _rank_row(before, after, max(1, replicates // 4), seed, centred=True),
         "cluster stability": _row(before.stability, after.stability, replicates=1000, seed=seed),
     }
     word, why = _decide(rows["neighbour consistency"], rows["effective rank"], rule)
@@ -100,13 +105,17 @@ def _row(before: NDArray[np.float64], after: NDArray[np.float64], *, replicates:
     return _Row(float(before.mean()), float(after.mean()), value, low, high, drawn)
 
 
-def _rank_row(before: LabelFreeMeasures, after: LabelFreeMeasures, replicates: int, seed: int) -> _Row:
+def _rank_row(
+    before: LabelFreeMeasures, after: LabelFreeMeasures, replicates: int, seed: int, *, centred: bool = False
+) -> _Row:
     """Effective ranks; the difference is bootstrapped over images, in pairs.
 
     An effective rank of a resample is lower than that of as many different images, about alike for both encoders; the
     interval is moved so that its centre is the measured difference.
     """
-    ranks: tuple[Callable[[Rows], float], ...] = (rank_of_rows(before.features), rank_of_rows(after.features))
+    ranks: tuple[Callable[[Rows], float], ...] = tuple(
+        rank_of_rows(x.features, centred=centred) for x in (before, after)
+    )
     every = np.arange(len(before.features))
     values = [rank(every) for rank in ranks]
     difference, low, high, drawn = bootstrap_interval(
@@ -122,7 +131,7 @@ def _decide(consistency: _Row, rank: _Row, rule: VerdictRule) -> tuple[str, str]
             f"The effective rank of the features collapsed from {rank.before:.1f} to {rank.after:.1f}: "
             "images are no longer told apart."
         )
-    word = BETTER if consistency.low > rule.min_change else WORSE if consistency.high < -rule.min_change else UNCLEAR
+    word = SOUND if consistency.low > rule.min_change else WORSE if consistency.high < -rule.min_change else UNCLEAR
     interval = f"95 % interval {100 * consistency.low:+.1f} to {100 * consistency.high:+.1f}"
     moved = f"{100 * consistency.before:.1f} to {100 * consistency.after:.1f} % ({interval})"
     if word == UNCLEAR:
@@ -131,14 +140,14 @@ def _decide(consistency: _Row, rank: _Row, rule: VerdictRule) -> tuple[str, str]
             word,
             f"Two views of an image share {moved} of their neighbours: not clearly more than {limit} of change.",
         )
-    kind = "more" if word == BETTER else "less"
+    kind = "more" if word == SOUND else "less"
     found = f"Two views of an image share {kind} of their neighbours than before: {moved}"
-    if word == BETTER and _rank_lost(rank, rule):
+    if word == SOUND and _rank_lost(rank, rule):
         return UNCLEAR, (
             f"{found}, but the effective rank of the features fell from {rank.before:.1f} to {rank.after:.1f}: "
             "features on fewer directions agree more without telling more apart."
         )
-    return word, f"{found}."
+    return word, f"{found}." + (" That shows no harm and proves no gain." if word == SOUND else "")
 
 
 def _rank_lost(rank: _Row, rule: VerdictRule) -> bool:
@@ -152,9 +161,9 @@ def _confidence(word: str, rows: Mapping[str, _Row], rule: VerdictRule) -> dict[
     """
     consistency, retrieval, rank = (rows[n] for n in ("neighbour consistency", "view retrieval", "effective rank"))
     drawn = consistency.drawn
-    contested = word == UNCLEAR and consistency.low > rule.min_change  # the rank fell too far to call it better
+    contested = word == UNCLEAR and consistency.low > rule.min_change  # the rank fell too far
     shares = {
-        BETTER: float((drawn > rule.min_change).mean()),
+        SOUND: float((drawn > rule.min_change).mean()),
         WORSE: float((drawn < -rule.min_change).mean()),
         UNCLEAR: float((rank.drawn < (rule.rank_kept - 1) * rank.before).mean())
         if contested
@@ -163,7 +172,7 @@ def _confidence(word: str, rows: Mapping[str, _Row], rule: VerdictRule) -> dict[
     collapsed = rank.after < rule.collapse * rank.before
     share = 1.0 if word == WORSE and collapsed else shares[word]
     objections = {
-        BETTER: {"view retrieval": retrieval.high < 0},
+        SOUND: {"view retrieval": retrieval.high < 0},
         WORSE: {"view retrieval": retrieval.low > 0 and not collapsed},
         UNCLEAR: {
             "neighbour consistency": contested,

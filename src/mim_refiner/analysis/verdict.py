@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from mim_refiner.core.metrics import paired_interval
 
 BETTER, UNCLEAR, WORSE = "better", "no clear change", "worse"
+SOUND = "no collapse seen"  # all that is said for an encoder without labels
 
 
 def verdict(before_correct: ArrayLike, after_correct: ArrayLike, *, measure: str = "k-NN accuracy") -> dict[str, Any]:

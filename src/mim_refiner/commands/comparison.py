@@ -17,6 +17,7 @@ from mim_refiner.commands.survey import Samples, atlas_of, choose_samples, defau
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.overlap import compare_images
 from mim_refiner.data.source_base import sliced
 from mim_refiner.errors import DataError
 from mim_refiner.evaluation.results import Result, result_name
@@ -42,6 +43,23 @@ class Measured:
     bank: ImageSet
     test: ImageSet | None
     k: int = KNN_K
+    says: str = ""  # a sentence for the verdict: whether the test images were trained on
+
+
+def said_of_training(images: ImageSet, on: Measured, *, held_out: bool) -> str:
+    """Say whether the images to measure on are among the training ``images``, as far as samples of both tell."""
+    tested = on.bank if on.test is None else on.test
+    if held_out:
+        return f"Measured on {len(tested)} images that were held out of training."
+    if tested.source is images.source:
+        return "Measured on images it trained on."
+    if on.test is not None and on.bank.source.fingerprint() == images.source.fingerprint():
+        shared = tested.source.shared  # compared already
+    else:
+        shared = compare_images(images.source, tested.source)[0]
+    if shared is None or not shared.count:
+        return ""
+    return f"Measured on images it trained on: at least {shared.count} of the {shared.compared} compared."
 
 
 def measured(bank: ImageSet, test: ImageSet | None, *, given: bool, run: Run) -> Measured:

@@ -38,14 +38,13 @@ def place_in_recipe(
     recipe: RefineRecipe,
     base: RefineRecipe,
     backbone: Backbone,
-    bank: ImageSet,
-    test: ImageSet | None,
+    images: ImageSet,
     run: Run,
     out: Path | None,
 ) -> dict[str, Any] | None:
     """Replace ``heads.blocks: auto`` of ``recipe`` by measured blocks; return the placement, None without "auto".
 
-    By k-NN accuracy when the images to measure on have labels, else by neighbour consistency. ``base`` is the recipe
+    By k-NN accuracy when ``images`` have labels, else by neighbour consistency. ``base`` is the recipe
     before any override: its blocks are shown beside. A placement in the run folder ``out`` is used again, so that a
     run resumes with the heads it began with.
     """
@@ -58,7 +57,7 @@ def place_in_recipe(
         if pooling == "auto":
             pooling = "cls" if backbone.info.has_cls else "mean"
         atlas, _ = atlas_of(
-            backbone, choose_samples(bank, test, seed=run.seed), run, name="before", probe=False, both=False
+            backbone, choose_samples(images, None, seed=run.seed), run, name="before", probe=False, both=False
         )
         placed = place_heads(atlas, pooling=pooling, recipe_blocks=_blocks_of(base, backbone.info.depth))
         placement = from_rank_0(placed)  # measured by all, who share the images; rounding may differ

@@ -21,11 +21,12 @@ from mim_refiner.data.exclude import list_lines, without_listed
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.overlap import check_overlap
 from mim_refiner.data.resident import held_on_device
-from mim_refiner.data.source_base import ImageSource
+from mim_refiner.data.source_base import ImageSource, Selection
 from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.data.workers import worker_count
 from mim_refiner.errors import DataError, InputError
+from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.files import dotted, write_bytes
 from mim_refiner.models.backbone import Backbone
@@ -34,6 +35,7 @@ from mim_refiner.training.recipe import Recipe
 from mim_refiner.training.state import RunFolder
 
 MOMENT_IMAGES = 1000
+MOST_HELD_OUT = 5000  # more would narrow the intervals by little
 SMALL_PIXELS = 64  # side in pixels up to which images count as small
 
 
@@ -42,10 +44,36 @@ def open_images(spec: str, reporter: Reporter, *, channels: int = 3, exclude: st
 
     Raises DataError.
     """
-    source = open_source(spec)
-    images = ImageSet(source if exclude is None else without_listed(source, exclude), channels=channels)
+    images = ImageSet(open_listed(spec, exclude), channels=channels)
     announce(images.source, reporter)
     return images
+
+
+def split_images(
+    spec: str, share: float, reporter: Reporter, *, seed: int, channels: int, exclude: str | None
+) -> tuple[ImageSet, ImageSet | None]:
+    """Open images to train on and, where they have labels, a share of every class (5,000 at most) held out of them."""
+    source = open_listed(spec, exclude)
+    announce(source, reporter)
+    held = np.empty(0, np.int64)
+    if source.labels is not None and len(np.unique(source.labels)) > 1 and share:
+        with contextlib.suppress(DataError):  # too few images
+            kept, held = stratified_split(source.labels, min(share, MOST_HELD_OUT / len(source)), seed)
+    if not len(held):
+        return ImageSet(source, channels=channels), None
+    reporter.message(
+        f"{len(held)} of {len(source)} images are held out to measure on (seed {seed}, as many of every class); "
+        "--eval-data and --eval-test give other images, --set hold_out=0 trains on all"
+    )
+    parts = ((kept, "without the images held out"), (held, "images held out"))
+    train, test = (Selection(source, rows, f"{source.description}, {what}") for rows, what in parts)
+    return ImageSet(train, channels=channels), ImageSet(test, channels=channels)
+
+
+def open_listed(spec: str, exclude: str | None) -> ImageSource:
+    """The source without the images listed in ``exclude``."""
+    source = open_source(spec)
+    return source if exclude is None else without_listed(source, exclude)
 
 
 def announce(source: ImageSource, reporter: Reporter) -> None:

@@ -13,7 +13,6 @@ from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.evaluation.features import extract_features
-from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.models.backbone import Backbone
 
 BANK_LIMIT, TEST_LIMIT, KNN_K = 5000, 1000, 10
@@ -21,49 +20,41 @@ MIN_KNN_IMAGES = 5  # of which one is held out
 
 
 class OnlineKnn:
-    """k-NN top-1 of the given blocks on at most 5,000 bank and 1,000 test images, always the same ones.
+    """k-NN top-1 of the given blocks: a fifth of the images (1,000 at most) looked up among the others (5,000 at most).
 
-    Without test images a fifth of the bank's images is held out.
+    Always the same ones. Never the test images of the verdict: what is kept as best depends on it.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        bank: ImageSet,
-        test: ImageSet | None,
+        images: ImageSet,
         *,
         blocks: Sequence[int],
         pooling: str,
         run: Run,
     ) -> None:
         self.backbone, self.blocks, self.pooling, self.run = backbone, list(blocks), pooling, run
-        order = np.random.default_rng(0).permutation(len(bank))
-        if test is None:
-            held_out = min(TEST_LIMIT, len(bank) // 5)
-            self.test, self.test_indices, order = bank, order[:held_out], order[held_out:]
-        else:
-            self.test, self.test_indices = test, np.random.default_rng(0).permutation(len(test))[:TEST_LIMIT]
-        self.bank, self.bank_indices = bank, order[:BANK_LIMIT]
-        self.size = len(self.test_indices)
+        self.images, order = images, np.random.default_rng(0).permutation(len(images))
+        self.size = min(TEST_LIMIT, len(images) // 5)
+        self.test, self.bank = order[: self.size], order[self.size :][:BANK_LIMIT]
 
     def __call__(self) -> dict[str, float]:
         """Metrics ``knn_top1`` (the last block) and ``knn_top1/<block>``."""
-        bank, bank_labels = self._features(self.bank, self.bank_indices)
-        test, truth = self._features(self.test, self.test_indices)
-        number = class_numbers(self.bank, self.test)
-        truth = truth if number is None else number[truth]
+        bank, bank_labels = self._features(self.bank)
+        test, truth = self._features(self.test)
         metrics = {}
         for block in self.blocks:
             predicted = knn_predict(bank[block], bank_labels, test[block], k=min(KNN_K, len(bank_labels)))
             metrics[f"knn_top1/{block}"] = predicted.eq(truth).float().mean().item()
-        # what is kept as best, and when a run stops, depends on it
+        # all ranks must agree: what is kept as best, and when a run stops, depends on it
         return from_rank_0({"knn_top1": metrics[f"knn_top1/{self.blocks[-1]}"], **metrics})
 
-    def _features(self, images: ImageSet, indices: NDArray[np.int64]) -> tuple[dict[int, Tensor], Tensor]:
+    def _features(self, indices: NDArray[np.int64]) -> tuple[dict[int, Tensor], Tensor]:
         """Features {block: [N, D]} and labels [N]."""
         found = extract_features(
             self.backbone,
-            images,
+            self.images,
             blocks=self.blocks,
             poolings=(self.pooling,),
             run=self.run,

@@ -155,7 +155,7 @@ def make_monitor(backbone: Backbone, images: ImageSet, run: Run) -> OnlineKnn:
     """Online k-NN of every block, on labelled training images."""
     pooling = "cls" if backbone.info.has_cls else "mean"
     blocks = range(backbone.info.depth)
-    return OnlineKnn(backbone, images, None, blocks=blocks, pooling=pooling, run=run)
+    return OnlineKnn(backbone, images, blocks=blocks, pooling=pooling, run=run)
 
 
 def start(arch: str | None, model: str | None, size: ImageSize, out: str) -> Backbone:

@@ -18,6 +18,7 @@ from mim_refiner.commands.comparison import (
     Measured,
     compare,
     measured,
+    said_of_training,
     thinned,
 )
 from mim_refiner.commands.head_blocks import FILE as PLACEMENT_FILE
@@ -26,15 +27,15 @@ from mim_refiner.commands.inputs import (
     evaluation_sets,
     list_skipped,
     normalize_by,
-    open_images,
     open_run,
     refuse_other_work,
     refuse_to_overwrite_inputs,
     results_folder,
+    split_images,
     train_loader,
 )
 from mim_refiner.commands.loggers import logging_to
-from mim_refiner.commands.monitor import OnlineKnn
+from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn
 from mim_refiner.commands.plan import fit_into
 from mim_refiner.commands.plan import plan as run_plan
 from mim_refiner.commands.report import finish_with_report, write_gallery
@@ -93,14 +94,14 @@ def refine(
     """Refine the encoder ``model`` on the images ``data`` (labels optional) and compare it with what it was.
 
     Head warm-up on the frozen encoder, then refinement (paper section 3.3). ``eval_data``/``eval_test``: labelled
-    images to measure on; without them the labels of ``data``, if any, are used. The same call on the same folder
-    resumes. ``head_blocks``: "auto" places the heads by measurement (``analysis.placement``), "last_third" or block
-    numbers such as "8,9" overrule the recipe. ``memory_budget`` ("24GB", "auto") picks micro_batch and checkpointing so
-    that a step fits; ``plan`` only returns what the run would need and cost. ``exclude``: list of images to leave out
-    (as doctor writes it). ``log``: further loggers (tensorboard, wandb, mlflow). Returns the summary {"before",
-    "after", "verdict", "recommendation", "seconds"}, also in summary.json; export/ is a timm folder. Raises
-    MimRefinerError with one line on bad input, GuardStopError when the guard stopped the run (export/ then holds the
-    best state).
+    images to measure on; without them a part of ``data``, if it has labels, is held out for that (``hold_out`` of the
+    recipe). The same call on the same folder resumes. ``head_blocks``: "auto" places the heads by measurement
+    (``analysis.placement``), "last_third" or block numbers such as "8,9" overrule the recipe. ``memory_budget``
+    ("24GB", "auto") picks micro_batch and checkpointing so that a step fits; ``plan`` only returns what the run would
+    need and cost. ``exclude``: list of images to leave out (as doctor writes it). ``log``: further loggers
+    (tensorboard, wandb, mlflow). Returns the summary {"before", "after", "verdict", "recommendation", "seconds"}, also
+    in summary.json; export/ is a timm folder. Raises MimRefinerError with one line on bad input, GuardStopError when
+    the guard stopped the run (export/ then holds the best state).
     """
     with logging_to(log, out, reporter or NullReporter()) as told:
         return refine_and_compare(
@@ -151,18 +152,20 @@ def refine_and_compare(
     torch.manual_seed(seed)  # of tensors that the checkpoint lacks: they are part of what the run is known by
     backbone = load_backbone(model)
     weights = weights_sha256(backbone.model)
-    images = open_images(data, reporter, channels=backbone.info.in_chans, exclude=exclude)
+    share = override(refine_recipe(recipe, image_size=0), settings).hold_out if eval_data is None else 0.0
+    images, held_out = split_images(data, share, reporter, seed=seed, channels=backbone.info.in_chans, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
     base = refine_recipe(recipe, image_size=max(backbone.info.image_size), images=len(images))
     chosen = override(base, settings)
     run = replace(run, precision=resolve_precision(chosen.precision, run.device))
     if chosen.normalization == "data":
         normalize_by(images, backbone)
-    on = measured(*evaluation_sets(images, eval_data, eval_test, reporter), given=eval_data is not None, run=run)
-    bank, test = on.bank, on.test
-    refuse_other_work(chosen, run, weights, images=images, eval_data=bank, eval_test=test)
+    bank, given = evaluation_sets(images, eval_data, eval_test, reporter)
+    on = measured(bank, held_out or given, given=eval_data is not None, run=run)
+    on = replace(on, says=said_of_training(images, on, held_out=held_out is not None))
+    refuse_other_work(chosen, run, weights, images=images, eval_data=on.bank, eval_test=on.test)
     before = None if overwrite else Path(out)
-    placement = None if plan else place_in_recipe(chosen, base, backbone, bank, test, run, before)
+    placement = None if plan else place_in_recipe(chosen, base, backbone, on.bank, run, before)
     chosen = resolve(chosen, backbone)
     refiner = prepare(backbone, chosen, run)
     loader = train_loader(images, view_specs(chosen), chosen, run)
@@ -181,7 +184,7 @@ def refine_and_compare(
     announce(chosen, backbone, len(images), loader.steps_per_epoch, run)
 
     refinement = build(chosen, refiner, loader, run)
-    monitor = online_knn(refinement, bank, test)
+    monitor = online_knn(refinement, on.bank)
     with contextlib.closing(loader):
         after, stopped = trained(refinement, folder, monitor, model)
     list_skipped(images, folder, reporter, skipped)
@@ -221,14 +224,12 @@ def prepare(backbone: Backbone, recipe: RefineRecipe, run: Run) -> Refiner:
     return make_refiner(backbone, recipe).to(run.device)
 
 
-def online_knn(refinement: Refinement, bank: ImageSet, test: ImageSet | None) -> OnlineKnn | None:
-    """k-NN of the head blocks during training; None without labels or when the recipe turns it off."""
+def online_knn(refinement: Refinement, bank: ImageSet) -> OnlineKnn | None:
+    """k-NN of the head blocks during training; None without (enough) labels or when the recipe turns it off."""
     recipe, refiner = refinement.recipe, refinement.refiner
-    if bank.labels is None or not recipe.knn_every:
+    if bank.labels is None or len(bank) < MIN_KNN_IMAGES or not recipe.knn_every:
         return None
-    return OnlineKnn(
-        refiner.backbone, bank, test, blocks=refiner.blocks, pooling=recipe.heads.pooling, run=refinement.run
-    )
+    return OnlineKnn(refiner.backbone, bank, blocks=refiner.blocks, pooling=recipe.heads.pooling, run=refinement.run)
 
 
 def trained(
@@ -290,6 +291,9 @@ def conclude(
             run=run,
             knn_k=on.k,
         )
+        if on.says:
+            found = summary["verdict"]
+            summary["verdict"] = found | {"measured_on": on.says, "reason": f"{found['reason']} {on.says}"}
         card |= {"before": summary["before"], "after": summary["after"]}
         found = summary["recommendation"]
         facts = {key: found[key] for key in ("block", "pooling", "norm")} | {"recommendation": found["reason"]}

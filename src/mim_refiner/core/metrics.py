@@ -51,14 +51,16 @@ def normalized_mutual_information(y_true: ArrayLike | Tensor, y_pred: ArrayLike 
 
 
 @torch.no_grad()
-def effective_rank(features: Tensor) -> float:
+def effective_rank(features: Tensor, *, centred: bool = False) -> float:
     """RankMe (Garrido et al., ICML 2023) of features [N, D]: exp of the entropy of the singular values, 1 to min(N, D).
 
-    Computed in float64, without centring; 0.0 for features that are all zero. Raises InputError for NaN or infinity.
+    As published without centring, so that a mean far from zero counts as one large direction; ``centred`` takes the
+    mean off first. Computed in float64; 0.0 for features that are all zero. Raises InputError for NaN or infinity.
     """
     if features.ndim != 2 or not bool(torch.isfinite(features).all()):
         raise InputError(f"effective rank needs finite features [N, D], got shape {tuple(features.shape)}")
-    singular = torch.linalg.svdvals(features.double())
+    x = features.double()
+    singular = torch.linalg.svdvals(x - x.mean(0) if centred and len(x) else x)
     if not singular.numel() or float(singular.sum()) == 0:
         return 0.0
     share = singular / singular.sum()

@@ -17,17 +17,22 @@ def check_overlap(train: ImageSource, test: ImageSource) -> Shared:
 
     Raises DataError when both are the same images, in any order: a number measured so says nothing.
     """
-    bank = _digests(train, _TRAIN_LIMIT)
-    found = _digests(test, _TEST_LIMIT)
-    common = [digest for digest in found if digest in bank]
-    shared = Shared(len(common), len(found), f"{test.name(found[common[0]])} is {train.name(bank[common[0]])}"
-                    if common else "")  # fmt: skip
-    if found and found.keys() == bank.keys():
+    shared, same = compare_images(train, test)
+    if same:
         raise DataError(
             f"{test.description}: the test images are the training images ({train.description}); give other test images"
         )
-    test.shared = shared if common else None
+    test.shared = shared if shared.count else None
     return shared
+
+
+def compare_images(train: ImageSource, test: ImageSource) -> tuple[Shared, bool]:
+    """How many test images are among the training images, and whether both are the same ones."""
+    bank = _digests(train, _TRAIN_LIMIT)
+    found = _digests(test, _TEST_LIMIT)
+    common = [digest for digest in found if digest in bank]
+    example = f"{test.name(found[common[0]])} is {train.name(bank[common[0]])}" if common else ""
+    return Shared(len(common), len(found), example), bool(found) and found.keys() == bank.keys()
 
 
 def _digests(source: ImageSource, limit: int) -> dict[bytes, int]:

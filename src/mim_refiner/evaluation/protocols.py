@@ -100,30 +100,36 @@ def low_shot(job: Job) -> list[Result]:
 def clustering(job: Job) -> list[Result]:
     """Mini-batch k-means on the test features, and the separation of the classes."""
     test = job.of_blocks(job.test)
-    seeds = job.settings.cluster_seeds
+    seeds, resamples = job.settings.cluster_seeds, job.settings.cluster_bootstrap
     results = []
-    for key, score in clustering_protocol(test, num_seeds=seeds, seed=job.run.seed).items():
+    for key, score in clustering_protocol(test, num_seeds=seeds, resamples=resamples, seed=job.run.seed).items():
         options = {
             "algorithm": "mini-batch k-means",
             "clusters": len(np.unique(test.labels)) if test.labels is not None else 0,
             "seeds": seeds,
             "features": "standardised, L2-normalised",
             "inertia": score.inertia,
+            "interval": f"bootstrap of the whole procedure, {resamples} resamples"
+            if resamples
+            else "Wilson, of the images under the clustering found: not of the clustering",
         }
-        best = AccuracyScore(score.accuracy, score.ci95, score.correct)
-        results.append(_accuracy(job, "clustering", "cluster_accuracy", key, best, options))
-        for metric in ("nmi", "ami", "ari", "silhouette", "davies_bouldin"):
-            results.append(job.result("clustering", metric, key, getattr(score, metric), settings=options))
+        for metric in ("accuracy", "nmi", "ami", "ari", "silhouette", "davies_bouldin"):
+            found: dict[str, Any] = {"ci95": score.interval(metric), "drawn": score.drawn.get(metric)}
+            if metric == "accuracy":
+                found["correct"] = score.correct
+            name = "cluster_accuracy" if metric == "accuracy" else metric
+            results.append(job.result("clustering", name, key, getattr(score, metric), settings=options, **found))
     return results
 
 
 def rank(job: Job) -> list[Result]:
-    """Effective rank of the train features; needs no labels."""
+    """Effective rank of the train features, as published (RankMe) and centred; needs no labels."""
     rows = np.sort(np.random.default_rng(job.run.seed).permutation(len(job.train))[:RANK_ROWS])
     options = {"rows": len(rows), "features": "raw, of train"}
     return [
-        job.result("rank", "rank", key, effective_rank(job.train[key][rows]), settings=options)
+        job.result("rank", name, key, effective_rank(job.train[key][rows], centred=centred), settings=options)
         for key in job.of_blocks(job.train).keys
+        for name, centred in (("rank", False), ("rank_centred", True))
     ]
 
 

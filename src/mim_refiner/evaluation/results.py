@@ -21,7 +21,8 @@ class Result:
 
     ``ci95`` is None for metrics without a sampling interval (rank, NMI, ARI ...). What allows paired comparisons stays
     out of the JSON: ``correct`` per test image in test order, [N], or [draws, N] when several training sets were drawn
-    (shares where an image was judged several times), and ``confusions``, pixel counts per test image [N, C, C].
+    (shares where an image was judged several times), ``confusions``, pixel counts per test image [N, C, C], and
+    ``drawn``, the value on resamples of the images, the same ones for every encoder [R].
     ``record``: what the report draws of the protocol, a file of its own.
     """
 
@@ -40,6 +41,7 @@ class Result:
     correct: NDArray[Any] | None = field(default=None, repr=False, compare=False)
     confusions: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
     record: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    drawn: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -63,6 +65,9 @@ def paired_change(before: Result, after: Result) -> tuple[float, float, float] |
     """(difference after - before, low, high), 95 %, on the same test images; None where nothing per image is known."""
     if before.confusions is not None and after.confusions is not None:
         return mean_iou_interval(after.confusions, before.confusions)
+    if before.drawn is not None and after.drawn is not None and before.drawn.shape == after.drawn.shape:
+        half, change = 1.96 * float((after.drawn - before.drawn).std(ddof=1)), after.value - before.value
+        return change, change - half, change + half
     if before.correct is None or after.correct is None or before.correct.shape != after.correct.shape:
         return None
     if before.correct.ndim == 2 or before.correct.dtype != bool:

@@ -34,6 +34,7 @@ class EvaluationSettings:
     knn_temperature: float = 0.07
     knn_last: int = 4  # also the concatenation of so many last blocks; 0 or 1: not
     cluster_seeds: int = 100
+    cluster_bootstrap: int = 0  # resamples that are clustered anew for the intervals, 2 or more; 0: Wilson's
     linear: LinearProbeSettings = field(default_factory=LinearProbeSettings)
     attentive: AttentiveSettings = field(default_factory=AttentiveSettings)
     low_shot: LowShotSettings = field(default_factory=LowShotSettings)

@@ -23,6 +23,7 @@ from mim_refiner.evaluation import protocols as frozen
 from mim_refiner.evaluation import protocols_images as retrained
 from mim_refiner.evaluation.attentive import check_attentive
 from mim_refiner.evaluation.cache import FeatureCache
+from mim_refiner.evaluation.clustering import check_resamples
 from mim_refiner.evaluation.features import Features, own_image_size, resolve_blocks, resolve_poolings
 from mim_refiner.evaluation.finetune import check_finetune
 from mim_refiner.evaluation.jobs import Job
@@ -165,11 +166,11 @@ def suite_settings(suite: str | None) -> EvaluationSettings:
 def summary_metrics(results: Mapping[str, Result], *, block: int, pooling: str) -> dict[str, Any]:
     """Return the ``summary.json`` entry of one encoder, for one block (counted from 0) and pooling.
 
-    {"knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank"} (None where not measured) and
+    {"knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank", "rank_centred"} (None where not measured) and
     {"knn_by_block": {pooling: [accuracy of each measured block, in order]}}.
     """
     metrics: dict[str, Any] = {}
-    for metric in ("knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank"):
+    for metric in ("knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank", "rank_centred"):
         found = results.get(result_name(metric, block, pooling))
         metrics[metric] = None if found is None else found.value
     by_block: dict[str, list[float]] = {}
@@ -271,6 +272,7 @@ def check_protocols(protocols: Sequence[str]) -> None:
 def _check_settings(protocols: Sequence[str], settings: EvaluationSettings, backbone: Backbone) -> None:
     """Raise InputError before any work for settings that would stop a protocol later."""
     checks: dict[str, Callable[[], object]] = {
+        "clustering": lambda: check_resamples(settings.cluster_bootstrap),
         "linear": lambda: check_linear(settings.linear),
         "attentive": lambda: check_attentive(settings.attentive),
         "low_shot": lambda: check_low_shot(settings.low_shot),

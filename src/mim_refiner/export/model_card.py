@@ -16,7 +16,8 @@ _METRIC_NAMES = {
     "linear_top1": "linear probe top-1",
     "cluster_accuracy": "clustering accuracy",
     "nmi": "normalised mutual information",
-    "rank": "effective rank",
+    "rank": "effective rank (RankMe)",
+    "rank_centred": "effective rank, centred",
 }
 _SHARES = {"knn_top1", "linear_top1", "cluster_accuracy", "nmi"}
 

@@ -12,10 +12,17 @@ from mim_refiner.report.tables import METRICS, STAGES, demo_sentence, interval_t
 HEADLINES = {
     "better": "The refined encoder is better.",
     "no clear change": "No clear change.",
+    "no collapse seen": "No collapse seen.",
     "worse": "The refined encoder is worse.",
     "not measured": "Not measured.",
 }
-TONES = {"better": "good", "worse": "bad", "no clear change": "open", "not measured": "open"}
+TONES = {
+    "better": "good",
+    "worse": "bad",
+    "no clear change": "open",
+    "no collapse seen": "open",
+    "not measured": "open",
+}
 
 
 def verdict_view(run: RunFiles) -> dict[str, Any]:

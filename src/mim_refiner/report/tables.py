@@ -27,7 +27,8 @@ METRICS: dict[str, tuple[str, float, int]] = {
     "linear_top1": ("linear probe accuracy (%)", 100, 1),
     "cluster_accuracy": ("cluster accuracy (%)", 100, 1),
     "nmi": ("cluster NMI (%)", 100, 1),
-    "rank": ("effective rank", 1, 1),
+    "rank": ("effective rank (RankMe)", 1, 1),
+    "rank_centred": ("effective rank, centred", 1, 1),
 }
 
 
@@ -104,7 +105,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return table
 
 
-UNSCALED = ("rank", "silhouette", "davies_bouldin")  # all other metrics are shares, shown in percent
+UNSCALED = ("rank", "rank_centred", "silhouette", "davies_bouldin")  # all other metrics are shares, shown in percent
 
 
 def results_rows(

@@ -151,6 +151,7 @@ class RefineRecipe(Recipe):
 
     domain: Literal[tuple(DOMAINS)] = PHOTOGRAPHS  # type: ignore[valid-type]  # of augmentations (training/domains.py)
     normalization: Literal["encoder", "data"] = "encoder"  # data: mean and deviation of the images' channels
+    hold_out: Decay = 0.1  # share of labelled images that is measured on, not trained on, where no others are given
     views: Views = Views()
     heads: Heads = Heads()
     warmup: Phase = Phase(epochs=20, base_lr=2e-4)

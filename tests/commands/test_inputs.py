@@ -1,0 +1,52 @@
+"""Images held out of training: which, and when none are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mim_refiner.commands.inputs import split_images
+from mim_refiner.reporting import NullReporter
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Return a maker of a file with images of one colour each and so many of every class."""
+
+    def make(*counts):
+        labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
+        pixels = np.arange(len(labels), dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+        np.savez(tmp_path / "images.npz", images=pixels, labels=labels)
+        return str(tmp_path / "images.npz")
+
+    return make
+
+
+def split(spec, share=0.1, seed=0):
+    return split_images(spec, share, NullReporter(), seed=seed, channels=3, exclude=None)
+
+
+def numbers(images):
+    return {int(images.load(index)[0, 0, 0]) for index in range(len(images))}
+
+
+def test_a_share_of_every_class_is_held_out_by_the_seed(labelled):
+    spec = labelled(60, 40, 20)
+    train, test = split(spec)
+    assert numbers(train) | numbers(test) == set(range(120))
+    assert not numbers(train) & numbers(test)
+    assert np.bincount(test.labels).tolist() == [6, 4, 2]
+    assert numbers(split(spec)[1]) == numbers(test) != numbers(split(spec, seed=1)[1])
+    assert train.source.fingerprint() != split(spec, seed=1)[0].source.fingerprint()
+
+
+@pytest.mark.parametrize(("counts", "share"), [((40,), 0.1), ((1,) * 40, 0.1), ((1, 1), 0.1), ((20, 20), 0.0)])
+def test_nothing_is_held_out_where_that_measures_nothing(labelled, counts, share):
+    train, test = split(labelled(*counts), share)
+    assert (len(train), test) == (sum(counts), None)
+
+
+def test_no_more_than_enough_is_held_out(labelled, monkeypatch):
+    monkeypatch.setattr("mim_refiner.commands.inputs.MOST_HELD_OUT", 8)
+    train, test = split(labelled(60, 60), 0.5)
+    assert (len(train), np.bincount(test.labels).tolist()) == (112, [4, 4])
