@@ -34,7 +34,7 @@ def test_every_protocol_writes_its_files(make_backbone, make_images, tmp_path):
     options = {"protocols": ALL, "settings": QUICK, "model_sha256": "abc", "run": Run(seed=3)}
     results = evaluate_backbone(backbone, train, test, out_dir=tmp_path / "run", **options)
     clusters = ["cluster_accuracy", "nmi", "ami", "ari", "silhouette", "davies_bouldin"]
-    metrics = ["knn_top1", "knn_top1_last3", "linear_top1_best", "linear_top1", *clusters, "rank"]
+    metrics = ["knn_top1", "knn_top1_last3", "linear_top1_best", "linear_top1", *clusters, "rank", "rank_centred"]
     expected = {f"{metric}-block02-{pooling}" for metric in metrics for pooling in ("cls", "mean")}
     for metric in ("linear_top1", "linear_top1_best"):
         expected |= {f"{metric}-block02-cls+mean", f"{metric.replace('top1', 'top1_last3')}-block02-cls"}
@@ -101,7 +101,15 @@ def test_knn_may_cover_more_blocks_and_the_summary_collects(make_backbone, make_
     assert {r.block for r in results.values() if r.metric != "knn_top1"} == {2}
     assert all(len(r.settings["blocks"]) == 3 for r in results.values() if r.metric == "knn_top1_last3")
     summary = summary_metrics(results, block=2, pooling="cls")
-    assert list(summary) == ["knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank", "knn_by_block"]
+    assert list(summary) == [
+        "knn_top1",
+        "linear_top1",
+        "cluster_accuracy",
+        "nmi",
+        "rank",
+        "rank_centred",
+        "knn_by_block",
+    ]
     assert summary["nmi"] == results["nmi-block02-cls"].value
     assert summary["knn_by_block"]["cls"][2] == summary["knn_top1"] == results["knn_top1-block02-cls"].value
     assert {pooling: len(row) for pooling, row in summary["knn_by_block"].items()} == {"cls": 3, "mean": 3}

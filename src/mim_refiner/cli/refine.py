@@ -29,7 +29,11 @@ from mim_refiner.cli.common import (
 
 EvalDataOption = Annotated[
     str | None,
-    typer.Option("--eval-data", metavar="SRC", help="Labelled images: measure the encoder before, during and after."),
+    typer.Option(
+        "--eval-data",
+        metavar="SRC",
+        help="Labelled images to measure on; without them a tenth of labelled data is held out.",
+    ),
 ]
 EvalTestOption = Annotated[
     str | None,

@@ -160,9 +160,7 @@ def refine_and_compare(
     run = replace(run, precision=resolve_precision(chosen.precision, run.device))
     if chosen.normalization == "data":
         normalize_by(images, backbone)
-    bank, given = evaluation_sets(images, eval_data, eval_test, reporter)
-    on = measured(bank, held_out or given, given=eval_data is not None, run=run)
-    on = replace(on, says=said_of_training(images, on, held_out=held_out is not None))
+    on = measure_on(images, held_out, eval_data, eval_test, run)
     refuse_other_work(chosen, run, weights, images=images, eval_data=on.bank, eval_test=on.test)
     before = None if overwrite else Path(out)
     placement = None if plan else place_in_recipe(chosen, base, backbone, on.bank, run, before)
@@ -184,9 +182,8 @@ def refine_and_compare(
     announce(chosen, backbone, len(images), loader.steps_per_epoch, run)
 
     refinement = build(chosen, refiner, loader, run)
-    monitor = online_knn(refinement, on.bank)
     with contextlib.closing(loader):
-        after, stopped = trained(refinement, folder, monitor, model)
+        after, stopped = trained(refinement, folder, online_knn(refinement, on.bank), model)
     list_skipped(images, folder, reporter, skipped)
     seconds = time.perf_counter() - started
 
@@ -212,6 +209,15 @@ def refine_and_compare(
     if stopped:
         raise stopped
     return summary
+
+
+def measure_on(
+    images: ImageSet, held_out: ImageSet | None, eval_data: str | None, eval_test: str | None, run: Run
+) -> Measured:
+    """The images to measure on: those given, else those held out of the training ``images``, else these themselves."""
+    bank, test = evaluation_sets(images, eval_data, eval_test, run.reporter)
+    on = measured(bank, held_out or test, given=eval_data is not None, run=run)
+    return replace(on, says=said_of_training(images, on, held_out=held_out is not None))
 
 
 def prepare(backbone: Backbone, recipe: RefineRecipe, run: Run) -> Refiner:

@@ -73,7 +73,8 @@ def accuracy_interval(correct: ArrayLike | Tensor) -> tuple[float, float, float]
     n, rate = len(hits), float(hits.mean())
     centre = (rate + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
     half = _Z95 / (1 + _Z95**2 / n) * math.sqrt(rate * (1 - rate) / n + _Z95**2 / (4 * n * n))
-    return rate, max(0.0, centre - half), min(1.0, centre + half)
+    # the formula may miss an accuracy of 0 or 1 by the last bit
+    return rate, min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))
 
 
 def paired_interval(

@@ -28,8 +28,7 @@ class AccuracyScore:
         """Score of a boolean tensor [N]."""
         hits = correct.cpu().numpy()
         accuracy, low, high = accuracy_interval(hits)
-        # the interval formula may miss an accuracy of 0 or 1 by the last bit
-        return cls(accuracy, (min(low, accuracy), max(high, accuracy)), hits)
+        return cls(accuracy, (low, high), hits)
 
 
 def knn_protocol(
