@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
 import pytest
+
+from mim_refiner.report.page import write_report
 
 
 def is_png(path: str) -> bool:
@@ -30,12 +33,30 @@ def test_everything_is_written_in_one_command(analysed):
     assert all(is_png(path) for path in result["figures"].values())
     for name, path in result["records"].items():
         assert json.loads(Path(path).read_text())["kind"], name
-    assert set(result["records"]) == {"blocks", "atlas-before", "atlas-after", "verdict", "similarity", "regimes"}
-    assert set(result["seconds"]) == {"atlas", "verdict", "similarity", "reconstruction", "heads"}
+    records = {"blocks", "atlas-before", "atlas-after", "verdict", "readout", "similarity", "regimes"}
+    assert set(result["records"]) == records
+    assert set(result["seconds"]) == {"atlas", "verdict", "readout", "similarity", "reconstruction", "heads"}
     stored = json.loads((out / "blocks.json").read_text())
     assert stored["curves"] == result["curves"]
     assert result["curves"]["after"]["cls"]["blocks"] == [0, 1, 2]
     assert len(result["change"]["after"]["cls"]["value"]) == 3
+
+
+def test_refine_or_read_out_is_one_table_and_one_sentence(analysed, tmp_path):
+    out, outcome = analysed
+    found = outcome.json["readout"]
+    usual, *others, refined = found["rows"]
+    assert (usual["name"], usual["change"], usual["cost"]["blocks"]) == ("usual feature", None, 3)
+    assert (refined["name"], refined["refined"]) == ("refined, usual feature", True)
+    attentive = [row for row in others if "attentive" in row["name"]]
+    assert [row["name"] for row in attentive] == ["attentive", "layer mixture (blocks 0, 1, 2), attentive"]
+    assert all(row["cost"]["extra"] > 0 and row["cost"]["parameters"] > 0 for row in attentive)
+    for row in (*others, refined):
+        assert row["change"][0] == pytest.approx(row["value"] - usual["value"])
+    assert found["sentence"] in outcome.json["statements"]
+    assert found["sentence"].rpartition(": ")[2].rstrip(".") in ("refine", "read out", "no clear difference")
+    page = write_report([out], tmp_path / "page.html").read_text()
+    assert html.escape(found["sentence"]).replace("&#x27;", "&#39;") in page
 
 
 def test_sample_sizes_are_said(analysed):

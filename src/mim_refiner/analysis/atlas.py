@@ -140,10 +140,9 @@ def recommend(
     keys = [key for key in scores if key in sound]
     table = np.stack([scores[key] for key in keys])  # [cells, N]
     best = keys[_first_best(table.mean(1), keys)]
-    order = np.random.default_rng(seed).permutation(table.shape[1])
     chosen = np.empty(table.shape[1])
-    for mine, other in ((order[::2], order[1::2]), (order[1::2], order[::2])):
-        chosen[mine] = table[_first_best(table[:, other].mean(1), keys), mine]
+    for rows, key in chosen_on_halves(scores, keys, seed):
+        chosen[rows] = scores[key][rows]
     value, low, high = paired_scores(scores[default], chosen, seed=seed)
     key = best if low > 0 else default
     cell = next(cell for cell in cells if _key_of(cell) == key)
@@ -157,6 +156,16 @@ def recommend(
         "gain": {"value": value, "ci95": [low, high], "how": "each half of the images scored by the other half's best"},
         "reason": _reason(measure, key, best, default, (value, low, high)),
     }
+
+
+def chosen_on_halves(
+    scores: Mapping[Key, NDArray[np.float64]], keys: Sequence[Key], seed: int
+) -> list[tuple[NDArray[np.int64], Key]]:
+    """[(rows of one half of the images, the cell that is best on the other half)], both ways round."""
+    table = np.stack([scores[key] for key in keys])
+    order = np.random.default_rng(seed).permutation(table.shape[1])
+    halves = ((order[::2], order[1::2]), (order[1::2], order[::2]))
+    return [(mine, keys[_first_best(table[:, other].mean(1), keys)]) for mine, other in halves]
 
 
 def name_of(key: Key) -> str:

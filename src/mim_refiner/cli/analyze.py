@@ -26,7 +26,9 @@ from mim_refiner.cli.common import (
 
 PartsOption = Annotated[
     str,
-    typer.Option("--parts", help="atlas, verdict, similarity, reconstruction, heads; comma-separated, or all."),
+    typer.Option(
+        "--parts", help="atlas, verdict, readout, similarity, reconstruction, heads; comma-separated, or all."
+    ),
 ]
 CacheOption = Annotated[
     str | None, typer.Option("--cache", metavar="DIR", help="Folder of the feature cache, or 'off'.")

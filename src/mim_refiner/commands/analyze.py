@@ -20,6 +20,7 @@ from mim_refiner.analysis.similarity import block_similarity
 from mim_refiner.analysis.verdict import verdict
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.inputs import check_pair, open_images, tell_unreadable
+from mim_refiner.commands.readout import measured_readouts
 from mim_refiner.commands.survey import (
     Limits,
     Samples,
@@ -41,7 +42,7 @@ from mim_refiner.report.analysis_figures import atlas_map, head_behaviour, regim
 from mim_refiner.report.figures import block_curves
 from mim_refiner.reporting import NullReporter, Reporter
 
-PARTS = ("atlas", "verdict", "similarity", "reconstruction", "heads")
+PARTS = ("atlas", "verdict", "readout", "similarity", "reconstruction", "heads")
 
 
 def analyze(
@@ -60,8 +61,9 @@ def analyze(
     """Analyse ``model`` and, with ``compare``, what changed from it ("before") to the second encoder ("after").
 
     ``parts``: "atlas" (every block, pooling and norm; curves; recommendation; head placement), "verdict" (did it help:
-    by k-NN when there are labels, and without labels always), "similarity" (CKA of blocks), "reconstruction" (by
-    block, and the three regimes), "heads" (from the run folders' metrics.jsonl). Labels are optional throughout.
+    by k-NN when there are labels, and without labels always), "readout" (with labels: refine, or only read out
+    better?), "similarity" (CKA of blocks), "reconstruction" (by block, and the three regimes), "heads" (from the run
+    folders' metrics.jsonl). Labels are optional throughout.
     ``cache``: folder of the feature cache, or "off". Writes JSON and PNG files to ``out`` and returns the figures, the
     recommendation, the verdict, the sample sizes and the seconds of each part. Raises MimRefinerError on bad input.
     """
@@ -127,6 +129,7 @@ class _Analysis:
         steps: dict[str, Callable[[], None]] = {
             "atlas": self.atlas,
             "verdict": self.verdict,
+            "readout": self.readout,
             "similarity": self.similarity,
             "reconstruction": self.reconstruction,
             "heads": self.heads,
@@ -171,6 +174,21 @@ class _Analysis:
             judged = verdict(*hits) | ({"label_free": unlabelled} if unlabelled else {})
         self.result["verdict"] = judged
         self._keep("verdict", {"kind": "verdict", **judged, "seed": self.run.seed}, None)
+
+    def readout(self) -> None:
+        """Refine, or only read out better: classifiers on several read-outs of the first model, beside the second."""
+        if not self.samples.labelled:
+            self.run.reporter.message("refine or read out left out: its classifiers need labels")
+            return
+        self._measure_blocks()
+        try:
+            record = measured_readouts(self.models, self.atlases, self.samples, self.run)
+        except DataError as error:  # too few images to hold any out: the other parts go on
+            self.run.reporter.message(f"refine or read out left out: {error}")
+            return
+        self.result["readout"] = {key: record[key] for key in ("rows", "best", "sentence")}
+        self.result["statements"].append(record["sentence"])
+        self._keep("readout", record, None)
 
     def similarity(self) -> None:
         """CKA between blocks, within and across the models."""

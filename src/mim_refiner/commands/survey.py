@@ -117,7 +117,7 @@ def atlas_of(
             cache=samples.cache,
         )
         return atlas_of_views(views, run, name=name, default=default, both=both), dict(views.clean)
-    bank, queries = _bank_and_queries(backbone, samples, run, name)
+    bank, queries = bank_and_queries(backbone, samples, run, name)
     run.reporter.phase(f"atlas: {name}", 0)
     progress = _progress(run.reporter)
     return labelled_atlas(
@@ -131,7 +131,7 @@ def knn_hits(
     """[N]: whether k-NN of one block, pooling and norm classifies each query image rightly; needs labels."""
     block, pooling, norm = key
     options = {"blocks": (block,), "poolings": (pooling,), "norms": (norm,)}
-    bank, queries = _bank_and_queries(backbone, samples, run, name, **options)
+    bank, queries = bank_and_queries(backbone, samples, run, name, **options)
     default = labelled_atlas(bank, queries, default=key, probe=False, both=False, seed=run.seed)
     return default.scores[key]
 
@@ -200,7 +200,7 @@ def drift_of(before: Backbone, after: Backbone, samples: Samples, run: Run) -> N
     return np.concatenate(parts)
 
 
-def _bank_and_queries(
+def bank_and_queries(
     backbone: Backbone, samples: Samples, run: Run, name: str, **options: Any
 ) -> tuple[dict[bool, Features], dict[bool, Features]]:
     """Features {norm applied?: Features} of bank and query images, classes numbered as in the bank.

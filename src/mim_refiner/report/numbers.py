@@ -134,6 +134,26 @@ def atlas_tables(run: RunFiles) -> list[dict[str, Any]]:
     return tables
 
 
+def readout_tables(run: RunFiles) -> list[dict[str, Any]]:
+    """ "Refine or read out?" of every readout record: {"sentence", "rows": [{"name", "cells"}]} of text."""
+    tables = []
+    for record in run.of_kind("readout").values():
+        rows = []
+        for row in record["rows"]:
+            cost, change, knn = row["cost"], row["change"], row["knn_top1"]
+            extra = "" if not cost["extra"] else f" + {100 * cost['extra']:.1f} %"
+            learned = f", {cost['parameters']:,} learned weights" if cost["parameters"] else ""
+            cells = [
+                f"{100 * row['value']:.1f} ({_interval(row['ci95'], 100, 1)})",
+                "–" if change is None else f"{100 * change[0]:+.1f} ({_interval(change[1:], 100, 1, sign='+')})",
+                "–" if knn is None else f"{100 * knn:.1f}",
+                f"{cost['blocks']} of {cost['depth']} blocks{extra}{learned}",
+            ]
+            rows.append({"name": row["name"], "cells": cells})
+        tables.append({"sentence": record["sentence"], "rows": rows})
+    return tables
+
+
 def cost_rows(run: RunFiles) -> dict[str, str]:
     """Seconds and speed, in words."""
     rows: dict[str, str] = {}

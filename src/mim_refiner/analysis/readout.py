@@ -1,0 +1,102 @@
+"""Refine or read out: what reading an encoder better would bring, beside what refining it brought."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mim_refiner._version import __version__
+from mim_refiner.core.metrics import accuracy_interval, paired_interval
+
+KIND = "readout"
+Hits = NDArray[np.bool_]  # per query image
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a read-out costs on every image: blocks of the encoder that run, and what comes on top.
+
+    ``extra`` operations of the read-out (without its classifier), as a share of the whole encoder's; None where the
+    encoder's are not counted (not a plain ViT). ``parameters`` learned with labels, classifier left out.
+    """
+
+    blocks: int
+    depth: int
+    extra: float | None = 0.0
+    parameters: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to read one encoder: ``hits`` of a classifier trained on it, ``knn`` accuracy where it needs none."""
+
+    name: str
+    hits: Hits
+    cost: Cost
+    refined: bool = False
+    knn: float | None = None
+
+
+def readout_record(rows: Sequence[Row], *, samples: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The table and the sentence. The first row is the START's usual feature, which the others are compared with.
+
+    The best read-out of the START is chosen on one half of the images and judged on the other, both ways round.
+    """
+    usual, start = rows[0], [row for row in rows if not row.refined]
+    best, names = best_on_halves(start, seed)
+    refined = [row for row in rows if row.refined]
+    return {
+        "kind": KIND,
+        "measure": "accuracy of a trained classifier",
+        "rows": [_shown(row, None if row is usual else paired_interval(usual.hits, row.hits)) for row in rows],
+        "best": {"names": names, "value": float(best.mean()), "gain": list(paired_interval(usual.hits, best))},
+        "sentence": _sentence(usual, best, names, refined[0] if refined else None),
+        "samples": samples,
+        "seed": seed,
+        "version": __version__,
+    }
+
+
+def best_on_halves(rows: Sequence[Row], seed: int) -> tuple[Hits, list[str]]:
+    """(hits of each half by the row that is best on the other half, the names of both); ties go to the cheaper row."""
+    order = np.random.default_rng(seed).permutation(len(rows[0].hits))
+    hits, names = np.zeros(len(order), dtype=bool), []
+    for mine, other in ((order[::2], order[1::2]), (order[1::2], order[::2])):
+        chosen = max(rows, key=lambda row, on=other: float(row.hits[on].mean()))  # type: ignore[misc]
+        hits[mine] = chosen.hits[mine]
+        names.append(chosen.name)
+    return hits, list(dict.fromkeys(names))
+
+
+def _shown(row: Row, change: tuple[float, float, float] | None) -> dict[str, Any]:
+    value, low, high = accuracy_interval(row.hits)
+    return {
+        "name": row.name,
+        "refined": row.refined,
+        "value": value,
+        "ci95": [min(low, value), max(high, value)],
+        "change": None if change is None else list(change),
+        "knn_top1": row.knn,
+        "cost": asdict(row.cost),
+    }
+
+
+def _sentence(usual: Row, best: Hits, names: Sequence[str], refined: Row | None) -> str:
+    way = " or ".join(names)
+    gain = _points(*paired_interval(usual.hits, best))
+    said = f"Reading the START out by {way} gives {100 * best.mean():.1f} %, {gain} over its usual feature"
+    if names == [usual.name]:
+        said = f"The START's usual feature is its best read-out: {100 * best.mean():.1f} %"
+    if refined is None:
+        return f"{said}. What refining would bring is not measured here: give the refined encoder with --compare."
+    change = paired_interval(best, refined.hits)
+    word = "refine" if change[1] > 0 else "read out" if change[2] < 0 else "no clear difference"
+    return f"{said}; refining gives {100 * refined.hits.mean():.1f} %, {_points(*change)} over that: {word}."
+
+
+def _points(value: float, low: float, high: float) -> str:
+    return f"{100 * value:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"

@@ -1,0 +1,122 @@
+"""The measurements behind "refine or read out": classifiers on several read-outs of the START and of the refined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from mim_refiner.analysis.atlas import Atlas, Key, chosen_on_halves, name_of
+from mim_refiner.analysis.readout import Cost, Hits, Row, readout_record
+from mim_refiner.commands.survey import Samples, bank_and_queries, default_key
+from mim_refiner.core.run import Run
+from mim_refiner.evaluation.attentive import AttentiveSettings, Blocks, alike, attentive_protocol, mixture_blocks
+from mim_refiner.evaluation.features import Features, own_image_size
+from mim_refiner.evaluation.finetune import LabelledRows
+from mim_refiner.evaluation.linear_probe import LinearProbeSettings, linear_probe
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.training.cost import EncoderShape
+
+LINEAR = LinearProbeSettings(last=1, concatenate=False)
+ATTENTIVE = AttentiveSettings(poolers=("ep",), learning_rates=(1e-3, 3e-3, 1e-2), epochs=20, maps=0)
+
+
+def measured_readouts(
+    models: Mapping[str, Backbone], atlases: Mapping[str, Atlas], samples: Samples, run: Run
+) -> dict[str, Any]:
+    """The record of "before", and of "after" where there is one (its usual feature); needs labels."""
+    before, atlas = models["before"], atlases["before"]
+    usual, depth = default_key(before.info), before.info.depth
+    halves = chosen_on_halves(atlas.scores, list(atlas.scores), run.seed)
+    features, test, hits = _linear(before, samples, run, "before", {usual, *(key for _, key in halves)})
+    best = np.zeros(len(test), dtype=bool)
+    for half, key in halves:
+        best[half] = hits[key][half]
+    cells = list(dict.fromkeys(key for _, key in halves))
+    deepest = max(key[0] for key in cells)
+    rows = [Row("usual feature", hits[usual], Cost(depth, depth), knn=float(atlas.scores[usual].mean()))]
+    if cells != [usual]:
+        knn = float(np.mean(np.concatenate([atlas.scores[key][half] for half, key in halves])))
+        named = "best cell (" + " / ".join(map(name_of, cells)) + ")"
+        rows.append(Row(named, best, Cost(deepest + 1, depth), knn=knn))
+    rows += _attentive(before, features, test, samples, run)
+    if "after" in models:
+        after = models["after"]
+        key = default_key(after.info)
+        of_key = _linear(after, samples, run, "after", {key})[2][key]
+        knn, whole = float(atlases["after"].scores[key].mean()), Cost(after.info.depth, after.info.depth)
+        rows.append(Row("refined, usual feature", of_key, whole, refined=True, knn=knn))
+    return readout_record(rows, samples=samples.described(), seed=run.seed)
+
+
+def _linear(
+    backbone: Backbone, samples: Samples, run: Run, name: str, keys: set[Key]
+) -> tuple[Features, Features, dict[Key, Hits]]:
+    """Bank and query features, and the hits of the linear probe at its selected rate on each of ``keys``."""
+    options = {"blocks": sorted({key[0] for key in keys}), "norms": sorted({key[2] for key in keys})}
+    bank, queries = bank_and_queries(backbone, samples, run, name, **options)
+    run.reporter.phase(f"readout: linear probes, {name}", 0)
+
+    def side_by_side(found: Mapping[bool, Features]) -> Features:
+        """Every key under its block and a pooling that names the norm too."""
+        first = next(iter(found.values()))
+        return replace(first, values={(b, f"{p} {norm}"): _of(found[norm], b, p) for b, p, norm in sorted(keys)})
+
+    train, test = side_by_side(bank), side_by_side(queries)
+    scores = linear_probe(train, test, LINEAR, seed=run.seed, device=run.device)
+    hits = {}
+    for block, pooling, norm in keys:
+        chosen = scores[block, f"{pooling} {norm}"].selected
+        assert chosen is not None  # a part of the bank is held out
+        hits[block, pooling, norm] = chosen.correct
+    return train, test, hits
+
+
+def _of(features: Features, block: int, pooling: str) -> torch.Tensor:
+    parts = ("cls", "mean") if pooling == "both" else (pooling,)
+    return torch.cat([features[block, part] for part in parts], dim=1)
+
+
+def _attentive(backbone: Backbone, bank: Features, queries: Features, samples: Samples, run: Run) -> list[Row]:
+    """Efficient probing of the last block, and of a mixture of four."""
+    depth, size = backbone.info.depth, own_image_size(backbone.info)
+    sources: list[Blocks] = [(depth - 1,)]
+    mixture = mixture_blocks(depth, ATTENTIVE.mixture)
+    if len(mixture) > 1 and alike(backbone, mixture):
+        sources.append(mixture)
+    assert bank.labels is not None
+    assert queries.labels is not None
+    scores = attentive_protocol(
+        backbone,
+        LabelledRows(samples.bank, bank.indices.numpy(), bank.labels.numpy()),
+        LabelledRows(samples.queries, queries.indices.numpy(), queries.labels.numpy()),
+        sources,
+        ATTENTIVE,
+        image_size=size,
+        run=run,
+        folder=samples.cache.made_folder() if samples.cache else None,
+    )
+    rows = []
+    for (blocks, _), score in scores.items():
+        chosen = score.accuracy.selected
+        assert chosen is not None
+        name = "attentive" if len(blocks) == 1 else f"layer mixture (blocks {', '.join(map(str, blocks))}), attentive"
+        width = backbone.block_dims[blocks[-1]]
+        parameters = score.queries * width + width * width
+        rows.append(Row(name, chosen.correct, Cost(depth, depth, _extra(backbone, score.queries, blocks), parameters)))
+    return rows
+
+
+def _extra(backbone: Backbone, queries: int, blocks: Blocks) -> float | None:
+    """Operations of the queries, their values and the mixing, as a share of the encoder's on an image."""
+    info = backbone.info
+    if not backbone.is_plain_vit:
+        return None
+    shape = EncoderShape(info.embed_dim, info.depth, info.num_heads, info.patch_size[0], info.num_prefix_tokens)
+    tokens = shape.tokens(info.image_size)
+    mixing = 2 * len(blocks) * tokens * info.embed_dim if len(blocks) > 1 else 0
+    reading = 4 * queries * tokens * info.embed_dim + 2 * info.embed_dim**2
+    return (mixing + reading) / (info.depth * shape.block_operations(tokens))
