@@ -38,12 +38,13 @@ TINY = RefineRecipe(
 class TinyRun:
     """One refinement with its modules; ``run`` trains it in a folder."""
 
-    def __init__(self, images: ImageSet, *, drop_path: float = 0.1) -> None:
+    def __init__(self, images: ImageSet, *, drop_path: float = 0.1, **settings: Any) -> None:
         torch.manual_seed(0)
+        self.recipe = TINY.model_copy(update=settings)
         backbone = Backbone.wrap(create_vit("vit_w32_d3_h2_p8", image_size=16, drop_path_rate=drop_path))
-        self.refiner = refine.make_refiner(backbone, TINY)
+        self.refiner = refine.make_refiner(backbone, self.recipe)
         self.loader = TrainLoader(images, refine.view_specs(TINY), TINY.batch_size, seed=0)
-        self.refinement = refine.build(TINY, self.refiner, self.loader, Run())
+        self.refinement = refine.build(self.recipe, self.refiner, self.loader, Run())
         self.ema = self.refinement.ema
         self.steps: list[int] = []  # of the whole run, as they were taken
         self.spoil: Callable[[int], bool] = lambda step: False  # whether losses and gradients of a step are NaN
@@ -53,7 +54,7 @@ class TinyRun:
 
         As a kill would, without a checkpoint. ``settings`` of the recipe change what is logged, saved and watched.
         """
-        recipe = TINY.model_copy(update={"checkpoint_every": 3, **settings})
+        recipe = self.recipe.model_copy(update={"checkpoint_every": 3, **settings})
         refinement = dataclasses.replace(self.refinement, recipe=recipe)
         taken = refine.forward_backward
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mim_refiner.errors import InputError
+from mim_refiner.models.anchor import DenseAnchor
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective, RefinerHead, draw_choices, run_heads
 from mim_refiner.models.stochastic import draw_by_row
@@ -57,6 +58,7 @@ class Refiner(nn.Module):
             {str(block): RefinerHead(backbone.block_dims[block], config, objective) for block in self.blocks}
         )
         self.encoder_frozen = False
+        self.anchor: DenseAnchor | None = None
 
     def freeze_encoder(self) -> None:
         """Head warm-up: the encoder is in eval mode and keeps no gradient."""

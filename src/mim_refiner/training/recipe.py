@@ -126,6 +126,14 @@ class GuardSettings(_Settings):
     max_knn_drop: NonNegativeFloat = 0.05  # in k-NN accuracy, 0-1; more where few test images make it noisy
 
 
+class AnchorSettings(_Settings):
+    """Dense anchor (models/anchor.py): patches shall stay as alike to each other as they were at the START."""
+
+    weight: NonNegativeFloat = 0.0  # 0: none
+    blocks: Literal["last", "heads"] = "last"  # whose patch tokens
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the refinement's steps, evenly spread
+
+
 class Recipe(_Settings):
     """What pre-training and refinement share."""
 
@@ -171,6 +179,7 @@ class RefineRecipe(Recipe):
     # What export/ holds: the weights, their average, or ("auto") the average where the run is long enough for it.
     export_weights: Literal["auto", "model", "ema"] = "model"
     guard: GuardSettings = GuardSettings()
+    anchor: AnchorSettings = AnchorSettings()
 
 
 class PretrainRecipe(Recipe):

@@ -25,10 +25,12 @@ from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.data.photometric import BatchPhotometric, augment
 from mim_refiner.data.views import ViewSpec, multi_crop_views
 from mim_refiner.errors import InputError, NonFiniteLossError
+from mim_refiner.models.anchor import DenseAnchor
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective
 from mim_refiner.models.positions import check_image_size
 from mim_refiner.models.refiner import Refiner, RefinerOutput
+from mim_refiner.training.anchor import anchor_backward, carries_anchor
 from mim_refiner.training.cached import cached_forward_backward, refuse_batch_dependent
 from mim_refiner.training.guard import FeatureProbe, Guard
 from mim_refiner.training.loop import Loop, Monitor, step_generator
@@ -123,7 +125,8 @@ def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run)
     backbone = refiner.backbone
     ema = ExponentialMovingAverage(backbone)
     if recipe.shard and is_distributed():
-        for encoder in (backbone, ema.module):
+        start = [] if refiner.anchor is None else [refiner.anchor.start]
+        for encoder in (backbone, ema.module, *start):
             encoder.shard_blocks(bf16=run.precision == "bf16")  # type: ignore[operator]
     if recipe.checkpointing:
         backbone.model.set_grad_checkpointing(True)
@@ -154,6 +157,9 @@ def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
     objective = Objective(heads.temperature, heads.view_pairing, NUM_GLOBAL, heads.swap_negatives, heads.swap_positive)
     blocks = head_blocks(recipe, backbone.info.depth)
     refiner = Refiner(backbone, blocks, config, objective, pooling=heads.pooling, frozen_blocks=recipe.frozen_blocks)
+    if recipe.anchor.weight:
+        last = recipe.anchor.blocks == "last"
+        refiner.anchor = DenseAnchor(backbone, [backbone.info.depth - 1] if last else refiner.blocks)
     if recipe.micro_batch is not None:
         refuse_batch_dependent(refiner)
     return refiner
@@ -232,8 +238,13 @@ def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool 
             views, sample_ids = make_views(refinement, batch, generator)
             parts = recipe.micro_batch, recipe.kept_graphs
             output = forward_backward(refiner, views, sample_ids, generator, refinement.run, *parts)
+            loss, metrics = output.loss, metrics_of(output, sample_ids, refinement.labels)
+            if number == REFINEMENT and refiner.anchor and carries_anchor(step, recipe.anchor.share):
+                anchored = recipe.anchor.weight, recipe.micro_batch
+                metrics["anchor"] = anchor_backward(refiner, views[:NUM_GLOBAL], generator, refinement.run, *anchored)
+                loss = loss + metrics["anchor"]
             average_gradients(refiner.parameters())
-            loop.log.add(step, output.loss, metrics_of(output, sample_ids, refinement.labels), len(sample_ids))
+            loop.log.add(step, loss, metrics, len(sample_ids))
             loop.before_update(step)
             set_learning_rate(optimizer, loop.learning_rate(step))
             optimizer.step()
