@@ -21,6 +21,7 @@ from mim_refiner.commands.comparison import (
     said_of_training,
     thinned,
 )
+from mim_refiner.commands.dense import dense_change
 from mim_refiner.commands.head_blocks import FILE as PLACEMENT_FILE
 from mim_refiner.commands.head_blocks import head_block_settings, place_in_recipe
 from mim_refiner.commands.inputs import (
@@ -302,6 +303,9 @@ def conclude(
             summary["verdict"] = found | {"measured_on": on.says, "reason": f"{found['reason']} {on.says}"}
         card |= {"before": summary["before"], "after": summary["after"]}
         found = summary["recommendation"]
+        if recipe.anchor.weight:
+            summary["dense"] = dense_change(stages, on.bank, on.test, run)
+            summary["verdict"] = {**summary["verdict"], "dense": summary["dense"]["reason"]}
         facts = {key: found[key] for key in ("block", "pooling", "norm")} | {"recommendation": found["reason"]}
         pictured = {stage: encoder for stage, encoder in stages.items() if stage not in ("raw", "average")}
         write_gallery(pictured, on.bank if on.test is None else on.test, out, pooling=pooling, run=run)

@@ -92,7 +92,7 @@ def segmentation_protocol(
     settings = settings or SegmentationSettings()
     window = check_segmentation(settings, backbone)
     train_masks, test_masks = MaskSet(train.source), MaskSet(test.source)
-    classes = _same_classes(train_masks, test_masks)
+    classes = same_classes(train_masks, test_masks)
     device = torch.device(device)
     blocks = segmentation_blocks(backbone.info.depth, settings)
     encoder = Encoder(backbone.to(device), blocks, settings.norm, device, resolve_precision(precision, device))
@@ -122,7 +122,7 @@ def segmentation_protocol(
     )
 
 
-def _same_classes(train: MaskSet, test: MaskSet) -> int:
+def same_classes(train: MaskSet, test: MaskSet) -> int:
     """Number both masks by the classes that occur; returns how many. One that ``train`` lacks counts as missed."""
     known, asked = train.class_numbers(), test.class_numbers()
     unknown = np.setdiff1d(asked, known)

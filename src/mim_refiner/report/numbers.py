@@ -44,6 +44,7 @@ def verdict_view(run: RunFiles) -> dict[str, Any]:
         for stage, value in verdict.items()
         if stage in STAGES and isinstance(value, Mapping)
     ]
+    further += [str(verdict["dense"])] if "dense" in verdict else []
     return {
         "headline": HEADLINES.get(word, word[:1].upper() + word[1:] + "."),
         "tone": TONES.get(word, "open"),
