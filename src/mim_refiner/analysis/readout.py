@@ -78,7 +78,7 @@ def _shown(row: Row, change: tuple[float, float, float] | None) -> dict[str, Any
         "name": row.name,
         "refined": row.refined,
         "value": value,
-        "ci95": [min(low, value), max(high, value)],
+        "ci95": [low, high],
         "change": None if change is None else list(change),
         "knn_top1": row.knn,
         "cost": asdict(row.cost),

@@ -146,7 +146,7 @@ def readout_tables(run: RunFiles) -> list[dict[str, Any]]:
             learned = f", {cost['parameters']:,} learned weights" if cost["parameters"] else ""
             cells = [
                 f"{100 * row['value']:.1f} ({_interval(row['ci95'], 100, 1)})",
-                "–" if change is None else f"{100 * change[0]:+.1f} ({_interval(change[1:], 100, 1, sign='+')})",
+                "–" if change is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * each for each in change)),
                 "–" if knn is None else f"{100 * knn:.1f}",
                 f"{cost['blocks']} of {cost['depth']} blocks{extra}{learned}",
             ]
