@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mim_refiner.checkpoints.averages import with_names
 from mim_refiner.checkpoints.store import Contents
+from mim_refiner.core.identity import tensors_sha256
 from mim_refiner.errors import CheckpointError
 
 _START = "base_model.model."  # PEFT's wrapper
@@ -49,7 +50,17 @@ def with_adapter(base: Contents, adapter: Contents) -> Contents:
     for name, tensor in encoder.items():
         if _PART.fullmatch(name) is None:  # a part that was trained whole
             weights[_target(weights, name.removeprefix(_START).replace(".modules_to_save", ""), adapter)] = tensor
-    for layer, (a, b) in _pairs(encoder, adapter.source).items():
+    pairs = _pairs(encoder, adapter.source)
+    if "base_sha256" in config:  # of the adapted weights, as our own export writes it
+        shorts = [layer.removeprefix(_START) for layer in pairs]
+        theirs = {short: weights[_target(weights, f"{short}.weight", adapter)].float() for short in shorts}
+        found = tensors_sha256(theirs)
+        if found != config["base_sha256"]:
+            raise CheckpointError(
+                f"{adapter.source}: is an adapter of other weights than {base.source} has (base_sha256 in its "
+                "adapter_config.json); name the encoder that it was made of there"
+            )
+    for layer, (a, b) in pairs.items():
         short = layer.removeprefix(_START)
         name = _target(weights, f"{short}.weight", adapter)
         scale = _scale(config, short, a.shape[0], f"{adapter.source}/adapter_config.json")

@@ -49,9 +49,11 @@ from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.core.sharding import full_state, is_sharded, load_full_state
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import GuardStopError, NonFiniteLossError
+from mim_refiner.export.adapter import write_adapter
 from mim_refiner.export.timm import export_timm
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.models.lora import adapted, lora_share, merge_lora
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.reporting import NullReporter, Reporter
 from mim_refiner.training.guard import load_best
@@ -60,6 +62,7 @@ from mim_refiner.training.recipes import refine_recipe
 from mim_refiner.training.refine import (
     START_SHARE,
     Refinement,
+    adapt,
     build,
     choose_weights,
     make_refiner,
@@ -251,7 +254,9 @@ def trained(
     except (GuardStopError, NonFiniteLossError) as error:
         if not refinement.recipe.guard.enabled:
             raise
-        return {"after": load_best(folder, load_backbone(model))}, error
+        best = load_backbone(model)
+        adapt(best, refinement.recipe)
+        return unadapted({"after": load_best(folder, best)}, folder, model), error
     average = refinement.ema.module
     assert isinstance(average, Backbone)
     weights, taken = {"raw": refinement.refiner.backbone, "average": average}, weights_taken(refinement)
@@ -260,7 +265,17 @@ def trained(
         if is_sharded(encoder):
             whole, stages[stage] = full_state(encoder), load_backbone(model)
             load_full_state(stages[stage], whole)
-    return stages, None
+    return unadapted(stages, folder, model), None
+
+
+def unadapted(stages: dict[str, Backbone], folder: RunFolder, model: str) -> dict[str, Backbone]:
+    """The encoders with their adapters merged; those of "after" are in adapter/ too. As they are without adapters."""
+    if adapted(stages["after"]):
+        if folder.writes:
+            write_adapter(stages["after"], folder.path / "adapter", model)
+        for encoder in stages.values():
+            merge_lora(encoder)
+    return stages
 
 
 def weights_taken(refinement: Refinement) -> dict[str, Any]:
@@ -323,6 +338,10 @@ def announce(recipe: RefineRecipe, backbone: Backbone, images: int, steps_per_ep
         f"{blocks[-1]} ({heads.pooling}), {images} images, batch {recipe.batch_size}, "
         f"{steps_per_epoch} steps an epoch, {run.precision}"
     )
+    if adapted(backbone):
+        run.reporter.message(
+            f"adapter: LoRA of rank {recipe.lora.rank}; it trains, {lora_share(backbone):.1%} of the encoder's size"
+        )
     for name, phase in (("warm-up", recipe.warmup), ("refinement", recipe.refinement)):
         peak = peak_learning_rate(phase.base_lr, recipe.batch_size)
         run.reporter.message(f"{name}: {phase.epochs} epochs, learning rate base {phase.base_lr:.3g}, peak {peak:.3g}")

@@ -13,6 +13,7 @@ from mim_refiner.errors import InputError
 from mim_refiner.models.anchor import DenseAnchor
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective, RefinerHead, draw_choices, run_heads
+from mim_refiner.models.lora import fixed_beside_lora
 from mim_refiner.models.stochastic import draw_by_row
 
 
@@ -67,10 +68,10 @@ class Refiner(nn.Module):
         self.train()
 
     def unfreeze_encoder(self) -> None:
-        """Refinement: all but the frozen prefix and the fixed position table trains."""
+        """Refinement: all but the frozen prefix and the fixed position table trains, or the adapters alone."""
         self.encoder_frozen = False
         self.backbone.requires_grad_(True)
-        for parameter in self.backbone.fixed_parameters(self.frozen_blocks):
+        for parameter in (*self.backbone.fixed_parameters(self.frozen_blocks), *fixed_beside_lora(self.backbone)):
             parameter.requires_grad_(False)
         self.train()
 

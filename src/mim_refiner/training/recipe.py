@@ -134,6 +134,14 @@ class AnchorSettings(_Settings):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the refinement's steps, evenly spread
 
 
+class LoraSettings(_Settings):
+    """Low-rank adapters (models/lora.py) with ``adapter=lora``; alpha / rank scales what they add."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)] = 8
+    alpha: PositiveFloat = 16.0
+    targets: Annotated[list[str], Field(min_length=1)] = ["qkv", "proj"]  # last names of linear layers in the blocks
+
+
 class Recipe(_Settings):
     """What pre-training and refinement share."""
 
@@ -180,6 +188,8 @@ class RefineRecipe(Recipe):
     export_weights: Literal["auto", "model", "ema"] = "model"
     guard: GuardSettings = GuardSettings()
     anchor: AnchorSettings = AnchorSettings()
+    adapter: Literal["none", "lora"] = "none"  # lora: the encoder's own weights stay as they are
+    lora: LoraSettings = LoraSettings()
 
 
 class PretrainRecipe(Recipe):

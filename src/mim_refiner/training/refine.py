@@ -28,6 +28,7 @@ from mim_refiner.errors import InputError, NonFiniteLossError
 from mim_refiner.models.anchor import DenseAnchor
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective
+from mim_refiner.models.lora import add_lora
 from mim_refiner.models.positions import check_image_size
 from mim_refiner.models.refiner import Refiner, RefinerOutput
 from mim_refiner.training.anchor import anchor_backward, carries_anchor
@@ -153,6 +154,7 @@ def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
             f"top_k {top_k} is larger than the queue of {heads.queue_size}; "
             "set a smaller refinement.top_k or a larger heads.queue_size"
         )
+    adapt(backbone, recipe)
     config = HeadConfig(heads.projector_hidden, heads.predictor_hidden, heads.out_dim, heads.queue_size)
     objective = Objective(heads.temperature, heads.view_pairing, NUM_GLOBAL, heads.swap_negatives, heads.swap_positive)
     blocks = head_blocks(recipe, backbone.info.depth)
@@ -163,6 +165,16 @@ def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
     if recipe.micro_batch is not None:
         refuse_batch_dependent(refiner)
     return refiner
+
+
+def adapt(backbone: Backbone, recipe: RefineRecipe) -> None:
+    """Add the recipe's adapters; raises InputError where they cannot be."""
+    if recipe.adapter == "none":
+        return
+    if recipe.shard or recipe.compile:
+        raise InputError("adapter=lora goes neither with shard nor with compile; set shard=false and compile=false")
+    lora = recipe.lora
+    add_lora(backbone, lora.targets, lora.rank, lora.alpha, recipe.frozen_blocks)
 
 
 def view_specs(recipe: RefineRecipe) -> list[ViewSpec]:

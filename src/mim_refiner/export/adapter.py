@@ -1,0 +1,40 @@
+"""A refined encoder as a LoRA adapter: a few percent of its size, in PEFT's layout, with the hash of its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save
+
+from mim_refiner.core.identity import tensors_sha256
+from mim_refiner.files import write_bytes, write_json
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.models.lora import adapted, lora_tensors
+
+
+def write_adapter(backbone: Backbone, folder: Path, base: str) -> Path:
+    """Write adapter_config.json and adapter_model.safetensors of the adapters in ``backbone``.
+
+    ``base`` is the source of the weights that they were made for; ``base_sha256`` is of those that are adapted, and
+    :func:`~mim_refiner.load_backbone` refuses others.
+    """
+    parts = lora_tensors(backbone)
+    change = next(iter(adapted(backbone).values()))[0]  # all have one rank and scale
+    rank = change.a.shape[0]
+    tensors = {}
+    for name, (_, a, b) in parts.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(Path(base).resolve()) if Path(base).exists() else base,
+        "base_sha256": tensors_sha256({name: weight.float() for name, (weight, _, _) in parts.items()}),
+        "r": rank,
+        "lora_alpha": change.scale * rank,
+        "target_modules": sorted(parts),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    write_bytes(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+    return write_json(folder / "adapter_config.json", config)

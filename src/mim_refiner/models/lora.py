@@ -1,0 +1,87 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): the encoder's weights stay, and a few percent beside them are trained.
+
+A linear layer's weight becomes W + (alpha / rank) B A with A [rank, in] and B [out, rank], B zero at the start. It is a
+parametrization of torch, so that whatever reads ``layer.weight`` reads the sum, and merging is writing the sum down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
+
+from mim_refiner.errors import InputError
+from mim_refiner.models.backbone import Backbone
+
+_INSIDE = ".parametrizations.weight.0."  # in the name of every adapter parameter
+
+
+class LowRankChange(nn.Module):
+    """A weight [out, in] and what is added to it."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.a = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
+        self.b = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.scale = alpha / rank
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * (self.b @ self.a)
+
+
+def add_lora(backbone: Backbone, targets: Sequence[str], rank: int, alpha: float, first_block: int = 0) -> None:
+    """Adapt every linear layer of the blocks from ``first_block`` on whose name ends with one of ``targets``.
+
+    Raises InputError for a target that no block has.
+    """
+    layers = {
+        name: module
+        for name, module in backbone.model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("blocks.") and int(name.split(".")[1]) >= first_block
+    }
+    for target in targets:
+        chosen = [module for name, module in layers.items() if name.split(".")[-1] == target]
+        if not chosen:
+            known = ", ".join(dict.fromkeys(name.split(".")[-1] for name in layers)) or "none"
+            raise InputError(f"lora.targets: no block has a linear layer {target!r}; it has {known}")
+        for module in chosen:
+            register_parametrization(module, "weight", LowRankChange(module.weight, rank, alpha))
+
+
+def adapted(backbone: Backbone) -> dict[str, Any]:
+    """The parametrizations of the adapted layers' weights, by the layers' names in the encoder's model."""
+    layers = {name: module for name, module in backbone.model.named_modules() if is_parametrized(module, "weight")}
+    found: dict[str, Any] = {name: module.parametrizations.weight for name, module in layers.items()}
+    return {name: parts for name, parts in found.items() if isinstance(parts[0], LowRankChange)}
+
+
+def fixed_beside_lora(backbone: Backbone) -> Iterator[nn.Parameter]:
+    """The parameters that do not train where adapters do: all others. None where there is no adapter."""
+    if adapted(backbone):
+        yield from (parameter for name, parameter in backbone.named_parameters() if _INSIDE not in name)
+
+
+def lora_tensors(backbone: Backbone) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """(base weight, A, B) of every adapted layer, on the CPU."""
+    return {
+        name: (parts.original.detach().cpu(), parts[0].a.detach().cpu(), parts[0].b.detach().cpu())
+        for name, parts in adapted(backbone).items()
+    }
+
+
+def lora_share(backbone: Backbone) -> float:
+    """Adapter parameters as a share of the encoder's."""
+    sizes = [(parameter.numel(), _INSIDE in name) for name, parameter in backbone.named_parameters()]
+    return sum(size for size, inside in sizes if inside) / sum(size for size, inside in sizes if not inside)
+
+
+@torch.no_grad()
+def merge_lora(backbone: Backbone) -> None:
+    """Write the sums into the weights; the encoder is then as if it had never been adapted."""
+    for name in adapted(backbone):
+        remove_parametrizations(backbone.model.get_submodule(name), "weight", leave_parametrized=True)
