@@ -2,16 +2,20 @@
 
     python benchmarks/evidence.py benchmarks/studies/cifar10_cpu.yaml --out runs/evidence --plan
     python benchmarks/evidence.py benchmarks/studies/cifar10_cpu.yaml --out runs/evidence --arms full,scratch --seeds 0
+    python benchmarks/evidence.py benchmarks/studies/cifar10_cpu.yaml --out runs/evidence --page docs/evidence.md
 
 A study is one YAML file: data, start, recipe and the arms, each a change of the recipe or a control. The same command
 goes on where it was stopped. Every arm is trained by the package's own commands and measured in the same way (k-NN and
 linear probe of the last block, class and mean pooling); what was right for every test image is kept, so that any two
-arms compare in pairs. Writes results.json and results.md.
+arms compare in pairs. Writes results.json and results.md. ``--page`` trains nothing: it keeps what is measured so far
+beside the study file, as <study>.json, and writes the page of all studies there (evidence_page.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -22,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from evidence_page import markdown, write_page
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,8 +35,10 @@ from mim_refiner.cli.progress import make_reporter
 from mim_refiner.commands.inputs import open_images
 from mim_refiner.commands.pretrain import make_autoencoder, pretrain
 from mim_refiner.commands.refine import refine
+from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.metrics import accuracy_interval, crossed_interval
 from mim_refiner.core.run import Run
+from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.suite import evaluate_backbone
@@ -217,35 +224,28 @@ def summarize(study: Study) -> dict[str, Any]:
                 spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
                 arms[arm][metric] = {"mean": float(np.mean(values)), "sd": spread, "values": values}
     claims = []
-    for better, than, statement in study.tree["claims"]:
+    for claim in study.tree["claims"]:
+        better, than = claim["better"], claim["than"]
         for metric in metrics if better in found and than in found else ():
             change = compared(found[better], found[than], metric)
             if change is not None:
                 word = "supported" if change[1] > 0 else "not supported" if change[2] < 0 else "not decidable here"
-                claims.append({"claim": statement, "better": better, "than": than, "metric": metric,
-                               "difference": change[0], "ci95": change[1:], "seeds": len(found[better]),
-                               "verdict": word})  # fmt: skip
-    return {"title": study.tree["title"], "torch": torch.__version__, "arms": arms, "claims": claims}
+                seeds = len(found[better]) if than == "start" else len(found[better].keys() & found[than].keys())
+                claims.append({**claim, "metric": metric, "difference": change[0], "ci95": change[1:],
+                               "seeds": seeds, "verdict": word})  # fmt: skip
+    untried = [arm["says"] for name, arm in study.tree["arms"].items() if name not in found]
+    return {"title": study.tree["title"], "torch": torch.__version__, "metric": study.tree["metric"], "arms": arms,
+            "claims": claims, "untried": untried}  # fmt: skip
 
 
-def markdown(summary: dict[str, Any]) -> str:
-    metrics = [key for key in next(iter(summary["arms"].values()), {}) if key not in ("says", "seeds")]
-    lines = [f"# {summary['title']}", "", f"| arm | seeds | {' | '.join(metrics)} |", "|---" * (2 + len(metrics)) + "|"]
-    for arm in summary["arms"].values():
-        cells = []
-        for metric in metrics:
-            found = arm.get(metric)
-            spread = "" if not found or found["sd"] is None else f" ± {found['sd']:.1f}"
-            cells.append(f"{found['mean']:.1f}{spread}" if found else "")
-        lines.append(f"| {arm['says']} | {len(arm['seeds'])} | {' | '.join(cells)} |")
-    lines += ["", "| claim | measure | difference | 95 % interval | seeds | verdict |", "|---|---|---:|---|---:|---|"]
-    for claim in summary["claims"]:
-        low, high = claim["ci95"]
-        lines.append(
-            f"| {claim['claim']} | {claim['metric']} | {claim['difference']:+.1f} | {low:+.1f} to {high:+.1f} "
-            f"| {claim['seeds']} | {claim['verdict']} |"
-        )
-    return "\n".join(lines) + "\n"
+def record(study: Study, file: Path) -> dict[str, Any]:
+    """The summary with what makes it repeatable: sizes, settings, command, day."""
+    sizes = {key: len(open_source(study.path(key))) for key in ("train", "bank", "test")}
+    command = f"python benchmarks/evidence.py {shlex.quote(f'benchmarks/studies/{file.name}')} --out runs/{file.stem}"
+    return {"study": file.stem, **summarize(study), "images": sizes, "draws": study.draws(study.recipe("full")),
+            "settings": study.settings("full"), "command": command,
+            "start_sha256": weights_sha256(load_backbone(study.start).model),
+            "date": datetime.date.today().isoformat()}  # fmt: skip
 
 
 def plan(study: Study, arms: list[str], seeds: list[int]) -> str:
@@ -282,6 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder that {data} stands for")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--page", type=Path, help="write this page of what is measured so far, and stop")
     parser.add_argument("--arms", default="", help="some arms, separated by commas (default: all)")
     parser.add_argument("--seeds", default="", help="some seeds (default: the study's)")
     parser.add_argument("--device", default="auto")
@@ -295,6 +296,11 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"no such arm: {', '.join(sorted(unknown))}; the study has {', '.join(tree['arms'])}")
     seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else tree["seeds"]
+    if options.page:
+        if collect(study):
+            write_json(options.study.with_suffix(".json"), record(study, options.study))
+        write_page(options.study.parent, options.page)
+        return
     print(plan(study, arms, seeds))
     if options.plan:
         return

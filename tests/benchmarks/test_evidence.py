@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-STUDIES = sorted((BENCHMARKS / "studies").glob("*.yaml"))
+STUDIES = sorted((BENCHMARKS / "studies").glob("cifar10_*.yaml"))
 SETTINGS = [
     "batch_size=8", "warmup.epochs=1", "refinement.epochs=1", "views.local_size=8", "views.num_local=2",
     "heads.projector_hidden=16", "heads.predictor_hidden=16", "heads.out_dim=8", "heads.queue_size=32",
@@ -51,11 +51,13 @@ def test_a_study_from_start_to_table(evidence: Any, tmp_path: Path) -> None:
         "more_mae": {"says": "more of the start", "kind": "more_mae"},
         "last": {"says": "one head", "settings": ["heads.blocks=[2]"]},
     }
-    claims = [["full", "start", "it helps"], ["full", "scratch", "the start matters"]]
+    said = [("start", "it helps"), ("scratch", "the start matters"), ("last", "never run")]
+    claims = [{"better": "full", "than": than, "claim": claim, "paper": "so"} for than, claim in said]
     study = {"title": "toy", **sources, "start": str(tmp_path / "mae" / "export"), "mae_recipe": "tiny_mae",
              "mae_settings": MAE_SETTINGS, "recipe": "tiny", "settings": SETTINGS, "seeds": [0, 1],
-             "arms": arms, "claims": claims, "protocols": ["knn"], "thin": 1}  # fmt: skip
-    file = tmp_path / "study.yaml"
+             "arms": arms, "claims": claims, "metric": "knn_top1 cls", "protocols": ["knn"], "thin": 1}  # fmt: skip
+    file = tmp_path / "studies" / "toy.yaml"
+    file.parent.mkdir()
     file.write_text(yaml.safe_dump(study))
     command = [str(file), "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu"]
     evidence.main([*command, "--arms", "full,scratch,more_mae", "--seeds", "0"])
@@ -74,6 +76,26 @@ def test_a_study_from_start_to_table(evidence: Any, tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.npz")}
     evidence.main([*command, "--arms", "full", "--seeds", "0,1"])
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.npz")}
+    page = tmp_path / "docs" / "evidence.md"
+    earlier = {"paper": "p", "claim": "c", "result": "r", "seeds": 1, "size": "s", "verdict": "supported",
+               "command": "true", "date": "today"}  # fmt: skip
+    (file.parent / "earlier.yaml").write_text(yaml.safe_dump([earlier]))
+    evidence.main([*command, "--page", str(page)])
+    kept = json.loads((file.parent / "toy.json").read_text())
+    assert kept["images"] == {"train": 50, "bank": 50, "test": 20}
+    text = page.read_text()
+    low, high = gain["ci95"]
+    assert f"| so | it helps | {gain['difference']:+.1f} [{low:+.1f}, {high:+.1f}] | 2 | {gain['verdict']} |" in text
+    assert "| so | the start matters |" in text
+    assert "never run" not in text
+    assert "Not run yet: one head." in text
+    assert "| p | c | r | 1 | s | supported |" in text
+    assert (page.parent / "figures" / "evidence-toy.svg").read_bytes().startswith(b"<svg")
+    (file.parent / "toy.yaml").rename(tmp_path / "toy.yaml")
+    written = page.read_bytes()
+    evidence.write_page(file.parent, page)  # from what is kept alone
+    assert page.read_bytes() == written
+
     begun = load_file(tmp_path / "out" / "random" / "seed0" / "model.safetensors")
     trained = load_file(tmp_path / "mae" / "export" / "model.safetensors")
     assert not np.allclose(begun["blocks.0.mlp.fc1.weight"], trained["blocks.0.mlp.fc1.weight"], atol=0.05)
@@ -82,8 +104,9 @@ def test_a_study_from_start_to_table(evidence: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
 def test_shipped_studies_name_settings_that_exist(evidence: Any, file: Path, tmp_path: Path) -> None:
     tree = yaml.safe_load(file.read_text())
-    assert {arm for better, than, _ in tree["claims"] for arm in (better, than)} <= {"start", *tree["arms"]}
+    assert {claim[arm] for claim in tree["claims"] for arm in ("better", "than")} <= {"start", *tree["arms"]}
     study = evidence.Study(tree, tmp_path, tmp_path, "cpu", None)
+    assert all(claim["claim"] and claim["paper"] for claim in tree["claims"])
     for arm in tree["arms"]:
         chosen = evidence.override(evidence.refine_recipe(tree["recipe"], image_size=0), study.settings(arm))
         assert chosen.refinement.epochs > 0
