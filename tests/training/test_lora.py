@@ -20,6 +20,7 @@ from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.lora import adapted, add_lora, lora_share, merge_lora
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training import refine
+from mim_refiner.training.lora import adapt
 from mim_refiner.training.memory import measure_needs
 from mim_refiner.training.recipe import LoraSettings, RefineRecipe
 
@@ -148,4 +149,4 @@ def test_what_cannot_be_adapted_is_said() -> None:
         add_lora(encoder(), ["query"], 2, 2.0)
     recipe = RefineRecipe(name="test", batch_size=4, adapter="lora", shard=True)
     with pytest.raises(InputError, match="adapter=lora goes neither with shard nor with compile"):
-        refine.adapt(encoder(), recipe)
+        adapt(encoder(), recipe)

@@ -40,6 +40,8 @@ from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn
 from mim_refiner.commands.plan import fit_into
 from mim_refiner.commands.plan import plan as run_plan
 from mim_refiner.commands.report import finish_with_report, write_gallery
+from mim_refiner.commands.temperature import FILE as SWEEP_FILE
+from mim_refiner.commands.temperature import sweep_in_recipe
 from mim_refiner.core.collectives import from_rank_0
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
@@ -57,12 +59,12 @@ from mim_refiner.models.lora import adapted, lora_share, merge_lora
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.reporting import NullReporter, Reporter
 from mim_refiner.training.guard import load_best
+from mim_refiner.training.lora import adapt
 from mim_refiner.training.recipe import RefineRecipe, override
 from mim_refiner.training.recipes import refine_recipe
 from mim_refiner.training.refine import (
     START_SHARE,
     Refinement,
-    adapt,
     build,
     choose_weights,
     make_refiner,
@@ -162,26 +164,21 @@ def refine_and_compare(
     base = refine_recipe(recipe, image_size=max(backbone.info.image_size), images=len(images))
     chosen = override(base, settings)
     run = replace(run, precision=resolve_precision(chosen.precision, run.device))
-    if chosen.normalization == "data":
-        normalize_by(images, backbone)
     on = measure_on(images, held_out, eval_data, eval_test, run)
     refuse_other_work(chosen, run, weights, images=images, eval_data=on.bank, eval_test=on.test)
-    before = None if overwrite else Path(out)
-    placement = None if plan else place_in_recipe(chosen, base, backbone, on.bank, run, before)
-    chosen = resolve(chosen, backbone)
+    chosen, found = settle(chosen, base, backbone, (images, on.bank), run, None if overwrite else Path(out), plan)
     refiner = prepare(backbone, chosen, run)
     loader = train_loader(images, view_specs(chosen), chosen, run)
     chosen = choose_weights(chosen, loader.steps_per_epoch)
     refuse_pool(chosen, refiner, loader.steps_per_epoch * chosen.batch_size, run)
     if plan:
         return run_plan(chosen, refiner, len(images), run, memory_budget, loader.cut_where)
-    if memory_budget is not None:
-        chosen = fit_into(chosen, refiner, memory_budget, run)
+    chosen = chosen if memory_budget is None else fit_into(chosen, refiner, memory_budget, run)
     asked = {"command": "refine", "data": data, "model": model, "model_sha256": weights, "seed": seed,
              "exclude": exclude}  # fmt: skip
     folder = open_run(out, asked, chosen, images, overwrite=overwrite)
-    if placement is not None and folder.writes:
-        write_json(folder.path / PLACEMENT_FILE, placement)
+    for name, record in found.items() if folder.writes else ():
+        write_json(folder.path / f"{name}.json", record)
     skipped = list_skipped(images, folder, reporter)
     announce(chosen, backbone, len(images), loader.steps_per_epoch, run)
 
@@ -195,24 +192,44 @@ def refine_and_compare(
     for encoder in stages.values():
         encoder.info = replace(encoder.info, mean=backbone.info.mean, std=backbone.info.std)
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
-    if on.test is not None:
-        on = replace(on, test=thinned(on.test, from_rank_0(test_limit())))
+    on = on if on.test is None else replace(on, test=thinned(on.test, from_rank_0(test_limit())))
     with results_folder(folder.path) as results:
-        described = f"{Path(data).name} ({len(images)} images)"
-        summary = conclude(stages, on, chosen, results, described, run)
+        summary = conclude(stages, on, chosen, results, f"{Path(data).name} ({len(images)} images)", run)
     if not folder.writes:  # the rest is rank 0's
         return {}
-    summary["data"] = {"train": images.facts()}
-    summary["seconds"] = {"training": seconds, "total": time.perf_counter() - started}
-    more = {"head_placement": placement, "stopped": str(stopped) if stopped else None}
-    more["weights"] = None if stopped else weights_taken(refinement)
-    summary |= {key: value for key, value in more.items() if value is not None}
+    spent = {"training": seconds, "total": time.perf_counter() - started}
+    summary |= (
+        {"data": {"train": images.facts()}, "seconds": spent}
+        | found
+        | ({"stopped": str(stopped)} if stopped else {"weights": weights_taken(refinement)})
+    )
     write_json(folder.path / "summary.json", summary)
     finish_with_report(folder.path, reporter)
     reporter.done()
     if stopped:
         raise stopped
     return summary
+
+
+def settle(
+    recipe: RefineRecipe,
+    base: RefineRecipe,
+    backbone: Backbone,
+    images: tuple[ImageSet, ImageSet],  # to train on, to measure on
+    run: Run,
+    before: Path | None,
+    plan: bool,
+) -> tuple[RefineRecipe, dict[str, dict[str, Any]]]:
+    """The recipe without "auto", and what was measured for it by the names of its files (nothing for a plan)."""
+    if recipe.normalization == "data":
+        normalize_by(images[0], backbone)
+    if plan:
+        return resolve(recipe, backbone), {}
+    placement = place_in_recipe(recipe, base, backbone, images[1], run, before)
+    recipe = resolve(recipe, backbone)
+    swept = sweep_in_recipe(recipe, backbone, images[0], run, before)
+    found = {Path(PLACEMENT_FILE).stem: placement, Path(SWEEP_FILE).stem: swept}
+    return recipe, {name: record for name, record in found.items() if record is not None}
 
 
 def measure_on(

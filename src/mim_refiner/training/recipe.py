@@ -134,6 +134,12 @@ class AnchorSettings(_Settings):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the refinement's steps, evenly spread
 
 
+class SweepSettings(_Settings):
+    """Heads of several temperatures learn for an epoch on the frozen encoder; the best one is the run's."""
+
+    temperatures: list[PositiveFloat] = []  # none: heads.temperature as it is
+
+
 class LoraSettings(_Settings):
     """Low-rank adapters (models/lora.py) with ``adapter=lora``; alpha / rank scales what they add."""
 
@@ -188,6 +194,7 @@ class RefineRecipe(Recipe):
     export_weights: Literal["auto", "model", "ema"] = "model"
     guard: GuardSettings = GuardSettings()
     anchor: AnchorSettings = AnchorSettings()
+    sweep: SweepSettings = SweepSettings()
     adapter: Literal["none", "lora"] = "none"  # lora: the encoder's own weights stay as they are
     lora: LoraSettings = LoraSettings()
 

@@ -28,17 +28,17 @@ from mim_refiner.errors import InputError, NonFiniteLossError
 from mim_refiner.models.anchor import DenseAnchor
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective
-from mim_refiner.models.lora import add_lora
 from mim_refiner.models.positions import check_image_size
 from mim_refiner.models.refiner import Refiner, RefinerOutput
 from mim_refiner.training.anchor import anchor_backward, carries_anchor
 from mim_refiner.training.cached import cached_forward_backward, refuse_batch_dependent
 from mim_refiner.training.guard import FeatureProbe, Guard
 from mim_refiner.training.loop import Loop, Monitor, step_generator
+from mim_refiner.training.lora import adapt
 from mim_refiner.training.recipe import RefineRecipe, Views
 from mim_refiner.training.state import RunFolder
 from mim_refiner.training.view_pool import ViewPool, make_pool
-from mim_refiner.types import ImageSize, height_width, side_or_pair
+from mim_refiner.types import BackboneInfo, ImageSize, height_width, side_or_pair
 
 WARMUP, REFINEMENT = 0, 1  # numbers of the phases
 NUM_GLOBAL = 2
@@ -131,13 +131,15 @@ def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run)
             encoder.shard_blocks(bf16=run.precision == "bf16")  # type: ignore[operator]
     if recipe.checkpointing:
         backbone.model.set_grad_checkpointing(True)
-    info = backbone.info
-    photometrics = [
-        BatchPhotometric(view, info.mean, info.std) for view in view_specs(recipe) for _ in range(view.count)
-    ]
+    photometrics = photometrics_of(recipe, backbone.info)
     labels = loader.images.labels
     on_device = None if labels is None else torch.as_tensor(labels, device=run.device)
     return Refinement(recipe, refiner, ema, loader, photometrics, run, on_device)
+
+
+def photometrics_of(recipe: RefineRecipe, info: BackboneInfo) -> list[BatchPhotometric]:
+    """What colours the views, one a view."""
+    return [BatchPhotometric(view, info.mean, info.std) for view in view_specs(recipe) for _ in range(view.count)]
 
 
 def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
@@ -155,8 +157,7 @@ def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
             "set a smaller refinement.top_k or a larger heads.queue_size"
         )
     adapt(backbone, recipe)
-    config = HeadConfig(heads.projector_hidden, heads.predictor_hidden, heads.out_dim, heads.queue_size)
-    objective = Objective(heads.temperature, heads.view_pairing, NUM_GLOBAL, heads.swap_negatives, heads.swap_positive)
+    config, objective = objective_of(recipe)
     blocks = head_blocks(recipe, backbone.info.depth)
     refiner = Refiner(backbone, blocks, config, objective, pooling=heads.pooling, frozen_blocks=recipe.frozen_blocks)
     if recipe.anchor.weight:
@@ -167,14 +168,12 @@ def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
     return refiner
 
 
-def adapt(backbone: Backbone, recipe: RefineRecipe) -> None:
-    """Add the recipe's adapters; raises InputError where they cannot be."""
-    if recipe.adapter == "none":
-        return
-    if recipe.shard or recipe.compile:
-        raise InputError("adapter=lora goes neither with shard nor with compile; set shard=false and compile=false")
-    lora = recipe.lora
-    add_lora(backbone, lora.targets, lora.rank, lora.alpha, recipe.frozen_blocks)
+def objective_of(recipe: RefineRecipe) -> tuple[HeadConfig, Objective]:
+    """Sizes of a head, and its loss."""
+    heads = recipe.heads
+    config = HeadConfig(heads.projector_hidden, heads.predictor_hidden, heads.out_dim, heads.queue_size)
+    swaps = heads.swap_negatives, heads.swap_positive
+    return config, Objective(heads.temperature, heads.view_pairing, NUM_GLOBAL, *swaps)
 
 
 def view_specs(recipe: RefineRecipe) -> list[ViewSpec]:
@@ -363,11 +362,12 @@ def metrics_of(output: RefinerOutput, sample_ids: Tensor, labels: Tensor | None)
         metrics[f"neighbor_similarity/{block}"] = head.neighbor_similarity.mean()
         metrics[f"neighbor_age/{block}"] = head.neighbor_age.float().mean()
         if labels is not None:
-            metrics[f"neighbor_accuracy/{block}"] = _neighbor_accuracy(head, sample_ids, labels)
+            metrics[f"neighbor_accuracy/{block}"] = neighbor_accuracy(head, sample_ids, labels)
     return metrics
 
 
-def _neighbor_accuracy(head: HeadOutput, sample_ids: Tensor, labels: Tensor) -> Tensor:
+def neighbor_accuracy(head: HeadOutput, sample_ids: Tensor, labels: Tensor) -> Tensor:
+    """Share of the targets' neighbours that are of the image's class, among those that are images."""
     own = labels[sample_ids].repeat(NUM_GLOBAL)
     neighbor = labels[head.neighbor_sample_ids.clamp(min=0)]
     known = head.neighbor_sample_ids >= 0  # entries of the random start have no label

@@ -1,0 +1,99 @@
+"""Temperature sweep: heads of several temperatures learn side by side on the frozen encoder, and the best one stays.
+
+The encoder passes once for all of them. What counts is seen before a batch is learnt from, in the first epoch that
+shows it, so it is held out: with labels, how often a head's nearest neighbour is of the image's class; without, how
+often the two global views of an image have the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mim_refiner.core.collectives import average_gradients, from_ranks, process_rows, use_rows
+from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
+from mim_refiner.core.run import Run
+from mim_refiner.data.loaders import TrainLoader
+from mim_refiner.data.photometric import augment
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.models.heads import HeadOutput, RefinerHead
+from mim_refiner.models.refiner import Refiner
+from mim_refiner.training.loop import learning_rate, step_generator
+from mim_refiner.training.recipe import RefineRecipe
+from mim_refiner.training.refine import neighbor_accuracy, objective_of, photometrics_of
+
+SWEEP = 2  # number of the phase that its draws belong to; 0 and 1 are the run's own
+
+
+def sweep_temperatures(recipe: RefineRecipe, backbone: Backbone, loader: TrainLoader, run: Run) -> dict[str, Any]:
+    """{"temperature", "measure", "values": {temperature: share}, "reason"} of ``recipe.sweep``, on the last head block.
+
+    The recipe must be resolved. One epoch of ``loader``; the share is over its second half.
+    """
+    temperatures, block = recipe.sweep.temperatures, int(recipe.heads.blocks[-1])
+    config, objective = objective_of(recipe)
+    refiner = Refiner(backbone, [block], config, objective, pooling=recipe.heads.pooling).to(run.device)
+    refiner.freeze_encoder()
+    heads = nn.ModuleList()
+    for temperature in temperatures:
+        torch.manual_seed(run.seed)  # the same start for each
+        own = replace(objective, temperature=temperature)
+        heads.append(RefinerHead(backbone.block_dims[block], config, own).to(run.device))
+    labels = loader.images.labels
+    known = None if labels is None else torch.as_tensor(labels, device=run.device)
+    shares = _trained(recipe, refiner, heads, loader, run, known)
+    best = int(shares.argmax())
+    values = dict(zip(map(str, temperatures), shares.tolist(), strict=True))
+    what = "two views have the same nearest neighbour" if labels is None else "nearest neighbours of the same class"
+    others = ", ".join(f"{t}: {100 * share:.1f} %" for t, share in values.items() if t != str(temperatures[best]))
+    return {
+        "temperature": temperatures[best],
+        "measure": "view agreement" if labels is None else "neighbour accuracy",
+        "values": values,
+        "reason": f"temperature {temperatures[best]}: {what} in {100 * float(shares[best]):.1f} % ({others})",
+    }
+
+
+def _trained(
+    recipe: RefineRecipe, refiner: Refiner, heads: nn.ModuleList, loader: TrainLoader, run: Run, labels: Tensor | None
+) -> Tensor:
+    """Train the heads for one epoch; return the share [T] of each over its second half."""
+    groups = parameter_groups(heads.named_parameters(), weight_decay=recipe.head_weight_decay)
+    optimizer = adamw(groups, recipe.betas)
+    photometrics, steps = photometrics_of(recipe, refiner.backbone.info), loader.steps_per_epoch
+    phase = recipe.warmup.model_copy(update={"epochs": 1, "warmup_epochs": min(recipe.warmup.warmup_epochs, 0.2)})
+    run.reporter.phase("temperature sweep", steps)
+    seen: list[Tensor] = []
+    with closing(loader.epoch(0, 0)) as batches:
+        for step, batch in enumerate(batches):
+            generator, rows = step_generator(run.seed, SWEEP, step), process_rows(len(batch.sample_ids))
+            views = augment(batch.views, photometrics, generator, run.device, rows)
+            ids = batch.sample_ids.to(run.device)
+            with use_rows(rows), run.autocast():
+                [features] = refiner.features(views).values()
+                outputs = [head(features, ids) for head in heads]
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack([output.loss for output in outputs]).sum().backward()
+            average_gradients(heads.parameters())
+            set_learning_rate(optimizer, learning_rate(phase, step, recipe.batch_size, steps))
+            optimizer.step()
+            if 2 * step >= steps:
+                seen.append(_shares(outputs, ids, labels))
+            run.reporter.update(step + 1, {})
+    of_ranks = from_ranks(torch.stack(seen).mean(0).cpu())
+    return torch.stack(list(of_ranks)).mean(0)
+
+
+def _shares(outputs: Sequence[HeadOutput], ids: Tensor, labels: Tensor | None) -> Tensor:
+    if labels is not None:
+        return torch.stack([neighbor_accuracy(output, ids, labels) for output in outputs]).detach()
+    shares = []
+    for output in outputs:
+        first, second = output.neighbor_sample_ids.view(2, -1)
+        shares.append(((first == second) & (first >= 0)).float().mean())
+    return torch.stack(shares)
