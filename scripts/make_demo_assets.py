@@ -4,12 +4,14 @@
     python scripts/make_demo_assets.py weights --name mae --run runs/mae --what "..." --command "..." \\
         --date 2026-11-24 --draws 1500000
 
-The images keep their lossless WebP bytes; an equal number of each class is drawn with a fixed seed.
+Images become lossy WebP (assets/README.md says what that costs); an equal number of each class is drawn with a fixed
+seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shutil
 from pathlib import Path
@@ -18,12 +20,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mim_refiner.data.sources import open_source
 
 ASSETS = Path(__file__).resolve().parent.parent / "src" / "mim_refiner" / "assets"
-TRAIN_PER_CLASS, TEST_PER_CLASS, SEED = 300, 500, 0
+TRAIN_PER_CLASS, TEST_PER_CLASS, SEED = 300, 1000, 0
+QUALITY = 80  # of WebP
+
+
+def lossy(image: bytes) -> bytes:
+    packed = io.BytesIO()
+    Image.open(io.BytesIO(image)).convert("RGB").save(packed, "WEBP", quality=QUALITY, method=6)
+    return packed.getvalue()
 
 
 def write_subset(spec: str, per_class: int, path: Path) -> None:
@@ -33,7 +43,7 @@ def write_subset(spec: str, per_class: int, path: Path) -> None:
     classes = range(int(source.labels.max()) + 1)
     chosen = np.concatenate([rng.choice(np.flatnonzero(source.labels == c), per_class, replace=False) for c in classes])
     rng.shuffle(chosen)
-    table = pa.table({"image": [source.read(int(i)) for i in chosen], "label": source.labels[chosen]})
+    table = pa.table({"image": [lossy(source.read(int(i))) for i in chosen], "label": source.labels[chosen]})
     names = json.dumps(list(source.class_names or ()))
     pq.write_table(table.replace_schema_metadata({"class_names": names}), path, compression="zstd")
     print(f"{path}: {len(chosen)} images, {path.stat().st_size / 1e6:.1f} MB")

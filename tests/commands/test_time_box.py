@@ -50,6 +50,17 @@ def test_a_crawling_machine_does_the_least_and_its_limits_still_hold() -> None:
     assert training_seconds(plan, CRAWLING) > 240  # so most steps will be left out
 
 
+def test_a_view_pool_is_planned_with_and_given_up_where_it_would_eat_the_training() -> None:
+    recipe = override(demo(), ["view_pool=4", "frozen_blocks=8"])
+    costs = Costs(0.3, 0.8, 0.0007, pool_step=0.4)
+    plan = fit(240, costs, recipe, images=3000, bank=3000, test=10_000)
+    spent = plan.view_pool * 23 * costs.pool_step + training_seconds(plan, costs)
+    assert plan.view_pool == 4
+    assert "view_pool=4" in plan.settings()
+    assert spent + EVALUATION * costs.image * (3000 + plan.test_images) <= plan.seconds <= 240
+    assert fit(240, Costs(0.3, 0.8, 0.0007, pool_step=3), recipe, images=3000, bank=3000, test=10_000).view_pool == 0
+
+
 @pytest.mark.parametrize(("seconds", "images"), [(1, 2000), (60, 7000), (1000, 10_000)])
 def test_test_images_are_cut_before_the_comparison_overruns(seconds: float, images: int) -> None:
     assert affordable_test_images(seconds, 0.001, bank=3000, test=10_000) == images

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import count, repeat
 from time import monotonic
 
 import torch
+from torch.optim import Optimizer
 
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.inputs import train_loader
@@ -15,17 +17,17 @@ from mim_refiner.commands.refine import prepare
 from mim_refiner.core.collectives import decide_on_rank_0, from_rank_0
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.evaluation.features import extract_features
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.refine import (
-    REFINEMENT,
-    WARMUP,
     Refinement,
     begin_refinement,
     begin_warmup,
     build,
     forward_backward,
+    frozen_views,
     make_views,
     resolve,
     view_specs,
@@ -37,16 +39,19 @@ USED = 0.92  # of the time is planned with
 EVALUATION = 6.0  # comparing three encoders, and the report, cost so many passes over bank and test images (LOG.md)
 GUARD_IMAGES = 3000  # that the guard looks at during the refinement
 MOST_FOR_EVALUATION, LEAST_FOR_TRAINING = 0.4, 0.25  # of the time
+MOST_FOR_POOL = 0.3  # of the training's time
 LEAST_TEST_IMAGES, MOST_EPOCHS = 2000, 100
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that this machine takes for a step of each phase, and for the features of one image."""
+    """Seconds that this machine takes for a step of each phase, for the features of one image, and for a batch of the
+    view pool."""
 
     warmup_step: float
     refinement_step: float
     image: float
+    pool_step: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Plan:
     refinement_epochs: int
     warmup_limit: float
     refinement_limit: float
+    view_pool: int  # epochs
     test_images: int
     seconds: float  # expected, of all from here on
 
@@ -66,7 +72,7 @@ class Plan:
             "warmup": (self.warmup_epochs, self.warmup_limit),
             "refinement": (self.refinement_epochs, self.refinement_limit),
         }
-        return [
+        return [f"view_pool={self.view_pool}"] + [
             line
             for name, (epochs, limit) in phases.items()
             for line in (f"{name}.epochs={epochs}", f"{name}.max_seconds={limit:.1f}")
@@ -78,19 +84,21 @@ def fit(left: float, costs: Costs, recipe: RefineRecipe, *, images: int, bank: i
 
     First come the test images, as long as they leave the training enough; then epochs over ``images``.
     """
-    usable = USED * left
+    usable, steps = USED * left, images // recipe.batch_size
     tested = affordable_test_images(MOST_FOR_EVALUATION * usable, costs.image, bank=bank, test=test)
-    evaluation = _evaluation(tested, costs.image, bank)
+    evaluation = EVALUATION * costs.image * (bank + tested)
     looks = GUARD_IMAGES * costs.image
     training = max(usable - evaluation, LEAST_FOR_TRAINING * left)
-    steps = images // recipe.batch_size
+    pool_epoch = steps * costs.pool_step
+    pool = min(recipe.view_pool, int(MOST_FOR_POOL * training / pool_epoch)) if pool_epoch else 0
+    training -= pool * pool_epoch
     share = recipe.warmup.epochs / recipe.refinement.epochs
     epochs = min((training - looks) / (steps * (costs.refinement_step + share * costs.warmup_step)), MOST_EPOCHS)
     refinement, warmup = max(1, int(epochs)), max(1, int(share * epochs))
     planned = [warmup * steps * costs.warmup_step, refinement * steps * costs.refinement_step + looks]
     limits = [training * seconds / sum(planned) for seconds in planned]
-    expected = sum(map(min, planned, limits)) + evaluation
-    return Plan(warmup, refinement, limits[0], limits[1], tested, expected)
+    expected = pool * pool_epoch + sum(map(min, planned, limits)) + evaluation
+    return Plan(warmup, refinement, limits[0], limits[1], pool, tested, expected)
 
 
 def affordable_test_images(seconds: float, image_cost: float, *, bank: int, test: int) -> int:
@@ -99,44 +107,61 @@ def affordable_test_images(seconds: float, image_cost: float, *, bank: int, test
     return min(test, max(LEAST_TEST_IMAGES, affordable))
 
 
-def _evaluation(test: int, image_cost: float, bank: int) -> float:
-    return EVALUATION * image_cost * (bank + test)
-
-
 def measure(model: str, images: ImageSet, recipe: RefineRecipe, run: Run, clock: Clock = monotonic) -> Costs:
     """Take a few steps of the very run that is to come, with a rate of zero, on an encoder that is thrown away."""
     backbone = load_backbone(model)
     recipe = resolve(recipe, backbone)
     refiner = prepare(backbone, recipe, run)
-    with closing(train_loader(images, view_specs(recipe), recipe, run)) as loader:
+    generator = torch.Generator().manual_seed(0)
+    with closing(train_loader(images, view_specs(recipe), recipe, run)) as loader, closing(_endless(loader)) as fresh:
         refinement = build(recipe, refiner, loader, run)
-        warmup, step = (seconds_a_step(refinement, number, clock) for number in (WARMUP, REFINEMENT))
-    costs: Costs = from_rank_0(Costs(warmup, step, seconds_an_image(load_backbone(model), images, run, clock)))
+        kept: list[ViewBatch] = []  # the newest of the pool
+
+        def fill() -> None:
+            features, ids = frozen_views(refinement, next(fresh), generator)
+            kept[:] = [ViewBatch([feature.half().float() for feature in features], ids, None)]
+
+        def seconds_a_step(begin: Callable[[Refinement], Optimizer], batches: Iterator[ViewBatch]) -> float:
+            optimizer = begin(refinement)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+
+            def step() -> None:
+                optimizer.zero_grad(set_to_none=True)
+                views, ids = make_views(refinement, next(batches), generator)
+                forward_backward(refiner, views, ids, generator, run)
+                optimizer.step()
+
+            return seconds_of(step, run, clock)
+
+        pool_step = seconds_of(fill, run, clock) if recipe.view_pool else 0.0
+        pooled = repeat(kept[0]) if kept else fresh
+        warmup = seconds_a_step(begin_warmup, pooled)
+        step = seconds_a_step(begin_refinement, pooled if recipe.frozen_blocks else fresh)
+    image = seconds_an_image(load_backbone(model), images, run, clock)
+    costs: Costs = from_rank_0(Costs(warmup, step, image, pool_step))
     return costs
 
 
-def seconds_a_step(refinement: Refinement, number: int, clock: Clock = monotonic) -> float:
-    """Mean time of a step of one phase, after one that is not counted; the weights stay as they are."""
-    optimizer = (begin_warmup if number == WARMUP else begin_refinement)(refinement)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    generator, run = torch.Generator().manual_seed(0), refinement.run
-    with closing(refinement.loader.epoch(0)) as batches:
+def _endless(loader: TrainLoader) -> Generator[ViewBatch, None, None]:
+    for epoch in count():
+        yield from loader.epoch(epoch)
 
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            views, ids = make_views(refinement, next(batches), generator)
-            forward_backward(refinement.refiner, views, ids, generator, run)
-            optimizer.step()
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
 
-        step()
-        started, done = clock(), 0
-        while not done or (done < PROBE_STEPS and decide_on_rank_0(lambda: clock() - started < PROBE_SECONDS)):
-            step()
-            done += 1
-        return (clock() - started) / done
+def seconds_of(work: Callable[[], None], run: Run, clock: Clock = monotonic) -> float:
+    """Mean time of some work, after one time that is not counted."""
+
+    def once() -> None:
+        work()
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    once()
+    started, done = clock(), 0
+    while not done or (done < PROBE_STEPS and decide_on_rank_0(lambda: clock() - started < PROBE_SECONDS)):
+        once()
+        done += 1
+    return (clock() - started) / done
 
 
 def seconds_an_image(backbone: Backbone, images: ImageSet, run: Run, clock: Clock = monotonic) -> float:

@@ -271,19 +271,24 @@ def fill(pool: ViewPool, refinement: Refinement, loop: Loop) -> None:
     """
     if pool.full:
         return
-    recipe, refiner, run = refinement.recipe, refinement.refiner, refinement.run
-    warmup, part = recipe.warmup.epochs * pool.steps_per_epoch, recipe.micro_batch or recipe.batch_size
+    run, warmup = refinement.run, refinement.recipe.warmup.epochs * pool.steps_per_epoch
     run.reporter.phase("view pool", pool.steps)
-    with evaluation_mode(refiner.backbone), closing(loop.stream(0, pool.steps)) as batches:
+    with closing(loop.stream(0, pool.steps)) as batches:
         for number, batch in enumerate(batches):
             place = (WARMUP, number) if number < warmup else (REFINEMENT, number - warmup)
-            views, sample_ids = make_views(refinement, batch, step_generator(run.seed, *place))
-            parts = zip(*(view.split(part) for view in views), strict=True)
-            with run.autocast():
-                features = zip(*(refiner.frozen_features(images) for images in parts), strict=True)
-                pool.add([torch.cat(of_view) for of_view in features], sample_ids)
+            pool.add(*frozen_views(refinement, batch, step_generator(run.seed, *place)))
             loop.stop_if_asked()
             run.reporter.update(number + 1, {})
+
+
+def frozen_views(refinement: Refinement, batch: ViewBatch, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
+    """What the frozen part makes of each of the batch's views [B, ...], and sample numbers [B]."""
+    recipe, refiner = refinement.recipe, refinement.refiner
+    views, sample_ids = make_views(refinement, batch, generator)
+    parts = zip(*(view.split(recipe.micro_batch or recipe.batch_size) for view in views), strict=True)
+    with evaluation_mode(refiner.backbone), refinement.run.autocast():
+        features = zip(*(refiner.frozen_features(images) for images in parts), strict=True)
+        return [torch.cat(of_view) for of_view in features], sample_ids
 
 
 def begin_warmup(refinement: Refinement) -> torch.optim.Optimizer:
