@@ -8,7 +8,8 @@ import pytest
 
 from mim_refiner.commands.demo import demo as demo_verb
 from mim_refiner.commands.demo import plan_lines
-from mim_refiner.commands.time_box import EVALUATION, Costs, Plan, affordable_test_images, fit
+from mim_refiner.commands.time_box import EVALUATION, Costs, Plan, affordable_test_images, fit, seconds_of
+from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.report.numbers import duration
 from mim_refiner.training.recipe import override
@@ -59,6 +60,34 @@ def test_a_view_pool_is_planned_with_and_given_up_where_it_would_eat_the_trainin
     assert "view_pool=4" in plan.settings()
     assert spent + EVALUATION * costs.image * (3000 + plan.test_images) <= plan.seconds <= 240
     assert fit(240, Costs(0.3, 0.8, 0.0007, pool_step=3), recipe, images=3000, bank=3000, test=10_000).view_pool == 0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "mean", "times"),
+    [
+        ([2.0, 0.25, 0.25, 0.25], 0.25, 4),  # the first warms up
+        ([2.5, 2.0], 2.0, 2),  # long enough
+        ([5.0], 5.0, 1),  # a slow machine is not asked twice
+    ],
+)
+def test_work_is_timed_after_a_first_time_and_never_for_long(seconds: list[float], mean: float, times: int) -> None:
+    clock, done = Clock(), 0
+
+    def work() -> None:
+        nonlocal done
+        clock.now += seconds[done]
+        done += 1
+
+    assert seconds_of(work, Run(), clock) == pytest.approx(mean)
+    assert done == times
 
 
 @pytest.mark.parametrize(("seconds", "images"), [(1, 2000), (60, 7000), (1000, 10_000)])

@@ -25,6 +25,7 @@ from mim_refiner.training.recipe import RefineRecipe, override
 from mim_refiner.training.recipes import refine_recipe
 
 MINUTES = 4.0
+LEAST_SHARE = 0.25
 SMOKE_SETTINGS = ["warmup.epochs=1", "refinement.epochs=1", "warmup.warmup_epochs=0", "refinement.warmup_epochs=0"]
 
 
@@ -70,8 +71,10 @@ def demo(
         if recorded:
             reporter.message(f"going on with the plan of {recorded}")
         else:
+            reporter.message("timing a few steps on this machine")
             costs = measure(str(assets / "mae"), images, recipe, run)
-            plan = fit(seconds_left(), costs, recipe, images=len(images), bank=len(images), test=count)
+            least = LEAST_SHARE * 60 * minutes  # where the timing alone took the time
+            plan = fit(max(seconds_left(), least), costs, recipe, images=len(images), bank=len(images), test=count)
             settings = [*plan.settings(), *(SMOKE_SETTINGS if smoke else [])]
             for line in plan_lines(plan, override(recipe, settings), len(images), made["refined"]["draws"]):
                 reporter.message(line)
