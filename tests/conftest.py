@@ -8,9 +8,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy, scikit-learn and 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("MIM_REFINER_CACHE", "off")  # tests of the cache name a folder of their own
 
+import json
 import random
-from collections.abc import Callable
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +31,84 @@ def _reproducible() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+class Forked:
+    """Processes that run together, forks of one that has everything imported; of one process also its Popen methods."""
+
+    def __init__(self, server: subprocess.Popen[bytes], folder: Path, processes: Sequence[dict[str, Any]]) -> None:
+        assert server.stdin is not None
+        folder.mkdir(exist_ok=True)
+        self._server, self._folder, self._codes = server, folder, None
+        server.stdin.write(json.dumps({"folder": str(folder), "processes": processes}).encode() + b"\n")
+        self.pid, *_ = self.pids = self._answer()
+
+    def _answer(self) -> list[Any]:
+        line = self._server.stdout.readline()  # type: ignore[union-attr]
+        assert line, "the fork server has ended"
+        return json.loads(line)
+
+    def wait(self) -> list[int | None]:
+        """Exit codes by rank."""
+        self._codes = self._codes or self._answer()
+        return self._codes
+
+    def said(self, rank: int = 0) -> tuple[str, str]:
+        """Stdout and stderr of one of them."""
+        out, err = ((self._folder / f"{rank}.{stream}").read_text(errors="replace") for stream in ("out", "err"))
+        return out, err
+
+    def poll(self) -> int | None:
+        return self.wait()[0] if self._codes or select.select([self._server.stdout], [], [], 0)[0] else None
+
+    def communicate(self) -> tuple[str, str]:
+        self.wait()
+        return self.said()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    @property
+    def returncode(self) -> int | None:
+        return self.wait()[0]
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Forked]]:
+    """``forked(code, count, folder, **environment)``: Python code in ``count`` processes; "{rank}" in it is theirs."""
+    servers: list[subprocess.Popen[bytes]] = []
+
+    def start(code: str, count: int = 1, folder: Path | None = None, **environment: object) -> Forked:
+        if not servers:
+            command = [sys.executable, str(_TESTS / "fork_server.py")]
+            first = {"PYTHONPATH": os.pathsep.join(sys.path), "TORCH_CPP_LOG_LEVEL": "FATAL"}  # read as torch is loaded
+            servers.append(
+                subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env={**os.environ, **first}
+                )
+            )
+        given = {**os.environ, "TERM": "dumb", "MIM_REFINER_DEBUG": "", "GLOO_SOCKET_IFNAME": "lo"}
+        given |= {name: str(value) for name, value in environment.items()}
+        processes = [{"code": code.replace("{rank}", str(rank)), "environment": given} for rank in range(count)]
+        return Forked(servers[0], folder or tmp_path_factory.mktemp("said"), processes)
+
+    yield start
+    for server in servers:
+        server.kill()
+        server.communicate()
+
+
+@pytest.fixture(scope="session")
+def forked_file(forked: Callable[..., Forked]) -> Callable[..., list[tuple[int | None, str, str]]]:
+    """``forked_file(script, words, count, **environment)``: (code, stdout, stderr) of each of ``count`` processes."""
+
+    def run(script: Path, words: Sequence[object], count: int = 1, **environment: object) -> Any:
+        code = f"import runpy, sys\nsys.argv = {[str(script), *map(str, words)]!r}\n"
+        code += f"sys.path.insert(0, {str(script.parent)!r})\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+        started = forked(code, count, **environment)
+        return [(code, *started.said(rank)) for rank, code in enumerate(started.wait())]
+
+    return run
 
 
 @pytest.fixture(scope="session")

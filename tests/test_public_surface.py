@@ -36,7 +36,7 @@ SIGNATURES = {
 VERBS = {
     "pretrain": {
         "data", "arch", "out", "model", "recipe", "settings", "device", "seed", "overwrite", "exclude", "log",
-        "reporter",
+        "memory_budget", "plan", "reporter",
     },
     "refine": {
         "data", "model", "out", "recipe", "eval_data", "eval_test", "head_blocks", "settings", "device", "seed",

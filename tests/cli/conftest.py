@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from mim_refiner.cli.app import main
+from mim_refiner.report import panels
 
 ARCH = "vit_w32_d3_h2_p8"
 SIDE = 16  # pixels
@@ -63,45 +62,31 @@ class Outcome:
         return json.loads(self.out)
 
 
+def blank(figure: object, name: str, title: str, alt: str) -> panels.Panel:
+    return panels.Panel(name, title, alt, "", "", "")
+
+
 def call(*arguments: object) -> Outcome:
-    """Call the command in this process, by the entry that turns errors into a line and an exit code."""
+    """Call the command in this process, by the entry that turns errors into a line and an exit code.
+
+    Its report has no curves: half the time of a tiny run would go into them, and tests/report looks at them.
+    """
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(panels, "finish", blank):
         code = main([str(argument) for argument in arguments])
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start the command as a process of its own, on one thread."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "mim_refiner", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "MIM_REFINER_DEBUG": ""},
-    )
-
-
-def processes(
-    folder: Path, words: Sequence[object], count: int = 2, *, code: str = "", **environment: object
-) -> list[Outcome]:
-    """What became of the command in ``count`` processes; "{rank}" in words is theirs, ``code`` is run in each first."""
-    folder.mkdir(exist_ok=True)
-    given = {name: str(value) for name, value in environment.items()}
-    started = [
-        {"words": [str(word).replace("{rank}", str(rank)) for word in words], "environment": given, "code": code}
-        for rank in range(count)
-    ]
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("forked_cli.py"), folder, json.dumps(started)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
-        | {"TORCH_CPP_LOG_LEVEL": "FATAL"},  # as the command does before it loads torch
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    said = [[(folder / f"{rank}.{stream}").read_text() for stream in ("out", "err")] for rank in range(count)]
-    return [Outcome(code, *texts) for code, texts in zip(json.loads(done.stdout), said, strict=True)]
+def command(words: Sequence[object]) -> str:
+    """Python code that is the command line, without curves in its report as in :func:`call`."""
+    words = [str(word) for word in words]
+    return f"""
+import sys
+from mim_refiner.cli.app import main
+from mim_refiner.report import panels
+panels.finish = lambda figure, name, title, alt: panels.Panel(name, title, alt, "", "", "")
+sys.exit(main({words!r}))
+"""
 
 
 def with_settings(settings: Sequence[str]) -> list[str]:
@@ -150,10 +135,21 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def cli() -> SimpleNamespace:
+def cli(forked: Callable[..., Any]) -> SimpleNamespace:
     """The helpers above, under one name."""
+
+    def start(*words: object) -> Any:
+        """Start the command as a process of its own."""
+        return forked(command(words))
+
+    def processes(words: Sequence[object], count: int = 2, *, code: str = "", **environment: object) -> list[Outcome]:
+        """What became of the command in ``count`` processes; "{rank}" is theirs, ``code`` is run in each first."""
+        started = forked(f"{code}\n{command(words)}", count, **environment)
+        return [Outcome(code, *started.said(rank)) for rank, code in enumerate(started.wait())]
+
     return SimpleNamespace(
         call=call,
+        command=command,
         start=start,
         processes=processes,
         pretrain=pretrain_arguments,

@@ -12,7 +12,19 @@ import pytest
 
 from mim_refiner.cli import app as app_module
 
-VERBS = ("demo", "pretrain", "refine", "evaluate", "analyze", "embed", "export", "inspect", "doctor", "report")
+VERBS = (
+    "demo",
+    "pretrain",
+    "refine",
+    "evaluate",
+    "analyze",
+    "embed",
+    "export",
+    "inspect",
+    "doctor",
+    "report",
+    "recipes",
+)
 
 
 # A fixed width and no colour, whatever the machine that runs the tests sets.
@@ -33,6 +45,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=120,
         env={**os.environ, **PLAIN},
     )
+
+
+def forked(cli, *words: str) -> subprocess.CompletedProcess[str]:
+    """The same, without loading torch anew."""
+    started = cli.start(*words)
+    out, err = started.communicate()
+    return subprocess.CompletedProcess(words, started.returncode, out, err)
 
 
 def assert_one_error_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -96,20 +115,20 @@ def test_empty_name_in_a_comma_list():
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])
-def test_bad_checkpoint_is_one_line_and_exit_2(tmp_path, flags):
+def test_bad_checkpoint_is_one_line_and_exit_2(tmp_path, cli, flags):
     file = tmp_path / "notes.pth"
     file.write_text("not a checkpoint")
-    assert_one_error_line(run("inspect", str(file), *flags), "notes.pth")
+    assert_one_error_line(forked(cli, "inspect", str(file), *flags), "notes.pth")
 
 
-def test_inspect_json_is_one_object_and_nothing_else(tmp_path):
+def test_inspect_json_is_one_object_and_nothing_else(tmp_path, cli):
     import timm
     from safetensors.torch import save_file
 
     model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0)
     file = tmp_path / "tiny.safetensors"
     save_file(model.state_dict(), file, metadata={"format": "pt"})
-    done = run("inspect", str(file), "--num-heads", "3", "--json")
+    done = forked(cli, "inspect", str(file), "--num-heads", "3", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["embed_dim"], report["depth"]) == (192, 2)
@@ -120,7 +139,7 @@ def test_a_bug_is_short_and_the_traceback_is_on_demand(monkeypatch, capsys):
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by\nzero")
 
-    monkeypatch.setattr(app_module, "app", broken)
+    monkeypatch.setattr(app_module, "parser", lambda: broken)
     monkeypatch.delenv(app_module.DEBUG_VARIABLE, raising=False)
     assert app_module.main(["demo"]) == 1
     error = capsys.readouterr().err
@@ -145,7 +164,7 @@ def test_exit_codes(monkeypatch, capsys, error, code, text):
     def failing(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(app_module, "app", failing)
+    monkeypatch.setattr(app_module, "parser", lambda: failing)
     assert app_module.main(["demo"]) == code
     assert capsys.readouterr().err.startswith(text)
 
@@ -156,7 +175,7 @@ def test_guard_stop_has_its_own_exit_code(monkeypatch, capsys):
     def stopped(*_: object, **__: object) -> None:
         raise GuardStopError("k-NN fell")
 
-    monkeypatch.setattr(app_module, "app", stopped)
+    monkeypatch.setattr(app_module, "parser", lambda: stopped)
     assert app_module.main(["refine"]) == 3
     assert capsys.readouterr().err == "error: k-NN fell\n"
 
@@ -186,7 +205,7 @@ def test_refusals_of_the_machine_are_one_line_and_no_bug(monkeypatch, capsys, er
     def fails(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(app_module, "app", fails)
+    monkeypatch.setattr(app_module, "parser", lambda: fails)
     assert app_module.main(["models"]) == 2
     line = capsys.readouterr().err
     assert said in line
@@ -205,6 +224,6 @@ def test_warnings_of_libraries_stay_inside_and_ours_are_one_line(monkeypatch, ca
         warnings.warn("tensors stay\nrandom", OurWarning, stacklevel=1)
 
     monkeypatch.delenv("MIM_REFINER_DEBUG", raising=False)
-    monkeypatch.setattr(app_module, "app", warns)
+    monkeypatch.setattr(app_module, "parser", lambda: warns)
     assert app_module.main(["models"]) == 0
     assert capsys.readouterr().err == "warning: tensors stay random\n"

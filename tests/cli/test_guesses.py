@@ -28,7 +28,7 @@ def test_guesses_are_said_unless_quiet(tmp_path: Path, cli: SimpleNamespace, unl
     for quiet in (False, True):
         out = tmp_path / f"{quiet}.parquet"
         process = cli.start(*words, "--out", out, *(["--quiet"] if quiet else []))
-        text, messages = process.communicate(timeout=120)
+        text, messages = process.communicate()
         assert process.returncode == 0, messages
         assert json.loads(text)["rows"] == cli.images
         assert ("guessed: images of 16x16 px in training" in messages) != quiet

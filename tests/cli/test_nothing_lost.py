@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,16 +27,12 @@ def weights(run: Path) -> bytes:
 def test_random_kills_cost_nothing(mae, unlabelled, cli, finish, tmp_path):
     """SIGKILL at random moments of real runs; the last attempt ends with the bits of a run that nobody disturbed."""
     settings = ("checkpoint_every=2", "log_every=1", f"refinement.epochs={4 + KILLS}", "guard.every=5")
-    words = cli.refine(unlabelled, mae.export, tmp_path / "killed", *settings)
-    script = Path(__file__).with_name("killed_run.py")
-    done = subprocess.run(
-        [sys.executable, script, str(KILLS), "1", tmp_path / "killed", *words, "--quiet"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stderr.split("kills that hit:")[1]) >= KILLS - 1, "the runs were over before they could be killed"
+    words = [*cli.refine(unlabelled, mae.export, tmp_path / "killed", *settings), "--quiet"]
+    draw = random.Random(1)
+    hits = sum(kill_at_random(cli.start(*words), tmp_path / "killed" / "metrics.jsonl", draw) for _ in range(KILLS))
+    assert hits >= KILLS - 1, "the runs were over before they could be killed"
+    last = cli.start(*words)
+    assert last.returncode == 0, last.said()
     undisturbed = finish(cli.refine(unlabelled, mae.export, tmp_path / "undisturbed", *settings))
     assert weights(tmp_path / "killed") == weights(undisturbed.path)
     records = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
@@ -45,6 +41,22 @@ def test_random_kills_cost_nothing(mae, unlabelled, cli, finish, tmp_path):
         del record["images_per_s"]
     assert records == expected
     assert (tmp_path / "killed" / "guard.json").read_text() == (undisturbed.path / "guard.json").read_text()
+
+
+def kill_at_random(process, log: Path, draw: random.Random) -> bool:
+    """Kill it after some steps of its own and a random while; False if it was over before."""
+
+    def logged() -> int:
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    more, pause, before = draw.randint(0, 4), draw.random(), logged()
+    while more and logged() < before + more and process.poll() is None:
+        before = min(before, logged())  # lines of steps that will be run again are dropped
+        time.sleep(0.002)
+    time.sleep(pause * (0.03 if more else 1.0))
+    if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
+    return process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
@@ -86,24 +98,24 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(mae, unlabel
     """A limit on the size of files refuses the write as a full disk does, inside torch's and safetensors' writers."""
     out = tmp_path / "run"
     words = cli.refine(unlabelled, mae.export, out, "checkpoint_every=2")
-    code = (
-        "import resource, signal, sys; from mim_refiner.training.state import RunFolder as R\n"
-        "from mim_refiner.cli.app import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); save = R.save\n"
-        "def limited(self, position, *rest):\n"
-        "    limit = 30_000 if position.total_step >= 4 else resource.RLIM_INFINITY\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
-        "    return save(self, position, *rest)\n"
-        "R.save = limited; sys.exit(main(sys.argv[1:]))"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words, "--quiet"], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "cannot write the checkpoint" in done.stderr
-    assert "free space" in done.stderr
+    code = """
+import resource, signal
+from mim_refiner.training.state import RunFolder as R
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save = R.save
+
+def limited(self, position, *rest):
+    limit = 30_000 if position.total_step >= 4 else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return save(self, position, *rest)
+
+R.save = limited
+"""
+    (full,) = cli.processes([*words, "--quiet"], 1, code=code)
+    assert full.code == 2, full.err
+    assert full.err.count("\n") == 1
+    assert "cannot write the checkpoint" in full.err
+    assert "free space" in full.err
     assert not list((out / "checkpoints").glob(".*"))
     assert (out / "checkpoints" / "last").resolve().name == "step-000002"
     resumed = cli.call(*words)
@@ -182,7 +194,7 @@ def test_two_processes_refine_as_one_and_one_goes_on_for_two(mae, shapes, cli, f
     single = finish(cli.refine(shapes, mae.export, tmp_path / "one", *settings))
     out = tmp_path / "two"
     words = [*cli.refine(shapes, mae.export, out, *settings, "micro_batch=3"), "--json"]
-    first, second = cli.processes(tmp_path / "said", words)
+    first, second = cli.processes(words)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert first.json.keys() >= {"before", "after", "verdict", "recommendation", "seconds"}
     assert (second.out, second.err) == ("", "")
@@ -195,7 +207,7 @@ def test_two_processes_refine_as_one_and_one_goes_on_for_two(mae, shapes, cli, f
     compare_runs(single.path, elastic, mae.export)
 
     wider = cut_back(single.path, tmp_path / "wider")
-    first, second = cli.processes(tmp_path / "said", cli.refine(shapes, mae.export, wider, *settings))
+    first, second = cli.processes(cli.refine(shapes, mae.export, wider, *settings))
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert "resuming after step 3" in first.err
     compare_runs(single.path, wider, mae.export)
@@ -207,14 +219,14 @@ def test_sharded_weights_refine_as_whole_ones_and_their_checkpoints_are_whole(ma
     settings = ("checkpoint_every=2", "keep_checkpoints=99", "log_every=1", "batch_size=16", "refinement.top_k=4")
     single = finish(cli.refine(shapes, mae.export, tmp_path / "one", *settings))
     words = cli.refine(shapes, mae.export, tmp_path / "shared", *settings, "shard=true", "guard.every=2")
-    for outcome in cli.processes(tmp_path / "said", words):
+    for outcome in cli.processes(words):
         assert outcome.code == 0, outcome.err
     compare_runs(single.path, tmp_path / "shared", mae.export)
     assert json.loads((tmp_path / "shared" / "guard.json").read_text())["history"]
 
     whole = cut_back(tmp_path / "shared", tmp_path / "whole")
     words = cli.refine(shapes, mae.export, whole, *settings, "guard.every=2")
-    first, second = cli.processes(tmp_path / "said", words)
+    first, second = cli.processes(words)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert "resuming after step 3" in first.err
     compare_runs(single.path, whole, mae.export)
@@ -229,7 +241,7 @@ def test_two_processes_evaluate_as_one(mae, cli, tmp_path):
     words += ["--set", "linear.epochs=2", "--cache", "off", "--json"]
     one = cli.call(*words, "--out", tmp_path / "one")
     assert one.code == 0, one.err
-    first, second = cli.processes(tmp_path / "said", [*words, "--out", tmp_path / "two-{rank}"])
+    first, second = cli.processes([*words, "--out", tmp_path / "two-{rank}"])
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert second.out == ""
     assert [(row["metric"], row["value"]) for row in first.json["results"]] == [
@@ -243,7 +255,7 @@ def test_two_processes_evaluate_as_one(mae, cli, tmp_path):
 @pytest.mark.slow
 def test_two_processes_pretrain_to_the_end(shapes, cli, tmp_path):
     """Both are asked for the last k-NN, of which each computes a part, and one of them writes it."""
-    outcomes = cli.processes(tmp_path / "said", cli.pretrain(shapes, tmp_path / "two"))
+    outcomes = cli.processes(cli.pretrain(shapes, tmp_path / "two"))
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].err + outcomes[1].err
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert "knn_top1" in summary["after"]

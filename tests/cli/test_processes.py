@@ -17,7 +17,7 @@ def test_an_evaluation_of_other_data_in_one_process_is_refused(mae, shapes, unla
     (tmp_path / "data-0").symlink_to(shapes)
     cli.write_shapes(tmp_path / "data-1")
     (tmp_path / "data-1" / "circle" / "circle-00.png").unlink()
-    outcomes = cli.processes(tmp_path / "said", evaluate(mae.export, tmp_path / "data-{rank}", tmp_path / "out"))
+    outcomes = cli.processes(evaluate(mae.export, tmp_path / "data-{rank}", tmp_path / "out"))
     assert [outcome.code for outcome in outcomes] == [2, 2]
     lines = {outcome.err.splitlines()[-1] for outcome in outcomes}
     assert len(lines) == 1
@@ -39,7 +39,7 @@ def test_a_verb_for_one_process_is_done_by_the_first(mae, shapes, cli, tmp_path)
         "--device",
         "cpu",
     ]
-    first, second = cli.processes(tmp_path / "said", words)
+    first, second = cli.processes(words)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert (second.out, second.err) == ("", "")
     assert (tmp_path / "features-0.npy").exists()
@@ -113,7 +113,7 @@ ImageSet.load_resolved = vanishing
     words = cli.refine(
         unlabelled, mae.export, tmp_path / "run", *SETTINGS, "checkpoint_every=100", "guard.enabled=false"
     )
-    line = end_together(cli.processes(tmp_path / "said", words, 3, code=code))
+    line = end_together(cli.processes(words, 3, code=code))
     assert line == "error: the disk of process 1 is gone; mount it"
     assert last_step(tmp_path / "run") == "step-000005"
     goes_on([cli.call(*words)], 5)  # in one process: their number is free
@@ -123,20 +123,20 @@ ImageSet.load_resolved = vanishing
 def test_a_killed_process_ends_the_others_and_the_rerun_resumes(mae, unlabelled, cli, tmp_path):
     words = cli.refine(unlabelled, mae.export, tmp_path / "run", *SETTINGS)
     code = AT_A_STEP.format(what="os.kill(os.getpid(), signal.SIGKILL)")
-    first, killed, third = cli.processes(tmp_path / "said", words, 3, code=code)
+    first, killed, third = cli.processes(words, 3, code=code)
     assert killed.code == -9
     line = end_together([first, third])
     assert line.startswith("error: process 1 of 3 (")
     assert "is gone or gives no sign of life" in line
     assert last_step(tmp_path / "run") == "step-000006"
-    goes_on(cli.processes(tmp_path / "again", words, 3), 6)
+    goes_on(cli.processes(words, 3), 6)
 
 
 @pytest.mark.slow
 def test_a_stopped_process_ends_the_others(mae, unlabelled, cli, tmp_path):
     words = cli.refine(unlabelled, mae.export, tmp_path / "run", *SETTINGS)
     code = AT_A_STEP.format(what="os.kill(os.getpid(), signal.SIGSTOP)")
-    outcomes = cli.processes(tmp_path / "said", words, 3, code=code, MIM_REFINER_PROCESS_TIMEOUT=15)
+    outcomes = cli.processes(words, 3, code=code, MIM_REFINER_PROCESS_TIMEOUT=15)
     assert "gives no sign of life for 15 s (MIM_REFINER_PROCESS_TIMEOUT)" in outcomes[0].err  # told at the start
     outcomes.pop(1)
     assert end_together(outcomes).startswith("error: process 1 of 3 (")
@@ -147,7 +147,7 @@ def test_a_stopped_process_ends_the_others(mae, unlabelled, cli, tmp_path):
 def test_a_signal_to_one_process_stops_all_with_one_checkpoint(mae, unlabelled, cli, tmp_path):
     words = cli.refine(unlabelled, mae.export, tmp_path / "run", *SETTINGS, "checkpoint_every=100")
     code = AT_A_STEP.format(what="os.kill(os.getpid(), signal.SIGTERM)")
-    assert end_together(cli.processes(tmp_path / "said", words, 3, code=code), 130) == "interrupted"
+    assert end_together(cli.processes(words, 3, code=code), 130) == "interrupted"
     assert last_step(tmp_path / "run") == "step-000007"
     goes_on([cli.call(*words)], 7)
 
@@ -155,7 +155,7 @@ def test_a_signal_to_one_process_stops_all_with_one_checkpoint(mae, unlabelled, 
 @pytest.mark.slow
 def test_another_recipe_in_one_process_is_refused(mae, unlabelled, cli, tmp_path):
     words = cli.refine(unlabelled, mae.export, tmp_path / "run", *SETTINGS, "refinement.epochs=1{rank}")
-    line = end_together(cli.processes(tmp_path / "said", words, 3))
+    line = end_together(cli.processes(words, 3))
     assert line == (
         "error: the processes differ (refinement.epochs: 10 on process 0, 11 on process 1); start all of them with the "
         "same command"
@@ -183,9 +183,9 @@ if rank == 1:
     words = cli.refine(unlabelled, mae.export, tmp_path / "run", *settings)
     words += ["--head-blocks", "auto", "--memory-budget", "auto"]
     stopping = code + AT_A_STEP.format(what="os.kill(os.getpid(), signal.SIGTERM)")
-    end_together(cli.processes(tmp_path / "said", words, code=stopping), 130)
+    end_together(cli.processes(words, code=stopping), 130)
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert recipe["heads"]["blocks"] == [1]
     assert recipe["micro_batch"] is not None
     assert recipe["micro_batch"] < 8
-    goes_on(cli.processes(tmp_path / "again", words, code=code), 6)
+    goes_on(cli.processes(words, code=code), 6)

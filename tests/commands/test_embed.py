@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +184,8 @@ def test_unreadable_images_have_no_row_and_are_listed(model, damaged, tmp_path):
 
 
 KILLED = """
-import os, signal, sys
-from mim_refiner import embed
+import os, signal
+from mim_refiner.commands.embed import embed
 from mim_refiner.reporting import NullReporter
 
 class Kill(NullReporter):
@@ -196,17 +193,16 @@ class Kill(NullReporter):
         if step >= 24:  # a whole part of 16 images lies on the disk, half of the next is computed
             os.kill(os.getpid(), signal.SIGKILL)
 
-embed(model=sys.argv[1], data=sys.argv[2], out=sys.argv[3], batch_size=2, device="cpu", reporter=Kill())
+embed(model={model!r}, data={data!r}, out={out!r}, batch_size=2, device="cpu", reporter=Kill())
 """
 
 
-def test_killed_and_restarted_the_bytes_are_those_of_an_uninterrupted_run(model, damaged, tmp_path):
+def test_killed_and_restarted_the_bytes_are_those_of_an_uninterrupted_run(model, damaged, tmp_path, forked):
     whole, out = tmp_path / "whole" / "f.parquet", tmp_path / "killed" / "f.parquet"
     words = ["--model", str(model), "--data", str(damaged), "--batch-size", "2", "--device", "cpu", "--quiet"]
     assert main(["embed", *words, "--out", str(whole)]) == 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", KILLED, model, damaged, out], env=environment)
-    assert done.returncode == -signal.SIGKILL
+    killed = forked(KILLED.format(model=str(model), data=str(damaged), out=str(out)))
+    assert killed.returncode == -signal.SIGKILL, killed.said()
     parts = out.with_name(out.name + ".parts")
     assert sorted(path.name for path in parts.iterdir()) == ["part-000000.safetensors", "settings.json"]
     assert not out.exists()

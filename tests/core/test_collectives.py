@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,30 +24,13 @@ def reference(golden_dir: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def ranks(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def ranks(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory, forked_file: Callable[..., Any]) -> Results:
     folder = tmp_path_factory.mktemp("gloo")
     golden = golden_dir / "distributed" / "world2_gloo.safetensors"
-    import_path = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "PYTHONPATH": import_path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    worker = str(Path(__file__).with_name("two_process_worker.py"))
+    words = ["{rank}", folder / "store", golden, folder / "rank{rank}.safetensors"]
+    for code, said, errors in forked_file(Path(__file__).with_name("two_process_worker.py"), words, 2):
+        assert code == 0, said + errors
     outputs = [folder / f"rank{rank}.safetensors" for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker, str(rank), str(folder / "store"), str(golden), str(out)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, out in enumerate(outputs)
-    ]
-    try:
-        logs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, log in zip(processes, logs, strict=True):
-        assert process.returncode == 0, log
     return [load_file(out) for out in outputs]
 
 

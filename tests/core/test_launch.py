@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +38,11 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def ended() -> dict[str, Outcomes]:
+def ended(forked_file: Callable[..., Any]) -> dict[str, Outcomes]:
     """What became of the processes of every case."""
-    environment = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path), "TORCH_CPP_LOG_LEVEL": "FATAL"}
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("launch_worker.py"), json.dumps(CASES)],
-        env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    ((code, said, errors),) = forked_file(Path(__file__).with_name("launch_worker.py"), [json.dumps(CASES)])
+    assert code == 0, errors
+    return json.loads(said)
 
 
 def one_line(outcomes: Outcomes) -> tuple[int, str]:

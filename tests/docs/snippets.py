@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import typer
-
-from mim_refiner.cli.app import app
+from mim_refiner.cli.app import parser
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 FENCE = re.compile(
@@ -83,9 +81,8 @@ def own_words(words: list[str]) -> list[str] | None:
 
 def parse(words: list[str]) -> None:
     """Give a command to the option parser without running it; raises the parser's error for what it refuses."""
-    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     if words[0] != "--version":
-        verbs[words[0]].make_context(words[0], list(words[1:]))
+        parser().commands[words[0]].make_context(words[0], list(words[1:]))
 
 
 def shrunk(words: list[str]) -> list[str]:

@@ -34,7 +34,7 @@ EXECUTED = [
     if page.name not in ("checkpoints.md", "scale.md", "benchmarks.md", "evaluation.md")  # commands on files not here
     and any(block.runs and block.language in ("bash", "python") for block in blocks(page))
 ]
-CHECKPOINT = "vit_w192_d12_h3_p16"
+CHECKPOINT = "vit_w48_d4_h3_p16"
 PREPARED = ("runs/mae", "runs/photos")  # what the quick start makes; other pages begin with it
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,12 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["checkpoints", "data"])
-def test_cases(shared_dir: Path, part: str) -> None:
+def test_cases(shared_dir: Path, part: str, forked_file: Callable[..., Any]) -> None:
     if not (shared_dir / "cases" / part).is_dir():
         pytest.skip(f"needs {shared_dir / 'cases' / part}")
-    environment = os.environ | {"MIM_REFINER_SHARED": str(shared_dir), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "scripts" / "try_cases.py"), part]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    faults = [line for line in done.stdout.splitlines() if line.startswith("FAULT")]
-    assert (faults, done.returncode) == ([], 0), done.stderr[-2000:]
-    assert "as they should be" in done.stdout
+    environment = {"MIM_REFINER_SHARED": str(shared_dir), "HF_HUB_OFFLINE": "1"}
+    ((code, said, errors),) = forked_file(ROOT / "scripts" / "try_cases.py", [part], **environment)
+    faults = [line for line in said.splitlines() if line.startswith("FAULT")]
+    assert (faults, code) == ([], 0), errors[-2000:]
+    assert "as they should be" in said

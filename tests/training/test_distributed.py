@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,15 +150,12 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, forked_file: Callable[..., Any]) -> Path:
     """What the processes of all settings wrote."""
     out = tmp_path_factory.mktemp("gloo")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    environment |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
     worker = Path(__file__).with_name("distributed_worker.py")
-    command = [sys.executable, worker, out, json.dumps(SETTINGS)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
+    ((code, said, errors),) = forked_file(worker, [out, json.dumps(SETTINGS)], LOCAL_WORLD_SIZE=2)
+    assert code == 0, said + errors
     return out
 
 

@@ -6,8 +6,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 
 import numpy as np
 import pytest
@@ -27,12 +26,13 @@ RECIPE = {
     "model_sha256": "w",
 }
 HOLD = """
-import sys, time
+import time
 from pathlib import Path
 from mim_refiner.training.state import RunFolder
-run = RunFolder.open(sys.argv[1], {"name": "tiny"}, overwrite=False)
-print("held", flush=True)
-sys.stdin.read()
+run = RunFolder.open({path!r}, {{"name": "tiny"}}, overwrite=False)
+Path({path!r} + "-held").touch()
+while Path({path!r} + "-held").exists():
+    time.sleep(0.01)
 """
 
 
@@ -41,15 +41,16 @@ def open_run(path, recipe=None, *, overwrite=False, **changes):
 
 
 @pytest.fixture
-def held(tmp_path):
-    """A run folder that another process is writing into."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
-    yield tmp_path / "run", process
-    process.kill()
-    process.communicate()
+def held(tmp_path, forked):
+    """A run folder that another process writes into as long as the file beside it is there."""
+    path = tmp_path / "run"
+    process = forked(HOLD.format(path=str(path)))
+    while not path.with_name("run-held").exists():
+        assert process.poll() is None, process.said()
+        time.sleep(0.01)
+    yield path, process
+    path.with_name("run-held").unlink(missing_ok=True)
+    process.wait()
 
 
 def test_a_second_run_in_the_same_folder_is_refused(held):
@@ -58,7 +59,8 @@ def test_a_second_run_in_the_same_folder_is_refused(held):
         with pytest.raises(RunFolderError, match=rf"a run is writing here \(process {process.pid} on .*, since 20"):
             RunFolder.open(path, {"name": "tiny"}, overwrite=overwrite)
     assert (path / "recipe.yaml").exists()
-    process.communicate("")
+    path.with_name("run-held").unlink()
+    process.wait()
     assert not (path / LOCK).exists()
     assert RunFolder.open(path, {"name": "tiny"}, overwrite=False).resumed
 

@@ -11,7 +11,8 @@ from typing import Any
 import timm
 import torch
 from timm.models import is_model_in_modules
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mim_refiner.checkpoints.families import Converted
 from mim_refiner.checkpoints.families.base import LAYER_SCALE
@@ -22,6 +23,7 @@ from mim_refiner.models import capi, postnorm, variants  # noqa: F401  (register
 from mim_refiner.models.vit import create_vit
 
 _IN_BLOCKS = re.compile(r"\.\d+\.")  # blocks and stages are lists
+_DRAWS = {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}
 _VIT_MODULES = ["vision_transformer", "deit"]  # timm modules whose models take dynamic image sizes as plain ViTs do
 
 
@@ -107,6 +109,20 @@ def _repeat(values: tuple[float, ...] | None, in_chans: int) -> tuple[float, ...
     if in_chans == 1:
         return (sum(values) / len(values),)
     return tuple(values[index % len(values)] for index in range(in_chans))
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves initial draws out: they are slow on tensors without memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in _DRAWS else func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules made inside have shapes and no memory."""
+    with torch.device("meta"), _NoDraws():
+        yield
 
 
 @contextmanager

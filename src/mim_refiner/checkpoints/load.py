@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mim_refiner.checkpoints.accounting import Diagnosis, coverage, fates, some
-from mim_refiner.checkpoints.build import adapt_channels, build, untouched_random_state
+from mim_refiner.checkpoints.build import adapt_channels, build, shapes_only, untouched_random_state
 from mim_refiner.checkpoints.catalog import UNKNOWN_LICENCE, family_licence
 from mim_refiner.checkpoints.detect import detect
 from mim_refiner.checkpoints.families import ASKED, Converted, Wishes
@@ -159,7 +159,7 @@ def _examine(source: str, wishes: Wishes, key_map: KeyMapLike) -> _Examined:
     diagnosis = _diagnose(source, wishes, key_map)
     converted = diagnosis.converted
     known_heads = converted.num_heads != 0
-    with torch.device("meta"):  # shapes are compared before any memory is taken
+    with shapes_only():  # they are compared before any memory is taken
         sketch = build(converted if known_heads else replace(converted, num_heads=1), diagnosis.contents.source)
     records, missing, unplaced = fates(diagnosis, sketch)
     backbone = _wrap(diagnosis, sketch, source=source, coverage=coverage(sketch, missing))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import os
 import re
@@ -25,6 +26,7 @@ from mim_refiner.cli.export import export
 from mim_refiner.cli.inspect import inspect
 from mim_refiner.cli.models import models
 from mim_refiner.cli.pretrain import pretrain
+from mim_refiner.cli.recipes import recipes
 from mim_refiner.cli.refine import refine
 from mim_refiner.cli.report import report
 from mim_refiner.errors import MimRefinerError, did_you_mean
@@ -95,10 +97,17 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     report: (f"{PROGRAM} report runs/photos", f"{PROGRAM} report runs/a runs/b --out comparison.html"),
     inspect: (f"{PROGRAM} inspect mae_pretrain_vit_base.pth",),
+    recipes: (f"{PROGRAM} recipes", f"{PROGRAM} recipes tiny", f"{PROGRAM} recipes --key heads.queue_size"),
     models: (f"{PROGRAM} models", f"{PROGRAM} models mae_l16"),
 }
 for verb, lines in EXAMPLES.items():
     app.command(epilog=example(*lines))(verb)
+
+
+@functools.cache
+def parser() -> Any:
+    """The verbs as click commands; typer takes a tenth of a second to make them from the signatures."""
+    return typer.main.get_command(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,7 +128,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # paths may be no UTF-8; stderr does so by itself
     try:
-        code = app(words, prog_name=PROGRAM, standalone_mode=False)
+        code = parser()(words, prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read our output has gone; without this the interpreter complains once more at exit.

@@ -73,6 +73,15 @@ LogOption = Annotated[
     str | None,
     typer.Option("--log", metavar="NAMES", help="Further loggers, comma-separated: tensorboard, wandb, mlflow."),
 ]
+MemoryBudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget",
+        metavar="SIZE|auto",
+        help="Memory for a step, such as 24GB; the micro-batch is chosen so that it fits. Default: what is free.",
+    ),
+]
+PlanOption = Annotated[bool, typer.Option("--plan", help="Only print what the run will cost: hours, memory, advice.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no messages.")]
 

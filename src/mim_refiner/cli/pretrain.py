@@ -12,7 +12,9 @@ from mim_refiner.cli.common import (
     ExcludeOption,
     JsonOption,
     LogOption,
+    MemoryBudgetOption,
     OverwriteOption,
+    PlanOption,
     QuietOption,
     RecipeOption,
     RunFolderOption,
@@ -39,6 +41,8 @@ def pretrain(
     overwrite: OverwriteOption = False,
     exclude: ExcludeOption = None,
     log: LogOption = None,
+    memory_budget: MemoryBudgetOption = None,
+    plan: PlanOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -62,4 +66,6 @@ def pretrain(
         overwrite=overwrite,
         exclude=exclude,
         log=loggers,
+        memory_budget=memory_budget,
+        plan=plan,
     )

@@ -15,8 +15,10 @@ from mim_refiner.cli.common import (
     JsonOption,
     KeyMapOption,
     LogOption,
+    MemoryBudgetOption,
     ModelOption,
     OverwriteOption,
+    PlanOption,
     QuietOption,
     RecipeOption,
     RunFolderOption,
@@ -46,19 +48,6 @@ HeadBlocksOption = Annotated[
         metavar="auto|last_third|8,9",
         help="Blocks that get a head; auto measures every block of the encoder first. Default: the recipe's.",
     ),
-]
-
-
-MemoryBudgetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--memory-budget",
-        metavar="SIZE|auto",
-        help="Memory of the device, such as 24GB: picks micro-batch and checkpointing so that the step fits, exactly.",
-    ),
-]
-PlanOption = Annotated[
-    bool, typer.Option("--plan", help="Only print what the run will need and cost: memory, hours, traffic.")
 ]
 
 

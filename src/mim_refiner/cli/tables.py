@@ -50,6 +50,8 @@ def print_result(result: Any, file: TextIO) -> None:
             for part, facts in value.items():
                 for line in left_out_lines(facts):
                     console.print(escape(f"{part} images: {line}"))
+        elif key == "plan" and isinstance(value, Mapping):
+            console.print(plan_table(value))
         elif key in REASONED and isinstance(value, Mapping) and "reason" in value:
             console.print(escape(f"{REASONED[key]}: {value['reason']}"))
         elif key in ("results", "transfer") and is_records(value) and "model" in value[0]:
@@ -123,6 +125,22 @@ def models_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(escape(column), justify="left" if position < names else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
+    return table
+
+
+def plan_table(plan: Mapping[str, Any]) -> Table:
+    """What a run will cost, a line each: images, phases, memory by part, what was chosen and what to change."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("images", f"{plan['images']}, {plan['batch']} a step")
+    for name, phase in plan["phases"].items():
+        told = f"{phase['epochs']} epochs, {phase['steps']} steps of {phase['seconds']:.3g} s: {phase['time']}"
+        table.add_row(name, told)
+    table.add_row("in all", f"{plan['time']}, and what measuring the encoder takes")
+    for name, size in plan["memory"].items():
+        table.add_row(name, size)
+    for name in ("settings", "views are cut", "verdict", "to change"):
+        if plan.get(name.replace(" ", "_")):
+            table.add_row(name, escape(str(plan[name.replace(" ", "_")])))
     return table
 
 

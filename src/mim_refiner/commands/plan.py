@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from mim_refiner.core.collectives import agree, world_size
+from mim_refiner.core.device import free_memory
 from mim_refiner.core.run import Run
 from mim_refiner.core.sharding import processes_on_node, shard_count
 from mim_refiner.models.refiner import Refiner
@@ -81,10 +83,14 @@ def plan(
     return {"plan": result}
 
 
-def available_memory(budget: str, run: Run) -> float:
-    """Bytes of the budget for each process: all take the same step, so what the fullest device has counts for all."""
-    found = parse_budget(budget, run.device)
-    if run.device.type == "cpu" and budget.strip().lower() == "auto":
+def available_memory(budget: str | None, run: Run) -> float:
+    """Bytes for each process (None: what is free, or inf where the system does not tell): all take the same step, so
+    what the fullest device has counts for all.
+    """
+    if budget is None and free_memory(run.device) == math.inf:
+        return math.inf
+    found = parse_budget(budget or "auto", run.device)
+    if run.device.type == "cpu" and (budget or "auto").strip().lower() == "auto":
         found /= processes_on_node()
     return agree(found, largest=False)
 

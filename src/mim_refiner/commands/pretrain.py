@@ -25,6 +25,7 @@ from mim_refiner.commands.inputs import (
 )
 from mim_refiner.commands.loggers import logging_to
 from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn
+from mim_refiner.commands.plan import available_memory
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import join_processes, together
@@ -39,6 +40,7 @@ from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.training.estimate import pretrain_estimate
 from mim_refiner.training.pretrain import pretrain as train
 from mim_refiner.training.recipe import PretrainRecipe, override
 from mim_refiner.training.recipes import pretrain_recipe
@@ -61,6 +63,8 @@ def pretrain(
     overwrite: bool = False,
     exclude: str | None = None,
     log: Sequence[str] = (),
+    memory_budget: str | None = None,
+    plan: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Pre-train ``arch`` (a timm ViT name, or ``vit_w<width>_d<depth>_h<heads>_p<patch>``) as a masked autoencoder.
@@ -68,11 +72,15 @@ def pretrain(
     ``model`` instead of ``arch`` goes on from a ViT that is trained already; a run folder of pretrain brings its
     decoder too when it has the recipe's sizes, otherwise the decoder is new. ``data``: images, labels optional (used
     for online k-NN only), without those listed in ``exclude``. ``log``: further loggers (tensorboard, wandb, mlflow).
+    A step that does not fit into ``memory_budget`` ("24GB"; default: what is free) goes in micro-batches; ``plan`` only
+    returns what the run would cost.
     Writes a run folder whose export/ is a timm folder. The same call on the same folder resumes. Returns the summary.
     Raises MimRefinerError with one line on bad input.
     """
     with logging_to(log, out, reporter or NullReporter()) as told:
-        return _pretrain(data, arch, model, out, recipe, settings or [], device, seed, overwrite, exclude, told)
+        return _pretrain(
+            data, arch, model, out, recipe, settings or [], device, seed, overwrite, exclude, memory_budget, plan, told
+        )
 
 
 def _pretrain(
@@ -86,6 +94,8 @@ def _pretrain(
     seed: int,
     overwrite: bool,
     exclude: str | None,
+    memory_budget: str | None,
+    plan: bool,
     reporter: Reporter,
 ) -> dict[str, Any]:
     started = time.perf_counter()
@@ -114,6 +124,9 @@ def _pretrain(
     view = ViewSpec("mae", size, scale=chosen.crop_scale, jitter_prob=0.0, gray_prob=0.0)
     loader = train_loader(images, [view], chosen, run)
     photometric = BatchPhotometric(view, backbone.info.mean, backbone.info.std)
+    chosen, cost = pretrain_estimate(mae, chosen, loader, photometric, available_memory(memory_budget, run), run)
+    if plan:
+        return {"plan": cost.record()}
     asked = {"command": "pretrain", "data": data, "arch": arch, "model": model, "model_sha256": weights, "seed": seed,
              "exclude": exclude}  # fmt: skip
     folder = open_run(out, asked, chosen, images, overwrite=overwrite)
@@ -124,6 +137,7 @@ def _pretrain(
         f"{len(images)} images, {chosen.training.epochs} epochs of {loader.steps_per_epoch} steps, {run.precision}; "
         f"learning rate base {chosen.training.base_lr:.3g}, peak {peak:.3g}"
     )
+    reporter.message(cost.line)
     watched = images.labels is not None and chosen.knn_every and len(images) >= MIN_KNN_IMAGES
     monitor = make_monitor(backbone, images, run) if watched else None
     with contextlib.closing(loader):

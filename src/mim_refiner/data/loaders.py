@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import multiprocessing
 import sys
@@ -207,7 +208,7 @@ class TrainLoader:
         self._prefetch = prefetch
         self._steps = _Steps()
         self._closed = False
-        self._workers, self._pin_memory, self._timeout = workers, pin_memory, timeout
+        self.workers, self._pin_memory, self._timeout = workers, pin_memory, timeout
         self._loader = self._make_loader() if workers else None
 
     def _make_loader(self) -> DataLoader[Any]:
@@ -216,7 +217,7 @@ class TrainLoader:
             self._assembler,
             batch_size=None,
             sampler=self._steps,
-            num_workers=self._workers,
+            num_workers=self.workers,
             prefetch_factor=self._prefetch,
             persistent_workers=True,
             pin_memory=self._pin_memory,
@@ -231,6 +232,16 @@ class TrainLoader:
         with contextlib.closing(self._assembled(keys)) as stream:
             for item in stream:
                 yield self._accept(item)
+
+    def first(self, images: int) -> ViewBatch:
+        """The first images of epoch 0, made here and now: to see what a batch costs."""
+        assembler = copy.copy(self._assembler)
+        assembler.batch_size = assembler.local_size = images
+        assembler.offset = 0
+        item = assembler[0, 0]
+        if item.batch is None:
+            raise DataError(item.error)
+        return item.batch
 
     def _assembled(self, keys: list[tuple[int, int]]) -> Generator[_Assembled, None, None]:
         if self._closed:
@@ -268,7 +279,7 @@ class TrainLoader:
     def restart(self) -> None:
         """Replace the worker processes, after one was killed or hung."""
         end_workers(self._loader)
-        self._loader = self._make_loader() if self._workers else None
+        self._loader = self._make_loader() if self.workers else None
 
     def close(self) -> None:
         """End the worker processes; the loader cannot be used afterwards. The garbage collector does the same."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 
 import torch
+from torch import Tensor
 
 from mim_refiner.core.collectives import average_gradients, is_distributed, process_rows, rank
 from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
@@ -56,12 +57,30 @@ def train_steps(mae: MaskedAutoencoder, recipe: PretrainRecipe, photometric: Bat
             if is_distributed():  # other masks on every rank
                 generator = torch.Generator().manual_seed(generator.initial_seed() + rank())
             optimizer.zero_grad(set_to_none=True)
-            with run.autocast():
-                loss = mae(images, generator=generator).loss
-            loss.backward()
+            loss = forward_backward(mae, images, generator, run, recipe.micro_batch)
             average_gradients(mae.parameters())
             loop.log.add(step, loss, {}, len(images))
             loop.before_update(step)
             set_learning_rate(optimizer, loop.learning_rate(step))
             optimizer.step()
             loop.after_update(step)
+
+
+def forward_backward(
+    mae: MaskedAutoencoder,
+    images: Tensor,
+    generator: torch.Generator | None,
+    run: Run,
+    micro_batch: int | None = None,
+) -> Tensor:
+    """Leave the gradients of ``images`` [B, C, H, W] in the parameters and return their mean loss.
+
+    ``micro_batch`` images at a time: each has as many masked patches, so shares of the means of parts make the mean.
+    """
+    losses = []
+    for part in images.split(micro_batch or len(images)):
+        with run.autocast():
+            loss = mae(part, generator=generator).loss * (len(part) / len(images))
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()

@@ -63,12 +63,12 @@ class _Settings(BaseModel):
 class Phase(_Settings):
     """One training phase. Peak learning rate = base_lr * batch_size / 256 (linear scaling)."""
 
-    epochs: Annotated[int, Field(ge=0, le=10**6)]
-    base_lr: PositiveFloat
-    warmup_epochs: NonNegativeFloat = 4
-    end_lr: NonNegativeFloat = 1e-6
+    epochs: Annotated[int, Field(ge=0, le=10**6)]  # passes over the images
+    base_lr: PositiveFloat  # learning rate at batch size 256
+    warmup_epochs: NonNegativeFloat = 4  # in which the learning rate rises from zero
+    end_lr: NonNegativeFloat = 1e-6  # where its cosine ends
     top_k: PositiveInt = 1  # neighbours to draw from: 1 in head warm-up, 20 in refinement
-    layer_decay: PositiveFloat = 1.0
+    layer_decay: PositiveFloat = 1.0  # learning rate of a block against that of the next one
     max_seconds: PositiveFloat | None = None  # the phase ends by then: on a slower machine it leaves out some steps
 
 
@@ -76,39 +76,40 @@ class Views(_Settings):
     """Multi-crop views; sizes in pixels, scales are shares of the image area."""
 
     global_size: Size | None = None  # None: the encoder's own image size
-    global_scale: tuple[float, float] = (0.25, 1.0)
+    global_scale: tuple[float, float] = (0.25, 1.0)  # share of the image that a global view shows
     local_size: Size | None = 96  # None: three sevenths of the global size, in whole patches
-    local_scale: tuple[float, float] = (0.05, 0.25)
-    num_local: Annotated[int, Field(ge=0, le=1000)] = 10
-    flip: Share = 0.5
+    local_scale: tuple[float, float] = (0.05, 0.25)  # share that a local view shows
+    num_local: Annotated[int, Field(ge=0, le=1000)] = 10  # local views of an image, beside two global ones
+    flip: Share = 0.5  # chance of left for right
     vflip: Share = 0.0  # upside down
     crop_axes: Literal["both", "longer"] = "both"  # longer: crops span the shorter axis whole
-    jitter_prob: Share = 0.8
+    jitter_prob: Share = 0.8  # chance of new colours
+    # largest changes of brightness, contrast, saturation and hue
     jitter: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, Hue] = (0.4, 0.4, 0.2, 0.1)
     jitter_strength: NonNegativeFloat = 1.0  # multiplies jitter: brightness, contrast, saturation, hue
-    gray_prob: Share = 0.2
+    gray_prob: Share = 0.2  # chance of no colour
     blur_prob: tuple[Share, Share, Share] = (1.0, 0.1, 0.5)  # global 0, global 1, local
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize_prob: tuple[Share, Share, Share] = (0.0, 0.2, 0.0)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    solarize_prob: tuple[Share, Share, Share] = (0.0, 0.2, 0.0)  # as blur_prob
     # For images that are no photographs (data/domain.py says what each is).
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees, either way
-    gain: Decay = 0.0
-    noise: Decay = 0.0
-    mask_rows: Decay = 0.0
-    mask_columns: Decay = 0.0
+    gain: Decay = 0.0  # each channel by a factor up to 1 ± gain
+    noise: Decay = 0.0  # deviation of noise, as a share of the range of values
+    mask_rows: Decay = 0.0  # largest share of rows left out in one band
+    mask_columns: Decay = 0.0  # and of columns
 
 
 class Heads(_Settings):
     """One head per listed block (0-indexed); "last_third" comes from the encoder's depth, "auto" from measuring it."""
 
-    blocks: list[int] | Literal["last_third", "auto"] = "last_third"
-    pooling: Literal["auto", "cls", "mean"] = "auto"
-    projector_hidden: Width = 2048
-    predictor_hidden: Width = 4096
-    out_dim: Width = 256
-    queue_size: Annotated[int, Field(ge=1, le=2**24)] = 65_536
-    temperature: PositiveFloat = 0.2
-    view_pairing: Literal["cross", "reference"] = "cross"
+    blocks: list[int] | Literal["last_third", "auto"] = "last_third"  # from 0; auto: measured first
+    pooling: Literal["auto", "cls", "mean"] = "auto"  # what of a block a head sees; auto: cls where there is one
+    projector_hidden: Width = 2048  # width of the projector's layers
+    predictor_hidden: Width = 4096  # and of the predictor's
+    out_dim: Width = 256  # numbers of an image that are compared
+    queue_size: Annotated[int, Field(ge=1, le=2**24)] = 65_536  # latest images, among which neighbours are sought
+    temperature: PositiveFloat = 0.2  # of the loss: the lower, the more the nearest negatives count
+    view_pairing: Literal["cross", "reference"] = "cross"  # cross: other views only; reference: the public code's
     swap_negatives: bool = False  # True: the neighbour stands for the target in negatives too (NNCLR)
     swap_positive: bool = True  # False: no neighbours, plain contrastive learning (an ablation)
 
@@ -116,13 +117,13 @@ class Heads(_Settings):
 class GuardSettings(_Settings):
     """When refinement is stopped for doing harm (training/guard.py); shares are of what the START had."""
 
-    enabled: bool = True
+    enabled: bool = True  # false: no looks
     every: PositiveInt = 100  # steps between looks, at most a fifth of the phase
-    images: PositiveInt = 256
+    images: PositiveInt = 256  # looked at
     patience: PositiveInt = 2  # bad looks running
-    min_rank: NonNegativeFloat = 0.35
-    min_spread: NonNegativeFloat = 0.1
-    min_retrieval: NonNegativeFloat = 0.7
+    min_rank: NonNegativeFloat = 0.35  # effective rank of the features
+    min_spread: NonNegativeFloat = 0.1  # their spread
+    min_retrieval: NonNegativeFloat = 0.7  # how often another view of an image is nearest
     max_knn_drop: NonNegativeFloat = 0.05  # in k-NN accuracy, 0-1; more where few test images make it noisy
 
 
@@ -151,10 +152,10 @@ class LoraSettings(_Settings):
 class Recipe(_Settings):
     """What pre-training and refinement share."""
 
-    name: str
+    name: str  # what it is called
     expected: str = ""  # what this recipe is known to give, with where the figure comes from
-    batch_size: PositiveInt
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    batch_size: PositiveInt  # images a step, of all processes together
+    betas: tuple[Decay, Decay] = (0.9, 0.95)  # of AdamW
     precision: Precision = "auto"  # bf16 on GPU, fp32 on CPU; "fast": bf16 also on CPUs that have it
     compile: bool = False  # torch.compile of the encoder's blocks: fewer passes over memory, half a minute to begin
     workers: int = Field(default=-1, ge=-1, le=4096)  # loader processes; -1: decided from data and cores
@@ -163,7 +164,7 @@ class Recipe(_Settings):
     reduced_decode: bool = True  # large JPEGs at 1/2, 1/4 or 1/8 where no view needs more pixels; not in evaluation
     loader_timeout: NonNegativeFloat = 600  # seconds without a batch after which loader processes are replaced
     checkpoint_every: PositiveInt = 500  # steps
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = 2  # the newest ones
     log_every: PositiveInt = 10  # steps
     knn_every: NonNegativeInt = 1  # epochs between online k-NN evaluations (0: never); needs labels
 
@@ -187,9 +188,9 @@ class RefineRecipe(Recipe):
     kept_graphs: NonNegativeInt = 0  # micro-batches (of views of one size) that need no second pass, if memory allows
     shard: bool = False  # FSDP2: encoder weights, gradients, moments and average spread over the processes
     checkpointing: bool = False  # keep block inputs only and compute the rest again in the backward pass
-    weight_decay: NonNegativeFloat = 0.05
-    head_weight_decay: NonNegativeFloat = 1e-5
-    ema_decay: Decay = 0.9999
+    weight_decay: NonNegativeFloat = 0.05  # of the encoder
+    head_weight_decay: NonNegativeFloat = 1e-5  # of the heads
+    ema_decay: Decay = 0.9999  # of the running average of the encoder
     # What export/ holds: the weights, their average, or ("auto") the average where the run is long enough for it.
     export_weights: Literal["auto", "model", "ema"] = "model"
     guard: GuardSettings = GuardSettings()
@@ -203,13 +204,14 @@ class PretrainRecipe(Recipe):
     """Masked-autoencoder pre-training (arXiv 2111.06377, appendix A.1)."""
 
     image_size: Size | None = None  # None: size of the images, or 224 for larger ones
-    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    decoder_dim: Width = 512
-    decoder_depth: Annotated[int, Field(ge=0, le=1000)] = 8
-    decoder_heads: Width = 16
+    micro_batch: PositiveInt | None = None  # images a process holds activations of at a time; None: its whole batch
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)  # share of patches that is hidden
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image that is shown
+    decoder_dim: Width = 512  # width of the decoder
+    decoder_depth: Annotated[int, Field(ge=0, le=1000)] = 8  # its blocks
+    decoder_heads: Width = 16  # its attention heads
     training: Phase = Phase(epochs=800, base_lr=1.5e-4, warmup_epochs=40, end_lr=0.0)
-    weight_decay: NonNegativeFloat = 0.05
+    weight_decay: NonNegativeFloat = 0.05  # of the encoder
 
 
 def override(recipe: R, settings: list[str]) -> R:

@@ -1,0 +1,85 @@
+"""The verb ``recipes``: which there are, all values of one, and what a key means."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+from pydantic import BaseModel
+
+from mim_refiner.errors import InputError, did_you_mean
+from mim_refiner.files import dotted
+from mim_refiner.training.recipe import PretrainRecipe, Recipe, RefineRecipe
+from mim_refiner.training.recipes import PRETRAIN_RECIPES, REFINE_RECIPES
+
+_FIELD = re.compile(r"    (\w+): .*?(?:  # (.*))?")
+
+
+def recipes(*, name: str | None = None, key: str | None = None) -> dict[str, Any]:
+    """{"recipes": a record for each}, all settings of recipe ``name``, or of its ``key`` the value and its meaning.
+
+    Without ``name`` a ``key`` is explained with its values in all recipes that have it. Raises InputError for a name
+    or key that is not there.
+    """
+    made = {known: make() for known, make in (REFINE_RECIPES | PRETRAIN_RECIPES).items()}
+    if name is not None and name not in made:
+        raise InputError(f"no recipe '{name}'{did_you_mean(name, made)}; mim-refiner recipes lists them")
+    chosen = made if name is None else {name: made[name]}
+    if key is not None:
+        return _explained(key, chosen)
+    if name is not None:
+        return {"recipe": name, "command": _command(made[name]), "settings": made[name].model_dump(mode="json")}
+    return {
+        "recipes": [
+            {
+                "name": known,
+                "command": _command(recipe),
+                "batch_size": recipe.batch_size,
+                "epochs": " + ".join(str(phase.epochs) for phase in _phases(recipe)),
+                "expected": recipe.expected or "not measured",
+            }
+            for known, recipe in made.items()
+        ]
+    }
+
+
+def _explained(key: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    values = {name: dotted(recipe.model_dump(mode="json")) for name, recipe in chosen.items()}
+    found = {name: tree[key] for name, tree in values.items() if key in tree}
+    if not found:
+        known = sorted({each for tree in values.values() for each in tree})
+        close = [each for each in known if each.rpartition(".")[2] == key]
+        hint = f"; did you mean '{close[0]}'?" if close else did_you_mean(key, known)
+        raise InputError(f"no setting '{key}'{hint}; mim-refiner recipes NAME lists those of a recipe")
+    return {"key": key, "meaning": meaning(type(chosen[next(iter(found))]), key), "values": found}
+
+
+def meaning(recipe: type[BaseModel], key: str) -> str:
+    """What the comment at the field says, in training/recipe.py."""
+    name, _, rest = key.partition(".")
+    if rest:
+        inner: Any = recipe.model_fields[name].annotation
+        return meaning(inner, rest)
+    for owner in recipe.__mro__:
+        above: list[str] = []
+        for line in inspect.getsource(owner).splitlines() if name in vars(owner).get("__annotations__", {}) else ():
+            field = _FIELD.fullmatch(line)
+            if line.startswith("    # "):
+                above.append(line[6:])
+            elif field and field[1] == name:
+                return " ".join([*above, field[2] or ""]).strip()
+            else:
+                above = []
+    return ""
+
+
+def _command(recipe: Recipe) -> str:
+    return "refine" if isinstance(recipe, RefineRecipe) else "pretrain"
+
+
+def _phases(recipe: Recipe) -> list[Any]:
+    if isinstance(recipe, PretrainRecipe):
+        return [recipe.training]
+    assert isinstance(recipe, RefineRecipe)
+    return [recipe.warmup, recipe.refinement]

@@ -1,0 +1,313 @@
+"""What a training will cost, told before it starts: hours from a measured step of its own, bytes against what is free.
+
+The one model of cost, behind the line that a run begins with, ``--plan`` and ``doctor``. A step is taken on a few of
+the run's own images, in its own precision; time, operations and activations grow in step with the images.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mim_refiner.core.collectives import agree, process_rows, world_size
+from mim_refiner.core.device import eagerly
+from mim_refiner.core.run import Run
+from mim_refiner.data.loaders import TrainLoader, ViewBatch
+from mim_refiner.data.photometric import BatchPhotometric, augment
+from mim_refiner.errors import InputError
+from mim_refiner.models.mae import MaskedAutoencoder
+from mim_refiner.models.refiner import Refiner
+from mim_refiner.training.memory import RESERVE, WASTE, LiveBytes, even_parts, format_bytes
+from mim_refiner.training.pretrain import forward_backward as pretrain_forward_backward
+from mim_refiner.training.recipe import Phase, PretrainRecipe, RefineRecipe
+from mim_refiner.training.refine import forward_backward, view_specs
+
+ENOUGH = 0.4  # seconds: a step that takes as long tells the speed of larger ones
+FEW = 2  # images of the first step
+AN_HOUR = 3600.0
+
+Step = Callable[[ViewBatch], None]
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """``setting``: the recipe's key of ``epochs``; ``seconds`` and ``operations`` are those of a step."""
+
+    setting: str
+    limit: float  # seconds after which the phase ends anyhow
+    epochs: int
+    steps: int
+    seconds: float
+    operations: float
+
+    @property
+    def hours(self) -> float:
+        """Of all its steps."""
+        return min(self.limit, self.steps * self.seconds) / AN_HOUR
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What a step holds: ``state`` is weights, moments, average and queues; gradients come as ``activations`` go."""
+
+    state: float
+    gradients: float
+    activations_base: float
+    activations_image: float
+
+    def peak(self, images: int) -> float:
+        """Of a step that holds the activations of so many images at a time."""
+        return self.state + max(self.activations_base + images * self.activations_image, self.gradients)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a whole run; ``held``: images whose activations a pass holds, ``free``: bytes that the device has for it."""
+
+    images: int
+    batch: int
+    phases: Mapping[str, PhaseCost]
+    needs: Bytes
+    held: int
+    free: float
+
+    @property
+    def hours(self) -> float:
+        """Of all phases; measuring the encoder before, between and after comes on top."""
+        return sum(phase.hours for phase in self.phases.values())
+
+    @property
+    def line(self) -> str:
+        """What a run begins with."""
+        epochs = " and ".join(f"{phase.epochs} epochs of {name}" for name, phase in self.phases.items())
+        free = "" if self.free == math.inf else f" of {format_bytes(self.free)} free"
+        text = (
+            f"cost: {self.images} images, {epochs or 'no epochs'}: about {format_hours(self.hours)}; memory: about "
+            f"{format_bytes(self.needs.peak(self.held))}{free}"
+        )
+        return f"{text}; {self.advice}" if self.advice else text
+
+    @property
+    def advice(self) -> str:
+        """The setting with which it ends within an hour; "" where it does anyhow."""
+        if self.hours <= 1:
+            return ""
+        *before, last = self.phases.values()
+        epochs = max(1, int((1 - sum(phase.hours for phase in before)) / max(last.hours, 1e-9) * last.epochs))
+        return f"for about an hour: --set {last.setting}={epochs}" if epochs < last.epochs else ""
+
+    def record(self) -> dict[str, Any]:
+        """For ``--plan``: hours and bytes, as numbers and in words."""
+        peak, needs = self.needs.peak(self.held), self.needs
+        phases = {name: {**asdict(phase), "hours": phase.hours, "time": format_hours(phase.hours)}
+                  for name, phase in self.phases.items()}  # fmt: skip
+        memory = {
+            "weights, gradients, moments": format_bytes(needs.state + needs.gradients),
+            f"activations of {self.held} images": format_bytes(
+                needs.activations_base + self.held * needs.activations_image
+            ),
+            "peak": f"{format_bytes(peak)} of {format_bytes(self.free)}"
+            if self.free < math.inf
+            else format_bytes(peak),
+        }
+        return {
+            "images": self.images,
+            "batch": self.batch,
+            "phases": phases,
+            "hours": self.hours,
+            "time": format_hours(self.hours),
+            "memory": memory,
+            "bytes": {"peak": peak, "free": self.free, **asdict(needs)},
+            "settings": f"micro_batch={self.held}"
+            if self.held < self.batch // world_size()
+            else "the whole batch at once",
+            "verdict": "fits" if peak <= self.free else "does not fit",
+            "to_change": self.advice,
+        }
+
+
+def limit_of(phase: Phase) -> float:
+    """Seconds, infinite without ``max_seconds``."""
+    return phase.max_seconds or math.inf
+
+
+def format_hours(hours: float) -> str:
+    """``"3.2 hours"``, ``"25 minutes"``, ``"12 days"``."""
+    for name, least, size in (("days", 48.0, 24.0), ("hours", 1.5, 1.0), ("minutes", 1.5 / 60, 1 / 60)):
+        if hours >= least:
+            amount = hours / size
+            return f"{amount:.1f} {name}" if amount < 10 else f"{amount:.0f} {name}"
+    return "a minute"
+
+
+# --- of a refinement
+
+
+def refine_phases(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, run: Run) -> dict[str, PhaseCost]:
+    """Measured cost of both phases. The refiner stays as it is."""
+    step, costs = refine_step(refiner, recipe, run), {}
+    with unchanged(refiner):
+        for name, setting, phase, begin in (
+            ("warm-up", "warmup.epochs", recipe.warmup, refiner.freeze_encoder),
+            ("refinement", "refinement.epochs", recipe.refinement, refiner.unfreeze_encoder),
+        ):
+            if phase.epochs:
+                begin()
+                steps = phase.epochs * loader.steps_per_epoch
+                costs[name] = PhaseCost(setting, limit_of(phase), phase.epochs, steps, *measured(step, loader, run))
+        refiner.unfreeze_encoder()
+    return costs
+
+
+def refine_bytes(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, run: Run) -> Bytes:
+    """Bytes of the plain step of the refinement, traced. The refiner stays as it is."""
+    with unchanged(refiner):
+        refiner.unfreeze_encoder()
+        found = traced(refine_step(refiner, recipe, run), refiner, loader, run)
+    average = sum(parameter.nbytes for parameter in refiner.backbone.parameters())
+    return replace(found, state=found.state + average)
+
+
+def refine_step(refiner: Refiner, recipe: RefineRecipe, run: Run) -> Step:
+    """Augmentation, forward and backward pass of a batch."""
+    info = refiner.backbone.info
+    views = [view for view in view_specs(recipe) for _ in range(view.count)]
+    photometrics = [BatchPhotometric(view, info.mean, info.std) for view in views]
+
+    def step(batch: ViewBatch) -> None:
+        generator, ids = torch.Generator().manual_seed(0), batch.sample_ids.to(run.device)
+        crops = augment(batch.views, photometrics, generator, run.device, process_rows(len(ids)))
+        forward_backward(refiner, crops, ids, generator, run, recipe.micro_batch)
+
+    return step
+
+
+# --- of a pre-training
+
+
+def pretrain_estimate(
+    mae: MaskedAutoencoder,
+    recipe: PretrainRecipe,
+    loader: TrainLoader,
+    photometric: BatchPhotometric,
+    free: float,
+    run: Run,
+) -> tuple[PretrainRecipe, Estimate]:
+    """The recipe, with the micro-batch that fits if the whole batch does not, and what it costs. Raises InputError.
+
+    The autoencoder stays as it is.
+    """
+
+    def step(batch: ViewBatch, micro_batch: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        images = photometric(batch.views[0].to(run.device), generator, process_rows(len(batch.sample_ids)))
+        pretrain_forward_backward(mae, images, generator, run, micro_batch)
+
+    batch, epochs = loader.batch_size // world_size(), recipe.training.epochs
+    with unchanged(mae):
+        needs = traced(step, mae, loader, run)
+        micro = _fitting(needs, recipe.micro_batch, batch, free)
+        cost = measured(partial(step, micro_batch=micro), loader, run)
+    phases = {
+        "pre-training": PhaseCost(
+            "training.epochs", limit_of(recipe.training), epochs, epochs * loader.steps_per_epoch, *cost
+        )
+    }
+    estimate = Estimate(len(loader.images), loader.batch_size, phases, needs, micro or batch, free)
+    return recipe.model_copy(update={"micro_batch": micro}), estimate
+
+
+def _fitting(needs: Bytes, micro_batch: int | None, batch: int, free: float) -> int | None:
+    """Images that a pass may hold: what the recipe says if that fits, else the most that do; None: the whole batch."""
+    usable = free * (1 - RESERVE)
+    if needs.peak(micro_batch or batch) <= usable:
+        return micro_batch
+    most = int((usable - needs.state - needs.activations_base) // max(1.0, needs.activations_image))
+    if most < 1 or needs.peak(1) > usable:
+        raise InputError(
+            f"this needs about {format_bytes(needs.peak(1) / (1 - RESERVE))} even for one image at a time, and "
+            f"{format_bytes(free)} are free; use a smaller --arch, smaller images (--set image_size=...) or a smaller "
+            "decoder (--set decoder_depth=... decoder_dim=...)"
+        )
+    return even_parts(most, batch)
+
+
+# --- measuring
+
+
+def traced(step: Step, module: nn.Module, loader: TrainLoader, run: Run) -> Bytes:
+    """Bytes of a step by its images, from the storages alive during two small ones."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # Gradients are counted apart: with few images a trace that kept them would see their peak, not the activations'.
+    hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained]
+    peaks = []
+    for images in (FEW, 2 * FEW):
+        batch = loader.first(images)
+        with LiveBytes() as live:
+            step(batch)
+        peaks.append(live.peak)
+    for hook in hooks:
+        hook.remove()
+    waste = WASTE.get(run.device.type, WASTE["cuda"])[0]
+    image = waste * (peaks[1] - peaks[0]) / FEW
+    gradients = sum(parameter.nbytes for parameter in trained)
+    held = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return Bytes(held + 2 * gradients, gradients, max(0.0, waste * peaks[0] - FEW * image), image)
+
+
+def measured(step: Step, loader: TrainLoader, run: Run) -> tuple[float, float]:
+    """(seconds, operations) of a step of a process, from the smallest batch that takes long enough."""
+    batch = loader.batch_size // world_size()
+    images, warm = min(FEW, batch), False
+    with eagerly():
+        with FlopCounterMode(display=False) as counter:
+            step(loader.first(images))
+        operations = counter.get_total_flops() * batch / images
+        while True:
+            seconds = agree(_seconds(step, loader, images, run))
+            if (warm and images == batch) or seconds >= (ENOUGH if warm else 20 * ENOUGH):
+                return seconds * batch / images, operations
+            images, warm = (min(batch, 4 * images) if warm else images), True
+
+
+def _seconds(step: Step, loader: TrainLoader, images: int, run: Run) -> float:
+    begun = time.perf_counter()
+    batch = loader.first(images)
+    loaded = time.perf_counter()
+    step(batch)
+    if run.device.type != "cpu":
+        torch.accelerator.synchronize()
+    loading, computing = loaded - begun, time.perf_counter() - loaded
+    # loader processes work beside the step; without them loading adds to it
+    return max(loading / loader.workers, computing) if loader.workers else loading + computing
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """What runs inside leaves buffers, modes, gradients and random numbers as they were."""
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    modes = [(part, part.training) for part in module.modules()]
+    with torch.random.fork_rng():
+        yield
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    for parameter, requires_grad in trained:
+        parameter.requires_grad_(requires_grad)
+        parameter.grad = None
+    for part, training in modes:
+        part.training = training
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None

@@ -1,0 +1,46 @@
+"""The verb recipes: a list, a recipe that can be given back, and every setting explained."""
+
+from __future__ import annotations
+
+import yaml
+
+from mim_refiner.commands.recipes import meaning, recipes
+from mim_refiner.files import dotted
+from mim_refiner.training.recipe import PretrainRecipe, RefineRecipe
+from mim_refiner.training.recipes import PRETRAIN_RECIPES, REFINE_RECIPES, refine_recipe, tiny
+
+
+def test_the_list_has_every_recipe_with_its_command(cli):
+    listed = {row["name"]: row["command"] for row in cli.call("recipes", "--json").json["recipes"]}
+    assert listed == dict.fromkeys(REFINE_RECIPES, "refine") | dict.fromkeys(PRETRAIN_RECIPES, "pretrain")
+    shown = cli.call("recipes")
+    assert shown.code == 0, shown.err
+    assert "k-NN 42.5 -> 58.0" in shown.out
+
+
+def test_what_is_printed_is_a_recipe_file(cli, tmp_path):
+    shown = cli.call("recipes", "tiny")
+    assert shown.code == 0, shown.err
+    (tmp_path / "mine.yaml").write_text(shown.out)
+    assert yaml.safe_load(shown.out)["batch_size"] == tiny().batch_size
+    assert refine_recipe(str(tmp_path / "mine.yaml"), image_size=32) == tiny()
+
+
+def test_a_key_is_explained_with_its_values(cli):
+    told = cli.call("recipes", "--key", "refinement.top_k", "--json").json
+    assert told["meaning"] == "neighbours to draw from: 1 in head warm-up, 20 in refinement"
+    assert told["values"]["tiny"] == 20
+    assert told["values"].keys() == REFINE_RECIPES.keys()
+    one = recipes(name="tiny", key="export_weights")
+    assert one["meaning"].startswith("What export/ holds: the weights, their average")  # the comment above the field
+    for words in (("recipes", "tinny"), ("recipes", "--key", "refinement.epoch"), ("recipes", "--key", "top_k")):
+        outcome = cli.call(*words)
+        assert outcome.code == 2
+        assert outcome.err.count("\n") == 1
+        assert "did you mean" in outcome.err
+
+
+def test_every_setting_has_an_explanation():
+    trees = {RefineRecipe: tiny(), PretrainRecipe: PRETRAIN_RECIPES["tiny_mae"]()}
+    for kind, recipe in trees.items():
+        assert [key for key in dotted(recipe.model_dump()) if not meaning(kind, key)] == []

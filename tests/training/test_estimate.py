@@ -1,0 +1,126 @@
+"""What is told of a run before it starts: against measured steps, and nothing of the run is touched by it."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mim_refiner.core.run import Run
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.loaders import TrainLoader
+from mim_refiner.data.photometric import BatchPhotometric
+from mim_refiner.data.sources import open_source
+from mim_refiner.data.views import ViewSpec
+from mim_refiner.errors import InputError
+from mim_refiner.models.backbone import Backbone, create_vit
+from mim_refiner.models.mae import MaskedAutoencoder
+from mim_refiner.training import estimate
+from mim_refiner.training.estimate import Bytes, Estimate, PhaseCost, format_hours, pretrain_estimate
+from mim_refiner.training.pretrain import forward_backward
+from mim_refiner.training.recipes import tiny_mae
+
+
+@pytest.fixture
+def parts(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "noise.npz", images=images)
+    view = ViewSpec("mae", 32, jitter_prob=0.0, gray_prob=0.0)
+    backbone = Backbone.wrap(create_vit("vit_w32_d2_h2_p8", image_size=32))
+    recipe = tiny_mae().model_copy(update={"batch_size": 16})
+    loader = TrainLoader(ImageSet(open_source(str(tmp_path / "noise.npz"))), [view], 16, 0)
+    mae = MaskedAutoencoder(backbone.model, decoder_dim=16, decoder_depth=1, decoder_heads=2).initialize()
+    return mae, recipe, loader, BatchPhotometric(view, backbone.info.mean, backbone.info.std)
+
+
+def test_nothing_of_the_run_is_touched(parts):
+    mae, recipe, loader, photometric = parts
+    before = {name: tensor.clone() for name, tensor in mae.state_dict().items()}
+    drawn = torch.get_rng_state()
+    fitted, cost = pretrain_estimate(mae, recipe, loader, photometric, math.inf, Run())
+    assert fitted == recipe
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(before[name], tensor) for name, tensor in mae.state_dict().items())
+    assert all(parameter.grad is None for parameter in mae.parameters())
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in mae.parameters())
+    assert cost.phases["pre-training"].steps == 200
+    assert cost.phases["pre-training"].operations > 1e6
+    assert "of" not in cost.line.partition("memory:")[2]  # nobody knows what is free
+
+
+def test_seconds_are_those_of_the_whole_batch(parts, monkeypatch):
+    """From a batch of two, eight or sixteen images alike: with a clock that counts images, to the digit."""
+    mae, recipe, loader, photometric = parts
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    first = loader.first
+
+    def counted(images):
+        now[0] += 0.01 * images
+        return first(images)
+
+    monkeypatch.setattr(loader, "first", counted)
+    for enough in (0.0, 0.05, 10.0):
+        monkeypatch.setattr(estimate, "ENOUGH", enough)
+        _, cost = pretrain_estimate(mae, recipe, loader, photometric, math.inf, Run())
+        assert cost.phases["pre-training"].seconds == pytest.approx(0.16)
+    assert cost.hours == pytest.approx(200 * 0.16 / 3600)
+
+
+def test_bytes_are_those_of_the_whole_batch(parts):
+    """The line through two small batches meets what a step of sixteen images holds."""
+    mae, recipe, loader, photometric = parts
+    _, cost = pretrain_estimate(mae, recipe, loader, photometric, math.inf, Run())
+    with estimate.unchanged(mae), estimate.LiveBytes() as live:
+        batch = loader.first(16)
+        generator = torch.Generator().manual_seed(0)
+        forward_backward(mae, photometric(batch.views[0], generator), generator, Run())
+    state = sum(tensor.nbytes for tensor in (*mae.parameters(), *mae.buffers()))
+    trained = sum(parameter.nbytes for parameter in mae.parameters() if parameter.requires_grad)
+    assert cost.needs.state == state + 2 * trained
+    waste = estimate.WASTE["cpu"][0]
+    assert cost.needs.peak(16) == pytest.approx(state + 2 * trained + waste * live.peak, rel=0.1)
+
+
+def test_what_does_not_fit_goes_in_parts_or_is_refused_with_the_settings_that_would(parts):
+    mae, recipe, loader, photometric = parts
+    _, cost = pretrain_estimate(mae, recipe, loader, photometric, math.inf, Run())
+    between = (cost.needs.peak(5) + cost.needs.peak(6)) / 2 / (1 - estimate.RESERVE)
+    fitted, cut = pretrain_estimate(mae, recipe, loader, photometric, between, Run())
+    assert fitted.micro_batch == 4  # four equal parts of 16
+    assert cut.held == 4
+    assert cut.needs.peak(4) < between
+    with pytest.raises(InputError, match=r"even for one image at a time.*decoder_depth") as caught:
+        pretrain_estimate(mae, recipe, loader, photometric, cost.needs.state, Run())
+    assert "\n" not in str(caught.value)
+
+
+def test_parts_have_the_gradients_of_the_whole_batch(parts):
+    mae, _, loader, photometric = parts
+    images = photometric(loader.first(16).views[0], torch.Generator().manual_seed(0))
+    found = []
+    for micro_batch in (None, 5):
+        loss = forward_backward(mae, images, torch.Generator().manual_seed(1), Run(), micro_batch)
+        found.append((loss, [parameter.grad.clone() for parameter in mae.parameters() if parameter.requires_grad]))
+        mae.zero_grad()
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_the_line_names_the_setting_that_ends_within_an_hour():
+    needs, warm = Bytes(2e9, 1e8, 1e8, 1e7), PhaseCost("warmup.epochs", math.inf, 2, 20, 90.0, 1.0)
+    long = PhaseCost("refinement.epochs", math.inf, 30, 300, 120.0, 1.0)
+    told = Estimate(600, 64, {"warm-up": warm, "refinement": long}, needs, 64, 8e9)
+    assert told.hours == pytest.approx(10.5)
+    assert told.line == (
+        "cost: 600 images, 2 epochs of warm-up and 30 epochs of refinement: about 10 hours; memory: about 2.7 GB of "
+        "8.0 GB free; for about an hour: --set refinement.epochs=1"
+    )
+    assert replace(long, limit=60.0).hours == 1 / 60
+    assert Estimate(600, 64, {"warm-up": warm}, needs, 64, 8e9).advice == ""
+    assert [format_hours(hours) for hours in (1e-9, 0.004, 0.5, 3.21, 30, 100)] == [
+        "a minute", "a minute", "30 minutes", "3.2 hours", "30 hours", "4.2 days",
+    ]  # fmt: skip
