@@ -59,6 +59,7 @@ from mim_refiner.models.lora import adapted, lora_share, merge_lora
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.reporting import NullReporter, Reporter
 from mim_refiner.training.guard import load_best
+from mim_refiner.training.guidance import check_guidance
 from mim_refiner.training.lora import adapt
 from mim_refiner.training.recipe import RefineRecipe, override
 from mim_refiner.training.recipes import refine_recipe
@@ -221,6 +222,7 @@ def settle(
     plan: bool,
 ) -> tuple[RefineRecipe, dict[str, dict[str, Any]]]:
     """The recipe without "auto", and what was measured for it by the names of its files (nothing for a plan)."""
+    check_guidance(recipe, images[0])
     if recipe.normalization == "data":
         normalize_by(images[0], backbone)
     if plan:

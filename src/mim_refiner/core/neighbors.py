@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mim_refiner.core.guidance import Guide
 from mim_refiner.core.run import send
 from mim_refiner.errors import InputError
 from mim_refiner.types import NeighborResult
@@ -32,6 +33,7 @@ class NeighborQueue(nn.Module):
         if not 1 <= top_k <= size:
             raise InputError(f"queue: top_k must be between 1 and the queue size {size}, got {top_k}")
         self.size, self.dim, self.top_k = size, dim, top_k
+        self.guide: Guide | None = None  # may be set at any time; part of no state
         self.register_buffer("entries", torch.randn(size, dim))
         self.register_buffer("sample_ids", torch.full((size,), -1, dtype=torch.long))
         self.register_buffer("age", torch.zeros(size, dtype=torch.long))
@@ -65,6 +67,8 @@ class NeighborQueue(nn.Module):
             similarity = queries[start : start + step] @ keys
             if row_ids is not None:
                 similarity.masked_fill_(row_ids[start : start + step, None] == self.sample_ids, -1.0)
+                if self.guide is not None:
+                    similarity = self.guide.bar(similarity, row_ids[start : start + step], self.sample_ids)
             # max is much faster than topk on CPU
             best = similarity.max(1, keepdim=True) if self.top_k == 1 else similarity.topk(self.top_k, dim=1)
             nearest.append((best[0], best[1]))
@@ -72,6 +76,9 @@ class NeighborQueue(nn.Module):
         drawn = self.draw(rows, generator) if choice is None else choice.view(rows, 1)
         if drawn is not None:
             drawn = send([drawn], z.device)[0] if drawn.device.type == "cpu" else drawn
+        if self.guide is not None and row_ids is not None:
+            drawn = self.guide.choose(self.sample_ids[ranked], row_ids, drawn)
+        if drawn is not None:
             ranked, ranked_similarity = ranked.gather(1, drawn), ranked_similarity.gather(1, drawn)
         indices, similarity = ranked[:, 0], ranked_similarity[:, 0]
         return NeighborResult(self.entries[indices], indices, similarity, self.age[indices])

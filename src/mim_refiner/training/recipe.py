@@ -196,6 +196,10 @@ class RefineRecipe(Recipe):
     guard: GuardSettings = GuardSettings()
     anchor: AnchorSettings = AnchorSettings()
     sweep: SweepSettings = SweepSettings()
+    # Labels in the look-up (core/guidance.py). prefer: of an image's nearest entries those of its class, if any;
+    # restrict: the nearest of its class. Images whose label is not used are untouched.
+    guidance: Literal["none", "prefer", "restrict"] = "none"
+    guidance_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the labels of each class that are used
     adapter: Literal["none", "lora"] = "none"  # lora: the encoder's own weights stay as they are
     lora: LoraSettings = LoraSettings()
 

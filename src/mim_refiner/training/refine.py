@@ -33,6 +33,7 @@ from mim_refiner.models.refiner import Refiner, RefinerOutput
 from mim_refiner.training.anchor import anchor_backward, carries_anchor
 from mim_refiner.training.cached import cached_forward_backward, refuse_batch_dependent
 from mim_refiner.training.guard import FeatureProbe, Guard
+from mim_refiner.training.guidance import guide_heads
 from mim_refiner.training.loop import Loop, Monitor, step_generator
 from mim_refiner.training.lora import adapt
 from mim_refiner.training.recipe import RefineRecipe, Views
@@ -118,7 +119,7 @@ class Refinement:
     loader: TrainLoader  # uint8 crops
     photometrics: Sequence[BatchPhotometric]  # one a view
     run: Run
-    labels: Tensor | None = None  # [images]; to measure with, never to train with
+    labels: Tensor | None = None  # [images]; to measure with, and to train with by ``recipe.guidance`` alone
 
 
 def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run) -> Refinement:
@@ -134,6 +135,8 @@ def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run)
     photometrics = photometrics_of(recipe, backbone.info)
     labels = loader.images.labels
     on_device = None if labels is None else torch.as_tensor(labels, device=run.device)
+    if recipe.guidance != "none":
+        guide_heads(refiner, loader.images, recipe, run)
     return Refinement(recipe, refiner, ema, loader, photometrics, run, on_device)
 
 

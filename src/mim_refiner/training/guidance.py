@@ -1,0 +1,28 @@
+"""The recipe's guidance by labels, in the queues of all heads."""
+
+from __future__ import annotations
+
+from mim_refiner.core.guidance import Guide, known_labels
+from mim_refiner.core.run import Run
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.errors import DataError
+from mim_refiner.models.refiner import Refiner
+from mim_refiner.training.recipe import RefineRecipe
+
+
+def check_guidance(recipe: RefineRecipe, images: ImageSet) -> None:
+    """Raise DataError for guidance by labels that there are not."""
+    if recipe.guidance != "none" and images.labels is None:
+        raise DataError(
+            f"{images.description}: no labels ({images.source.no_labels}), and guidance={recipe.guidance} needs some; "
+            "give labelled images, or leave guidance out"
+        )
+
+
+def guide_heads(refiner: Refiner, images: ImageSet, recipe: RefineRecipe, run: Run) -> None:
+    """Let every head look up with the labels that the recipe uses."""
+    check_guidance(recipe, images)
+    assert images.labels is not None
+    labels = known_labels(images.labels, recipe.guidance_share, run.seed).to(run.device)
+    for block in refiner.blocks:
+        refiner.head(block).queue.guide = Guide(labels, restrict=recipe.guidance == "restrict")
