@@ -20,7 +20,8 @@ _ROWS = 256  # queries a matrix product
 _COLUMNS = 16384  # bank rows a matrix product
 _GROUP = 64  # at most so many columns share one running maximum
 _CANDIDATES = 1024  # a query, on average over a tile; more means that very many rows are equally near
-_CACHED_ROWS = 512  # vectors prepared or ranked at once: they stay in a CPU's cache
+_CACHED_ROWS = 512  # vectors prepared at once: they stay in a CPU's cache
+_RANKED_PAIRS = 128  # and pairs ranked at once
 
 
 @dataclass
@@ -33,6 +34,11 @@ class Bank:
     features: Tensor
     mean: Tensor | None
     std: Tensor | None
+    lengths: Tensor = field(init=False)  # [N], of the standardised rows; found when they are first prepared
+
+    def __post_init__(self) -> None:
+        dtype = torch.promote_types(self.features.dtype, torch.float32)
+        self.lengths = self.features.new_empty(len(self.features), dtype=dtype)
 
     @classmethod
     def of(cls, features: Tensor, standardize: bool) -> Bank:
@@ -49,12 +55,25 @@ class Bank:
         )
         return cls(features, mean, (squares / max(1, len(features) - 1)).sqrt().to(dtype) + 1e-6)
 
-    def prepare(self, rows: Tensor) -> Tensor:
-        """Rows [R, D] as they are compared: standardised like the bank, of length 1."""
+    def prepare(self, rows: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Rows [R, D] as they are compared: standardised like the bank, of length 1. What it was goes to ``lengths``."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if self.mean is not None and self.std is not None:
             rows = (rows - self.mean).div_(self.std)
-        return F.normalize(rows, dim=1)
+        if lengths is None:
+            return F.normalize(rows, dim=1)
+        torch.linalg.vector_norm(rows, dim=1, out=lengths)
+        return rows / lengths.clamp_(min=1e-12)[:, None]
+
+    def cosines(self, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
+        """Of pairs of a prepared query and a bank row, whose numbers are ``query`` and ``row`` [P]."""
+        weighted = queries if self.std is None else queries / self.std
+        found = []
+        for q, r in zip(query.split(_RANKED_PAIRS), row.split(_RANKED_PAIRS), strict=True):
+            rows = self.features[r].to(queries.dtype)
+            rows = rows if self.mean is None else rows.sub_(self.mean)
+            found.append(rows.mul_(weighted[q]).sum(1).div_(self.lengths[r]))
+        return torch.cat(found)
 
 
 def search_dtype(precision: str, features: Tensor) -> torch.dtype:
@@ -83,7 +102,7 @@ class _Rough(NamedTuple):
         """Cosines [R, C] of all pairs, but for the scale of these vectors; integers are summed without rounding."""
         if self.values.dtype != torch.int8:
             return self.values @ other.values.T
-        return torch._int_mm(self.values, other.values.T) * other.scale.T
+        return torch._int_mm(self.values, other.values.T).to(other.scale.dtype).mul_(other.scale.T)
 
 
 @torch.no_grad()
@@ -115,7 +134,9 @@ def nearest(bank: Bank, queries: Tensor, k: int, *, dtype: torch.dtype, chunk_si
 
 def _pass_over(bank: Bank, parts: list[_Tile], group: int) -> None:
     for first in range(0, len(bank.features), _COLUMNS) if parts else ():
-        exact = [bank.prepare(part) for part in bank.features[first : first + _COLUMNS].split(_CACHED_ROWS)]
+        place = slice(first, first + _COLUMNS)
+        halves = zip(bank.features[place].split(_CACHED_ROWS), bank.lengths[place].split(_CACHED_ROWS), strict=True)
+        exact = [bank.prepare(rows, lengths) for rows, lengths in halves]
         for dtype in {part.dtype for part in parts}:
             rough = _Rough(*map(torch.cat, zip(*(_Rough.of(x, dtype) for x in exact), strict=True)))
             for part in parts:
@@ -162,26 +183,19 @@ class _Tile:
         self._compact(always=True)
         query, row, rough = self.found[0]
         if self.dtype != self.queries.dtype:  # the k that look best tell exactly how near a row must be at least
-            order = rough.argsort(descending=True)
-            order = order[query[order].argsort(stable=True)]
-            best = order[_position_in_run(query[order], len(self.queries)) < self.k]
-            least = self._exact(bank, query[best], row[best]).view(len(self.queries), self.k).amin(1)
+            best = _best(query, rough, self.k, len(self.queries))
+            least = bank.cosines(self.queries, query[best], row[best]).view(len(self.queries), self.k).amin(1)
             kept = rough >= (least - self.error)[query]
             query, row = query[kept], row[kept]
         order = (query * len(bank.features) + row).argsort()
         query, row = query[order], row[order]
-        exact = self._exact(bank, query, row)
+        exact = bank.cosines(self.queries, query, row)
         place = _position_in_run(query, len(self.queries))
         shape = (len(self.queries), int(place.max()) + 1)
         cosines = exact.new_full(shape, -math.inf).index_put_((query, place), exact)
         rows = row.new_zeros(shape).index_put_((query, place), row)
         cosines, order = cosines.sort(dim=1, descending=True, stable=True)
         return rows.gather(1, order[:, : self.k]), cosines[:, : self.k]
-
-    def _exact(self, bank: Bank, query: Tensor, row: Tensor) -> Tensor:
-        """Cosines of pairs of a query and a bank row."""
-        parts = zip(query.split(_CACHED_ROWS), row.split(_CACHED_ROWS), strict=True)
-        return torch.cat([(self.queries[q] * bank.prepare(bank.features[r])).sum(1) for q, r in parts])
 
     def _threshold(self) -> Tensor:
         """A rough cosine below it belongs to none of the k nearest: k rows are better by more than both errors."""
@@ -202,11 +216,15 @@ class _Tile:
         query, row, cosine = query[kept], row[kept], cosine[kept]
         if len(query) > limit:
             self.crowded = True
-            order = cosine.argsort(descending=True, stable=True)
-            order = order[query[order].argsort(stable=True)]
-            best = order[_position_in_run(query[order], len(self.queries)) < max(self.k, _CANDIDATES // 2)]
+            best = _best(query, cosine, max(self.k, _CANDIDATES // 2), len(self.queries))
             query, row, cosine = query[best], row[best], cosine[best]
         self.found = [(query, row, cosine)]
+
+
+def _best(query: Tensor, cosine: Tensor, most: int, count: int) -> Tensor:
+    """Places of the ``most`` largest cosines (of size 2 at most) of each query, one query behind the other."""
+    order = (query * 4 - cosine.double()).argsort(stable=True)
+    return order[_position_in_run(query[order], count) < most]
 
 
 def _position_in_run(numbers: Tensor, count: int) -> Tensor:

@@ -166,6 +166,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 # --- several equal multilayer perceptrons at once; parameters are stacked for the length of a pass
 
+ONE_BY_ONE = {"cpu"}  # where to copy the weights together costs more than it saves
+
 
 def mlp(widths: Sequence[int]) -> nn.Sequential:
     """Linear-BatchNorm layers through ``widths`` with GELU between them; Xavier-uniform weights without bias."""
@@ -180,9 +182,13 @@ def mlp(widths: Sequence[int]) -> nn.Sequential:
 
 def run_mlps(networks: Iterable[nn.Module], x: Tensor) -> Tensor:
     """Outputs [K, R, out] of K networks of :func:`mlp`, equal in size, on rows [K, R, in], each network on its own."""
+    networks = list(networks)
+    if x.device.type in ONE_BY_ONE and len(networks) > 1 and not is_distributed():
+        return torch.cat([run_mlps([network], rows) for network, rows in zip(networks, x.split(1), strict=True)])
     for layers in zip(*networks, strict=True):
-        weights = torch.stack([layer[0].weight for layer in layers])
-        x = batch_norm([layer[1] for layer in layers], torch.bmm(x, weights.mT))
+        weights = [layer[0].weight for layer in layers]
+        x = F.linear(x, *weights) if len(weights) == 1 else torch.bmm(x, torch.stack(weights).mT)
+        x = batch_norm([layer[1] for layer in layers], x)
         x = F.gelu(x) if len(layers[0]) == 3 else x
     return x
 
