@@ -33,6 +33,8 @@ TOY = FULL | {"arch": "vit_w32_d4_h2_p8", "locals": 2, "heads": 2, "batch": 8, "
               "dim": 16}  # fmt: skip
 # CPU seconds of the published code by those of 0b6524c, side by side (docs/benchmarks.md)
 PUBLISHED = {"step": 1.12, "warm-up": 1.08, "knn": 0.99, "photographs": 1.69}
+PARTS = ("step", "cached", "half-frozen", "half-frozen-pooled", "warm-up", "warm-up-pooled", "photometrics", "crops",
+         "photographs", "knn")  # fmt: skip
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16")
 CHOSEN = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 
@@ -49,22 +51,31 @@ class Work:
         self.bench = Bench(argparse.Namespace(**options, **extra))
         self.crops = self.bench.crops()
         self.views = self.bench.augment(self.crops)
+        self.pools: dict[int, list[torch.Tensor]] = {}
         self.parts: dict[str, Callable[[], Any]] = {
             "step": lambda: self.step(),
             "cached": lambda: self.step(micro_batch=options["micro_batch"]),
             "half-frozen": lambda: self.step(frozen=self.bench.refiner.backbone.info.depth // 2),
+            "half-frozen-pooled": lambda: self.step(frozen=self.bench.refiner.backbone.info.depth // 2, pooled=True),
             "warm-up": lambda: self.step(warmup=True),
+            "warm-up-pooled": lambda: self.step(warmup=True, pooled=True),
             "photometrics": lambda: self.bench.augment(self.crops),
             "crops": self.bench.crops,
             "photographs": self.photographs(),
             "knn": self.knn(),
         }
 
-    def step(self, micro_batch: int | None = None, frozen: int = 0, warmup: bool = False) -> None:
+    def step(self, micro_batch: int | None = None, frozen: int = 0, warmup: bool = False, pooled: bool = False) -> None:
+        """A step on augmented views; ``pooled``: on what a pool keeps of them, where the checkout has one."""
         refiner = self.bench.refiner
         refiner.frozen_blocks = frozen
         (refiner.freeze_encoder if warmup else refiner.unfreeze_encoder)()
-        self.bench.gradients(self.views, micro_batch)
+        views = self.views
+        if pooled and hasattr(refiner, "frozen_features"):
+            if frozen not in self.pools:
+                self.pools[frozen] = refiner.frozen_features(views)
+            views = self.pools[frozen]
+        self.bench.gradients(views, micro_batch)
         self.bench.update()
 
     def photographs(self) -> Callable[[], None]:
@@ -169,27 +180,26 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("before", type=Path, help="folder of the older checkout")
     add("--after", type=Path, default=Path(__file__).parents[1], help="folder of the newer one; this checkout")
-    add("--parts", default="step,cached,half-frozen,warm-up,photometrics,crops,photographs,knn")
+    add("--parts", default=",".join(PARTS))
     add("--rounds", type=int, default=9)
     add("--precision", default="fp32", choices=("fp32", "bf16"))
     add("--json", type=Path)
     add("--dry-run", action="store_true", help="at toy size")
     add("--serve", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.serve:
         serve(str(options.before), options.serve)
         return
     size = (TOY if options.dry_run else FULL) | {"precision": options.precision}
     result: dict[str, Any] = {"machine": machine(), "size": size, "parts": {}}
     print(" ".join(f"{key}: {value}" for key, value in result["machine"].items()), file=sys.stderr)
-    print(
-        "| part | old, CPU s | new, CPU s | old / new | quartiles | published / new, inferred |\n|---|---:|---:|---:|---:|---:|"
-    )
+    heads = ("part", "old, CPU s", "new, CPU s", "old / new", "quartiles", "published / new, inferred")
+    print(f"| {' | '.join(heads)} |\n|---{'|---:' * (len(heads) - 1)}|")
     sides = [Side(folder, size) for folder in (options.before, options.after)]
     for part in options.parts.split(","):
         found = result["parts"][part] = measure(sides, part, options.rounds)

@@ -55,25 +55,30 @@ class Bank:
         )
         return cls(features, mean, (squares / max(1, len(features) - 1)).sqrt().to(dtype) + 1e-6)
 
-    def prepare(self, rows: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Rows [R, D] as they are compared: standardised like the bank, of length 1. What it was goes to ``lengths``."""
+    def prepare(self, rows: Tensor) -> Tensor:
+        """Rows [R, D] as they are compared: standardised like the bank, of length 1."""
+        return F.normalize(self._standardized(rows), dim=1)
+
+    def prepared(self, numbers: Tensor) -> Tensor:
+        """The bank's own rows of these numbers, prepared; remembers their lengths."""
+        rows = self._standardized(self.features.index_select(0, numbers))
+        lengths = rows.norm(dim=1).clamp_(min=1e-12)
+        self.lengths[numbers] = lengths
+        return rows.div_(lengths[:, None])
+
+    def _standardized(self, rows: Tensor) -> Tensor:
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        if self.mean is not None and self.std is not None:
-            rows = (rows - self.mean).div_(self.std)
-        if lengths is None:
-            return F.normalize(rows, dim=1)
-        torch.linalg.vector_norm(rows, dim=1, out=lengths)
-        return rows / lengths.clamp_(min=1e-12)[:, None]
+        return rows if self.mean is None or self.std is None else (rows - self.mean).div_(self.std)
 
     def cosines(self, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
         """Of pairs of a prepared query and a bank row, whose numbers are ``query`` and ``row`` [P]."""
         weighted = queries if self.std is None else queries / self.std
         found = []
         for q, r in zip(query.split(_RANKED_PAIRS), row.split(_RANKED_PAIRS), strict=True):
-            rows = self.features[r].to(queries.dtype)
+            rows = self.features.index_select(0, r).to(queries.dtype)
             rows = rows if self.mean is None else rows.sub_(self.mean)
-            found.append(rows.mul_(weighted[q]).sum(1).div_(self.lengths[r]))
-        return torch.cat(found)
+            found.append(rows.mul_(weighted.index_select(0, q)).sum(1))
+        return torch.cat(found) / self.lengths[row]
 
 
 def search_dtype(precision: str, features: Tensor) -> torch.dtype:
@@ -93,7 +98,7 @@ class _Rough(NamedTuple):
     @classmethod
     def of(cls, exact: Tensor, dtype: torch.dtype) -> _Rough:
         if dtype == exact.dtype:
-            return cls(exact, exact.new_ones(1, 1), exact.new_zeros(len(exact)))
+            return cls(exact, exact.new_ones(len(exact), 1), exact.new_zeros(len(exact)))
         scale = (exact.abs().amax(1, keepdim=True) / 127).clamp_(min=torch.finfo(exact.dtype).tiny)
         rounded = (exact / scale).round_()
         return cls(rounded.to(dtype), scale, rounded.mul_(scale).sub_(exact).norm(dim=1))
@@ -134,14 +139,14 @@ def nearest(bank: Bank, queries: Tensor, k: int, *, dtype: torch.dtype, chunk_si
 
 def _pass_over(bank: Bank, parts: list[_Tile], group: int) -> None:
     for first in range(0, len(bank.features), _COLUMNS) if parts else ():
-        place = slice(first, first + _COLUMNS)
-        halves = zip(bank.features[place].split(_CACHED_ROWS), bank.lengths[place].split(_CACHED_ROWS), strict=True)
-        exact = [bank.prepare(rows, lengths) for rows, lengths in halves]
+        count = min(_COLUMNS, len(bank.features) - first)
+        order = _spread(count, group, bank.features.device).clamp_(max=count - 1)
+        exact = [bank.prepared(numbers) for numbers in (first + order).split(_CACHED_ROWS)]
         for dtype in {part.dtype for part in parts}:
             rough = _Rough(*map(torch.cat, zip(*(_Rough.of(x, dtype) for x in exact), strict=True)))
             for part in parts:
                 if part.dtype == dtype:
-                    part.offer(rough, first, group)
+                    part.offer(rough, first, count, group)
 
 
 @dataclass
@@ -159,23 +164,23 @@ class _Tile:
         self.peaks = self.queries.new_full((len(self.queries), self.k), -math.inf)
         self.error = torch.zeros((), dtype=self.queries.dtype, device=self.queries.device)
 
-    def offer(self, rows: _Rough, first: int, group: int) -> None:
-        """Take the candidates among bank rows [C, D], which start at row ``first``."""
+    def offer(self, rows: _Rough, first: int, count: int, group: int) -> None:
+        """Take the candidates among ``count`` bank rows from ``first`` on, in the order of :func:`_spread`."""
         cosines = self.rough.products(rows)
-        if len(rows.values) % group:
-            cosines = F.pad(cosines, (0, group - len(rows.values) % group), value=-math.inf)
-        grouped = cosines.view(len(cosines), group, -1)  # a group: every (C / group)-th column
-        peaks = grouped.amax(1) * self.rough.scale
+        if count % group:
+            cosines[:, _spread(count, group, cosines.device) >= count] = -math.inf
+        grouped = cosines.view(len(cosines), -1, group)
+        peaks = grouped.amax(2) * self.rough.scale
         self.peaks = torch.cat([self.peaks, peaks], dim=1).topk(self.k).values
         self.error = torch.maximum(self.error, self._bound(rows.error.max()))
         least = self._threshold()
         query, column = (peaks >= least[:, None]).nonzero(as_tuple=True)
-        members = grouped[query, :, column]  # [H, group]
+        members = grouped.flatten(0, 1).index_select(0, query * grouped.shape[1] + column)  # [H, group]
         if self.dtype == torch.int8:
             members = members * self.rough.scale[query]
         near = (members >= least[query, None]) & (members > -math.inf)
         hit, place = near.nonzero(as_tuple=True)
-        self.found.append((query[hit], first + place * grouped.shape[2] + column[hit], members[hit, place]))
+        self.found.append((query[hit], first + place * grouped.shape[1] + column[hit], members[hit, place]))
         self._compact()
 
     def ranked(self, bank: Bank) -> tuple[Tensor, Tensor]:
@@ -219,6 +224,14 @@ class _Tile:
             best = _best(query, cosine, max(self.k, _CANDIDATES // 2), len(self.queries))
             query, row, cosine = query[best], row[best], cosine[best]
         self.found = [(query, row, cosine)]
+
+
+def _spread(count: int, group: int, device: torch.device) -> Tensor:
+    """``count`` numbers (and some more, to whole groups) so ordered that each ``group`` in a row comes from all over.
+
+    Rows of one class often stand together, and of a group the largest cosine alone raises the threshold.
+    """
+    return torch.arange(-(-count // group) * group, device=device).view(group, -1).T.reshape(-1)
 
 
 def _best(query: Tensor, cosine: Tensor, most: int, count: int) -> Tensor:
