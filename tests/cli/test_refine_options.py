@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.training.recipes import REFINE_RECIPES
 from mim_refiner.training.refine import START_SHARE, start_share
 
@@ -122,3 +123,32 @@ def test_images_on_the_device_refine_as_others_do(mae, unlabelled, cli, tmp_path
     logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("on", "off")]
     first = [json.loads(log[0])["loss"] for log in logs]
     assert first[0] == pytest.approx(first[1], rel=1e-3)  # crops differ by roundings
+
+
+def test_anchor_adapter_guidance_and_temperatures_in_one_run(cli, mae, shapes, tmp_path):
+    out = tmp_path / "run"
+    chosen = ("anchor.weight=10", "adapter=lora", "lora.rank=2", "guidance=restrict", "sweep.temperatures=[0.1,0.5]")
+    arguments = [*cli.refine(shapes, mae.export, out), *(word for each in chosen for word in ("--set", each))]
+    outcome = cli.call(*arguments)
+    assert outcome.code == 0, outcome.err
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["dense"]["measure"] == "patch_agreement"
+    assert summary["verdict"]["dense"] == summary["dense"]["reason"]
+    assert summary["dense"]["reason"] in (out / "report.html").read_text()
+    sweep = summary["temperature_sweep"]
+    assert json.loads((out / "temperature_sweep.json").read_text()) == sweep
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["heads"]["temperature"] == sweep["temperature"]
+    assert sweep["reason"] in outcome.err
+    assert "adapter: LoRA of rank 2" in outcome.err
+    merged = load_backbone(str(out / "export")).model.state_dict()
+    for name, tensor in load_backbone(str(out / "adapter")).model.state_dict().items():
+        torch.testing.assert_close(tensor, merged[name], rtol=0, atol=1e-6, msg=name)
+    assert cli.call(*arguments).code == 0  # a finished run goes on with the temperature it has
+
+
+def test_guidance_without_labels_stops_before_anything_is_written(cli, mae, unlabelled, tmp_path):
+    arguments = [*cli.refine(unlabelled, mae.export, tmp_path / "run"), "--set", "guidance=prefer"]
+    outcome = cli.call(*arguments)
+    assert outcome.code == 2
+    assert "guidance=prefer needs some; give labelled images, or leave guidance out" in outcome.err
+    assert not (tmp_path / "run").exists()
