@@ -15,7 +15,7 @@ from mim_refiner.report.numbers import duration
 from mim_refiner.training.recipe import override
 from mim_refiner.training.recipes import demo
 
-FAST, TWO_OLD_CORES, CRAWLING = Costs(0.1, 0.2, 0.0002), Costs(0.4, 1.2, 0.0007), Costs(8.0, 20.0, 0.01)
+FAST, TWO_OLD_CORES, CRAWLING = Costs(0.05, 0.1, 0.0002), Costs(0.2, 0.4, 0.0007), Costs(8.0, 20.0, 0.01)
 
 
 def planned(costs: Costs, seconds: float = 240) -> Plan:
@@ -101,7 +101,7 @@ def test_the_plan_is_said_with_its_distance_from_the_full_recipe() -> None:
     draws = (plan.warmup_epochs + plan.refinement_epochs) * 23 * 128
     first, second = plan_lines(plan, recipe, 3000, 1_600_000)
     assert f"about {duration(plan.seconds)}" in first
-    assert f"{plan.refinement_epochs} of refinement on 3,000 images" in first
+    assert f"{plan.refinement_epochs} of refinement on 3,000 images (the first 8 blocks stay frozen)" in first
     assert f"{draws:,} images, {100 * draws / 1_600_000:.1f}% of the 1,600,000" in second
     assert recipe.refinement.max_seconds == pytest.approx(plan.refinement_limit, abs=0.1)
 

@@ -12,7 +12,7 @@ from typing import Any
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.refine import refine_and_compare
 from mim_refiner.commands.time_box import Plan, affordable_test_images, fit, measure, seconds_an_image
-from mim_refiner.core.collectives import decide_on_rank_0
+from mim_refiner.core.collectives import decide_on_rank_0, is_distributed
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.launch import join_processes
 from mim_refiner.core.run import Run
@@ -56,6 +56,8 @@ def demo(
         run = Run(join_processes(pick_device(device), reporter), seed=seed)
         recorded = decide_on_rank_0(lambda: _recipe_of(out))
         recipe = refine_recipe(recorded or "demo", image_size=32)
+        if is_distributed():  # a view pool belongs to one process
+            recipe = override(recipe, ["view_pool=0"])
         run = replace(run, precision=resolve_precision(recipe.precision, run.device))
         made = json.loads((assets / "weights.json").read_text())
 
@@ -103,8 +105,8 @@ def plan_lines(plan: Plan, recipe: RefineRecipe, images: int, full_draws: int) -
     draws = steps * recipe.batch_size
     return [
         f"plan: about {duration(plan.seconds)} from here on: {recipe.warmup.epochs} epochs of head warm-up and "
-        f"{recipe.refinement.epochs} of refinement on {images:,} images, then three encoders compared on "
-        f"{plan.test_images:,} test images",
+        f"{recipe.refinement.epochs} of refinement on {images:,} images (the first {recipe.frozen_blocks} blocks stay "
+        f"frozen), then three encoders compared on {plan.test_images:,} test images",
         f"the live run draws {draws:,} images, {draws / full_draws:.1%} of the {full_draws:,} of the shipped full "
         "refinement; --minutes gives it more",
     ]

@@ -82,12 +82,13 @@ def tiny() -> RefineRecipe:
 
 
 def demo() -> RefineRecipe:
-    """``tiny`` for a few CPU minutes on the demo's 3,000 images."""
+    """``tiny`` for few CPU minutes and 3,000 images: the last third of 12 blocks learns, on a pool of views."""
     recipe = tiny().model_copy(update={"name": "demo", "precision": "fast", "knn_every": 0})
     recipe.batch_size = 128
     recipe.heads.queue_size = 2048
+    recipe.frozen_blocks, recipe.view_pool = 8, 3
     recipe.warmup = Phase(epochs=4, base_lr=2e-3, warmup_epochs=0.5)
-    recipe.refinement = Phase(epochs=12, base_lr=4e-3, warmup_epochs=1, top_k=20, layer_decay=0.9)
+    recipe.refinement = Phase(epochs=6, base_lr=4e-3, warmup_epochs=1, top_k=20, layer_decay=0.9)
     return recipe
 
 
