@@ -78,7 +78,7 @@ def trained(encoder: str, run: str, model: str, data: str, bank: str, out: Path,
     images = f"{data}[:{count // FEW}]" if run == "few images" else data
     folder = out / encoder / run.replace(" ", "_")
     refine(data=images, model=model, out=str(folder), recipe="tiny", settings=[*PLAIN, *RUNS[run]], device="cpu",
-           eval_data=f"{bank}[::10]", reporter=reporter)  # fmt: skip
+           eval_data=bank.partition("[")[0] + "[::50]", reporter=reporter)  # fmt: skip
     return str(folder / "export")
 
 
