@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 
 from mim_refiner.cli.tables import print_first_screen
+from mim_refiner.report.numbers import metric_rows, verdict_view
+from mim_refiner.report.run_files import RunFiles
 from mim_refiner.report.tables import (
     comparison_rows,
     demo_sentence,
@@ -27,7 +30,7 @@ def summary():
             "reason": "k-NN accuracy rose.",
             "knn_difference": 0.052,
             "ci95": [0.03, 0.074],
-            "full": {"verdict": "better", "knn_difference": 0.25, "ci95": [0.22, 0.28]},
+            "full": {"verdict": "better", "reason": "It rose.", "knn_difference": 0.25, "ci95": [0.22, 0.28]},
         },
         "seconds": {"refine": 200.0},
     }
@@ -69,6 +72,15 @@ def test_the_first_screen_of_the_demo_is_one_sentence_and_one_table(summary, wor
     assert [line.split("  ")[0] for line in table] == ["encoder", "start", "live run", "full refinement"]
     assert re.split(" {2,}", table[-1]) == ["full refinement", "55.0 (+25.0; +22.0 to +28.0)", "70.0 (+20.0)", "-"]
     assert max(map(len, table)) <= 80
+
+
+def test_the_report_begins_with_the_same_sentence_and_encoders(summary):
+    run = RunFiles(path=Path("demo-out"), name="demo-out", summary=summary)
+    assert verdict_view(run)["reason"] == demo_sentence(summary)
+    assert verdict_view(run)["further"] == []
+    table = metric_rows(run)
+    assert [title for _, title in table["stages"]] == ["start", "live run", "full refinement"]
+    assert [cell["change_interval"] for cell in table["rows"][0]["cells"]] == [None, "+3.0 to +7.4", "+22.0 to +28.0"]
 
 
 @pytest.fixture

@@ -78,7 +78,8 @@ def demo(
             least = LEAST_SHARE * 60 * minutes  # where the timing alone took the time
             plan = fit(max(seconds_left(), least), costs, recipe, images=len(images), bank=len(images), test=count)
             settings = [*plan.settings(), *(SMOKE_SETTINGS if smoke else [])]
-            for line in plan_lines(plan, override(recipe, settings), len(images), made["refined"]["draws"]):
+            lines = plan_lines(plan, override(recipe, settings), len(images), made["refined"]["draws"])
+            for line in ["smoke: an epoch of both phases, a few images"] if smoke else lines:
                 reporter.message(line)
         summary = refine_and_compare(
             data=data,
