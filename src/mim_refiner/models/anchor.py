@@ -23,7 +23,7 @@ class DenseAnchor(nn.Module):
     def __init__(self, backbone: Backbone, blocks: Sequence[int]) -> None:
         super().__init__()
         self.start = copy.deepcopy(backbone).requires_grad_(False)
-        self.blocks = sorted(blocks)
+        self.blocks = sorted(backbone.resolve_blocks(blocks))
         self.train(False)
 
     def train(self, mode: bool = True) -> DenseAnchor:

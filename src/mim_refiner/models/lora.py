@@ -48,7 +48,7 @@ def add_lora(backbone: Backbone, targets: Sequence[str], rank: int, alpha: float
         chosen = [module for name, module in layers.items() if name.split(".")[-1] == target]
         if not chosen:
             known = ", ".join(dict.fromkeys(name.split(".")[-1] for name in layers)) or "none"
-            raise InputError(f"lora.targets: no block has a linear layer {target!r}; it has {known}")
+            raise InputError(f"lora.targets: no block has a linear layer {target!r}; choose among {known}")
         for module in chosen:
             register_parametrization(module, "weight", LowRankChange(module.weight, rank, alpha))
 

@@ -20,9 +20,10 @@ def check_guidance(recipe: RefineRecipe, images: ImageSet) -> None:
 
 
 def guide_heads(refiner: Refiner, images: ImageSet, recipe: RefineRecipe, run: Run) -> None:
-    """Let every head look up with the labels that the recipe uses."""
+    """Let every head look up with the labels that the recipe uses, if it does."""
     check_guidance(recipe, images)
-    assert images.labels is not None
+    if recipe.guidance == "none" or images.labels is None:
+        return
     labels = known_labels(images.labels, recipe.guidance_share, run.seed).to(run.device)
     for block in refiner.blocks:
         refiner.head(block).queue.guide = Guide(labels, restrict=recipe.guidance == "restrict")

@@ -135,8 +135,7 @@ def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run)
     photometrics = photometrics_of(recipe, backbone.info)
     labels = loader.images.labels
     on_device = None if labels is None else torch.as_tensor(labels, device=run.device)
-    if recipe.guidance != "none":
-        guide_heads(refiner, loader.images, recipe, run)
+    guide_heads(refiner, loader.images, recipe, run)
     return Refinement(recipe, refiner, ema, loader, photometrics, run, on_device)
 
 
@@ -164,8 +163,7 @@ def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
     blocks = head_blocks(recipe, backbone.info.depth)
     refiner = Refiner(backbone, blocks, config, objective, pooling=heads.pooling, frozen_blocks=recipe.frozen_blocks)
     if recipe.anchor.weight:
-        last = recipe.anchor.blocks == "last"
-        refiner.anchor = DenseAnchor(backbone, [backbone.info.depth - 1] if last else refiner.blocks)
+        refiner.anchor = DenseAnchor(backbone, {"last": [-1], "heads": refiner.blocks}[recipe.anchor.blocks])
     if recipe.micro_batch is not None:
         refuse_batch_dependent(refiner)
     return refiner
@@ -173,10 +171,9 @@ def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
 
 def objective_of(recipe: RefineRecipe) -> tuple[HeadConfig, Objective]:
     """Sizes of a head, and its loss."""
-    heads = recipe.heads
-    config = HeadConfig(heads.projector_hidden, heads.predictor_hidden, heads.out_dim, heads.queue_size)
-    swaps = heads.swap_negatives, heads.swap_positive
-    return config, Objective(heads.temperature, heads.view_pairing, NUM_GLOBAL, *swaps)
+    h = recipe.heads
+    config = HeadConfig(h.projector_hidden, h.predictor_hidden, h.out_dim, h.queue_size)
+    return config, Objective(h.temperature, h.view_pairing, NUM_GLOBAL, h.swap_negatives, h.swap_positive)
 
 
 def view_specs(recipe: RefineRecipe) -> list[ViewSpec]:
