@@ -164,7 +164,7 @@ def attentive_protocol(
                 dim, queries = store[blocks[0]].shape[2], settings.queries if pooler == "ep" else 1
                 if dim % settings.value_divisor:
                     raise InputError(
-                        f"attentive.value_divisor {settings.value_divisor} does not divide the width {dim}; use 1, 2 or 4"
+                        f"attentive.value_divisor {settings.value_divisor} does not divide the width {dim}; use 1"
                     )
                 made = AttentiveProbe(blocks, dim, classes, queries, settings, run.seed)
                 probes[blocks, pooler] = made.to(run.device)
