@@ -127,6 +127,26 @@ def test_mean_and_std_of_the_preprocessor(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("kind", ["VitPoseBackbone", "ViTMSN"])
+def test_other_vits_of_masked_pretraining(tmp_path: Path, kind: str) -> None:
+    size, name = ((64, 48), "VitPoseBackbone") if kind == "VitPoseBackbone" else ((64, 64), "ViTMSNModel")
+    made = getattr(transformers, f"{kind}Config")(
+        hidden_size=24, num_attention_heads=3, num_hidden_layers=2, intermediate_size=48, patch_size=16,
+        image_size=list(size), layer_norm_eps=1e-4,
+    )  # fmt: skip
+    model = getattr(transformers, name)(made).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path)
+    backbone, images = load_backbone(tmp_path), torch.randn(2, 3, *size)
+    assert (backbone.info.coverage, backbone.info.num_heads, backbone.info.image_size) == (1.0, 3, size)
+    with torch.no_grad():
+        for got, wanted in zip(tokens(backbone, images), hidden(model, images, 16), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
 def test_dinov2_with_swiglu(tmp_path: Path) -> None:
     """The giant DINOv2's MLP."""
     config = transformers.Dinov2Config(

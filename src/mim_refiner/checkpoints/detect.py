@@ -129,7 +129,7 @@ def _label(section: str, prefix: str) -> str:
     for part in reversed([*section.split("."), *prefix.split(".")]):
         if "ema" in _words(part):
             return "ema"
-        if part not in _UNTELLING:
+        if part not in _UNTELLING and not part.isdigit():
             return part
     return "model"
 

@@ -50,6 +50,7 @@ FAMILIES: tuple[Family, ...] = (
     prithvi.FAMILY,
     mae_pytorch.FAMILY,
     vitpose.FAMILY,
+    vitpose.HF,
     hf_data2vec_vision.FAMILY,
     hf_beit.FAMILY,
     hf_dinov2.FAMILY,

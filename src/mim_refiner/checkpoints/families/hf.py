@@ -38,13 +38,11 @@ _COMMON: list[tuple[Template, str]] = [
 _OLD_QKV = tuple(f"{_OLD}attention.attention.{name}." for name in ("query", "key", "value"))
 _NEW_QKV = tuple(f"{_NEW}attention.{name}_proj." for name in "qkv")
 
-VIT_KEYS = KeyMap(
-    [
-        *_COMMON,
-        (tuple(name + "{p}" for name in _OLD_QKV), "blocks.{i}.attn.qkv.{p}"),
-        (tuple(name + "{p}" for name in _NEW_QKV), "blocks.{i}.attn.qkv.{p}"),
-    ]
-)
+VIT_RULES = [
+    *_COMMON,
+    *((tuple(name + "{p}" for name in qkv), "blocks.{i}.attn.qkv.{p}") for qkv in (_OLD_QKV, _NEW_QKV)),
+]
+VIT_KEYS = KeyMap(VIT_RULES)
 _TABLE = "relative_position_bias.relative_position_bias_table"
 BEIT_KEYS = KeyMap(
     [

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: ViTMAE, and ViT, which has the same encoder. Encoder only or with decoder."""
+"""Hugging Face transformers: ViTMAE, and ViT and ViTMSN, which have the same encoder. Encoder only or with decoder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mim_refiner.types import BackboneInfo
 
 
 def matches(view: View) -> bool:
-    """A ViT with class token and all three biases; a config.json, if any, says vit_mae or vit."""
-    known = hf.is_kind(view, "vit_mae") or hf.is_kind(view, "vit")
+    """A ViT with class token and all three biases; a config.json, if any, says vit_mae, vit or vit_msn."""
+    known = any(hf.is_kind(view, kind) for kind in ("vit_mae", "vit", "vit_msn"))
     return known and "embeddings.cls_token" in view.tensors and not hf.has_query_bias_only(view)
 
 

@@ -225,6 +225,7 @@ def table_grid(
     Raises CheckpointError where nothing tells, and where the square is no better than other shapes.
     """
     patch, in_chans = pixels
+    known_size = known
     known, told, wished = (
         None if size is None else (size[0] // patch[0], size[1] // patch[1])
         for size in (known, wishes.told_size, wishes.image_size)
@@ -254,11 +255,27 @@ def table_grid(
                 )
             note = f"{GUESS}images of {size} px in training, since {side * side} positions make a square; pass "
             return (side, side), prefix, [f"{note}image_size= if not"] if side > 1 else []
+    for pixels_told in filter(None, (known_size, wishes.told_size)):
+        if stride := _overlap(pixels_told, patch, length - num_prefix):
+            shown = f"{pixels_told[0]}x{pixels_told[1]} px, every {stride} px"
+            raise CheckpointError(
+                f"{where}: its {length - num_prefix} positions are those of overlapping patches ({shown}), which no "
+                "encoder here has; give one whose patches lie side by side"
+            )
     raise CheckpointError(
         f"{where}: the position table has {length} entries, no square grid; pass its image_size=(height, width) in "
         f"pixels (behind the file: FILE::image_size=HEIGHTxWIDTH), a multiple of {patch[0]}x{patch[1]} with "
         f"{length - num_prefix} positions"
     )
+
+
+def _overlap(size: tuple[int, int], patch: tuple[int, int], positions: int) -> int:
+    """The stride of patches that overlap (spectrogram transformers), 0 if none explains the number of positions."""
+    for stride in range(1, min(patch)):
+        rows, columns = ((side - length) // stride + 1 for side, length in zip(size, patch, strict=True))
+        if rows * columns == positions:
+            return stride
+    return 0
 
 
 def _is_doubtful(side: int, patch: tuple[int, int], in_chans: int) -> bool:
