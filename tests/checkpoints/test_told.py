@@ -67,9 +67,7 @@ def test_the_arguments_tell_the_size(tmp_path: Path, vit_state: State, said: Any
 def test_overlapping_patches_are_named(tmp_path: Path, vit_state: State) -> None:
     state = vit_state | {"pos_embed": torch.zeros(1, 1 + 5 * 9, 32)}
     torch.save({"model": state, "args": {"target_length": 56, "num_mel_bins": 32}}, tmp_path / "x.pth")
-    with pytest.raises(
-        CheckpointError, match=r"45 positions are those of overlapping patches \(56x32 px, every 6 px\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"45 positions are .* overlapping patches \(56x32 px, every 6 px\)"):
         load_backbone(tmp_path / "x.pth", num_heads=4)
 
 

@@ -87,5 +87,7 @@ def test_doctor_names_a_set(cli, tmp_path: Path) -> None:
     arguments = ("doctor", "--data", tmp_path / "lines.npy", "--model", tmp_path / "start")
     found = cli.call(*arguments, "--json")
     assert found.code == 0, found.err
-    assert json.loads(found.out)["augmentations"]["domain"] == "spectrogram"
-    assert "--set domain=spectrogram" in cli.call(*arguments).out
+    told = json.loads(found.out)
+    assert told["augmentations"]["domain"] == "spectrogram"
+    assert not any("enlarged" in note for note in told["model"]["notes"])  # high to high, wide to wide
+    assert "--set domain=spectrogram --set normalization=data" in cli.call(*arguments).out

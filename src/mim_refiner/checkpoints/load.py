@@ -258,7 +258,7 @@ def _notes(diagnosis: Diagnosis, info: BackboneInfo, unplaced: list[str]) -> tup
         others = ", ".join(label for label in diagnosis.encoders if label != diagnosis.view.label)
         notes.append(f"this is the encoder '{diagnosis.view.label}'; the file also holds {others}: choose by --encoder")
     if converted.num_heads == 0:
-        notes.append("the file does not tell the number of attention heads; pass num_heads= (--num-heads) to load it")
+        notes.append("the file does not tell the number of attention heads; pass num_heads= to load it")
     if unplaced:
         notes.append(f"{len(unplaced)} tensors have no place in the encoder: {some(unplaced)}")
     notes.append(f"positions at other image sizes: {RULES[info.position_rule]}")

@@ -130,7 +130,9 @@ def guesses(converted: Converted, contents: Contents, channels: int) -> tuple[st
         shown = " ".join(f"{value:g}" for value in converted.mean)
         return (f"{GUESS}mean ({shown}) and std of the family, since there is no preprocessor_config.json",)
     named = "ImageNet's" if channels == 3 else f"ImageNet's, for {channels} channels"
-    return (f"{GUESS}mean and std ({named}), which nothing tells; mean: and std: of a key map say others",)
+    return (
+        f"{GUESS}mean and std ({named}), which nothing tells; refine with normalization=data, or say them by a key map",
+    )
 
 
 def _numbers(values: Any) -> bool:

@@ -162,7 +162,8 @@ def _suggested(found: Scan, source: ImageSource, channels: int) -> dict[str, Any
     aspect = float(np.median(found.sizes.max(1) / found.sizes.min(1)))
     white = float((found.thumbs.min(axis=-1) >= WHITE).mean())
     name = suggest_domain(1 if colourless else channels, 8 * first.dtype.itemsize, aspect, white)
-    return {"domain": name, "why": DOMAINS[name].reason, "use": f"refine --set domain={name}"}
+    moments = "" if channels == 3 else " --set normalization=data"
+    return {"domain": name, "why": DOMAINS[name].reason, "use": f"refine --set domain={name}{moments}"}
 
 
 def _classes(source: ImageSource) -> dict[str, Any] | None:

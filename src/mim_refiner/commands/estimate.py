@@ -7,6 +7,7 @@ import os
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from mim_refiner.checkpoints.load import inspect_checkpoint
@@ -111,12 +112,12 @@ def _space(backbone: Backbone, recipe: RefineRecipe, images: int, device: torch.
 
 def _fit_notes(backbone: Backbone, found: Scan, images: int, recipe: RefineRecipe) -> list[str]:
     notes = []
-    size = max(backbone.info.image_size)
     if len(found.sizes):
-        median = sorted(found.sizes.min(axis=1).tolist())[len(found.sizes) // 2]
-        if median < size / 2:
+        shares = np.median((found.sizes / backbone.info.image_size[::-1]).min(axis=1))  # width to width
+        if shares < 0.5:
+            size = "x".join(map(str, backbone.info.image_size))
             notes.append(
-                f"images of about {median} px are enlarged to {size} px: they show less than the encoder expects"
+                f"images are enlarged {1 / shares:.1f} times to {size} px: they show less than the encoder expects"
             )
     if images < recipe.batch_size:
         notes.append(f"batch_size {recipe.batch_size} is larger than the {images} images; set a smaller one")
