@@ -204,3 +204,10 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
+
+
+def name_of(given: object) -> str:
+    """What messages and recipes call data or a model: its path, or the kind of object that a program gave."""
+    if isinstance(given, str | os.PathLike):
+        return os.fsdecode(os.fspath(given))
+    return getattr(getattr(given, "info", None), "source", "") or f"{type(given).__name__} in memory"

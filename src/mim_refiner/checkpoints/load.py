@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 import os
 import warnings
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim_refiner.checkpoints.accounting import Diagnosis, coverage, fates, some
 from mim_refiner.checkpoints.build import adapt_channels, build, shapes_only, untouched_random_state
@@ -27,7 +29,7 @@ from mim_refiner.checkpoints.resolve import read_source
 from mim_refiner.checkpoints.store import one_line
 from mim_refiner.checkpoints.told import guesses, told, with_own_facts
 from mim_refiner.errors import CheckpointError, InputError, MimRefinerError
-from mim_refiner.files import reading
+from mim_refiner.files import name_of, reading
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import RULES
 from mim_refiner.types import BackboneInfo, CheckpointReport, TensorRecord
@@ -41,7 +43,7 @@ class PartialCheckpointWarning(UserWarning):
 
 
 def load_backbone(
-    source: str | Path,
+    source: str | Path | nn.Module,
     *,
     image_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
@@ -53,7 +55,7 @@ def load_backbone(
     """Load an encoder, in eval mode, float32, on the CPU.
 
     ``source``: a checkpoint file, a timm or Hugging Face folder, a run folder with export/, a timm model name with its
-    weights tag ("vit_base_patch16_224.mae"), or "hf-hub:owner/name".
+    weights tag ("vit_base_patch16_224.mae"), or "hf-hub:owner/name"; or a timm module or Backbone, which is copied.
     ``image_size`` (pixels; default: that of the file's position table) resizes the table by the family's own rule
     (``info.position_rule``). ``num_heads`` is needed for files of non-standard width: weights do not tell it.
     ``in_chans`` other than the file's adapts the first convolution. ``encoder`` chooses one of several in the file
@@ -65,6 +67,8 @@ def load_backbone(
     Raises CheckpointError (unreadable, unsafe, unknown, incomplete, non-finite) and InputError (unusable argument, or
     one that is needed).
     """
+    if isinstance(source, nn.Module):
+        return _held(source, _pair(image_size))
     bare, wishes, key_map = _merge(source, Wishes(_pair(image_size), num_heads, in_chans, encoder), key_map)
     found = _examine(bare, wishes, key_map)
     if found.problem is not None and (strict or not found.is_gap):
@@ -89,6 +93,19 @@ def load_backbone(
         if note.startswith(GUESS) and os.environ.get("RANK", "0") == "0":
             _LOGGER.warning("note: %s: %s", bare, note)
     return backbone.eval()
+
+
+def _held(given: nn.Module, image_size: tuple[int, int] | None) -> Backbone:
+    """A copy of an encoder that a program holds: a Backbone, or a timm module, which loses its classifier."""
+    model = copy.deepcopy(given)
+    if not isinstance(model, Backbone):
+        with contextlib.suppress(Exception):  # what has none keeps what it has
+            model.reset_classifier(0)  # type: ignore[operator]
+        facts = getattr(model, "pretrained_cfg", None) or {}
+        model = Backbone.wrap(model, mean=facts.get("mean"), std=facts.get("std"), source=name_of(given))
+    if image_size is not None:
+        model.set_image_size(image_size)
+    return model.float().cpu().eval()
 
 
 def inspect_checkpoint(

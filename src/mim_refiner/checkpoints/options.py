@@ -40,6 +40,8 @@ def split_options(source: str | Path) -> tuple[str, SourceOptions]:
 
     A file whose name contains the mark is taken literally.
     """
+    if not isinstance(source, str | Path):
+        raise InputError(f"model is a {type(source).__name__}; give a path, a model name, a timm module or a Backbone")
     text = str(source)
     bare, mark, listed = text.rpartition(_MARK)
     if not mark or "=" not in listed or _exists(text):

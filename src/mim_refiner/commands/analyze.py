@@ -36,7 +36,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.errors import DataError, InputError, did_you_mean
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import Features
-from mim_refiner.files import write_json
+from mim_refiner.files import name_of, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.analysis_figures import atlas_map, head_behaviour, regimes_plot, similarity_map
 from mim_refiner.report.figures import block_curves
@@ -47,10 +47,10 @@ PARTS = ("atlas", "verdict", "readout", "similarity", "reconstruction", "heads")
 
 def analyze(
     *,
-    model: str,
-    data: str,
+    model: Any,
+    data: Any,
     out: str,
-    compare: str | None = None,
+    compare: Any = None,
     test: str | None = None,
     parts: Sequence[str] = PARTS,
     cache: str | None = None,
@@ -74,7 +74,7 @@ def analyze(
         raise InputError(f"parts: {named}; choose from {', '.join(PARTS)}")
     run = Run(pick_device(device), seed=seed, reporter=reporter)
     models = {"before": load_backbone(model)}
-    if compare:
+    if compare is not None:
         models["after"] = load_backbone(compare)
     train = open_images(data, reporter, channels=models["before"].info.in_chans)
     held_out = open_images(test, reporter, channels=train.channels) if test else None
@@ -86,7 +86,13 @@ def analyze(
         + ", ".join(f"{name} {text}" for name, text in samples.described().items() if name != "labels")
         + ("" if samples.labelled else "; no labels: neighbour consistency stands in for k-NN accuracy")
     )
-    analysis = _Analysis(models, {"before": model, "after": compare or ""}, samples, run, Path(out))
+    analysis = _Analysis(
+        models,
+        {"before": name_of(model), "after": "" if compare is None else name_of(compare)},
+        samples,
+        run,
+        Path(out),
+    )
     for part in PARTS:
         if part in parts:
             analysis.do(part)

@@ -21,7 +21,7 @@ from mim_refiner.data.exclude import list_lines
 from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.labels import printable
 from mim_refiner.data.sources import ImageSource, open_source
-from mim_refiner.files import write_bytes, write_json
+from mim_refiner.files import name_of, write_bytes, write_json
 from mim_refiner.reporting import NullReporter, Reporter
 from mim_refiner.training.domains import DOMAINS, suggest_domain
 
@@ -31,9 +31,9 @@ WHITE = 230  # of 255: paper
 
 def doctor(
     *,
-    data: str,
+    data: Any,
     model: str | None = None,
-    test: str | None = None,
+    test: Any = None,
     out: str | None = None,
     recipe: str | None = None,
     device: str = "auto",
@@ -198,11 +198,12 @@ def _row(finding: Finding) -> dict[str, Any]:
     }
 
 
-def _list_text(data: str, findings: Sequence[Finding]) -> bytes:
+def _list_text(data: object, findings: Sequence[Finding]) -> bytes:
     """One line an image to leave out."""
     reasons: dict[tuple[int, str], list[str]] = {}
     for finding in findings:
         if finding.exclude:
             reasons.setdefault((finding.index, finding.name), []).append(f"{finding.kind} {finding.detail}".strip())
-    head = f"# images to leave out of {printable(data)}; for: mim-refiner refine --exclude\n# number, name, reason\n"
+    head = f"# images to leave out of {printable(name_of(data))}; for: mim-refiner refine --exclude\n"
+    head += "# number, name, reason\n"
     return head.encode() + list_lines((*image, "; ".join(why)) for image, why in reasons.items())

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from mim_refiner._version import __version__
 from mim_refiner.checkpoints.load import load_backbone
@@ -17,7 +21,7 @@ from mim_refiner.errors import InputError, MimRefinerError
 from mim_refiner.evaluation.embedding import FeatureSpec, compute_parts
 from mim_refiner.evaluation.feature_files import assemble, check_ending, class_list, rows_file
 from mim_refiner.evaluation.feature_parts import PartFolder, read_json, refuse_difference
-from mim_refiner.files import write_json
+from mim_refiner.files import name_of, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import NullReporter, Reporter
 from mim_refiner.types import ImageSize, side_or_pair
@@ -27,9 +31,9 @@ LISTED_UNREADABLE = 5  # in messages; the manifest has them all
 
 def embed(
     *,
-    model: str,
-    data: str,
-    out: str,
+    model: Any,
+    data: Any,
+    out: str | None = None,
     block: int = -1,
     pooling: str | None = None,
     norm: bool = False,
@@ -42,6 +46,10 @@ def embed(
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Write the features of every image of ``data`` to ``out`` (.parquet, .npy or .safetensors), one row an image.
+
+    Without ``out`` nothing is written: the result holds "features" [n, D], and of each row the image's number
+    ("indices") and class ("labels", None without). ``data`` is a path or what a program holds (an array, a list of
+    pictures, a torch or Hugging Face data set), ``model`` a source of load_backbone.
 
     ``block``: negative numbers count from the last. ``pooling``: "cls", "mean" of the patch tokens, or "patches" (all
     of them, [N, D] a row); None: what the encoder's authors pool by, mostly cls. ``norm`` applies the encoder's
@@ -56,7 +64,7 @@ def embed(
     replaces it).
     """
     reporter = reporter or NullReporter()
-    path = Path(out).expanduser()
+    path = None if out is None else Path(out).expanduser()
     _check_arguments(path, precision)
     torch_device = pick_device(device)
     backbone = load_backbone(model)
@@ -74,6 +82,8 @@ def embed(
     source.stream()
     images = ImageSet(source, cache=False, channels=backbone.info.in_chans)
     announce(source, reporter)
+    if path is None:
+        return _in_memory(backbone, images, spec, torch_device, reporter)
     settings = _settings(spec, backbone, images, torch_device.type)
     manifest_file = path.with_name(path.name + ".manifest.json")
     parts = PartFolder(path.with_name(path.name + ".parts"))
@@ -105,10 +115,33 @@ def embed(
     return _result(path, manifest_file, manifest, images_per_s=speed)
 
 
-def _check_arguments(path: Path, precision: str) -> None:
-    check_ending(path)
-    if path.is_dir():
-        raise InputError(f"--out {path}: is a folder; name a file in it")
+def _in_memory(
+    backbone: Backbone, images: ImageSet, spec: FeatureSpec, device: torch.device, reporter: Reporter
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = PartFolder(Path(scratch))
+        speed = compute_parts(backbone, images, spec, parts, device=device, reporter=reporter)
+        rows = list(parts.all())
+    reporter.done()
+    indices = np.concatenate([part.indices for part in rows])
+    return {
+        "features": np.concatenate([part.features for part in rows if part.features is not None]),
+        "indices": indices,
+        "labels": None if images.labels is None else images.labels[indices],
+        "class_names": images.class_names,
+        "block": spec.block,
+        "pooling": spec.pooling,
+        "norm": spec.norm,
+        "unreadable": images.unreadable,
+        "images_per_s": speed,
+    }
+
+
+def _check_arguments(path: Path | None, precision: str) -> None:
+    if path is not None:
+        check_ending(path)
+        if path.is_dir():
+            raise InputError(f"--out {path}: is a folder; name a file in it")
     if precision not in ("fp32", "bf16", "auto"):
         raise InputError(f"--precision {precision}: unknown; use fp32, bf16 or auto")
 
@@ -133,14 +166,14 @@ def _settings(spec: FeatureSpec, backbone: Backbone, images: ImageSet, device: s
     }
 
 
-def _facts(backbone: Backbone, model: str, data: str, images: ImageSet) -> dict[str, Any]:
+def _facts(backbone: Backbone, model: object, data: object, images: ImageSet) -> dict[str, Any]:
     info = backbone.info
     return {
-        "model": model,
+        "model": name_of(model),
         "family": info.family,
         "licence": info.licence,
         "depth": info.depth,
-        "data": data,
+        "data": name_of(data),
         "data_description": images.description,
         "data_facts": images.facts(),
         "classes": None if images.classes is None else class_list(images.classes),

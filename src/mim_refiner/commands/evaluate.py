@@ -32,7 +32,7 @@ from mim_refiner.evaluation.suite import (
     suite_protocols,
     suite_settings,
 )
-from mim_refiner.files import dotted, reading, write_bytes
+from mim_refiner.files import dotted, name_of, reading, write_bytes
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.tables import latex_table, markdown_table, results_rows
 from mim_refiner.reporting import NullReporter, Reporter
@@ -43,10 +43,10 @@ TRANSFER_PROTOCOLS = ("knn", "linear")  # unless protocols are named
 @together
 def evaluate(
     *,
-    model: str,
-    data: str,
+    model: Any,
+    data: Any,
     test: str | None = None,
-    compare: str | Sequence[str] | None = None,
+    compare: Any = None,
     suite: str | None = None,
     protocols: Sequence[str] | None = None,
     blocks: str = "-1",
@@ -83,11 +83,14 @@ def evaluate(
     options = _Options(blocks, pooling, norm, how, out if rank() == 0 else None, run, kept)
     if protocols is not None:
         check_protocols(protocols)
-    others = [compare] if isinstance(compare, str) else list(compare or ())
-    backbones = {source: load_backbone(source) for source in (model, *others)}
-    if len(backbones) <= len(others):
-        raise InputError("--compare names a model twice (or --model again); give different ones")
-    train = open_images(data, run.reporter, channels=backbones[model].info.in_chans)
+    others = list(compare) if isinstance(compare, list | tuple) else [] if compare is None else [compare]
+    backbones: dict[str, Backbone] = {}
+    for number, source in enumerate((model, *others)):
+        name = name_of(source)
+        if name in backbones and isinstance(source, str):
+            raise InputError("--compare names a model twice (or --model again); give different ones")
+        backbones[f"{name} {number}" if name in backbones else name] = load_backbone(source)
+    train = open_images(data, run.reporter, channels=backbones[name_of(model)].info.in_chans)
     held_out = open_images(test, run.reporter, channels=train.channels) if test else None
     if held_out is not None:
         check_pair(train, held_out, run.reporter)

@@ -34,7 +34,7 @@ def export(
     norm: bool | None = None,
     batch: str = "dynamic",
     image_size: int | None = None,
-    data: str | None = None,
+    data: Any = None,
     push_to_hub: str | None = None,
     private: bool = False,
     device: str = "auto",

@@ -39,7 +39,7 @@ MOST_HELD_OUT = 5000  # more would narrow the intervals by little
 SMALL_PIXELS = 64  # side in pixels up to which images count as small
 
 
-def open_images(spec: str, reporter: Reporter, *, channels: int = 3, exclude: str | None = None) -> ImageSet:
+def open_images(spec: Any, reporter: Reporter, *, channels: int = 3, exclude: str | None = None) -> ImageSet:
     """Open and, when they fit, decode all images but those listed in ``exclude``, for an encoder of ``channels``.
 
     Raises DataError.
@@ -50,7 +50,7 @@ def open_images(spec: str, reporter: Reporter, *, channels: int = 3, exclude: st
 
 
 def split_images(
-    spec: str, share: float, reporter: Reporter, *, seed: int, channels: int, exclude: str | None
+    spec: Any, share: float, reporter: Reporter, *, seed: int, channels: int, exclude: str | None
 ) -> tuple[ImageSet, ImageSet | None]:
     """Open images to train on and, where they have labels, a share of every class (5,000 at most) held out of them."""
     source = open_listed(spec, exclude)
@@ -70,7 +70,7 @@ def split_images(
     return ImageSet(train, channels=channels), ImageSet(test, channels=channels)
 
 
-def open_listed(spec: str, exclude: str | None) -> ImageSource:
+def open_listed(spec: Any, exclude: str | None) -> ImageSource:
     """The source without the images listed in ``exclude``."""
     source = open_source(spec)
     return source if exclude is None else without_listed(source, exclude)
@@ -143,9 +143,11 @@ def normalize_by(images: ImageSet, *backbones: Backbone) -> None:
         backbone.info = replace(backbone.info, mean=mean, std=std)
 
 
-def refuse_to_overwrite_inputs(out: str, overwrite: bool, **sources: str | None) -> None:
+def refuse_to_overwrite_inputs(out: str, overwrite: bool, **sources: Any) -> None:
     """Raise InputError when ``overwrite`` would delete a source, {option: path}, because it lies inside ``out``."""
     for option, source in sources.items() if overwrite else ():
+        if not isinstance(source, str):
+            continue
         path = Path(bare_source(source or "").removeprefix("local-dir:").partition("[")[0]).expanduser()
         if source and path.exists() and path.resolve().is_relative_to(Path(out).resolve()):
             flag = "--" + option.replace("_", "-")

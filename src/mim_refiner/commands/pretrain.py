@@ -36,7 +36,7 @@ from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import InputError
 from mim_refiner.export.timm import export_timm
-from mim_refiner.files import write_json
+from mim_refiner.files import name_of, write_json
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.reporting import NullReporter, Reporter
@@ -52,10 +52,10 @@ from mim_refiner.types import ImageSize, height_width
 @together
 def pretrain(
     *,
-    data: str,
+    data: Any,
     arch: str | None = None,
     out: str,
-    model: str | None = None,
+    model: Any = None,
     recipe: str | None = None,
     settings: list[str] | None = None,
     device: str = "auto",
@@ -84,9 +84,9 @@ def pretrain(
 
 
 def _pretrain(
-    data: str,
+    data: Any,
     arch: str | None,
-    model: str | None,
+    model: Any,
     out: str,
     recipe: str | None,
     settings: list[str],
@@ -101,6 +101,7 @@ def _pretrain(
     started = time.perf_counter()
     if (arch is None) == (model is None):
         raise InputError("pretrain needs --arch for a new encoder, or --model to go on from one; give one of them")
+    given = None if model is None else name_of(model)
     run = Run(join_processes(pick_device(device), reporter), seed=seed, reporter=reporter)
     images = open_images(data, reporter, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model)
@@ -119,7 +120,7 @@ def _pretrain(
     if chosen.compile:
         backbone.compile_blocks()
     torch.manual_seed(seed)
-    mae = make_autoencoder(encoder, chosen, model).to(run.device)
+    mae = make_autoencoder(encoder, chosen, given).to(run.device)
 
     view = ViewSpec("mae", size, scale=chosen.crop_scale, jitter_prob=0.0, gray_prob=0.0)
     loader = train_loader(images, [view], chosen, run)
@@ -127,13 +128,13 @@ def _pretrain(
     chosen, cost = pretrain_estimate(mae, chosen, loader, photometric, available_memory(memory_budget, run), run)
     if plan:
         return {"plan": cost.record()}
-    asked = {"command": "pretrain", "data": data, "arch": arch, "model": model, "model_sha256": weights, "seed": seed,
-             "exclude": exclude}  # fmt: skip
+    asked = {"command": "pretrain", "data": name_of(data), "arch": arch, "model": given, "model_sha256": weights,
+             "seed": seed, "exclude": exclude}  # fmt: skip
     folder = open_run(out, asked, chosen, images, overwrite=overwrite)
     skipped = list_skipped(images, folder, reporter)
     peak = peak_learning_rate(chosen.training.base_lr, chosen.batch_size)
     reporter.message(
-        f"{arch or model}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, {size} px, "
+        f"{arch or given}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, {size} px, "
         f"{len(images)} images, {chosen.training.epochs} epochs of {loader.steps_per_epoch} steps, {run.precision}; "
         f"learning rate base {chosen.training.base_lr:.3g}, peak {peak:.3g}"
     )
@@ -148,8 +149,8 @@ def _pretrain(
         return {}
 
     card: dict[str, Any] = {
-        "base": Path(model).name if model else "trained from scratch",
-        "data": f"{Path(data).name} ({len(images)} images)",
+        "base": Path(given).name if given else "trained from scratch",
+        "data": f"{Path(name_of(data)).name} ({len(images)} images)",
     }
     card["recipe"] = chosen.model_dump(mode="json")
     export_timm(backbone.to("cpu"), Path(out) / "export", card=card)
@@ -172,7 +173,7 @@ def make_monitor(backbone: Backbone, images: ImageSet, run: Run) -> OnlineKnn:
     return OnlineKnn(backbone, images, blocks=blocks, pooling=pooling, run=run)
 
 
-def start(arch: str | None, model: str | None, size: ImageSize, out: str) -> Backbone:
+def start(arch: str | None, model: Any, size: ImageSize, out: str) -> Backbone:
     """A new encoder ``arch``, or the one of ``model``. Raises InputError for a model that is no plain ViT."""
     if model is None:
         assert arch is not None

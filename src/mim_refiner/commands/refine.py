@@ -53,7 +53,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import GuardStopError, NonFiniteLossError
 from mim_refiner.export.adapter import write_adapter
 from mim_refiner.export.timm import export_timm
-from mim_refiner.files import write_json
+from mim_refiner.files import name_of, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.lora import adapted, lora_share, merge_lora
 from mim_refiner.models.refiner import Refiner
@@ -81,12 +81,12 @@ from mim_refiner.training.view_pool import refuse_pool
 
 def refine(
     *,
-    data: str,
-    model: str,
+    data: Any,
+    model: Any,
     out: str,
     recipe: str | None = None,
-    eval_data: str | None = None,
-    eval_test: str | None = None,
+    eval_data: Any = None,
+    eval_test: Any = None,
     head_blocks: str | None = None,
     settings: list[str] | None = None,
     device: str = "auto",
@@ -100,6 +100,7 @@ def refine(
 ) -> dict[str, Any]:
     """Refine the encoder ``model`` on the images ``data`` (labels optional) and compare it with what it was.
 
+    ``data``: a path or what :func:`mim_refiner.data.sources.open_source` takes; ``model``: a source of load_backbone.
     Head warm-up on the frozen encoder, then refinement (paper section 3.3). ``eval_data``/``eval_test``: labelled
     images to measure on; without them a part of ``data``, if it has labels, is held out for that (``hold_out`` of the
     recipe). The same call on the same folder resumes. ``head_blocks``: "auto" places the heads by measurement
@@ -133,12 +134,12 @@ def refine(
 @together
 def refine_and_compare(
     *,
-    data: str,
-    model: str,
+    data: Any,
+    model: Any,
     out: str,
     recipe: str | None,
-    eval_data: str | None,
-    eval_test: str | None,
+    eval_data: Any,
+    eval_test: Any,
     settings: list[str],
     device: str,
     seed: int,
@@ -175,7 +176,7 @@ def refine_and_compare(
     if plan:
         return run_plan(chosen, refiner, len(images), run, memory_budget, loader.cut_where)
     chosen = chosen if memory_budget is None else fit_into(chosen, refiner, memory_budget, run)
-    asked = {"command": "refine", "data": data, "model": model, "model_sha256": weights, "seed": seed,
+    asked = {"command": "refine", "data": name_of(data), "model": name_of(model), "model_sha256": weights, "seed": seed,
              "exclude": exclude}  # fmt: skip
     folder = open_run(out, asked, chosen, images, overwrite=overwrite)
     for name, record in found.items() if folder.writes else ():
@@ -195,7 +196,7 @@ def refine_and_compare(
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
     on = on if on.test is None else replace(on, test=thinned(on.test, from_rank_0(test_limit())))
     with results_folder(folder.path) as results:
-        summary = conclude(stages, on, chosen, results, f"{Path(data).name} ({len(images)} images)", run)
+        summary = conclude(stages, on, chosen, results, f"{Path(name_of(data)).name} ({len(images)} images)", run)
     if not folder.writes:  # the rest is rank 0's
         return {}
     spent = {"training": seconds, "total": time.perf_counter() - started}
@@ -234,9 +235,7 @@ def settle(
     return recipe, {name: record for name, record in found.items() if record is not None}
 
 
-def measure_on(
-    images: ImageSet, held_out: ImageSet | None, eval_data: str | None, eval_test: str | None, run: Run
-) -> Measured:
+def measure_on(images: ImageSet, held_out: ImageSet | None, eval_data: Any, eval_test: Any, run: Run) -> Measured:
     """The images to measure on: those given, else those held out of the training ``images``, else these themselves."""
     bank, test = evaluation_sets(images, eval_data, eval_test, run.reporter)
     on = measured(bank, held_out or test, given=eval_data is not None, run=run)
@@ -262,7 +261,7 @@ def online_knn(refinement: Refinement, bank: ImageSet) -> OnlineKnn | None:
 
 
 def trained(
-    refinement: Refinement, folder: RunFolder, monitor: OnlineKnn | None, model: str
+    refinement: Refinement, folder: RunFolder, monitor: OnlineKnn | None, model: Any
 ) -> tuple[dict[str, Backbone], GuardStopError | NonFiniteLossError | None]:
     """Train. Returns the encoder to keep as "after", and the error when the guard or the loss stopped the run.
 

@@ -135,6 +135,12 @@ def _decode_one(image: Image.Image, channels: int, reduction: Reduction | None) 
     return pixels, full or pixels.shape[:2]
 
 
+def pixels_of(image: Image.Image) -> NDArray[Any]:
+    """Upright pixels [H, W, C] of a picture in memory: of one channel where it is grey, else RGB."""
+    grey = image.mode in ("1", "L") or image.mode.startswith("I")
+    return _decode_one(image, 1 if grey else 3, None)[0]
+
+
 def orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (as stored) to 8; 1 where there is none or it cannot be read."""
     try:

@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mim_refiner.data.labels import printable, shown_names
 from mim_refiner.data.source_arrays import ArraySource
@@ -26,6 +27,7 @@ from mim_refiner.data.source_files import (
 )
 from mim_refiner.data.source_hub import PREFIX, download_dataset
 from mim_refiner.data.source_list import LIST_SUFFIXES, list_source
+from mim_refiner.data.source_objects import object_source
 from mim_refiner.data.source_parquet import ParquetSource, parquet_folder
 from mim_refiner.data.source_tar import TarSource
 from mim_refiner.errors import DataError, nearest_path
@@ -42,8 +44,8 @@ _MAX_FILES = 1_000_000  # that one pattern may name
 _SAME = {"val": "validation", "valid": "validation", "dev": "validation"}
 
 
-def open_source(spec: str | os.PathLike[str]) -> ImageSource:
-    """Open ``spec`` as an image source.
+def open_source(spec: Any) -> ImageSource:
+    """Open ``spec``, a path or what a program holds (data/source_objects.py), as an image source.
 
     A folder of images, of parquet files or of tar shards, a .txt/.csv list, .parquet, .tar, .npz or .npy, or
     ``hf:owner/name``; a glob pattern, ``{000..127}`` or a comma-separated list joins several. ``#train`` chooses the
@@ -52,7 +54,7 @@ def open_source(spec: str | os.PathLike[str]) -> ImageSource:
 
     Raises DataError (one line) when it is missing, empty, of an unknown kind, or damaged.
     """
-    source = _open(os.fsdecode(os.fspath(spec)))
+    source = _open(os.fsdecode(os.fspath(spec))) if isinstance(spec, str | os.PathLike) else object_source(spec)
     source.description = printable(source.description)
     return source
 

@@ -1,0 +1,152 @@
+"""Images that a Python program holds already: arrays, lists of pictures, torch and Hugging Face data sets."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mim_refiner.data.channels import is_pixels
+from mim_refiner.data.image_files import pixels_of
+from mim_refiner.data.labels import LabelProblem, Labels
+from mim_refiner.data.source_base import ImageSource, label_parts, short_hash
+from mim_refiner.data.source_files import image_files
+from mim_refiner.errors import DataError
+from mim_refiner.files import name_of
+
+ACCEPTED = (
+    "a path, an array [N, H, W, C], a list of PIL images, arrays or paths, a torch Dataset or a datasets.Dataset; with "
+    "labels: (images, labels)"
+)
+_SAMPLED = 16  # images that the fingerprint looks at
+_IMAGE_KEYS = ("image", "img", "pixel_values", "jpg", "png")
+_LABEL_KEYS = ("label", "labels", "fine_label")
+
+
+def object_source(given: Any) -> ImageSource:
+    """The images of a Python object as a source; DataError in one line for what is none."""
+    if isinstance(given, ImageSource):
+        return given
+    if isinstance(given, tuple) and len(given) == 2 and np.ndim(given[1]) == 1 and not isinstance(given[1], str):
+        return _of_images(given[0], list(given[1]))
+    return _of_images(given, None)
+
+
+def _of_images(given: Any, labels: Sequence[Any] | None) -> ImageSource:
+    if isinstance(given, list | tuple) and given and all(isinstance(each, str | os.PathLike) for each in given):
+        source: ImageSource = image_files([Path(each) for each in given])
+        if labels is not None:
+            source.read_labels(lambda: _labels(labels, len(source)))
+        return source
+    if not hasattr(given, "__getitem__") or not hasattr(given, "__len__") or isinstance(given, dict):
+        raise DataError(f"data is a {type(given).__name__}, which holds no images; give {ACCEPTED}")
+    if not len(given):
+        raise DataError(f"data is an empty {type(given).__name__}; give at least one image")
+    return ObjectSource(given, labels)
+
+
+class ObjectSource(ImageSource):
+    """Items of ``given`` by number: images, (image, label) or mappings with an image and perhaps a label.
+
+    Labels come from ``labels``, the object's ``targets`` or label column, or else from its items.
+    """
+
+    def __init__(self, given: Any, labels: Sequence[Any] | None) -> None:
+        self.given, self._lock = given, threading.Lock()
+        self.description = f"{name_of(given)} ({len(given)} images)"
+        first = self._item(0)
+        self._key = _found(first, _IMAGE_KEYS) if isinstance(first, dict) else None
+        if isinstance(first, dict) and self._key is None:
+            raise DataError(
+                f"{self.description}: no column {' or '.join(_IMAGE_KEYS[:2])} among {', '.join(first)}; rename one"
+            )
+        self.read(0)  # a wrong type is told at once
+        self.read_labels(lambda: _labels(self._raw_labels(first) if labels is None else labels, len(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def _item(self, index: int) -> Any:
+        with self._lock:  # few data sets are made for threads
+            return self.given[index]
+
+    def read(self, index: int) -> NDArray[Any] | bytes:
+        item = self._item(index)
+        image = item[str(self._key)] if isinstance(item, dict) else item[0] if isinstance(item, tuple | list) else item
+        if isinstance(image, Image.Image):
+            return pixels_of(image)
+        if isinstance(image, bytes):
+            return image
+        if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):  # an undecoded image of datasets
+            return bytes(image["bytes"])
+        pixels = np.asarray(image)
+        if hasattr(image, "detach") and pixels.ndim == 3:  # torch puts channels first
+            pixels = pixels.transpose(1, 2, 0)
+        if pixels.dtype == object or pixels.ndim not in (2, 3):
+            raise DataError(f"{self.description}: an item is a {type(image).__name__}, no image; give {ACCEPTED}")
+        if not is_pixels(pixels.dtype):
+            raise DataError(
+                f"{self.description}: images are {pixels.dtype}; give them as uint8 or uint16, before ToTensor and "
+                "Normalize"
+            )
+        return pixels
+
+    def name(self, index: int) -> str:
+        return f"[{index}]"
+
+    def fingerprint(self) -> str:
+        rows = np.unique(np.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).astype(int))
+        images = (self.read(int(row)) for row in rows)
+        return short_hash(["objects", len(self), *label_parts(self.classes), *map(_array, images)])
+
+    def _raw_labels(self, first: Any) -> Sequence[Any]:
+        """From the object where it has them all, else item by item."""
+        if isinstance(first, dict):
+            key = _found(first, _LABEL_KEYS) or ""
+            if not key:
+                raise LabelProblem(f"no column {' or '.join(_LABEL_KEYS[:2])}; give (images, labels)")
+            table = hasattr(self.given, "column_names")  # of the datasets library
+            column: Any = self.given[key] if table else [item[key] for item in self._all()]
+            names = getattr(self.given.features.get(key), "names", None) if table else None
+            return [names[value] for value in column] if names else list(column)
+        if not isinstance(first, tuple | list) or len(first) < 2:
+            raise LabelProblem("the items hold an image and no label; give (images, labels)")
+        targets, names = getattr(self.given, "targets", None), getattr(self.given, "classes", None)
+        values = [item[1] for item in self._all()] if targets is None or len(targets) != len(self) else list(targets)
+        if names is None or not all(isinstance(name, str) for name in names):
+            return values
+        return [names[int(value)] for value in values]
+
+    def _all(self) -> Sequence[Any]:
+        return [self._item(index) for index in range(len(self))]
+
+
+def _labels(values: Sequence[Any], count: int) -> Labels:
+    if len(values) != count:
+        raise LabelProblem(f"{count} images but {len(values)} labels; give one label an image")
+    if all(isinstance(value, str) for value in values):
+        return Labels.of_texts(values)
+    numbers = np.asarray([value.item() if hasattr(value, "item") else value for value in values])
+    if numbers.ndim != 1 or numbers.dtype.kind not in "biuf":
+        raise LabelProblem(f"the labels are {type(values[0]).__name__}; give whole numbers or class names")
+    return Labels.of_numbers(numbers)
+
+
+def _found(item: dict[str, Any], keys: Sequence[str]) -> str | None:
+    return next((key for key in keys if key in item), None)
+
+
+def _array(image: NDArray[Any] | bytes) -> NDArray[Any]:
+    return np.frombuffer(image, np.uint8) if isinstance(image, bytes) else image

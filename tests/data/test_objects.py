@@ -1,0 +1,147 @@
+"""What a Python program holds, wherever a path goes: the same pixels and classes as of the same images on the disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, TensorDataset
+
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.sources import open_source
+from mim_refiner.errors import DataError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+CLASSES = ["owl", "cat", "owl", "cat", "cat", "owl"]
+
+
+class Pairs(Dataset[Any]):
+    """(picture, label), as torchvision's data sets are."""
+
+    classes = ("cat", "owl")
+
+    def __len__(self) -> int:
+        return len(PIXELS)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(PIXELS[index]), self.classes.index(CLASSES[index])
+
+
+class Targets(Pairs):
+    """Knows its labels without opening an image."""
+
+    targets: ClassVar = [Pairs.classes.index(name) for name in CLASSES]
+    opened: ClassVar[list[int]] = []
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        self.opened.append(index)
+        return super().__getitem__(index)
+
+
+class Column:
+    names = ("cat", "owl")
+
+
+class HuggingFace:
+    """What is used of datasets.Dataset."""
+
+    column_names = ("image", "label")
+    features: ClassVar = {"image": object(), "label": Column()}
+
+    def __len__(self) -> int:
+        return len(PIXELS)
+
+    def __getitem__(self, key: int | str) -> Any:
+        numbers = [Column.names.index(name) for name in CLASSES]
+        return numbers if key == "label" else {"image": Image.fromarray(PIXELS[int(key)]), "label": numbers[int(key)]}
+
+
+def pictures() -> list[Image.Image]:
+    return [Image.fromarray(pixels) for pixels in PIXELS]
+
+
+WAYS: dict[str, Callable[[], Any]] = {
+    "array": lambda: PIXELS,
+    "pictures": pictures,
+    "list of arrays": lambda: list(PIXELS),
+    "tensor": lambda: torch.from_numpy(PIXELS.transpose(0, 3, 1, 2).copy()),
+    "torch data set": Pairs,
+    "targets": Targets,
+    "tensors": lambda: TensorDataset(
+        torch.from_numpy(PIXELS.transpose(0, 3, 1, 2).copy()), torch.tensor([1, 0, 1, 0, 0, 1])
+    ),
+    "hugging face": HuggingFace,
+    "with labels": lambda: (pictures(), CLASSES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pixels_and_labels(way: str) -> None:
+    images = ImageSet(open_source(WAYS[way]()))
+    assert images.unreadable == []
+    assert all(np.array_equal(images.load(index), PIXELS[index]) for index in range(6))
+    if way in ("array", "pictures", "list of arrays", "tensor"):
+        assert images.labels is None
+        assert "give (images, labels)" in images.source.no_labels
+    else:
+        assert images.class_names is not None
+        names = [images.class_names[number] for number in images.labels]
+        assert names == (["1" if name == "owl" else "0" for name in CLASSES] if way == "tensors" else CLASSES)
+
+
+def test_a_data_set_that_knows_its_labels_is_not_opened_for_them() -> None:
+    Targets.opened.clear()
+    open_source(Targets())
+    assert set(Targets.opened) == {0}
+
+
+def test_the_fingerprint_tells_pixels_and_labels_apart() -> None:
+    prints = {open_source(way()).fingerprint() for way in (pictures, lambda: list(PIXELS), lambda: PIXELS)}
+    assert len(prints) == 1
+    assert open_source((PIXELS, CLASSES)).fingerprint() not in prints
+    assert open_source(PIXELS[::-1]).fingerprint() not in prints
+
+
+def test_paths_in_a_list_and_odd_pictures(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for file, picture in zip(files, pictures(), strict=False):
+        picture.save(file)
+    source = open_source((files, ["a", "b", "a"]))
+    assert source.class_names == ("a", "b")
+    assert np.array_equal(ImageSet(source).load(2), PIXELS[2])
+    assert len(open_source([os.fspath(file) for file in files])) == 3
+    see_through = Image.fromarray(np.dstack([PIXELS[0], np.zeros((8, 8), np.uint8)]), "RGBA")
+    grey = Image.fromarray(PIXELS[0, :, :, 0])
+    loaded = ImageSet(open_source([see_through, grey]))
+    assert (loaded.load(0) == 255).all()  # on white, as from a file
+    assert np.array_equal(loaded.load(1), np.repeat(PIXELS[0, :, :, :1], 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (3, "data is a int, which holds no images; give a path, an array"),
+        (None, "data is a NoneType"),
+        ([], "empty list"),
+        ({"images": PIXELS}, "data is a dict"),
+        (PIXELS.astype(np.float32) / 255, "images are float32; give them as uint8 or uint16, before ToTensor"),
+        ([torch.zeros(3, 8, 8)], "float32"),
+        ([object()], "an item is a object, no image"),
+        ([{"picture": 1}], "no column image or img among picture; rename one"),
+    ],
+)
+def test_wrong_types_are_one_line(given: Any, words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_source(given)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_that_do_not_fit_are_a_reason() -> None:
+    assert "6 images but 2 labels" in open_source((PIXELS, [0, 1])).no_labels
