@@ -103,16 +103,25 @@ def embed(
             parts.remove()
         raise
     reporter.done()
+    manifest = _assemble(path, parts, images, settings | _facts(backbone, model, data, images), reporter)
+    return _result(path, manifest_file, manifest, images_per_s=speed)
+
+
+def _assemble(
+    path: Path, parts: PartFolder, images: ImageSet, manifest: dict[str, Any], reporter: Reporter
+) -> dict[str, Any]:
+    """The file and its manifest from the parts, which then go; returns the manifest."""
+    manifest_file = path.with_name(path.name + ".manifest.json")
     unreadable = [{"index": index, "name": name, "reason": why} for index, name, why in images.unreadable_items()]
     _tell_unreadable(unreadable, manifest_file, reporter)
-    manifest = settings | _facts(backbone, model, data, images) | {"unreadable": unreadable}
+    manifest |= {"unreadable": unreadable}
     shape = assemble(path, parts, images, manifest)
     beside = rows_file(path)
     more = {"rows": shape[0], "shape": list(shape), "file": path.name, "bytes": path.stat().st_size}
     manifest |= more | ({} if beside is None else {"rows_file": beside.name})
     write_json(manifest_file, manifest)
     parts.remove()
-    return _result(path, manifest_file, manifest, images_per_s=speed)
+    return manifest
 
 
 def _in_memory(

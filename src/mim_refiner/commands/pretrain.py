@@ -151,8 +151,8 @@ def _pretrain(
     card: dict[str, Any] = {
         "base": Path(given).name if given else "trained from scratch",
         "data": f"{Path(name_of(data)).name} ({len(images)} images)",
+        "recipe": chosen.model_dump(mode="json"),
     }
-    card["recipe"] = chosen.model_dump(mode="json")
     export_timm(backbone.to("cpu"), Path(out) / "export", card=card)
     summary = {
         "run": str(out),
@@ -160,8 +160,7 @@ def _pretrain(
         "data": {"train": images.facts()},
         "seconds": {"total": time.perf_counter() - started},
     }
-    if after is not None:
-        summary["after"] = after
+    summary |= {} if after is None else {"after": after}
     write_json(Path(out) / "summary.json", summary)
     return summary
 
