@@ -1,4 +1,7 @@
-"""Hugging Face transformers: BEiT with relative tables shared or per block, or absolute positions."""
+"""Hugging Face transformers: BEiT with relative tables shared or per block, or absolute positions; Data2VecVision.
+
+Data2VecVision, the first data2vec, has BEiT's architecture and names.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,14 @@ from mim_refiner.types import BackboneInfo
 def matches(view: View) -> bool:
     """BEiT's biases; a config.json, if any, says beit."""
     return hf.is_kind(view, "beit") and hf.has_query_bias_only(view)
+
+
+def matches_data2vec(view: View) -> bool:
+    """BEiT's biases and a config.json that says data2vec-vision, or the prefix of its task models."""
+    named = view.model_type == "data2vec-vision" or (
+        view.contents.config is None and "data2vec_vision" in view.prefix.split(".")
+    )
+    return named and hf.has_query_bias_only(view)
 
 
 def convert(view: View, wishes: Wishes) -> Converted:
@@ -71,3 +82,4 @@ def to_source(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tens
 
 
 FAMILY = Family("hf_beit", hf.ANCHOR, matches, convert, to_source)
+DATA2VEC = replace(FAMILY, name="hf_data2vec_vision", matches=matches_data2vec)
