@@ -45,6 +45,7 @@ def test_pretrain_fills_the_run_folder(mae, cli):
     assert (mae.path / "checkpoints" / "last" / "state.json").exists()
     assert mae.summary()["seconds"]["total"] > 0
     assert mae.summary()["after"]["knn_top1"] == records[-1]["knn_top1"]
+    assert mae.summary()["measured_on"] == "Measured on images it trained on."
 
 
 def test_pretrain_goes_on_from_a_run(mae, shapes, cli, tmp_path):
@@ -483,6 +484,7 @@ def test_evaluate_agrees_with_the_summary_of_the_run(refined, shapes, cli):
     assert outcome.code == 0, outcome.err
     (row,) = outcome.json["results"]
     assert row["value"] == refined.summary()["after"]["knn_top1"]
+    assert "measured on images it trained on" in outcome.json["measured_on"][0]
 
 
 def test_evaluate_prints_a_table(mae, shapes, cli):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mim_refiner.commands.inputs import split_images
+from mim_refiner.commands.inputs import split_images, tell_trained_on
 from mim_refiner.reporting import NullReporter
 
 
@@ -50,3 +50,15 @@ def test_no_more_than_enough_is_held_out(labelled, monkeypatch):
     monkeypatch.setattr("mim_refiner.commands.inputs.MOST_HELD_OUT", 8)
     train, test = split(labelled(60, 60), 0.5)
     assert (len(train), np.bincount(test.labels).tolist()) == (112, [4, 4])
+
+
+def test_an_encoder_of_a_run_is_said_to_have_been_trained_on_its_data(tmp_path):
+    run = tmp_path / "run"
+    (run / "export").mkdir(parents=True)
+    (run / "recipe.yaml").write_text(f"data: {tmp_path}/photos\n")
+    for model in (run, run / "export"):
+        said = tell_trained_on([str(model), "vit_base_patch16_224"], f"{tmp_path}/photos/", NullReporter())
+        assert [text.split(" ")[0] for text in said] == [str(model)]
+    assert tell_trained_on([str(run)], f"{tmp_path}/others", NullReporter()) == []
+    (run / "recipe.yaml").write_text("]")
+    assert tell_trained_on([str(run)], f"{tmp_path}/photos", NullReporter()) == []

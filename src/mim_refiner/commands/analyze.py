@@ -19,7 +19,7 @@ from mim_refiner.analysis.regimes import regimes_record
 from mim_refiner.analysis.similarity import block_similarity
 from mim_refiner.analysis.verdict import verdict
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.inputs import check_pair, open_images, tell_unreadable
+from mim_refiner.commands.inputs import check_pair, open_images, tell_trained_on, tell_unreadable
 from mim_refiner.commands.readout import measured_readouts
 from mim_refiner.commands.survey import (
     Limits,
@@ -93,6 +93,9 @@ def analyze(
         run,
         Path(out),
     )
+    sources = [name for name in analysis.sources.values() if name]
+    tested = data if test is None else test
+    analysis.result["statements"] += tell_trained_on(sources, tested, reporter)
     for part in PARTS:
         if part in parts:
             analysis.do(part)

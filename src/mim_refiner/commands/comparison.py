@@ -13,6 +13,7 @@ import numpy as np
 from mim_refiner.analysis.blocks import curves_from_results
 from mim_refiner.analysis.label_free import MIN_IMAGES
 from mim_refiner.analysis.verdict import verdict
+from mim_refiner.commands.monitor import TRAINED_ON
 from mim_refiner.commands.survey import Samples, atlas_of, choose_samples, default_key, judged_without_labels
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.run import Run
@@ -52,14 +53,14 @@ def said_of_training(images: ImageSet, on: Measured, *, held_out: bool) -> str:
     if held_out:
         return f"Measured on {len(tested)} images that were held out of training."
     if tested.source is images.source:
-        return "Measured on images it trained on."
+        return TRAINED_ON
     if on.test is not None and on.bank.source.fingerprint() == images.source.fingerprint():
         shared = tested.source.shared  # compared already
     else:
         shared = compare_images(images.source, tested.source)[0]
     if shared is None or not shared.count:
         return ""
-    return f"Measured on images it trained on: at least {shared.count} of the {shared.compared} compared."
+    return f"{TRAINED_ON[:-1]}: at least {shared.count} of the {shared.compared} compared."
 
 
 def measured(bank: ImageSet, test: ImageSet | None, *, given: bool, run: Run) -> Measured:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mim_refiner.analysis.verdict import BETTER, UNCLEAR, WORSE
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.inputs import check_pair, open_images, tell_unreadable
+from mim_refiner.commands.inputs import check_pair, open_images, tell_trained_on, tell_unreadable
 from mim_refiner.core.collectives import rank
 from mim_refiner.core.device import pick_device
 from mim_refiner.core.identity import weights_sha256
@@ -101,6 +101,8 @@ def evaluate(
     found = {source: options.one(backbones[source], source, number, chosen, train, held_out, sets)
              for number, source in enumerate(backbones)}  # fmt: skip
     summary = _summary(found)
+    if said := tell_trained_on(backbones, data if test is None else test, run.reporter):
+        summary["measured_on"] = said
     summary["data"] = {name: images.facts() for name, images in (("train", train), ("test", held_out)) if images}
     for images in (train, held_out, *sets.values()):
         if images is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from mim_refiner.data.workers import worker_count
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.evaluation.suite import class_numbers
-from mim_refiner.files import dotted, write_bytes
+from mim_refiner.files import dotted, read_yaml, write_bytes
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipe import Recipe
@@ -94,6 +95,24 @@ def check_pair(train: ImageSet, test: ImageSet, reporter: Reporter) -> None:
     shared = check_overlap(train.source, test.source)  # on every rank: all see the same, and raise the same
     if shared.count:
         reporter.message(str(shared))
+
+
+def tell_trained_on(models: Iterable[str], tested: Any, reporter: Reporter) -> list[str]:
+    """Say which of the encoders were trained on the images ``tested``, as far as recipe.yaml of a run folder tells."""
+    said, where = [], os.path.abspath(tested) if isinstance(tested, str | os.PathLike) else ""
+    for model in models:
+        for file in (Path(model) / "recipe.yaml", Path(model).parent / "recipe.yaml"):  # of a run, or of its export/
+            recipe: Any = None
+            with contextlib.suppress(Exception):  # no run folder, or a damaged one
+                recipe = read_yaml(file)
+            data = recipe.get("data") if isinstance(recipe, dict) else None
+            if isinstance(data, str) and os.path.abspath(data) == where:
+                said.append(
+                    f"{model} is measured on images it trained on ({file} names {tested}); give others by --test"
+                )
+                reporter.message(said[-1])
+                break
+    return said
 
 
 def tell_unreadable(images: ImageSet, reporter: Reporter) -> None:

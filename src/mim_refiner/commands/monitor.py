@@ -17,6 +17,7 @@ from mim_refiner.models.backbone import Backbone
 
 BANK_LIMIT, TEST_LIMIT, KNN_K = 5000, 1000, 10
 MIN_KNN_IMAGES = 5  # of which one is held out
+TRAINED_ON = "Measured on images it trained on."
 
 
 class OnlineKnn:

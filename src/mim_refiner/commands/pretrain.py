@@ -24,7 +24,7 @@ from mim_refiner.commands.inputs import (
     train_loader,
 )
 from mim_refiner.commands.loggers import logging_to
-from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn
+from mim_refiner.commands.monitor import MIN_KNN_IMAGES, TRAINED_ON, OnlineKnn
 from mim_refiner.commands.plan import available_memory
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
@@ -160,7 +160,7 @@ def _pretrain(
         "data": {"train": images.facts()},
         "seconds": {"total": time.perf_counter() - started},
     }
-    summary |= {} if after is None else {"after": after}
+    summary |= {} if after is None else {"after": after, "measured_on": TRAINED_ON}
     write_json(Path(out) / "summary.json", summary)
     return summary
 
