@@ -47,8 +47,9 @@ def add_lora(backbone: Backbone, targets: Sequence[str], rank: int, alpha: float
     for target in targets:
         chosen = [module for name, module in layers.items() if name.split(".")[-1] == target]
         if not chosen:
-            known = ", ".join(dict.fromkeys(name.split(".")[-1] for name in layers)) or "none"
-            raise InputError(f"lora.targets: no block has a linear layer {target!r}; choose among {known}")
+            known = ", ".join(dict.fromkeys(name.split(".")[-1] for name in layers))
+            hint = f"choose among {known}" if known else "this kind of encoder cannot be adapted, leave adapter out"
+            raise InputError(f"lora.targets: no block has a linear layer {target!r}; {hint}")
         for module in chosen:
             register_parametrization(module, "weight", LowRankChange(module.weight, rank, alpha))
 
