@@ -82,9 +82,9 @@ class Steps:
         # the planner counts the weights, which lie there already
         self.free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() if device.type == "cuda" else 4e9
         self.found: dict[str, Any] = {}
-        self.traced: dict[tuple[int, bool], Any] = {}
+        self.traced: dict[tuple[int, bool | str], Any] = {}
 
-    def needs(self, batch: int, checkpointing: bool = False) -> Any:
+    def needs(self, batch: int, checkpointing: bool | str = False) -> Any:
         """What the planner expects; its trace takes seconds, so it is kept."""
         key = batch, checkpointing
         if key not in self.traced:
@@ -99,22 +99,26 @@ class Steps:
         fits = low + int((FITS * self.free - first) / ((second - first) / (high - low)))
         return max(1, min(fits // 8 * 8, self.batches[2]))
 
-    def measure(self, name: str, batch: int, micro_batch: int | None, expected: float, least: float = 8) -> None:
+    def measure(
+        self, name: str, batch: int, micro_batch: int | None, expected: float, least: float = 8, kept: int = 0
+    ) -> None:
         """One line of the table; with too little memory, the batch in smaller steps until it fits."""
         if self.results.left < least:
             self.found[name] = {"skipped": "the box is over"}
         while self.results.left >= least:
-            work = partial(self.bench.step, self.bench.random_views(batch), micro_batch)
+            work = partial(self.bench.step, self.bench.random_views(batch), micro_batch, kept)
             try:
                 cost = timed(work, self.device, calls=1 if self.dry or batch > 512 else 2, rounds=2)
             except torch.OutOfMemoryError as error:
                 self.found[name] = {"batch": batch, "micro_batch": micro_batch, "error": str(error)[:200]}
-                if micro_batch is not None:
+                if kept:
+                    kept = kept * 3 // 4
+                elif micro_batch is not None:
                     micro_batch = micro_batch * 3 // 4
                 else:
                     batch = batch * 7 // 8
             else:
-                self.found[name] = self.line(batch, micro_batch, cost, expected)
+                self.found[name] = self.line(batch, micro_batch, cost, expected) | {"kept_graphs": kept}
                 break
             finally:
                 del work
@@ -142,21 +146,26 @@ def vit(size: str, results: Results, options: argparse.Namespace, device: torch.
     results.put(largest_plain_batch=plain)
     steps.measure("plain, largest batch", plain, None, steps.needs(plain).whole())
     room = steps.needs(large)
-    micro = room.largest_micro_batch(FITS * steps.free, large)
+    micro = room.largest_micro_batch(FITS * steps.free)
     micro = max(1, min(plain, micro, large // 2))
     steps.measure(f"cached, {large}", large, micro, room.cached(micro))
+    # as the planner picks it: smaller micro-batches, and the graphs of as many as fit
+    quarter = max(1, micro // 4)
+    kept = room.most_graphs(quarter, FITS * steps.free)
+    steps.measure(f"cached, {large}, graphs kept", large, quarter, room.cached(quarter, kept), kept=kept)
     room = steps.needs(middle)
-    micro = max(1, min(plain, middle // 2, room.largest_micro_batch(FITS * steps.free, middle)))
+    micro = max(1, min(plain, middle // 2, room.largest_micro_batch(FITS * steps.free)))
     steps.measure(f"cached, {middle}", middle, micro, room.cached(micro))
-    bench.refiner.backbone.model.set_grad_checkpointing(True)
-    steps.measure(f"checkpointing, {middle}", middle, None, steps.needs(middle, checkpointing=True).whole())
-    bench.refiner.backbone.model.set_grad_checkpointing(False)
+    for name, kind in (("selective", "selective"), ("checkpointing", True)):
+        bench.refiner.backbone.set_checkpointing(kind)
+        steps.measure(f"{name}, {middle}", middle, None, steps.needs(middle, checkpointing=kind).whole())
+    bench.refiner.backbone.set_checkpointing(False)
     results.put(parts=parts_of(bench, min(plain, 32), device))
     bench.refiner.backbone.compile_blocks(**({"backend": "eager"} if options.dry_run else {}))
     started = time.monotonic()
     steps.measure("plain, largest batch, compiled", plain, None, steps.needs(plain).whole(), least=40)
     results.put(compile_seconds_with_steps=time.monotonic() - started, graphs=graphs())
-    micro = max(1, min(plain, steps.needs(large).largest_micro_batch(FITS * steps.free, large), large // 2))
+    micro = max(1, min(plain, steps.needs(large).largest_micro_batch(FITS * steps.free), large // 2))
     steps.measure(f"cached, {large}, compiled", large, micro, steps.needs(large).cached(micro), least=40)
     results.put(graphs=graphs())
 
@@ -192,6 +201,12 @@ def small(results: Results, options: argparse.Namespace, device: torch.device) -
         job = replace(step.workload_of(bench.options, bench), batch=batch)
         share = job.model_operations() / cost["seconds"] / rate
         found[f"step, {batch}"] = {**cost, "images_per_s": batch / cost["seconds"], "share_of_matrix_rate": share}
+        if device.type == "cuda":
+            cost = timed(partial(bench.graphed_step, bench.random_views(batch)), device, calls=5)
+            found[f"step as a graph, {batch}"] = {**cost, "images_per_s": batch / cost["seconds"]}
+        else:
+            found[f"step as a graph, {batch}"] = {"skipped": "a CUDA graph needs a GPU"}
+        bench.graph = None
         results.put(steps=found)
     del bench
     gc.collect()
@@ -201,15 +216,19 @@ def small(results: Results, options: argparse.Namespace, device: torch.device) -
         encoder = random_encoder(
             Path(name) / "encoder", "vit_w32_d3_h2_p8" if options.dry_run else "vit_w192_d12_h3_p4"
         )
-        for batch in (64,) if options.dry_run else (256, 1024):
+        pairs = [(batch, graphs) for batch in (256, 1024) for graphs in ("off", "on")]
+        for batch, graphs in [(64, "off")] if options.dry_run else pairs:
             settings = {
+                "cuda_graphs": graphs,
                 "batch_size": batch,
                 "log_every": 1 if options.dry_run else 20,
                 "knn_every": 0,
                 "warmup.epochs": 1,
             }
-            run = Command("refine", Path(name) / str(batch), settings, data=data, model=encoder, device=device.type)
-            found[f"refine with data, {batch}"] = run.speed(results.end, lines=2 if options.dry_run else 15)
+            folder = Path(name) / f"{batch}-{graphs}"
+            run = Command("refine", folder, settings, data=data, model=encoder, device=device.type)
+            named = f"refine with data, {batch}" + (", as a graph" if graphs == "on" else "")
+            found[named] = run.speed(results.end, lines=2 if options.dry_run else 15)
             run.stop()
             results.put(steps=found)
 

@@ -5,10 +5,19 @@ The hardware figures are makers' peaks; MFU and network efficiency are assumptio
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
-from mim_refiner.training.cost import ENCODERS, Workload
+from mim_refiner.training.cost import EncoderShape, Workload
+from mim_refiner.types import height_width
 
+ENCODERS = {
+    "ViT-B/16": EncoderShape(768, 12, 12, 16),
+    "ViT-L/16": EncoderShape(1024, 24, 16, 16),
+    "ViT-H/14": EncoderShape(1280, 32, 16, 14),
+    "ViT-2B/14": EncoderShape(2560, 24, 32, 14),
+}
+STATE_BYTES = 4 + 4 + 8  # a trained parameter: weight, gradient, two moments of AdamW, all float32
 TFLOPS = {"24 GB card": 165e12, "A100 80 GB": 312e12, "H100 80 GB": 989e12}  # bf16 dense
 MFU = 0.4
 # Bytes a second that a ring of collectives moves: NVLink inside a node, eight adapters of 50 GB/s between nodes.
@@ -30,6 +39,57 @@ def jobs() -> dict[str, Workload]:
     }
 
 
+def block_bytes(encoder: EncoderShape, tokens: int, *, bf16: bool, fused_attention: bool = True) -> float:
+    """Activations that a timm block keeps for its backward pass, of one view.
+
+    In float32, in widths of the encoder: input of both norms 2, their outputs 2, queries, keys and values 3 (plain
+    products make a copy of the scaled queries and keys more), attention output 1, MLP hidden 2 x ratio. Under bf16
+    autocast the two norms keep float32 and the rest is half as wide.
+    """
+    size = 2 if bf16 else 4
+    wide = 2 * encoder.dim * 4
+    narrow = (2 + 3 + 1 + 2 * encoder.mlp_ratio) * encoder.dim * size
+    scores = 0 if fused_attention else encoder.heads * tokens * size
+    return tokens * (wide + narrow + scores)
+
+
+def memory(job: Workload) -> dict[str, float]:
+    """Bytes a process holds at the peak, by part; of checkpointing all of it or none, and without graphs that stay."""
+    e, trained = job.encoder, job.trained_parameters
+    idle = e.parameters + job.heads_parameters - trained
+    blocks = e.depth * e.block_parameters
+    elsewhere = 1 - 1 / job.shards  # of the blocks
+    away = blocks * 4 + job.trained_blocks * e.block_parameters * (STATE_BYTES - 4)
+    micro = min(job.micro_batch or job.local_batch, job.local_batch)
+    groups = []
+    for pixels, count in job.view_sizes:
+        tokens = e.tokens(pixels)
+        kept = block_bytes(e, tokens, bf16=job.bf16)
+        held = job.trained_blocks * tokens * e.dim * 4 + kept if job.checkpointing else job.trained_blocks * kept
+        groups.append(micro * count * held)
+    rows, size = job.local_batch * job.views, 2 if job.bf16 else 4
+    head = rows * (2 * job.projector_hidden + job.predictor_hidden + 2 * job.out_dim) * (2 * size + 4)
+    heads = len(job.head_blocks) * head
+    cached = micro < job.local_batch
+    shapes = [(math.prod(height_width(pixels)), e.tokens(pixels), count) for pixels, count in job.view_sizes]
+    return {
+        # of sharded blocks, the one that runs, the next one, and one's gradients are there whole
+        "parameters and optimizer": trained * STATE_BYTES
+        + idle * 4
+        - away * elsewhere
+        + 3 * 4 * e.block_parameters * (job.shards > 1),
+        "average of the encoder": e.parameters * 4 - blocks * 4 * elsewhere,
+        "queues": len(job.head_blocks) * job.queue_size * (job.out_dim * 4 + 16),
+        "images": sum(job.local_batch * count * e.channels * pixels * 4 for pixels, _, count in shapes),
+        "features": 2 * len(job.head_blocks) * rows * e.dim * 4,
+        # a cached step holds one size of views at a time, and the heads' graph before the encoder's
+        "activations": max(*groups, heads) if cached else sum(groups) + heads,
+        "frozen prefix": sum(job.local_batch * count * tokens * e.dim * 4 for _, tokens, count in shapes)
+        if cached and job.frozen_blocks
+        else 0,
+    }
+
+
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
     print(f"\n### {title}\n")
     print("| " + " | ".join(header) + " |")
@@ -45,9 +105,9 @@ def gb(value: float) -> str:
 def largest(job: Workload, budget: float) -> str:
     """The largest micro-batch that fits, or what is needed at 1."""
     for micro in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1):
-        if micro <= job.local_batch and sum(replace(job, micro_batch=micro).memory().values()) <= budget:
+        if micro <= job.local_batch and sum(memory(replace(job, micro_batch=micro)).values()) <= budget:
             return str(micro)
-    need = sum(replace(job, micro_batch=1, checkpointing=True).memory().values())
+    need = sum(memory(replace(job, micro_batch=1, checkpointing=True)).values())
     return f"- ({gb(need)} GB)"
 
 
@@ -82,7 +142,7 @@ def main() -> None:
     rows = []
     for name, job in jobs().items():
         for micro in (None, 32):
-            parts = replace(job, micro_batch=micro).memory()
+            parts = memory(replace(job, micro_batch=micro))
             rows.append(
                 [
                     f"{name}, {'plain' if micro is None else 'cached, 32 at a time'}",
@@ -127,7 +187,7 @@ def main() -> None:
     for nodes in (1, 4):
         for shards in (1, 8):
             job = replace(jobs()["ViT-2B/14"], processes=8 * nodes, shards=shards, micro_batch=16)
-            parts, sent = job.memory(), job.traffic()
+            parts, sent = memory(job), job.traffic()
             weights = ("parameters and optimizer", "average of the encoder")
             rows.append(
                 [

@@ -38,7 +38,8 @@ from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.cost import EncoderShape, Workload
-from mim_refiner.training.refine import forward_backward
+from mim_refiner.training.graphed import Graphed
+from mim_refiner.training.refine import forward_backward, graphed
 
 PAPER = "--image 224 --local 96 --locals 10 --projector 2048 --predictor 4096 --out-dim 256 --queue 65536"
 SIZES = {
@@ -83,6 +84,7 @@ class Bench:
         local = options.batch // world_size()
         self.pixels = [rng.integers(0, 255, (side, side, 3), dtype=np.uint8) for _ in range(local)]
         self.number = 0
+        self.graph: Graphed | None = None
 
     def crops(self) -> list[torch.Tensor]:
         """uint8 views, cut on one core."""
@@ -99,23 +101,33 @@ class Bench:
         shapes = [(batch, 3, spec.size, spec.size) for spec in self.specs for _ in range(spec.count)]
         return [torch.randint(0, 256, s, dtype=torch.uint8, device=device, generator=generator) for s in shapes]
 
-    def step(self, crops: list[torch.Tensor], micro_batch: int | None) -> None:
+    def step(self, crops: list[torch.Tensor], micro_batch: int | None, kept_graphs: int = 0) -> None:
         """Everything but the cutting of crops."""
-        self.gradients(self.augment(crops), micro_batch)
+        self.gradients(self.augment(crops), micro_batch, kept_graphs)
+        self.update()
+
+    def graphed_step(self, crops: list[torch.Tensor]) -> None:
+        """The same with forward and backward pass as a CUDA graph, which the first calls make."""
+        self.number += 1
+        generator = torch.Generator().manual_seed(self.number)
+        self.graph = self.graph or graphed(self.refiner, self.run)
+        self.optimizer.zero_grad(set_to_none=True)
+        sample_ids = torch.arange(len(crops[0]), device=self.device)
+        self.graph(self.augment(crops), sample_ids, self.refiner.draw_choices(sample_ids, generator))
         self.update()
 
     def augment(self, crops: list[torch.Tensor]) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(self.number)
         return augment(crops, self.photometrics, generator, self.device)
 
-    def gradients(self, views: list[torch.Tensor], micro_batch: int | None) -> torch.Tensor:
+    def gradients(self, views: list[torch.Tensor], micro_batch: int | None, kept_graphs: int = 0) -> torch.Tensor:
         """Forward and backward pass; returns the loss."""
         self.number += 1
         torch.manual_seed(self.number)
         self.optimizer.zero_grad(set_to_none=True)
         sample_ids = torch.arange(len(views[0]), device=self.device) + rank() * len(views[0])
         generator = torch.Generator().manual_seed(self.number)
-        output = forward_backward(self.refiner, views, sample_ids, generator, self.run, micro_batch)
+        output = forward_backward(self.refiner, views, sample_ids, generator, self.run, micro_batch, kept_graphs)
         average_gradients(self.refiner.parameters())
         return output.loss.detach()
 

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 Pooling = Literal["cls", "mean"]
+Checkpointing = bool | Literal["selective"]  # what is computed again in the backward pass: models.recompute
 ImageSize = int | tuple[int, int]  # pixels: side of a square, or (height, width)
 
 

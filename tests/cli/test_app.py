@@ -9,6 +9,7 @@ import sys
 import warnings
 
 import pytest
+import typer
 
 from mim_refiner.cli import app as app_module
 
@@ -107,7 +108,7 @@ def test_missing_option_is_named():
 
 
 def test_unknown_device_lists_the_choices():
-    assert_one_error_line(run("demo", "--device", "gpu"), "'gpu' is not one of 'auto', 'cpu', 'cuda'")
+    assert_one_error_line(run("demo", "--device", "gpu"), "--device 'gpu': unknown device; use auto, cpu, cuda, cuda:1")
 
 
 def test_empty_name_in_a_comma_list():
@@ -227,3 +228,35 @@ def test_warnings_of_libraries_stay_inside_and_ours_are_one_line(monkeypatch, ca
     monkeypatch.setattr(app_module, "parser", lambda: warns)
     assert app_module.main(["models"]) == 0
     assert capsys.readouterr().err == "warning: tensors stay random\n"
+
+
+OPTIONS = {
+    "--model": "no-model",
+    "--data": "no-data",
+    "--arch": "vit_w32_d2_h2_p8",
+    "--format": "timm",
+    "--out": "out.npy",
+}
+DEVICE_VERBS = {  # their required options; pretrain needs one of two
+    command.name: [o for p in command.params for o in p.opts if p.required] + ["--arch"] * (command.name == "pretrain")
+    for command in typer.main.get_command(app_module.app).commands.values()
+    if any("--device" in parameter.opts for parameter in command.params)
+}
+
+
+@pytest.mark.parametrize("verb", DEVICE_VERBS)
+def test_every_verb_refuses_a_device_that_is_not_there(verb, tmp_path, monkeypatch, capsys):
+    """Before it looks at anything else, so that nothing is half-written."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    words = [word for option in DEVICE_VERBS[verb] for word in (option, OPTIONS[option])]
+    for device, reason in (("cuda:1", "torch sees no GPU here"), ("mps", "no Apple GPU"), ("tpu", "unknown device")):
+        assert app_module.main([verb, *words, "--device", device]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"error: --device {device!r}" if device == "tpu" else f"error: --device {device}: ")
+        assert reason in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_verbs_with_a_device():
+    assert sorted(DEVICE_VERBS) == ["analyze", "demo", "doctor", "embed", "evaluate", "export", "pretrain", "refine"]

@@ -297,6 +297,8 @@ def test_plan_prints_and_writes_nothing(mae, unlabelled, cli, tmp_path):
     assert outcome.code == 0, outcome.err
     plan = outcome.json["plan"]
     assert plan["setting"]["micro_batch"] is None
+    assert plan["setting"]["kept_graphs"] == 0
+    assert plan["cuda_graph"] is False
     assert plan["steps"] == {"warmup": 6, "refinement": 6}
     assert plan["hours"] > 0
     assert plan["views_are_cut"].startswith("on the CPU")

@@ -115,6 +115,14 @@ def test_the_papers_recipes_export_the_average():
         assert start_share(recipe, steps_per_epoch=1_281_167 // recipe.batch_size) <= START_SHARE, name
 
 
+def test_a_cuda_graph_on_a_cpu_is_refused_in_one_line(mae, unlabelled, cli, tmp_path):
+    for value in ("on", "true"):
+        outcome = cli.call(*cli.refine(unlabelled, mae.export, tmp_path / "run", f"cuda_graphs={value}"), "--quiet")
+        assert outcome.code == 2
+        assert outcome.err == "error: cuda_graphs=on: the device is cpu, and graphs are CUDA's; set it to off\n"
+    assert not (tmp_path / "run").exists()
+
+
 def test_images_on_the_device_refine_as_others_do(mae, unlabelled, cli, tmp_path):
     for setting in ("on", "off"):
         words = cli.refine(unlabelled, mae.export, tmp_path / setting, f"images_on_device={setting}")

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mim_refiner.core import neighbors
+from mim_refiner.core.guidance import Guide
 from mim_refiner.core.neighbors import NeighborQueue
 from mim_refiner.errors import InputError
 
@@ -167,3 +168,24 @@ def test_unusable_input_is_refused() -> None:
         queue.lookup(torch.randn(3, 3), torch.arange(2))
     with pytest.raises(InputError, match="top_k"):
         NeighborQueue(4, 3, top_k=5)
+
+
+@pytest.mark.parametrize("most", [None, 1, 2])
+@pytest.mark.parametrize(("top_k", "guided"), [(1, False), (4, False), (4, True)])
+def test_several_queues_at_once_are_each_alone(
+    monkeypatch: pytest.MonkeyPatch, most: int | None, top_k: int, guided: bool
+) -> None:
+    monkeypatch.setattr(neighbors, "ONE_BY_ONE", {"cpu"} if most is None else set())
+    monkeypatch.setattr(neighbors, "_MAX_ENTRIES", (most or 1) * 10 * 4)
+    queues = [filled_queue(top_k=top_k) for _ in range(3)]
+    if guided:
+        for queue in queues:
+            queue.guide = Guide(torch.tensor([0, 0, 1, 1, 0, 1]), restrict=True)
+    z, ids, choices = torch.randn(3, 6, 4), torch.arange(3), torch.randint(top_k, (3, 6))
+    together = neighbors.look_up(queues, z, ids, choices)
+    for number, queue in enumerate(queues):
+        alone = queue.lookup(z[number], ids, choice=choices[number])
+        assert torch.equal(together.indices[number], alone.indices)
+        assert torch.equal(together.neighbors[number], alone.neighbors)
+        assert torch.equal(together.age[number], alone.age)
+        torch.testing.assert_close(together.similarity[number], alone.similarity)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
@@ -61,6 +62,32 @@ def test_the_pixels_are_those_of_the_cpu(name: str, tmp_path: Path) -> None:
         assert difference.max() == 0
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_images_of_many_sizes_are_padded_and_cut_as_on_the_cpu(
+    together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [(40, 56), (64, 33), (90, 90), (33, 34), (64, 96), (48, 48)] * 4
+    pixels = [np.roll(pictures(1, height, width)[0], row, axis=1) for row, (height, width) in enumerate(sizes)]
+    for row, each in enumerate(pixels):
+        Image.fromarray(each).save(tmp_path / f"{row:02}.png")
+    (tmp_path / "03.png").write_bytes(b"damaged")
+    images = ImageSet(open_source(str(tmp_path)), cache=True)
+    resident = ResidentImages(images, CPU)
+    assert resident.pixels.shape == (24, 3, 90, 96)
+    if not together:
+        monkeypatch.setattr("mim_refiner.data.resident._NUMBERS", 5 * 3 * 90 * 96)
+    rows = np.array([row for row in range(24)[::-1] if row != 3])
+    specs = [ViewSpec("global", 32, scale=(0.3, 1.0), vflip=0.5), ViewSpec("local", 16, scale=(0.05, 0.3))]
+    place = {"seed": 3, "epoch": 2, "position": 7}
+    for view, (got, spec) in enumerate(zip(resident.views(rows, specs, **place), specs, strict=True)):
+        expected = crop_batch([pixels[row] for row in rows], spec, view=view, **place).transpose(0, 3, 1, 2)
+        assert (np.abs(got.numpy().astype(int) - expected) <= 1).mean() >= 0.999
+    with_damage = TrainLoader(images, specs, 24, 0, resident=resident), TrainLoader(images, specs, 24, 0)
+    ours, theirs = (next(iter(loader.epoch(0))) for loader in with_damage)
+    assert torch.equal(ours.sample_ids, theirs.sample_ids)
+    assert ((ours.views[1].int() - theirs.views[1].int()).abs() <= 1).float().mean() >= 0.999
+
+
 def test_weights_against_a_loop() -> None:
     start, length, mirrored = torch.tensor([3.0, 0.0]), torch.tensor([7.0, 12.0]), torch.tensor([0.0, 1.0])
     got = resampling(start, length, 12, 5, mirrored)
@@ -97,6 +124,15 @@ def test_only_what_fits_stays_on_the_device(tmp_path: Path) -> None:
     assert held_on_device("auto", images, CPU, 1e12) is None
     assert held_on_device("off", images, gpu, 1e12) is None
     assert held_on_device("on", images, CPU, 0) is not None
+    rows = [np.zeros((side, 8, 3), dtype=np.uint8) for side in (8, 4)]
+    (tmp_path / "mixed").mkdir()
+    for number, each in enumerate(rows):
+        Image.fromarray(each).save(tmp_path / "mixed" / f"{number}.png")
+    mixed = ImageSet(open_source(str(tmp_path / "mixed")), cache=True)
+    assert held_on_device("auto", mixed, gpu, 4 * 2 * 8 * 8 * 3) is not None
+    assert held_on_device("auto", mixed, gpu, 4 * 2 * 8 * 8 * 3 - 1) is None
+    lazy = ImageSet(open_source(str(tmp_path / "mixed")), cache=False)
+    assert held_on_device("auto", lazy, gpu, 1e12) is None
     many = image_set(tmp_path, pictures(4, 8, 8, channels=5).astype(np.uint16) * 257)
     assert held_on_device("auto", many, gpu, 1e12) is None
     with pytest.raises(InputError, match="images_on_device=on: needs 8-bit images"):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from timm.layers import DropPath
 
+from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.corruptions import CORRUPTIONS, corrupt
 from mim_refiner.evaluation.finetune import (
@@ -41,7 +42,7 @@ def test_it_learns_and_leaves_the_encoder_and_the_generators_alone(make_backbone
     backbone, train, test = make_backbone(), rows_of(make_images(60)), rows_of(make_images(30, seed=1))
     before = copy.deepcopy(backbone.state_dict())
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    score = finetune(backbone, train, test, SIMPLE, image_size=32, seed=3)
+    score = finetune(backbone, train, test, SIMPLE, image_size=32, run=Run(seed=3))
     assert score.accuracy > 0.8
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
@@ -55,7 +56,7 @@ def test_the_whole_recipe_is_reproducible(make_backbone, make_images):
         settings = FinetuneSettings(epochs=2, batch_size=10, workers=workers)  # mixup, cutmix, RandAugment, erasing
         with _seeded(1, ()):
             model = Classifier(make_backbone(), 3, "cls", 0.2)
-            _train(model, train, settings, 3, 32, 1, torch.device("cpu"), "fp32", None)
+            _train(model, train, settings, 3, 32, Run(seed=1))
         logits.append(model.eval()(torch.ones(2, 3, 32, 32)))
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])

@@ -18,6 +18,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import nn
 
 from mim_refiner.core.metrics import class_iou, mean_iou
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.masks import MaskSet, has_masks
 from mim_refiner.data.sources import open_source
@@ -89,11 +90,11 @@ def test_the_probe_trains_as_the_same_network_under_autograd():
     tokens = torch.randn(12, 4, 5).half()
     masks = torch.randint(0, 4, (12, 4, 4))  # class 3 is ignored
     targets = torch.stack([patch_targets(mask.numpy().astype(np.uint8), (2, 2), 3, ignore=3) for mask in masks])
-    probe = DenseProbe(5, 3, settings, seed=0, device=torch.device("cpu"))
+    probe = DenseProbe(5, 3, settings, Run())
     model = nn.Sequential(nn.BatchNorm2d(5, affine=False, eps=1e-6), nn.Conv2d(5, 3, 1)).double()
     model[1].weight.data, model[1].bias.data = probe.weight.T[..., None, None].double(), torch.zeros(3).double()
     held = Windows.__new__(Windows)
-    held.held, held.places, held.encoder = (tokens, targets), tokens, SimpleNamespace(device="cpu")
+    held.held, held.places, held.encoder = (tokens, targets), tokens, SimpleNamespace(run=Run())
     probe.fit(held)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
     generator = torch.Generator().manual_seed(0)

@@ -86,7 +86,7 @@ def test_recomputation_gives_the_same_gradients(backbone: Backbone) -> None:
     images = torch.randn(2, 3, 32, 32)
     gradients = []
     for recompute in (False, True):
-        backbone.model.set_grad_checkpointing(recompute)
+        backbone.set_checkpointing(recompute)
         backbone.zero_grad()
         backbone.forward_blocks(images, [2])[0].pooled("cls").square().sum().backward()
         gradients.append(backbone.model.blocks[0].attn.qkv.weight.grad.clone())

@@ -1,4 +1,6 @@
-"""python peak_memory.py ARCH IMAGE LOCAL BATCH MICRO_BATCH PRECISION: expected and measured peak of steps, as JSON.
+"""python peak_memory.py ARCH IMAGE LOCAL BATCH MICRO_BATCH PRECISION [--kept N] [--checkpointing selective]
+
+Expected and measured peak of steps, as JSON.
 
 MICRO_BATCH 0: the plain step. Measured is the growth of the resident memory, read from Linux, over that of the same
 process with all libraries loaded and one small step taken.
@@ -6,9 +8,9 @@ process with all libraries loaded and one small step taken.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -45,7 +47,9 @@ def make(arch: str, image: int, queue: int) -> Refiner:
     return refiner
 
 
-def train(refiner: Refiner, image: int, local: int, batch: int, micro_batch: int | None, precision: str) -> float:
+def train(
+    refiner: Refiner, image: int, local: int, batch: int, micro_batch: int | None, precision: str, kept: int = 0
+) -> float:
     """Two steps; returns the CPU seconds of the second."""
     ema = ExponentialMovingAverage(refiner.backbone)
     optimizer = adamw(parameter_groups(refiner.named_parameters(), weight_decay=0.05), (0.9, 0.95))
@@ -53,23 +57,31 @@ def train(refiner: Refiner, image: int, local: int, batch: int, micro_batch: int
         started = time.process_time()
         views = [torch.randn(batch, 3, size, size) for size in (image, image, *[local] * LOCALS)]
         optimizer.zero_grad(set_to_none=True)
-        forward_backward(refiner, views, torch.arange(batch), None, Run(precision=precision), micro_batch)
+        forward_backward(refiner, views, torch.arange(batch), None, Run(precision=precision), micro_batch, kept)
         optimizer.step()
         ema.update(refiner.backbone, 0.999)
     return time.process_time() - started
 
 
 def main() -> None:
-    arch, image, local, batch, micro_batch, precision = sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs=6)
+    parser.add_argument("--kept", type=int, default=0)
+    parser.add_argument("--checkpointing", default=False)
+    options = parser.parse_args()
+    arch, image, local, batch, micro_batch, precision = (int(w) if w.isdigit() else w for w in options.words)
     torch.set_num_threads(1)
     keep_freed_memory()
-    needs = measure_needs(make(arch, image, 8192), [(image, 2), (local, LOCALS)], batch, precision=precision)
-    expected = needs.cached(micro_batch) if micro_batch else needs.whole()
+    shapes, way = [(image, 2), (local, LOCALS)], {"precision": precision, "checkpointing": options.checkpointing}
+    needs = measure_needs(make(arch, image, 8192), shapes, batch, **way)
+    expected = needs.cached(micro_batch, options.kept) if micro_batch else needs.whole()
     train(make("vit_w32_d2_h2_p8", 16, 64), 16, 8, 4, None, precision)
     gc.collect()
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    seconds = train(make(arch, image, 8192), image, local, batch, micro_batch or None, precision)
+    refiner = make(arch, image, 8192)
+    refiner.backbone.set_checkpointing(options.checkpointing)
+    seconds = train(refiner, image, local, batch, micro_batch or None, precision, options.kept)
     measured = status("VmHWM") - before
     print(json.dumps({"expected": expected, "measured": measured, "cpu_s": seconds, **vars(needs)}))
 

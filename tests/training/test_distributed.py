@@ -60,7 +60,7 @@ def three_steps(micro_batch: int, frozen_blocks: int, way: str) -> dict[str, Ten
     if way:
         refiner.backbone.shard_blocks()
         ema.module.shard_blocks()  # type: ignore[operator]
-        refiner.backbone.model.set_grad_checkpointing(way == "checkpointing")
+        refiner.backbone.set_checkpointing(way == "checkpointing")
     optimizer = adamw(parameter_groups(refiner.named_parameters(), weight_decay=0.05), (0.9, 0.95))
     for group in optimizer.param_groups:
         group["lr"] = 1e-3

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from mim_refiner.core.metrics import effective_rank
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import normalize
@@ -23,7 +24,10 @@ from mim_refiner.training.guard import FeatureProbe, Guard, load_best
 from mim_refiner.training.recipe import GuardSettings
 from mim_refiner.training.state import RunFolder
 
-HEALTHY = {"rank": 40.0, "spread": 0.4, "view_alignment": 0.8, "retrieval": 0.6, "dense_spread": 0.5}
+HEALTHY = {
+    "rank": 40.0, "spread": 0.4, "view_alignment": 0.8, "retrieval": 0.6,
+    "dense_rank": 50.0, "dense_spread": 0.5, "dense_image_spread": 0.5,
+}  # fmt: skip
 MOMENTS = (IMAGENET_MEAN, IMAGENET_STD)
 
 
@@ -84,11 +88,56 @@ def test_measures_equal_slow_loops(tiny_images: ImageSet) -> None:
     hits = sum(max(range(n), key=lambda j: cosine(a[i], b[j])) == i for i in range(n))
     assert found["retrieval"] == pytest.approx(hits / n)
     assert 1 <= found["rank"] <= n
-    [output] = probe.backbone.eval().forward_blocks(normalize(probe._two_crops()[0][:2], *MOMENTS), [-1])
-    for image, patches in enumerate(output.patches.detach().double()):
-        pairs = [cosine(p, q) for i, p in enumerate(patches) for j, q in enumerate(patches) if i != j]
-        assert dense[image].item() == pytest.approx(1 - sum(pairs) / len(pairs), abs=1e-6)
-    assert found["dense_spread"] == pytest.approx(dense.mean().item(), abs=1e-6)
+    [output] = probe.backbone.eval().forward_blocks(normalize(probe._two_crops()[0], *MOMENTS), [-1])
+    tokens = output.patches.detach().double()
+
+    def spread(vectors: torch.Tensor) -> float:
+        pairs = [cosine(p, q) for i, p in enumerate(vectors) for j, q in enumerate(vectors) if i != j]
+        return 1 - sum(pairs) / len(pairs)
+
+    for image, patches in enumerate(tokens[:2]):
+        assert dense["dense_spread"][image].item() == pytest.approx(spread(patches), abs=1e-6)
+    across = [spread(tokens[:, place]) for place in range(tokens.shape[1])]
+    assert found["dense_image_spread"] == pytest.approx(sum(across) / len(across), abs=1e-6)
+    assert found["dense_spread"] == pytest.approx(dense["dense_spread"].mean().item(), abs=1e-6)
+    assert found["dense_rank"] == pytest.approx(effective_rank(tokens.flatten(0, 1)), rel=1e-5)  # 4 patches an image
+
+
+def same_in_an_image(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.mean(1, keepdim=True).expand_as(tokens)
+
+
+def same_in_all_images(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.mean(0, keepdim=True).expand_as(tokens)
+
+
+def in_few_directions(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tokens[..., :3], torch.zeros_like(tokens[..., 3:])], dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("collapse", "words"),
+    [
+        (same_in_an_image, "the patch tokens of an image collapse: spread"),
+        (same_in_all_images, "the patch tokens of all images become the same: spread"),
+        (in_few_directions, "the patch tokens collapse: effective rank"),
+    ],
+)
+def test_a_collapse_of_patch_tokens_alone_stops_the_run(
+    collapse: Callable[[torch.Tensor], torch.Tensor], words: str, tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    """Planted behind the last block: the class token, and all that is measured of it, stays as it was."""
+    probe, folder = make_probe(tiny_images), RunFolder.open(tmp_path / "run", {"name": "x"}, overwrite=False)
+    settings = GuardSettings() if collapse is in_few_directions else GuardSettings(min_rank=0)
+    guard = Guard(probe, probe.backbone, folder, settings, steps=1000, probe_images=20)
+    guard.begin(0)
+    spoil = lambda block, inputs, tokens: torch.cat([tokens[:, :1], collapse(tokens[:, 1:])], dim=1)  # noqa: E731
+    probe.backbone.model.blocks[-1].register_forward_hook(spoil)
+    found = guard.check(1)
+    for name in ("rank", "spread", "view_alignment", "retrieval"):
+        assert found[name] == guard.start[name], name
+    with pytest.raises(GuardStopError, match=words):
+        guard.check(2)
 
 
 def test_looking_changes_neither_modes_nor_random_numbers_and_is_repeatable(tiny_images: ImageSet) -> None:
@@ -127,6 +176,7 @@ def test_ups_and_downs_of_a_healthy_run_do_not_stop_it(tmp_path: Path) -> None:
         ({"rank": 8.0}, r"effective rank \(at the start 40, then 8, 8\)"),
         ({"spread": 0.03}, "spread"),
         ({"retrieval": 0.3}, "found by another crop"),
+        ({"dense_spread": 0.04}, r"patch tokens of an image collapse: spread \(at the start 0.5, then 0.04, 0.04\)"),
     ],
 )
 def test_collapse_stops_at_the_second_bad_look_running(tmp_path: Path, look: dict[str, float], words: str) -> None:

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,14 +16,19 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mim_refiner.errors import InputError
+from mim_refiner.core.run import Run
+from mim_refiner.errors import InputError, RecipeError
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.training.cost import ENCODERS, EncoderShape, Workload
+from mim_refiner.training import memory
+from mim_refiner.training.cost import EncoderShape, Workload
 from mim_refiner.training.memory import (
+    RESERVE,
+    Choice,
     LiveBytes,
     Needs,
+    as_asked,
     choose,
     even_parts,
     format_bytes,
@@ -29,6 +36,9 @@ from mim_refiner.training.memory import (
     parse_budget,
     refiner_like,
 )
+from mim_refiner.training.recipe import RefineRecipe, Views, override
+from mim_refiner.training.refine import forward_backward
+from mim_refiner.types import Checkpointing
 
 CPU = torch.device("cpu")
 
@@ -61,13 +71,17 @@ def test_the_trace_leaves_the_model_as_it_is() -> None:
     measure_needs(refiner, [(32, 2), (16, 4)], 8, precision="fp32")
     assert all(torch.equal(before[name], tensor) for name, tensor in refiner.state_dict().items())
     assert all(p.grad is None for p in refiner.parameters())
-    assert not getattr(refiner.backbone.model, "grad_checkpointing", False)
+    assert refiner.backbone.checkpointing is False
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
-    ["vit_w192_d12_h3_p4 32 16 16 0 fp32", "vit_w192_d12_h3_p4 32 16 16 4 fp32", "vit_w384_d6_h6_p8 64 32 8 0 fp32"],
+    [
+        "vit_w192_d12_h3_p4 32 16 16 0 fp32",
+        "vit_w192_d12_h3_p4 32 16 16 4 fp32",
+        "vit_w192_d12_h3_p4 32 16 16 4 fp32 --kept 5",
+    ],
 )
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of resident memory from Linux")
 def test_expected_peaks_are_within_15_percent_of_measured_ones(shape: str) -> None:
@@ -79,17 +93,39 @@ def test_expected_peaks_are_within_15_percent_of_measured_ones(shape: str) -> No
     assert result["expected"] == pytest.approx(result["measured"], rel=0.15), result
 
 
-def test_the_cheapest_setting_that_fits_is_picked() -> None:
-    refiner, shapes = make(), [(32, 2), (16, 4)]
-    needs = measure_needs(refiner, shapes, 32, precision="fp32")
-    assert needs.cached(1) < needs.cached(8) < needs.whole()
-    room = 1 / 0.92 + 1e-6
+ROOM = 1 / (1 - RESERVE) + 1e-6
 
-    def pick(budget: float, **settings: object):
-        return choose(refiner, shapes, 32, budget * room, precision="fp32", **settings)
 
-    assert pick(needs.whole()).micro_batch is None
-    smaller = pick(needs.cached(9))
+def asked(local_views: int = 4, size: int = 32, **settings: object) -> RefineRecipe:
+    views = Views(global_size=size, local_size=16, num_local=local_views)
+    return RefineRecipe(name="test", batch_size=32, views=views, **settings)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Checkpointing], Needs]:
+    """Traces, each made once."""
+    refiner, made = make(), cache(measure_needs)
+    shapes = tuple(asked().views.shapes)
+
+    def needs(kept: Checkpointing = False) -> Needs:
+        return made(refiner, shapes, 32, precision="fp32", checkpointing=kept)
+
+    monkeypatch.setattr(memory, "measure_needs", lambda *_, checkpointing, **__: needs(checkpointing))
+    return needs
+
+
+def pick(budget: float, **settings: object) -> Choice:
+    return choose(make(), asked(**settings), 32, budget * ROOM, precision="fp32")
+
+
+def test_the_cheapest_setting_that_fits_is_picked(traced: Callable[..., Needs]) -> None:
+    needs, selective = traced(), traced("selective")
+    assert needs.cached(1) < needs.cached(8) < selective.whole() < needs.whole()
+    assert pick(needs.whole()).settings == {"micro_batch": None, "kept_graphs": 0, "checkpointing": False}
+    lighter = pick(needs.whole() - 1000)
+    assert (lighter.micro_batch, lighter.checkpointing, lighter.peak) == (None, "selective", selective.whole())
+    assert pick(needs.whole() - 1000, compile=True).micro_batch is not None
+    smaller = pick(needs.cached(9), kept_graphs=0)
     assert (smaller.micro_batch, smaller.checkpointing) == (8, False)  # four equal parts of 32, not 9 + 9 + 9 + 5
     assert smaller.peak == needs.cached(8)
     assert pick(needs.whole(), micro_batch=4).micro_batch == 4
@@ -98,14 +134,55 @@ def test_the_cheapest_setting_that_fits_is_picked() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_as_many_graphs_are_kept_as_fit(traced: Callable[..., Needs]) -> None:
+    needs = traced()
+    whole, local = needs.image_graphs
+    assert [needs.graphs(8, count) for count in (0, 1, 4, 5, 8, 9)] == [
+        0, 8 * whole, 32 * whole, 32 * whole + 8 * local, 32 * (whole + local), 32 * (whole + local)
+    ]  # fmt: skip
+    for count in range(9):
+        free = needs.cached(8, count)
+        for found in (
+            as_asked(make(), asked(micro_batch=8), 32, free * ROOM, precision="fp32"),
+            pick(free, micro_batch=8),
+        ):
+            assert found.kept_graphs >= count
+            assert found.peak <= free + 1
+            assert needs.cached(8, found.kept_graphs + 1) > free or found.kept_graphs == 8
+    assert as_asked(make(), asked(micro_batch=8), 32, 0, precision="fp32").kept_graphs == 0
+    fixed = pick(needs.cached(4, 5), kept_graphs=5)
+    assert fixed.kept_graphs == 5
+    assert fixed.peak <= needs.cached(4, 5) + 1
+    # smaller micro-batches fill the memory better
+    budget = needs.cached(8, 3)
+    filled, large = pick(budget), even_parts(needs.largest_micro_batch(budget), 32)
+    assert filled.micro_batch < large
+    assert needs.graphs(filled.micro_batch, filled.kept_graphs) > needs.graphs(large, needs.most_graphs(large, budget))
+
+
 def test_checkpointing_is_picked_when_not_even_one_image_fits_without() -> None:
-    refiner, shapes = make("vit_w64_d12_h2_p4", image=64), [(64, 2)]
-    needs = measure_needs(refiner, shapes, 2, precision="fp32")
-    checkpointed = measure_needs(refiner, shapes, 2, precision="fp32", checkpointing=True)
+    refiner, recipe = make("vit_w64_d12_h2_p4", image=64), asked(0, size=64)
+    needs = measure_needs(refiner, recipe.views.shapes, 2, precision="fp32")
+    checkpointed = measure_needs(refiner, recipe.views.shapes, 2, precision="fp32", checkpointing=True)
     assert checkpointed.encoder_image < 0.5 * needs.encoder_image
-    budget = (checkpointed.cached(1) + needs.cached(1)) / 2 / 0.92
-    picked = choose(refiner, shapes, 2, budget, precision="fp32")
+    budget = (checkpointed.cached(1) + needs.cached(1)) / 2 * ROOM
+    picked = choose(refiner, recipe, 2, budget, precision="fp32")
     assert (picked.micro_batch, picked.checkpointing) == (1, True)
+
+
+def test_selective_checkpointing_holds_less_and_the_trace_tells_how_much() -> None:
+    shapes, peaks = [(32, 2), (16, 4)], {}
+    for kept in (False, "selective"):
+        refiner = make("vit_w64_d4_h2_p4")
+        refiner.backbone.use_math_attention()
+        needs = measure_needs(refiner, shapes, 4, precision="bf16", checkpointing=kept, waste=1.0)
+        refiner.backbone.set_checkpointing(kept)
+        views = [torch.randn(4, 3, size, size) for size, count in shapes for _ in range(count)]
+        with LiveBytes() as live:
+            forward_backward(refiner, views, torch.arange(4), None, Run(precision="bf16"))
+        peaks[kept] = live.peak
+        assert needs.plain == pytest.approx(live.peak, rel=0.2), kept
+    assert peaks["selective"] < 0.75 * peaks[False]
 
 
 def test_frozen_blocks_need_less() -> None:
@@ -136,9 +213,9 @@ def test_auto_reads_what_is_free() -> None:
 def test_small_helpers() -> None:
     assert [even_parts(m, 32) for m in (1, 5, 9, 16, 31, 32)] == [1, 5, 8, 16, 16, 32]
     assert [format_bytes(count) for count in (2.34e10, 5e6, 1e3, 3e12)] == ["23.4 GB", "5.0 MB", "1.0 KB", "3.0 TB"]
-    needs = Needs(10, 4, 1, 1, 0, 5, 2, 3, 50)
-    assert needs.largest_micro_batch(30, 8) == 5
-    assert needs.largest_micro_batch(10, 8) == 0
+    needs = Needs(8, 10, 4, 1, 1, 0, 5, 2, 3, (3,), 50)
+    assert needs.largest_micro_batch(30) == 5
+    assert needs.largest_micro_batch(10) == 0
     assert (needs.whole(), replace(needs, plain=2).whole()) == (57, 11)
 
 
@@ -148,7 +225,7 @@ def test_small_helpers() -> None:
 def test_parameters_are_those_of_the_model() -> None:
     for shape, arch, size in (
         (EncoderShape(64, 4, 2, 8, image_size=32), "vit_w64_d4_h2_p8", 32),
-        (ENCODERS["ViT-B/16"], "vit_base_patch16_224", 224),
+        (EncoderShape(768, 12, 12, 16), "vit_base_patch16_224", 224),
     ):
         with torch.device("meta"):
             model = create_vit(arch, image_size=size)
@@ -171,47 +248,14 @@ def test_operations_are_those_of_a_counted_step() -> None:
     with FlopCounterMode(display=False) as counter:
         traced.heads(8, 6, "fp32")
     parts = job.operations()
+    passes = [
+        replace(job, micro_batch=2, kept_graphs=kept).operations()["encoder"] / parts["encoder"] for kept in (0, 4, 8)
+    ]
+    assert passes == [pytest.approx(4 / 3), pytest.approx(1.15, abs=0.05), 1]
+    both = replace(job, micro_batch=2, checkpointing=True)
+    assert both.operations()["encoder"] == pytest.approx(5 / 3 * parts["encoder"])
+    assert replace(job, checkpointing="selective").operations() == parts
     assert parts["heads"] + parts["negatives"] + parts["queue"] == pytest.approx(counter.get_total_flops(), rel=0.1)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("fused", [False, True])
-def test_bytes_of_activations_are_those_of_a_trace(precision: str, fused: bool) -> None:
-    refiner = make("vit_w192_d8_h3_p8", image=96)
-    if not fused:
-        refiner.backbone.use_math_attention()
-    needs = measure_needs(refiner, [(96, 2)], 4, precision=precision, waste=1.0)
-    shape = EncoderShape(192, 4, 3, 8, image_size=96)  # of its eight blocks the first four run
-    expected = 2 * 4 * shape.block_bytes(shape.tokens(96), bf16=precision == "bf16", fused_attention=fused)
-    assert expected == pytest.approx(needs.encoder_image, rel=0.2)
-
-
-def test_the_published_case_is_what_its_users_report() -> None:
-    """About 100 images of a ViT-L step fill an 80 GB GPU (MIM-Refiner issues 9 and 11)."""
-    job = Workload(ENCODERS["ViT-L/16"], 100, range(16, 24), [(224, 2), (96, 10)])
-    assert 50e9 < sum(job.memory().values()) < 100e9
-    assert (
-        sum(Workload(ENCODERS["ViT-L/16"], 1024, range(16, 24), [(224, 2), (96, 10)], micro_batch=32).memory().values())
-        < 80e9
-    )
-
-
-def test_traffic_grows_with_processes_as_rings_do() -> None:
-    job = Workload(ENCODERS["ViT-L/16"], 1024, range(16, 24), [(224, 2), (96, 10)], processes=8)
-    alone = Workload(ENCODERS["ViT-L/16"], 1024, range(16, 24), [(224, 2), (96, 10)])
-    assert set(alone.traffic().values()) == {0}
-    assert job.traffic()["gradients"] == pytest.approx(2 * 7 / 8 * 4 * job.trained_parameters)
-
-
-def test_sharded_blocks_need_an_eighth_and_travel_more() -> None:
-    huge = [(224, 2), (98, 10)]
-    whole = Workload(ENCODERS["ViT-2B/14"], 512, range(16, 24), huge, frozen_blocks=6, micro_batch=32, processes=8)
-    shared = replace(whole, shards=8)
-    kept = whole.memory()["parameters and optimizer"] - shared.memory()["parameters and optimizer"]
-    block = ENCODERS["ViT-2B/14"].block_parameters
-    assert kept == pytest.approx(7 / 8 * block * (18 * 16 + 6 * 4) - 3 * 4 * block)  # three are there whole at a time
-    assert shared.traffic()["gradients of blocks"] == pytest.approx(2 * 2 * 18 * block * 4 * 7 / 8)
-    assert shared.traffic()["gradients"] < 0.1 * whole.traffic()["gradients"]
 
 
 def test_the_planner_counts_the_state_of_sharded_blocks() -> None:
@@ -219,3 +263,12 @@ def test_the_planner_counts_the_state_of_sharded_blocks() -> None:
     whole, half = (measure_needs(refiner, [(96, 2)], 4, precision="fp32", shards=shards) for shards in (1, 2))
     blocks = sum(p.numel() for p in refiner.backbone.model.blocks.parameters()) * 4
     assert whole.state - half.state == pytest.approx(5 * blocks / 2 - 3 * blocks / 8)
+
+
+def test_selective_checkpointing_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(RecipeError, match=r"checkpointing: .*compiled blocks choose.*set it or compile to false"):
+        override(asked(), ["compile=true", "checkpointing=selective"])
+    backbone = make().backbone
+    backbone.runner = None  # as of a hierarchical encoder
+    with pytest.raises(InputError, match=r"checkpointing=selective: .* does not run block by block; use true"):
+        backbone.set_checkpointing("selective")

@@ -16,6 +16,7 @@ from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner, RefinerOutput
 from mim_refiner.training.cached import refuse_batch_dependent
 from mim_refiner.training.refine import forward_backward
+from mim_refiner.types import Checkpointing
 
 BATCH = 12
 
@@ -125,10 +126,14 @@ def test_micro_batches_of_any_size_give_the_same_parameters_after_five_steps() -
             torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-9, msg=f"{micro_batch} {name}")
 
 
+@pytest.mark.parametrize("kept", [True, "selective"])
 @pytest.mark.parametrize("micro_batch", [None, 4])
-def test_checkpointing_changes_no_gradient(micro_batch: int | None) -> None:
-    plain, checkpointed = make(), make()
-    checkpointed.backbone.model.set_grad_checkpointing(True)
+@pytest.mark.parametrize("math_attention", [True, False])
+def test_checkpointing_changes_no_gradient(micro_batch: int | None, kept: Checkpointing, math_attention: bool) -> None:
+    plain, checkpointed = make(attn_drop_rate=0.2 * math_attention), make(attn_drop_rate=0.2 * math_attention)
+    if math_attention:
+        checkpointed.backbone.use_math_attention()
+    checkpointed.backbone.set_checkpointing(kept)
     run(plain, None)
     run(checkpointed, micro_batch)
     for name, gradient in gradients(plain).items():
@@ -149,6 +154,20 @@ def test_bf16_differs_by_no_more_than_its_rounding() -> None:
             own_error = (gradient - gradients(exact)[name]).norm() / scale
             difference = (gradients(cached)[name] - gradient).norm() / scale
             assert difference <= max(2 * own_error, 0.02), (name, difference.item(), own_error.item())
+
+
+@pytest.mark.parametrize("kept", [True, "selective"])
+def test_checkpointing_changes_no_gradient_in_bf16(kept: Checkpointing) -> None:
+    """autocast keeps the casts of weights for the second size of views; what is computed again must not miss them.
+
+    Where it keeps none, gradients of both sizes are added in float32 and not in bf16.
+    """
+    plain, checkpointed = make(dtype=torch.float32), make(dtype=torch.float32)
+    checkpointed.backbone.set_checkpointing(kept)
+    for refiner in (plain, checkpointed):
+        run(refiner, None, precision="bf16")
+    for name, gradient in gradients(plain).items():
+        assert (gradients(checkpointed)[name] - gradient).norm() <= 0.01 * gradient.norm() + 1e-6, name
 
 
 def test_frozen_blocks_run_once_and_the_encoder_of_the_warm_up_once() -> None:

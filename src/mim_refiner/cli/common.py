@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -22,7 +22,6 @@ from mim_refiner.cli.progress import make_reporter
 from mim_refiner.core.processes import started_as
 from mim_refiner.errors import InputError
 
-Device = Literal["auto", "cpu", "cuda"]
 IN_MANY_PROCESSES = ("demo", "evaluate", "pretrain", "refine")  # share their work; of another verb one process does all
 
 SOURCES = "folder, .txt/.csv list, .parquet file(s), .tar shards, .npz/.npy arrays, hf:owner/name; #split, \\[a:b]"
@@ -60,7 +59,10 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; repeatable."),
 ]
-DeviceOption = Annotated[Device, typer.Option("--device", help="auto takes the GPU when there is one.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="auto takes the CUDA GPU if there is one."),
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of every random choice.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Start anew in a folder that holds another run; its files are replaced.")

@@ -104,7 +104,7 @@ def knn_segmentation(backbone: Backbone, bank: ImageSet, test: ImageSet, run: Ru
     classes = same_classes(*masks)
     window = check_segmentation(SegmentationSettings(), backbone)
     cutting = Cutting(window, window, None, backbone.info.patch_size)
-    encoder = Encoder(backbone.to(run.device), [backbone.info.depth - 1], True, run.device, run.precision)
+    encoder = Encoder(backbone.to(run.device), [backbone.info.depth - 1], True, run)
 
     def patches(images: ImageSet, of: MaskSet, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """Features [P, D], counts [P, C] and image [P] of the labelled patches of evenly spaced windows."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.estimate import check_model
 from mim_refiner.commands.inputs import announce
+from mim_refiner.core.device import pick_device
 from mim_refiner.data.doctor import KINDS, Finding, Scan, scan
 from mim_refiner.data.duplicates import exact_duplicates, exact_matches, near_duplicates, near_matches
 from mim_refiner.data.exclude import list_lines
@@ -47,6 +48,7 @@ def doctor(
     """
     reporter = reporter or NullReporter()
     started = time.perf_counter()
+    target = pick_device(device)
     backbone = load_backbone(model) if model else None
     channels = 3 if backbone is None else backbone.info.in_chans
     source = open_source(data)
@@ -75,7 +77,7 @@ def doctor(
     if model and backbone is not None:
         reporter.phase("model", 0)
         left = len(source) - len(left_out)
-        result["model"] = check_model(model, backbone, found, left, recipe=recipe, device=device)
+        result["model"] = check_model(model, backbone, found, left, recipe=recipe, device=target)
     if out:
         result["exclude_list"] = str(write_bytes(Path(out) / LIST_NAME, _list_text(data, findings)))
         write_json(Path(out) / "doctor.json", result)

@@ -15,6 +15,7 @@ from mim_refiner.checkpoints.options import parse_size
 from mim_refiner.commands.inputs import announce
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError, MimRefinerError
@@ -97,7 +98,7 @@ def embed(
     if parts.open(settings, overwrite=overwrite):
         reporter.message(f"going on with {parts.count()} finished parts in {parts.path}")
     try:
-        speed = compute_parts(backbone, images, spec, parts, device=torch_device, reporter=reporter)
+        speed = compute_parts(backbone, images, spec, parts, Run(torch_device, spec.precision, reporter=reporter))
     except MimRefinerError:
         if not parts.count():
             parts.remove()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mim_refiner.checkpoints.load import inspect_checkpoint
-from mim_refiner.core.device import pick_device, resolve_precision
+from mim_refiner.core.device import resolve_precision
 from mim_refiner.core.run import Run
 from mim_refiner.data.doctor import Scan
 from mim_refiner.models.backbone import Backbone
@@ -25,7 +25,7 @@ BACKWARD = 3.0  # forward and backward against forward alone
 
 
 def check_model(
-    model: str, backbone: Backbone, found: Scan, images: int, *, recipe: str | None = None, device: str = "auto"
+    model: str, backbone: Backbone, found: Scan, images: int, *, recipe: str | None, device: torch.device
 ) -> dict[str, Any]:
     """Say what the encoder ``backbone`` covers, how it fits the images, and what refining it would cost here.
 
@@ -35,8 +35,7 @@ def check_model(
     report = inspect_checkpoint(model)
     info = backbone.info
     chosen = refine_recipe(recipe, image_size=max(info.image_size), images=images)
-    target = pick_device(device)
-    run = Run(target, resolve_precision(chosen.precision, target))
+    run = Run(device, resolve_precision(chosen.precision, device))
     result: dict[str, Any] = {
         "source": model,
         "family": info.family,
@@ -53,7 +52,7 @@ def check_model(
     warmup = chosen.warmup.epochs * images * views / rate
     refinement = chosen.refinement.epochs * images * views * BACKWARD / rate
     result["estimated_hours"] = round((warmup + refinement) / 3600, 2)
-    result |= _space(backbone, chosen, images, target)
+    result |= _space(backbone, chosen, images, device)
     return result
 
 
@@ -74,8 +73,8 @@ def forward_rate(backbone: Backbone, run: Run) -> float:
 
     def step() -> None:
         backbone.forward_blocks(images, [-1])
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
+        if run.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     with torch.inference_mode(), run.autocast():
         step()

@@ -155,11 +155,24 @@ def channel_moments(images: ImageSet) -> tuple[tuple[float, ...], tuple[float, .
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def normalize_by(images: ImageSet, *backbones: Backbone) -> None:
-    """From now on the encoders, and what is exported of them, normalise by these images' channels."""
+def normalize_by(images: ImageSet, backbone: Backbone) -> None:
+    """From now on the encoder, and what is exported of it, normalises by these images' channels."""
     mean, std = channel_moments(images)
-    for backbone in backbones:
-        backbone.info = replace(backbone.info, mean=mean, std=std)
+    backbone.info = replace(backbone.info, mean=mean, std=std)
+
+
+def normalize_as(one: Backbone, *others: Backbone) -> None:
+    """From now on the others normalise as the one does."""
+    for backbone in others:
+        backbone.info = replace(backbone.info, mean=one.info.mean, std=one.info.std)
+
+
+def run_fast(backbone: Backbone, recipe: Recipe, run: Run) -> None:
+    """Prepare the encoder to run as fast as it goes on the device."""
+    if run.device.type == "cpu":
+        backbone.use_math_attention()
+    if recipe.compile:
+        backbone.compile_blocks()
 
 
 def refuse_to_overwrite_inputs(out: str, overwrite: bool, **sources: Any) -> None:

@@ -7,18 +7,22 @@ folder unless the user's own WANDB_MODE or MLFLOW_TRACKING_URI says otherwise.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import yaml
 
 from mim_refiner.core.processes import started_as
 from mim_refiner.errors import InputError, RunFolderError, did_you_mean
 from mim_refiner.files import dotted, read_json, read_yaml, reading
-from mim_refiner.reporting import Reporter, Tee
+from mim_refiner.reporting import NullReporter, Reporter, Tee
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # name, also that of its extra: modules that must be importable
 LOGGERS = {
@@ -62,6 +66,18 @@ def logging_to(names: Sequence[str], out: str, reporter: Reporter) -> Iterator[R
         finished = True
     finally:
         recorder.close(finished)
+
+
+def logged(verb: Callable[P, T]) -> Callable[P, T]:
+    """For a verb with the arguments ``log``, ``out`` and ``reporter``: what it reports also reaches the loggers."""
+
+    @functools.wraps(verb)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        given: dict[str, Any] = kwargs
+        with logging_to(given.get("log", ()), given.get("out", ""), given.get("reporter") or NullReporter()) as told:
+            return verb(*args, **given | {"reporter": told})
+
+    return wrapped
 
 
 class _Recorder:

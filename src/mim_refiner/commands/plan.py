@@ -15,71 +15,63 @@ from mim_refiner.core.run import Run
 from mim_refiner.core.sharding import processes_on_node, shard_count
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.cost import EncoderShape, Workload
-from mim_refiner.training.memory import Choice, choose, format_bytes, measure_needs, parse_budget
+from mim_refiner.training.graphed import uses_graph
+from mim_refiner.training.memory import Choice, as_asked, choose, format_bytes, parse_budget
 from mim_refiner.training.recipe import RefineRecipe
-from mim_refiner.types import ImageSize
 
 RATE_SECONDS = 0.3  # of measuring how fast the device runs a block
 
 
-def fit_into(recipe: RefineRecipe, refiner: Refiner, budget: str, run: Run) -> RefineRecipe:
-    """The recipe with the micro-batch and checkpointing that fit into the budget; says what was picked."""
-    available = available_memory(budget, run)
-    picked = choose(
-        refiner,
-        view_shapes(recipe),
-        recipe.batch_size // world_size(),
-        available,
-        precision=run.precision,
-        micro_batch=recipe.micro_batch,
-        checkpointing=recipe.checkpointing,
-        shards=shards_of(recipe),
-    )
-    run.reporter.message(
-        f"memory: {format_bytes(picked.peak)} of {format_bytes(available)} expected; micro_batch="
-        f"{picked.micro_batch or 'none'}, checkpointing={str(picked.checkpointing).lower()} ({picked.words})"
-    )
-    return recipe.model_copy(update={"micro_batch": picked.micro_batch, "checkpointing": picked.checkpointing})
+def fit_into(recipe: RefineRecipe, refiner: Refiner, budget: str | None, run: Run) -> RefineRecipe:
+    """The recipe with what it leaves open of micro-batch, graphs and checkpointing; says what was picked.
+
+    Raises InputError where nothing fits, or where steps that are to be CUDA graphs cannot.
+    """
+    settings: dict[str, Any] = {"kept_graphs": recipe.graphs}
+    if budget is not None or _keeps_graphs(recipe, run):
+        picked = settle(recipe, refiner, budget, run)
+        settings = picked.settings
+        words = ", ".join(f"{key}={str(value).lower()}" for key, value in settings.items())
+        run.reporter.message(f"memory: {format_bytes(picked.peak)} expected; {words} ({picked.words})")
+    chosen = recipe.model_copy(update=settings)
+    uses_graph(chosen, refiner, run)
+    return chosen
+
+
+def settle(recipe: RefineRecipe, refiner: Refiner, budget: str | None, run: Run) -> Choice:
+    """What fits into the budget; without one, what the recipe says, with the graphs that a GPU has memory for."""
+    way: dict[str, Any] = {"precision": run.precision, "shards": shards_of(recipe)}
+    batch = recipe.batch_size // world_size()
+    if budget is not None:
+        return choose(refiner, recipe, batch, available_memory(budget, run), **way)
+    free = available_memory("auto", run) if _keeps_graphs(recipe, run) else 0.0
+    return as_asked(refiner, recipe, batch, free, **way)
+
+
+def _keeps_graphs(recipe: RefineRecipe, run: Run) -> bool:
+    """Whether graphs are kept without a budget: on a GPU, whose memory is for the one run, in a cached step."""
+    batch = recipe.batch_size // world_size()
+    cached = recipe.micro_batch is not None and recipe.micro_batch < batch
+    return cached and recipe.kept_graphs == "auto" and run.device.type == "cuda"
 
 
 def plan(
     recipe: RefineRecipe, refiner: Refiner, images: int, run: Run, budget: str | None, views_are_cut: str
 ) -> dict[str, Any]:
     """The cost of the run: memory by part, operations, hours at the speed this device shows, traffic."""
-    local = recipe.batch_size // world_size()
-    shapes = view_shapes(recipe)
-    shards = shards_of(recipe)
-    needs = measure_needs(
-        refiner, shapes, local, precision=run.precision, checkpointing=recipe.checkpointing, shards=shards
-    )
-    peak = needs.whole() if recipe.micro_batch is None else needs.cached(recipe.micro_batch, recipe.kept_graphs)
-    picked = Choice(recipe.micro_batch, recipe.checkpointing, peak, "as the recipe says")
-    if budget is not None:
-        picked = choose(
-            refiner,
-            shapes,
-            local,
-            available_memory(budget, run),
-            precision=run.precision,
-            micro_batch=recipe.micro_batch,
-            checkpointing=recipe.checkpointing,
-            shards=shards,
-        )
-    sizes = vars(needs) | {"plain_step": needs.whole(), "one_image_at_a_time": needs.cached(1)}
+    picked = settle(recipe, refiner, budget, run)
+    needs = picked.needs
+    sizes = {key: value for key, value in vars(needs).items() if key not in ("batch", "image_graphs")}
+    sizes |= {"plain_step": needs.whole(), "one_image_at_a_time": needs.cached(1)}
     result: dict[str, Any] = {
         "views_are_cut": views_are_cut,
-        "setting": {
-            "micro_batch": picked.micro_batch,
-            "checkpointing": picked.checkpointing,
-            "peak": format_bytes(picked.peak),
-            "why": picked.words,
-        },
+        "setting": {**picked.settings, "peak": format_bytes(picked.peak), "why": picked.words},
+        "cuda_graph": uses_graph(recipe.model_copy(update=picked.settings), refiner, run),
         "memory": {name: format_bytes(value) for name, value in sizes.items()},
         "bytes": {"peak": picked.peak, **sizes},
     }
     if refiner.backbone.is_plain_vit:
-        chosen = recipe.model_copy(update={"micro_batch": picked.micro_batch, "checkpointing": picked.checkpointing})
-        result |= _costs(chosen, refiner, images, run)
+        result |= _costs(recipe.model_copy(update=picked.settings), refiner, images, run)
     return {"plan": result}
 
 
@@ -100,17 +92,6 @@ def shards_of(recipe: RefineRecipe) -> int:
     return shard_count() if recipe.shard else 1
 
 
-def view_shapes(recipe: RefineRecipe) -> list[tuple[ImageSize, int]]:
-    """(pixels, how many such views); views of one size pass through the encoder together."""
-    views = recipe.views
-    assert views.global_size is not None
-    shapes: dict[ImageSize, int] = {views.global_size: 2}
-    if views.num_local:
-        assert views.local_size is not None
-        shapes[views.local_size] = shapes.get(views.local_size, 0) + views.num_local
-    return list(shapes.items())
-
-
 def workload_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Workload:
     """What the cost model needs to know of a run with a plain ViT."""
     model, info, heads = refiner.backbone.model, refiner.backbone.info, recipe.heads
@@ -129,16 +110,16 @@ def workload_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Workl
         shape,
         recipe.batch_size,
         refiner.blocks,
-        view_shapes(recipe),
+        recipe.views.shapes,
         heads.projector_hidden,
         heads.predictor_hidden,
         heads.out_dim,
         heads.queue_size,
         recipe.frozen_blocks,
         recipe.micro_batch,
+        recipe.graphs,
         recipe.checkpointing,
         bf16=precision == "bf16",
-        fused_attention=bool(block.attn.fused_attn),
         class_token_last=refiner.pooling == "cls" and shards_of(recipe) == 1,
         processes=world_size(),
         shards=shards_of(recipe),
@@ -178,8 +159,8 @@ def measured_rate(refiner: Refiner, job: Workload, run: Run, clock: Callable[[],
         with run.autocast():
             output = block(x)
         output.sum().backward()
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
+        if run.device.type != "cpu":
+            torch.accelerator.synchronize()
         if done or seconds:  # the first round warms up
             seconds += clock() - started
         done += 1

@@ -21,9 +21,10 @@ from mim_refiner.commands.inputs import (
     open_run,
     refuse_other_work,
     refuse_to_overwrite_inputs,
+    run_fast,
     train_loader,
 )
-from mim_refiner.commands.loggers import logging_to
+from mim_refiner.commands.loggers import logged
 from mim_refiner.commands.monitor import MIN_KNN_IMAGES, TRAINED_ON, OnlineKnn
 from mim_refiner.commands.plan import available_memory
 from mim_refiner.core.device import pick_device, resolve_precision
@@ -50,6 +51,7 @@ from mim_refiner.types import ImageSize, height_width
 
 @stops_cleanly
 @together
+@logged
 def pretrain(
     *,
     data: Any,
@@ -77,27 +79,7 @@ def pretrain(
     Writes a run folder whose export/ is a timm folder. The same call on the same folder resumes. Returns the summary.
     Raises MimRefinerError with one line on bad input.
     """
-    with logging_to(log, out, reporter or NullReporter()) as told:
-        return _pretrain(
-            data, arch, model, out, recipe, settings or [], device, seed, overwrite, exclude, memory_budget, plan, told
-        )
-
-
-def _pretrain(
-    data: Any,
-    arch: str | None,
-    model: Any,
-    out: str,
-    recipe: str | None,
-    settings: list[str],
-    device: str,
-    seed: int,
-    overwrite: bool,
-    exclude: str | None,
-    memory_budget: str | None,
-    plan: bool,
-    reporter: Reporter,
-) -> dict[str, Any]:
+    reporter, settings = reporter or NullReporter(), settings or []
     started = time.perf_counter()
     if (arch is None) == (model is None):
         raise InputError("pretrain needs --arch for a new encoder, or --model to go on from one; give one of them")
@@ -115,10 +97,7 @@ def _pretrain(
     encoder = backbone.model
     weights = None if model is None else weights_sha256(encoder)
     refuse_other_work(chosen, run, weights or arch, images=images)
-    if run.device.type == "cpu":
-        backbone.use_math_attention()
-    if chosen.compile:
-        backbone.compile_blocks()
+    run_fast(backbone, chosen, run)
     torch.manual_seed(seed)
     mae = make_autoencoder(encoder, chosen, given).to(run.device)
 
@@ -132,12 +111,8 @@ def _pretrain(
              "seed": seed, "exclude": exclude}  # fmt: skip
     folder = open_run(out, asked, chosen, images, overwrite=overwrite)
     skipped = list_skipped(images, folder, reporter)
-    peak = peak_learning_rate(chosen.training.base_lr, chosen.batch_size)
-    reporter.message(
-        f"{arch or given}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, {size} px, "
-        f"{len(images)} images, {chosen.training.epochs} epochs of {loader.steps_per_epoch} steps, {run.precision}; "
-        f"learning rate base {chosen.training.base_lr:.3g}, peak {peak:.3g}"
-    )
+    size_of = f"{arch or given}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, {size} px"
+    announce(f"{size_of}, {len(images)} images", chosen, loader.steps_per_epoch, run)
     reporter.message(cost.line)
     watched = images.labels is not None and chosen.knn_every and len(images) >= MIN_KNN_IMAGES
     monitor = make_monitor(backbone, images, run) if watched else None
@@ -148,21 +123,22 @@ def _pretrain(
     if not folder.writes:  # the rest is rank 0's
         return {}
 
-    card: dict[str, Any] = {
-        "base": Path(given).name if given else "trained from scratch",
-        "data": f"{Path(name_of(data)).name} ({len(images)} images)",
-        "recipe": chosen.model_dump(mode="json"),
-    }
-    export_timm(backbone.to("cpu"), Path(out) / "export", card=card)
-    summary = {
-        "run": str(out),
-        "export": str(Path(out) / "export"),
-        "data": {"train": images.facts()},
-        "seconds": {"total": time.perf_counter() - started},
-    }
+    export, base = Path(out) / "export", Path(given).name if given else "trained from scratch"
+    described = f"{Path(name_of(data)).name} ({len(images)} images)"
+    card = {"base": base, "data": described, "recipe": chosen.model_dump(mode="json")}
+    export_timm(backbone.to("cpu"), export, card=card)
+    summary: dict[str, Any] = {"run": str(out), "export": str(export), "data": {"train": images.facts()}}
+    summary |= {"seconds": {"total": time.perf_counter() - started}}
     summary |= {} if after is None else {"after": after, "measured_on": TRAINED_ON}
     write_json(Path(out) / "summary.json", summary)
     return summary
+
+
+def announce(what: str, recipe: PretrainRecipe, steps_per_epoch: int, run: Run) -> None:
+    """Say what is about to run, with base and peak learning rate."""
+    base, peak = recipe.training.base_lr, peak_learning_rate(recipe.training.base_lr, recipe.batch_size)
+    steps = f"{recipe.training.epochs} epochs of {steps_per_epoch} steps, {run.precision}"
+    run.reporter.message(f"{what}, {steps}; learning rate base {base:.3g}, peak {peak:.3g}")
 
 
 def make_monitor(backbone: Backbone, images: ImageSet, run: Run) -> OnlineKnn:

@@ -27,15 +27,17 @@ from mim_refiner.commands.head_blocks import head_block_settings, place_in_recip
 from mim_refiner.commands.inputs import (
     evaluation_sets,
     list_skipped,
+    normalize_as,
     normalize_by,
     open_run,
     refuse_other_work,
     refuse_to_overwrite_inputs,
     results_folder,
+    run_fast,
     split_images,
     train_loader,
 )
-from mim_refiner.commands.loggers import logging_to
+from mim_refiner.commands.loggers import logged
 from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn
 from mim_refiner.commands.plan import fit_into
 from mim_refiner.commands.plan import plan as run_plan
@@ -79,6 +81,7 @@ from mim_refiner.training.state import RunFolder
 from mim_refiner.training.view_pool import refuse_pool
 
 
+@logged
 def refine(
     *,
     data: Any,
@@ -105,29 +108,28 @@ def refine(
     images to measure on; without them a part of ``data``, if it has labels, is held out for that (``hold_out`` of the
     recipe). The same call on the same folder resumes. ``head_blocks``: "auto" places the heads by measurement
     (``analysis.placement``), "last_third" or block numbers such as "8,9" overrule the recipe. ``memory_budget``
-    ("24GB", "auto") picks micro_batch and checkpointing so that a step fits; ``plan`` only returns what the run would
-    need and cost. ``exclude``: list of images to leave out (as doctor writes it). ``log``: further loggers
-    (tensorboard, wandb, mlflow). Returns the summary {"before", "after", "verdict", "recommendation", "seconds"}, also
-    in summary.json; export/ is a timm folder. Raises MimRefinerError with one line on bad input, GuardStopError when
-    the guard stopped the run (export/ then holds the best state).
+    ("24GB", "auto") picks micro_batch, kept_graphs and checkpointing so that a step fits; ``plan`` only returns what
+    the run would need and cost. ``exclude``: list of images to leave out (as doctor writes it). ``log``: further
+    loggers (tensorboard, wandb, mlflow). Returns the summary {"before", "after", "verdict", "recommendation",
+    "seconds"}, also in summary.json; export/ is a timm folder. Raises MimRefinerError with one line on bad input,
+    GuardStopError when the guard stopped the run (export/ then holds the best state).
     """
-    with logging_to(log, out, reporter or NullReporter()) as told:
-        return refine_and_compare(
-            data=data,
-            model=model,
-            out=out,
-            recipe=recipe,
-            eval_data=eval_data,
-            eval_test=eval_test,
-            settings=[*(settings or []), *head_block_settings(head_blocks)],
-            device=device,
-            seed=seed,
-            overwrite=overwrite,
-            memory_budget=memory_budget,
-            plan=plan,
-            exclude=exclude,
-            reporter=told,
-        )
+    return refine_and_compare(
+        data=data,
+        model=model,
+        out=out,
+        recipe=recipe,
+        eval_data=eval_data,
+        eval_test=eval_test,
+        settings=[*(settings or []), *head_block_settings(head_blocks)],
+        device=device,
+        seed=seed,
+        overwrite=overwrite,
+        memory_budget=memory_budget,
+        plan=plan,
+        exclude=exclude,
+        reporter=reporter or NullReporter(),
+    )
 
 
 @stops_cleanly
@@ -175,7 +177,7 @@ def refine_and_compare(
     refuse_pool(chosen, refiner, loader.steps_per_epoch * chosen.batch_size, run)
     if plan:
         return run_plan(chosen, refiner, len(images), run, memory_budget, loader.cut_where)
-    chosen = chosen if memory_budget is None else fit_into(chosen, refiner, memory_budget, run)
+    chosen = fit_into(chosen, refiner, memory_budget, run)
     asked = {"command": "refine", "data": name_of(data), "model": name_of(model), "model_sha256": weights, "seed": seed,
              "exclude": exclude}  # fmt: skip
     folder = open_run(out, asked, chosen, images, overwrite=overwrite)
@@ -183,7 +185,6 @@ def refine_and_compare(
         write_json(folder.path / f"{name}.json", record)
     skipped = list_skipped(images, folder, reporter)
     announce(chosen, backbone, len(images), loader.steps_per_epoch, run)
-
     refinement = build(chosen, refiner, loader, run)
     with contextlib.closing(loader):
         after, stopped = trained(refinement, folder, online_knn(refinement, on.bank), model)
@@ -191,8 +192,7 @@ def refine_and_compare(
     seconds = time.perf_counter() - started
 
     stages = {"before": load_backbone(model), **after}
-    for encoder in stages.values():
-        encoder.info = replace(encoder.info, mean=backbone.info.mean, std=backbone.info.std)
+    normalize_as(backbone, *stages.values())
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
     on = on if on.test is None else replace(on, test=thinned(on.test, from_rank_0(test_limit())))
     with results_folder(folder.path) as results:
@@ -244,10 +244,7 @@ def measure_on(images: ImageSet, held_out: ImageSet | None, eval_data: Any, eval
 
 def prepare(backbone: Backbone, recipe: RefineRecipe, run: Run) -> Refiner:
     """The encoder with fresh heads, on its device and as fast as it goes there."""
-    if run.device.type == "cpu":
-        backbone.use_math_attention()
-    if recipe.compile:
-        backbone.compile_blocks()
+    run_fast(backbone, recipe, run)
     torch.manual_seed(run.seed)
     return make_refiner(backbone, recipe).to(run.device)
 

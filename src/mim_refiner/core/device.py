@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,18 +18,24 @@ from mim_refiner.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` takes the GPU when there is one. Raises InputError for unknown or absent devices."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {name}: unknown device; use auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
+    """``auto`` takes the (first) GPU of CUDA when there is one. Raises InputError for unknown or absent devices."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", name):
+        raise InputError(f"--device {name[:60]!r}: unknown device; use auto, cpu, cuda, cuda:1 (any number) or mps")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: torch sees no Apple GPU here; use --device cpu, or auto")
+    if name.startswith("cuda") and not count:
         raise InputError(
-            "--device cuda: torch sees no GPU here; use --device cpu, or install a driver and a CUDA build of torch"
+            f"--device {name}: torch sees no GPU here; use --device cpu, or install a driver and a CUDA build of torch"
         )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
+    device = torch.device(name if name != "auto" else "cuda" if count else "cpu")
+    if (device.index or 0) >= max(1, count):
+        raise InputError(f"--device {name}: torch sees {count} GPU(s) here; use one of cuda:0 to cuda:{count - 1}")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # of what asks for no device
+    if device.type == "cpu":
         keep_freed_memory()
-    return torch.device(name)
+    return device
 
 
 def keep_freed_memory() -> None:
@@ -45,15 +52,11 @@ def keep_freed_memory() -> None:
 def resolve_precision(precision: str, device: torch.device) -> Literal["fp32", "bf16"]:
     """``auto``: bf16 on a GPU, fp32 on a CPU; ``fast``: bf16 also on CPUs that multiply it in hardware."""
     if precision == "fast":
-        precision = "bf16" if device.type == "cuda" or cpu_has_fast_bf16() else "fp32"
+        fast = device.type == "cuda" or (device.type == "cpu" and cpu_has_fast_bf16())
+        precision = "bf16" if fast else "fp32"
     if precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
     return "bf16" if precision == "bf16" else "fp32"
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """Mixed precision for the forward pass."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def free_memory(device: torch.device) -> float:

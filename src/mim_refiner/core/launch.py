@@ -195,6 +195,8 @@ def _welcome(store: Store, place: Place, end: float) -> tuple[str, list[str]]:
 def _own_device(device: torch.device, place: Place) -> torch.device:
     if device.type != "cuda":
         return device
+    if str(device) != "cuda":
+        raise InputError(f"--device {device}: each of several processes has a GPU of its own; use --device cuda")
     if place.local_rank >= torch.cuda.device_count():
         raise InputError(
             f"{place.local_rank + 1} processes were started on a machine with {torch.cuda.device_count()} GPUs; "

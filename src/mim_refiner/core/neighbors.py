@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim_refiner.core.guidance import Guide
-from mim_refiner.core.run import send
+from mim_refiner.core.run import ONE_BY_ONE, send
 from mim_refiner.errors import InputError
 from mim_refiner.types import NeighborResult
 
-_MAX_SIMILARITIES = 2**25  # similarities held at once (128 MiB in float32)
+_MAX_SIMILARITIES = 2**25  # held at once (128 MiB in float32)
+_MAX_ENTRIES = 2**25  # numbers in the queues that are looked through at once
 
 
 class NeighborQueue(nn.Module):
@@ -55,33 +58,14 @@ class NeighborQueue(nn.Module):
         similarity -1. Without ids nothing is excluded. For top_k > 1 the rank of the neighbour is drawn from
         ``generator`` (any device) or replayed from ``choice`` [R] or [R, 1]. Raises InputError when shapes do not fit.
         """
-        rows = z.shape[0]
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise InputError(f"queue: look-up needs rows of width {self.dim}, got shape {tuple(z.shape)}")
-        row_ids = self._row_ids(sample_ids, rows) if exclude_same and sample_ids is not None else None
-        queries = F.normalize(z.to(self.entries.dtype), dim=1)
-        keys = F.normalize(self.entries, dim=1).T
-        step = max(1, _MAX_SIMILARITIES // self.size)
-        nearest: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, rows, step):
-            similarity = queries[start : start + step] @ keys
-            if row_ids is not None:
-                similarity.masked_fill_(row_ids[start : start + step, None] == self.sample_ids, -1.0)
-                if self.guide is not None:
-                    similarity = self.guide.bar(similarity, row_ids[start : start + step], self.sample_ids)
-            # max is much faster than topk on CPU
-            best = similarity.max(1, keepdim=True) if self.top_k == 1 else similarity.topk(self.top_k, dim=1)
-            nearest.append((best[0], best[1]))
-        ranked_similarity, ranked = torch.cat([b[0] for b in nearest]), torch.cat([b[1] for b in nearest])
-        drawn = self.draw(rows, generator) if choice is None else choice.view(rows, 1)
-        if drawn is not None:
-            drawn = send([drawn], z.device)[0] if drawn.device.type == "cpu" else drawn
-        if self.guide is not None and row_ids is not None:
-            drawn = self.guide.choose(self.sample_ids[ranked], row_ids, drawn)
-        if drawn is not None:
-            ranked, ranked_similarity = ranked.gather(1, drawn), ranked_similarity.gather(1, drawn)
-        indices, similarity = ranked[:, 0], ranked_similarity[:, 0]
-        return NeighborResult(self.entries[indices], indices, similarity, self.age[indices])
+        drawn = self.draw(len(z), generator) if choice is None else choice
+        if drawn is not None and drawn.device.type == "cpu":
+            drawn = send([drawn], z.device)[0]
+        choices = None if drawn is None else drawn.view(1, -1)
+        found = look_up([self], z[None], sample_ids if exclude_same else None, choices)
+        return NeighborResult(found.neighbors[0], found.indices[0], found.similarity[0], found.age[0])
 
     @torch.no_grad()
     def enqueue(self, z: Tensor, sample_ids: Tensor) -> None:
@@ -107,13 +91,6 @@ class NeighborQueue(nn.Module):
         self.age.index_fill_(0, slots, 0).add_(batch)
         self.pointer.add_(batch).remainder_(self.size)
 
-    def _row_ids(self, sample_ids: Tensor, rows: int) -> Tensor:
-        if sample_ids.ndim != 1 or len(sample_ids) == 0 or rows % len(sample_ids):
-            raise InputError(
-                f"queue: {rows} rows to look up must be a whole number of views of sample_ids {tuple(sample_ids.shape)}"
-            )
-        return sample_ids.to(self.sample_ids).repeat(rows // len(sample_ids))
-
     def draw(self, rows: int, generator: torch.Generator | None = None) -> Tensor | None:
         """Draw which of the top_k neighbours each row takes, [rows, 1]; None where there is no choice."""
         if self.top_k == 1:
@@ -123,3 +100,57 @@ class NeighborQueue(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}, top_k={self.top_k}"
+
+
+@torch.no_grad()
+def look_up(
+    queues: Sequence[NeighborQueue], z: Tensor, sample_ids: Tensor | None = None, choices: Tensor | None = None
+) -> NeighborResult:
+    """Near entries of K queues, equal in size and top_k, for rows z [K, R, D]; every field is [K, R, ...].
+
+    sample_ids: [B] with R = G*B rows view-major, whose own entries are excluded; None: none is. choices [K, R]: which
+    of the top_k neighbours a row takes. Raises InputError when shapes do not fit.
+    """
+    one, rows = queues[0], z.shape[1]
+    most = 1 if z.device.type in ONE_BY_ONE else max(1, _MAX_ENTRIES // one.entries.numel())
+    if len(queues) > most:
+        parts = [slice(start, start + most) for start in range(0, len(queues), most)]
+        found = [look_up(queues[p], z[p], sample_ids, None if choices is None else choices[p]) for p in parts]
+        return NeighborResult(*(torch.cat([vars(each)[name] for each in found]) for name in vars(found[0])))
+    entries, ids, ages = (_stacked([getattr(q, name) for q in queues]) for name in ("entries", "sample_ids", "age"))
+    row_ids = None if sample_ids is None else _row_ids(sample_ids.to(ids), rows)
+    queries, keys = F.normalize(z.to(entries.dtype), dim=2), F.normalize(entries, dim=2).mT
+    step = max(1, _MAX_SIMILARITIES // (len(queues) * one.size))
+    nearest: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, rows, step):
+        similarity = queries[:, start : start + step] @ keys
+        if row_ids is not None:
+            some = row_ids[start : start + step]
+            similarity.masked_fill_(some[:, None] == ids[:, None], -1.0)
+            if one.guide is not None:
+                similarity = one.guide.bar(similarity, some, ids[:, None])
+        # max is much faster than topk on CPU
+        best = similarity.max(2, keepdim=True) if one.top_k == 1 else similarity.topk(one.top_k, dim=2)
+        nearest.append((best[0], best[1]))
+    similarity, indices = (torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*nearest, strict=True))
+    drawn = None if choices is None else choices[:, :, None]
+    if one.guide is not None and row_ids is not None:
+        ranked_ids = ids.gather(1, indices.flatten(1)).view_as(indices)
+        drawn = one.guide.choose(ranked_ids, row_ids, drawn)
+    if drawn is not None:
+        similarity, indices = (part.gather(2, drawn) for part in (similarity, indices))
+    neighbors = entries.gather(1, indices[:, :, :1].expand(-1, -1, one.dim))
+    indices = indices[:, :, 0]
+    return NeighborResult(neighbors, indices, similarity[:, :, 0], ages.gather(1, indices))
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
+
+
+def _row_ids(sample_ids: Tensor, rows: int) -> Tensor:
+    if sample_ids.ndim != 1 or len(sample_ids) == 0 or rows % len(sample_ids):
+        raise InputError(
+            f"queue: {rows} rows to look up must be a whole number of views of sample_ids {tuple(sample_ids.shape)}"
+        )
+    return sample_ids.repeat(rows // len(sample_ids))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mim_refiner.reporting import NullReporter, Reporter
 
+ONE_BY_ONE = {"cpu"}  # devices on which heads run one by one: to copy what they hold together costs more than it saves
+
 
 @dataclass(frozen=True)
 class Run:

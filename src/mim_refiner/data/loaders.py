@@ -270,11 +270,10 @@ class TrainLoader:
     def cut_where(self) -> str:
         """Where views are cut, in words, with the rule that decides it."""
         resident = self._assembler.resident
-        if resident is None:
-            return (
-                f"on the CPU (images_on_device=auto: on a GPU up to {SHARE:.0%} of its free memory, 8 bits, one size)"
-            )
-        return f"on the device, which holds all images ({resident.pixels.nbytes / 1e9:.2f} GB)"
+        if resident is not None:
+            return f"on the device, which holds all images ({resident.pixels.nbytes / 1e9:.2f} GB)"
+        rule = f"on a GPU, where 8-bit images decoded in memory take up to {SHARE:.0%} of its free memory, padded alike"
+        return f"on the CPU (images_on_device=auto cuts them {rule})"
 
     def restart(self) -> None:
         """Replace the worker processes, after one was killed or hung."""

@@ -6,6 +6,7 @@ and flips as on the CPU, and the same pixels but for rounding (tests/data/test_r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,49 +20,64 @@ from mim_refiner.data.views import ViewSpec, boxes_and_flips
 from mim_refiner.errors import InputError
 
 SHARE = 0.25  # of the free memory that the images may take when nobody says
+_NUMBERS = 2**27  # of images that are cut at a time (512 MiB in float32)
 
 
 class ResidentImages:
-    """All images of a set, uint8 [N, C, H, W], on ``device``. Raises InputError for a set that cannot be held so."""
+    """All images of a set, uint8 [N, C, H, W] padded to the largest, on ``device``.
+
+    Raises InputError for a set that cannot be held so.
+    """
 
     def __init__(self, images: ImageSet, device: torch.device) -> None:
-        if not fits_together(images):
-            raise InputError(
-                "images_on_device=on: needs 8-bit images of one size that fit into memory; set it to auto or off"
-            )
-        assert images.array is not None
-        pixels = torch.from_numpy(images.array)
-        self.pixels = pixels.permute(0, 3, 1, 2).contiguous().to(device)
+        if not all_bytes(images):
+            raise InputError("images_on_device=on: needs 8-bit images, all decoded in memory; set it to auto or off")
+        self.pixels = torch.zeros(padded_shape(images), dtype=torch.uint8, device=device)
+        self.sides = np.ones((len(images), 2), dtype=np.int64)
+        for index, pixels in enumerate(map(images.try_load, range(len(images)))):
+            if pixels is not None:
+                self.sides[index] = height, width = pixels.shape[:2]
+                self.pixels[index, :, :height, :width] = torch.from_numpy(pixels).permute(2, 0, 1)
 
     def views(
         self, rows: NDArray[np.int64], specs: Sequence[ViewSpec], *, seed: int, epoch: int, position: int
     ) -> list[Tensor]:
         """Every view of the images ``rows`` [B], uint8 [B, C, h, w], on the device; they lie from ``position`` on."""
-        height, width = self.pixels.shape[2:]
-        sides = np.full(len(rows), height), np.full(len(rows), width)
         drawn = [
-            boxes_and_flips(spec, *sides, seed=seed, epoch=epoch, position=position, view=view)
+            boxes_and_flips(spec, *self.sides[rows].T, seed=seed, epoch=epoch, position=position, view=view)
             for view, spec in enumerate(specs)
         ]
         tables = [torch.from_numpy(np.column_stack(parts).astype(np.float32)) for parts in drawn]
         chosen, *tables = send([torch.from_numpy(rows), *tables], self.pixels.device)
-        images = self.pixels.index_select(0, chosen).float()
-        return [crops(images, table, spec) for table, spec in zip(tables, specs, strict=True)]
+        step = max(1, _NUMBERS // self.pixels[0].numel())
+        parts = []
+        for start in range(0, len(rows), step):
+            images = self.pixels.index_select(0, chosen[start : start + step]).float()
+            cut = zip(tables, specs, strict=True)
+            parts.append([crops(images, table[start : start + step], spec) for table, spec in cut])
+        return parts[0] if len(parts) == 1 else [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def fits_together(images: ImageSet) -> bool:
-    """Whether the set is decoded in memory as one array of 8 bits."""
-    return images.array is not None and images.array.dtype == np.uint8
+def all_bytes(images: ImageSet) -> bool:
+    """Whether the set is decoded in memory, with 8 bits a channel."""
+    loaded = map(images.try_load, range(len(images)) if images.cached else ())
+    return images.cached and all(pixels is None or pixels.dtype == np.uint8 for pixels in loaded)
+
+
+def padded_shape(images: ImageSet) -> tuple[int, int, int, int]:
+    """[N, C, H, W] of all images padded to the highest and widest."""
+    loaded = map(images.try_load, range(len(images)))
+    height, width = np.max([pixels.shape[:2] for pixels in loaded if pixels is not None], axis=0).tolist()
+    return len(images), images.channels, height, width
 
 
 def held_on_device(setting: str, images: ImageSet, device: torch.device, free: float) -> ResidentImages | None:
-    """``setting`` "on", "off", or "auto": on a GPU, where the images take at most a quarter of the ``free`` bytes."""
+    """``setting`` "on", "off", or "auto": on a GPU, where they take at most a quarter of the ``free`` bytes, padded."""
     if setting == "on":
         return ResidentImages(images, device)
-    if setting == "off" or device.type == "cpu" or not fits_together(images):
+    if setting == "off" or device.type == "cpu" or not all_bytes(images):
         return None
-    assert images.array is not None
-    return ResidentImages(images, device) if images.array.nbytes <= SHARE * free else None
+    return ResidentImages(images, device) if math.prod(padded_shape(images)) <= SHARE * free else None
 
 
 def crops(images: Tensor, table: Tensor, spec: ViewSpec) -> Tensor:

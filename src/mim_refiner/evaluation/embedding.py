@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mim_refiner.core.device import autocast
 from mim_refiner.core.modules import evaluation_mode
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import default_crop_ratio, eval_batches
 from mim_refiner.data.photometric import normalize
@@ -21,7 +21,6 @@ from mim_refiner.evaluation.feature_parts import Part, PartFolder
 from mim_refiner.evaluation.features import own_image_size, resolve_blocks, resolve_poolings
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import check_image_size
-from mim_refiner.reporting import Reporter
 from mim_refiner.types import BackboneInfo, BlockOutput, ImageSize, height_width
 
 POOLINGS = ("cls", "mean", "patches")
@@ -106,9 +105,7 @@ def compute_parts(
     images: ImageSet,
     spec: FeatureSpec,
     parts: PartFolder,
-    *,
-    device: torch.device,
-    reporter: Reporter,
+    run: Run,
 ) -> float:
     """Compute every part that ``parts`` lacks; return images/s of this call (0 when there was nothing to do).
 
@@ -121,21 +118,21 @@ def compute_parts(
     done = total - sum(len(ranges[number]) for number in missing)
     for number in set(range(len(ranges))) - set(missing):
         images.add_unreadable(parts.unreadable(number))
-    reporter.phase("images", total)
+    run.reporter.phase("images", total)
     if not missing:
         return 0.0
-    backbone.to(device)
+    backbone.to(run.device)
     writer = _Writer(images, ranges, missing, parts)
     first, started = done, time.perf_counter()
     wanted = np.concatenate([np.asarray(ranges[number]) for number in missing])
     with evaluation_mode(backbone), torch.inference_mode():
         for batch, positions in eval_batches(images, spec.image_size, spec.batch_size, indices=wanted):
-            inputs = normalize(batch.to(device, non_blocking=True), backbone.info.mean, backbone.info.std)
-            with autocast(spec.precision, device):
+            inputs = normalize(batch.to(run.device, non_blocking=True), backbone.info.mean, backbone.info.std)
+            with run.autocast():
                 [output] = backbone.forward_blocks(inputs, [spec.block], norm=spec.norm)
             writer.add(spec.take(output), positions, spec)
             done = first + int(np.searchsorted(wanted, int(positions[-1]), side="right"))
-            reporter.update(done, {"images_per_s": (done - first) / (time.perf_counter() - started)})
+            run.reporter.update(done, {"images_per_s": (done - first) / (time.perf_counter() - started)})
         writer.finish()
     return len(wanted) / (time.perf_counter() - started)
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import Compose
 
-from mim_refiner.core.device import autocast, resolve_precision
 from mim_refiner.core.layer_decay import layer_decay_scales
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.optim import parameter_groups, set_learning_rate
+from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
@@ -33,8 +33,6 @@ from mim_refiner.errors import InputError
 from mim_refiner.evaluation.knn import AccuracyScore
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.types import ImageSize, height_width
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -103,26 +101,21 @@ def finetune(
     settings: FinetuneSettings | None = None,
     *,
     image_size: ImageSize,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    precision: str = "fp32",
-    progress: Progress | None = None,
+    run: Run | None = None,
 ) -> AccuracyScore:
     """Train a copy of ``backbone`` on ``train`` and score it on ``test`` after the last epoch.
 
     The backbone itself stays as it is. On a CPU the same seed gives the same bits, with any number of workers. Raises
     InputError for unusable settings.
     """
-    settings = settings or FinetuneSettings()
+    settings, run = settings or FinetuneSettings(), run or Run()
     check_finetune(settings)
-    device = torch.device(device)
-    precision = resolve_precision(precision, device)
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     pooling = ("cls" if backbone.info.has_cls else "mean") if settings.pooling == "auto" else settings.pooling
-    with _seeded(seed, range(torch.cuda.device_count())):
-        model = Classifier(backbone, num_classes, pooling, settings.drop_path).to(device)
-        _train(model, train, settings, num_classes, image_size, seed, device, precision, progress)
-    predicted = _predict(model, test, image_size, settings.batch_size, device, precision)
+    with _seeded(run.seed, range(torch.cuda.device_count())):
+        model = Classifier(backbone, num_classes, pooling, settings.drop_path).to(run.device)
+        _train(model, train, settings, num_classes, image_size, run)
+    predicted = _predict(model, test, image_size, settings.batch_size, run)
     return AccuracyScore.of(predicted == torch.from_numpy(test.labels))
 
 
@@ -144,14 +137,11 @@ def _train(
     settings: FinetuneSettings,
     num_classes: int,
     image_size: ImageSize,
-    seed: int,
-    device: torch.device,
-    precision: str,
-    progress: Progress | None,
+    run: Run,
 ) -> None:
     batch_size = min(settings.batch_size, len(train.rows))
     batch_size -= batch_size % 2  # mixup pairs the images of a batch
-    loader = _loader(train, model.backbone, settings, image_size, max(1, batch_size), seed)
+    loader = _loader(train, model.backbone, settings, image_size, max(1, batch_size), run.seed)
     mixup = _mixup(settings, num_classes) if batch_size else None
     loss_of = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     steps, peak = len(loader), peak_learning_rate(settings.lr, max(1, batch_size))
@@ -163,17 +153,16 @@ def _train(
         for images, labels in begun(loader):
             rate = warmup_cosine(step, total_steps=total, warmup_steps=warmup, peak=peak, end=settings.end_lr)
             set_learning_rate(optimizer, rate)
-            images, targets = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            images, targets = (each.to(run.device, non_blocking=True) for each in (images, labels))
             if mixup:
                 images, targets = mixup(images, targets)
-            with autocast(precision, device):
+            with run.autocast():
                 loss = loss_of(model(images), targets)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             step += 1
-            if progress:
-                progress(step, total)
+            run.reporter.update(step, {})
 
 
 def _groups(model: Classifier, settings: FinetuneSettings) -> list[dict[str, Any]]:
@@ -280,16 +269,14 @@ def training_transform(
 
 
 @torch.inference_mode()
-def _predict(
-    model: Classifier, test: LabelledRows, image_size: ImageSize, batch_size: int, device: torch.device, precision: str
-) -> Tensor:
+def _predict(model: Classifier, test: LabelledRows, image_size: ImageSize, batch_size: int, run: Run) -> Tensor:
     """Classes [N] in the order of ``test``; an image that cannot be read counts as wrong (-1)."""
     classes = torch.full((len(test.images),), -1)
     info = model.backbone.info
     with evaluation_mode(model):
         for batch, rows in eval_batches(test.images, image_size, min(256, batch_size), indices=test.rows):
-            with autocast(precision, device):
-                logits = model(normalize(batch.to(device), info.mean, info.std))
+            with run.autocast():
+                logits = model(normalize(batch.to(run.device), info.mean, info.std))
             classes[rows] = logits.argmax(1).cpu()
     return classes[torch.from_numpy(test.rows)].clone()
 

@@ -254,17 +254,7 @@ def _tuned(job: Job, train: Any, test: Any, what: str) -> AccuracyScore:
     job.run.reporter.phase(what, 0)
     size = job.settings.image_size
     assert size is not None
-    return finetune(
-        job.backbone,
-        train,
-        test,
-        job.settings.finetune,
-        image_size=size,
-        seed=job.run.seed,
-        device=job.run.device,
-        precision=job.run.precision,
-        progress=lambda done, _: job.run.reporter.update(done, {}),
-    )
+    return finetune(job.backbone, train, test, job.settings.finetune, image_size=size, run=job.run)
 
 
 def _result(job: Job, protocol: str, metric: str, score: AccuracyScore, options: dict[str, Any]) -> Result:

@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mim_refiner.core.device import free_memory, resolve_precision
+from mim_refiner.core.device import free_memory
 from mim_refiner.core.metrics import class_iou, mean_iou_interval
+from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.masks import Mask, MaskSet
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.cache import FeatureCache
-from mim_refiner.evaluation.windows import Cutting, Encoder, Progress, Windows
+from mim_refiner.evaluation.windows import Cutting, Encoder, Windows
 from mim_refiner.models.backbone import Backbone
 
 
@@ -79,23 +80,19 @@ def segmentation_protocol(
     settings: SegmentationSettings | None = None,
     *,
     batch_size: int = 64,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    precision: str = "fp32",
+    run: Run | None = None,
     cache: FeatureCache | None = None,
-    progress: Progress | None = None,
 ) -> SegmentationScore:
     """Train the probe on ``train`` and score it on ``test`` (both with masks).
 
     Raises DataError for missing masks, InputError for a window that the patch size does not divide.
     """
-    settings = settings or SegmentationSettings()
+    settings, run = settings or SegmentationSettings(), run or Run()
     window = check_segmentation(settings, backbone)
     train_masks, test_masks = MaskSet(train.source), MaskSet(test.source)
     classes = same_classes(train_masks, test_masks)
-    device = torch.device(device)
     blocks = segmentation_blocks(backbone.info.depth, settings)
-    encoder = Encoder(backbone.to(device), blocks, settings.norm, device, resolve_precision(precision, device))
+    encoder = Encoder(backbone.to(run.device), blocks, settings.norm, run)
     stride = max(1, round(settings.stride * window))
     cutting = Cutting(window, stride, settings.short_side, backbone.info.patch_size)
     room = 0.5 * free_memory(torch.device("cpu")) if settings.memory_gb is None else settings.memory_gb * 1e9
@@ -103,13 +100,13 @@ def segmentation_protocol(
     def windows(images: ImageSet, **targets: Any) -> Windows:
         found = Windows(images, cutting, encoder, **targets)
         if found.bytes <= room:
-            found.hold(batch_size, cache, progress)
+            found.hold(batch_size, cache)
         return found
 
-    probe = DenseProbe(encoder.width, classes, settings, seed=seed, device=device)
-    probe.fit(windows(train, masks=train_masks, classes=classes), progress)
+    probe = DenseProbe(encoder.width, classes, settings, run)
+    probe.fit(windows(train, masks=train_masks, classes=classes))
     confusions = _score(probe, windows(test), test_masks, classes, batch_size)
-    value, low, high = mean_iou_interval(confusions, seed=seed)
+    value, low, high = mean_iou_interval(confusions, seed=run.seed)
     whole = confusions.sum(0)
     return SegmentationScore(
         mean_iou=value,
@@ -139,27 +136,25 @@ def same_classes(train: MaskSet, test: MaskSet) -> int:
 class DenseProbe:
     """BatchNorm without parameters and one linear map from tokens [.., D] to classes."""
 
-    def __init__(
-        self, dim: int, classes: int, settings: SegmentationSettings, *, seed: int, device: torch.device
-    ) -> None:
-        self.settings, self.seed, self.device = settings, seed, device
-        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6).to(device)
-        generator = torch.Generator().manual_seed(seed)
-        self.weight = (torch.randn(dim, classes, generator=generator) * settings.init_std).to(device)
-        self.bias = torch.zeros(classes, device=device)
+    def __init__(self, dim: int, classes: int, settings: SegmentationSettings, run: Run) -> None:
+        self.settings, self.run = settings, run
+        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6).to(run.device)
+        generator = torch.Generator().manual_seed(run.seed)
+        self.weight = (torch.randn(dim, classes, generator=generator) * settings.init_std).to(run.device)
+        self.bias = torch.zeros(classes, device=run.device)
 
     @torch.no_grad()
-    def fit(self, windows: Windows, progress: Progress | None = None) -> None:
+    def fit(self, windows: Windows) -> None:
         """SGD over batches of windows, an incomplete last one of an epoch is dropped."""
         settings, count = self.settings, len(windows)
         batch_size = min(settings.batch_size, count)
         total, peak = settings.epochs * (count // batch_size), peak_learning_rate(settings.lr, batch_size)
         moving = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         self.norm.train()
-        batches = windows.batches(_shuffled(count, batch_size, settings.epochs, self.seed))
+        batches = windows.batches(_shuffled(count, batch_size, settings.epochs, self.run.seed))
         for step, (_, tokens, targets) in enumerate(batches):
             normed = self.norm(tokens.float().flatten(0, 1))
-            counts = targets.to(self.device).float().flatten(0, 1)
+            counts = targets.to(self.run.device).float().flatten(0, 1)
             pixels = counts.sum().clamp_min(1)
             # gradient of the pixels' mean cross-entropy
             error = ((normed @ self.weight + self.bias).softmax(1) * counts.sum(1, keepdim=True) - counts) / pixels
@@ -174,14 +169,14 @@ class DenseProbe:
             for parameter, gradient, velocity in zip((self.weight, self.bias), gradients, moving, strict=True):
                 velocity.mul_(settings.momentum).add_(gradient)
                 parameter.sub_(rate * velocity)
-            if progress and windows.held is None:
-                progress(step + 1, total)
+            if windows.held is None:
+                self.run.reporter.update(step + 1, {})
         self.norm.eval()
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """[W, P, C] of tokens [W, P, D], on the CPU."""
-        flat = self.norm(tokens.to(self.device).float().flatten(0, 1)) @ self.weight + self.bias
+        flat = self.norm(tokens.to(self.run.device).float().flatten(0, 1)) @ self.weight + self.bias
         return flat.view(*tokens.shape[:2], -1).cpu()
 
 

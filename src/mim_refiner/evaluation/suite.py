@@ -213,17 +213,7 @@ def _segmentation(job: Job, train: ImageSet, test: ImageSet | None) -> list[Resu
     if test is None:
         raise DataError(f"{train.description}: segmentation holds no images out; give test images with masks")
     settings = job.settings.segmentation
-    score = segmentation_protocol(
-        job.backbone,
-        train,
-        test,
-        settings,
-        seed=job.run.seed,
-        device=job.run.device,
-        precision=job.run.precision,
-        cache=job.cache,
-        progress=lambda done, _: job.run.reporter.update(done, {}),
-    )
+    score = segmentation_protocol(job.backbone, train, test, settings, run=job.run, cache=job.cache)
     made = retrained.segmentation_result(job.result, score, settings)
     return [dataclasses.replace(result, norm=settings.norm) for result in made]
 

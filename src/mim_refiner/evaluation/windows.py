@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mim_refiner.core.device import autocast
 from mim_refiner.core.modules import evaluation_mode
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.masks import Mask, MaskSet
 from mim_refiner.data.photometric import normalize
@@ -26,8 +26,6 @@ from mim_refiner.data.prefetch import in_background
 from mim_refiner.data.workers import decoding_threads
 from mim_refiner.evaluation.cache import FeatureCache, data_identity, model_identity
 from mim_refiner.models.backbone import Backbone
-
-Progress = Callable[[int, int], None]  # called with (windows done, windows in all)
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,7 @@ class Encoder:
     backbone: Backbone
     blocks: Sequence[int]
     norm: bool
-    device: torch.device
-    precision: str
+    run: Run
 
     @property
     def width(self) -> int:
@@ -48,8 +45,8 @@ class Encoder:
         """float16 [B, P, D] on the device of uint8 windows [B, 3, window, window]."""
         info = self.backbone.info
         with evaluation_mode(self.backbone), torch.inference_mode():
-            inputs = normalize(pixels.to(self.device), info.mean, info.std)
-            with autocast(self.precision, self.device):
+            inputs = normalize(pixels.to(self.run.device), info.mean, info.std)
+            with self.run.autocast():
                 outputs = self.backbone.forward_blocks(inputs, self.blocks, norm=self.norm)
             return torch.cat([output.patches for output in outputs], dim=2).to(torch.float16)
 
@@ -109,7 +106,7 @@ class Windows:
         """What all tokens and targets take."""
         return len(self) * self.cutting.patches * 2 * (self.encoder.width + self.classes)
 
-    def hold(self, batch_size: int, cache: FeatureCache | None, progress: Progress | None) -> None:
+    def hold(self, batch_size: int, cache: FeatureCache | None) -> None:
         """Compute all tokens and targets now, or take the tokens from the cache."""
         identity: dict[str, Any] = {} if cache is None else self._identity()
         found = None if cache is None else cache.get(identity)
@@ -119,8 +116,7 @@ class Windows:
             tokens = torch.empty(len(self), self.cutting.patches, self.encoder.width, dtype=torch.float16)
             for rows, fresh, counts in self._computed(torch.arange(len(self)).split(batch_size)):
                 tokens[rows], targets[rows] = fresh.cpu(), counts
-                if progress:
-                    progress(int(rows[-1]) + 1, len(self))
+                self.encoder.run.reporter.update(int(rows[-1]) + 1, {})
             if cache is not None:
                 cache.put(identity, {"tokens": tokens, "places": self.places})
         elif self.masks is not None:
@@ -134,7 +130,7 @@ class Windows:
             yield from self._computed(parts)
             return
         for rows in parts:
-            yield rows, self.held[0][rows].to(self.encoder.device), self.held[1][rows]
+            yield rows, self.held[0][rows].to(self.encoder.run.device), self.held[1][rows]
 
     def _computed(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         with contextlib.closing(in_background(self._loaded(parts), 2)) as stream:
@@ -188,7 +184,7 @@ class Windows:
             "transform": [cutting.window, cutting.stride, cutting.short_side],
             "blocks": list(encoder.blocks),
             "norm": encoder.norm,
-            "computed": [encoder.precision, encoder.device.type, torch.__version__],
+            "computed": [encoder.run.precision, encoder.run.device.type, torch.__version__],
         }
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mim_refiner.core.sharding import shard
 from mim_refiner.errors import InputError
 from mim_refiner.models.positions import RULES, Grid, check_image_size, resize_absolute, resize_relative
+from mim_refiner.models.recompute import checkpointed
 from mim_refiner.models.runners import (
     PlainRunner,
     built_at,
@@ -26,7 +26,7 @@ from mim_refiner.models.runners import (
     unwarned,
 )
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, create_vit, in_channels
-from mim_refiner.types import BackboneInfo, BlockOutput, Pooling
+from mim_refiner.types import BackboneInfo, BlockOutput, Checkpointing, Pooling
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "create_vit"]
 
@@ -54,6 +54,7 @@ class Backbone(nn.Module):
         self.info = info
         self.runner = runner_for(model)
         self.is_plain_vit = type(self.runner) is PlainRunner
+        self.checkpointing: Checkpointing = False
 
     @classmethod
     def wrap(
@@ -174,14 +175,13 @@ class Backbone(nn.Module):
             grid = grid or self._square_grid(tokens)
             context = self.runner.context(self.model, grid, self.info.position_rule, tokens.device)
         outputs: dict[int, Tensor] = {}
-        recompute = self.model.grad_checkpointing and torch.is_grad_enabled()
         for index in range(start, stop):
             block, arguments = self.model.blocks[index], self.runner.arguments(context, index)
             alone = class_token_after(block, tokens, arguments) if class_token_last and index == stop - 1 else None
             if alone is not None:
                 tokens = alone
-            elif recompute:
-                tokens = checkpoint(block, tokens, *arguments, use_reentrant=False)
+            elif self.checkpointing and torch.is_grad_enabled():
+                tokens = checkpointed(block, tokens, *arguments, selective=self.checkpointing == "selective")
             else:
                 tokens = block(tokens, *arguments)
             if index in wanted:
@@ -196,10 +196,7 @@ class Backbone(nn.Module):
         return side, side
 
     def final_norm(self, tokens: Tensor) -> Tensor:
-        """The encoder's final norm on ``tokens`` [B, L, D]; the tokens themselves where it has none that fits them.
-
-        (An early stage of a hierarchical encoder is narrower than its norm.)
-        """
+        """The encoder's final norm on ``tokens`` [B, L, D]; the tokens where it has none of their width (stages)."""
         norm = getattr(self.model, "norm", None)
         return tokens if norm is None or tokens.shape[-1] != self.info.embed_dim else norm(tokens)
 
@@ -282,6 +279,14 @@ class Backbone(nn.Module):
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
 
+    def set_checkpointing(self, kept: Checkpointing) -> None:
+        """Compute blocks again in the backward pass (models.recompute); InputError for a model that cannot."""
+        self.checkpointing = kept
+        if self.runner is None and kept == "selective":
+            raise InputError(f"checkpointing=selective: {self.info.architecture} does not run block by block; use true")
+        if self.runner is None and kept:
+            self.model.set_grad_checkpointing()
+
     def shard_blocks(self, *, bf16: bool = False) -> None:
         """Spread the blocks' weights over the processes (core.sharding); all are to call it, with the same weights.
 
@@ -312,11 +317,10 @@ class Backbone(nn.Module):
         if start != 0:
             raise InputError(f"{self.info.architecture} cannot run a part of its blocks; use it without frozen blocks")
         indices = sorted({*wanted, stop - 1})
-        options: dict[str, Any] = {"indices": indices, "stop_early": True, "intermediates_only": True}
-        if _gives_prefix(self.model):
-            options["return_prefix_tokens"] = True
+        options = {"indices": indices, "output_fmt": "NCHW", "stop_early": True, "intermediates_only": True}
+        prefix = {"return_prefix_tokens": True} if _gives_prefix(self.model) else {}
         try:
-            intermediates = self.model.forward_intermediates(images, output_fmt="NCHW", **options)
+            intermediates = self.model.forward_intermediates(images, **options, **prefix)
         except (AssertionError, RuntimeError) as error:  # timm's ways to refuse an image size
             height, width = images.shape[-2:]
             if (height, width) == self.info.image_size:

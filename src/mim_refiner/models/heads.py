@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, repeat
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from mim_refiner.core.collectives import (
     is_distributed,
     process_rows,
 )
-from mim_refiner.core.neighbors import NeighborQueue
+from mim_refiner.core.neighbors import NeighborQueue, look_up
 from mim_refiner.core.nna import ViewPairing, multi_view_nna_loss
-from mim_refiner.core.run import send
+from mim_refiner.core.run import ONE_BY_ONE, send
 from mim_refiner.errors import InputError
 
 
@@ -113,37 +113,34 @@ def run_heads(
         targets = projected[:, :num_global].detach()
         if choices is None:
             choices = draw_choices(heads, num_global, batch, generator, features.device)
-        found = [
-            head.queue.lookup(own.flatten(0, 1), sample_ids, exclude_same=training, choice=choice)
-            for head, own, choice in zip(heads, targets, choices or repeat(None), strict=False)
-        ]
+        queues, ids = [head.queue for head in heads], sample_ids.to(targets.device)
+        drawn = None if choices is None else torch.stack([choice.flatten() for choice in choices])
+        found = look_up(queues, targets.flatten(1, 2), ids if training else None, drawn)
         result = multi_view_nna_loss(
             predicted,
             targets,
-            torch.stack([result.neighbors for result in found]).to(targets).view_as(targets)
-            if objective.swap_positive
-            else targets,
+            found.neighbors.to(targets).view_as(targets) if objective.swap_positive else targets,
             objective.temperature,
             gather=all_gather_with_grad if is_distributed() else None,
             swap_negatives=objective.swap_negatives,
             view_pairing=objective.view_pairing,
         )
-        neighbor_ids = [head.queue.sample_ids[own.indices] for head, own in zip(heads, found, strict=True)]
+        neighbor_ids = torch.stack([queue.sample_ids for queue in queues]).gather(1, found.indices)
         if training:
-            ids = all_gather(sample_ids.to(targets.device))
-            for head, rows in zip(heads, all_gather(targets[:, 0].transpose(0, 1)).unbind(1), strict=True):
-                head.queue.enqueue(rows, ids)
+            ids = all_gather(ids)
+            for queue, rows in zip(queues, all_gather(targets[:, 0].transpose(0, 1)).unbind(1), strict=True):
+                queue.enqueue(rows, ids)
     return [
         HeadOutput(
             loss=result.loss[number],
             alignment=result.alignment[number],
-            neighbor_similarity=own.similarity,
-            neighbor_age=own.age,
+            neighbor_similarity=found.similarity[number],
+            neighbor_age=found.age[number],
             neighbor_sample_ids=neighbor_ids[number],
             projected=projected[number],
             predicted=predicted[number],
         )
-        for number, own in enumerate(found)
+        for number in range(len(heads))
     ]
 
 
@@ -165,8 +162,6 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 # --- several equal multilayer perceptrons at once; parameters are stacked for the length of a pass
-
-ONE_BY_ONE = {"cpu"}  # where to copy the weights together costs more than it saves
 
 
 def mlp(widths: Sequence[int]) -> nn.Sequential:

@@ -158,21 +158,26 @@ class Refiner(nn.Module):
 
         ``sample_ids`` [B]; ``choices`` {block: [G*B]} replays the draws among the nearest neighbours.
         """
-        if choices is None:  # for all at once, so that they travel together
-            heads = [self.head(block) for block in features]
-            num_global, batch, device = heads[0].objective.num_global, len(sample_ids), sample_ids.device
-            drawn = draw_choices(heads, num_global, batch, generator, device)
-            choices = None if drawn is None else dict(zip(features, drawn, strict=True))
+        choices = self.draw_choices(sample_ids, generator) if choices is None else choices
         alike: dict[int, list[int]] = {}  # blocks of equal width, whose heads run together
         for block, inputs in features.items():
             alike.setdefault(inputs.shape[-1], []).append(block)
         outputs: dict[int, HeadOutput] = {}
         for blocks in alike.values():
-            own = None if choices is None else [choices[block] for block in blocks]
+            own = [choices[block] for block in blocks] if choices else None
             stacked = torch.stack([features[block] for block in blocks])
             found = run_heads([self.head(block) for block in blocks], stacked, sample_ids, choices=own)
             outputs |= dict(zip(blocks, found, strict=True))
         return RefinerOutput(torch.stack([outputs[b].loss for b in features]).sum(), {b: outputs[b] for b in features})
+
+    def draw_choices(self, sample_ids: Tensor, generator: torch.Generator | None) -> dict[int, Tensor]:
+        """Which of their nearest neighbours the targets of every block take, {block: [G*B, 1]}, drawn for all at once
+        so that they travel together; empty where there is no choice.
+        """
+        heads = [self.head(block) for block in self.blocks]
+        num_global, device = heads[0].objective.num_global, sample_ids.device
+        drawn = draw_choices(heads, num_global, len(sample_ids), generator, device)
+        return {} if drawn is None else dict(zip(self.blocks, drawn, strict=True))
 
     def head(self, block: int) -> RefinerHead:
         """The head on a block's output."""

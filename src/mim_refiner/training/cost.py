@@ -1,19 +1,16 @@
-"""What a step of refinement costs on paper: operations, bytes held, bytes sent, bytes read (docs/scale.md).
+"""What a step of refinement costs on paper: operations and bytes sent (docs/scale.md).
 
-All counts follow from the shapes; a multiplication and an addition are two operations. Bytes of activations are counted
-as torch keeps them for the backward pass of a timm block (tests compare them with traced ones).
+All counts follow from the shapes; a multiplication and an addition are two operations.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mim_refiner.types import ImageSize, height_width
+from mim_refiner.types import Checkpointing, ImageSize, height_width
 
 GLOBAL_VIEWS = 2
-STATE_BYTES = 4 + 4 + 8  # a trained parameter: weight, gradient, two moments of AdamW, all float32
 
 
 @dataclass(frozen=True)
@@ -56,27 +53,6 @@ class EncoderShape:
         """Forward operations of a block of whose output only the class token is read (models.class_token)."""
         return 2 * (4 + 2 * self.mlp_ratio) * self.dim**2 + 4 * self.heads * tokens * self.dim
 
-    def block_bytes(self, tokens: int, *, bf16: bool, fused_attention: bool) -> float:
-        """Activations that a block keeps for its backward pass, of one view.
-
-        In float32, in widths of the encoder: input of both norms 2, their outputs 2, queries, keys and values 3 (plain
-        products make a copy of the scaled queries and keys more), attention output 1, MLP hidden 2 x ratio. Under bf16
-        autocast the two norms keep float32 and the rest is half as wide.
-        """
-        size = 2 if bf16 else 4
-        wide = 2 * self.dim * 4
-        narrow = (2 + 3 + 1 + 2 * self.mlp_ratio) * self.dim * size
-        scores = 0 if fused_attention else self.heads * tokens * size
-        return tokens * (wide + narrow + scores)
-
-
-ENCODERS = {
-    "ViT-B/16": EncoderShape(768, 12, 12, 16),
-    "ViT-L/16": EncoderShape(1024, 24, 16, 16),
-    "ViT-H/14": EncoderShape(1280, 32, 16, 14),
-    "ViT-2B/14": EncoderShape(2560, 24, 32, 14),
-}
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -92,9 +68,9 @@ class Workload:
     queue_size: int = 65_536
     frozen_blocks: int = 0
     micro_batch: int | None = None
-    checkpointing: bool = False
+    kept_graphs: int = 0
+    checkpointing: Checkpointing = False
     bf16: bool = True
-    fused_attention: bool = True
     class_token_last: bool = True  # the last block that runs does so for the class token alone
     processes: int = 1
     shards: int = 1  # processes of a node that share weights, gradients, moments and average of the blocks (FSDP2)
@@ -148,7 +124,7 @@ class Workload:
     def operations(self) -> dict[str, float]:
         """Operations of one step on all processes, by part."""
         trained = self.view_operations(prefix=False)
-        passes = 3 + bool(self.recomputes)
+        passes = 3 + self.recomputed
         matrices = self.encoder.dim * self.projector_hidden + self.projector_hidden**2
         matrices += self.out_dim * (self.projector_hidden + 2 * self.predictor_hidden)
         heads = len(self.head_blocks) * self.batch
@@ -160,55 +136,19 @@ class Workload:
         }
 
     @property
-    def recomputes(self) -> bool:
-        """Whether the trained part runs forward twice."""
-        cached = self.micro_batch is not None and self.micro_batch < self.local_batch
-        return cached or self.checkpointing
+    def recomputed(self) -> float:
+        """Further forward passes of the trained part; what selective checkpointing computes again is not counted."""
+        parts = -(-self.local_batch // (self.micro_batch or self.local_batch))
+        again = 0.0
+        for number, view in enumerate(self.view_sizes if parts > 1 else ()):
+            kept = min(max(0, self.kept_graphs - parts * number), parts)
+            again += (1 - kept / parts) * replace(self, view_sizes=[view]).view_operations(prefix=False)
+        return again / self.view_operations(prefix=False) + (self.checkpointing is True)
 
     def model_operations(self) -> float:
         """Operations without recomputation: what MFU counts."""
         plain = replace(self, micro_batch=None, checkpointing=False)
         return sum(plain.operations().values())
-
-    def memory(self) -> dict[str, float]:
-        """Bytes a process holds at the peak, by part."""
-        e, trained = self.encoder, self.trained_parameters
-        idle = e.parameters + self.heads_parameters - trained
-        blocks = e.depth * e.block_parameters
-        elsewhere = 1 - 1 / self.shards  # of the blocks
-        away = blocks * 4 + self.trained_blocks * e.block_parameters * (STATE_BYTES - 4)
-        micro = min(self.micro_batch or self.local_batch, self.local_batch)
-        size = 2 if self.bf16 else 4
-        groups = []
-        for pixels, count in self.view_sizes:
-            tokens = e.tokens(pixels)
-            kept = e.block_bytes(tokens, bf16=self.bf16, fused_attention=self.fused_attention)
-            held = self.trained_blocks * tokens * e.dim * 4 + kept if self.checkpointing else self.trained_blocks * kept
-            groups.append(micro * count * held)
-        rows = self.local_batch * self.views
-        head = rows * (2 * self.projector_hidden + self.predictor_hidden + 2 * self.out_dim) * (2 * size + 4)
-        features = len(self.head_blocks) * rows * e.dim * 4
-        cached = micro < self.local_batch
-        prefix = sum(self.local_batch * count * e.tokens(pixels) * e.dim * 4 for pixels, count in self.view_sizes)
-        return {
-            # of sharded blocks, the one that runs, the next one, and one's gradients are there whole
-            "parameters and optimizer": trained * STATE_BYTES
-            + idle * 4
-            - away * elsewhere
-            + 3 * 4 * e.block_parameters * (self.shards > 1),
-            "average of the encoder": e.parameters * 4 - blocks * 4 * elsewhere,
-            "queues": len(self.head_blocks) * self.queue_size * (self.out_dim * 4 + 16),
-            "images": sum(
-                self.local_batch * count * e.channels * math.prod(height_width(size)) * 4
-                for size, count in self.view_sizes
-            ),
-            "features": 2 * features,
-            # a cached step holds one size of views at a time, and the heads' graph before the encoder's
-            "activations": max(max(groups), len(self.head_blocks) * head)
-            if cached
-            else sum(groups) + len(self.head_blocks) * head,
-            "frozen prefix": prefix if cached and self.frozen_blocks else 0,
-        }
 
     def traffic(self) -> dict[str, float]:
         """Bytes that one process sends in a step, by part (ring algorithms)."""
@@ -223,7 +163,7 @@ class Workload:
             # bf16 their weights travel so, their gradients do not.
             micro = min(self.micro_batch or self.local_batch, self.local_batch)
             passes = len(self.view_sizes) * -(-self.local_batch // micro)
-            ways = 2 + (micro < self.local_batch) + self.checkpointing
+            ways = 2 + (micro < self.local_batch) + bool(self.checkpointing)
             gathers = ways * self.trained_blocks + self.frozen_blocks
             sharded["weights of blocks"] = passes * gathers * block * part * (0.5 if self.bf16 else 1)
             sharded["gradients of blocks"] = passes * self.trained_blocks * block * part

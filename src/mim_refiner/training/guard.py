@@ -1,9 +1,9 @@
 """The do-no-harm guard: looks at the encoder's features while it trains, and compares them with the START.
 
 A few hundred unlabelled images of the training set, two fixed crops each, tell cheaply what goes wrong: the effective
-rank and the spread fall when features collapse, and an image's second crop is no longer found among those of the
-others. With labels the online k-NN is watched too. What a run of a few epochs cannot do to a healthy encoder is bad;
-bad twice running stops the run, and the best state so far is kept.
+rank and the spread fall when features collapse, pooled ones or patch tokens, and an image's second crop is no longer
+found among those of the others. With labels the online k-NN is watched too. What a run of a few epochs cannot do to a
+healthy encoder is bad; bad twice running stops the run, and the best state so far is kept.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +35,7 @@ from mim_refiner.training.recipe import GuardSettings
 from mim_refiner.training.state import RunFolder
 
 PROBE_BATCH = 64  # images a forward pass
+PROBE_PATCHES = 4  # of an image, evenly spaced, whose rank is measured
 FILE, BEST = "guard.json", "best/encoder.safetensors"  # in the run folder, in its checkpoints
 NOISE = 2.5  # standard deviations of a difference of two shares that count as noise
 
@@ -59,22 +61,29 @@ class FeatureProbe:
         self._crops: list[Tensor] | None = None
 
     def __call__(self) -> dict[str, float]:
-        """Return ``rank``, ``spread``, ``view_alignment``, ``retrieval``, ``dense_spread``; all NaN if features are.
+        """Return ``rank``, ``spread``, ``view_alignment``, ``retrieval`` of pooled features, ``dense_rank``,
+        ``dense_spread``, ``dense_image_spread`` of patch tokens; all NaN if any are.
 
         spread: 1 - mean cosine of different images. view_alignment: mean cosine of the two crops of an image.
         retrieval: share of images whose second crop is, by cosine of standardised features, the nearest to the first.
-        dense_spread: 1 - mean cosine of different patches of one image; told, and judged by no rule.
+        dense_spread: 1 - mean cosine of different patches of one image; dense_image_spread: of the same patch in
+        different images.
         """
         (first, dense), (second, _) = (self._features(crops) for crops in self._two_crops())
-        names = ("rank", "spread", "view_alignment", "retrieval", "dense_spread")
-        if not all(bool(torch.isfinite(found).all()) for found in (first, second, dense)):
-            return dict.fromkeys(names, math.nan)
+        if not all(bool(torch.isfinite(found).all()) for found in (first, second, *dense.values())):
+            return dict.fromkeys(("rank", "spread", "view_alignment", "retrieval", *dense), math.nan)
         a, b = F.normalize(first, dim=1), F.normalize(second, dim=1)
         cosine, own = a @ b.T, (a * b).sum(1)
         others = (cosine.sum() - own.sum()) / max(1, self.count * (self.count - 1))
         found = (standardized(first) @ standardized(second, first).T).argmax(1) == torch.arange(self.count)
-        means = (own.mean(), found.float().mean(), dense.mean())
-        return dict(zip(names, (effective_rank(first), 1 - others.item(), *(x.item() for x in means)), strict=True))
+        return {
+            "rank": effective_rank(first),
+            "spread": 1 - others.item(),
+            "view_alignment": own.mean().item(),
+            "retrieval": found.float().mean().item(),
+            "dense_rank": effective_rank(dense.pop("dense_rank")),
+            **{name: value.mean().item() for name, value in dense.items()},
+        }
 
     def _two_crops(self) -> list[Tensor]:
         if self._crops is None:  # the same images and crops at every look, also after a resume
@@ -85,18 +94,27 @@ class FeatureProbe:
         return self._crops
 
     @torch.no_grad()
-    def _features(self, crops: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled features [N, D], and how far the patches of each image lie apart [N]."""
-        info, pooled, dense = self.backbone.info, [], []
+    def _features(self, crops: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pooled features [N, D], and what the dense measures are made of: patches [n, D] and two lists of spreads."""
+        info, pooled, some, within, sums = self.backbone.info, [], [], [], []
         for part in crops.split(PROBE_BATCH):
             with evaluation_mode(self.backbone), self.run.autocast():
                 inputs = normalize(part.to(self.run.device), info.mean, info.std)
                 output = self.backbone.forward_blocks(inputs, [-1])[0]
             pooled.append(output.pooled(self.pooling).float().cpu())
-            count, patches = output.patches.shape[1], F.normalize(output.patches.float(), dim=2)
-            cosines = patches.sum(1).square().sum(1) - count  # of all pairs of different patches
-            dense.append(1 - (cosines / max(1, count * (count - 1))).cpu())
-        return torch.cat(pooled), torch.cat(dense)
+            patches = output.patches.float()
+            some.append(patches[:, :: max(1, patches.shape[1] // PROBE_PATCHES)].flatten(0, 1).cpu())
+            patches = F.normalize(patches, dim=2)
+            within.append(_spread(patches.sum(1), patches.shape[1]).cpu())
+            sums.append(patches.sum(0))
+        across = _spread(torch.stack(sums).sum(0), len(crops)).cpu()
+        dense = {"dense_rank": torch.cat(some), "dense_spread": torch.cat(within), "dense_image_spread": across}
+        return torch.cat(pooled), dense
+
+
+def _spread(sums: Tensor, count: int) -> Tensor:
+    """1 - mean cosine of pairs among ``count`` vectors of length 1, from their sums [..., D]."""
+    return 1 - (sums.square().sum(-1) - count) / max(1, count * (count - 1))
 
 
 @dataclass(frozen=True)
@@ -243,9 +261,15 @@ def load_best(folder: RunFolder, fresh: Encoder) -> Encoder:
 def _rules(settings: GuardSettings, probe_images: int, knn_images: int) -> list[_Rule]:
     retrieval_noise, knn_noise = (NOISE * math.sqrt(0.5 / max(1, count)) for count in (probe_images, knn_images))
     knn_drop = max(settings.max_knn_drop, knn_noise)
+    shares = {
+        "rank": (settings.min_rank, "the features collapse: effective rank"),
+        "spread": (settings.min_spread, "the features collapse: spread"),
+        "dense_rank": (settings.min_rank, "the patch tokens collapse: effective rank"),
+        "dense_spread": (settings.min_spread, "the patch tokens of an image collapse: spread"),
+        "dense_image_spread": (settings.min_spread, "the patch tokens of all images become the same: spread"),
+    }
     return [
-        _Rule("rank", lambda now, start: now < settings.min_rank * start, "the features collapse: effective rank"),
-        _Rule("spread", lambda now, start: now < settings.min_spread * start, "the features collapse: spread"),
+        *(_Rule(name, partial(_below, least), words) for name, (least, words) in shares.items()),
         _Rule(
             "retrieval",
             lambda now, start: now < settings.min_retrieval * start and start - now > retrieval_noise,
@@ -253,6 +277,10 @@ def _rules(settings: GuardSettings, probe_images: int, knn_images: int) -> list[
         ),
         _Rule("knn_top1", lambda now, start: start - now > knn_drop, "k-NN accuracy fell and stayed low"),
     ]
+
+
+def _below(share: float, now: float, start: float) -> bool:
+    return now < share * start
 
 
 def _finite(entry: dict[str, float]) -> bool:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,10 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mim_refiner.core.device import autocast, free_memory
+from mim_refiner.core.device import free_memory
+from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.types import ImageSize, height_width
+from mim_refiner.training.recipe import RefineRecipe
+from mim_refiner.types import Checkpointing, ImageSize, height_width
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 RESERVE = 0.08  # of the budget, for what libraries keep
@@ -69,6 +71,7 @@ class LiveBytes(TorchDispatchMode):
 class Needs:
     """Bytes of one process; ``encoder`` and ``heads`` are peaks above what is there before and after."""
 
+    batch: int  # images
     state: int  # weights, gradients, moments, average, queues
     gradients: int  # of the state: those of a plain step come as its activations go
     images: int  # the batch's views
@@ -77,34 +80,61 @@ class Needs:
     heads: int  # graph of the heads on the whole batch
     encoder_base: int  # of the encoder's pass: what does not grow with its images
     encoder_image: int  # and what an image (all its views of the larger kind) adds
+    image_graphs: tuple[int, ...]  # an image's graph through all its views of one size, in the order of the sizes
     plain: int  # graph of everything at once
 
+    def graphs(self, micro_batch: int, count: int) -> int:
+        """The graphs of the first ``count`` micro-batches."""
+        parts = -(-self.batch // micro_batch)  # of every size of view
+        kept = (min(max(0, count - parts * i) * micro_batch, self.batch) for i in range(len(self.image_graphs)))
+        return sum(images * graph for images, graph in zip(kept, self.image_graphs, strict=True))
+
     def cached(self, micro_batch: int, kept_graphs: int = 0) -> int:
-        """Peak of the cached step; of it the graphs that are kept, which stand beside the heads' or one more."""
-        part = micro_batch * self.encoder_image
-        most = max(self.heads, self.encoder_base + part) + kept_graphs * part
+        """Peak of the cached step. Graphs that are kept stand beside the heads' and go before another is made."""
+        kept = self.graphs(micro_batch, kept_graphs)
+        most = max(self.heads + kept, self.encoder_base + max(kept, micro_batch * self.encoder_image))
         return self.state + self.images + self.features + self.prefix + most
+
+    def most_graphs(self, micro_batch: int, budget: float) -> int:
+        """How many micro-batches' graphs can be kept within ``budget``."""
+        count = -(-self.batch // micro_batch) * len(self.image_graphs)
+        while count and self.cached(micro_batch, count) > budget:
+            count -= 1
+        return count
 
     def whole(self) -> int:
         """Peak of the plain step."""
         return self.state - self.gradients + self.images + max(self.plain, self.gradients)
 
-    def largest_micro_batch(self, budget: float, batch: int) -> int:
+    def largest_micro_batch(self, budget: float) -> int:
         """Images that fit into a pass of the cached step, 0 if not even one."""
         room = budget - (self.state + self.images + self.features + self.prefix)
         if room < self.heads:
             return 0
-        return max(0, min(batch, int((room - self.encoder_base) // max(1, self.encoder_image))))
+        return max(0, min(self.batch, int((room - self.encoder_base) // max(1, self.encoder_image))))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the planner picked: both keys of the recipe, the peak in bytes it expects, and why."""
+    """What the planner picked: keys of the recipe, and why."""
 
+    needs: Needs
     micro_batch: int | None
-    checkpointing: bool
-    peak: int
+    kept_graphs: int
+    checkpointing: Checkpointing
     words: str
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak of a step."""
+        if self.micro_batch is None or self.micro_batch >= self.needs.batch:
+            return self.needs.whole()
+        return self.needs.cached(self.micro_batch, self.kept_graphs)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys of the recipe."""
+        return {key: getattr(self, key) for key in ("micro_batch", "kept_graphs", "checkpointing")}
 
 
 def measure_needs(
@@ -113,7 +143,7 @@ def measure_needs(
     batch: int,
     *,
     precision: str,
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = False,
     shards: int = 1,
     waste: float | None = None,
 ) -> Needs:
@@ -140,6 +170,7 @@ def measure_needs(
     plain, cached = WASTE.get(trained.device.type, WASTE["cuda"]) if waste is None else (waste, waste)
     scratch = int(BF16_SCRATCH) if precision == "bf16" and trained.device.type == "cpu" and waste is None else 0
     return Needs(
+        batch=batch,
         state=held + average + 3 * trainable + scratch - _elsewhere(trained.model, shards),
         images=sum(batch * count * channels * math.prod(height_width(size)) * 4 for size, count in view_shapes),
         features=2 * features,
@@ -148,6 +179,7 @@ def measure_needs(
         heads=int(cached * heads_peak),
         encoder_base=int(cached * bases[largest]),
         encoder_image=int(cached * slopes[largest]),
+        image_graphs=tuple(int(plain * slope) for slope in slopes),
         plain=int(plain * (bases[largest] + batch * sum(slopes) + heads_peak)),
     )
 
@@ -167,7 +199,7 @@ def _elsewhere(refiner: Refiner, shards: int) -> int:
 class refiner_like:  # noqa: N801  (reads as a function)
     """A copy of a refiner made of fake tensors, whose passes can be traced."""
 
-    def __init__(self, refiner: Refiner, checkpointing: bool) -> None:
+    def __init__(self, refiner: Refiner, checkpointing: Checkpointing) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         memo: dict[int, Any] = {}
         for parameter in refiner.parameters():
@@ -176,8 +208,7 @@ class refiner_like:  # noqa: N801  (reads as a function)
             memo[id(buffer)] = self.mode.from_tensor(buffer)
         self.model: Refiner = copy.deepcopy(refiner, memo)
         self.model.unfreeze_encoder()
-        if checkpointing:
-            self.model.backbone.model.set_grad_checkpointing(True)
+        self.model.backbone.set_checkpointing(checkpointing)
         self.device = next(refiner.parameters()).device
         # Gradients count as state. They are whole only when the activations are gone, so with few images a trace that
         # kept them would see their peak and not that of the activations.
@@ -197,7 +228,7 @@ class refiner_like:  # noqa: N801  (reads as a function)
             pixels = torch.empty(
                 images * count, self.model.backbone.info.in_chans, *height_width(size), device=self.device
             )
-            with autocast(precision, self.device):
+            with Run(self.device, precision).autocast():
                 outputs = self.model.pooled_blocks(self.model.frozen_prefix(pixels))
             values = list(outputs.values())
             torch.autograd.backward(values, [torch.empty_like(value) for value in values])
@@ -214,49 +245,80 @@ class refiner_like:  # noqa: N801  (reads as a function)
             }
             ids = torch.empty(batch, dtype=torch.long, device=self.device)
             with LiveBytes() as live:
-                with autocast(precision, self.device):
+                with Run(self.device, precision).autocast():
                     output = self.model.head_losses(features, ids)
                 output.loss.backward()
                 del output
         return live.peak
 
 
-def choose(
-    refiner: Refiner,
-    view_shapes: Sequence[tuple[ImageSize, int]],
-    batch: int,
-    budget: float,
-    *,
-    precision: str,
-    micro_batch: int | None = None,
-    checkpointing: bool = False,
-    shards: int = 1,
+def as_asked(
+    refiner: Refiner, recipe: RefineRecipe, batch: int, free: float, *, precision: str, shards: int = 1
 ) -> Choice:
-    """The cheapest setting that fits into ``budget`` bytes: plain, then cached, then cached with checkpointing.
+    """The recipe's own setting; graphs, where it leaves their number open, as ``free`` bytes allow."""
+    options: dict[str, Any] = {"precision": precision, "checkpointing": recipe.checkpointing, "shards": shards}
+    needs, micro = measure_needs(refiner, recipe.views.shapes, batch, **options), recipe.micro_batch
+    if micro is None or micro >= batch:
+        return Choice(needs, micro, 0, recipe.checkpointing, "as the recipe says")
+    return _cached(needs, recipe, [micro], recipe.checkpointing, free * (1 - RESERVE), "as the recipe says: ")
+
+
+def choose(
+    refiner: Refiner, recipe: RefineRecipe, batch: int, budget: float, *, precision: str, shards: int = 1
+) -> Choice:
+    """The cheapest setting that fits into ``budget`` bytes: plain, plain with selective checkpointing, cached with as
+    many graphs as fit, cached with checkpointing.
 
     What the recipe sets is kept. Raises InputError when nothing fits, with what would.
     """
-    usable = budget * (1 - RESERVE)
-    measure = partial(measure_needs, refiner, view_shapes, batch, precision=precision, shards=shards)
-    needs = measure(checkpointing=checkpointing)
-    if micro_batch is None and needs.whole() <= usable:
-        return Choice(None, checkpointing, needs.whole(), "the plain step fits")
-    for recompute in dict.fromkeys((checkpointing, True)):
-        if recompute != checkpointing:
-            needs = measure(checkpointing=True)
-        fits = needs.largest_micro_batch(usable, batch if micro_batch is None else micro_batch)
-        if fits >= (micro_batch or 1):
-            fits = micro_batch or even_parts(fits, batch)
-            words = f"cached step of {-(-batch // fits)} micro-batches: one more forward pass of the trained blocks"
-            words += ", and one for checkpointing" if recompute else ""
-            return Choice(fits, recompute, needs.cached(fits), words)
-    smallest = needs.cached(micro_batch or 1)
+    usable, asked, micro = budget * (1 - RESERVE), recipe.checkpointing, recipe.micro_batch
+
+    @cache
+    def needs(kept: Checkpointing) -> Needs:
+        options: dict[str, Any] = {"precision": precision, "checkpointing": kept, "shards": shards}
+        return measure_needs(refiner, recipe.views.shapes, batch, **options)
+
+    if micro is None:
+        # selective checkpointing leaves more than half; its trace takes seconds
+        able = refiner.backbone.runner is not None and not recipe.compile
+        worth = able and not asked and needs(False).whole() < 2 * usable
+        ways: tuple[Checkpointing, ...] = (asked, "selective") if worth else (asked,)
+        for kept in ways:
+            if needs(kept).whole() <= usable:
+                words = f"the plain step fits into {format_bytes(budget)}"
+                words += ", norms and GELU computed twice" if kept == "selective" else ""
+                return Choice(needs(kept), None, 0, kept, words)
+    for kept in dict.fromkeys((asked, True)):
+        fits = needs(kept).largest_micro_batch(usable)
+        halves = [even_parts(max(1, fits >> halved), batch) for halved in range(fits.bit_length())]
+        sizes = [size for size in ([micro] if micro else halves) if size <= fits]
+        if recipe.kept_graphs != "auto":
+            sizes = [size for size in sizes if needs(kept).cached(size, recipe.graphs) <= usable][:1]
+        if sizes:
+            return _cached(needs(kept), recipe, sizes[:3], kept, usable, f"for {format_bytes(budget)} the ")
+    smallest = needs(True).cached(micro or 1, recipe.graphs)
     raise InputError(
         f"--memory-budget {format_bytes(budget)}: the step needs {format_bytes(smallest / (1 - RESERVE))} even with "
-        f"micro_batch={micro_batch or 1} and checkpointing ({format_bytes(needs.state)} of it weights, optimizer and "
-        f"queues, {format_bytes(needs.heads)} the heads on the whole batch); freeze blocks (frozen_blocks), use fewer "
-        "heads or a smaller batch_size, or more processes"
+        f"micro_batch={micro or 1} and checkpointing ({format_bytes(needs(True).state)} of it weights, optimizer and "
+        f"queues, {format_bytes(needs(True).heads)} the heads on the whole batch); freeze blocks (frozen_blocks), use "
+        "fewer heads or a smaller batch_size, or more processes"
     )
+
+
+def _cached(
+    needs: Needs, recipe: RefineRecipe, sizes: Sequence[int], kept: Checkpointing, usable: float, words: str = ""
+) -> Choice:
+    """The cached step with the micro-batch of ``sizes`` (large ones first) by which most can be kept of the graphs."""
+
+    def count(size: int) -> int:
+        return needs.most_graphs(size, usable) if recipe.kept_graphs == "auto" else recipe.graphs
+
+    micro = max(sizes, key=lambda size: needs.graphs(size, count(size)))
+    graphs, parts = count(micro), -(-needs.batch // micro)
+    words += f"cached step of {parts} micro-batches, {graphs} of {parts * len(needs.image_graphs)} graphs kept: "
+    words += "for the others one more forward pass of the trained blocks"
+    words += ", and for all one for checkpointing" if kept is True else ""
+    return Choice(needs, micro, graphs, kept, words)
 
 
 def even_parts(micro_batch: int, batch: int) -> int:

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from mim_refiner.core.collectives import agree, world_size
+from mim_refiner.models.heads import HeadOutput
+from mim_refiner.models.refiner import RefinerOutput
 
 
 class MetricLog:
     """Sums of scalars, the images a second, and the first step of the phase whose loss was not finite."""
 
     def __init__(self, device: torch.device) -> None:
-        self._bad = torch.full((), torch.inf, dtype=torch.float64, device=device)
+        self._wide = torch.float32 if device.type == "mps" else torch.float64  # an Apple GPU has no float64
+        self._bad = torch.full((), torch.inf, dtype=self._wide, device=device)
         self.reset()
 
     def reset(self) -> None:
@@ -43,7 +46,7 @@ class MetricLog:
         """The mean of every scalar over steps and ranks; waits for the device once."""
         if not self._sums:
             return {}
-        values = torch.stack([(value / self._steps).double() for value in self._sums.values()]).cpu()
+        values = torch.stack([(value / self._steps).to(self._wide) for value in self._sums.values()]).cpu()
         if world_size() > 1:
             torch.distributed.all_reduce(values)
             values /= world_size()
@@ -52,3 +55,24 @@ class MetricLog:
     def images_per_second(self) -> float:
         """Since the last line."""
         return round(self._images / (time.perf_counter() - self._since), 1)
+
+
+def metrics_of(output: RefinerOutput, sample_ids: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """What the heads saw, {"<name>/<block>": scalar}."""
+    metrics: dict[str, Tensor] = {}
+    for block, head in output.heads.items():
+        metrics[f"loss/{block}"] = head.loss.detach()
+        metrics[f"alignment/{block}"] = head.alignment.detach()
+        metrics[f"neighbor_similarity/{block}"] = head.neighbor_similarity.mean()
+        metrics[f"neighbor_age/{block}"] = head.neighbor_age.float().mean()
+        if labels is not None:
+            metrics[f"neighbor_accuracy/{block}"] = neighbor_accuracy(head, sample_ids, labels)
+    return metrics
+
+
+def neighbor_accuracy(head: HeadOutput, sample_ids: Tensor, labels: Tensor) -> Tensor:
+    """Share of the targets' neighbours that are of the image's class, among those that are images."""
+    own = labels[sample_ids].repeat(len(head.neighbor_sample_ids) // len(sample_ids))
+    neighbor = labels[head.neighbor_sample_ids.clamp(min=0)]
+    known = head.neighbor_sample_ids >= 0  # entries of the random start have no label
+    return ((own == neighbor) & known).sum() / known.sum().clamp(min=1)

@@ -25,6 +25,7 @@ from pydantic import (
 from mim_refiner.errors import RecipeError, did_you_mean
 from mim_refiner.files import dotted, load_yaml, reading
 from mim_refiner.training.domains import DOMAINS, PHOTOGRAPHS
+from mim_refiner.types import Checkpointing, ImageSize
 
 # Bounds that no run reaches: beyond them lie mistyped numbers, which would else end in an allocation or an overflow.
 PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
@@ -53,9 +54,9 @@ class _Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name == "images_on_device":  # YAML reads on and off so
+        if isinstance(value, bool) and info.field_name in ("images_on_device", "cuda_graphs"):  # YAML's on and off
             return "on" if value else "off"
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation not in (bool, Checkpointing):
             raise ValueError("true and false are no numbers")
         return value
 
@@ -97,6 +98,16 @@ class Views(_Settings):
     noise: Decay = 0.0  # deviation of noise, as a share of the range of values
     mask_rows: Decay = 0.0  # largest share of rows left out in one band
     mask_columns: Decay = 0.0  # and of columns
+
+    @property
+    def shapes(self) -> list[tuple[ImageSize, int]]:
+        """(pixels, how many such views); views of one size pass through the encoder together."""
+        assert self.global_size is not None
+        shapes: dict[ImageSize, int] = {self.global_size: 2}
+        if self.num_local:
+            assert self.local_size is not None
+            shapes[self.local_size] = shapes.get(self.local_size, 0) + self.num_local
+        return list(shapes.items())
 
 
 class Heads(_Settings):
@@ -159,7 +170,7 @@ class Recipe(_Settings):
     precision: Precision = "auto"  # bf16 on GPU, fp32 on CPU; "fast": bf16 also on CPUs that have it
     compile: bool = False  # torch.compile of the encoder's blocks: fewer passes over memory, half a minute to begin
     workers: int = Field(default=-1, ge=-1, le=4096)  # loader processes; -1: decided from data and cores
-    # on, off, auto: 8-bit images of one size stay on the GPU where they take a quarter of its free memory at most
+    # on, off, auto: 8-bit images stay on the GPU where they, padded alike, take a quarter of its free memory at most
     images_on_device: Literal["auto", "on", "off"] = "auto"
     reduced_decode: bool = True  # large JPEGs at 1/2, 1/4 or 1/8 where no view needs more pixels; not in evaluation
     loader_timeout: NonNegativeFloat = 600  # seconds without a batch after which loader processes are replaced
@@ -185,9 +196,13 @@ class RefineRecipe(Recipe):
     view_pool: NonNegativeInt = 0
     # Memory; none changes what a step computes.
     micro_batch: PositiveInt | None = None  # images a process holds activations of at a time; None: its whole batch
-    kept_graphs: NonNegativeInt = 0  # micro-batches (of views of one size) that need no second pass, if memory allows
+    # Micro-batches (of views of one size) whose graph needs no second pass; auto: as many as the budget, or else the
+    # free memory of a GPU, allows.
+    kept_graphs: NonNegativeInt | Literal["auto"] = "auto"
     shard: bool = False  # FSDP2: encoder weights, gradients, moments and average spread over the processes
-    checkpointing: bool = False  # keep block inputs only and compute the rest again in the backward pass
+    # Computed again in the backward pass: all but block inputs (true), norms and GELU (selective), nothing (false).
+    checkpointing: Checkpointing = False
+    cuda_graphs: Literal["auto", "on", "off"] = "off"  # steps as CUDA graphs; auto: of encoders up to 384 wide
     weight_decay: NonNegativeFloat = 0.05  # of the encoder
     head_weight_decay: NonNegativeFloat = 1e-5  # of the heads
     ema_decay: Decay = 0.9999  # of the running average of the encoder
@@ -202,6 +217,18 @@ class RefineRecipe(Recipe):
     guidance_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the labels of each class that are used
     adapter: Literal["none", "lora"] = "none"  # lora: the encoder's own weights stay as they are
     lora: LoraSettings = LoraSettings()
+
+    @field_validator("checkpointing")
+    @classmethod
+    def _compiled_blocks_choose_themselves(cls, value: Checkpointing, info: ValidationInfo) -> Checkpointing:
+        if value == "selective" and info.data.get("compile"):
+            raise ValueError("compiled blocks choose for themselves what to compute again; set it or compile to false")
+        return value
+
+    @property
+    def graphs(self) -> int:
+        """``kept_graphs``; none as long as nobody has looked how many fit."""
+        return 0 if self.kept_graphs == "auto" else self.kept_graphs
 
 
 class PretrainRecipe(Recipe):

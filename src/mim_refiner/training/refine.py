@@ -27,15 +27,17 @@ from mim_refiner.data.views import ViewSpec, multi_crop_views
 from mim_refiner.errors import InputError, NonFiniteLossError
 from mim_refiner.models.anchor import DenseAnchor
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective
+from mim_refiner.models.heads import HeadConfig, Objective
 from mim_refiner.models.positions import check_image_size
 from mim_refiner.models.refiner import Refiner, RefinerOutput
 from mim_refiner.training.anchor import anchor_backward, carries_anchor
 from mim_refiner.training.cached import cached_forward_backward, refuse_batch_dependent
+from mim_refiner.training.graphed import Graphed, uses_graph
 from mim_refiner.training.guard import FeatureProbe, Guard
 from mim_refiner.training.guidance import guide_heads
 from mim_refiner.training.loop import Loop, Monitor, step_generator
 from mim_refiner.training.lora import adapt
+from mim_refiner.training.metric_log import metrics_of
 from mim_refiner.training.recipe import RefineRecipe, Views
 from mim_refiner.training.state import RunFolder
 from mim_refiner.training.view_pool import ViewPool, make_pool
@@ -130,8 +132,7 @@ def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run)
         start = [] if refiner.anchor is None else [refiner.anchor.start]
         for encoder in (backbone, ema.module, *start):
             encoder.shard_blocks(bf16=run.precision == "bf16")  # type: ignore[operator]
-    if recipe.checkpointing:
-        backbone.model.set_grad_checkpointing(True)
+    backbone.set_checkpointing(recipe.checkpointing)
     photometrics = photometrics_of(recipe, backbone.info)
     labels = loader.images.labels
     on_device = None if labels is None else torch.as_tensor(labels, device=run.device)
@@ -242,17 +243,22 @@ def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool 
     else:
         optimizer = begin_refinement(refinement)
         loop.begin(REFINEMENT, "refinement", recipe.refinement, optimizer)
+    run, labels = refinement.run, refinement.labels
+    graph = graphed(refiner, run, labels) if uses_graph(recipe, refiner, run) else None
     with closing(loop.batches(pool)) as batches:
         for step, batch in batches:
             generator = loop.generator(step)  # of all the step's draws
             optimizer.zero_grad(set_to_none=True)
             views, sample_ids = make_views(refinement, batch, generator)
-            parts = recipe.micro_batch, recipe.kept_graphs
-            output = forward_backward(refiner, views, sample_ids, generator, refinement.run, *parts)
-            loss, metrics = output.loss, metrics_of(output, sample_ids, refinement.labels)
+            if graph:
+                loss, metrics = graph(views, sample_ids, refiner.draw_choices(sample_ids, generator))
+            else:
+                parts = recipe.micro_batch, recipe.graphs
+                output = forward_backward(refiner, views, sample_ids, generator, run, *parts)
+                loss, metrics = output.loss, metrics_of(output, sample_ids, labels)
             if number == REFINEMENT and refiner.anchor and carries_anchor(step, recipe.anchor.share):
                 anchored = recipe.anchor.weight, recipe.micro_batch
-                metrics["anchor"] = anchor_backward(refiner, views[:NUM_GLOBAL], generator, refinement.run, *anchored)
+                metrics["anchor"] = anchor_backward(refiner, views[:NUM_GLOBAL], generator, run, *anchored)
                 loss = loss + metrics["anchor"]
             average_gradients(refiner.parameters())
             loop.log.add(step, loss, metrics, len(sample_ids))
@@ -358,25 +364,16 @@ def forward_backward(
         return output
 
 
-def metrics_of(output: RefinerOutput, sample_ids: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """What the heads saw, {"<name>/<block>": scalar}."""
-    metrics: dict[str, Tensor] = {}
-    for block, head in output.heads.items():
-        metrics[f"loss/{block}"] = head.loss.detach()
-        metrics[f"alignment/{block}"] = head.alignment.detach()
-        metrics[f"neighbor_similarity/{block}"] = head.neighbor_similarity.mean()
-        metrics[f"neighbor_age/{block}"] = head.neighbor_age.float().mean()
-        if labels is not None:
-            metrics[f"neighbor_accuracy/{block}"] = neighbor_accuracy(head, sample_ids, labels)
-    return metrics
+def graphed(refiner: Refiner, run: Run, labels: Tensor | None = None) -> Graphed:
+    """Gradients, loss and metrics of a plain step as a CUDA graph of views, sample numbers and choices."""
 
+    def work(
+        views: list[Tensor], sample_ids: Tensor, choices: Mapping[int, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        output = forward_backward(refiner, views, sample_ids, None, run, choices=choices)
+        return output.loss.detach(), metrics_of(output, sample_ids, labels)
 
-def neighbor_accuracy(head: HeadOutput, sample_ids: Tensor, labels: Tensor) -> Tensor:
-    """Share of the targets' neighbours that are of the image's class, among those that are images."""
-    own = labels[sample_ids].repeat(NUM_GLOBAL)
-    neighbor = labels[head.neighbor_sample_ids.clamp(min=0)]
-    known = head.neighbor_sample_ids >= 0  # entries of the random start have no label
-    return ((own == neighbor) & known).sum() / known.sum().clamp(min=1)
+    return Graphed(work, refiner)
 
 
 # --- the guard

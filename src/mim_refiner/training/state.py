@@ -62,8 +62,9 @@ class Position:
 # paths, which are spelled in many ways: data and model are known by data_fingerprint and model_sha256.
 FREE_SETTINGS = {
     "data", "data_images", "exclude", "model",
-    "micro_batch", "checkpointing", "shard", "workers", "loader_timeout", "checkpoint_every", "keep_checkpoints",
-    "log_every", "knn_every", "expected", "export_weights", "warmup.max_seconds", "refinement.max_seconds",
+    "micro_batch", "kept_graphs", "checkpointing", "shard", "workers", "loader_timeout", "checkpoint_every",
+    "keep_checkpoints", "log_every", "knn_every", "cuda_graphs", "expected", "export_weights",
+    "warmup.max_seconds", "refinement.max_seconds",
 }  # fmt: skip
 FREE_PARTS = ("guard.",)
 

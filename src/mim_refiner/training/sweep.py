@@ -24,8 +24,9 @@ from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadOutput, RefinerHead
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.loop import learning_rate, step_generator
+from mim_refiner.training.metric_log import neighbor_accuracy
 from mim_refiner.training.recipe import RefineRecipe
-from mim_refiner.training.refine import neighbor_accuracy, objective_of, photometrics_of
+from mim_refiner.training.refine import objective_of, photometrics_of
 
 SWEEP = 2  # number of the phase that its draws belong to; 0 and 1 are the run's own
 
