@@ -130,7 +130,7 @@ def _in_memory(
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         parts = PartFolder(Path(scratch))
-        speed = compute_parts(backbone, images, spec, parts, device=device, reporter=reporter)
+        speed = compute_parts(backbone, images, spec, parts, Run(device, spec.precision, reporter=reporter))
         rows = list(parts.all())
     reporter.done()
     indices = np.concatenate([part.indices for part in rows])
