@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,7 +55,9 @@ def test_paired_change_of_resampled_clusterings_is_by_the_same_resamples():
     assert change == pytest.approx((0.3, 0.3, 0.3))  # what both gain or lose by the draw of images is no doubt
     value, low, high = paired_change(clustered(0.2, [0.1, 0.2, 0.3]), clustered(0.5, [0.6, 0.5, 0.4]))
     assert (low, value, high) == pytest.approx((0.3 - 1.96 * 0.2, 0.3, 0.3 + 1.96 * 0.2))
-    assert paired_change(clustered(0.2, [0.1, 0.2]), clustered(0.5, [0.6, 0.5, 0.4])) is None
+    hits = {"correct": np.ones(3, bool)}
+    few = replace(clustered(0.2, [0.1, 0.2]), **hits)  # other resamples: nothing to pair
+    assert paired_change(few, replace(clustered(0.5, [0.6, 0.5, 0.4]), **hits)) is None
 
 
 def test_write_is_whole_or_not_at_all(tmp_path):

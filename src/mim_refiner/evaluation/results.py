@@ -68,6 +68,8 @@ def paired_change(before: Result, after: Result) -> tuple[float, float, float] |
     if before.drawn is not None and after.drawn is not None and before.drawn.shape == after.drawn.shape:
         half, change = 1.96 * float((after.drawn - before.drawn).std(ddof=1)), after.value - before.value
         return change, change - half, change + half
+    if after.protocol == "clustering":  # hits under the clusterings found say nothing of how much these vary
+        return None
     if before.correct is None or after.correct is None or before.correct.shape != after.correct.shape:
         return None
     if before.correct.ndim == 2 or before.correct.dtype != bool:
