@@ -206,7 +206,7 @@ def heads_question(arguments: Mapping[str, Any]) -> str:
     usual = f" ({' or '.join(map(str, USUAL_HEADS[width]))} are usual)" if width in USUAL_HEADS else ""
     return (
         f"{arguments.get('depth', 'its')} blocks of width {width} do not tell the number of attention heads{usual}; "
-        "pass num_heads= (behind the file: FILE::num_heads=N)"
+        "pass num_heads= (--num-heads, or behind the file: FILE::num_heads=N)"
     )
 
 
