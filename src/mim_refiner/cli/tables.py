@@ -50,7 +50,7 @@ def print_result(result: Any, file: TextIO) -> None:
             for part, facts in value.items():
                 for line in left_out_lines(facts):
                     console.print(escape(f"{part} images: {line}"))
-        elif key == "plan" and isinstance(value, Mapping):
+        elif key == "plan" and isinstance(value, Mapping) and "phases" in value:
             console.print(plan_table(value))
         elif key in REASONED and isinstance(value, Mapping) and "reason" in value:
             console.print(escape(f"{REASONED[key]}: {value['reason']}"))
