@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mim_refiner.commands.inputs import split_images, tell_trained_on
 from mim_refiner.reporting import NullReporter
@@ -44,6 +45,18 @@ def test_a_share_of_every_class_is_held_out_by_the_seed(labelled):
 def test_nothing_is_held_out_where_that_measures_nothing(labelled, counts, share):
     train, test = split(labelled(*counts), share)
     assert (len(train), test) == (sum(counts), None)
+
+
+def test_images_held_out_that_cannot_be_read_stop_no_training(tmp_path):
+    for number in range(20):
+        file = tmp_path / f"class{number % 2}" / f"{number:02d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(file)
+    _, test = split(tmp_path)
+    for index in range(len(test)):
+        (tmp_path / test.source.name(index)).write_bytes(b"no image")
+    train, test = split(tmp_path)
+    assert (len(train), len(train.unreadable), test) == (20, 2, None)
 
 
 def test_no_more_than_enough_is_held_out(labelled, monkeypatch):

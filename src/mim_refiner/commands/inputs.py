@@ -56,19 +56,20 @@ def split_images(
     """Open images to train on and, where they have labels, a share of every class (5,000 at most) held out of them."""
     source = open_listed(spec, exclude)
     announce(source, reporter)
-    held = np.empty(0, np.int64)
-    if source.labels is not None and len(np.unique(source.labels)) > 1 and share:
-        with contextlib.suppress(DataError):  # too few images
-            kept, held = stratified_split(source.labels, min(share, MOST_HELD_OUT / len(source)), seed)
-    if not len(held):
+    if source.labels is None or len(np.unique(source.labels)) < 2 or not share:
         return ImageSet(source, channels=channels), None
-    reporter.message(
-        f"{len(held)} of {len(source)} images are held out to measure on (seed {seed}, as many of every class); "
-        "--eval-data and --eval-test give other images, --set hold_out=0 trains on all"
-    )
-    parts = ((kept, "without the images held out"), (held, "images held out"))
-    train, test = (Selection(source, rows, f"{source.description}, {what}") for rows, what in parts)
-    return ImageSet(train, channels=channels), ImageSet(test, channels=channels)
+    with contextlib.suppress(DataError):  # too few images, or none of them can be read
+        rows = stratified_split(source.labels, min(share, MOST_HELD_OUT / len(source)), seed)
+        names = (f"{source.description}, {what}" for what in ("without the images held out", "images held out"))
+        train, test = (
+            ImageSet(Selection(source, part, name), channels=channels) for part, name in zip(rows, names, strict=True)
+        )
+        reporter.message(
+            f"{len(test)} of {len(source)} images are held out to measure on (seed {seed}, as many of every class); "
+            "--eval-data and --eval-test give other images, --set hold_out=0 trains on all"
+        )
+        return train, test
+    return ImageSet(source, channels=channels), None
 
 
 def open_listed(spec: Any, exclude: str | None) -> ImageSource:
