@@ -39,8 +39,8 @@ SLOW_SECONDS = 3.0  # a step that takes longer is timed once
 USED = 0.92  # of the time is planned with
 EVALUATION = 6.0  # comparing three encoders, and the report, cost so many passes over bank and test images (LOG.md)
 GUARD_IMAGES = 3000  # that the guard looks at during the refinement
-MOST_FOR_EVALUATION, LEAST_FOR_TRAINING = 0.4, 0.25  # of the time
-MOST_FOR_POOL = 0.3  # of the training's time
+MOST_FOR_EVALUATION, LEAST_FOR_TRAINING = 0.3, 0.25  # of the time
+MOST_FOR_POOL = 0.2  # of the training's time
 LEAST_TEST_IMAGES, MOST_EPOCHS = 2000, 100
 
 
