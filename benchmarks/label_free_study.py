@@ -33,7 +33,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.suite import evaluate_backbone
 from mim_refiner.files import read_json, write_bytes, write_json
-from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.reporting import Reporter
 
 ENCODERS = {  # architecture to pre-train briefly, or a folder; in order of cost
     "narrow": "vit_w48_d8_h3_p8",
@@ -52,7 +52,7 @@ RUNS: dict[str, list[str]] = {
     "few images": ["refinement.epochs=48"],
     "shuffled neighbours": [f"refinement.top_k={QUEUE}", f"warmup.top_k={QUEUE}"],
 }
-FEW = 16  # times fewer images for "few images", as many draws
+IMAGES, FEW = 3072, 16  # training images, and so many times fewer images for "few images", as many draws
 VIEWS = {"like training": VIEW, "disjoint": DISJOINT}
 Row = dict[str, Any]
 
@@ -67,15 +67,14 @@ def start_of(name: str, data: str, out: Path, reporter: Reporter) -> str:
         return source
     folder = out / name / "start"
     settings = ["training.epochs=12", "training.warmup_epochs=1", "knn_every=0", "precision=fast", "decoder_depth=1"]
-    pretrain(data=data, arch=source, out=str(folder), recipe="tiny_mae", settings=settings, device="cpu",
-             reporter=reporter)  # fmt: skip
+    pretrain(data=f"{data}[:{IMAGES}]", arch=source, out=str(folder), recipe="tiny_mae", settings=settings,
+             device="cpu", reporter=reporter)  # fmt: skip
     return str(folder / "export")
 
 
 def trained(encoder: str, run: str, model: str, data: str, bank: str, out: Path, reporter: Reporter) -> str:
     """Refine ``model`` as ``run`` says and return its export."""
-    count = len(open_images(data, NullReporter()))
-    images = f"{data}[:{count // FEW}]" if run == "few images" else data
+    images = f"{data}[:{IMAGES // FEW}]" if run == "few images" else f"{data}[:{IMAGES}]"
     folder = out / encoder / run.replace(" ", "_")
     refine(data=images, model=model, out=str(folder), recipe="tiny", settings=[*PLAIN, *RUNS[run]], device="cpu",
            eval_data=bank.partition("[")[0] + "[::50]", reporter=reporter)  # fmt: skip
@@ -192,7 +191,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", default="../shared/data/cifar10_train-0.parquet[:3072]")
+    parser.add_argument("--train", default="../shared/data/cifar10_train-0.parquet")
     parser.add_argument("--bank", default="../shared/data/cifar10_train-1.parquet[::5]")
     parser.add_argument("--test", default="../shared/data/cifar10_test.parquet[::5]")
     parser.add_argument("--out", type=Path, required=True)
