@@ -304,6 +304,10 @@ def test_plan_prints_and_writes_nothing(mae, unlabelled, cli, tmp_path):
     assert plan["views_are_cut"].startswith("on the CPU")
     assert not (tmp_path / "run").exists()
     assert "plan.setting: " in cli.call(*words, "--plan").out
+    nothing_frozen = cli.refine(unlabelled, mae.export, tmp_path / "run", "view_pool=2", "warmup.epochs=0")
+    refused = cli.call(*nothing_frozen, "--plan", "--quiet")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "view_pool: no phase has a frozen part; set frozen_blocks" in refused.err
 
 
 def test_a_budget_picks_a_micro_batch_that_changes_nothing_else(mae, unlabelled, cli, tmp_path, refined):

@@ -400,8 +400,9 @@ def test_json_is_one_object_and_equals_the_summary_file(mae, shapes, cli, tmp_pa
 
 
 def test_refine_goes_on_from_a_refined_run(refined, shapes, cli, tmp_path):
-    """A run folder is a model source; several heads, mean pooling, averaged weights and an untouched stem."""
-    settings = ("heads.blocks=[1, 2]", "heads.pooling=mean", "frozen_blocks=1", "export_weights=ema", "ema_decay=0.5")
+    """A run folder is a model source; several heads, mean pooling, a pool of views, averaged weights, a still stem."""
+    settings = ("heads.blocks=[1, 2]", "heads.pooling=mean", "frozen_blocks=1", "export_weights=ema", "ema_decay=0.5",
+                "view_pool=1")  # fmt: skip
     outcome = cli.call(*cli.refine(shapes, refined.path, tmp_path / "run", *settings), "--json")
     assert outcome.code == 0, outcome.err
     before, after = (
