@@ -150,9 +150,17 @@ def test_a_killed_loader_process_is_replaced(mae, unlabelled, cli, refined, fini
 
 
 def test_a_hanging_loader_process_is_replaced_and_at_last_given_up(mae, unlabelled, cli, tmp_path, monkeypatch):
+    from mim_refiner.commands import refine
     from mim_refiner.data import loaders
 
-    monkeypatch.setattr(loaders, "crop_batch", lambda *a, **k: signal.pause())
+    priced = refine.with_cost
+
+    def then_hang(*arguments):
+        cost = priced(*arguments)
+        monkeypatch.setattr(loaders, "crop_batch", lambda *a, **k: signal.pause())
+        return cost
+
+    monkeypatch.setattr(refine, "with_cost", then_hang)
     words = cli.refine(
         unlabelled, mae.export, tmp_path / "run", "workers=1", "loader_timeout=0.2", "guard.enabled=false"
     )
@@ -163,6 +171,7 @@ def test_a_hanging_loader_process_is_replaced_and_at_last_given_up(mae, unlabell
 
 
 def test_images_that_vanish_stop_the_run_with_a_checkpoint(mae, cli, tmp_path, monkeypatch):
+    from mim_refiner.commands import refine
     from mim_refiner.data.decode import ImageSet
     from mim_refiner.errors import DataError
 
@@ -176,8 +185,16 @@ def test_images_that_vanish_stop_the_run_with_a_checkpoint(mae, cli, tmp_path, m
         return original(self, index, reduction)
 
     words = cli.refine(data, mae.export, tmp_path / "run", "guard.enabled=false", "checkpoint_every=100")
+    priced = refine.with_cost
+
+    def then_count(*arguments):
+        cost = priced(*arguments)
+        calls.clear()
+        return cost
+
     with monkeypatch.context() as patch:
         patch.setattr(ImageSet, "load_resolved", vanishing)
+        patch.setattr(refine, "with_cost", then_count)
         outcome = cli.call(*words, "--quiet")
     assert outcome.code == 2, outcome.err
     assert outcome.err.count("\n") == 1
@@ -299,11 +316,19 @@ def test_plan_prints_and_writes_nothing(mae, unlabelled, cli, tmp_path):
     assert plan["setting"]["micro_batch"] is None
     assert plan["setting"]["kept_graphs"] == 0
     assert plan["cuda_graph"] is False
-    assert plan["steps"] == {"warmup": 6, "refinement": 6}
-    assert plan["hours"] > 0
+    assert {name: phase["steps"] for name, phase in plan["phases"].items()} == {"warm-up": 6, "refinement": 6}
+    assert plan["hours"] == pytest.approx(sum(6 * phase["seconds"] for phase in plan["phases"].values()) / 3600)
+    assert plan["phases"]["refinement"]["operations"] > 1.5 * plan["phases"]["warm-up"]["operations"] > 0
+    traced = plan["bytes"]["state"] + plan["bytes"]["activations_base"] + 8 * plan["bytes"]["activations_image"]
+    assert plan["bytes"]["peak"] == pytest.approx(traced)
+    assert plan["bytes"]["peak"] == pytest.approx(
+        plan["bytes"]["plain_step"], rel=0.15
+    )  # the planner's, of fake tensors
     assert plan["views_are_cut"].startswith("on the CPU")
     assert not (tmp_path / "run").exists()
-    assert "plan.setting: " in cli.call(*words, "--plan").out
+    shown = cli.call(*words, "--plan").out
+    assert [line.split()[0] for line in shown.splitlines()[:4]] == ["images", "warm-up", "refinement", "in"]
+    assert "verdict" in shown
     nothing_frozen = cli.refine(unlabelled, mae.export, tmp_path / "run", "view_pool=2", "warmup.epochs=0")
     refused = cli.call(*nothing_frozen, "--plan", "--quiet")
     assert (refused.code, refused.err.count("\n")) == (2, 1)

@@ -109,6 +109,9 @@ def vanishing(self, *arguments):
     return load(self, *arguments)
 
 ImageSet.load_resolved = vanishing
+from mim_refiner.commands import refine
+priced = refine.with_cost
+refine.with_cost = lambda *arguments: (priced(*arguments), calls.clear())[0]
 """
     words = cli.refine(
         unlabelled, mae.export, tmp_path / "run", *SETTINGS, "checkpoint_every=100", "guard.enabled=false"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from mim_refiner.core.collectives import agree, world_size
 from mim_refiner.core.device import free_memory
 from mim_refiner.core.run import Run
 from mim_refiner.core.sharding import processes_on_node, shard_count
+from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.cost import EncoderShape, Workload
+from mim_refiner.training.estimate import Estimate, refine_estimate
 from mim_refiner.training.graphed import uses_graph
-from mim_refiner.training.memory import Choice, as_asked, choose, format_bytes, parse_budget
+from mim_refiner.training.memory import RESERVE, Choice, as_asked, choose, format_bytes, parse_budget
 from mim_refiner.training.recipe import RefineRecipe
 
 RATE_SECONDS = 0.3  # of measuring how fast the device runs a block
@@ -55,10 +58,36 @@ def _keeps_graphs(recipe: RefineRecipe, run: Run) -> bool:
     return cached and recipe.kept_graphs == "auto" and run.device.type == "cuda"
 
 
+def with_cost(
+    recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, budget: str | None, run: Run
+) -> tuple[RefineRecipe, Estimate | None]:
+    """The recipe as it fits into the budget (None: what is free), and what it costs. Raises InputError.
+
+    A run that shares its weights is not measured: no process may hold them whole.
+    """
+    recipe = fit_into(recipe, refiner, budget, run)
+    if shards_of(recipe) > 1:
+        return recipe, None
+    free = available_memory(budget, run)
+    cost = priced(recipe, refiner, loader, free, run)
+    if budget is not None or cost.peak <= free * (1 - RESERVE):
+        return recipe, cost
+    recipe = fit_into(recipe, refiner, "auto", run)
+    return recipe, priced(recipe, refiner, loader, free, run)
+
+
+def priced(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, free: float, run: Run) -> Estimate:
+    """What the recipe costs as it is."""
+    cost = refine_estimate(refiner, recipe, loader, free, run)
+    if recipe.micro_batch is None and not recipe.checkpointing:
+        return cost
+    return replace(cost, planned=settle(recipe, refiner, None, run).peak)
+
+
 def plan(
-    recipe: RefineRecipe, refiner: Refiner, images: int, run: Run, budget: str | None, views_are_cut: str
+    recipe: RefineRecipe, refiner: Refiner, cost: Estimate | None, run: Run, budget: str | None, views_are_cut: str
 ) -> dict[str, Any]:
-    """The cost of the run: memory by part, operations, hours at the speed this device shows, traffic."""
+    """The cost of the run: hours and memory by part, and what processes send each other."""
     picked = settle(recipe, refiner, budget, run)
     needs = picked.needs
     sizes = {key: value for key, value in vars(needs).items() if key not in ("batch", "image_graphs")}
@@ -70,9 +99,11 @@ def plan(
         "memory": {name: format_bytes(value) for name, value in sizes.items()},
         "bytes": {"peak": picked.peak, **sizes},
     }
-    if refiner.backbone.is_plain_vit:
-        result |= _costs(recipe.model_copy(update=picked.settings), refiner, images, run)
-    return {"plan": result}
+    if refiner.backbone.is_plain_vit and world_size() > 1:
+        traffic = workload_of(recipe, refiner, run.precision).traffic()
+        result["sent_a_step_and_process"] = {name: format_bytes(value) for name, value in traffic.items()}
+    told = {} if cost is None else cost.record()
+    return {"plan": result | told | {"bytes": result["bytes"] | told.get("bytes", {})}}
 
 
 def available_memory(budget: str | None, run: Run) -> float:
@@ -124,25 +155,6 @@ def workload_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Workl
         processes=world_size(),
         shards=shards_of(recipe),
     )
-
-
-def _costs(recipe: RefineRecipe, refiner: Refiner, images: int, run: Run) -> dict[str, Any]:
-    job = workload_of(recipe, refiner, run.precision)
-    rate = measured_rate(refiner, job, run)
-    steps = images // recipe.batch_size
-    step_seconds = sum(job.operations().values()) / (rate * job.processes)
-    frozen = job.batch * job.view_operations(prefix=False) / job.encoder.depth  # warm-up: one pass, no gradients
-    warm_seconds = (frozen * job.encoder.depth + job.operations()["heads"]) / (rate * job.processes)
-    hours = (recipe.warmup.epochs * warm_seconds + recipe.refinement.epochs * step_seconds) * steps / 3600
-    return {
-        "operations_a_step": dict(job.operations()),
-        "device_rate": f"{rate / 1e12:.3g} T operations/s (measured on one block)",
-        "hours": hours,
-        "seconds_a_step": step_seconds,
-        "images_a_second": recipe.batch_size / step_seconds,
-        "steps": {"warmup": recipe.warmup.epochs * steps, "refinement": recipe.refinement.epochs * steps},
-        "sent_a_step_and_process": {name: format_bytes(value) for name, value in job.traffic().items()},
-    }
 
 
 def measured_rate(refiner: Refiner, job: Workload, run: Run, clock: Callable[[], float] = time.perf_counter) -> float:

@@ -39,8 +39,8 @@ from mim_refiner.commands.inputs import (
 )
 from mim_refiner.commands.loggers import logged
 from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn
-from mim_refiner.commands.plan import fit_into
 from mim_refiner.commands.plan import plan as run_plan
+from mim_refiner.commands.plan import with_cost
 from mim_refiner.commands.report import finish_with_report, write_gallery
 from mim_refiner.commands.temperature import FILE as SWEEP_FILE
 from mim_refiner.commands.temperature import sweep_in_recipe
@@ -175,9 +175,9 @@ def refine_and_compare(
     loader = train_loader(images, view_specs(chosen), chosen, run)
     chosen = choose_weights(chosen, loader.steps_per_epoch)
     refuse_pool(chosen, refiner, loader.steps_per_epoch * chosen.batch_size, run)
+    chosen, cost = with_cost(chosen, refiner, loader, memory_budget, run)
     if plan:
-        return run_plan(chosen, refiner, len(images), run, memory_budget, loader.cut_where)
-    chosen = fit_into(chosen, refiner, memory_budget, run)
+        return run_plan(chosen, refiner, cost, run, memory_budget, loader.cut_where)
     asked = {"command": "refine", "data": name_of(data), "model": name_of(model), "model_sha256": weights, "seed": seed,
              "exclude": exclude}  # fmt: skip
     folder = open_run(out, asked, chosen, images, overwrite=overwrite)
@@ -185,6 +185,8 @@ def refine_and_compare(
         write_json(folder.path / f"{name}.json", record)
     skipped = list_skipped(images, folder, reporter)
     announce(chosen, backbone, len(images), loader.steps_per_epoch, run)
+    if cost is not None:
+        reporter.message(cost.line)
     refinement = build(chosen, refiner, loader, run)
     with contextlib.closing(loader):
         after, stopped = trained(refinement, folder, online_knn(refinement, on.bank), model)

@@ -68,6 +68,13 @@ class Bytes:
         """Of a step that holds the activations of so many images at a time."""
         return self.state + max(self.activations_base + images * self.activations_image, self.gradients)
 
+    def images_within(self, free: float) -> int:
+        """The most images whose step fits into so many bytes, with what is kept in reserve; below 1: none."""
+        room = free * (1 - RESERVE) - self.state
+        if room < self.gradients:
+            return 0
+        return int(min(room - self.activations_base, 1e15) // max(1.0, self.activations_image))
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -79,6 +86,12 @@ class Estimate:
     needs: Bytes
     held: int
     free: float
+    planned: float | None = None  # peak of a cached step, as the planner has it
+
+    @property
+    def peak(self) -> float:
+        """Bytes that the step needs."""
+        return self.needs.peak(self.held) if self.planned is None else self.planned
 
     @property
     def hours(self) -> float:
@@ -92,7 +105,7 @@ class Estimate:
         free = "" if self.free == math.inf else f" of {format_bytes(self.free)} free"
         text = (
             f"cost: {self.images} images, {epochs or 'no epochs'}: about {format_hours(self.hours)}; memory: about "
-            f"{format_bytes(self.needs.peak(self.held))}{free}"
+            f"{format_bytes(self.peak)}{free}"
         )
         return f"{text}; {self.advice}" if self.advice else text
 
@@ -107,7 +120,7 @@ class Estimate:
 
     def record(self) -> dict[str, Any]:
         """For ``--plan``: hours and bytes, as numbers and in words."""
-        peak, needs = self.needs.peak(self.held), self.needs
+        peak, needs = self.peak, self.needs
         phases = {name: {**asdict(phase), "hours": phase.hours, "time": format_hours(phase.hours)}
                   for name, phase in self.phases.items()}  # fmt: skip
         memory = {
@@ -152,29 +165,27 @@ def format_hours(hours: float) -> str:
 # --- of a refinement
 
 
-def refine_phases(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, run: Run) -> dict[str, PhaseCost]:
-    """Measured cost of both phases. The refiner stays as it is."""
-    step, costs = refine_step(refiner, recipe, run), {}
+def refine_estimate(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, free: float, run: Run) -> Estimate:
+    """What both phases cost. The refiner stays as it is."""
+    step, phases = refine_step(refiner, recipe, run), {}
+    plain = refine_step(refiner, recipe.model_copy(update={"micro_batch": None}), run)
+    batch = loader.batch_size // world_size()
     with unchanged(refiner):
+        refiner.unfreeze_encoder()
+        needs = traced(plain, refiner, loader, run)
+        average = sum(parameter.nbytes for parameter in refiner.backbone.parameters())
+        needs = replace(needs, state=needs.state + average)
+        most = batch if recipe.micro_batch else max(FEW, min(batch, needs.images_within(free)))
         for name, setting, phase, begin in (
             ("warm-up", "warmup.epochs", recipe.warmup, refiner.freeze_encoder),
             ("refinement", "refinement.epochs", recipe.refinement, refiner.unfreeze_encoder),
         ):
+            begin()
             if phase.epochs:
-                begin()
                 steps = phase.epochs * loader.steps_per_epoch
-                costs[name] = PhaseCost(setting, limit_of(phase), phase.epochs, steps, *measured(step, loader, run))
-        refiner.unfreeze_encoder()
-    return costs
-
-
-def refine_bytes(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, run: Run) -> Bytes:
-    """Bytes of the plain step of the refinement, traced. The refiner stays as it is."""
-    with unchanged(refiner):
-        refiner.unfreeze_encoder()
-        found = traced(refine_step(refiner, recipe, run), refiner, loader, run)
-    average = sum(parameter.nbytes for parameter in refiner.backbone.parameters())
-    return replace(found, state=found.state + average)
+                cost = measured(step, loader, run, most)
+                phases[name] = PhaseCost(setting, limit_of(phase), phase.epochs, steps, *cost)
+    return Estimate(len(loader.images), loader.batch_size, phases, needs, recipe.micro_batch or batch, free)
 
 
 def refine_step(refiner: Refiner, recipe: RefineRecipe, run: Run) -> Step:
@@ -216,7 +227,7 @@ def pretrain_estimate(
     with unchanged(mae):
         needs = traced(step, mae, loader, run)
         micro = _fitting(needs, recipe.micro_batch, batch, free)
-        cost = measured(partial(step, micro_batch=micro), loader, run)
+        cost = measured(partial(step, micro_batch=micro), loader, run, batch)
     phases = {
         "pre-training": PhaseCost(
             "training.epochs", limit_of(recipe.training), epochs, epochs * loader.steps_per_epoch, *cost
@@ -228,11 +239,10 @@ def pretrain_estimate(
 
 def _fitting(needs: Bytes, micro_batch: int | None, batch: int, free: float) -> int | None:
     """Images that a pass may hold: what the recipe says if that fits, else the most that do; None: the whole batch."""
-    usable = free * (1 - RESERVE)
-    if needs.peak(micro_batch or batch) <= usable:
+    most = needs.images_within(free)
+    if most >= (micro_batch or batch):
         return micro_batch
-    most = int((usable - needs.state - needs.activations_base) // max(1.0, needs.activations_image))
-    if most < 1 or needs.peak(1) > usable:
+    if most < 1:
         raise InputError(
             f"this needs about {format_bytes(needs.peak(1) / (1 - RESERVE))} even for one image at a time, and "
             f"{format_bytes(free)} are free; use a smaller --arch, smaller images (--set image_size=...) or a smaller "
@@ -264,19 +274,19 @@ def traced(step: Step, module: nn.Module, loader: TrainLoader, run: Run) -> Byte
     return Bytes(held + 2 * gradients, gradients, max(0.0, waste * peaks[0] - FEW * image), image)
 
 
-def measured(step: Step, loader: TrainLoader, run: Run) -> tuple[float, float]:
-    """(seconds, operations) of a step of a process, from the smallest batch that takes long enough."""
+def measured(step: Step, loader: TrainLoader, run: Run, most: int) -> tuple[float, float]:
+    """(seconds, operations) of a step of a process, from the smallest batch that takes long enough, at ``most``."""
     batch = loader.batch_size // world_size()
-    images, warm = min(FEW, batch), False
+    images, warm = min(FEW, most), False
     with eagerly():
         with FlopCounterMode(display=False) as counter:
             step(loader.first(images))
         operations = counter.get_total_flops() * batch / images
         while True:
             seconds = agree(_seconds(step, loader, images, run))
-            if (warm and images == batch) or seconds >= (ENOUGH if warm else 20 * ENOUGH):
+            if (warm and images == most) or seconds >= (ENOUGH if warm else 20 * ENOUGH):
                 return seconds * batch / images, operations
-            images, warm = (min(batch, 4 * images) if warm else images), True
+            images, warm = (min(most, 4 * images) if warm else images), True
 
 
 def _seconds(step: Step, loader: TrainLoader, images: int, run: Run) -> float:
