@@ -225,9 +225,9 @@ def test_a_one_coloured_image_is_no_near_duplicate_of_a_tinted_one(tmp_path):
 
 def test_heads_that_are_yet_to_be_placed_cost_as_many_as_the_last_third(embedded, tmp_path, monkeypatch):
     """The word "auto" is no list of four blocks."""
-    from mim_refiner.commands import estimate
+    from mim_refiner.training import estimate
 
-    monkeypatch.setattr(estimate, "PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(estimate, "ENOUGH", 0.0)
     images, labels, _, _ = embedded
     data, model = write(tmp_path / "data.parquet", images[:80], labels[:80]), files("mim_refiner") / "assets" / "mae"
     costs = {}

@@ -3,110 +3,84 @@
 from __future__ import annotations
 
 import math
-import os
-import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from mim_refiner.checkpoints.load import inspect_checkpoint
+from mim_refiner.commands.plan import with_cost
+from mim_refiner.commands.refine import prepare
 from mim_refiner.core.device import resolve_precision
 from mim_refiner.core.run import Run
+from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.doctor import Scan
+from mim_refiner.data.loaders import TrainLoader
+from mim_refiner.data.source_base import ImageSource
+from mim_refiner.errors import MimRefinerError
+from mim_refiner.files import name_of
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.recipes import refine_recipe
-from mim_refiner.training.refine import head_blocks
-from mim_refiner.types import ImageSize, height_width
-
-PROBE_SECONDS = 4.0
-BACKWARD = 3.0  # forward and backward against forward alone
+from mim_refiner.training.refine import resolve, view_specs
 
 
 def check_model(
-    model: str, backbone: Backbone, found: Scan, images: int, *, recipe: str | None, device: torch.device
+    model: Any,
+    backbone: Backbone,
+    source: ImageSource,
+    found: Scan,
+    images: int,
+    *,
+    recipe: str | None,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Say what the encoder ``backbone`` covers, how it fits the images, and what refining it would cost here.
 
-    Time is measured by forward passes for some seconds and scaled to all views of both phases; a loaded machine gives
-    a high figure. Raises RecipeError for an unknown ``recipe``.
+    Time is that of a measured step (training/estimate.py); a loaded machine gives a high figure. Raises RecipeError for
+    an unknown ``recipe``.
     """
-    report = inspect_checkpoint(model)
+    report = inspect_checkpoint(model) if isinstance(model, str | Path) else None
     info = backbone.info
     chosen = refine_recipe(recipe, image_size=max(info.image_size), images=images)
     run = Run(device, resolve_precision(chosen.precision, device))
     result: dict[str, Any] = {
-        "source": model,
+        "source": name_of(model),
         "family": info.family,
         "architecture": info.architecture,
-        "coverage": report.coverage,
+        "coverage": info.coverage,
         "licence": info.licence,
         "image_size": f"{info.image_size[0]}x{info.image_size[1]}",
         "recipe": chosen.name,
-        "notes": [*report.notes, *_fit_notes(backbone, found, images, chosen)],
+        "notes": [*(report.notes if report else ()), *_fit_notes(backbone, found, images, chosen)],
     }
-    rate = forward_rate(backbone, run)
-    result["forward_images_per_s"] = round(rate, 1)
-    views = image_equivalents(chosen, info.image_size)
-    warmup = chosen.warmup.epochs * images * views / rate
-    refinement = chosen.refinement.epochs * images * views * BACKWARD / rate
-    result["estimated_hours"] = round((warmup + refinement) / 3600, 2)
-    result |= _space(backbone, chosen, images, device)
+    if chosen.batch_size <= images:
+        try:
+            result |= _cost(backbone, source, chosen, run)
+        except MimRefinerError as error:  # what a run would end with
+            result["problem"] = str(error)
     return result
 
 
-def image_equivalents(recipe: RefineRecipe, size: ImageSize) -> float:
-    """How many full-size images the views of one image cost."""
-    views = recipe.views
-    whole = math.prod(height_width(size))
-    areas = [math.prod(height_width(side)) / whole for side in (views.global_size or size, views.local_size or 0)]
-    local = areas[1] if views.local_size else (3 / 7) ** 2 * areas[0]
-    return 2 * areas[0] + views.num_local * local
-
-
-def forward_rate(backbone: Backbone, run: Run) -> float:
-    """Images a second of forward passes, measured for a few seconds after one to warm up."""
-    info = backbone.info
-    backbone.to(run.device)
-    images = torch.zeros(32 if max(info.image_size) <= 64 else 4, info.in_chans, *info.image_size, device=run.device)
-
-    def step() -> None:
-        backbone.forward_blocks(images, [-1])
-        if run.device.type != "cpu":
-            torch.accelerator.synchronize()
-
-    with torch.inference_mode(), run.autocast():
-        step()
-        started, done = time.perf_counter(), 0
-        while done == 0 or (time.perf_counter() - started < PROBE_SECONDS and done < 20):
-            step()
-            done += 1
-    return done * len(images) / (time.perf_counter() - started)
-
-
-def _space(backbone: Backbone, recipe: RefineRecipe, images: int, device: torch.device) -> dict[str, Any]:
-    """Memory of weights, gradients, optimizer and queues (activations come on top), and disk of the checkpoints."""
-    heads, width = recipe.heads, backbone.info.embed_dim
-    count = len(head_blocks(recipe, backbone.info.depth))
-    per_head = (
-        width * heads.projector_hidden + heads.projector_hidden**2 + heads.projector_hidden * heads.out_dim
-        + heads.out_dim * heads.predictor_hidden + heads.predictor_hidden * heads.out_dim
-    )  # fmt: skip
-    encoder = sum(parameter.numel() for parameter in backbone.parameters())
-    trained = encoder + count * per_head
-    queues = count * heads.queue_size * heads.out_dim
-    training_bytes = 4 * (4 * trained + encoder + queues)  # weights, gradients, two moments; the average; the queues
-    checkpoint = 4 * (3 * trained + encoder + queues)
-    result = {
-        "training_memory_gb": round(training_bytes / 1e9, 2),
-        "disk_gb": round((checkpoint * recipe.keep_checkpoints + 4 * encoder) / 1e9, 2),
+def _cost(backbone: Backbone, source: ImageSource, recipe: RefineRecipe, run: Run) -> dict[str, Any]:
+    """What ``refine --plan`` says of the same recipe, and the disk that its checkpoints take."""
+    recipe = resolve(recipe, backbone)
+    torch.manual_seed(run.seed)
+    refiner = prepare(backbone, recipe, run)
+    images = ImageSet(source, cache=False, channels=backbone.info.in_chans)
+    loader = TrainLoader(images, view_specs(recipe), recipe.batch_size, run.seed)
+    fitted, cost = with_cost(recipe, refiner, loader, None, run)
+    assert cost is not None  # one process holds all weights
+    encoder = sum(parameter.nbytes for parameter in backbone.parameters())
+    return {
+        "estimated_hours": round(cost.hours, 2),
+        "training_memory_gb": round(cost.peak / 1e9, 2),
+        "free_memory_gb": round(cost.free / 1e9, 2) if cost.free < math.inf else None,
+        "micro_batch": fitted.micro_batch,
+        "disk_gb": round((cost.needs.state * recipe.keep_checkpoints + encoder) / 1e9, 2),
+        "advice": cost.advice,
     }
-    if device.type == "cuda":
-        result["device_memory_gb"] = round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1)
-    else:
-        result["machine_memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    return result
 
 
 def _fit_notes(backbone: Backbone, found: Scan, images: int, recipe: RefineRecipe) -> list[str]:
