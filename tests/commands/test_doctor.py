@@ -233,7 +233,7 @@ def test_heads_that_are_yet_to_be_placed_cost_as_many_as_the_last_third(embedded
     costs = {}
     for blocks in ("auto", "last_third", "[8, 9, 10, 11]", "[11]"):
         recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(f"name: tiny\nheads:\n  blocks: {blocks}\n")
+        recipe.write_text(f"name: tiny\nbatch_size: 16\nheads:\n  blocks: {blocks}\n")
         found = doctor(data=str(data), model=str(model), recipe=str(recipe), device="cpu")["model"]
         costs[blocks] = (found["training_memory_gb"], found["disk_gb"])
     depth = 12
