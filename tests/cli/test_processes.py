@@ -189,6 +189,5 @@ if rank == 1:
     end_together(cli.processes(words, code=stopping), 130)
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert recipe["heads"]["blocks"] == [1]
-    assert recipe["micro_batch"] is not None
-    assert recipe["micro_batch"] < 8
+    assert recipe["micro_batch"] or recipe["checkpointing"]  # the smaller memory decided
     goes_on(cli.processes(words, code=code), 6)
