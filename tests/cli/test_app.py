@@ -260,3 +260,15 @@ def test_every_verb_refuses_a_device_that_is_not_there(verb, tmp_path, monkeypat
 
 def test_the_verbs_with_a_device():
     assert sorted(DEVICE_VERBS) == ["analyze", "demo", "doctor", "embed", "evaluate", "export", "pretrain", "refine"]
+
+
+@pytest.mark.parametrize("verb", [("refine", "--model", "m"), ("pretrain", "--arch", "vit_tiny_patch16_224")])
+def test_a_mistyped_recipe_is_told_before_timm_is_loaded(verb):
+    code = (
+        "import sys\nfrom mim_refiner.cli.app import main\n"
+        f"assert main([*{verb!r}, '--data', 'none', '--out', 'o', '--recipe', 'tinny']) == 2\n"
+        "assert 'timm' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **PLAIN})
+    assert done.returncode == 0, done.stderr
+    assert "unknown recipe 'tinny'; did you mean 'tiny" in done.stderr

@@ -100,6 +100,17 @@ def model_source(model: str, **options: object) -> str:
     return with_options(model, **options)
 
 
+def check_recipe(verb: str, recipe: str | None, settings: list[str] | None) -> None:
+    """Raise RecipeError for a mistyped recipe or setting before timm, images and weights are loaded."""
+    from mim_refiner.training import recipes
+    from mim_refiner.training.recipe import override
+
+    if verb == "refine":
+        override(recipes.refine_recipe(recipe, image_size=0), settings or [])
+    else:
+        override(recipes.pretrain_recipe(recipe, image_size=0), settings or [])
+
+
 def comma_list(text: str, option: str) -> tuple[str, ...]:
     """Split ``"knn, linear"`` into names; raises InputError when a name is empty."""
     names = tuple(name.strip() for name in text.split(","))

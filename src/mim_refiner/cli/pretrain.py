@@ -20,6 +20,7 @@ from mim_refiner.cli.common import (
     RunFolderOption,
     SeedOption,
     SetOption,
+    check_recipe,
     comma_list,
     execute,
 )
@@ -48,6 +49,7 @@ def pretrain(
 ) -> None:
     """Pre-train a masked autoencoder on images without labels, to refine it afterwards."""
     loggers = comma_list(log, "--log") if log is not None else ()
+    check_recipe("pretrain", recipe, settings)
 
     from mim_refiner.commands.pretrain import pretrain as run
 

@@ -24,6 +24,7 @@ from mim_refiner.cli.common import (
     RunFolderOption,
     SeedOption,
     SetOption,
+    check_recipe,
     comma_list,
     execute,
     model_source,
@@ -75,6 +76,7 @@ def refine(
 ) -> None:
     """Refine an encoder: warm up the heads on the frozen encoder, then train everything."""
     loggers = comma_list(log, "--log") if log is not None else ()
+    check_recipe("refine", recipe, settings)
 
     from mim_refiner.commands.refine import refine as run
 
