@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mim_refiner.commands.plan import measured_rate
 from mim_refiner.core.collectives import average_gradients, rank, world_size
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.ema import ExponentialMovingAverage
@@ -41,6 +40,7 @@ from mim_refiner.training.cost import EncoderShape, Workload
 from mim_refiner.training.graphed import Graphed
 from mim_refiner.training.refine import forward_backward, graphed
 
+RATE_SECONDS = 0.3  # of measuring how fast the device runs a block
 PAPER = "--image 224 --local 96 --locals 10 --projector 2048 --predictor 4096 --out-dim 256 --queue 65536"
 SIZES = {
     "vit_l": f"--arch vit_large_patch16_224 {PAPER} --heads 8",
@@ -241,6 +241,32 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     size = parser.parse_args(words).size
     return parser.parse_args([*SIZES[size].split(), *words] if size else words)
+
+
+def measured_rate(refiner: Refiner, job: Workload, run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Operations a second of the last block, forward and backward, on a few views of the first size."""
+    block = refiner.backbone.model.blocks[-1]
+    modes = {parameter: parameter.requires_grad for parameter in block.parameters()}
+    tokens = job.encoder.tokens(job.view_sizes[0][0])
+    x = torch.randn(max(1, min(32, 4096 // tokens)), tokens, job.encoder.dim, device=run.device, requires_grad=True)
+    for parameter in modes:
+        parameter.requires_grad_(True)
+    done, seconds = 0, 0.0
+    while seconds < RATE_SECONDS:
+        started = clock()
+        with run.autocast():
+            output = block(x)
+        output.sum().backward()
+        if run.device.type != "cpu":
+            torch.accelerator.synchronize()
+        if done or seconds:  # the first round warms up
+            seconds += clock() - started
+        done += 1
+        seconds = max(seconds, 1e-9)
+    for parameter, mode in modes.items():
+        parameter.requires_grad_(mode)
+        parameter.grad = None
+    return 3 * len(x) * job.encoder.block_operations(tokens) * (done - 1) / seconds
 
 
 def main() -> None:

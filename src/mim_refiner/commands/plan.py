@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from mim_refiner.core.collectives import agree, world_size
 from mim_refiner.core.device import free_memory
@@ -21,8 +17,6 @@ from mim_refiner.training.estimate import Estimate, refine_estimate
 from mim_refiner.training.graphed import uses_graph
 from mim_refiner.training.memory import RESERVE, Choice, as_asked, choose, format_bytes, parse_budget
 from mim_refiner.training.recipe import RefineRecipe
-
-RATE_SECONDS = 0.3  # of measuring how fast the device runs a block
 
 
 def fit_into(recipe: RefineRecipe, refiner: Refiner, budget: str | None, run: Run) -> RefineRecipe:
@@ -155,29 +149,3 @@ def workload_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Workl
         processes=world_size(),
         shards=shards_of(recipe),
     )
-
-
-def measured_rate(refiner: Refiner, job: Workload, run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Operations a second of the last block, forward and backward, on a few views of the first size."""
-    block = refiner.backbone.model.blocks[-1]
-    modes = {parameter: parameter.requires_grad for parameter in block.parameters()}
-    tokens = job.encoder.tokens(job.view_sizes[0][0])
-    x = torch.randn(max(1, min(32, 4096 // tokens)), tokens, job.encoder.dim, device=run.device, requires_grad=True)
-    for parameter in modes:
-        parameter.requires_grad_(True)
-    done, seconds = 0, 0.0
-    while seconds < RATE_SECONDS:
-        started = clock()
-        with run.autocast():
-            output = block(x)
-        output.sum().backward()
-        if run.device.type != "cpu":
-            torch.accelerator.synchronize()
-        if done or seconds:  # the first round warms up
-            seconds += clock() - started
-        done += 1
-        seconds = max(seconds, 1e-9)
-    for parameter, mode in modes.items():
-        parameter.requires_grad_(mode)
-        parameter.grad = None
-    return 3 * len(x) * job.encoder.block_operations(tokens) * (done - 1) / seconds
