@@ -38,6 +38,7 @@ def become(process: dict[str, Any], rank: int, folder: Path) -> NoReturn:
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    torch.set_num_threads(1)  # makes the fork's thread pool anew before two threads of autograd would at once
     os.environ.clear()
     os.environ.update(process["environment"])
     code: object = 1

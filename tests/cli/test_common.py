@@ -97,7 +97,7 @@ def test_stages_stand_side_by_side():
     lines = file.getvalue().splitlines()
     assert lines[0].split() == ["metric", "before", "after", "this", "run"]
     assert lines[1].split() == ["k-NN", "accuracy", "(%)", "40.0", "45.0", "(+5.0)"]
-    assert lines[2].split() == ["effective", "rank", "20.0", "30.0", "(+10.0)"]
+    assert lines[2].split() == ["effective", "rank", "(RankMe)", "20.0", "30.0", "(+10.0)"]
     assert lines[3] == "note: [x]"
 
 

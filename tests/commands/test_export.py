@@ -121,7 +121,7 @@ def test_what_a_format_cannot_express_is_one_line_and_leaves_nothing(
         ({"pooling": "tokens"}, "--pooling tokens is for --format onnx"),
         ({"format": "onnx", "batch": "none"}, "--batch none: give 'dynamic' or a number"),
         ({"block": 3}, "block 3 is out of range"),
-        ({"device": "tpu"}, "--device tpu"),
+        ({"device": "tpu"}, "--device 'tpu': unknown device"),
         ({"image_size": 15}, "not a multiple of the patch size"),
     ],
 )

@@ -22,6 +22,7 @@ from test_distributed import Setting, bf16_step, three_steps
 
 def process(rank: int, setting: Setting, store: Path, out: Path) -> None:
     """One process of a group."""
+    torch.set_num_threads(1)  # makes the fork's thread pool anew before two threads of autograd would at once
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=setting.processes)
     save_file(bf16_step() if setting.way == "bf16" else three_steps(*setting[1:]), out)
     dist.barrier()

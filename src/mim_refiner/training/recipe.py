@@ -155,8 +155,8 @@ class SweepSettings(_Settings):
 class LoraSettings(_Settings):
     """Low-rank adapters (models/lora.py) with ``adapter=lora``; alpha / rank scales what they add."""
 
-    rank: Annotated[int, Field(ge=1, le=4096)] = 8
-    alpha: PositiveFloat = 16.0
+    rank: Annotated[int, Field(ge=1, le=4096)] = 8  # of the two factors: how much an adapter can change
+    alpha: PositiveFloat = 16.0  # alpha / rank scales what they add
     targets: Annotated[list[str], Field(min_length=1)] = ["qkv", "proj"]  # last names of linear layers in the blocks
 
 
