@@ -34,7 +34,7 @@ from mim_refiner.training.refine import (
 )
 
 Clock = Callable[[], float]
-PROBE_STEPS, PROBE_SECONDS, PROBE_IMAGES = 3, 1.0, 256  # each kind of step is timed so often or so long
+PROBE_STEPS, PROBE_SECONDS, PROBE_IMAGES = 5, 2.0, 256  # each kind of step is timed so often or so long
 SLOW_SECONDS = 3.0  # a step that takes longer is timed once
 USED = 0.92  # of the time is planned with
 EVALUATION = 6.0  # comparing three encoders, and the report, cost so many passes over bank and test images (LOG.md)
@@ -150,23 +150,25 @@ def _endless(loader: TrainLoader) -> Generator[ViewBatch, None, None]:
 
 
 def seconds_of(work: Callable[[], None], run: Run, clock: Clock = monotonic) -> float:
-    """Mean time of some work, after one time that is not counted unless it was slow."""
+    """Least time of some work, after one time that is not counted unless it was slow.
 
-    def once() -> None:
+    The least, since other processes only make it longer, and a phase that turns out slower leaves steps out.
+    """
+
+    def once() -> float:
+        started = clock()
         work()
         if run.device.type == "cuda":
             torch.cuda.synchronize()
+        return clock() - started
 
-    started = clock()
-    once()
-    first = clock() - started
+    first = once()
     if decide_on_rank_0(lambda: first > SLOW_SECONDS):
         return first
-    started, done = clock(), 0
-    while not done or (done < PROBE_STEPS and decide_on_rank_0(lambda: clock() - started < PROBE_SECONDS)):
-        once()
-        done += 1
-    return (clock() - started) / done
+    started, taken = clock(), [once()]
+    while len(taken) < PROBE_STEPS and decide_on_rank_0(lambda: clock() - started < PROBE_SECONDS):
+        taken.append(once())
+    return min(taken)
 
 
 def seconds_an_image(backbone: Backbone, images: ImageSet, run: Run, clock: Clock = monotonic) -> float:
