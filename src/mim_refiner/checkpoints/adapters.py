@@ -19,6 +19,7 @@ from mim_refiner.errors import CheckpointError
 _START = "base_model.model."  # PEFT's wrapper
 SAVED_HEAD = "modules_to_save"  # section of a classifier that was trained with an adapter
 _PART = re.compile(r"(.+)\.lora_([AB])(?:\.(\w+))?\.weight")  # with the adapter's name, in files of one model
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that also alter the base model
 _QUANTISED = (  # endings of names beside weights that are no floats
     ((".SCB", ".weight_format"), "8-bit weights of bitsandbytes"),
     ((".absmax", ".quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4"), "4-bit weights of bitsandbytes"),
@@ -43,6 +44,12 @@ def with_adapter(base: Contents, adapter: Contents) -> Contents:
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
         raise _cannot(adapter.source, f"is an adapter of kind {kind}")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGES_BASE):
+        raise _cannot(adapter.source, f"was begun by init_lora_weights={start[:40]}, which changes the base model too")
+    changed = next((name for name in ("layer_replication", "use_qalora") if config.get(name)), None)
+    if changed:
+        raise _cannot(adapter.source, f"is an adapter with {changed}, which changes what the base model computes")
     section = max(base.sections, key=lambda path: len(base.sections[path]))
     weights = dict(base.sections[section])
     heads = {name: t for name, t in adapter.section("").items() if _is_head(name, config, weights)}
@@ -97,6 +104,8 @@ def _merged(contents: Contents, names: Mapping[str, Tensor]) -> dict[str, Tensor
         return dict(names)
     if any("lora_magnitude" in name for name in names):
         raise _cannot(contents.source, "holds DoRA layers")
+    if contents.fact("use_qalora"):
+        raise _cannot(contents.source, "holds LoRA layers with use_qalora")
     pairs = _pairs(names, contents.source)
     if not pairs or not any(".base_layer." in name for name in names):
         base = contents.fact("base_model_name_or_path") or "its base model"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mim_refiner.checkpoints.averages import refuse_lists
 from mim_refiner.checkpoints.families import FAMILIES, Family, View, Wishes
-from mim_refiner.checkpoints.store import Contents, strip_wrappers
+from mim_refiner.checkpoints.families.base import GUESS
+from mim_refiner.checkpoints.store import Contents, strip_wrappers, words
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean
 
 # Parts of names of running averages of an encoder, best first; the others come in the order of the file.
@@ -57,6 +57,7 @@ class Detected:
     family: Family
     view: View
     encoders: tuple[str, ...]
+    note: str = ""  # on the choice, where names do not tell it or tell it wrongly
 
 
 def detect(contents: Contents, wishes: Wishes, families: Sequence[Family] = FAMILIES) -> Detected:
@@ -76,8 +77,8 @@ def detect(contents: Contents, wishes: Wishes, families: Sequence[Family] = FAMI
             found = _labelled(
                 [view for view in views if any(view is one for one in found) or _is_alike(view, found[0])]
             )
-            encoders = tuple(view.label for view in found)
-            return Detected(family, _choose(found, family, wishes), encoders)
+            view, note = _choose(found, family, wishes)
+            return Detected(family, view, tuple(view.label for view in found), note)
     raise _unknown(contents)
 
 
@@ -127,7 +128,7 @@ def _views(contents: Contents, family: Family) -> Iterator[View]:
 def _label(section: str, prefix: str) -> str:
     """What an encoder is called: the telling part of its place, nearest first; "model" where nothing tells."""
     for part in reversed([*section.split("."), *prefix.split(".")]):
-        if "ema" in _words(part):
+        if "ema" in words(part):
             return "ema"
         if part not in _UNTELLING and not part.isdigit():
             return part
@@ -143,39 +144,72 @@ def _labelled(views: list[View]) -> list[View]:
     ]
 
 
-def _choose(views: list[View], family: Family, wishes: Wishes) -> View:
+def _choose(views: list[View], family: Family, wishes: Wishes) -> tuple[View, str]:
+    """The encoder to take, and what to remark."""
     by_label = {view.label: view for view in views}
     if wishes.encoder is not None:
-        close = [label for label in by_label if wishes.encoder.lower() in _words(label)]
+        close = [label for label in by_label if wishes.encoder.lower() in words(label)]
         if wishes.encoder not in by_label and len(close) == 1:
-            return by_label[close[0]]
+            return by_label[close[0]], ""
         if wishes.encoder not in by_label:
             raise InputError(
                 f"{views[0].where}: has no encoder '{wishes.encoder}'{did_you_mean(wishes.encoder, by_label)}; "
                 f"it holds {', '.join(by_label)}; pass one of them as encoder= (--encoder)"
             )
-        return by_label[wishes.encoder]
+        return by_label[wishes.encoder], ""
     preferred = [label for label in family.default_encoder if label in by_label]
-    return by_label[preferred[0]] if preferred else min(views, key=_rank)
+    return (by_label[preferred[0]], "") if preferred else _best_named(views)
+
+
+def _best_named(views: list[View]) -> tuple[View, str]:
+    """The running average, else the first encoder; and what to remark.
+
+    What has other shapes than every model of the file is no average of one. mmengine's EMAHook swaps the two on saving.
+    """
+    if swapped := [view for view in views if _is_swapped(view)]:
+        views = [view for view in views if not any(view is one for one in swapped)] or views
+        note = "mmengine saves the running average as state_dict, and the weights in training as ema_state_dict"
+        return min(views, key=_rank), note
+    best, models = min(views, key=_rank), [view for view in views if _rank(view) >= len(_AVERAGES)]
+    if models and _rank(best) < len(_AVERAGES) and not any(_shapes(best) == _shapes(view) for view in models):
+        chosen = min(models, key=_rank)
+        return chosen, (
+            f"{GUESS}'{chosen.label}' is the encoder, since '{best.label}' has other shapes and is no average of it; "
+            "pass encoder= (--encoder) if not"
+        )
+    rivals = [view.label for view in views if view is not best and _rank(view) == _rank(best)]
+    told = f"{GUESS}'{best.label}' of the file's encoders, since no name tells; it also holds {', '.join(rivals)}: "
+    return best, f"{told}pass encoder= (--encoder)" if rivals else ""
+
+
+def _is_swapped(view: View) -> bool:
+    """Whether a view is of the weights that mmengine's EMAHook calls ema_state_dict."""
+    contents = view.contents
+    if view.section.split(".")[0] != "ema_state_dict" or "state_dict" not in contents.sections:
+        return False
+    return "steps" in contents.section("ema_state_dict") or any(
+        path.startswith("message_hub.") or path == "meta.mmengine_version" for path in contents.facts
+    )
+
+
+def _shapes(view: View) -> dict[str, tuple[int, ...]]:
+    """Shapes of the blocks and of the patch projection, which an average shares with its model."""
+    parts = ("block", "layer", "patch_embed")
+    return {name: tuple(t.shape) for name, t in view.tensors.items() if any(part in name for part in parts)}
 
 
 def _is_alike(view: View, known: View) -> bool:
-    """Whether a view has the blocks of a known encoder: a second state of it under a name that the family lacks."""
-    blocks = {name for name in known.tensors if name.startswith("blocks.")}
-    return bool(blocks) and blocks == {name for name in view.tensors if name.startswith("blocks.")}
+    """Whether a view has the kind of blocks of a known encoder: a second state under a name that the family lacks."""
+    parts = [{n.split(".", 2)[-1] for n in one.tensors if n.startswith("blocks.")} for one in (view, known)]
+    return bool(parts[1]) and parts[0] == parts[1]
 
 
 def _rank(view: View) -> int:
     """Place of a view's name among those of running averages (MoCo's is encoder_k); after them all for another name."""
-    words = _words(f"{view.section}.{view.prefix}")
-    if _NO_AVERAGE & words:
-        return len(_AVERAGES) + ("gram" in words)
-    return next((rank for rank, name in enumerate(_AVERAGES) if name in words), len(_AVERAGES))
-
-
-def _words(name: str) -> set[str]:
-    """The words of a name in any spelling: model_ema, modelEMA, EMAModel, ema2."""
-    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+    found = words(f"{view.section}.{view.prefix}")
+    if _NO_AVERAGE & found:
+        return len(_AVERAGES) + ("gram" in found)
+    return next((rank for rank, name in enumerate(_AVERAGES) if name in found), len(_AVERAGES))
 
 
 def _unknown(contents: Contents) -> CheckpointError:

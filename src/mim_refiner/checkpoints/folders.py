@@ -40,10 +40,12 @@ def read_folder(folder: Path, read_base: Base) -> Contents:
     Raises CheckpointError where there is none, several, or only a part of one.
     """
     folder = _inner(folder)
+    return _read_adapter(folder, read_base) if (folder / ADAPTER).exists() else _read_model(folder)
+
+
+def _read_model(folder: Path) -> Contents:
     if (folder / METADATA).exists():
         return replace(plain_weights(read_distributed(folder)), source=str(folder))
-    if (folder / ADAPTER).exists() and not (folder / CONFIG).exists():
-        return _read_adapter(folder, read_base)
     for states in (_DEEPSPEED, _ZERO3):
         if (folder / states).exists():
             return replace(plain_weights(read_checkpoint(folder / states)), source=str(folder))
@@ -81,7 +83,7 @@ def read_file(path: Path, read_base: Base) -> Contents:
     folder = path.parent
     if path.name == METADATA or path.suffix == ".distcp":
         return read_folder(folder, read_base)
-    if path.name in _ADAPTER_FILES and (folder / ADAPTER).is_file():
+    if path.name in (*_ADAPTER_FILES, *WEIGHT_FILES) and (folder / ADAPTER).is_file():
         return _read_adapter(folder, read_base)
     if path.name.endswith(_INDEX):
         return replace(_with_configs(folder, lambda place, _: _read_shards(path)), source=str(path))
@@ -155,7 +157,15 @@ def _read_weights(folder: Path, config: Mapping[str, Any]) -> Contents:
 
 
 def _weights(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_ENDINGS and path.name not in _NO_MODELS)
+    others = {*_NO_MODELS, *(_ADAPTER_FILES if (folder / ADAPTER).exists() else ())}
+    files = (path for path in folder.iterdir() if path.suffix in WEIGHT_ENDINGS and path.name not in others)
+    return sorted(path for path in files if not path.name.startswith("rng_state"))
+
+
+def _has_model(folder: Path) -> bool:
+    """Whether a whole model lies beside an adapter."""
+    named = any((folder / name).exists() for name in (*WEIGHT_FILES, METADATA)) or _index(folder) is not None
+    return named or ((folder / CONFIG).exists() and bool(_weights(folder)))
 
 
 def _weight_file(folder: Path) -> Path:
@@ -200,13 +210,15 @@ def _read_shards(index: Path) -> Contents:
 
 
 def _read_adapter(folder: Path, read_base: Base) -> Contents:
-    """A PEFT folder, merged into its base model."""
+    """A PEFT folder, merged into its base model: the one beside it, else the one that it names."""
     config = read_config(folder, ADAPTER)
     name = config.get("base_model_name_or_path")
     path = next((folder / file for file in _ADAPTER_FILES if (folder / file).exists()), None)
     if path is None:
         raise CheckpointError(f"{folder}: has an {ADAPTER} but no {_ADAPTER_FILES[0]}; put it there")
     adapter = replace(read_checkpoint(path, config=config), source=str(folder))
+    if _has_model(folder):
+        return with_adapter(_read_model(folder), adapter)
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{folder}: is a LoRA adapter that names no base model; merge it in PEFT and save that")
     try:

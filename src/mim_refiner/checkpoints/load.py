@@ -237,6 +237,8 @@ def _diagnose(source: str, wishes: Wishes, key_map: KeyMapLike) -> Diagnosis:
         detected = detect(contents, wishes, families)
         family = f"family '{detected.family.name}'"
         converted = with_own_facts(detected.family.convert(detected.view, wishes), contents)
+        if detected.note:
+            converted = replace(converted, notes=(*converted.notes, detected.note))
         if wishes.in_chans is not None:
             converted = adapt_channels(converted, wishes.in_chans)
     except MimRefinerError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,10 @@ _MAX_CONFIG_BYTES = 16 * 2**20
 _LFS = b"version https://git-lfs"
 _MAX_CONTAINERS = 200_000
 _MAX_FACTS = 100_000
-_ELSEWHERE = {"decoder", "predictor", "head", "heads", "neck", "decode_head"}  # entries of options about other parts
+_ELSEWHERE = {  # words in the paths of options about other parts than the encoder
+    "decoder", "decode", "predictor", "head", "heads", "neck", "pooler", "probe", "projector", "classifier", "teacher",
+    "target", "text", "language", "tokenizer", "discriminator", "label", "labels",
+}  # fmt: skip
 _MAX_DEPTH = 32
 _SHARED_SLACK = 64 * 2**20  # tensors may share memory in a file, but not so that it grows without bound
 
@@ -53,19 +57,30 @@ class Contents:
     def fact(self, *names: str) -> Any:
         """What the file's own arguments, else the config beside it, say under the first of ``names`` that they have.
 
-        None where nothing is said, or several things that differ; what stands below a decoder's or predictor's entry
-        is about that.
+        None where nothing is said, or several things that differ; what stands below an entry of a decoder, predictor
+        or teacher (decoder_cfg, mask_decoder) is about that.
         """
         for facts in (self.facts, leaves(self.config or {})):
             for name in names:
                 found = {
                     value
                     for path, value in facts.items()
-                    if path.rpartition(".")[2].lower() == name and not _ELSEWHERE & set(path.lower().split("."))
+                    if path.rpartition(".")[2].lower() == name and not is_elsewhere(path)
                 }
                 if len(found) == 1:
                     return found.pop()
         return None
+
+
+def words(name: str) -> set[str]:
+    """The words of a name in any spelling: model_ema, modelEMA, EMAModel, ema2."""
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+
+
+def is_elsewhere(path: str) -> bool:
+    """Whether the option at ``path`` is about another part than the encoder, by the entries that it stands below."""
+    above = re.sub(r"(?i)multi_?head", "", path.rpartition(".")[0])  # multi_head_attention is the encoder's
+    return bool(_ELSEWHERE & words(above))
 
 
 def read_checkpoint(path: Path, *, config: Mapping[str, Any] | None = None) -> Contents:

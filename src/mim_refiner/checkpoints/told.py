@@ -12,7 +12,7 @@ import timm
 
 from mim_refiner.checkpoints.families import Converted, Wishes
 from mim_refiner.checkpoints.families.base import GUESS
-from mim_refiner.checkpoints.store import OWN_FACTS, Contents
+from mim_refiner.checkpoints.store import OWN_FACTS, Contents, is_elsewhere
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.positions import RULES
 
@@ -80,7 +80,7 @@ def _two_sides(contents: Contents) -> tuple[Any, Any] | None:
     """A size that is told as a mapping: {height: 32, width: 128}."""
     for name in _SIZES:
         for row, column in (("height", "width"), ("h", "w")):
-            sides = {path.lower(): side for path, side in contents.facts.items()}
+            sides = {path.lower(): side for path, side in contents.facts.items() if not is_elsewhere(path)}
             found = {
                 (side, sides.get(f"{path.removesuffix(row)}{column}"))
                 for path, side in sides.items()
@@ -103,7 +103,8 @@ def with_own_facts(converted: Converted, contents: Contents) -> Converted:
         facts |= {name: tuple(own[name]) for name in ("mean", "std") if isinstance(own.get(name), list)}
         facts |= {"pooling": own["encoder_pooling"]} if own.get("encoder_pooling") in ("cls", "mean") else {}
     elif contents.config is None:
-        facts = dict(_normalisation(contents))
+        facts = _normalisation(contents)
+        facts["notes"] = converted.notes + facts.get("notes", ())
         if converted.pooling is None and contents.fact("global_pool", "gp") in (True, "avg", "mean"):
             facts["pooling"] = "mean"
     found = replace(converted, **facts)
@@ -111,13 +112,17 @@ def with_own_facts(converted: Converted, contents: Contents) -> Converted:
     return found
 
 
-def _normalisation(contents: Contents) -> dict[str, tuple[float, ...]]:
-    """Mean and std that the file's arguments name, on the scale 0-1; {} unless both are there."""
+def _normalisation(contents: Contents) -> dict[str, Any]:
+    """Mean and std that the file's arguments name, on the scale 0-1, with a note on it; {} unless both are there."""
     mean, std = contents.fact(*_MEANS), contents.fact(*_STDS)
     if not (_numbers(mean) and _numbers(std) and len(mean) == len(std) and len(mean) > 1 and min(std) > 0):
         return {}
-    scale = 255.0 if max(*mean, *std) > 2 else 1.0
-    return {"mean": tuple(v / scale for v in mean), "std": tuple(v / scale for v in std)}
+    top = max(*mean, *std)
+    scale = 65535.0 if top > 255 else 255.0 if top > 2 else 1.0
+    facts: dict[str, Any] = {"mean": tuple(v / scale for v in mean), "std": tuple(v / scale for v in std)}
+    if top > 255:
+        facts["notes"] = (f"{GUESS}mean and std (up to {top:g}) are of 16-bit pixels and were divided by 65535",)
+    return facts
 
 
 def guesses(converted: Converted, contents: Contents, channels: int) -> tuple[str, ...]:
