@@ -31,7 +31,7 @@ CONTRIBUTING = DOCS.parent / "CONTRIBUTING.md"
 EXECUTED = [
     page
     for page in (*PAGES, CONTRIBUTING)
-    if page.name not in ("checkpoints.md", "scale.md", "benchmarks.md", "evaluation.md", "evidence.md")  # files not here
+    if page.name not in ("checkpoints.md", "scale.md", "benchmarks.md", "evaluation.md", "evidence.md")  # no files here
     and any(block.runs and block.language in ("bash", "python") for block in blocks(page))
 ]
 CHECKPOINT = "vit_w48_d4_h3_p16"
