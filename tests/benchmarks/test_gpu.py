@@ -188,6 +188,11 @@ def test_a_part_that_outlives_its_box_is_ended(gpu: Any, options: argparse.Names
     assert "are over" in capfd.readouterr().err
 
 
+def test_what_a_run_leaves_in_the_checkout_is_ignored_by_git(gpu: Any) -> None:
+    options, ignored = gpu.parse([]), (BENCHMARKS.parent / ".gitignore").read_text().splitlines()
+    assert {f"{options.out}/", f"{options.work}/"} <= set(ignored)
+
+
 def test_unknown_parts_are_refused(gpu: Any) -> None:
     with pytest.raises(SystemExit, match="unknown vit_x"):
         gpu.main(["--parts", "check,vit_x"])

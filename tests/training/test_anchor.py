@@ -18,6 +18,7 @@ from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.anchor import anchor_backward, carries_anchor
 from mim_refiner.training.memory import measure_needs
+from mim_refiner.training.metric_log import MetricLog
 from mim_refiner.training.recipe import AnchorSettings
 
 
@@ -100,12 +101,23 @@ def test_a_share_of_the_steps_is_spread_evenly(share: float, of_twelve: int) -> 
     assert {b - a for a, b in itertools.pairwise(steps)} <= {math.floor(1 / share), math.ceil(1 / share)}
 
 
+def test_a_log_line_has_the_mean_over_the_steps_that_carry_the_anchor() -> None:
+    log = MetricLog(torch.device("cpu"))
+    for step in range(4):
+        carried = {"loss": torch.tensor(float(step)), "anchor": torch.tensor(10.0 * step)} if step % 2 else {}
+        log.add(step, torch.tensor(float(step)) + carried.get("anchor", 0), carried, 8)
+    assert log.means() == {"loss": 1.5, "anchor": 20.0}
+    assert log.first_non_finite() is None
+    log.add(4, torch.tensor(torch.nan), {"loss": torch.tensor(1.0)}, 8)  # of the anchor alone
+    assert log.first_non_finite() == 4
+
+
 def test_a_run_resumes_to_the_bit(tiny_run, tmp_path: Path) -> None:
     anchor = AnchorSettings(weight=1e3, blocks="heads", share=0.5)
     held = tiny_run(anchor=anchor)
     records = held.run(tmp_path / "held")
     assert ["anchor" in record for record in records] == [False] * 8 + [False, True] * 6
-    assert records[-1]["loss"] > records[-1]["loss/1"] + records[-1]["loss/2"]
+    assert records[-1]["loss"] == pytest.approx(records[-1]["loss/1"] + records[-1]["loss/2"])
     first = tiny_run(anchor=anchor)
     with pytest.raises(KeyboardInterrupt):
         first.run(tmp_path / "cut", stop_after=14)

@@ -36,6 +36,13 @@ def files_entered(work: Callable[[], Any]) -> set[str]:
     return found
 
 
+def test_the_map_names_every_training_file_that_the_training_uses() -> None:
+    section = CONTRIBUTING.read_text().split("## A step, file by file")[1].split("\n## ")[0]
+    used = re.findall(r"mim_refiner\.training\.(\w+) import", (PACKAGE / "training" / "refine.py").read_text())
+    missing = {f"`training/{name}.py`" for name in {*used, "sweep", "estimate"} - {"recipe"}}
+    assert {name for name in missing if name not in section} == set()
+
+
 def test_the_files_of_a_step_are_few_and_those_of_the_map(tiny_run: Callable[..., Any]) -> None:
     job = tiny_run(drop_path=0.0)
     refine.begin_refinement(job.refinement)

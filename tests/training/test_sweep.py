@@ -10,9 +10,11 @@ import torch
 
 from mim_refiner.commands.temperature import FILE, sweep_in_recipe
 from mim_refiner.core.run import Run
+from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.training.recipe import SweepSettings, override
+from mim_refiner.training.refine import view_specs
 from mim_refiner.training.sweep import _shares, sweep_temperatures
 
 
@@ -51,6 +53,16 @@ def test_without_labels_the_two_views_have_to_agree(given):
     assert found["measure"] == "view agreement"
     ids = torch.tensor([3, 4, -1, 5, 3, 6, -1, 5])  # of four images in two views
     assert _shares([SimpleNamespace(neighbor_sample_ids=ids)], torch.arange(4), None).tolist() == [0.5]
+
+
+def test_an_epoch_of_one_step_is_measured(given):
+    recipe, backbone, loader = given
+    one = TrainLoader(loader.images, view_specs(recipe), 48, seed=0)
+    assert one.steps_per_epoch == 1
+    recipe = recipe.model_copy(update={"batch_size": 48})
+    found = swept((recipe, backbone, one), 0.1, 0.5)
+    assert found["temperature"] in (0.1, 0.5)
+    assert list(found["values"]) == ["0.1", "0.5"]
 
 
 def test_the_run_takes_the_best_one_and_keeps_it(given, tmp_path, monkeypatch):

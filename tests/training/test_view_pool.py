@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mim_refiner.core.run import Run
 from mim_refiner.data.loaders import TrainLoader
@@ -88,6 +89,27 @@ def test_later_epochs_show_every_image_once_in_views_drawn_from_all_that_are_hel
     counts = torch.tensor(seen).flatten().bincount(minlength=3)
     assert torch.allclose(counts / counts.sum(), torch.full((3,), 1 / 3), atol=0.05)
     assert seen[0] != seen[1]
+
+
+def test_a_step_sends_its_row_numbers_in_one_copy() -> None:
+    pool = ViewPool(1, 2, 4, seed=0)
+    for _ in range(2):
+        pool.add([torch.empty(4, 5, 3, device="meta") for _ in range(12)], torch.arange(4))
+    sent: list[torch.device] = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            to = (kwargs or {}).get("device")
+            if function is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and to is not None:
+                sent.append(to)
+            return function(*args, **(kwargs or {}))
+
+    for epoch in (0, 1):
+        sent.clear()
+        with Note():
+            batches = list(pool.epoch(epoch))
+        assert [view.shape for view in batches[0].views] == [(4, 5, 3)] * 12
+        assert sent == [torch.device("meta")] * 2
 
 
 def test_features_beyond_half_precision_are_kept_as_its_largest_number() -> None:

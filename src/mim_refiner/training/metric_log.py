@@ -24,16 +24,19 @@ class MetricLog:
     def reset(self) -> None:
         """Begin a new line."""
         self._sums: dict[str, Tensor] = {}
-        self._steps = self._images = 0
+        self._counts: dict[str, int] = {}  # of the steps that have the scalar
+        self._images = 0
         self.seen: dict[str, float] = {}  # k-NN and the guard's measures since the last line
         self._since = time.perf_counter()
 
     def add(self, step: int, loss: Tensor, metrics: Mapping[str, Tensor], images: int) -> None:
-        """Note a step: its loss, other scalars, and the images of this process."""
+        """Note a step: what it minimises, scalars, and the images of this process. A "loss" among the scalars is the
+        one that is logged.
+        """
         loss = loss.detach()
         for key, value in {"loss": loss, **metrics}.items():
             self._sums[key] = self._sums[key] + value if key in self._sums else value
-        self._steps += 1
+            self._counts[key] = self._counts.get(key, 0) + 1
         self._images += images * world_size()
         self._bad = torch.minimum(self._bad, torch.where(torch.isfinite(loss), torch.inf, float(step)).to(self._bad))
 
@@ -43,10 +46,10 @@ class MetricLog:
         return None if first == torch.inf else int(first)
 
     def means(self) -> dict[str, float]:
-        """The mean of every scalar over steps and ranks; waits for the device once."""
+        """The mean of every scalar over ranks and the steps that have it; waits for the device once."""
         if not self._sums:
             return {}
-        values = torch.stack([(value / self._steps).to(self._wide) for value in self._sums.values()]).cpu()
+        values = torch.stack([(value / self._counts[key]).to(self._wide) for key, value in self._sums.items()]).cpu()
         if world_size() > 1:
             torch.distributed.all_reduce(values)
             values /= world_size()

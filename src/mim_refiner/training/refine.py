@@ -258,8 +258,9 @@ def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool 
                 loss, metrics = output.loss, metrics_of(output, sample_ids, labels)
             if number == REFINEMENT and refiner.anchor and carries_anchor(step, recipe.anchor.share):
                 anchored = recipe.anchor.weight, recipe.micro_batch
-                metrics["anchor"] = anchor_backward(refiner, views[:NUM_GLOBAL], generator, run, *anchored)
-                loss = loss + metrics["anchor"]
+                distance = anchor_backward(refiner, views[:NUM_GLOBAL], generator, run, *anchored)
+                metrics |= {"loss": loss.detach(), "anchor": distance}  # the logged loss is that of the heads
+                loss = loss + distance
             average_gradients(refiner.parameters())
             loop.log.add(step, loss, metrics, len(sample_ids))
             loop.before_update(step)

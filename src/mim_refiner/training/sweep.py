@@ -83,7 +83,7 @@ def _trained(
             average_gradients(heads.parameters())
             set_learning_rate(optimizer, learning_rate(phase, step, recipe.batch_size, steps))
             optimizer.step()
-            if 2 * step >= steps:
+            if step >= steps // 2:
                 seen.append(_shares(outputs, ids, labels))
             run.reporter.update(step + 1, {})
     of_ranks = from_ranks(torch.stack(seen).mean(0).cpu())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mim_refiner.core.collectives import is_distributed
 from mim_refiner.core.device import free_memory
-from mim_refiner.core.run import Run
+from mim_refiner.core.run import Run, send
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.data.photometric import seeded_generator
 from mim_refiner.errors import InputError
@@ -62,11 +62,9 @@ class ViewPool:
         rows = self._rows(epoch)  # [V, images]
         for step in range(start_step, self.steps_per_epoch):
             part = rows[:, step * self.batch_size : (step + 1) * self.batch_size]
-            features = [
-                kept.index_select(0, own.to(kept.device)).float()
-                for kept, own in zip(self._features, part, strict=True)
-            ]
-            yield ViewBatch(features, self.sample_ids[part[0]], None)
+            there, sample_ids = send([part, self.sample_ids[part[0]]], self._features[0].device)
+            features = [kept.index_select(0, own).float() for kept, own in zip(self._features, there, strict=True)]
+            yield ViewBatch(features, sample_ids, None)
 
     def _rows(self, epoch: int) -> Tensor:
         """Where the features of every view of an epoch's images lie, [V, images]."""
