@@ -25,6 +25,11 @@ from mim_refiner.training.pretrain import forward_backward
 from mim_refiner.training.recipes import tiny_mae
 
 
+class TokenNorm(torch.nn.BatchNorm1d):
+    def forward(self, tokens):
+        return super().forward(tokens.transpose(1, 2)).transpose(1, 2)
+
+
 @pytest.fixture
 def parts(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
@@ -97,6 +102,17 @@ def test_what_does_not_fit_goes_in_parts_or_is_refused_with_the_settings_that_wo
     with pytest.raises(InputError, match=r"even for one image at a time.*decoder_depth") as caught:
         pretrain_estimate(mae, recipe, loader, photometric, cost.needs.state, Run())
     assert "\n" not in str(caught.value)
+
+
+def test_an_encoder_with_batch_norm_goes_in_no_parts(parts):
+    mae, recipe, loader, photometric = parts
+    mae.encoder.blocks[0].mlp.norm = TokenNorm(128)
+    fitted, cost = pretrain_estimate(mae, recipe, loader, photometric, math.inf, Run())
+    assert fitted.micro_batch is None
+    between = cost.needs.peak(8) / (1 - estimate.RESERVE)
+    for settings, free in (({}, between), ({"micro_batch": 4}, math.inf)):
+        with pytest.raises(InputError, match=r"TokenNorm.*smaller batch_size"):
+            pretrain_estimate(mae, recipe.model_copy(update=settings), loader, photometric, free, Run())
 
 
 def test_parts_have_the_gradients_of_the_whole_batch(parts):

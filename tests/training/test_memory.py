@@ -134,6 +134,17 @@ def test_the_cheapest_setting_that_fits_is_picked(traced: Callable[..., Needs]) 
     assert "\n" not in str(caught.value)
 
 
+def test_an_encoder_with_batch_norm_gets_the_plain_step_or_none(traced: Callable[..., Needs]) -> None:
+    refiner, whole = make(), traced().whole()
+    refiner.backbone.model.norm = torch.nn.BatchNorm1d(64)
+    way = {"precision": "fp32", "limit": "free memory"}
+    picked = choose(refiner, asked(), 32, whole * ROOM, **way)
+    assert picked.settings == {"micro_batch": None, "kept_graphs": 0, "checkpointing": False}
+    with pytest.raises(InputError, match=r"^free memory .*model.norm \(BatchNorm1d\).*smaller batch_size") as caught:
+        choose(refiner, asked(), 32, (whole - 1000) * ROOM, **way)
+    assert "\n" not in str(caught.value)
+
+
 def test_as_many_graphs_are_kept_as_fit(traced: Callable[..., Needs]) -> None:
     needs = traced()
     whole, local = needs.image_graphs

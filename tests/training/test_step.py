@@ -194,8 +194,11 @@ def test_at_most_one_micro_batch_is_held_with_its_graph() -> None:
 
 def test_layers_that_mix_the_images_are_refused_with_the_reason() -> None:
     refiner = make()
-    refuse_batch_dependent(refiner)
+    refuse_batch_dependent(refiner.backbone, 5, checkpointing=True)
     refiner.backbone.model.norm = nn.BatchNorm1d(32)
     with pytest.raises(InputError, match=r"model.norm \(BatchNorm1d\).*depend on the other images") as caught:
-        refuse_batch_dependent(refiner)
+        refuse_batch_dependent(refiner.backbone, 5)
     assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"checkpointing: .*model.norm \(BatchNorm1d\).*running statistics"):
+        refuse_batch_dependent(refiner.backbone, None, checkpointing="selective")
+    refuse_batch_dependent(refiner.backbone, None)

@@ -40,7 +40,8 @@ def settle(recipe: RefineRecipe, refiner: Refiner, budget: str | None, run: Run)
     way: dict[str, Any] = {"precision": run.precision, "shards": shards_of(recipe)}
     batch = recipe.batch_size // world_size()
     if budget is not None:
-        return choose(refiner, recipe, batch, available_memory(budget, run), **way)
+        limit = "free memory" if budget.strip().lower() == "auto" else "--memory-budget"
+        return choose(refiner, recipe, batch, available_memory(budget, run), limit=limit, **way)
     free = available_memory("auto", run) if _keeps_graphs(recipe, run) else 0.0
     return as_asked(refiner, recipe, batch, free, **way)
 

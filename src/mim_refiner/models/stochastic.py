@@ -65,8 +65,14 @@ def draw_by_row(model: nn.Module) -> None:
 def batch_dependent_layer(model: nn.Module) -> str | None:
     """Name of the first layer that mixes the images of a batch (or draws in a way that cannot be replayed by row)."""
     for name, module in model.named_modules():
-        mixes = isinstance(module, _BatchNorm)
-        drops_patches = isinstance(module, PatchDropout) and module.prob > 0
-        if mixes or drops_patches:
+        if isinstance(module, PatchDropout) and module.prob > 0:
+            return f"{name} ({type(module).__name__})"
+    return batch_norm_layer(model)
+
+
+def batch_norm_layer(model: nn.Module) -> str | None:
+    """Name of the first BatchNorm, whose running statistics a second pass over the same images would move again."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
             return f"{name} ({type(module).__name__})"
     return None

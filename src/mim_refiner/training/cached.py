@@ -15,22 +15,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim_refiner.core.collectives import Rows, use_rows
 from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.models.refiner import Refiner, RefinerOutput
-from mim_refiner.models.stochastic import batch_dependent_layer
+from mim_refiner.models.stochastic import batch_dependent_layer, batch_norm_layer
+from mim_refiner.types import Checkpointing
 
 
-def refuse_batch_dependent(refiner: Refiner) -> None:
-    """Raise InputError when micro-batches would change what the encoder computes."""
-    layer = batch_dependent_layer(refiner.backbone)
+def refuse_batch_dependent(encoder: nn.Module, micro_batch: int | None, checkpointing: Checkpointing = False) -> None:
+    """Raise InputError when micro-batches, or blocks that are computed twice, would change what is learned."""
+    layer = batch_norm_layer(encoder) if checkpointing else None
+    if layer:
+        raise InputError(
+            f"checkpointing: it passes each batch twice through the encoder's layer {layer}, whose running statistics "
+            "would move twice; leave checkpointing out and set a smaller batch_size"
+        )
+    layer = batch_dependent_layer(encoder) if micro_batch is not None else None
     if layer:
         raise InputError(
             f"micro_batch: the encoder's layer {layer} makes the outputs of an image depend on the other images of the "
-            "batch, so micro-batches would change the training; leave micro_batch out (and set checkpointing=true)"
+            "batch, so micro-batches would change the training; leave micro_batch out and set a smaller batch_size"
         )
 
 

@@ -26,6 +26,7 @@ from mim_refiner.data.photometric import BatchPhotometric, augment
 from mim_refiner.errors import InputError
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.models.refiner import Refiner
+from mim_refiner.training.cached import refuse_batch_dependent
 from mim_refiner.training.memory import RESERVE, WASTE, LiveBytes, even_parts, format_bytes
 from mim_refiner.training.pretrain import forward_backward as pretrain_forward_backward
 from mim_refiner.training.recipe import Phase, PretrainRecipe, RefineRecipe
@@ -224,9 +225,11 @@ def pretrain_estimate(
         pretrain_forward_backward(mae, images, generator, run, micro_batch)
 
     batch, epochs = loader.batch_size // world_size(), recipe.training.epochs
+    refuse_batch_dependent(mae, recipe.micro_batch)
     with unchanged(mae):
         needs = traced(step, mae, loader, run)
         micro = _fitting(needs, recipe.micro_batch, batch, free)
+        refuse_batch_dependent(mae, micro)
         cost = measured(partial(step, micro_batch=micro), loader, run, batch)
     phases = {
         "pre-training": PhaseCost(

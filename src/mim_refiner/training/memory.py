@@ -26,6 +26,7 @@ from mim_refiner.core.device import free_memory
 from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.models.refiner import Refiner
+from mim_refiner.models.stochastic import batch_dependent_layer
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.types import Checkpointing, ImageSize, height_width
 
@@ -264,14 +265,22 @@ def as_asked(
 
 
 def choose(
-    refiner: Refiner, recipe: RefineRecipe, batch: int, budget: float, *, precision: str, shards: int = 1
+    refiner: Refiner,
+    recipe: RefineRecipe,
+    batch: int,
+    budget: float,
+    *,
+    precision: str,
+    shards: int = 1,
+    limit: str = "--memory-budget",
 ) -> Choice:
     """The cheapest setting that fits into ``budget`` bytes: plain, plain with selective checkpointing, cached with as
     many graphs as fit, cached with checkpointing.
 
-    What the recipe sets is kept. Raises InputError when nothing fits, with what would.
+    What the recipe sets is kept. Raises InputError when nothing fits, with what would; ``limit``: name of the budget.
     """
     usable, asked, micro = budget * (1 - RESERVE), recipe.checkpointing, recipe.micro_batch
+    layer = batch_dependent_layer(refiner.backbone)
 
     @cache
     def needs(kept: Checkpointing) -> Needs:
@@ -281,13 +290,19 @@ def choose(
     if micro is None:
         # selective checkpointing leaves more than half; its trace takes seconds
         able = refiner.backbone.runner is not None and not recipe.compile
-        worth = able and not asked and needs(False).whole() < 2 * usable
+        worth = able and not asked and not layer and needs(False).whole() < 2 * usable
         ways: tuple[Checkpointing, ...] = (asked, "selective") if worth else (asked,)
         for kept in ways:
             if needs(kept).whole() <= usable:
                 words = f"the plain step fits into {format_bytes(budget)}"
                 words += ", norms and GELU computed twice" if kept == "selective" else ""
                 return Choice(needs(kept), None, 0, kept, words)
+    if layer:
+        raise InputError(
+            f"{limit} {format_bytes(budget)}: the step needs {format_bytes(needs(asked).whole() / (1 - RESERVE))}, and "
+            f"the encoder's layer {layer} makes the outputs of an image depend on the other images of the batch, so "
+            "micro-batches would change the training; set a smaller batch_size"
+        )
     for kept in dict.fromkeys((asked, True)):
         fits = needs(kept).largest_micro_batch(usable)
         halves = [even_parts(max(1, fits >> halved), batch) for halved in range(fits.bit_length())]
@@ -298,7 +313,7 @@ def choose(
             return _cached(needs(kept), recipe, sizes[:3], kept, usable, f"for {format_bytes(budget)} the ")
     smallest = needs(True).cached(micro or 1, recipe.graphs)
     raise InputError(
-        f"--memory-budget {format_bytes(budget)}: the step needs {format_bytes(smallest / (1 - RESERVE))} even with "
+        f"{limit} {format_bytes(budget)}: the step needs {format_bytes(smallest / (1 - RESERVE))} even with "
         f"micro_batch={micro or 1} and checkpointing ({format_bytes(needs(True).state)} of it weights, optimizer and "
         f"queues, {format_bytes(needs(True).heads)} the heads on the whole batch); freeze blocks (frozen_blocks), use "
         "fewer heads or a smaller batch_size, or more processes"

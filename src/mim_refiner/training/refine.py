@@ -165,8 +165,7 @@ def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
     refiner = Refiner(backbone, blocks, config, objective, pooling=heads.pooling, frozen_blocks=recipe.frozen_blocks)
     if recipe.anchor.weight:
         refiner.anchor = DenseAnchor(backbone, {"last": [-1], "heads": refiner.blocks}[recipe.anchor.blocks])
-    if recipe.micro_batch is not None:
-        refuse_batch_dependent(refiner)
+    refuse_batch_dependent(backbone, recipe.micro_batch, recipe.checkpointing)
     return refiner
 
 
