@@ -7,8 +7,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -121,3 +124,77 @@ def test_a_teacher_of_other_shapes_is_no_average(
     with caplog.at_level(logging.WARNING, "mim_refiner"):
         assert is_of(load_backbone(tmp_path / "x", num_heads=4), vit_state)
     assert "'teacher' has other shapes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("extra", "gone"),
+    [
+        ({"adapter.down.weight": torch.ones(4, 32)}, ""), ({"attn.qkv.weight_mask": torch.ones(96, 32)}, ""),
+        ({"attn.qkv.weight_orig": torch.ones(96, 32)}, "attn.qkv.weight"),
+        ({"attn.qkv.parametrizations.weight.original0": torch.ones(96, 1)}, "attn.qkv.weight"),
+        ({"attn.qkv.linear_a_q.weight": torch.ones(4, 32), "attn.qkv.qkv.weight": torch.ones(96, 32)},
+         "attn.qkv.weight"),
+    ],
+)  # fmt: skip
+def test_what_is_strange_in_a_block_is_named(tmp_path: Path, vit_state: State, extra: State, gone: str) -> None:
+    state = {name: tensor for name, tensor in vit_state.items() if not gone or not name.endswith(gone)}
+    state |= {f"blocks.{block}.{name}": tensor for block in (0, 1) for name, tensor in extra.items()}
+    torch.save({"model": {f"image_encoder.{name}": tensor for name, tensor in state.items()}}, tmp_path / "x")
+    with pytest.raises(CheckpointError, match=rf"x: {2 * len(extra)} tensors .*image_encoder\.blocks\.0\..* drop: "):
+        load_backbone(tmp_path / "x", num_heads=4)
+    if not gone:
+        torch.save(state, tmp_path / "y")
+        drop = {f"blocks.{block}.{name}": "extra" for block in (0, 1) for name in extra}
+        assert is_of(load_backbone(tmp_path / "y", num_heads=4, key_map={"drop": drop}), vit_state)
+
+
+def test_a_distilled_deit_keeps_its_second_token(tmp_path: Path) -> None:
+    model = timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4
+    )
+    model.load_state_dict(moved(model.state_dict(), by=0.01))
+    torch.save({"model": model.state_dict()}, tmp_path / "x")
+    images = torch.randn(2, 3, 32, 32)
+    backbone = load_backbone(tmp_path / "x", num_heads=4)
+    with torch.no_grad():
+        expected = model.eval().forward_features(images)
+        assert torch.allclose(backbone.model.forward_features(images), expected, atol=1e-5)
+    assert backbone.info.num_prefix_tokens == 2
+
+
+def test_the_arguments_tell_the_eps_of_norms_and_a_key_map_counts_first(tmp_path: Path, vit_state: State) -> None:
+    said = {"num_heads": 4, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    for name in ("layer_norm_eps", "norm_eps"):
+        torch.save({"model": vit_state, "args": said | {name: 1e-3}}, tmp_path / "x")
+        assert load_backbone(tmp_path / "x").info.norm_eps == 1e-3
+    info = load_backbone(tmp_path / "x", key_map={"norm_eps": 1e-5, "mean": [0.5] * 3}).info
+    assert (info.norm_eps, info.mean, info.std) == (1e-5, (0.5, 0.5, 0.5), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize("heads", ["4", 4.0, np.array(4), np.array([4]), torch.tensor(4), np.int64(4)])
+def test_heads_in_any_spelling(tmp_path: Path, vit_state: State, heads: Any) -> None:
+    torch.save({"model": vit_state, "args": {"num_heads": heads}}, tmp_path / "x")
+    assert load_backbone(tmp_path / "x").info.num_heads == 4
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, str, lambda v: torch.tensor(v).view(1, 3, 1, 1)])
+def test_mean_and_std_in_any_spelling(tmp_path: Path, vit_state: State, kind: Any) -> None:
+    said = {"mean": kind([0.1, 0.2, 0.3]), "std": kind([0.4, 0.5, 0.6])}
+    torch.save({"model": vit_state, "args": said}, tmp_path / "x")
+    info = load_backbone(tmp_path / "x", num_heads=4).info
+    assert (*info.mean, *info.std) == pytest.approx((0.1, 0.2, 0.3, 0.4, 0.5, 0.6))
+
+
+def test_an_adapter_by_the_names_of_transformers_5(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8
+    )
+    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    plain = load_backbone(tmp_path).model.blocks[1].attn.qkv.weight
+    a, b = torch.randn(2, 32), torch.randn(32, 2)
+    for layer in ("layers.1.attention.v_proj", "encoder.layer.1.attention.attention.value"):
+        parts = {f"base_model.model.{layer}.lora_A.weight": a, f"base_model.model.{layer}.lora_B.weight": b}
+        save_file(parts, tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+        change = load_backbone(tmp_path).model.blocks[1].attn.qkv.weight - plain
+        assert torch.allclose(change, torch.cat([torch.zeros(64, 32), b @ a]), atol=1e-5)

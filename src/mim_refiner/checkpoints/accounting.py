@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -62,13 +62,6 @@ def coverage(model: nn.Module, missing: list[str]) -> float:
     """Share of the model's tensors that the file provides, 0-1."""
     total = len(model.state_dict())
     return (total - len(missing)) / total
-
-
-def some(names: Iterable[str], limit: int = 4) -> str:
-    """The first names and how many more there are."""
-    listed = list(names)
-    rest = len(listed) - limit
-    return ", ".join(listed[:limit]) + (f" (+{rest} more)" if rest > 0 else "")
 
 
 def _placed(name: str, target: str, in_file: tuple[int, ...], shape: tuple[int, ...], parts: int) -> TensorRecord:

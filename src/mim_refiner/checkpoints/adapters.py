@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mim_refiner.checkpoints.averages import with_names
+from mim_refiner.checkpoints.families.hf import VIT_KEYS
 from mim_refiner.checkpoints.store import Contents
 from mim_refiner.core.identity import tensors_sha256
 from mim_refiner.errors import CheckpointError
@@ -196,9 +197,17 @@ def _target(weights: Mapping[str, Tensor], name: str, adapter: Contents) -> str:
     found = [known for known in weights if known == name] or [
         known for known in weights if known.endswith(f".{name}") or name.endswith(f".{known}")
     ]
+    if not found and (meant := _place(name)):
+        found = [known for known in weights if _place(known) == meant]
     if len(found) != 1:
         raise _cannot(adapter.source, f"adapts {name}, which its base model has not")
     return found[0]
+
+
+def _place(name: str) -> tuple[str, int] | None:
+    """What a name of transformers 4 or 5 means, whatever the model stands in; None for a decoder's."""
+    inner = re.search(r"(?:^|\.)((?:encoder\.layer|layers|embeddings|layernorm)\..+)", name)
+    return VIT_KEYS.place(inner[1]) if inner and "decoder" not in name else None
 
 
 def _cannot(source: str, what: str) -> CheckpointError:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from mim_refiner.checkpoints.averages import refuse_lists
 from mim_refiner.checkpoints.families import FAMILIES, Family, View, Wishes
 from mim_refiner.checkpoints.families.base import GUESS
-from mim_refiner.checkpoints.store import Contents, strip_wrappers, words
+from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES
+from mim_refiner.checkpoints.families.timm_format import FAMILY as TIMM
+from mim_refiner.checkpoints.store import Contents, some, strip_wrappers, words
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean
 
 # Parts of names of running averages of an encoder, best first; the others come in the order of the file.
@@ -212,6 +214,15 @@ def _rank(view: View) -> int:
     return next((rank for rank, name in enumerate(_AVERAGES) if name in found), len(_AVERAGES))
 
 
+def _strange_parts(contents: Contents) -> list[str]:
+    """Names in the file of what stands in the blocks of a ViT that would be plain without it."""
+    for view in _views(contents, TIMM):
+        inside = {name: held for name, held in view.names.items() if name.startswith("blocks.")}
+        if any(name.endswith(".norm1.weight") for name in inside) and any(".attn." in name for name in inside):
+            return [held for name, held in inside.items() if not VIT_NAMES.knows(name)]
+    return []
+
+
 def _unknown(contents: Contents) -> CheckpointError:
     names = [f"{path}.{strip_wrappers(name)}".lstrip(".") for path, held in contents.sections.items() for name in held]
     if all(name.startswith(("optim", "fp32_flat_groups", "single_partition")) for name in names):
@@ -221,8 +232,15 @@ def _unknown(contents: Contents) -> CheckpointError:
     kind = None if contents.config is None else contents.config.get("model_type")
     guess = f"a Hugging Face model of type '{kind}'" if kind else None
     guess = guess or next((what for part, what in _KNOWN_OTHERS if any(part in name for name in names)), None)
+    if guess is None and (strange := _strange_parts(contents)):
+        return CheckpointError(
+            f"{contents.source}: {len(strange)} tensors in its blocks are none of a plain ViT's: {some(strange)}; "
+            "merge them into the weights in the tool that added them (LoRA, pruning, parametrizations); or, if it "
+            "works without them, name them under drop: in a key map (--key-map); give another architecture of timm as "
+            "a folder with its config.json"
+        )
     if guess is None and any("attn.qkv.weight" in name for name in names):
-        guess = "a transformer with parts that a plain ViT has not, or without patch_embed.proj.weight"
+        guess = "a transformer without patch_embed.proj.weight"
     seen = f"it looks like {guess}" if guess else f"its tensors are named {', '.join(names[:3])}"
     known = ", ".join(family.name for family in FAMILIES)
     return CheckpointError(

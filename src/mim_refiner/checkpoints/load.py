@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mim_refiner.checkpoints.accounting import Diagnosis, coverage, fates, some
+from mim_refiner.checkpoints.accounting import Diagnosis, coverage, fates
 from mim_refiner.checkpoints.build import adapt_channels, build, shapes_only, untouched_random_state
 from mim_refiner.checkpoints.catalog import UNKNOWN_LICENCE, family_licence
 from mim_refiner.checkpoints.detect import detect
@@ -26,7 +26,7 @@ from mim_refiner.checkpoints.families.plain_vit import heads_question
 from mim_refiner.checkpoints.limits import MAX_PIXELS
 from mim_refiner.checkpoints.options import split_options
 from mim_refiner.checkpoints.resolve import read_source
-from mim_refiner.checkpoints.store import one_line
+from mim_refiner.checkpoints.store import one_line, some
 from mim_refiner.checkpoints.told import guesses, told, with_own_facts
 from mim_refiner.errors import CheckpointError, InputError, MimRefinerError
 from mim_refiner.files import name_of, reading
@@ -236,7 +236,8 @@ def _diagnose(source: str, wishes: Wishes, key_map: KeyMapLike) -> Diagnosis:
     try:
         detected = detect(contents, wishes, families)
         family = f"family '{detected.family.name}'"
-        converted = with_own_facts(detected.family.convert(detected.view, wishes), contents)
+        converted = detected.family.convert(detected.view, wishes)
+        converted = with_own_facts(converted, contents, by_key_map=key_map is not None)
         if detected.note:
             converted = replace(converted, notes=(*converted.notes, detected.note))
         if wishes.in_chans is not None:

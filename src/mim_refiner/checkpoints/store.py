@@ -6,7 +6,7 @@ import json
 import re
 import stat
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mim_refiner.checkpoints.held import NO_DENSE, BrokenPickleError, Stub, held_tensor
+from mim_refiner.checkpoints.held import NO_DENSE, BrokenPickleError, HeldTensor, Stub, held_tensor
 from mim_refiner.checkpoints.torch_files import PICKLE, ZIP, read_torch_file
 from mim_refiner.errors import CheckpointError
 
@@ -208,6 +208,13 @@ def one_line(error: object, limit: int = 160) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def some(names: Iterable[str], limit: int = 4) -> str:
+    """The first names and how many more there are."""
+    listed = list(names)
+    rest = len(listed) - limit
+    return ", ".join(listed[:limit]) + (f" (+{rest} more)" if rest > 0 else "")
+
+
 def _read_safetensors(path: Path, start: bytes) -> Any:
     packed = next((kind for magic, kind in _PACKED.items() if start.startswith(magic)), None)
     if packed:
@@ -347,7 +354,10 @@ def _plain_values(where: str, held: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _plain(item: Any, depth: int = 0) -> Any:
-    """A number, text, or short tuple of them; None for anything else."""
+    """A number, text, or short tuple of them (also as an array or tensor); None for anything else."""
+    tensor = item if isinstance(item, Tensor) else held_tensor(item)
+    if tensor is not None:
+        return _few_numbers(tensor)
     if isinstance(item, Stub):
         fields = item.fields()
         if not fields and len(item.arguments) == 1:
@@ -357,6 +367,18 @@ def _plain(item: Any, depth: int = 0) -> Any:
         parts = tuple(_plain(part, depth + 1) for part in item)
         return None if None in parts else parts
     return item if isinstance(item, bool | int | float | str) else None
+
+
+def _few_numbers(item: Tensor | HeldTensor) -> Any:
+    """What a small array or tensor holds, without its dimensions of length 1; None for a large one or a matrix."""
+    sides = [side for side in (item.shape if isinstance(item, Tensor) else item.size) if side != 1]
+    if len(sides) > 1 or not all(0 < side <= 16 for side in sides):
+        return None
+    try:
+        values = (item if isinstance(item, Tensor) else item.tensor()).flatten().tolist()
+    except (BrokenPickleError, RuntimeError, ValueError, OverflowError):
+        return None  # told where the tensors are read
+    return tuple(values) if sides else values[0]
 
 
 def leaves(config: Mapping[str, Any]) -> dict[str, Any]:

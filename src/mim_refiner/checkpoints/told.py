@@ -44,11 +44,34 @@ def told(wishes: Wishes, contents: Contents) -> Wishes:
     width, named = _named(name) if isinstance(name, str) else (0, 0)
     return replace(
         wishes,
-        told_heads=heads if type(heads) is int else 0,
-        told_head_dim=per_head if type(per_head) is int else 0,
+        told_heads=_count(heads),
+        told_head_dim=_count(per_head),
         told_model=(width, named),
         told_size=_size(contents),
     )
+
+
+def _number(value: Any) -> float | None:
+    """A number, also as text or as the one member of a tuple; None for anything else."""
+    value = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+    try:
+        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+    except ValueError:
+        return None
+
+
+def _count(value: Any) -> int:
+    """A whole number above 0 in any spelling (4, 4.0, "4"), 0 for anything else."""
+    number = _number(value)
+    return int(number) if number and 0 < number < 2**31 and number == int(number) else 0
+
+
+def _listed(values: Any) -> Any:
+    """Text of a list ("[0.5, 0.5, 0.5]") as a tuple; anything else as it is."""
+    if not isinstance(values, str) or len(values) > 1000:
+        return values
+    parts = tuple(_number(part.strip()) for part in values.strip("()[] ").split(","))
+    return values if None in parts else parts
 
 
 def _named(model: str) -> tuple[int, int]:
@@ -91,10 +114,11 @@ def _two_sides(contents: Contents) -> tuple[Any, Any] | None:
     return None
 
 
-def with_own_facts(converted: Converted, contents: Contents) -> Converted:
+def with_own_facts(converted: Converted, contents: Contents, *, by_key_map: bool = False) -> Converted:
     """What the file says about how images go in; what an export of ours says about where the encoder comes from.
 
-    Raises CheckpointError for an entry of the wrong type.
+    ``by_key_map``: what ``converted`` already says is the caller's word, and counts first. Raises
+    CheckpointError for an entry of the wrong type.
     """
     facts: dict[str, Any] = {}
     own = (contents.config or {}).get(OWN_FACTS)
@@ -105,8 +129,12 @@ def with_own_facts(converted: Converted, contents: Contents) -> Converted:
     elif contents.config is None:
         facts = _normalisation(contents)
         facts["notes"] = converted.notes + facts.get("notes", ())
+        eps = _number(contents.fact("layer_norm_eps", "norm_eps", "layernorm_eps"))
+        facts |= {"norm_eps": eps} if eps and 0 < eps < 1e-2 else {}
         if converted.pooling is None and contents.fact("global_pool", "gp") in (True, "avg", "mean"):
             facts["pooling"] = "mean"
+    if by_key_map:
+        facts = {name: value for name, value in facts.items() if getattr(converted, name) is None}
     found = replace(converted, **facts)
     _check(found, contents.source)
     return found
@@ -114,7 +142,7 @@ def with_own_facts(converted: Converted, contents: Contents) -> Converted:
 
 def _normalisation(contents: Contents) -> dict[str, Any]:
     """Mean and std that the file's arguments name, on the scale 0-1, with a note on it; {} unless both are there."""
-    mean, std = contents.fact(*_MEANS), contents.fact(*_STDS)
+    mean, std = _listed(contents.fact(*_MEANS)), _listed(contents.fact(*_STDS))
     if not (_numbers(mean) and _numbers(std) and len(mean) == len(std) and len(mean) > 1 and min(std) > 0):
         return {}
     top = max(*mean, *std)

@@ -51,6 +51,11 @@ class KeyMap:
         """Whether the source format has a tensor of this name in the encoder."""
         return self._target(name) is not None
 
+    def place(self, name: str) -> tuple[str, int] | None:
+        """timm's name of what a source name means, and which part of it; None for a name that no rule knows."""
+        found = self._target(name)
+        return found and found[:2]
+
     def to_timm(self, state: Mapping[str, Tensor]) -> Mapped:
         """Rename and join; a joined tensor appears only if all its parts are there."""
         parts: dict[str, dict[int, str]] = {}

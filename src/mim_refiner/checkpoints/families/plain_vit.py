@@ -71,6 +71,7 @@ TIMM_NAMES = KeyMap(same=is_encoder_name)  # of formats that name an encoder's t
 VIT_NAMES = KeyMap(  # the same, in every spelling
     [
         ("register_tokens", "reg_token"),
+        ("dist_token", "reg_token"),  # DeiT's distillation token, with an entry in the table of positions
         *_in_blocks("blocks.{i}.", _PARTS),
         *_in_blocks("blocks.{n}.{i}.", [*((part, part) for part in PARTS), *_PARTS]),
     ],
