@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 
+from mim_refiner import refine
 from mim_refiner.checkpoints import load_backbone
 from mim_refiner.errors import InputError
 from mim_refiner.export import CheckImages, export_timm
@@ -80,6 +82,22 @@ def test_other_architectures(tmp_path: Path) -> None:
     images = torch.randn(1, 3, 56, 56)
     [ours], [theirs] = backbone.eval().forward_blocks(images, [-1]), again.forward_blocks(images, [-1])
     assert torch.equal(ours.patches, theirs.patches)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_a_cnn_made_in_python(tmp_path: Path, name: str) -> None:
+    backbone = load_backbone(timm.create_model(name))
+    assert export_timm(backbone, tmp_path / "out")["max_abs_difference"] <= 1e-6
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["global_pool"] == "avg"
+
+
+def test_arguments_that_no_config_holds_are_refused_before_training(tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", images=np.zeros((8, 32, 32, 3), dtype=np.uint8))
+    model = timm.create_model("test_resnet", norm_layer=torch.nn.BatchNorm2d)
+    with pytest.raises(InputError, match=r"config.json can hold .*; name it in plain values") as caught:
+        refine(data=str(tmp_path / "images.npz"), model=model, out=str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_check_images_and_training_mode_are_left_alone(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ from mim_refiner.core.sharding import full_state, is_sharded, load_full_state
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import GuardStopError, NonFiniteLossError
 from mim_refiner.export.adapter import write_adapter
-from mim_refiner.export.timm import export_timm
+from mim_refiner.export.timm import export_timm, timm_config
 from mim_refiner.files import name_of, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.lora import adapted, lora_share, merge_lora
@@ -161,6 +161,7 @@ def refine_and_compare(
     run = Run(join_processes(pick_device(device), reporter), seed=seed, reporter=reporter)
     torch.manual_seed(seed)  # of tensors that the checkpoint lacks: they are part of what the run is known by
     backbone = load_backbone(model)
+    timm_config(backbone)  # what cannot be exported is not trained
     weights = weights_sha256(backbone.model)
     share = override(refine_recipe(recipe, image_size=0), settings).hold_out if eval_data is None else 0.0
     images, held_out = split_images(data, share, reporter, seed=seed, channels=backbone.info.in_chans, exclude=exclude)

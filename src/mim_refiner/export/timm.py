@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ def export_timm(
 
 
 def timm_config(backbone: Backbone) -> dict[str, Any]:
-    """The config.json of the folder, in the layout that timm's ``local-dir:`` and ``hf-hub:`` sources read."""
+    """The config.json of the folder, in the layout that timm's ``local-dir:`` and ``hf-hub:`` sources read.
+
+    Raises InputError for a model that timm cannot rebuild from it.
+    """
     model, info = backbone.model, backbone.info
     if type(model) is VisionTransformer:
         arguments = {name: value for name, value in vit_arguments(model).items() if value is not None}
@@ -49,16 +53,24 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
     if type(model) is VisionTransformer and architecture in (None, BASE_ARCHITECTURE):
         # The name is free here, since every argument is written; take the one that tells the size.
         architecture = standard_name(info.embed_dim, info.depth, info.num_heads, info.patch_size) or BASE_ARCHITECTURE
+    try:
+        json.dumps(arguments)
+    except TypeError as error:
+        raise InputError(
+            f"{type(model).__name__} was made by timm.create_model with an argument that no config.json can hold "
+            f"({error}); name it in plain values"
+        ) from error
     if architecture is None:
         raise InputError(
             f"{type(model).__name__} was not made by timm.create_model, so timm cannot rebuild it; "
             "load it by load_backbone"
         )
+    pool = getattr(model, "global_pool", "")
     return {
         "architecture": architecture,
         "num_classes": int(getattr(model, "num_classes", 0)),
         "num_features": info.embed_dim,
-        "global_pool": getattr(model, "global_pool", ""),
+        "global_pool": getattr(pool, "pool_type", pool),  # CNNs hold a layer there
         "model_args": arguments,
         "pretrained_cfg": {
             "tag": "mim_refiner",
