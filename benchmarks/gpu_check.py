@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from gpu_parts import bench_of, random_encoder, random_images
+from gpu_train import TOY
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -146,14 +147,13 @@ class Interrupts(NullReporter):
 def check_resume(checks: Checks, device: torch.device) -> None:
     """A run stopped in the middle and resumed, on the device and from there on the CPU, beside one left alone."""
     settings = [
-        "batch_size=16", "warmup.epochs=1", "refinement.epochs=2", "refinement.top_k=4", "heads.queue_size=64",
-        "heads.out_dim=16", "heads.projector_hidden=32", "heads.predictor_hidden=32", "workers=0", "log_every=1",
-        "precision=fp32", "guard.enabled=false",
+        "batch_size=16", "warmup.epochs=1", "refinement.epochs=2", "log_every=1", "precision=fp32",
+        *(f"{key}={value}" for key, value in TOY.items()),
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = random_images(folder / "train.npz", 64)
-        encoder = random_encoder(folder / "encoder", "vit_w32_d3_h2_p8")
+        data = random_images(folder / "train.npz", 32)
+        encoder = random_encoder(folder / "encoder", "vit_w32_d2_h2_p8")
         weights = {}
         for run, devices in (
             ("alone", [device.type]),
@@ -164,7 +164,7 @@ def check_resume(checks: Checks, device: torch.device) -> None:
             common = {"data": data, "model": encoder, "out": str(out), "settings": settings}
             if len(devices) > 1:
                 with suppress(KeyboardInterrupt):
-                    refine(device=devices[0], reporter=Interrupts(after=7), **common)
+                    refine(device=devices[0], reporter=Interrupts(after=4), **common)
             refine(device=devices[-1], **common)
             log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             weights[run] = load_file(out / "export" / "model.safetensors"), [x["loss"] for x in log if "loss" in x]

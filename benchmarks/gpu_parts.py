@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import step
 import torch
-from gpu_train import Command, training_data
+from gpu_train import TOY, Command, training_data
 
 from mim_refiner.export.timm import export_timm
 from mim_refiner.models.backbone import Backbone, create_vit
@@ -42,6 +42,7 @@ def synchronize(device: torch.device) -> None:
 
 def timed(work: Callable[[], Any], device: torch.device, *, calls: int = 2, rounds: int = 3) -> dict[str, float]:
     """Seconds a call, the median of rounds of calls that may run ahead of the device, and the peak of memory."""
+    calls, rounds = (calls, rounds) if device.type == "cuda" else (1, 1)  # a dry run
     work()
     synchronize(device)
     if device.type == "cuda":
@@ -108,7 +109,7 @@ class Steps:
         while self.results.left >= least:
             work = partial(self.bench.step, self.bench.random_views(batch), micro_batch, kept)
             try:
-                cost = timed(work, self.device, calls=1 if self.dry or batch > 512 else 2, rounds=2)
+                cost = timed(work, self.device, calls=1 if batch > 512 else 2, rounds=2)
             except torch.OutOfMemoryError as error:
                 self.found[name] = {"batch": batch, "micro_batch": micro_batch, "error": str(error)[:200]}
                 if kept:
@@ -197,7 +198,7 @@ def small(results: Results, options: argparse.Namespace, device: torch.device) -
     results.put(matrix_operations_per_s=rate)
     bench, found = bench_of("small", options, device), {}
     for batch in (8,) if options.dry_run else (256, 1024):
-        cost = timed(partial(bench.step, bench.random_views(batch), None), device, calls=1 if options.dry_run else 5)
+        cost = timed(partial(bench.step, bench.random_views(batch), None), device, calls=5)
         job = replace(step.workload_of(bench.options, bench), batch=batch)
         share = job.model_operations() / cost["seconds"] / rate
         found[f"step, {batch}"] = {**cost, "images_per_s": batch / cost["seconds"], "share_of_matrix_rate": share}
@@ -212,12 +213,12 @@ def small(results: Results, options: argparse.Namespace, device: torch.device) -
     gc.collect()
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as name:
-        data = training_data(options) or random_images(Path(name) / "train.npz", 256 if options.dry_run else 50_000)
+        data = training_data(options) or random_images(Path(name) / "train.npz", 64 if options.dry_run else 50_000)
         encoder = random_encoder(
-            Path(name) / "encoder", "vit_w32_d3_h2_p8" if options.dry_run else "vit_w192_d12_h3_p4"
+            Path(name) / "encoder", "vit_w32_d2_h2_p8" if options.dry_run else "vit_w192_d12_h3_p4"
         )
         pairs = [(batch, graphs) for batch in (256, 1024) for graphs in ("off", "on")]
-        for batch, graphs in [(64, "off")] if options.dry_run else pairs:
+        for batch, graphs in [(16, "off")] if options.dry_run else pairs:
             settings = {
                 "cuda_graphs": graphs,
                 "batch_size": batch,
@@ -225,6 +226,7 @@ def small(results: Results, options: argparse.Namespace, device: torch.device) -
                 "knn_every": 0,
                 "warmup.epochs": 1,
             }
+            settings |= TOY if options.dry_run else {}
             folder = Path(name) / f"{batch}-{graphs}"
             run = Command("refine", folder, settings, data=data, model=encoder, device=device.type)
             named = f"refine with data, {batch}" + (", as a graph" if graphs == "on" else "")

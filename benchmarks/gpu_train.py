@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from gpu import Results
 
 SHARES = {"mae": 0.5, "refined": 0.87, "evaluation": 1.0}  # of the box: when a stage is to be over
+TOY = {
+    "workers": 0, "heads.queue_size": 64, "heads.projector_hidden": 32, "heads.predictor_hidden": 32,
+    "heads.out_dim": 16, "refinement.top_k": 4, "views.num_local": 1, "guard.enabled": "false",
+}  # refine's settings of a dry run  # fmt: skip
 PIECE_BYTES = 15e6  # of a file of weights
 
 
@@ -268,15 +272,12 @@ def toy_data(options: argparse.Namespace) -> None:
     """Pieces cut from the images that the package embeds, and settings that end in seconds."""
     assets, folder = Path(__file__).resolve().parent.parent / "src" / "mim_refiner" / "assets", options.work / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    for source, name, rows in (("train", "train-0", 64), ("train", "train-1", 64), ("test", "test-0", 32)):
+    for source, name, rows in (("train", "train-0", 32), ("train", "train-1", 32), ("test", "test-0", 32)):
         if not (folder / f"{name}.parquet").exists():
             table = pq.read_table(assets / f"cifar10_{source}.parquet")
-            pq.write_table(table.slice(64 * int(name[-1]), rows), folder / f"{name}.parquet")
-    options.arch, options.batch = "vit_w32_d3_h2_p8", 32
+            pq.write_table(table.slice(32 * int(name[-1]), rows), folder / f"{name}.parquet")
+    options.arch, options.batch = "vit_w32_d2_h2_p8", 16
     options.mae_epochs, options.refine_epochs = min(2, options.mae_epochs), 1
     options.decoders = {"1x64,4x192": "1x16,2x32"}.get(options.decoders, options.decoders)
     options.mae_set = [*options.mae_set, "log_every=1", "workers=0"]
-    options.refine_set = [
-        *options.refine_set, "log_every=1", "workers=0", "heads.queue_size=64", "heads.projector_hidden=32",
-        "heads.predictor_hidden=32", "heads.out_dim=16", "refinement.top_k=4",
-    ]  # fmt: skip
+    options.refine_set = [*options.refine_set, "log_every=1", *(f"{key}={value}" for key, value in TOY.items())]

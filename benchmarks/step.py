@@ -46,7 +46,7 @@ SIZES = {
     "vit_l": f"--arch vit_large_patch16_224 {PAPER} --heads 8",
     "vit_b": f"--arch vit_base_patch16_224 {PAPER} --heads 4",
     "small": "--projector 512 --predictor 1024",
-    "toy": "--arch vit_w32_d3_h2_p8 --locals 2 --heads 2 --projector 32 --predictor 32 --out-dim 16 --queue 64 "
+    "toy": "--arch vit_w32_d2_h2_p8 --locals 1 --heads 1 --projector 32 --predictor 32 --out-dim 16 --queue 64 "
     "--top-k 4",
 }  # options of this script
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # bf16 dense, makers' figures

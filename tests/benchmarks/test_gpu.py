@@ -115,8 +115,8 @@ def test_small_measures_the_command_with_its_data_in_its_own_process(gpu: Any, o
     assert gpu.main(words) == 0
     found = read(options, "small")
     assert found["finished"]
-    assert found["steps"]["refine with data, 64"]["phase"] == "refinement"
-    assert found["steps"]["refine with data, 64"]["images_per_s"] > 1
+    assert found["steps"]["refine with data, 16"]["phase"] == "refinement"
+    assert found["steps"]["refine with data, 16"]["images_per_s"] > 1
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_training_goes_on_where_its_box_ended_and_its_weights_become_an_encoder(
     assert epochs == sorted(epochs)
     assert epochs[-1] == 2
     metrics = {(record["metric"], record["block"]) for record in found["evaluation-1x16"]}
-    assert {("knn_top1", 0), ("knn_top1", 2), ("linear_top1", 2)} <= metrics
+    assert {("knn_top1", 0), ("knn_top1", 1), ("linear_top1", 1)} <= metrics
 
     import mim_refiner
 
