@@ -41,7 +41,7 @@ EVALUATION = 6.0  # comparing three encoders, and the report, cost so many passe
 GUARD_IMAGES = 3000  # that the guard looks at during the refinement
 MOST_FOR_EVALUATION, LEAST_FOR_TRAINING = 0.3, 0.25  # of the time
 MOST_FOR_POOL = 0.2  # of the training's time
-LEAST_TEST_IMAGES, MOST_EPOCHS = 2000, 100
+LEAST_TEST_IMAGES, USUAL_SECONDS = 2000, 240  # the recipe's epochs are for so long; more time gives more
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,10 @@ def fit(left: float, costs: Costs, recipe: RefineRecipe, *, images: int, bank: i
     pool = min(recipe.view_pool, int(MOST_FOR_POOL * training / pool_epoch)) if pool_epoch else 0
     training -= pool * pool_epoch
     share = recipe.warmup.epochs / recipe.refinement.epochs
-    epochs = min((training - looks) / (steps * (costs.refinement_step + share * costs.warmup_step)), MOST_EPOCHS)
+    most = recipe.refinement.epochs * max(
+        1.0, left / USUAL_SECONDS
+    )  # more on few images and stored views gains nothing
+    epochs = min((training - looks) / (steps * (costs.refinement_step + share * costs.warmup_step)), most)
     refinement, warmup = max(1, int(epochs)), max(1, int(share * epochs))
     planned = [warmup * steps * costs.warmup_step, refinement * steps * costs.refinement_step + looks]
     limits = [training * seconds / sum(planned) for seconds in planned]
