@@ -20,9 +20,11 @@ from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.training import estimate
-from mim_refiner.training.estimate import Bytes, Estimate, PhaseCost, format_hours, pretrain_estimate
+from mim_refiner.training.estimate import Bytes, Estimate, PhaseCost, format_hours, pretrain_estimate, refine_estimate
 from mim_refiner.training.pretrain import forward_backward
-from mim_refiner.training.recipes import tiny_mae
+from mim_refiner.training.recipe import override
+from mim_refiner.training.recipes import refine_recipe, tiny_mae
+from mim_refiner.training.refine import make_refiner, resolve, view_specs
 
 
 class TokenNorm(torch.nn.BatchNorm1d):
@@ -140,3 +142,24 @@ def test_the_line_names_the_setting_that_ends_within_an_hour():
     assert [format_hours(hours) for hours in (1e-9, 0.004, 0.5, 3.21, 30, 100)] == [
         "a minute", "a minute", "30 minutes", "3.2 hours", "30 hours", "4.2 days",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", [True, "selective"])
+def test_checkpointing_and_the_view_pool_are_counted(tmp_path, kept):
+    np.savez(tmp_path / "noise.npz", images=np.zeros((8, 32, 32, 3), dtype=np.uint8))
+    backbone = Backbone.wrap(create_vit("vit_w32_d4_h2_p8", image_size=32))
+    recipe = resolve(override(refine_recipe(None, image_size=32, images=8), ["batch_size=8"]), backbone)
+    refiner = make_refiner(backbone, recipe)
+    loader = TrainLoader(ImageSet(open_source(str(tmp_path / "noise.npz"))), view_specs(recipe), 8, 0)
+
+    def cost(**settings):
+        return refine_estimate(refiner, recipe.model_copy(update=settings), loader, math.inf, Run())
+
+    plain, again = cost(), cost(checkpointing=kept)
+    assert again.needs.activations_image < plain.needs.activations_image
+    if kept is True:
+        assert again.phases["refinement"].operations > plain.phases["refinement"].operations
+    pooled = cost(view_pool=1, frozen_blocks=1)
+    assert pooled.pool > 0
+    assert pooled.peak == pooled.needs.peak(8) + pooled.pool
+    assert pooled.line.endswith("time without what the view pool saves")

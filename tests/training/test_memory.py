@@ -134,6 +134,12 @@ def test_the_cheapest_setting_that_fits_is_picked(traced: Callable[..., Needs]) 
     assert "\n" not in str(caught.value)
 
 
+def test_no_more_graphs_are_kept_than_there_are(traced: Callable[..., Needs]) -> None:
+    picked = as_asked(make(), asked(micro_batch=8, kept_graphs=100), 32, 0, precision="fp32")
+    assert picked.kept_graphs == 8  # four parts of two sizes
+    assert "8 of 8 graphs kept" in picked.words
+
+
 def test_an_encoder_with_batch_norm_gets_the_plain_step_or_none(traced: Callable[..., Needs]) -> None:
     refiner, whole = make(), traced().whole()
     refiner.backbone.model.norm = torch.nn.BatchNorm1d(64)

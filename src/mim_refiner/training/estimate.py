@@ -31,6 +31,7 @@ from mim_refiner.training.memory import RESERVE, WASTE, LiveBytes, even_parts, f
 from mim_refiner.training.pretrain import forward_backward as pretrain_forward_backward
 from mim_refiner.training.recipe import Phase, PretrainRecipe, RefineRecipe
 from mim_refiner.training.refine import forward_backward, view_specs
+from mim_refiner.training.view_pool import pool_bytes
 
 ENOUGH = 0.4  # seconds: a step that takes as long tells the speed of larger ones
 FEW = 2  # images of the first step
@@ -88,11 +89,12 @@ class Estimate:
     held: int
     free: float
     planned: float | None = None  # peak of a cached step, as the planner has it
+    pool: int = 0  # bytes of the view pool
 
     @property
     def peak(self) -> float:
-        """Bytes that the step needs."""
-        return self.needs.peak(self.held) if self.planned is None else self.planned
+        """Bytes that the step and the view pool need."""
+        return self.pool + (self.needs.peak(self.held) if self.planned is None else self.planned)
 
     @property
     def hours(self) -> float:
@@ -108,6 +110,7 @@ class Estimate:
             f"cost: {self.images} images, {epochs or 'no epochs'}: about {format_hours(self.hours)}; memory: about "
             f"{format_bytes(self.peak)}{free}"
         )
+        text += ", time without what the view pool saves" if self.pool else ""
         return f"{text}; {self.advice}" if self.advice else text
 
     @property
@@ -167,10 +170,11 @@ def format_hours(hours: float) -> str:
 
 
 def refine_estimate(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, free: float, run: Run) -> Estimate:
-    """What both phases cost. The refiner stays as it is."""
+    """What both phases cost. The refiner stays as it is, but for ``checkpointing``, which becomes the recipe's."""
     step, phases = refine_step(refiner, recipe, run), {}
     plain = refine_step(refiner, recipe.model_copy(update={"micro_batch": None}), run)
     batch = loader.batch_size // world_size()
+    refiner.backbone.set_checkpointing(recipe.checkpointing)
     with unchanged(refiner):
         refiner.unfreeze_encoder()
         needs = traced(plain, refiner, loader, run)
@@ -186,7 +190,8 @@ def refine_estimate(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader,
                 steps = phase.epochs * loader.steps_per_epoch
                 cost = measured(step, loader, run, most)
                 phases[name] = PhaseCost(setting, limit_of(phase), phase.epochs, steps, *cost)
-    return Estimate(len(loader.images), loader.batch_size, phases, needs, recipe.micro_batch or batch, free)
+    pool = pool_bytes(recipe, refiner, loader.steps_per_epoch * recipe.batch_size)
+    return Estimate(len(loader.images), loader.batch_size, phases, needs, recipe.micro_batch or batch, free, pool=pool)
 
 
 def refine_step(refiner: Refiner, recipe: RefineRecipe, run: Run) -> Step:
@@ -197,8 +202,9 @@ def refine_step(refiner: Refiner, recipe: RefineRecipe, run: Run) -> Step:
 
     def step(batch: ViewBatch) -> None:
         generator, ids = torch.Generator().manual_seed(0), batch.sample_ids.to(run.device)
+        kept = recipe.graphs * len(ids) * world_size() // recipe.batch_size  # as many of fewer images
         crops = augment(batch.views, photometrics, generator, run.device, process_rows(len(ids)))
-        forward_backward(refiner, crops, ids, generator, run, recipe.micro_batch)
+        forward_backward(refiner, crops, ids, generator, run, recipe.micro_batch, kept)
 
     return step
 
@@ -288,6 +294,7 @@ def measured(step: Step, loader: TrainLoader, run: Run, most: int) -> tuple[floa
         while True:
             seconds = agree(_seconds(step, loader, images, run))
             if (warm and images == most) or seconds >= (ENOUGH if warm else 20 * ENOUGH):
+                seconds = min(seconds, agree(_seconds(step, loader, images, run)))  # others may have held the machine
                 return seconds * batch / images, operations
             images, warm = (min(most, 4 * images) if warm else images), True
 

@@ -326,7 +326,8 @@ def _cached(
     """The cached step with the micro-batch of ``sizes`` (large ones first) by which most can be kept of the graphs."""
 
     def count(size: int) -> int:
-        return needs.most_graphs(size, usable) if recipe.kept_graphs == "auto" else recipe.graphs
+        most = -(-needs.batch // size) * len(needs.image_graphs)
+        return needs.most_graphs(size, usable) if recipe.kept_graphs == "auto" else min(recipe.graphs, most)
 
     micro = max(sizes, key=lambda size: needs.graphs(size, count(size)))
     graphs, parts = count(micro), -(-needs.batch // micro)
