@@ -17,6 +17,8 @@ from mim_refiner.training.recipes import demo
 
 FAST, TWO_OLD_CORES, CRAWLING = Costs(0.05, 0.1, 0.0002), Costs(0.2, 0.4, 0.0007), Costs(8.0, 20.0, 0.01)
 
+HALF_AS_FAST = Costs(0.6, 1.2, 0.0007)  # here time is what limits the epochs
+
 
 def planned(costs: Costs, seconds: float = 240) -> Plan:
     return fit(seconds, costs, demo(), images=3000, bank=3000, test=10_000)
@@ -27,7 +29,7 @@ def training_seconds(plan: Plan, costs: Costs) -> float:
     return steps * (plan.warmup_epochs * costs.warmup_step + plan.refinement_epochs * costs.refinement_step)
 
 
-@pytest.mark.parametrize("costs", [FAST, TWO_OLD_CORES])
+@pytest.mark.parametrize("costs", [FAST, TWO_OLD_CORES, HALF_AS_FAST])
 @pytest.mark.parametrize("seconds", [120, 240, 600])
 def test_what_is_planned_ends_in_time_and_uses_it(costs: Costs, seconds: float) -> None:
     plan = planned(costs, seconds)

@@ -94,9 +94,7 @@ def fit(left: float, costs: Costs, recipe: RefineRecipe, *, images: int, bank: i
     pool = min(recipe.view_pool, int(MOST_FOR_POOL * training / pool_epoch)) if pool_epoch else 0
     training -= pool * pool_epoch
     share = recipe.warmup.epochs / recipe.refinement.epochs
-    most = recipe.refinement.epochs * max(
-        1.0, left / USUAL_SECONDS
-    )  # more on few images and stored views gains nothing
+    most = recipe.refinement.epochs * max(1.0, left / USUAL_SECONDS)  # beyond it no gain was seen (LOG.md)
     epochs = min((training - looks) / (steps * (costs.refinement_step + share * costs.warmup_step)), most)
     refinement, warmup = max(1, int(epochs)), max(1, int(share * epochs))
     planned = [warmup * steps * costs.warmup_step, refinement * steps * costs.refinement_step + looks]
