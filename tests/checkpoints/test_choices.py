@@ -100,6 +100,10 @@ def test_raw_mean_and_std_are_scaled_by_their_largest(
     with caplog.at_level(logging.WARNING, "mim_refiner"):
         assert load_backbone(tmp_path / "x", num_heads=4).info.mean == pytest.approx([v / scale for v in said["mean"]])
     assert ("divided by 65535" in caplog.text) == (scale == 65535)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "mim_refiner"):
+        load_backbone(tmp_path / "x", num_heads=4, key_map={"norm_eps": 1e-5})  # the caller's word on something else
+    assert ("divided by 65535" in caplog.text) == (scale == 65535)
 
 
 @pytest.mark.parametrize("names", [("fast", "slow"), ("best", "last"), ("s1_encoder", "s2_encoder")])
@@ -164,9 +168,9 @@ def test_a_distilled_deit_keeps_its_second_token(tmp_path: Path) -> None:
 
 def test_the_arguments_tell_the_eps_of_norms_and_a_key_map_counts_first(tmp_path: Path, vit_state: State) -> None:
     said = {"num_heads": 4, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
-    for name in ("layer_norm_eps", "norm_eps"):
-        torch.save({"model": vit_state, "args": said | {name: 1e-3}}, tmp_path / "x")
-        assert load_backbone(tmp_path / "x").info.norm_eps == 1e-3
+    for name, eps in (("layer_norm_eps", 1e-2), ("norm_eps", 1e-3)):
+        torch.save({"model": vit_state, "args": said | {name: eps}}, tmp_path / "x")
+        assert load_backbone(tmp_path / "x").info.norm_eps == eps
     info = load_backbone(tmp_path / "x", key_map={"norm_eps": 1e-5, "mean": [0.5] * 3}).info
     assert (info.norm_eps, info.mean, info.std) == (1e-5, (0.5, 0.5, 0.5), (0.4, 0.5, 0.6))
 

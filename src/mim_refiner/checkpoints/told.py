@@ -130,11 +130,13 @@ def with_own_facts(converted: Converted, contents: Contents, *, by_key_map: bool
         facts = _normalisation(contents)
         facts["notes"] = converted.notes + facts.get("notes", ())
         eps = _number(contents.fact("layer_norm_eps", "norm_eps", "layernorm_eps"))
-        facts |= {"norm_eps": eps} if eps and 0 < eps < 1e-2 else {}
+        facts |= {"norm_eps": eps} if eps and 0 < eps < 1 else {}
         if converted.pooling is None and contents.fact("global_pool", "gp") in (True, "avg", "mean"):
             facts["pooling"] = "mean"
     if by_key_map:
-        facts = {name: value for name, value in facts.items() if getattr(converted, name) is None}
+        facts = {name: value for name, value in facts.items() if name == "notes" or getattr(converted, name) is None}
+        if not {"mean", "std"} & set(facts):  # a remark on numbers that are not used
+            facts.pop("notes", None)
     found = replace(converted, **facts)
     _check(found, contents.source)
     return found
