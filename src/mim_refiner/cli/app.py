@@ -16,19 +16,12 @@ from typing import Annotated, Any
 import typer
 
 from mim_refiner._version import __version__
-from mim_refiner.cli.analyze import analyze
 from mim_refiner.cli.common import example
-from mim_refiner.cli.demo import demo
 from mim_refiner.cli.doctor import doctor
-from mim_refiner.cli.embed import embed
-from mim_refiner.cli.evaluate import evaluate
-from mim_refiner.cli.export import export
 from mim_refiner.cli.inspect import inspect
 from mim_refiner.cli.models import models
-from mim_refiner.cli.pretrain import pretrain
 from mim_refiner.cli.recipes import recipes
-from mim_refiner.cli.refine import refine
-from mim_refiner.cli.report import report
+from mim_refiner.cli.verbs import analyze, demo, embed, evaluate, export, pretrain, refine, report
 from mim_refiner.errors import MimRefinerError, did_you_mean
 
 PROGRAM = "mim-refiner"

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import importlib
+import inspect
 import json
 import logging
 import math
@@ -27,6 +30,20 @@ IN_MANY_PROCESSES = ("demo", "evaluate", "pretrain", "refine")  # share their wo
 SOURCES = "folder, .txt/.csv list, .parquet file(s), .tar shards, .npz/.npy arrays, hf:owner/name; #split, \\[a:b]"
 MODELS = "checkpoint file, timm folder or timm model name"
 
+
+def comma_list(text: str, option: str) -> tuple[str, ...]:
+    """Split ``"knn, linear"`` into names; raises InputError when a name is empty."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise InputError(f"{option} is {text!r}, which has an empty name; give names separated by single commas")
+    return names
+
+
+def names(option: typer.CallbackParam, text: str | None) -> tuple[str, ...] | None:
+    """Callback of the options that take names separated by commas."""
+    return None if text is None else comma_list(text, option.opts[0])
+
+
 DataOption = Annotated[str, typer.Option("--data", metavar="SRC", help=f"Images: {SOURCES}.")]
 ModelOption = Annotated[str, typer.Option("--model", metavar="SRC", help=f"Encoder: {MODELS}.")]
 EncoderOption = Annotated[
@@ -37,12 +54,6 @@ HeadsOption = Annotated[
 ]
 KeyMapOption = Annotated[
     str | None, typer.Option("--key-map", metavar="FILE", help="YAML file that names the tensors of your own encoder.")
-]
-CompareOption = Annotated[
-    str | None,
-    typer.Option(
-        "--compare", metavar="SRC", help="A second encoder (after --model); differences are second minus first."
-    ),
 ]
 TestOption = Annotated[
     str | None, typer.Option("--test", metavar="SRC", help="Test images; without it a part of --data is held out.")
@@ -73,7 +84,9 @@ ExcludeOption = Annotated[
 ]
 LogOption = Annotated[
     str | None,
-    typer.Option("--log", metavar="NAMES", help="Further loggers, comma-separated: tensorboard, wandb, mlflow."),
+    typer.Option(
+        "--log", metavar="NAMES", help="Further loggers, comma-separated: tensorboard, wandb, mlflow.", callback=names
+    ),
 ]
 MemoryBudgetOption = Annotated[
     str | None,
@@ -84,8 +97,54 @@ MemoryBudgetOption = Annotated[
     ),
 ]
 PlanOption = Annotated[bool, typer.Option("--plan", help="Only print what the run will cost: hours, memory, advice.")]
+NormOption = Annotated[bool, typer.Option("--norm/--no-norm", help="Apply the encoder's final norm to the features.")]
+CacheOption = Annotated[
+    str | None,
+    typer.Option("--cache", metavar="DIR|off", help="Feature cache. Default: $MIM_REFINER_CACHE, or ~/.cache."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no messages.")]
+
+_OF_ENCODERS = {"encoder": EncoderOption, "num_heads": HeadsOption, "key_map": KeyMapOption}
+_OF_ALL = {"as_json": JsonOption, "quiet": QuietOption}
+
+Declared = Callable[..., None]
+
+
+def verb(printer: Callable[[Any, TextIO], None] | None = None) -> Callable[[Declared], Declared]:
+    """Make a verb of a function that declares its options: it runs the function of the same name in ``commands``.
+
+    The declaring function's own body comes first; it refuses what can be refused before anything slow is loaded.
+    Options that many verbs share are added: those of how an encoder is read, where ``model`` names one, and
+    those of all verbs. ``printer`` as of :func:`execute`.
+    """
+
+    def made(declared: Declared) -> Declared:
+        name, signature = declared.__name__, inspect.signature(declared, eval_str=True)
+        own = signature.parameters
+        reads = _OF_ENCODERS if "model" in own and own["model"].annotation == ModelOption else {}
+
+        @functools.wraps(declared)
+        def command(*, as_json: bool, quiet: bool, **given: Any) -> None:
+            arguments = {key: given[key] for key in own}
+            declared(**arguments)
+            run = getattr(importlib.import_module(f"mim_refiner.commands.{name}"), name)
+            if reads:
+                from mim_refiner.checkpoints.options import with_options
+
+                arguments["model"] = with_options(given["model"], **{key: given[key] for key in reads})
+            execute(run, as_json=as_json, quiet=quiet, printer=printer, **arguments)
+
+        added = [
+            inspect.Parameter(
+                key, inspect.Parameter.KEYWORD_ONLY, default=False if key in _OF_ALL else None, annotation=of
+            )
+            for key, of in {**reads, **_OF_ALL}.items()
+        ]
+        command.__signature__ = signature.replace(parameters=[*own.values(), *added])  # type: ignore[attr-defined]
+        return command
+
+    return made
 
 
 def example(*lines: str) -> str:
@@ -93,41 +152,24 @@ def example(*lines: str) -> str:
     return "\n\n".join(("Example:", *(f"  {line}" for line in lines)))
 
 
-def model_source(model: str, **options: object) -> str:
-    """The model source with the options given beside it ("FILE::num_heads=4"), as every verb's function takes it."""
-    from mim_refiner.checkpoints.options import with_options
-
-    return with_options(model, **options)
-
-
 def check_recipe(verb: str, recipe: str | None, settings: list[str] | None) -> None:
     """Raise RecipeError for a mistyped recipe or setting before timm, images and weights are loaded."""
     from mim_refiner.training import recipes
     from mim_refiner.training.recipe import override
 
-    if verb == "refine":
-        override(recipes.refine_recipe(recipe, image_size=0), settings or [])
-    else:
-        override(recipes.pretrain_recipe(recipe, image_size=0), settings or [])
-
-
-def comma_list(text: str, option: str) -> tuple[str, ...]:
-    """Split ``"knn, linear"`` into names; raises InputError when a name is empty."""
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise InputError(f"{option} is {text!r}, which has an empty name; give names separated by single commas")
-    return names
+    read: Callable[..., Any] = recipes.refine_recipe if verb == "refine" else recipes.pretrain_recipe
+    override(read(recipe, image_size=0), settings or [])
 
 
 def execute(
-    verb: Callable[..., Any],
+    run: Callable[..., Any],
     *,
     as_json: bool,
     quiet: bool,
     printer: Callable[[Any, TextIO], None] | None = None,
     **arguments: Any,
 ) -> Any:
-    """Run a verb's Python function with a reporter, and print its result (by ``printer`` where one is given).
+    """Call a verb's function ``run`` with a reporter, and print its result (by ``printer`` where one is given).
 
     With ``as_json`` stdout carries the JSON object alone: whatever else prints during the run goes to stderr.
     """
@@ -135,12 +177,12 @@ def execute(
     speaks = place.rank == 0  # of several processes only the first one
     if place.world_size > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the end of a process is told in a line of ours
-        if verb.__name__ not in IN_MANY_PROCESSES and not speaks:
+        if run.__name__ not in IN_MANY_PROCESSES and not speaks:
             return None  # the first one does the work, and writes
     reporter = make_reporter(sys.stderr, quiet=quiet or not speaks, live=not as_json)
     with silenced(quiet), stdout_for_result(as_json) as stdout:
         try:
-            result = verb(**arguments, reporter=reporter)
+            result = run(**arguments, reporter=reporter)
         finally:
             reporter.done()
         if speaks and printer is not None and not as_json:

@@ -7,57 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from mim_refiner.cli.common import (
-    DataOption,
-    DeviceOption,
-    JsonOption,
-    QuietOption,
-    RecipeOption,
-    execute,
-)
+from mim_refiner.cli.common import DataOption, DeviceOption, RecipeOption, verb
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 EXAMPLES_SHOWN = 3  # names listed below each kind of finding
-
-CheckedModelOption = Annotated[
-    str | None, typer.Option("--model", metavar="SRC", help="Encoder to check too: coverage, memory, disk, time.")
-]
-LeakOption = Annotated[
-    str | None, typer.Option("--test", metavar="SRC", help="Test images: none of them may be among --data.")
-]
-ListOption = Annotated[
-    str | None,
-    typer.Option("--out", metavar="DIR", help="Folder for doctor.json and exclude.txt (for refine --exclude)."),
-]
-
-
-def doctor(
-    data: DataOption,
-    model: CheckedModelOption = None,
-    test: LeakOption = None,
-    out: ListOption = None,
-    recipe: RecipeOption = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Check images (and an encoder) before a run: damaged, odd, duplicate and leaked images, classes, cost."""
-    from mim_refiner.commands.doctor import doctor as run
-
-    execute(
-        run,
-        as_json=as_json,
-        quiet=quiet,
-        printer=print_findings,
-        data=data,
-        model=model,
-        test=test,
-        out=out,
-        recipe=recipe,
-        device=device,
-    )
 
 
 def print_findings(result: Mapping[str, Any], file: TextIO) -> None:
@@ -118,3 +73,22 @@ def _print_fact(console: Console, key: str, value: Any) -> None:
         value = f"{100 * value:.1f} % of the encoder's tensors"
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     console.print(f"  {key.replace('_', ' ')}: {text}", markup=False)
+
+
+@verb(print_findings)
+def doctor(
+    data: DataOption,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="SRC", help="Encoder to check too: coverage, memory, disk, time.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option("--test", metavar="SRC", help="Test images: none of them may be among --data.")
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="DIR", help="Folder for doctor.json and exclude.txt (for refine --exclude)."),
+    ] = None,
+    recipe: RecipeOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Check images (and an encoder) before a run: damaged, odd, duplicate and leaked images, classes, cost."""

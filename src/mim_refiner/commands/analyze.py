@@ -68,6 +68,7 @@ def analyze(
     recommendation, the verdict, the sample sizes and the seconds of each part. Raises MimRefinerError on bad input.
     """
     reporter = reporter or NullReporter()
+    parts = PARTS if "all" in parts else parts
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
         named = f"{unknown[0]!r} is unknown{did_you_mean(unknown[0], PARTS)}" if unknown else "none given"

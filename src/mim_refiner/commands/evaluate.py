@@ -52,7 +52,7 @@ def evaluate(
     blocks: str = "-1",
     pooling: Sequence[str] | None = None,
     norm: bool = False,
-    shifted: Sequence[str] = (),
+    shifted: Sequence[str] | None = None,
     transfer: str | None = None,
     out: str | None = None,
     cache: str | None = None,
@@ -95,7 +95,7 @@ def evaluate(
     if held_out is not None:
         check_pair(train, held_out, run.reporter)
     chosen = tuple(protocols) if protocols else suite_protocols(suite, train) if suite else NEEDS_LABELS
-    sets = _shifted_sets(shifted, train.channels, run.reporter)
+    sets = _shifted_sets(shifted or (), train.channels, run.reporter)
     further = _transfer_list(Path(transfer)) if transfer else []
     refuse_difference(lambda: options.facts(backbones, (train, held_out, *sets.values()), chosen, transfer))
     found = {source: options.one(backbones[source], source, number, chosen, train, held_out, sets)

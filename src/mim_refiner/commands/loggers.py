@@ -74,7 +74,7 @@ def logged(verb: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(verb)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         given: dict[str, Any] = kwargs
-        with logging_to(given.get("log", ()), given.get("out", ""), given.get("reporter") or NullReporter()) as told:
+        with logging_to(given.get("log") or (), given.get("out", ""), given.get("reporter") or NullReporter()) as told:
             return verb(*args, **given | {"reporter": told})
 
     return wrapped

@@ -1,0 +1,313 @@
+"""The verbs whose results print themselves: what each one takes. ``commands`` has what they do."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TextIO
+
+import typer
+
+from mim_refiner.cli.common import (
+    CacheOption,
+    DataOption,
+    DeviceOption,
+    ExcludeOption,
+    LogOption,
+    MemoryBudgetOption,
+    ModelOption,
+    NormOption,
+    OutOption,
+    OverwriteOption,
+    PlanOption,
+    RecipeOption,
+    RunFolderOption,
+    SeedOption,
+    SetOption,
+    TestOption,
+    check_recipe,
+    names,
+    verb,
+)
+
+
+def _first_screen(result: Any, file: TextIO) -> None:
+    from mim_refiner.cli.tables import print_first_screen
+
+    print_first_screen(result, file)
+
+
+@verb(_first_screen)
+def demo(
+    out: OutOption = "demo-out",
+    minutes: Annotated[
+        float, typer.Option("--minutes", metavar="N", help="Time for the demo's own work; more is a better live run.")
+    ] = 4.0,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps only: shows that everything runs.")] = False,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+) -> None:
+    """Refine a small masked autoencoder on real images in minutes, offline, and compare before and after."""
+
+
+@verb()
+def pretrain(
+    data: DataOption,
+    out: RunFolderOption,
+    arch: Annotated[
+        str | None, typer.Option("--arch", metavar="TIMM_NAME", help="A new ViT of timm, by its model name.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="SRC", help="Go on from this ViT instead of a new one.")
+    ] = None,
+    recipe: RecipeOption = None,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+    exclude: ExcludeOption = None,
+    log: LogOption = None,
+    memory_budget: MemoryBudgetOption = None,
+    plan: PlanOption = False,
+) -> None:
+    """Pre-train a masked autoencoder on images without labels, to refine it afterwards."""
+    check_recipe("pretrain", recipe, settings)
+
+
+@verb()
+def refine(
+    data: DataOption,
+    model: ModelOption,
+    out: RunFolderOption,
+    recipe: RecipeOption = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            "--eval-data",
+            metavar="SRC",
+            help="Labelled images to measure on; without them a tenth of labelled data is held out.",
+        ),
+    ] = None,
+    eval_test: Annotated[
+        str | None,
+        typer.Option("--eval-test", metavar="SRC", help="Labelled test images that go with --eval-data."),
+    ] = None,
+    head_blocks: Annotated[
+        str | None,
+        typer.Option(
+            "--head-blocks",
+            metavar="auto|last_third|8,9",
+            help="Blocks that get a head; auto measures every block of the encoder first. Default: the recipe's.",
+        ),
+    ] = None,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+    exclude: ExcludeOption = None,
+    log: LogOption = None,
+    memory_budget: MemoryBudgetOption = None,
+    plan: PlanOption = False,
+) -> None:
+    """Refine an encoder: warm up the heads on the frozen encoder, then train everything."""
+    check_recipe("refine", recipe, settings)
+
+
+@verb()
+def evaluate(
+    model: ModelOption,
+    data: DataOption,
+    test: TestOption = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compare", metavar="SRC", help="A further encoder; repeatable. Differences are it minus --model."
+        ),
+    ] = None,
+    suite: Annotated[
+        Literal["quick", "paper", "dense"] | None,
+        typer.Option(
+            "--suite",
+            help="quick: knn, linear, low_shot, clustering, rank. paper: the paper's protocols and settings (hours). "
+            "dense: segmentation.",
+        ),
+    ] = None,
+    protocols: Annotated[
+        str | None,
+        typer.Option(
+            "--protocols",
+            metavar="NAMES",
+            help="Comma-separated: knn, linear, attentive, low_shot, clustering, rank, finetune, long_tail, "
+            "robustness, segmentation. Default: knn,linear,clustering.",
+            callback=names,
+        ),
+    ] = None,
+    blocks: Annotated[
+        str, typer.Option("--blocks", metavar="BLOCKS", help="all, or block numbers such as 8,9 or -1 (the last).")
+    ] = "-1",
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            "--pooling",
+            metavar="NAMES",
+            help="Comma-separated: cls, mean. Default: all the encoder has.",
+            callback=names,
+        ),
+    ] = None,
+    norm: NormOption = False,
+    shifted: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shifted", metavar="NAME=SRC", help="A test set for robustness (ImageNet-C/A/R ...); repeatable."
+        ),
+    ] = None,
+    transfer: Annotated[
+        str | None, typer.Option("--transfer", metavar="CSV", help="Further data sets: lines name,train[,test].")
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="DIR", help="Folder for the results; without it they are only printed."),
+    ] = None,
+    cache: CacheOption = None,
+    cache_size: Annotated[
+        str | None,
+        typer.Option("--cache-size", metavar="SIZE", help="Largest size of the cache. Default: 5GB."),
+    ] = None,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+) -> None:
+    """Measure an encoder by the paper's protocols, or several side by side."""
+
+
+@verb()
+def analyze(
+    model: ModelOption,
+    data: DataOption,
+    out: OutOption,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare", metavar="SRC", help="A second encoder (after --model); differences are second minus first."
+        ),
+    ] = None,
+    test: TestOption = None,
+    parts: Annotated[
+        str,
+        typer.Option(
+            "--parts",
+            help="atlas, verdict, readout, similarity, reconstruction, heads; comma-separated, or all.",
+            callback=names,
+        ),
+    ] = "all",
+    cache: CacheOption = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+) -> None:
+    """Say which block, pooling and norm to use, and with --compare whether the second encoder is better than the first.
+
+    Labels are used when there are any and never needed. Draws k-NN, reconstruction and similarity by block, writes
+    JSON beside every figure, and looks at a subset of large data sets (printed).
+    """
+
+
+@verb()
+def embed(
+    model: ModelOption,
+    data: DataOption,
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="Features, by ending: .parquet, .npy, .safetensors. The same command resumes.",
+        ),
+    ],
+    block: Annotated[int, typer.Option("--block", help="Encoder block, from 0; -1 is the last.")] = -1,
+    pooling: Annotated[
+        Literal["cls", "mean", "patches"] | None,
+        typer.Option(
+            "--pooling",
+            help="Class token, mean of the patch tokens, or all patch tokens. Default: what the encoder's authors "
+            "pool by.",
+            show_default=False,
+        ),
+    ] = None,
+    norm: NormOption = False,
+    image_size: Annotated[
+        str | None,
+        typer.Option("--image-size", metavar="PIXELS", help="A side or HEIGHTxWIDTH; default: the encoder's own."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a forward pass.")] = 256,
+    precision: Annotated[
+        Literal["fp32", "bf16", "auto"], typer.Option("--precision", help="Of the forward pass; auto: bf16 on a GPU.")
+    ] = "fp32",
+    dtype: Annotated[
+        Literal["float32", "float16"], typer.Option("--dtype", help="Of the numbers in the file.")
+    ] = "float32",
+    device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write the features of all images of a data set to one file, with a manifest."""
+
+
+@verb()
+def export(
+    model: ModelOption,
+    out: OutOption,
+    format: Annotated[  # the contract's name of the option, a builtin's name too
+        Literal["timm", "hf", "onnx", "refiner"],
+        typer.Option(
+            "--format",
+            help="timm: a folder that timm.create_model loads. hf: one for transformers' AutoModel. onnx: a graph for "
+            "onnxruntime. refiner: the state dict of the published MIM-Refiner checkpoints.",
+        ),
+    ] = "timm",
+    block: Annotated[
+        int | None,
+        typer.Option("--block", help="Block that the card recommends and an ONNX graph ends at; -1 is the last."),
+    ] = None,
+    pooling: Annotated[
+        Literal["cls", "mean", "tokens"] | None,
+        typer.Option(
+            "--pooling", help="Class token, mean of the patch tokens, or (onnx) all tokens, prefix tokens first."
+        ),
+    ] = None,
+    norm: Annotated[
+        bool | None, typer.Option("--norm/--no-norm", help="With the final norm.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        str,
+        typer.Option("--batch", metavar="dynamic|N", help="Images a run of an ONNX graph: any number, or exactly N."),
+    ] = "dynamic",
+    image_size: Annotated[
+        int | None,
+        typer.Option("--image-size", min=1, metavar="PIXELS", help="Resize the position table to this size."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="SRC",
+            help="Images on which the export is compared with the encoder. Default: built-in ones.",
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Upload the folder to the Hugging Face Hub."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="A repository made by --push-to-hub is not public.")
+    ] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Write an encoder in a format that other programs load, with a model card and a measured difference."""
+
+
+@verb()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders; several are compared on one page.")],
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="FILE", help="The HTML file. Default: report.html in the run folder."),
+    ] = None,
+) -> None:
+    """Write one offline HTML page of a run, or of several side by side, from their result files."""
