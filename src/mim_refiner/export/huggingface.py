@@ -20,7 +20,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mim_refiner.checkpoints.families import hf_beit, hf_dinov2, hf_ijepa, hf_vitmae
+from mim_refiner.checkpoints.families import hf
 from mim_refiner.data.loaders import default_crop_ratio
 from mim_refiner.errors import InputError
 from mim_refiner.export.writing import Format, Pairs
@@ -139,7 +139,7 @@ def _config(backbone: Backbone, kind: str) -> dict[str, Any]:
 
 
 def _vit_state(backbone: Backbone) -> dict[str, Tensor]:
-    state = hf_vitmae.to_source(_with_class_position(backbone), backbone.info)
+    state = hf.VIT_KEYS.from_timm(_with_class_position(backbone))
     width = backbone.info.embed_dim
     return {**state, "pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
 
@@ -164,7 +164,7 @@ def _dinov2_state(backbone: Backbone) -> dict[str, Tensor]:
         for number in range(backbone.info.depth):
             for part in (1, 2):
                 state[f"blocks.{number}.ls{part}.gamma"] = torch.ones(backbone.info.embed_dim)
-    return hf_dinov2.to_source(state, backbone.info)
+    return hf.to_dinov2(state, backbone.info)
 
 
 def _preprocessing(backbone: Backbone) -> dict[str, Any]:
@@ -259,17 +259,17 @@ _CLASSES = {
 }
 
 
-def _plain(to_source: Any) -> Any:
-    return lambda backbone: to_source(backbone.model.state_dict(), backbone.info)
+def _beit_state(backbone: Backbone) -> dict[str, Tensor]:
+    return hf.BEIT_KEYS.from_timm(backbone.model.state_dict())
 
 
 _CONVERTERS = {
     "vit": _vit_state,
-    "ijepa": _plain(hf_ijepa.FAMILY.to_source),
+    "ijepa": lambda backbone: hf.VIT_KEYS.from_timm(backbone.model.state_dict()),
     "dinov2": _dinov2_state,
     "dinov2_with_registers": _dinov2_state,
-    "beit": _plain(hf_beit.to_source),
-    "data2vec-vision": _plain(hf_beit.to_source),
+    "beit": _beit_state,
+    "data2vec-vision": _beit_state,
 }
 
 HUGGING_FACE = Format("hf", 1e-5, "transformers", "every block and the final tokens", _write, _pairs)

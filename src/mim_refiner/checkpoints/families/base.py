@@ -65,6 +65,11 @@ class View:
         return self.contents.source
 
     @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The config.json beside the weights."""
+        return self.contents.config
+
+    @property
     def beside(self) -> dict[str, str]:
         """``outside`` by names from the prefix's last part on: beside "net.encoder." a "net.head.x" is "head.x"."""
         parent = self.prefix.rstrip(".").rpartition(".")[0]
@@ -74,12 +79,12 @@ class View:
     def alone(self) -> bool:
         """Whether the file holds this encoder under "state_dict" and no other model, no prefix, no config beside it."""
         sections = {path for path in self.contents.sections if not path.startswith("opt")}
-        return sections == {"state_dict"} and not self.prefix and self.contents.config is None
+        return sections == {"state_dict"} and not self.prefix and self.config is None
 
     @property
     def model_type(self) -> str | None:
         """``model_type`` of a transformers config.json beside the weights."""
-        return None if self.contents.config is None else self.contents.config.get("model_type")
+        return None if self.config is None else self.config.get("model_type")
 
 
 @dataclass(frozen=True)

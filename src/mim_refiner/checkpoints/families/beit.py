@@ -1,26 +1,135 @@
-"""Files of BEiT (Bao et al., arXiv 2106.08254; layout of github.com/microsoft/unilm, beit), pre-trained and fine-tuned.
+"""Encoders of BEiT's architecture and (timm's) names, and timm's Beit read from its tensors.
 
-Pre-trained: one table of relative positions for all blocks and a final norm; fine-tuned: a table per block and a norm
-after pooling. The names are timm's.
+Pre-trained files have one table of relative positions for all blocks and a final norm; fine-tuned ones a table in every
+block and a norm after pooling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
+from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
-from mim_refiner.checkpoints.families import mae
-from mim_refiner.checkpoints.families.base import DROPPED, PROJECTION, Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.base import DROPPED, GUESS, PROJECTION, Converted, Family, View, Wishes, account
 from mim_refiner.checkpoints.families.keymap import KeyMap
-from mim_refiner.checkpoints.families.plain_beit import BEIT_NAMES, infer_beit
+from mim_refiner.checkpoints.families.mae import has_decoder
+from mim_refiner.checkpoints.families.plain_vit import (
+    Structure,
+    choose_heads,
+    count_blocks,
+    has_any,
+    mlp_ratio,
+    projection_sizes,
+    table_grid,
+)
+from mim_refiner.errors import CheckpointError
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
-from mim_refiner.types import BackboneInfo
 
 BEIT_MEAN = BEIT_STD = (0.5, 0.5, 0.5)
-INDEX = "relative_position_index"
-_ALIKE = "fine-tuned files of BEiT and BEiT v2 are alike; v2 wants ImageNet's mean and std instead of 0.5"
+_NAME = re.compile(
+    r"blocks\.\d+\.(norm[12]\.(weight|bias)|attn\.(q_bias|v_bias|qkv\.weight|proj\.(weight|bias)"
+    r"|relative_position_bias_table)|mlp\.fc[12]\.(weight|bias)|gamma_[12])"
+    r"|patch_embed\.proj\.(weight|bias)|(norm|fc_norm)\.(weight|bias)|cls_token|pos_embed"
+    r"|rel_pos_bias\.relative_position_bias_table"
+)
+SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+OWN_TABLE = "blocks.0.attn.relative_position_bias_table"
+_STANDARD = {(768, 12, 12): "base", (1024, 24, 16): "large"}
+
+BEIT_NAMES = KeyMap(same=lambda name: _NAME.fullmatch(name) is not None)
+
+
+def infer_beit(
+    tensors: Mapping[str, Tensor],
+    wishes: Wishes,
+    where: str,
+    *,
+    index: Tensor | None = None,
+    known_heads: int = 0,
+    known_size: tuple[int, int] | None = None,
+    name: str = "beit",
+) -> Structure:
+    """Structure of the Beit that ``tensors`` (timm names) belong to.
+
+    ``index``: the file's relative_position_index, which tells a grid that is no square; ``known_heads`` and
+    ``known_size`` come from a config. The number of heads is that of the relative table where there is one.
+    Raises CheckpointError for a table whose grid nothing tells.
+    """
+    width, in_chans, patch = projection_sizes(tensors, where)
+    relative = tensors.get(SHARED_TABLE, tensors.get(OWN_TABLE))
+    if relative is not None:
+        sizes = (known_size, wishes.told_size, wishes.image_size)
+        grid, grid_notes = _relative_grid(relative, index, patch, sizes, where)
+    else:
+        grid, _, grid_notes = table_grid(tensors.get("pos_embed"), 1, (patch, in_chans), known_size, wishes, where)
+    depth, fc_norm = count_blocks(tensors), "fc_norm.weight" in tensors
+    heads, notes = choose_heads(width, depth, known_heads if relative is None else relative.shape[1], wishes, where)
+    if relative is not None and heads != relative.shape[1]:
+        raise CheckpointError(
+            f"{where}: num_heads={heads}, but its tables of relative positions are for {relative.shape[1]} heads; "
+            "leave num_heads out"
+        )
+    arguments = {
+        "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
+        "patch_size": patch[0] if patch[0] == patch[1] else patch,
+        "in_chans": in_chans,
+        "embed_dim": width,
+        "depth": depth,
+        "mlp_ratio": mlp_ratio(tensors, width),
+        "qkv_bias": has_any(tensors, "attn.q_bias"),
+        # Only switches layer scale on; timm would drop None and take the name's own value.
+        "init_values": 0.1 if has_any(tensors, "gamma_1") else 0.0,
+        "use_abs_pos_emb": "pos_embed" in tensors,
+        "use_rel_pos_bias": OWN_TABLE in tensors,
+        "use_shared_rel_pos_bias": SHARED_TABLE in tensors,
+        "use_fc_norm": fc_norm,
+        "global_pool": "avg" if fc_norm else "token",
+    }
+    size = _STANDARD.get((width, depth, heads), "base")
+    return Structure(f"{name}_{size}_patch16_224", arguments, heads, (*notes, *grid_notes))
+
+
+def _relative_grid(
+    table: Tensor,
+    index: Tensor | None,
+    patch: tuple[int, int],
+    sizes: tuple[tuple[int, int] | None, ...],
+    where: str,
+) -> tuple[tuple[int, int], list[str]]:
+    """Grid of a table with (2 rows - 1)(2 columns - 1) + 3 entries, and what to remark.
+
+    ``sizes``: image sizes that a config, the file's arguments and the caller name, in this order.
+    """
+    entries = table.shape[0] - 3
+    named = [None if size is None else (size[0] // patch[0], size[1] // patch[1]) for size in sizes]
+    for grid in (named[0], None if index is None else _grid_of_index(index), *named[1:]):
+        if grid and (2 * grid[0] - 1) * (2 * grid[1] - 1) == entries:
+            return grid, []
+    side = math.isqrt(max(entries, 0))
+    if side * side == entries and side % 2:
+        rows = (side + 1) // 2
+        size = f"{rows * patch[0]}x{rows * patch[1]} px"
+        return (rows, rows), [f"{GUESS}images of {size} in training, a square; pass image_size= if not"]
+    raise CheckpointError(
+        f"{where}: its table of relative positions has {table.shape[0]} entries, no square grid; "
+        "pass its image_size=(height, width)"
+    )
+
+
+def _grid_of_index(index: Tensor) -> tuple[int, int] | None:
+    """Grid of a relative_position_index [1 + N, 1 + N]: the index falls by one along a row of patches."""
+    if index.ndim != 2 or index.shape[0] < 2:
+        return None
+    from_first = index[1, 1].item() - index[1, 1:].to(torch.int64)
+    along_row = from_first == torch.arange(len(from_first))
+    columns = len(along_row) if bool(along_row.all()) else int((~along_row).to(torch.int64).argmax())
+    return len(from_first) // columns, columns
 
 
 def has_beit(view: View) -> bool:
@@ -29,7 +138,7 @@ def has_beit(view: View) -> bool:
     Not beside a decoder of MAE's (MSM-MAE has these biases).
     """
     names = view.tensors.keys()
-    return view.contents.config is None and {"blocks.0.attn.q_bias", "cls_token"} <= names and not mae.has_decoder(view)
+    return view.config is None and {"blocks.0.attn.q_bias", "cls_token"} <= names and not has_decoder(view)
 
 
 def convert_as(
@@ -48,7 +157,7 @@ def convert_as(
     The file's own options say more of mean and std than ``imagenet``; ``facts`` are fields of :class:`Converted`.
     """
     mapped = keys.to_timm(view.tensors)
-    index = next((tensor for key, tensor in view.tensors.items() if key.endswith(INDEX)), None)
+    index = next((tensor for key, tensor in view.tensors.items() if key.endswith("relative_position_index")), None)
     beit = infer_beit(mapped.tensors, wishes, view.where, index=index, name=name)
     option = view.contents.fact("imagenet_default_mean_and_std")
     imagenet = imagenet if option is None else bool(option)
@@ -59,22 +168,62 @@ def convert_as(
         beit.arguments,
         beit.num_heads,
         **account(view, mapped, {**(dropped or {}), **DROPPED}),
-        **(
-            {"position_rule": "bicubic", "pooling": "cls" if by_token else "mean", "notes": beit.notes + notes}
-            | values
-            | facts
-        ),
+        notes=beit.notes + notes,
+        **({"position_rule": "bicubic", "pooling": "cls" if by_token else "mean"} | values | facts),
     )
 
 
-def convert(view: View, wishes: Wishes) -> Converted:
+# --- BEiT (Bao et al., arXiv 2106.08254; microsoft/unilm, beit)
+
+_ALIKE = "fine-tuned files of BEiT and BEiT v2 are alike; v2 wants ImageNet's mean and std instead of 0.5"
+
+
+def _convert(view: View, wishes: Wishes) -> Converted:
     fine_tuned = "fc_norm.weight" in view.tensors
     return convert_as(view, wishes, "beit", imagenet=False, notes=(_ALIKE,) if fine_tuned else ())
 
 
-def to_source(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tensor]:
-    """The encoder's part of a state dict under "model"."""
-    return BEIT_NAMES.from_timm(state)
+BEIT = Family("beit", PROJECTION, has_beit, _convert, lambda state, _: BEIT_NAMES.from_timm(state))
+
+# --- BEiT v2 (arXiv 2208.06366; microsoft/unilm, beit2): pre-training files have a shallow head on the class token; its
+# fine-tuned files are BEiT's. SimMIM with a ViT (arXiv 2111.09886; microsoft/SimMIM): a decoder of one layer. CAE
+# (arXiv 2202.03026; lxtGH/CAE): absolute positions, twice, the encoder, which the authors fine-tune, and its running
+# average; fine-tuned files are BEiT's. EVA-01 (arXiv 2211.07636; baaivision/EVA): absolute positions, no layer scale.
+
+_CODEBOOK = 8192  # entries, of BEiT's visual tokens; the features of CLIP that EVA-01 predicts are narrower
 
 
-FAMILY = Family("beit", PROJECTION, has_beit, convert, to_source)
+def _family(name: str, is_it: Callable[[View], bool], *, kind: str = "beit", **facts: Any) -> Family:
+    """A family of ImageNet's mean and std, unless ``facts`` or the file's options say others."""
+
+    def convert(view: View, wishes: Wishes) -> Converted:
+        said = {} if view.contents.fact("imagenet_default_mean_and_std") else facts
+        return convert_as(view, wishes, kind, imagenet=True, **said)
+
+    return replace(BEIT, name=name, matches=lambda view: has_beit(view) and is_it(view), convert=convert)
+
+
+def _is_simmim(view: View) -> bool:
+    return "encoder" in view.prefix.split(".") and "decoder.0.weight" in view.beside
+
+
+def _is_eva01(view: View) -> bool:
+    """Absolute positions only, and no layer scale or a head of the width of features.
+
+    DeepSpeed, by which EVA-01 was trained, keeps the weights under "module".
+    """
+    names = view.tensors
+    if "pos_embed" not in names or any("relative_position" in name for name in names):
+        return False
+    head = names.get("lm_head.weight")
+    features = head is not None and head.shape[0] < _CODEBOOK and "module" in view.section.split(".")
+    return features or "blocks.0.gamma_1" not in names
+
+
+BEIT2 = _family("beit2", lambda view: any(name.startswith("cls_pt_layers.") for name in view.tensors), kind="beitv2")
+SIMMIM = _family("simmim", _is_simmim)
+CAE = replace(
+    _family("cae", lambda view: any(name.startswith("pretext_neck.") for name in view.beside)),
+    default_encoder=("encoder",),
+)
+EVA01 = _family("eva01", _is_eva01, mean=OPENAI_CLIP_MEAN, std=OPENAI_CLIP_STD)

@@ -34,7 +34,7 @@ _DROPPED = {
 
 
 def matches(view: View) -> bool:
-    return view.contents.config is None and "blocks.0.attn.qkv.weight" in view.tensors
+    return view.config is None and "blocks.0.attn.qkv.weight" in view.tensors
 
 
 def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:

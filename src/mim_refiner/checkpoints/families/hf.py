@@ -1,18 +1,23 @@
-"""What the Hugging Face transformers formats share: names of blocks (version 4 and 5), configs, preprocessing."""
+"""Formats of Hugging Face transformers (blocks as version 4 and 5 name them), with their configs and preprocessing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mim_refiner.checkpoints.families import base
-from mim_refiner.checkpoints.families.base import Family, View, Wishes
+from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.beit import BEIT_MEAN, BEIT_STD, infer_beit
+from mim_refiner.checkpoints.families.distilled import free_registers
 from mim_refiner.checkpoints.families.keymap import KeyMap, Template
 from mim_refiner.checkpoints.families.vit import vit_family
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from mim_refiner.types import BackboneInfo
 
 ANCHOR = "embeddings.patch_embeddings.projection.weight"
 NORM_EPS = 1e-12  # default of every transformers ViT; 4e-6 off in the features with timm's 1e-6
@@ -71,16 +76,14 @@ def has_query_bias_only(view: View) -> bool:
 
 def is_kind(view: View, model_type: str) -> bool:
     """Whether a config.json beside the weights says ``model_type``; True where there is none."""
-    return view.contents.config is None or view.model_type == model_type
+    return view.config is None or view.model_type == model_type
 
 
 def facts(view: View) -> dict[str, Any]:
     """``known_heads`` and ``known_size`` of the config.json, empty without one."""
-    config = view.contents.config
-    if config is None:
+    if view.config is None:
         return {}
-    size = config.get("image_size")
-    heads = config.get("num_attention_heads")
+    size, heads = view.config.get("image_size"), view.config.get("num_attention_heads")
     return {
         "known_heads": heads if isinstance(heads, int) else 0,
         "known_size": (size, size) if isinstance(size, int) else tuple(size) if size else None,
@@ -88,35 +91,154 @@ def facts(view: View) -> dict[str, Any]:
 
 
 def norm_eps(view: View, default: float = NORM_EPS) -> float:
-    return float((view.contents.config or {}).get("layer_norm_eps", default))
+    return float((view.config or {}).get("layer_norm_eps", default))
 
 
-def said(view: View, default_eps: float = NORM_EPS) -> dict[str, Any]:
+def said(view: View, *_: Any, default_eps: float = NORM_EPS) -> dict[str, Any]:
     """What the configs beside a ViT say, for :func:`vit_family`; CheckpointError for an activation that timm lacks."""
     check_activation(view)
     return facts(view) | mean_and_std(view) | {"norm_eps": norm_eps(view, default_eps)}
-
-
-def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
-    return said(view)
-
-
-def family(name: str, matches: Callable[[View], bool], **options: Any) -> Family:
-    """A family of plain ViTs of transformers; ``options`` as of :func:`vit_family`."""
-    given: dict[str, Any] = {"keys": VIT_KEYS, "prepare": _prepare, "position_rule": "hf"} | options
-    return vit_family(name, matches, anchor=ANCHOR, dropped=DROPPED, final_norm=True, **given)
 
 
 def mean_and_std(
     view: View, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
 ) -> dict[str, Any]:
     """Fields mean and std: those of preprocessor_config.json, else the defaults given."""
-    found: Mapping[str, Any] = (view.contents.config or {}).get("preprocessor") or {}
+    found: Mapping[str, Any] = (view.config or {}).get("preprocessor") or {}
     return {"mean": tuple(found.get("image_mean") or mean), "std": tuple(found.get("image_std") or std)}
 
 
 def check_activation(view: View) -> None:
     """CheckpointError for an activation that timm's blocks do not have."""
-    activation = (view.contents.config or {}).get("hidden_act", "gelu")
+    activation = (view.config or {}).get("hidden_act", "gelu")
     if activation != "gelu":
         raise CheckpointError(f"{view.where}: its config says hidden_act '{activation}'; choose one with gelu")
+
+
+def _family(name: str, matches: Callable[[View], bool], keys: KeyMap = VIT_KEYS, **options: Any) -> Family:
+    """A family of plain ViTs; ``options`` as of :func:`vit_family`. What we write is of the bare model (no prefix)."""
+    given: dict[str, Any] = {
+        "prepare": said,
+        "position_rule": "hf",
+        "to_source": lambda state, _: keys.from_timm(state),
+    }
+    return vit_family(name, matches, keys=keys, anchor=ANCHOR, dropped=DROPPED, final_norm=True, **given | options)
+
+
+# --- ViTMAE, and ViT and ViTMSN, which have the same encoder, encoder only or with decoder; I-JEPA, without class token
+
+
+def _is_vitmae(view: View) -> bool:
+    """A ViT with class token and all three biases; a config.json, if any, says vit_mae, vit or vit_msn."""
+    known = any(is_kind(view, kind) for kind in ("vit_mae", "vit", "vit_msn"))
+    return known and "embeddings.cls_token" in view.tensors and not has_query_bias_only(view)
+
+
+def _prepare_vitmae(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    is_mae = view.model_type == "vit_mae" or any(name.startswith("decoder.") for name in view.beside)
+    return said(view) | {"family": None if is_mae else "hf_vit"}
+
+
+VITMAE = _family("hf_vitmae", _is_vitmae, prepare=_prepare_vitmae)
+IJEPA = _family(
+    "hf_ijepa",
+    lambda view: is_kind(view, "ijepa") and "embeddings.cls_token" not in view.tensors,
+    pooling="mean",
+)
+
+# --- DINOv2, with and without registers (our exports of ViTs with layer scale or registers)
+
+_DINOV2_KEYS = KeyMap(
+    [
+        *_COMMON[:4],
+        ("embeddings.register_tokens", "reg_token"),
+        (_OLD + "norm1.{p}", "blocks.{i}.norm1.{p}"),
+        (_OLD + "norm2.{p}", "blocks.{i}.norm2.{p}"),
+        (tuple(name + "{p}" for name in _OLD_QKV), "blocks.{i}.attn.qkv.{p}"),
+        (_OLD + "attention.output.dense.{p}", "blocks.{i}.attn.proj.{p}"),
+        (_OLD + "layer_scale1.lambda1", "blocks.{i}.ls1.gamma"),
+        (_OLD + "layer_scale2.lambda1", "blocks.{i}.ls2.gamma"),
+        (_OLD + "mlp.fc1.{p}", "blocks.{i}.mlp.fc1.{p}"),
+        (_OLD + "mlp.fc2.{p}", "blocks.{i}.mlp.fc2.{p}"),
+        (_OLD + "mlp.weights_in.{p}", "blocks.{i}.mlp.fc1.{p}"),  # SwiGLU of the giant one
+        (_OLD + "mlp.weights_out.{p}", "blocks.{i}.mlp.fc2.{p}"),
+    ]
+)
+
+
+def _is_dinov2(view: View) -> bool:
+    """Layer scale under DINOv2's name; a config.json, if any, says dinov2."""
+    known = any(is_kind(view, kind) for kind in ("dinov2", "dinov2_with_registers"))
+    return known and "encoder.layer.0.layer_scale1.lambda1" in view.tensors
+
+
+def _prepare_dinov2(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    free_registers(tensors)
+    return said(view, default_eps=1e-6) | {"position_rule": "timm" if "reg_token" in tensors else "hf"}
+
+
+def to_dinov2(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tensor]:
+    """The table of ``state`` counts the class token."""
+    mask = torch.zeros(1, info.embed_dim)  # the model has it and does not use it
+    return {**_DINOV2_KEYS.from_timm(state), "embeddings.mask_token": mask}
+
+
+DINOV2 = _family("hf_dinov2", _is_dinov2, _DINOV2_KEYS, prepare=_prepare_dinov2, to_source=to_dinov2)
+
+# --- BEiT with relative tables shared or per block, or absolute positions; Data2VecVision, the first data2vec, has
+# BEiT's architecture and names
+
+
+def _is_data2vec(view: View) -> bool:
+    """BEiT's biases and a config.json that says data2vec-vision, or the prefix of its task models."""
+    named = view.config is None and "data2vec_vision" in view.prefix.split(".")
+    return (named or view.model_type == "data2vec-vision") and has_query_bias_only(view)
+
+
+def _convert_beit(view: View, wishes: Wishes) -> Converted:
+    check_activation(view)
+    view = _with_outer_norm(view)
+    mapped = BEIT_KEYS.to_timm(view.tensors)
+    beit = infer_beit(mapped.tensors, wishes, view.where, **facts(view))
+    # A model that pools by the mean has its norm in the pooler, and none without pooler.
+    mean_pooling = (view.config or {}).get("use_mean_pooling", True)
+    has_norm = any(name.startswith(("norm.", "fc_norm.")) for name in mapped.tensors)
+    # transformers reads a relative table columns first, which matters where the image is no square.
+    relative = any(name.endswith("relative_position_bias_table") for name in mapped.tensors)
+    height, width = beit.arguments["img_size"]
+    return Converted(
+        beit.architecture,
+        beit.arguments,
+        beit.num_heads,
+        **account(view, mapped, DROPPED),
+        **mean_and_std(view, BEIT_MEAN, BEIT_STD),
+        norm_eps=norm_eps(view),
+        without=("norm", "fc_norm") if mean_pooling and not has_norm else (),
+        position_rule="hf_transposed" if relative and height != width else "hf",
+        pooling="mean" if mean_pooling else "cls",
+        notes=beit.notes,
+    )
+
+
+def _with_outer_norm(view: View) -> View:
+    """In BeitForMaskedImageModeling the encoder's final norm lies outside "beit."."""
+    outer = {short: name for short, name in view.beside.items() if short.startswith("layernorm.")}
+    if not outer or "layernorm.weight" in view.tensors:
+        return view
+    section = view.contents.section(view.section)
+    return replace(
+        view,
+        tensors=view.tensors | {short: section[name] for short, name in outer.items()},
+        names=view.names | outer,
+        outside={short: name for short, name in view.outside.items() if name not in outer.values()},
+    )
+
+
+BEIT = Family(
+    "hf_beit",
+    ANCHOR,
+    lambda view: is_kind(view, "beit") and has_query_bias_only(view),
+    _convert_beit,
+    lambda state, _: BEIT_KEYS.from_timm(state),
+)
+DATA2VEC = replace(BEIT, name="hf_data2vec_vision", matches=_is_data2vec)

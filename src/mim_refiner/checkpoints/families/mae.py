@@ -1,19 +1,19 @@
-"""Files of masked autoencoders (He et al., arXiv 2111.06377; layout of github.com/facebookresearch/mae).
-
-Published encoder-only files and fine-tuned ones {"model": ...}, files with decoder, linear probes, and training
-checkpoints with optimiser and options. The encoder's names are timm's. The same layout have MAE-Lite, RETFound,
-SSL4EO-S12 (13 bands), SatMAE for RGB, AudioMAE and MSM-MAE (one channel, no square; biases of query and value only).
-"""
+"""Masked autoencoders that are plain ViTs under timm's names, and what each is told from the others by."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import View, Wishes
-from mim_refiner.checkpoints.families.plain_vit import TIMM_NAMES, has_plain_vit
+from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, View, Wishes
+from mim_refiner.checkpoints.families.plain_vit import TIMM_NAMES, count_blocks, has_plain_vit
 from mim_refiner.checkpoints.families.vit import vit_family
+from mim_refiner.errors import InputError
+from mim_refiner.models.positions import sinusoid_table
 from mim_refiner.types import BackboneInfo
 
 
@@ -24,27 +24,198 @@ def has_decoder(view: View) -> bool:
     return has_plain_vit(names) and any(name.startswith("mask_token") for name in names) and decoder
 
 
-def matches(view: View) -> bool:
+def _norm_of_file(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    """Every file has the final norm or that after pooling; one without either is incomplete."""
+    return {"final_norm": None if "fc_norm.weight" in tensors else True}
+
+
+# --- MAE (He et al., arXiv 2111.06377; github.com/facebookresearch/mae): published encoder-only files and fine-tuned
+# ones {"model": ...}, files with decoder, linear probes, and training checkpoints with optimiser and options. The same
+# layout have MAE-Lite, RETFound, SSL4EO-S12 (13 bands), SatMAE for RGB, AudioMAE and MSM-MAE (one channel, no square;
+# biases of query and value only).
+
+
+def _is_mae(view: View) -> bool:
     """A plain ViT that comes with MAE's decoder, or alone under "model" and with a class token, as published files are.
 
     A ViT under "model" with a classifier of one layer but without ``fc_norm`` is not MAE's (DeiT's files look so).
     """
     names = view.tensors
-    if view.contents.config is not None or not has_plain_vit(names):
+    if view.config is not None or not has_plain_vit(names):
         return False
     plain = "cls_token" in names and "reg_token" not in names and "blocks.0.ls1.gamma" not in names
     published = view.section == "model" and plain
     return has_decoder(view) or (published and ("head.weight" not in names or "fc_norm.weight" in names))
 
 
-def prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, bool | None]:
-    """Every file has the final norm or that after pooling; one without either is incomplete."""
-    return {"final_norm": None if "fc_norm.weight" in tensors else True}
+def _to_mae(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tensor]:
+    return TIMM_NAMES.from_timm(state)  # under "model" in the published files
 
 
-def to_source(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tensor]:
-    """The state dict under "model" of a published encoder-only file."""
-    return TIMM_NAMES.from_timm(state)
+MAE = vit_family("mae", _is_mae, prepare=_norm_of_file, to_source=_to_mae)
+
+# --- dBOT (Liu et al., arXiv 2209.03917; github.com/liuxingbin/dbot): MAE's layout with a last layer of its own that
+# predicts features. An encoder-only file cannot be told from MAE's and is taken for one; both load alike.
+
+DBOT = replace(
+    MAE,
+    name="dbot",
+    matches=lambda view: view.config is None and has_decoder(view) and "decoder_predp.weight" in view.tensors,
+)
+
+# --- CrossMAE (Fu et al., arXiv 2401.14391; github.com/TonyLianLong/CrossMAE): MAE's layout with a decoder that attends
+# to the encoder's tokens. It reads a weighted sum of all blocks, so the encoder has no final norm; where it reads the
+# last block only, there is one. Features are pooled by the mean of the patch tokens.
 
 
-FAMILY = vit_family("mae", matches, prepare=prepare, to_source=to_source)
+def _is_crossmae(view: View) -> bool:
+    crossing = any(name.startswith("decoder_blocks.") and ".cross_attn." in name for name in view.tensors)
+    return view.config is None and crossing and has_decoder(view)
+
+
+CROSSMAE = vit_family(
+    "crossmae",
+    _is_crossmae,
+    dropped={"dec_norms.": "norms of the decoder's inputs", "wfm.": "weights of the sum over blocks for the decoder"},
+    prepare=lambda view, *_: {"final_norm": None if any(name.startswith("wfm.") for name in view.tensors) else True},
+    to_source=_to_mae,
+    pooling="mean",
+    heads={384: 6},
+)
+
+# --- Scale-MAE (Reed et al., arXiv 2212.14532; github.com/bair-climate-initiative/scale-mae): MAE's encoder with a
+# decoder of two resolutions. The authors' positions are those of the stored table at a ground sampling distance of 1,
+# and are computed anew for every image size.
+
+_SCALE_HEADS = ("fpn.", "fcn.", "fcn_high.", "fcn_low.")
+
+
+def _is_scale_mae(view: View) -> bool:
+    return view.config is None and has_plain_vit(view.tensors) and any(n.startswith(_SCALE_HEADS) for n in view.tensors)
+
+
+SCALE_MAE = vit_family(
+    "scale_mae",
+    _is_scale_mae,
+    dropped=dict.fromkeys((*_SCALE_HEADS, "pos_emb_projection."), "head of the decoder"),
+    prepare=_norm_of_file,
+    position_rule="sincos",
+    notes=("positions of a ground sampling distance of 1; the authors scale them by that of the image",),
+)
+
+# --- MAE-CT and its MAEs (Lehner et al., arXiv 2304.10520; github.com/ml-jku/MAE-CT): {"state_dict": ...,
+# "ctor_kwargs": ...}, the encoder alone, without positions of the class token.
+
+
+def _is_mae_ct(view: View) -> bool:
+    """A plain ViT alone under "state_dict", with its constructor's arguments beside it or positions of patches only."""
+    names = view.tensors
+    if not view.alone or not has_plain_vit(names) or not {"cls_token", "pos_embed"} <= names.keys():
+        return False
+    entries = names["pos_embed"].shape[1]
+    free = math.isqrt(entries) ** 2 == entries and math.isqrt(entries - 1) ** 2 != entries - 1
+    return free or any(path.startswith("ctor_kwargs.") for path in view.contents.facts)
+
+
+MAE_CT = vit_family(
+    "mae_ct",
+    _is_mae_ct,
+    prepare=lambda view, *_: {"known_heads": view.contents.fact("attention_heads") or 0},
+    final_norm=True,
+)
+
+# --- MAE-pytorch (github.com/pengzhiliang/MAE-pytorch) and VideoMAE (arXiv 2203.12602, MCG-NJU/VideoMAE): no class
+# token; biases of query and value only; positions by the number of the patch, which the code computes and the file has
+# not. VideoMAE's patches span several frames: an image is taken for one such tubelet of equal frames.
+
+
+def _is_mae_pytorch(view: View) -> bool:
+    """A ViT without class token, with BEiT's biases, and without a table or with a decoder of this code beside it."""
+    names = view.tensors
+    if view.config is not None or "cls_token" in names or "blocks.0.attn.q_bias" not in names:
+        return False
+    return has_plain_vit(names) and ("pos_embed" not in names or "encoder_to_decoder.weight" in view.beside)
+
+
+def _prepare_pytorch(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    notes, weight, said = [], tensors[PROJECTION], _norm_of_file(view, tensors, wishes)
+    if weight.ndim == 5:
+        tensors[PROJECTION] = weight.sum(dim=2)
+        said["family"] = "videomae"
+        frames = weight.shape[2]
+        notes.append(f"an image stands for one tubelet of {frames} equal frames; the authors' videos have more")
+    if "pos_embed" not in tensors:
+        height, width = wishes.image_size or (224, 224)
+        count = (height // weight.shape[-2]) * (width // weight.shape[-1])
+        tensors["pos_embed"] = sinusoid_table(count, weight.shape[0])
+        said |= {"position_rule": "sinusoid", "known_size": (height, width)}
+        notes.append(f"positions are computed for the image size, here {height}x{width}; image_size= sets it")
+    return said | {"notes": tuple(notes)}
+
+
+MAE_PYTORCH = vit_family("mae_pytorch", _is_mae_pytorch, prepare=_prepare_pytorch, pooling="mean", heads={384: 6})
+
+# --- TinyMIM (Ren et al., arXiv 2301.01296; github.com/OliverRensu/TinyMIM), pre-training files: no decoder. The last
+# block has other heads than the rest, for it imitates relations of a larger teacher; what comes after its attention was
+# never trained. Told by the model's name among the file's options.
+
+_TINY_HEADS = {"tiny": (6, 12), "small": (6, 12), "base": (12, 16)}  # size -> heads of all blocks, of the last
+_TINY_NOTE = "the last block has {} heads, the others {}; only its attention was trained, so take an earlier block"
+
+
+def _is_tinymim(view: View) -> bool:
+    named = str(view.contents.fact("model")).startswith("tinymim")
+    return named and view.config is None and has_plain_vit(view.tensors) and not has_decoder(view)
+
+
+def _prepare_tinymim(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    model = str(view.contents.fact("model"))
+    asked = (wishes.num_heads, wishes.num_heads)
+    heads, last = next((heads for size, heads in _TINY_HEADS.items() if size in model), asked)
+    if heads is None or last is None:
+        raise InputError(f"{view.where}: the heads of the TinyMIM model '{model}' are unknown; pass num_heads=")
+    arguments = {"block_heads": (heads,) * (count_blocks(tensors) - 1) + (last,)}
+    return {"known_heads": heads, "arguments": arguments, "notes": (_TINY_NOTE.format(last, heads),)}
+
+
+TINYMIM = vit_family("tinymim", _is_tinymim, prepare=_prepare_tinymim, final_norm=True, architecture="vit_variant")
+
+# --- Bird-MAE (Rauch et al., arXiv 2504.12880; github.com/DBD-research-group/Bird-MAE and its hub): spectrograms of one
+# channel. The hub's files have a norm after pooling beside the final one, which the authors' forward pass leaves out;
+# Lightning files with a decoder; and the file refined by MIM-Refiner's recipe.
+
+_BIRD_NOTE = "the authors normalise log-mel values by (x + 7.2) / 8.86; compute mean and std of your images"
+_BIRD_SIZE = (512, 128)  # frames x mel bands of the published files
+
+
+def _is_bird_mae(view: View) -> bool:
+    """A ViT of one channel with both norms, or with Bird-MAE's names of the image size among its arguments."""
+    names = view.tensors
+    if not has_plain_vit(names) or "cls_token" not in names or names[PROJECTION].shape[1] != 1:
+        return False
+    return names.keys() >= {"norm.weight", "fc_norm.weight"} or view.contents.fact("img_size_x") is not None
+
+
+def _prepare_bird(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    if "fc_norm.weight" in tensors:
+        for name in ("norm.weight", "norm.bias"):
+            tensors.pop(name, None)
+    size = (view.contents.fact("img_size_x"), view.contents.fact("img_size_y"))
+    if all(isinstance(side, int) for side in size):
+        return {"known_size": size}
+    rows, columns = (side // patch for side, patch in zip(_BIRD_SIZE, tensors[PROJECTION].shape[2:], strict=True))
+    if tensors["pos_embed"].shape[1] != rows * columns + 1:
+        return {}
+    shown = f"{_BIRD_SIZE[0]}x{_BIRD_SIZE[1]}"
+    guess = f"{GUESS}spectrograms of {shown}, as the authors' files; pass image_size= if yours differ"
+    return {"known_size": _BIRD_SIZE, "notes": (_BIRD_NOTE, guess)}
+
+
+BIRD_MAE = vit_family(
+    "bird_mae",
+    _is_bird_mae,
+    dropped={"norm.": "unused: the pooled mean has a norm of its own"},
+    prepare=_prepare_bird,
+    pooling="mean",
+    notes=(_BIRD_NOTE,),
+)

@@ -40,7 +40,7 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
     tensors["pos_embed"] = table.flatten(1, 2)
     return {
         "final_norm": not post_norm,
-        "known_heads": (view.contents.config or {}).get("num_heads", 0),  # of our exports; a bare file does not tell
+        "known_heads": (view.config or {}).get("num_heads", 0),  # of our exports; a bare file does not tell
         "known_size": (table.shape[1] * patch[0], table.shape[2] * patch[1]),
         **({"architecture": "vit_postnorm"} if post_norm else {}),
     }

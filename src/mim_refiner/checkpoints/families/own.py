@@ -15,7 +15,7 @@ from timm.models import is_model_in_modules
 from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account
-from mim_refiner.checkpoints.families.dinov2 import free_registers
+from mim_refiner.checkpoints.families.distilled import free_registers
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
 from mim_refiner.checkpoints.families.plain_vit import infer_structure
 from mim_refiner.checkpoints.store import one_line

@@ -48,7 +48,7 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
     dates = (table.shape[1] - 1) // length
     tensors["pos_embed"] = table[:, : 1 + length]
     second = "encoder" in view.prefix.split(".")
-    config = (view.contents.config or {}).get("pretrained_cfg") or {}
+    config = (view.config or {}).get("pretrained_cfg") or {}
     version = 1 if not second or (weight.shape[0] == 768 and "temporal_embed_enc.scale" not in view.tensors) else 2
     mean, std = (config.get(key) or values for key, values in zip(("mean", "std"), _BANDS[version], strict=True))
     note = f"the positions of one date out of {dates}, as the authors' model with num_frames=1" if dates > 1 else None

@@ -36,7 +36,7 @@ _DROPPED = DROPPED | {f"norm{n}.": "norm of an earlier stage's output" for n in 
 
 def matches(view: View) -> bool:
     """Swin's stages of blocks with a table of positions in each, without a config beside them."""
-    return view.contents.config is None and any(
+    return view.config is None and any(
         name.startswith(("layers.0.blocks.0.attn.", "stages.0.blocks.0.attn.w_msa.")) and name.endswith(_TABLE)
         for name in view.tensors
     )

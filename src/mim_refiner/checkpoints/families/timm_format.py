@@ -30,7 +30,7 @@ from mim_refiner.types import BackboneInfo
 
 def matches(view: View) -> bool:
     """A plain ViT under timm's names, or anything with a config.json that no other family claims."""
-    return view.contents.config is not None or has_plain_vit(view.tensors)
+    return view.config is not None or has_plain_vit(view.tensors)
 
 
 # timm drops init_values=None and takes the name's own value; 0 leaves layer scale out of these.
@@ -40,7 +40,7 @@ _BARE = vit_family("timm", matches, mean=None, std=None, position_rule="timm")
 
 def convert(view: View, wishes: Wishes) -> Converted:
     """With a config.json the architecture is built as it says, otherwise the structure is read from the tensors."""
-    config = view.contents.config
+    config = view.config
     return _BARE.convert(view, wishes) if config is None else _from_config(view, config, wishes)
 
 

@@ -31,7 +31,7 @@ def matches(view: View) -> bool:
 
 def matches_hf(view: View) -> bool:
     names = {"encoder.layer.0.mlp.fc1.weight", "encoder.layer.0.layernorm_before.weight", "layernorm.weight"}
-    known = view.contents.config is None or str(view.model_type).startswith("vitpose")
+    known = view.config is None or str(view.model_type).startswith("vitpose")
     return known and names <= view.tensors.keys() and "embeddings.cls_token" not in view.tensors
 
 
