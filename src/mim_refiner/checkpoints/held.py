@@ -103,9 +103,15 @@ class HeldTensor:
 
 @dataclass(eq=False)
 class Named:
-    """A class or function by its full name."""
+    """A class or function by its full name; a call of it in a pickle goes to ``called``."""
 
     name: str
+    called: Callable[[Named, tuple[Any, ...]], Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.called is None:
+            raise BrokenPickleError("it calls something that is no named class")
+        return self.called(self, arguments)
 
 
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ def load_backbone(
     """
     if isinstance(source, nn.Module):
         return _held(source, _pair(image_size))
-    bare, wishes, key_map = _merge(source, Wishes(_pair(image_size), num_heads, in_chans, encoder), key_map)
+    given = {"image_size": _pair(image_size), "num_heads": num_heads, "in_chans": in_chans, "encoder": encoder}
+    bare, wishes, key_map = _merge(source, given, key_map)
     found = _examine(bare, wishes, key_map)
     if found.problem is not None and (strict or not found.is_gap):
         raise found.problem
@@ -123,35 +124,25 @@ def inspect_checkpoint(
     unknown) is reported: ``problem`` is the line that loading ends with. Raises CheckpointError if it cannot be read
     safely or is of no known family, InputError for an unusable option.
     """
-    bare, wishes, key_map = _merge(source, Wishes(_pair(image_size), num_heads, in_chans, encoder), key_map)
+    given = {"image_size": _pair(image_size), "num_heads": num_heads, "in_chans": in_chans, "encoder": encoder}
+    bare, wishes, key_map = _merge(source, given, key_map)
     found = _examine(bare, wishes, key_map)
     diagnosis, info = found.diagnosis, found.backbone.info
     known_heads = diagnosis.converted.num_heads != 0
+    of_encoder = {f.name: getattr(info, f.name) for f in fields(CheckpointReport) if hasattr(info, f.name)}
     return CheckpointReport(
-        source=bare,
-        family=diagnosis.family,
-        architecture=info.architecture if known_heads else info.architecture.replace("heads=1,", "heads=?,"),
-        embed_dim=info.embed_dim,
-        depth=info.depth,
-        num_heads=info.num_heads if known_heads else 0,
-        patch_size=info.patch_size,
-        image_size=wishes.image_size or info.image_size,
-        num_prefix_tokens=info.num_prefix_tokens,
-        licence=diagnosis.licence,
-        coverage=info.coverage,
+        **of_encoder
+        | {
+            "architecture": info.architecture if known_heads else info.architecture.replace("heads=1,", "heads=?,"),
+            "num_heads": info.num_heads if known_heads else 0,
+            "image_size": wishes.image_size or info.image_size,
+        },
         tensors=tuple(found.records),
         missing=tuple(found.missing),
         notes=found.notes,
         problem="" if found.problem is None else str(found.problem),
         encoder=diagnosis.view.label,
         encoders=diagnosis.encoders,
-        in_chans=info.in_chans,
-        has_cls=info.has_cls,
-        mean=info.mean,
-        std=info.std,
-        position_rule=info.position_rule,
-        norm_eps=info.norm_eps,
-        pooling=info.pooling,
     )
 
 
@@ -212,19 +203,15 @@ def _check_size(sketch: Any, diagnosis: Diagnosis, source: str) -> None:
         )
 
 
-def _merge(source: str | Path, wishes: Wishes, key_map: KeyMapLike) -> tuple[str, Wishes, KeyMapLike]:
+def _merge(source: str | Path, given: Mapping[str, Any], key_map: KeyMapLike) -> tuple[str, Wishes, KeyMapLike]:
     """(source, wishes, key map) with the options that stand in the source; arguments win over them."""
     bare, options = split_options(source)
-    merged = Wishes(
-        image_size=wishes.image_size or options.image_size,
-        num_heads=wishes.num_heads or options.num_heads,
-        in_chans=options.in_chans if wishes.in_chans is None else wishes.in_chans,
-        encoder=wishes.encoder or options.encoder,
-    )
-    size = merged.image_size
+    in_source = options.pop("key_map", None)
+    wishes = Wishes(**options | {name: value for name, value in given.items() if value is not None})
+    size = wishes.image_size
     if size is not None and (min(size) < 1 or size[0] * size[1] > MAX_PIXELS):
         raise InputError(f"image_size {size[0]}x{size[1]} is no image size that an encoder takes; correct it")
-    return bare, merged, options.key_map if key_map is None else key_map
+    return bare, wishes, in_source if key_map is None else key_map
 
 
 def _diagnose(source: str, wishes: Wishes, key_map: KeyMapLike) -> Diagnosis:

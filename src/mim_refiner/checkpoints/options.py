@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mim_refiner.errors import InputError, did_you_mean
 
 _MARK = "::"
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """What a source says about itself; None = nothing."""
-
-    image_size: tuple[int, int] | None = None
-    num_heads: int | None = None
-    in_chans: int | None = None
-    encoder: str | None = None
-    key_map: str | None = None
+_KNOWN = ("image_size", "num_heads", "in_chans", "encoder", "key_map")
 
 
 def with_options(source: str, **options: object) -> str:
@@ -35,8 +25,8 @@ def bare_source(source: str) -> str:
     return split_options(source)[0]
 
 
-def split_options(source: str | Path) -> tuple[str, SourceOptions]:
-    """(source without options, options); InputError for an unknown option or an unusable value.
+def split_options(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """(source without options, {option: value}); InputError for an unknown option or an unusable value.
 
     A file whose name contains the mark is taken literally.
     """
@@ -45,20 +35,19 @@ def split_options(source: str | Path) -> tuple[str, SourceOptions]:
     text = str(source)
     bare, mark, listed = text.rpartition(_MARK)
     if not mark or "=" not in listed or _exists(text):
-        return text, SourceOptions()
-    values: dict[str, object] = {}
+        return text, {}
+    values: dict[str, Any] = {}
     for item in listed.split(","):
         name, equals, value = (part.strip() for part in item.partition("="))
-        if name not in SourceOptions.__dataclass_fields__ or not equals or not value:
-            known = ", ".join(SourceOptions.__dataclass_fields__)
-            close = did_you_mean(name, SourceOptions.__dataclass_fields__)
+        if name not in _KNOWN or not equals or not value:
+            use = f"use NAME=VALUE with {', '.join(_KNOWN)}"
             raise InputError(
-                f"{text[:200]}: '{item[:80]}' is no option of a model source{close}; use NAME=VALUE with {known}"
+                f"{text[:200]}: '{item[:80]}' is no option of a model source{did_you_mean(name, _KNOWN)}; {use}"
             )
         values[name] = _number(name, value) if name in ("num_heads", "in_chans") else value
     if "image_size" in values:
-        values["image_size"] = parse_size(str(values["image_size"]))
-    return bare, SourceOptions(**values)  # type: ignore[arg-type]
+        values["image_size"] = parse_size(values["image_size"])
+    return bare, values
 
 
 def parse_size(text: str) -> tuple[int, int]:

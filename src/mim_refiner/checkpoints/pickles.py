@@ -61,13 +61,16 @@ class _Counted(io.BytesIO):
 
 
 class _Reader(pickle._Unpickler):
-    """The unpickler in plain Python, whose operations can be replaced one by one."""
+    """The unpickler in plain Python, whose operations can be replaced one by one.
+
+    What a pickle names is :class:`Named`, which takes a call and returns a record; so the operations that call, append
+    and build from bytes of their own stay the library's, and fail on anything else.
+    """
 
     stack: list[Any]
     metastack: list[Any]
     append: Callable[[Any], None]
     read: Callable[[int], bytes]
-    readline: Callable[[], bytes]
     pop_mark: Callable[[], list[Any]]
 
     def __init__(self, file: _Counted, *, nested: bool = False) -> None:
@@ -82,7 +85,7 @@ class _Reader(pickle._Unpickler):
         full = f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
         if not is_harmless(full) and (full != _NESTED or self.nested):
             self.forbidden[full] = None
-        return Named(full)
+        return Named(full, self.call)
 
     def persistent_load(self, wanted: Any) -> Any:
         if isinstance(wanted, tuple) and len(wanted) == 4 and wanted[0] == "module":  # legacy: a class with its source
@@ -104,10 +107,8 @@ class _Reader(pickle._Unpickler):
             raise BrokenPickleError("it has a view of a storage that is none")
         return Storage(str(view[0]), dtype, view[2], view=(storage, view[1]))
 
-    def call(self, function: Any, arguments: Any) -> Any:
+    def call(self, function: Named, arguments: tuple[Any, ...]) -> Any:
         """What stands for ``function(*arguments)``."""
-        if not isinstance(function, Named) or not isinstance(arguments, tuple):
-            raise BrokenPickleError("it calls something that is no named class")
         if function.name == _NESTED and len(arguments) == 1 and isinstance(arguments[0], bytes):
             return read_legacy(memoryview(bytearray(arguments[0])), nested=True)
         if code := makes_code(function, arguments):
@@ -117,7 +118,9 @@ class _Reader(pickle._Unpickler):
 
     def load_reduce(self) -> None:
         arguments = self.stack.pop()
-        self.stack[-1] = self.call(self.stack[-1], arguments)
+        if not isinstance(self.stack[-1], Named) or not isinstance(arguments, tuple):
+            raise BrokenPickleError("it calls something that is no named class")
+        self.stack[-1] = self.stack[-1](*arguments)
 
     def load_newobj_ex(self) -> None:
         self.stack.pop()  # arguments by name
@@ -131,56 +134,23 @@ class _Reader(pickle._Unpickler):
         elif not isinstance(target, dict | list | HeldTensor):  # _metadata of a state dict, attributes of a tensor
             raise BrokenPickleError("it sets the state of something that is no object")
 
-    def load_empty_set(self) -> None:
-        self.append([])
-
-    def load_frozenset(self) -> None:
-        members = self.pop_mark()  # first: it makes self.append that of the stack below
-        self.append(tuple(members))
-
-    def load_appends(self) -> None:
-        members = self.pop_mark()
-        if not isinstance(self.stack[-1], list | Stub):
-            raise BrokenPickleError("it appends to something that is no list")
-        for member in members:
-            self.stack[-1].append(member)
-
-    def load_append(self) -> None:
-        member = self.stack.pop()
-        if not isinstance(self.stack[-1], list | Stub):
-            raise BrokenPickleError("it appends to something that is no list")
-        self.stack[-1].append(member)
-
     def load_setitems(self) -> None:
-        items = self.pop_mark()
-        if not isinstance(self.stack[-1], dict | Stub):
-            raise BrokenPickleError("it sets items of something that is no dict")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            check_key(key)
-            self.stack[-1][key] = value
+        self.set_items(self.pop_mark())
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        check_key(key)
-        if not isinstance(self.stack[-1], dict | Stub):
-            raise BrokenPickleError("it sets items of something that is no dict")
-        self.stack[-1][key] = value
+        self.set_items([key, value])
 
     def load_dict(self) -> None:
         items = self.pop_mark()
         self.append({})
+        self.set_items(items)
+
+    def set_items(self, items: list[Any]) -> None:
+        """Keys and values, one behind the other, into the mapping on top of the stack."""
         for key, value in zip(items[::2], items[1::2], strict=True):
             check_key(key)
             self.stack[-1][key] = value
-
-    def load_inst(self) -> None:
-        module, name = (self.readline()[:-1].decode("ascii") for _ in range(2))
-        arguments = self.pop_mark()
-        self.append(self.call(self.find_class(module, name), tuple(arguments)))
-
-    def load_obj(self) -> None:
-        function, *arguments = self.pop_mark()
-        self.append(self.call(function, tuple(arguments)))
 
     def load_frame(self) -> None:
         self.read(8)  # only a hint how much to read at once
@@ -188,13 +158,14 @@ class _Reader(pickle._Unpickler):
     def load_bytearray8(self) -> None:
         self.append(self.read(int.from_bytes(self.read(8), "little")))
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch) | {
+    _usual: ClassVar[dict[int, Callable[[Any], None]]] = pickle._Unpickler.dispatch
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_usual) | {
         pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_reduce, pickle.NEWOBJ_EX[0]: load_newobj_ex,
-        pickle.BUILD[0]: load_build, pickle.EMPTY_SET[0]: load_empty_set, pickle.FROZENSET[0]: load_frozenset,
-        pickle.ADDITEMS[0]: load_appends, pickle.APPENDS[0]: load_appends, pickle.APPEND[0]: load_append,
-        pickle.SETITEMS[0]: load_setitems, pickle.SETITEM[0]: load_setitem, pickle.DICT[0]: load_dict,
-        pickle.INST[0]: load_inst, pickle.OBJ[0]: load_obj, pickle.FRAME[0]: load_frame,
-        pickle.BYTEARRAY8[0]: load_bytearray8,
+        pickle.BUILD[0]: load_build, pickle.SETITEMS[0]: load_setitems, pickle.SETITEM[0]: load_setitem,
+        pickle.DICT[0]: load_dict, pickle.FRAME[0]: load_frame, pickle.BYTEARRAY8[0]: load_bytearray8,
+        # sets are lists: their members need no hash
+        pickle.EMPTY_SET[0]: _usual[pickle.EMPTY_LIST[0]], pickle.ADDITEMS[0]: _usual[pickle.APPENDS[0]],
+        pickle.FROZENSET[0]: _usual[pickle.TUPLE[0]],
     }  # fmt: skip
     for _code in (pickle.PERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER):
         del dispatch[_code[0]]  # no checkpoint needs them
