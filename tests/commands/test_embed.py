@@ -190,7 +190,7 @@ from mim_refiner.reporting import NullReporter
 
 class Kill(NullReporter):
     def update(self, step, metrics):
-        if step >= 24:  # a whole part of 16 images lies on the disk, half of the next is computed
+        if step >= 24:  # 16 images are noted as finished, more are computed
             os.kill(os.getpid(), signal.SIGKILL)
 
 embed(model={model!r}, data={data!r}, out={out!r}, batch_size=2, device="cpu", reporter=Kill())
@@ -204,15 +204,13 @@ def test_killed_and_restarted_the_bytes_are_those_of_an_uninterrupted_run(model,
     killed = forked(KILLED.format(model=str(model), data=str(damaged), out=str(out)))
     assert killed.returncode == -signal.SIGKILL, killed.said()
     parts = out.with_name(out.name + ".parts")
-    assert sorted(path.name for path in parts.iterdir()) == ["part-000000.safetensors", "settings.json"]
+    assert sorted(path.name for path in parts.iterdir()) == ["done.json", "features.npy", "settings.json"]
+    assert json.loads((parts / "done.json").read_text())["done"] == 16
     assert not out.exists()
-    kept = (parts / "part-000000.safetensors").stat().st_mtime_ns
     seen: list[int] = []
 
     class Steps(NullReporter):
         def update(self, step: int, metrics: Any) -> None:
-            if not seen:
-                assert (parts / "part-000000.safetensors").stat().st_mtime_ns == kept  # not computed again
             seen.append(step)
 
     embed(model=str(model), data=str(damaged), out=str(out), batch_size=2, device="cpu", reporter=Steps())
@@ -262,7 +260,8 @@ def test_interrupted_parts_serve_the_same_settings_only(model, data, tmp_path, e
     assert out.read_bytes() == continued
 
 
-def test_a_damaged_part_is_computed_again(model, data, tmp_path):
+@pytest.mark.parametrize("damaged_file", ["features.npy", "done.json"])
+def test_damaged_rows_are_computed_again(model, data, tmp_path, damaged_file):
     arguments: dict[str, Any] = {"model": str(model), "data": str(data), "device": "cpu", "batch_size": 2}
 
     class Stop(NullReporter):
@@ -273,17 +272,15 @@ def test_a_damaged_part_is_computed_again(model, data, tmp_path):
     out = tmp_path / "a.npy"
     with pytest.raises(KeyboardInterrupt):
         embed(out=str(out), **arguments, reporter=Stop())
-    parts = sorted(out.with_name("a.npy.parts").glob("part-*"))
-    assert len(parts) == 2
-    parts[0].write_bytes(parts[0].read_bytes()[:100])
+    part = out.with_name("a.npy.parts") / damaged_file
+    part.write_bytes(part.read_bytes()[:-40])
     embed(out=str(out), **arguments)
     torch.testing.assert_close(torch.from_numpy(np.load(out)), expected(model, data, -1, "cls"), rtol=0, atol=1e-6)
 
 
 def test_memory_does_not_grow_with_the_data(model, tmp_path, monkeypatch):
-    """What is held at once is counted, at two sizes: images decoded but not yet written, row groups, open parts."""
+    """What is held at once is counted, at two sizes: row groups and decoded images; rows are mapped to a file."""
     from mim_refiner.data.source_parquet import ParquetSource
-    from mim_refiner.evaluation.feature_parts import PartFolder
 
     held: dict[str, int] = {}
 
@@ -293,8 +290,8 @@ def test_memory_does_not_grow_with_the_data(model, tmp_path, monkeypatch):
         for number in range(count):
             write_parquet(folder / f"{number:02d}.parquet", 32, group=8)
         sources: list[ParquetSource] = []
-        seen = {"groups": 0, "batches": 0, "cached": 0}
-        load, write, init = ParquetSource._load, PartFolder.write, ImageSet.__init__
+        seen = {"groups": 0, "cached": 0, "unmapped": 0}
+        load, room, init = ParquetSource._load, embedding._room, ImageSet.__init__
 
         def counting_load(self: ParquetSource, group: int) -> None:
             load(self, group)
@@ -302,16 +299,17 @@ def test_memory_does_not_grow_with_the_data(model, tmp_path, monkeypatch):
                 sources.append(self)
             seen["groups"] = max(seen["groups"], sum(len(source._groups) for source in sources))
 
-        def counting_write(self: PartFolder, number: int, part: Any, unreadable: Any) -> None:
-            seen["batches"] = max(seen["batches"], len(part.indices))
-            write(self, number, part, unreadable)
+        def mapped(*arguments: Any) -> Any:
+            rows = room(*arguments)
+            seen["unmapped"] += not isinstance(rows, np.memmap)
+            return rows
 
         def watched(self: ImageSet, *arguments: Any, **options: Any) -> None:
             init(self, *arguments, **options)
             seen["cached"] += self.cached
 
         monkeypatch.setattr(ParquetSource, "_load", counting_load)
-        monkeypatch.setattr(PartFolder, "write", counting_write)
+        monkeypatch.setattr(embedding, "_room", mapped)
         monkeypatch.setattr(ImageSet, "__init__", watched)
         embed(model=str(model), data=str(folder), out=str(folder / "f.npy"), batch_size=4, device="cpu")
         monkeypatch.undo()
@@ -320,19 +318,7 @@ def test_memory_does_not_grow_with_the_data(model, tmp_path, monkeypatch):
 
     held = most(4)
     assert most(12) == held
-    assert held["cached"] == 0
-    assert held["batches"] == 32  # a part
-
-
-def test_a_part_is_bounded_in_bytes():
-    backbone = Backbone.wrap(create_vit("vit_w32_d3_h4_p8", 16))
-    options: dict[str, Any] = {"block": -1, "norm": False, "precision": "fp32", "dtype": "float32"}
-    spec = embedding.FeatureSpec.choose(backbone.info, pooling="cls", image_size=None, batch_size=256, **options)
-    assert spec.part_images == 8 * 256
-    spec = embedding.FeatureSpec.choose(backbone.info, pooling="patches", image_size=1024, batch_size=32, **options)
-    assert spec.part_images == 32  # one image has 16384 patches, 2 MiB
-    spec = embedding.FeatureSpec.choose(backbone.info, pooling="patches", image_size=1024, batch_size=4, **options)
-    assert spec.part_images == 32
+    assert (held["cached"], held["unmapped"]) == (0, 0)
 
 
 def test_half_precision_file(model, data, tmp_path):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from mim_refiner._version import __version__
 from mim_refiner.checkpoints.load import load_backbone
@@ -18,11 +17,10 @@ from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
-from mim_refiner.errors import InputError, MimRefinerError
-from mim_refiner.evaluation.embedding import FeatureSpec, compute_parts
-from mim_refiner.evaluation.feature_files import assemble, check_ending, class_list, rows_file
-from mim_refiner.evaluation.feature_parts import PartFolder, read_json, refuse_difference
-from mim_refiner.files import name_of, write_json
+from mim_refiner.errors import InputError, RunFolderError
+from mim_refiner.evaluation.embedding import Embedding, FeatureSpec, compute_features
+from mim_refiner.evaluation.feature_files import check_ending, class_list, rows_file, write_features
+from mim_refiner.files import json_value, name_of, read_json, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import NullReporter, Reporter
 from mim_refiner.types import ImageSize, side_or_pair
@@ -58,8 +56,8 @@ def embed(
     (height, width) or "192x256"; default the encoder's own. ``precision`` of the forward pass: fp32, bf16, auto.
     ``dtype`` of the file: float32, float16.
 
-    ``<out>.manifest.json`` says what the rows are. Finished parts stay in ``<out>.parts/`` until the file is complete,
-    so the same call after an interruption goes on and gives the same bytes; once complete it does nothing.
+    ``<out>.manifest.json`` says what the rows are. What is finished stays in ``<out>.parts/`` until the file is
+    complete, so the same call after an interruption goes on and gives the same bytes; once complete it does nothing.
     Unreadable images have no row and are listed in the manifest. Returns what was written and images/s.
     Raises MimRefinerError with one line on bad input, or for an ``out`` made with other settings (``overwrite``
     replaces it).
@@ -69,82 +67,86 @@ def embed(
     _check_arguments(path, precision)
     torch_device = pick_device(device)
     backbone = load_backbone(model)
-    spec = FeatureSpec.choose(
-        backbone.info,
-        block=block,
-        pooling=pooling,
-        norm=norm,
-        image_size=side_or_pair(parse_size(image_size)) if isinstance(image_size, str) else image_size,
-        batch_size=batch_size,
-        precision=resolve_precision(precision, torch_device),
-        dtype=dtype,
-    )
+    size = side_or_pair(parse_size(image_size)) if isinstance(image_size, str) else image_size
+    exact = resolve_precision(precision, torch_device)
+    spec = FeatureSpec(block, pooling, norm, size, batch_size, exact, dtype).resolved(backbone.info)
+    run = Run(torch_device, spec.precision, reporter=reporter)
     source = open_source(data)
     source.stream()
     images = ImageSet(source, cache=False, channels=backbone.info.in_chans)
     announce(source, reporter)
     if path is None:
-        return _in_memory(backbone, images, spec, torch_device, reporter)
+        return _in_memory(compute_features(backbone, images, spec, run), spec, images, reporter)
     settings = _settings(spec, backbone, images, torch_device.type)
-    manifest_file = path.with_name(path.name + ".manifest.json")
-    parts = PartFolder(path.with_name(path.name + ".parts"))
+    manifest_file, parts = (path.with_name(path.name + ending) for ending in (".manifest.json", ".parts"))
     if path.exists() and not overwrite:
-        stored = read_json(manifest_file)
-        refuse_difference(path, stored if stored or not parts.path.exists() else settings, settings)
+        stored = _object(manifest_file)
+        _refuse_difference(path, stored if stored or not parts.exists() else settings, settings)
         if stored is not None and stored.get("bytes") == path.stat().st_size:
-            parts.remove()
+            shutil.rmtree(parts, ignore_errors=True)
             reporter.message(f"{path} is complete already")
             return _result(path, manifest_file, stored, images_per_s=None)
-    if parts.open(settings, overwrite=overwrite):
-        reporter.message(f"going on with {parts.count()} finished parts in {parts.path}")
+    if overwrite:
+        shutil.rmtree(parts, ignore_errors=True)
+    if parts.exists() and any(parts.iterdir()):
+        _refuse_difference(parts, _object(parts / "settings.json"), settings)
+        reporter.message(f"going on with what is finished in {parts}")
+    write_json(parts / "settings.json", settings)
     try:
-        speed = compute_parts(backbone, images, spec, parts, Run(torch_device, spec.precision, reporter=reporter))
-    except MimRefinerError:
-        if not parts.count():
-            parts.remove()
-        raise
+        found = compute_features(backbone, images, spec, run, parts)
+    finally:
+        if not (parts / "done.json").exists():  # nothing to go on with
+            shutil.rmtree(parts, ignore_errors=True)
     reporter.done()
-    manifest = _assemble(path, parts, images, settings | _facts(backbone, model, data, images), reporter)
-    return _result(path, manifest_file, manifest, images_per_s=speed)
-
-
-def _assemble(
-    path: Path, parts: PartFolder, images: ImageSet, manifest: dict[str, Any], reporter: Reporter
-) -> dict[str, Any]:
-    """The file and its manifest from the parts, which then go; returns the manifest."""
-    manifest_file = path.with_name(path.name + ".manifest.json")
+    manifest = settings | _facts(backbone, model, data, images)
     unreadable = [{"index": index, "name": name, "reason": why} for index, name, why in images.unreadable_items()]
     _tell_unreadable(unreadable, manifest_file, reporter)
     manifest |= {"unreadable": unreadable}
-    shape = assemble(path, parts, images, manifest)
-    beside = rows_file(path)
-    more = {"rows": shape[0], "shape": list(shape), "file": path.name, "bytes": path.stat().st_size}
-    manifest |= more | ({} if beside is None else {"rows_file": beside.name})
+    write_features(path, found, images, manifest)
+    shape = list(found.features.shape)
+    manifest |= {"rows": shape[0], "shape": shape, "file": path.name, "bytes": path.stat().st_size}
+    if (beside := rows_file(path)) is not None:
+        manifest["rows_file"] = beside.name
     write_json(manifest_file, manifest)
-    parts.remove()
-    return manifest
+    shutil.rmtree(parts, ignore_errors=True)
+    return _result(path, manifest_file, manifest, images_per_s=found.images_per_s)
 
 
-def _in_memory(
-    backbone: Backbone, images: ImageSet, spec: FeatureSpec, device: torch.device, reporter: Reporter
-) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch:
-        parts = PartFolder(Path(scratch))
-        speed = compute_parts(backbone, images, spec, parts, Run(device, spec.precision, reporter=reporter))
-        rows = list(parts.all())
+def _in_memory(found: Embedding, spec: FeatureSpec, images: ImageSet, reporter: Reporter) -> dict[str, Any]:
     reporter.done()
-    indices = np.concatenate([part.indices for part in rows])
     return {
-        "features": np.concatenate([part.features for part in rows if part.features is not None]),
-        "indices": indices,
-        "labels": None if images.labels is None else images.labels[indices],
+        "features": found.features,
+        "indices": found.indices,
+        "labels": None if images.labels is None else images.labels[found.indices],
         "class_names": images.class_names,
         "block": spec.block,
         "pooling": spec.pooling,
         "norm": spec.norm,
         "unreadable": images.unreadable,
-        "images_per_s": speed,
+        "images_per_s": found.images_per_s,
     }
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None when there is no readable one."""
+    try:
+        value = read_json(path)
+    except Exception:  # a damaged file is as good as none
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _refuse_difference(path: Path, stored: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
+    """Raise RunFolderError naming what differs between the features at ``path`` and those asked for."""
+    if stored is None:
+        raise RunFolderError(f"{path}: is not the work of embed; choose another --out, or --overwrite to replace it")
+    wanted = json_value(settings)
+    changed = [f"{key}: {stored.get(key)} there, {wanted[key]} now" for key in wanted if stored.get(key) != wanted[key]]
+    if changed:
+        raise RunFolderError(
+            f"{path}: holds features made with other settings ({'; '.join(changed[:3])}); "
+            "choose another --out, or --overwrite to start anew"
+        )
 
 
 def _check_arguments(path: Path | None, precision: str) -> None:
@@ -162,15 +164,9 @@ def _settings(spec: FeatureSpec, backbone: Backbone, images: ImageSet, device: s
         "version": __version__,
         "model_sha256": weights_sha256(backbone.model),
         "architecture": backbone.info.architecture,
-        "block": spec.block,
-        "pooling": spec.pooling,
-        "norm": spec.norm,
+        **asdict(spec),
         "transform": spec.transform(backbone.info),
-        "precision": spec.precision,
-        "dtype": spec.dtype,
         "device": device,
-        "batch_size": spec.batch_size,
-        "part_images": spec.part_images,
         "data_fingerprint": images.source.fingerprint(),
         "images": len(images),
     }
