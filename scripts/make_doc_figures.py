@@ -16,7 +16,8 @@ from torch.nn.functional import normalize
 
 from mim_refiner import NeighborQueue, analyze, layer_decay_scales, nna_loss, warmup_cosine
 from mim_refiner.core.schedules import peak_learning_rate
-from mim_refiner.report.panels import Panel, block_curve_panels, finish, legend, new_figure
+from mim_refiner.report.figures import legend
+from mim_refiner.report.panels import Panel, block_curve_panels, finish, new_figure
 from mim_refiner.training.recipes import REFINE_RECIPES
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "figures"

@@ -38,8 +38,6 @@ def test_atlas_map_has_a_panel_a_measure_and_frames_the_recommendation(atlas, tm
     path = atlas_map(atlas, tmp_path / "atlas.png")
     assert pixels(path).shape == (round(3.9 * DPI), round((4.6 * 3 + 0.4) * DPI), 3)
     assert 0xD55E00 in colours(path)  # the frame
-    (tmp_path / "atlas.json").write_text(json.dumps(atlas))
-    assert (pixels(atlas_map(tmp_path / "atlas.json", tmp_path / "again.png")) == pixels(path)).all()
     for cell in atlas["cells"]:
         cell["consistency"] = cell.pop("knn_top1")
         del cell["probe_top1"]
@@ -90,10 +88,3 @@ def test_head_behaviour(tmp_path):
     path.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
     with pytest.raises(InputError, match="no head metrics"):
         head_behaviour(path, tmp_path / "x.png")
-
-
-@pytest.mark.parametrize("draw", [atlas_map, regimes_plot, similarity_map])
-def test_other_json_is_refused(draw, tmp_path):
-    with pytest.raises(InputError, match="mim-refiner analyze"):
-        draw({"kind": "other"}, tmp_path / "x.png")
-    assert not (tmp_path / "x.png").exists()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_refiner.errors import InputError, RunFolderError
+from mim_refiner.errors import RunFolderError
 from mim_refiner.report.figures import DPI, block_curves, read_metrics
 
 
@@ -45,13 +45,9 @@ def pixels(path):
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def test_block_curves_from_a_record_and_from_a_file(record, tmp_path):
-    path = block_curves(record, tmp_path / "plots" / "blocks.png", title="k-NN")
-    shown = pixels(path)
-    assert shown.shape == (round(3.9 * DPI), round(9.6 * DPI), 3)
-    (tmp_path / "blocks.json").write_text(json.dumps(record))
-    again = block_curves(tmp_path / "blocks.json", tmp_path / "again.png", title="k-NN")
-    assert (pixels(again) == shown).all()
+def test_block_curves_are_whole_files_of_one_size(record, tmp_path):
+    path = block_curves(record, tmp_path / "plots" / "blocks.png")
+    assert pixels(path).shape == (round(3.9 * DPI), round(9.6 * DPI), 3)
     assert [item.name for item in path.parent.iterdir()] == ["blocks.png"]
 
 
@@ -73,17 +69,6 @@ def test_every_model_and_the_head_blocks_are_drawn(record, tmp_path):
 def test_one_pooling_gives_one_panel(record, tmp_path):
     single = {**record, "curves": {"before": {"mean": record["curves"]["before"]["mean"]}}}
     assert pixels(block_curves(single, tmp_path / "x.png")).shape[1] == round(5.0 * DPI)
-
-
-@pytest.mark.parametrize("wrong", [{}, {"kind": "other", "curves": {"a": {}}}, {"kind": "knn_by_block", "curves": {}}])
-def test_other_json_is_refused(wrong, tmp_path):
-    with pytest.raises(InputError, match="mim-refiner analyze"):
-        block_curves(wrong, tmp_path / "x.png")
-    (tmp_path / "text").write_text("no json")
-    for name, words in (("absent.json", "cannot read"), ("text", "not a JSON file")):
-        with pytest.raises(InputError, match=words):
-            block_curves(tmp_path / name, tmp_path / "x.png")
-    assert not (tmp_path / "x.png").exists()
 
 
 def test_unwritable_path(record, tmp_path):

@@ -11,10 +11,13 @@ from matplotlib.ticker import MaxNLocator
 
 from mim_refiner.errors import InputError
 from mim_refiner.report.figures import (
+    draw_band,
+    draw_log,
+    legend,
+    measure_of,
     panels,
     phase_starts,
     read_metrics,
-    read_record,
     save_figure,
     series_of,
 )
@@ -35,12 +38,8 @@ HEAD_METRICS = {
 }
 
 
-def atlas_map(result: Mapping[str, Any] | str | Path, path: str | Path, *, title: str = "") -> Path:
-    """Heat map of an atlas: blocks across, pooling and norm down, a panel a measure; the recommended cell framed.
-
-    ``result`` is the record (or JSON file) of ``analysis.atlas``. Returns ``path``; InputError for another kind.
-    """
-    record = read_record(result, "atlas", "cells")
+def atlas_map(record: Mapping[str, Any], path: str | Path) -> Path:
+    """Heat map of an atlas: blocks across, pooling and norm down, a panel a measure; the recommended cell framed."""
     cells: Sequence[Mapping[str, Any]] = record["cells"]
     shown = [name for name in MEASURES if name in cells[0]]
     figure, axes = panels(len(shown), columns=len(shown))
@@ -62,18 +61,17 @@ def atlas_map(result: Mapping[str, Any] | str | Path, path: str | Path, *, title
         if len(blocks) <= 12:
             _write_values(axis, table)
         _frame(axis, blocks.index(chosen["block"]), rows.index((chosen["norm"], chosen["pooling"])))
-    figure.suptitle(title or "Atlas: which block, pooling and norm (frame: recommended)", fontsize=11)
+    figure.suptitle("Atlas: which block, pooling and norm (frame: recommended)", fontsize=11)
     return save_figure(figure, path)
 
 
-def regimes_plot(result: Mapping[str, Any] | str | Path, path: str | Path, *, title: str = "") -> Path:
+def regimes_plot(record: Mapping[str, Any], path: str | Path) -> Path:
     """k-NN and reconstruction error by block with the three regimes, and below each block's share of the improvement.
 
-    ``result`` is the record (or JSON file) of ``analysis.regimes``. A column for each model.
+    ``record``: of ``analysis.regimes``. A column for each model.
     """
-    record = read_record(result, "regimes", "models")
     models: Mapping[str, Mapping[str, Any]] = record["models"]
-    what = "neighbour consistency" if record.get("measure") == "consistency" else "k-NN accuracy"
+    what = measure_of(record)
     figure, axes = panels(2 * len(models), columns=len(models))
     for column, (name, model) in enumerate(models.items()):
         blocks = list(range(len(model["knn"])))
@@ -82,35 +80,27 @@ def regimes_plot(result: Mapping[str, Any] | str | Path, path: str | Path, *, ti
             _shade_regimes(axis, model["regimes"])
             axis.set_xlim(-0.5, len(blocks) - 0.5)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        percent = [100 * value for value in model["knn"]]
-        low, high = ([100 * pair[side] for pair in model["knn_ci95"]] for side in (0, 1))
-        top.fill_between(blocks, low, high, color="#0072B2", alpha=0.15, linewidth=0)
-        top.plot(blocks, percent, color="#0072B2", marker="o", markersize=4, label=f"{what} (%)")
+        draw_band(top, blocks, model["knn"], model["knn_ci95"], "#0072B2", "o", f"{what} (%)")
         top.set_ylabel(f"{what} (%)", color="#0072B2")
         other = top.twinx()
         other.plot(blocks, model["error"], color="#D55E00", marker="s", markersize=4, label="reconstruction error")
         other.set_ylabel("reconstruction error", color="#D55E00")
         top.set_title(STAGES.get(name, name), fontsize=10, pad=16)
-        width = 0.4
-        bottom.bar([b - width / 2 for b in blocks], _percent(model["knn_share"]), width, color="#0072B2", label=what)
-        bottom.bar(
-            [b + width / 2 for b in blocks],
-            _percent(model["reconstruction_share"]),
-            width,
-            color="#D55E00",
-            label="reconstruction",
-        )
+        for side, label, colour in ((-0.2, what, "#0072B2"), (0.2, "reconstruction", "#D55E00")):
+            shares = model["knn_share" if label == what else "reconstruction_share"]
+            places = [block + side for block in blocks]
+            bottom.bar(places, [100 * share for share in shares], 0.4, color=colour, label=label)
         bottom.axhline(0, color="#555555", linewidth=0.8)
         bottom.set_ylabel("share of the improvement (%)")
         bottom.set_xlabel("encoder block (from 0)")
         bottom.legend(fontsize=8, frameon=False)
-    figure.suptitle(title or f"{what} and reconstruction by block: early, middle and late regime", fontsize=11)
+    figure.suptitle(f"{what} and reconstruction by block: early, middle and late regime", fontsize=11)
     return save_figure(figure, path)
 
 
-def similarity_map(result: Mapping[str, Any] | str | Path, path: str | Path, *, title: str = "") -> Path:
-    """Heat maps of the CKA between blocks, within each model and across; ``result``: ``analysis.similarity``."""
-    matrices: Mapping[str, Any] = read_record(result, "block_similarity", "matrices")["matrices"]
+def similarity_map(record: Mapping[str, Any], path: str | Path) -> Path:
+    """Heat maps of the CKA between blocks, within each model and across; ``record``: ``analysis.similarity``."""
+    matrices: Mapping[str, Any] = record["matrices"]
     figure, axes = panels(len(matrices), columns=len(matrices))
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
         rows, _, columns = name.partition("/")
@@ -121,7 +111,7 @@ def similarity_map(result: Mapping[str, Any] | str | Path, path: str | Path, *, 
         axis.set_ylabel(f"block of {rows}")
         axis.set_xlabel(f"block of {columns or rows}")
     figure.colorbar(image, ax=axes, shrink=0.8).set_label("linear CKA")
-    figure.suptitle(title or "Similarity of blocks", fontsize=11)
+    figure.suptitle("Similarity of blocks", fontsize=11)
     return save_figure(figure, path)
 
 
@@ -137,21 +127,11 @@ def head_behaviour(metrics: str | Path, path: str | Path) -> Path:
         raise InputError(f"{metrics}: no head metrics to draw; give the metrics.jsonl of a refine run")
     figure, axes = panels(len(shown), columns=min(2, len(shown)))
     for axis, (lines, label) in zip(axes, shown, strict=True):
-        for position, (name, (steps, values)) in enumerate(lines.items()):
-            shade = 0.15 + 0.7 * position / max(1, len(lines) - 1)
-            axis.plot(steps, values, label=name, color=(shade, 0.35, 1 - shade), linewidth=1.2)
-        for name, start in phase_starts(records).items():
-            axis.axvline(start, color="#999999", linewidth=0.8, linestyle=":")
-            axis.annotate(name, (start, 1.0), xycoords=("data", "axes fraction"), fontsize=7, va="bottom")
-        axis.set_xlabel("step")
+        draw_log(axis, lines, phase_starts(records))
         axis.set_ylabel(label)
-        axis.legend(fontsize=7, frameon=False, ncols=2)
+    legend(axes[0])
     figure.suptitle("Heads during training", fontsize=11)
     return save_figure(figure, path)
-
-
-def _percent(values: Sequence[float]) -> list[float]:
-    return [100 * value for value in values]
 
 
 def _write_values(axis: Axes, table: Sequence[Sequence[float]]) -> None:

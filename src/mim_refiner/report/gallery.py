@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mim_refiner.report.panels import name_of
+from mim_refiner.report.tables import STAGES
 
 MAP_SIZE = 320  # units of the SVG
 MARGIN = 10
@@ -49,7 +49,7 @@ def gallery_view(record: Mapping[str, Any]) -> dict[str, Any]:
         "queries": _queries(record, labels),
         "shares": [
             {
-                "model": name_of(name),
+                "model": STAGES.get(name, name),
                 "same": None if model["same_label"] is None else f"{100 * model['same_label']:.1f}",
                 "kept": f"{100 * record['kept_neighbors'][name]:.0f}" if name in record["kept_neighbors"] else None,
             }
@@ -60,7 +60,7 @@ def gallery_view(record: Mapping[str, Any]) -> dict[str, Any]:
             "rows": record["patch_rows"],
             "models": [
                 {
-                    "name": name_of(name),
+                    "name": STAGES.get(name, name),
                     "png": model["patches"]["png"],
                     "explained": f"{100 * sum(model['patches']['explained']):.0f}",
                     "grid": "×".join(map(str, model["patches"]["grid"])),
@@ -87,7 +87,7 @@ def _queries(record: Mapping[str, Any], labels: Sequence[int] | None) -> list[di
                 for row, similarity in zip(model["neighbors"][position], model["similarity"][position], strict=True)
             ]  # fmt: skip
             hits = None if labels is None else sum(bool(neighbor["same"]) for neighbor in neighbors)
-            strips.append({"model": name_of(name), "neighbors": neighbors, "hits": hits})
+            strips.append({"model": STAGES.get(name, name), "neighbors": neighbors, "hits": hits})
         rows.append({"row": query, "strips": strips})
     return rows
 
@@ -111,7 +111,7 @@ def _clusters(model: str, clusters: Mapping[str, Any], names: Sequence[str] | No
                 for row in confusion["counts"]
             ],
         }
-    return {"model": name_of(model), "groups": groups, "confusion": table}
+    return {"model": STAGES.get(model, model), "groups": groups, "confusion": table}
 
 
 def _maps(models: Mapping[str, Any], labels: Sequence[int] | None, colour: Mapping[int, int]) -> list[dict[str, Any]]:
@@ -128,7 +128,7 @@ def _maps(models: Mapping[str, Any], labels: Sequence[int] | None, colour: Mappi
             found.append(
                 {
                     "method": method.upper(),
-                    "model": name_of(name),
+                    "model": STAGES.get(name, name),
                     "note": note,
                     "points": [
                         {"x": x, "y": y, "row": row, "number": number, "colour": class_colour(number)}
