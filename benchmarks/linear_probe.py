@@ -10,7 +10,6 @@ patches of 4 px, and happens once an epoch, as augmentation needs it; it is the 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 
@@ -46,7 +45,7 @@ def main() -> None:
         layout = Layout.of(chosen, dict.fromkeys(sets[-1], arguments.width))
         x = torch.cat([features[key] for key in layout.keys], 1)
         grid = ProbeGrid(
-            layout, arguments.classes, dataclasses.replace(settings, learning_rates=rates), seed=0, device="cpu"
+            layout, arguments.classes, settings.model_copy(update={"learning_rates": rates}), seed=0, device="cpu"
         )
         return lambda: grid.fit(lambda _: x.__getitem__, labels)
 

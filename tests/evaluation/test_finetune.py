@@ -108,15 +108,6 @@ def test_shares_are_stratified_and_nested(make_images):
     assert share_of(rows, 1.0, 0) is rows
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"shares": ()}, {"shares": (0.0,)}, {"epochs": 0}, {"pooling": "max"}, {"drop_path": 1}]
-)
-def test_unusable_settings(make_backbone, make_images, wrong):
-    rows = rows_of(make_images(12))
-    with pytest.raises(InputError, match="fine-tuning"):
-        finetune(make_backbone(), rows, rows, FinetuneSettings(**wrong), image_size=32)
-
-
 def test_a_long_tail_falls_exponentially():
     labels = np.repeat(np.arange(5), 100)
     chosen = imbalanced_subset(labels, imbalance=100, seed=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from types import SimpleNamespace
@@ -155,7 +154,7 @@ def test_tokens_that_do_not_fit_are_computed_by_batch_to_the_same_effect(make_ba
     settings = SegmentationSettings(epochs=1, batch_size=8, lr=2.0, window=16)
     peaks, scores = [], []
     for memory_gb in (1.0, 1e-6):
-        chosen = dataclasses.replace(settings, memory_gb=memory_gb)
+        chosen = settings.model_copy(update={"memory_gb": memory_gb})
         images = [ImageSet(open_source(train), cache=False), ImageSet(open_source(paths[0]), cache=False)]
         with LiveBytes() as live:
             scores.append(segmentation_protocol(backbone, *images, chosen, batch_size=8))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mim_refiner.errors import InputError
+from mim_refiner.errors import RecipeError
 from mim_refiner.evaluation.linear_probe import LEARNING_RATES
 from mim_refiner.evaluation.settings import EvaluationSettings
 
@@ -69,16 +69,38 @@ def test_overrides():
     [
         ("knn_kk=3", "did you mean 'knn_k'"),
         ("linear.epoch=3", "did you mean 'linear.epochs'"),
-        ("linear.augment=1", "must be like false"),
+        ("zzz=3", "use a key of docs/evaluation.md"),
         ("knn_k", "key=value"),
-        ("knn_k=many", "must be like 10"),
-        ("knn_k=0", "must be like 10"),
-        ("knn_k=true", "must be like 10"),
-        ("linear.learning_rates=fast", "must be numbers"),
-        ("image_size=1.5", "a whole number above 0"),
-        ("finetune.workers=-2", "must be like -1"),
+        ("knn_k=many", "knn_k: Input should be a valid integer"),
+        ("knn_k=0", "greater than or equal to 1"),
+        ("knn_k=true", "true and false are no numbers"),
+        ("knn_temperature=.nan", "greater than 0"),
+        ("image_size=1.5", "integer"),
+        ("cluster_bootstrap=1", "one resample tells no interval"),
+        ("linear.learning_rates=fast", "valid number"),
+        ("linear.learning_rates=[]", "at least 1 item"),
+        ("linear.learning_rates=[0.2, 0.1]", "must be ascending"),
+        ("linear.epochs=0", "linear.epochs: .*greater than or equal to 1"),
+        ("linear.batch_size=1", "greater than or equal to 2"),
+        ("linear.held_out=1.0", "less than 1"),
+        ("attentive.poolers=ep,mean", r"attentive.poolers.1: Input should be 'ep' or 'single' \(got 'mean'\)"),
+        ("attentive.weight_decay=-1", "greater than or equal to 0"),
+        ("low_shot.shots=0", "low_shot.shots.0"),
+        ("low_shot.scoring=odd", "'same' or 'reference'"),
+        ("low_shot.penalty=0", "greater than 0"),
+        ("finetune.shares=0", "finetune.shares.0: Input should be greater than 0"),
+        ("finetune.pooling=max", "'auto', 'cls' or 'mean'"),
+        ("finetune.drop_path=1", "less than 1"),
+        ("finetune.workers=-2", "greater than or equal to -1"),
+        ("long_tail.imbalance=0.5", "greater than or equal to 1"),
+        ("long_tail.few=500", r"few \(500\) must be at most many \(100\)"),
+        ("long_tail.methods=svm", "'knn', 'linear' or 'finetune'"),
+        ("robustness.kinds=fogg", "did you mean 'fog'"),
+        ("robustness.severities=6", "less than or equal to 5"),
+        ("segmentation.stride=0", "greater than 0"),
     ],
 )
 def test_bad_overrides_are_one_clear_line(item, words):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(RecipeError, match=words) as caught:
         EvaluationSettings.from_overrides([item])
+    assert "\n" not in str(caught.value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -181,7 +180,7 @@ def test_classes_are_matched_by_name_when_the_folders_differ(make_backbone, tmp_
     """The test folder lacks the first class, so its own numbering is off by one."""
     train = colour_folder(tmp_path / "train", ["blue", "green", "red"], 8)
     test = colour_folder(tmp_path / "test", ["green", "red"], 4)
-    knn = {"protocols": ("knn",), "settings": replace(QUICK, knn_k=3)}
+    knn = {"protocols": ("knn",), "settings": QUICK.model_copy(update={"knn_k": 3})}
     results = evaluate_backbone(make_backbone(), train, test, **knn)
     assert results["knn_top1-block02-mean"].value == 1.0
     strange = colour_folder(tmp_path / "strange", ["green", "white"], 4)
@@ -192,12 +191,12 @@ def test_classes_are_matched_by_name_when_the_folders_differ(make_backbone, tmp_
 def test_the_protocols_that_go_back_to_the_images(make_backbone, make_images, tmp_path):
     backbone, train, test = make_backbone(), make_images(60), make_images(30, seed=1)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    settings = replace(
-        QUICK,
-        finetune=FinetuneSettings(epochs=1, batch_size=20, shares=(0.5,)),
-        long_tail=LongTailSettings(imbalance=10, many=15, few=5),
-        robustness=RobustnessSettings(kinds=("contrast", "fog"), severities=(1, 5), images=12),
-    )
+    changes = {
+        "finetune": FinetuneSettings(epochs=1, batch_size=20, shares=(0.5,)),
+        "long_tail": LongTailSettings(imbalance=10, many=15, few=5),
+        "robustness": RobustnessSettings(kinds=("contrast", "fog"), severities=(1, 5), images=12),
+    }
+    settings = QUICK.model_copy(update=changes)
     seconds = {}
     protocols = ("low_shot", "finetune", "long_tail", "robustness")
     shifted = {"other": make_images(20, classes=2, seed=5)}
@@ -228,8 +227,8 @@ def test_the_protocols_that_go_back_to_the_images(make_backbone, make_images, tm
 
 def test_a_pair_is_compared_image_by_image(make_backbone, make_images):
     train, test = make_images(60), make_images(30, seed=1)
-    options = {"protocols": ("knn", "low_shot", "robustness"), "settings": replace(
-        QUICK, robustness=RobustnessSettings(kinds=("fog",), severities=(3,), classifiers=("knn",)))}  # fmt: skip
+    options = {"protocols": ("knn", "low_shot", "robustness"), "settings": QUICK.model_copy(
+        update={"robustness": RobustnessSettings(kinds=("fog",), severities=(3,), classifiers=("knn",))})}  # fmt: skip
     first, second = (evaluate_backbone(make_backbone(seed), train, test, **options) for seed in (0, 1))
     for name, result in first.items():
         change, low, high = paired_change(result, second[name])

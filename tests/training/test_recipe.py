@@ -8,7 +8,8 @@ import yaml
 
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.errors import RecipeError
-from mim_refiner.training.recipe import from_tree, known_keys, override
+from mim_refiner.settings import known_keys
+from mim_refiner.training.recipe import from_tree, override
 from mim_refiner.training.recipes import PRETRAIN_RECIPES, REFINE_RECIPES, pretrain_recipe, refine_recipe, tiny
 
 # method.md, section 5: blocks, temperature, batch, warm-up and refinement epochs and rates, local px, frozen blocks

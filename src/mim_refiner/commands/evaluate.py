@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ class _Options:
         models = {f"model {source}": weights_sha256(backbone.model) for source, backbone in backbones.items()}
         data = [None if images is None else images.source.fingerprint() for images in sets]
         more = {"data": data, "protocols": protocols, "transfer": transfer}
-        return options | dotted(asdict(self.settings)) | models | more
+        return options | dotted(self.settings.model_dump()) | models | more
 
     def one(
         self,

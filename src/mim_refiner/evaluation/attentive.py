@@ -18,12 +18,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
 from mim_refiner.core.modules import evaluation_mode
@@ -37,15 +38,24 @@ from mim_refiner.evaluation.finetune import LabelledRows
 from mim_refiner.evaluation.linear_probe import LinearProbeScore, score_rates
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.settings import (
+    BatchSize,
+    Decay,
+    Listed,
+    NonNegative,
+    NonNegativeInt,
+    PositiveInt,
+    Rates,
+    Settings,
+    Share,
+)
 from mim_refiner.types import ImageSize
 
-POOLERS = ("ep", "single")
 Blocks = tuple[int, ...]  # whose tokens a probe reads; more than one: a mixture
 Tokens = Mapping[int, Tensor]  # by block, normalised [B, N, D]
 
 
-@dataclass(frozen=True)
-class AttentiveSettings:
+class AttentiveSettings(Settings, frozen=True):
     """``queries`` M and ``value_divisor`` d (values are D / d wide) as published; M is lowered to what divides D / d.
 
     AdamW trains every probe at every one of ``learning_rates`` (for 256 images a step) on tokens computed once, from
@@ -54,21 +64,21 @@ class AttentiveSettings:
     attention is kept.
     """
 
-    learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-    poolers: Sequence[str] = POOLERS
-    queries: int = 32
-    value_divisor: int = 1
-    mixture: int = 4
+    learning_rates: Rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    poolers: Annotated[tuple[Literal["ep", "single"], ...], Field(min_length=1), Listed] = ("ep", "single")
+    queries: PositiveInt = 32
+    value_divisor: PositiveInt = 1
+    mixture: NonNegativeInt = 4
     class_token: bool = False
-    epochs: int = 30
-    batch_size: int = 256
-    weight_decay: float = 0.0
-    warmup: float = 0.1  # share of all steps
-    end_rate: float = 1e-6
-    query_std: float = 0.02
-    init_std: float = 0.01
-    held_out: float = 0.1
-    maps: int = 8
+    epochs: PositiveInt = 30
+    batch_size: BatchSize = 256
+    weight_decay: NonNegative = 0.0
+    warmup: Share = 0.1  # share of all steps
+    end_rate: NonNegative = 1e-6
+    query_std: NonNegative = 0.02
+    init_std: NonNegative = 0.01
+    held_out: Decay = 0.1
+    maps: NonNegativeInt = 8
 
 
 @dataclass(frozen=True)
@@ -145,10 +155,9 @@ def attentive_protocol(
     """Train every pooler on each of ``sources`` at every rate in one pass, and score them on ``test``.
 
     The tokens of the training images wait in ``folder`` (None: the system's temporary one) and are removed at the end;
-    those of the test images are read once and never stored. Raises InputError for unusable settings or a full disk.
+    those of the test images are read once and never stored. Raises InputError for a full disk.
     """
     settings, run = settings or AttentiveSettings(), run or Run()
-    check_attentive(settings)
     encode = _Encoder(backbone, sorted({block for blocks in sources for block in blocks}), settings.class_token,
                       image_size, batch_size, run)  # fmt: skip
     kept, held = np.arange(len(train.rows)), np.arange(0)
@@ -319,19 +328,3 @@ def _hits(
                 attention[number].append(probe.attend(tokens)[0][: maps - done])
         done += count
     return [torch.cat(parts) if parts else torch.empty(0, 0) for parts in found]
-
-
-def check_attentive(settings: AttentiveSettings) -> None:
-    """Raise InputError for settings that mean nothing."""
-    rates, unknown = list(settings.learning_rates), set(settings.poolers) - set(POOLERS)
-    if not rates or sorted(rates) != rates or rates[0] <= 0:
-        raise InputError(f"attentive.learning_rates must be positive and ascending, got {rates}")
-    if unknown or not settings.poolers:
-        raise InputError(f"attentive.poolers {list(settings.poolers)}: use {' and '.join(POOLERS)}, or one of them")
-    if not 0 <= settings.held_out < 1 or not 0 <= settings.warmup <= 1:
-        raise InputError(f"attentive: held_out {settings.held_out} and warmup {settings.warmup} must be shares below 1")
-    if settings.batch_size < 2:
-        raise InputError(f"attentive.batch_size {settings.batch_size}: BatchNorm needs 2 images or more")
-    negative = [name for name in ("weight_decay", "end_rate", "query_std", "init_std") if getattr(settings, name) < 0]
-    if negative:
-        raise InputError(f"attentive.{negative[0]} must not be negative")

@@ -97,12 +97,6 @@ def clustering_protocol(
     return scores
 
 
-def check_resamples(resamples: int) -> None:
-    """Raise InputError for one resample, which has no deviation."""
-    if resamples == 1:
-        raise InputError("cluster_bootstrap=1: one resample tells no interval; give 0 or 20 and more")
-
-
 def class_separation(x: NDArray[np.float32], labels: NDArray[np.int64], seed: int = 0) -> tuple[float, float]:
     """(silhouette, Davies-Bouldin) of the classes in features [N, D]; the silhouette of at most 5,000 random rows."""
     rows = np.sort(np.random.default_rng([seed, 3]).permutation(len(x))[:SILHOUETTE_ROWS])

@@ -7,12 +7,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import BeforeValidator, Field
 from timm.data import Mixup, create_transform, rand_augment_transform
 from timm.layers import DropPath
 from timm.loss import SoftTargetCrossEntropy
@@ -29,37 +30,36 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.data.workers import begun, worker_count
-from mim_refiner.errors import InputError
 from mim_refiner.evaluation.knn import AccuracyScore
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.settings import BatchSize, Decay, Listed, NonNegative, Positive, PositiveInt, Settings, Share
 from mim_refiner.types import ImageSize, height_width
 
 
-@dataclass(frozen=True)
-class FinetuneSettings:
+class FinetuneSettings(Settings, frozen=True):
     """The MAE recipe with the paper's values. ``lr`` is for 256 images a step and scales with the batch.
 
     ``shares`` of the labels to train on (stratified, at least one image a class). Mixup, cutmix, random erasing and
     RandAugment are timm's; 0 or "" switches one off. ``pooling``: "auto" is the class token where there is one.
     """
 
-    shares: Sequence[float] = (0.01, 0.1, 1.0)
-    epochs: int = 50
-    batch_size: int = 1024  # or the whole train set when that is smaller
-    lr: float = 1e-3
-    end_lr: float = 1e-6
-    warmup_epochs: float = 5.0
-    layer_decay: float = 0.75
-    drop_path: float = 0.2
-    weight_decay: float = 0.05
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    label_smoothing: float = 0.1
-    randaugment: str = "rand-m9-mstd0.5-inc1"
-    erasing: float = 0.25
-    crop_scale: Sequence[float] = (0.08, 1.0)
-    pooling: str = "auto"
-    workers: int = -1  # loader processes; -1: decided from data and cores
+    shares: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1), Listed] = (0.01, 0.1, 1.0)
+    epochs: PositiveInt = 50
+    batch_size: BatchSize = 1024  # or the whole train set when that is smaller
+    lr: Positive = 1e-3
+    end_lr: NonNegative = 1e-6
+    warmup_epochs: NonNegative = 5.0
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
+    drop_path: Decay = 0.2
+    weight_decay: NonNegative = 0.05
+    mixup: NonNegative = 0.8
+    cutmix: NonNegative = 1.0
+    label_smoothing: Share = 0.1
+    randaugment: Annotated[str, BeforeValidator(lambda value: value or "")] = "rand-m9-mstd0.5-inc1"
+    erasing: Share = 0.25
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)
+    pooling: Literal["auto", "cls", "mean"] = "auto"
+    workers: Annotated[int, Field(ge=-1, le=4096)] = -1  # loader processes; -1: decided from data and cores
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,9 @@ def finetune(
 ) -> AccuracyScore:
     """Train a copy of ``backbone`` on ``train`` and score it on ``test`` after the last epoch.
 
-    The backbone itself stays as it is. On a CPU the same seed gives the same bits, with any number of workers. Raises
-    InputError for unusable settings.
+    The backbone itself stays as it is. On a CPU the same seed gives the same bits, with any number of workers.
     """
     settings, run = settings or FinetuneSettings(), run or Run()
-    check_finetune(settings)
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     pooling = ("cls" if backbone.info.has_cls else "mean") if settings.pooling == "auto" else settings.pooling
     with _seeded(run.seed, range(torch.cuda.device_count())):
@@ -294,18 +292,3 @@ def _seeded(seed: int, devices: Sequence[int]) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-
-
-def check_finetune(settings: FinetuneSettings) -> None:
-    """Raise InputError for settings that mean nothing."""
-    problems = []
-    if not settings.shares or not all(0 < share <= 1 for share in settings.shares):
-        problems.append(f"shares {list(settings.shares)} must lie above 0 and at most 1")
-    if settings.epochs < 1 or settings.batch_size < 2:
-        problems.append(f"epochs {settings.epochs} and batch_size {settings.batch_size} must be at least 1 and 2")
-    if settings.pooling not in ("auto", "cls", "mean"):
-        problems.append(f"pooling {settings.pooling!r} must be auto, cls or mean")
-    if not 0 <= settings.drop_path < 1 or not 0 < settings.layer_decay <= 1:
-        problems.append(f"drop_path {settings.drop_path} and layer_decay {settings.layer_decay} must be shares")
-    if problems:
-        raise InputError(f"fine-tuning: {'; '.join(problems)}")

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from mim_refiner.core.device import free_memory
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
-from mim_refiner.errors import InputError
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import AccuracyScore, required_labels
 from mim_refiner.evaluation.splits import stratified_split
+from mim_refiner.settings import BatchSize, Decay, NonNegative, NonNegativeInt, PositiveInt, Rates, Settings, Share
 
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.3, 0.5)
 
@@ -30,8 +30,7 @@ EpochFeatures = Callable[[int], Features]  # the train features of an epoch, in 
 Take = Callable[[Tensor], Tensor]  # row numbers on the CPU -> features [rows, D] on the device
 
 
-@dataclass(frozen=True)
-class LinearProbeSettings:
+class LinearProbeSettings(Settings, frozen=True):
     """The paper's values, except that by default features are computed once, from centre crops.
 
     With ``augment`` every epoch sees new crops (of ``crop_scale`` of the image's area) and flips, as in the paper: one
@@ -41,18 +40,18 @@ class LinearProbeSettings:
     class token and mean patch.
     """
 
-    learning_rates: Sequence[float] = LEARNING_RATES
-    epochs: int = 50
-    batch_size: int = 1024  # or the whole train set when that is smaller
-    momentum: float = 0.9
-    warmup: float = 0.1  # share of all steps
-    end_rate: float = 1e-6
-    init_std: float = 0.01
-    held_out: float = 0.1
-    last: int = 4
+    learning_rates: Rates = LEARNING_RATES
+    epochs: PositiveInt = 50
+    batch_size: BatchSize = 1024  # or the whole train set when that is smaller
+    momentum: Decay = 0.9
+    warmup: Share = 0.1  # share of all steps
+    end_rate: NonNegative = 1e-6
+    init_std: NonNegative = 0.01
+    held_out: Decay = 0.1
+    last: NonNegativeInt = 4
     concatenate: bool = True
     augment: bool = False
-    crop_scale: Sequence[float] = (0.08, 1.0)
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,9 @@ def probe_sets(
     """Train every learning rate on every feature set, all at once, and score each set.
 
     ``epoch_features`` gives the training features of an epoch (augmented); by default they are ``train`` throughout.
-    Raises DataError without labels, InputError for unusable settings.
+    Raises DataError without labels.
     """
     settings = settings or LinearProbeSettings()
-    check_linear(settings)
     labels, test_y = required_labels(train, "train"), required_labels(test, "test")
     kept, held = torch.arange(len(labels)), torch.arange(0)
     if settings.held_out > 0:
@@ -132,7 +130,6 @@ def fitted_probe(
 
     The rate is the one that is best on the held-out part of train, on train itself when nothing is held out.
     """
-    check_linear(settings)
     labels = required_labels(train, "train")
     kept = held = torch.arange(len(labels))
     if settings.held_out > 0:
@@ -320,19 +317,3 @@ def score_rates(on_test: Tensor, on_held_out: Tensor | None, rates: Sequence[flo
         by_rate=tuple(on_test.double().mean(0).tolist()),
         held_out_accuracy=None if held is None or selected is None else float(held[selected]),
     )
-
-
-def check_linear(settings: LinearProbeSettings) -> None:
-    """Raise InputError for settings that mean nothing."""
-    rates = list(settings.learning_rates)
-    if not rates or sorted(rates) != rates or rates[0] <= 0:
-        raise InputError(f"linear probe: learning_rates must be positive and ascending, got {rates}")
-    if settings.epochs < 1 or settings.batch_size < 2:
-        raise InputError(
-            "linear probe: epochs must be at least 1 and batch_size at least 2, "
-            f"got {settings.epochs} and {settings.batch_size}"
-        )
-    if not 0 <= settings.held_out < 1 or not 0 <= settings.warmup <= 1:
-        raise InputError(
-            f"linear probe: held_out {settings.held_out} and warmup {settings.warmup} must be shares below 1"
-        )

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
 from mim_refiner.core.metrics import accuracy_interval
 from mim_refiner.errors import DataError, InputError
+from mim_refiner.settings import Listed, PositiveInt, Settings
 
-GROUPS = ("many", "medium", "few")
 
-
-@dataclass(frozen=True)
-class LongTailSettings:
+class LongTailSettings(Settings, frozen=True):
     """``imbalance``: images of the largest over those of the smallest class; 1 takes the training set as it is.
 
     ``many`` and ``few``: classes with more than ``many`` training images are many-shot, with fewer than ``few``
     few-shot (the customary 100 and 20). ``methods``: what is trained on the subset.
     """
 
-    imbalance: float = 100.0
-    largest: int | None = None  # images of the largest class; None: as many as every class can give
-    many: int = 100
-    few: int = 20
-    methods: Sequence[str] = ("knn", "linear", "finetune")
+    imbalance: Annotated[float, Field(ge=1, le=1e9)] = 100.0
+    largest: PositiveInt | None = None  # images of the largest class; None: as many as every class can give
+    many: PositiveInt = 100
+    few: PositiveInt = 20
+    methods: Annotated[tuple[Literal["knn", "linear", "finetune"], ...], Field(min_length=1), Listed] = (
+        "knn",
+        "linear",
+        "finetune",
+    )
+
+    @model_validator(mode="after")
+    def _few_are_fewer(self) -> LongTailSettings:
+        if self.few > self.many:
+            raise ValueError(f"few ({self.few}) must be at most many ({self.many})")
+        return self
 
 
 def imbalanced_subset(
@@ -74,15 +82,3 @@ def group_accuracies(
 ) -> dict[str, tuple[float, float, float]]:
     """Accuracy and its 95 % interval of every group."""
     return {name: accuracy_interval(correct[members]) for name, members in groups.items()}
-
-
-def check_long_tail(settings: LongTailSettings) -> None:
-    """Raise InputError for settings that mean nothing."""
-    unknown = [name for name in settings.methods if name not in ("knn", "linear", "finetune")]
-    if unknown or not settings.methods:
-        raise InputError(f"long_tail.methods: {unknown or 'none'} is unknown; use knn, linear, finetune")
-    if settings.imbalance < 1 or settings.few > settings.many:
-        raise InputError(
-            f"long_tail: imbalance {settings.imbalance:g} must be at least 1, few {settings.few} at most many "
-            f"{settings.many}"
-        )

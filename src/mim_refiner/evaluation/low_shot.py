@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from mim_refiner.core.metrics import crossed_interval
-from mim_refiner.errors import InputError
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import required_labels
+from mim_refiner.settings import Listed, Positive, PositiveInt, Settings
 
-SCORINGS = ("same", "reference")
 
-
-@dataclass(frozen=True)
-class LowShotSettings:
+class LowShotSettings(Settings, frozen=True):
     """The paper's values. ``penalty`` is N times the published lambda = 0.00025 / N of a mean loss over N images.
 
     ``scoring``: "same" prepares the test features as the training features; "reference" scores them as they are, as
     the published evaluation does (it centres and normalises the training features only).
     """
 
-    shots: Sequence[int] = (1, 2, 5)
-    splits: int = 3
-    penalty: float = 0.00025
-    max_iter: int = 300
-    scoring: str = "same"
+    shots: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Listed] = (1, 2, 5)
+    splits: PositiveInt = 3
+    penalty: Positive = 0.00025
+    max_iter: PositiveInt = 300
+    scoring: Literal["same", "reference"] = "same"
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,9 @@ def low_shot_protocol(
 ) -> dict[tuple[FeatureKey, int], LowShotScore]:
     """Score every ((block, pooling), shots). The splits are nested: the 1-shot image is among the 2-shot images.
 
-    A class with fewer images gives all it has. Raises DataError without labels, InputError for unusable settings.
+    A class with fewer images gives all it has. Raises DataError without labels.
     """
     settings = settings or LowShotSettings()
-    check_low_shot(settings)
     labels, truth = required_labels(train, "train").numpy(), required_labels(test, "test").numpy()
     scores = {}
     for key in train.keys:
@@ -112,14 +109,3 @@ def draw_shots(labels: NDArray[np.int64], shots: int, *, seed: int, split: int) 
 def _score(correct: NDArray[np.bool_]) -> LowShotScore:
     accuracy, low, high = crossed_interval(correct)
     return LowShotScore(accuracy, (max(0.0, low), min(1.0, high)), correct, tuple(correct.mean(1).tolist()))
-
-
-def check_low_shot(settings: LowShotSettings) -> None:
-    """Raise InputError for settings that mean nothing."""
-    if settings.scoring not in SCORINGS:
-        raise InputError(f"low_shot.scoring {settings.scoring!r} is unknown; use {' or '.join(SCORINGS)}")
-    if not settings.shots or min(settings.shots) < 1 or settings.splits < 1 or settings.penalty <= 0:
-        raise InputError(
-            f"low shot: shots {list(settings.shots)} and splits {settings.splits} must be at least 1, "
-            f"penalty {settings.penalty} above 0"
-        )

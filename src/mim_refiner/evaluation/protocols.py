@@ -66,7 +66,7 @@ def linear(job: Job) -> list[Result]:
     )
     results = []
     for feature_set in sets:
-        for suffix, accuracy, shown in selections(scores[feature_set], dataclasses.asdict(settings)):
+        for suffix, accuracy, shown in selections(scores[feature_set], settings.model_dump()):
             blocks = sorted({key[0] for key in feature_set})
             name = f"linear_top1{f'_last{len(blocks)}' if len(blocks) > 1 else ''}{suffix}"
             key = blocks[-1], "+".join(dict.fromkeys(key[1] for key in feature_set))
@@ -82,7 +82,7 @@ def low_shot(job: Job) -> list[Result]:
     for (key, shots), score in low_shot_protocol(
         job.of_blocks(job.train), job.of_blocks(job.test), settings, seed=job.run.seed
     ).items():
-        options = {**dataclasses.asdict(settings), "shots": shots, "accuracy_by_split": score.by_split}
+        options = {**settings.model_dump(), "shots": shots, "accuracy_by_split": score.by_split}
         results.append(
             job.result(
                 "low_shot",
@@ -159,7 +159,7 @@ def _grid_results(job: Job, scores: dict[FeatureSet, LinearProbeScore]) -> list[
         return _accuracy(job, "linear", metric, (blocks[-1], "grid"), accuracy, shown)
 
     best = max(scores, key=lambda feature_set: scores[feature_set].best.accuracy)
-    options = dataclasses.asdict(job.settings.linear)
+    options = job.settings.linear.model_dump()
     (_, accuracy, shown), *_ = selections(scores[best], options)
     results = [one(best, "linear_top1_grid_best", accuracy, shown)]
     chosen = max(scores, key=lambda feature_set: scores[feature_set].held_out_accuracy or 0.0)

@@ -50,7 +50,7 @@ def attentive(job: Job) -> list[Result]:
     for (blocks, pooler), score in scores.items():
         facts = {"blocks": list(blocks), "block_weights": score.weights, "queries": score.queries}
         facts["parameters"] = score.parameters
-        options = {**dataclasses.asdict(settings), **facts}
+        options = {**settings.model_dump(), **facts}
         for suffix, accuracy, shown in selections(score.accuracy, options):
             name = f"attentive_top1{'_mixture' if len(blocks) > 1 else ''}{suffix}"
             results.append(job.result("attentive", name, (blocks[-1], pooler), accuracy.accuracy, ci95=accuracy.ci95,
@@ -105,7 +105,7 @@ def finetuning(job: Job) -> list[Result]:
         rows = share_of(train, share, job.run.seed)
         score = _tuned(job, rows, test, f"fine-tuning on {100 * share:g} % of the labels")
         name = "finetune_top1" if share >= 1 else f"finetune_{100 * share:g}pct_top1"
-        options = {**dataclasses.asdict(settings), "share": share, "train_images": len(rows.rows)}
+        options = {**settings.model_dump(), "share": share, "train_images": len(rows.rows)}
         results.append(_result(job, "finetune", name, score, options))
     pooling = ("cls" if job.backbone.info.has_cls else "mean") if settings.pooling == "auto" else settings.pooling
     return [
@@ -137,7 +137,7 @@ def long_tail(job: Job) -> list[Result]:
             rows = job.labelled(job.train, job.train_images).select(chosen)
             score = _tuned(job, rows, job.labelled(job.test, job.test_images), "fine-tuning on the long tail")
         options = {
-            **dataclasses.asdict(settings),
+            **settings.model_dump(),
             "method": method,
             "train_images": len(chosen),
             "class_sizes": sorted(np.bincount(labels[chosen]).tolist(), reverse=True),
@@ -165,7 +165,7 @@ def robustness(job: Job) -> list[Result]:
     )
     clean = job.test.select(_spaced(len(job.test), settings.images))
     shown = {
-        **dataclasses.asdict(settings),
+        **settings.model_dump(),
         "images": len(clean),
         "k": job.settings.knn_k,
         "probe": {"epochs": job.settings.linear.epochs, "selection": "best rate on a held-out part of train"},
@@ -195,7 +195,7 @@ def robustness(job: Job) -> list[Result]:
 def segmentation_result(job_like: Any, score: SegmentationScore, settings: SegmentationSettings) -> list[Result]:
     """The two numbers of the segmentation probe; ``job_like`` makes results (``Job.result``)."""
     options = {
-        **dataclasses.asdict(settings),
+        **settings.model_dump(),
         "window": score.window,
         "blocks": list(score.blocks),
         "iou_by_class": [None if np.isnan(value) else value for value in score.by_class],

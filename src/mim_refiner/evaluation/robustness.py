@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
-from mim_refiner.errors import InputError
 from mim_refiner.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from mim_refiner.evaluation.features import FeatureKey, Features, ImageTransform
 from mim_refiner.evaluation.knn import required_labels
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings, fitted_probe
+from mim_refiner.settings import Listed, PositiveInt, Settings, one_of
 
+_Kind = Annotated[str, AfterValidator(one_of(CORRUPTIONS))]
+_Severity = Annotated[int, Field(ge=min(SEVERITIES), le=max(SEVERITIES))]
 Predict = Callable[[Tensor, Tensor | None], Tensor]  # (features [N, D], classes that may occur or None) -> classes [N]
 
 
-@dataclass(frozen=True)
-class RobustnessSettings:
+class RobustnessSettings(Settings, frozen=True):
     """``images``: at most so many test images, evenly spaced (None: all). ``classifiers``: knn, linear or both."""
 
-    kinds: Sequence[str] = tuple(CORRUPTIONS)
-    severities: Sequence[int] = SEVERITIES
-    classifiers: Sequence[str] = ("knn", "linear")
-    images: int | None = None
+    kinds: Annotated[tuple[_Kind, ...], Field(min_length=1), Listed] = tuple(CORRUPTIONS)
+    severities: Annotated[tuple[_Severity, ...], Field(min_length=1), Listed] = SEVERITIES
+    classifiers: Annotated[tuple[Literal["knn", "linear"], ...], Field(min_length=1), Listed] = ("knn", "linear")
+    images: PositiveInt | None = None
 
 
 def corrupted(kind: str, severity: int, seed: int) -> ImageTransform:
@@ -80,19 +82,6 @@ def score_sets(
         for name, predict in predictors.items():
             found[name][set_name] = (predict(features[key].to(device), present).cpu() == truth).numpy()
     return found
-
-
-def check_robustness(settings: RobustnessSettings) -> None:
-    """Raise InputError for unknown kinds, severities or classifiers."""
-    for given, known, what in (
-        (settings.kinds, tuple(CORRUPTIONS), "kinds"),
-        (settings.severities, SEVERITIES, "severities"),
-        (settings.classifiers, ("knn", "linear"), "classifiers"),
-    ):
-        unknown = [item for item in given if item not in known]
-        if unknown or not given:
-            choices = ", ".join(map(str, known))
-            raise InputError(f"robustness.{what}: {unknown[0] if unknown else 'nothing'} is unknown; use {choices}")
 
 
 def _knn(bank: Tensor, labels: Tensor, k: int, temperature: float, x: Tensor, present: Tensor | None) -> Tensor:

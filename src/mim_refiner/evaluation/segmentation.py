@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
 from mim_refiner.core.device import free_memory
@@ -28,10 +29,10 @@ from mim_refiner.errors import InputError
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.windows import Cutting, Encoder, Windows
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.settings import Decay, NonNegative, Positive, PositiveInt, Settings, Share, Side
 
 
-@dataclass(frozen=True)
-class SegmentationSettings:
+class SegmentationSettings(Settings, frozen=True):
     """``window`` (pixels, None: the encoder's image size) and ``stride`` (share of it) of the sliding window.
 
     ``short_side`` resizes images and masks first (None: as they are, at least a window). ``count`` blocks, every
@@ -39,20 +40,20 @@ class SegmentationSettings:
     need more than ``memory_gb`` (None: half of what is free) are computed anew in every epoch, to the same effect.
     """
 
-    window: int | None = None
-    stride: float = 2 / 3
-    short_side: int | None = None
-    every: int = 4
-    count: int = 4
+    window: Side | None = None
+    stride: Annotated[float, Field(gt=0, le=1)] = 2 / 3
+    short_side: Side | None = None
+    every: PositiveInt = 4
+    count: PositiveInt = 4
     norm: bool = False
-    epochs: int = 50
-    batch_size: int = 64  # windows
-    lr: float = 0.1  # for 256 windows a step
-    momentum: float = 0.9
-    warmup: float = 0.1
-    end_rate: float = 1e-6
-    init_std: float = 0.01
-    memory_gb: float | None = None
+    epochs: PositiveInt = 50
+    batch_size: PositiveInt = 64  # windows
+    lr: Positive = 0.1  # for 256 windows a step
+    momentum: Decay = 0.9
+    warmup: Share = 0.1
+    end_rate: NonNegative = 1e-6
+    init_std: NonNegative = 0.01
+    memory_gb: NonNegative | None = None
 
 
 @dataclass(frozen=True)
@@ -224,13 +225,8 @@ def confusion(truth: Mask, predicted: NDArray[np.int64], classes: int, ignore: i
 
 
 def check_segmentation(settings: SegmentationSettings, backbone: Backbone) -> int:
-    """Return the window in pixels; raise InputError for settings that mean nothing."""
+    """Return the window in pixels; raise InputError for one that the patch size does not divide."""
     window, patch = settings.window or min(backbone.info.image_size), backbone.info.patch_size
     if window % patch[0] or window % patch[1]:
         raise InputError(f"segmentation.window {window} must be a multiple of the patch size {patch[0]}x{patch[1]}")
-    if not 0 < settings.stride <= 1 or settings.every < 1 or settings.count < 1 or settings.epochs < 1:
-        raise InputError(
-            f"segmentation: stride {settings.stride:g} must be a share of the window; "
-            f"every {settings.every}, count {settings.count} and epochs {settings.epochs} at least 1"
-        )
     return window

@@ -21,17 +21,10 @@ from mim_refiner.data.source_base import ImageSource
 from mim_refiner.errors import DataError, InputError, did_you_mean
 from mim_refiner.evaluation import protocols as frozen
 from mim_refiner.evaluation import protocols_images as retrained
-from mim_refiner.evaluation.attentive import check_attentive
 from mim_refiner.evaluation.cache import FeatureCache
-from mim_refiner.evaluation.clustering import check_resamples
 from mim_refiner.evaluation.features import Features, own_image_size, resolve_blocks, resolve_poolings
-from mim_refiner.evaluation.finetune import check_finetune
 from mim_refiner.evaluation.jobs import Job
-from mim_refiner.evaluation.linear_probe import check_linear
-from mim_refiner.evaluation.long_tail import check_long_tail
-from mim_refiner.evaluation.low_shot import check_low_shot
 from mim_refiner.evaluation.results import Result, result_name
-from mim_refiner.evaluation.robustness import check_robustness
 from mim_refiner.evaluation.segmentation import check_segmentation, segmentation_protocol
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.splits import stratified_split
@@ -92,7 +85,8 @@ def evaluate_backbone(
     run = dataclasses.replace(run, precision=resolve_precision(settings.precision, run.device))
     seconds = {} if seconds is None else seconds
     check_protocols(protocols)
-    _check_settings(protocols, settings, backbone)
+    if "segmentation" in protocols:
+        check_segmentation(settings.segmentation, backbone)
     _check_data(protocols, train, test)
     wanted = resolve_blocks(blocks, backbone.info.depth)
     knn_wanted = resolve_blocks(blocks if knn_blocks is None else knn_blocks, backbone.info.depth)
@@ -105,7 +99,7 @@ def evaluate_backbone(
         blocks=wanted,
         poolings=resolve_poolings(poolings, backbone.info),
         norm=norm,
-        settings=dataclasses.replace(settings, image_size=settings.image_size or own_image_size(backbone.info)),
+        settings=settings.model_copy(update={"image_size": settings.image_size or own_image_size(backbone.info)}),
         run=run,
         data=_describe(train, test, settings, run.seed),
         model_sha256=model_sha256,
@@ -257,23 +251,6 @@ def check_protocols(protocols: Sequence[str]) -> None:
             )
     if not protocols:
         raise InputError(f"no protocol named; choose from {', '.join(PROTOCOLS)}")
-
-
-def _check_settings(protocols: Sequence[str], settings: EvaluationSettings, backbone: Backbone) -> None:
-    """Raise InputError before any work for settings that would stop a protocol later."""
-    checks: dict[str, Callable[[], object]] = {
-        "clustering": lambda: check_resamples(settings.cluster_bootstrap),
-        "linear": lambda: check_linear(settings.linear),
-        "attentive": lambda: check_attentive(settings.attentive),
-        "low_shot": lambda: check_low_shot(settings.low_shot),
-        "finetune": lambda: check_finetune(settings.finetune),
-        "long_tail": lambda: check_long_tail(settings.long_tail),
-        "robustness": lambda: check_robustness(settings.robustness),
-        "segmentation": lambda: check_segmentation(settings.segmentation, backbone),
-    }
-    for protocol in protocols:
-        if protocol in checks:
-            checks[protocol]()
 
 
 NEEDS_RGB = ("finetune", "long_tail", "robustness", "segmentation")  # their image operations are made for photographs

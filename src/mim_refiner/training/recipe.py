@@ -6,62 +6,33 @@ refused with the nearest valid name. ``resolved`` recipes contain no "auto": the
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationInfo, field_validator
 
-from mim_refiner.errors import RecipeError, did_you_mean
-from mim_refiner.files import dotted, load_yaml, reading
+from mim_refiner.errors import RecipeError
+from mim_refiner.files import dotted
+from mim_refiner.settings import (
+    Decay,
+    NonNegativeInt,
+    PositiveInt,
+    Precision,
+    Settings,
+    Share,
+    Size,
+    changed,
+    read_setting,
+)
 from mim_refiner.training.domains import DOMAINS, PHOTOGRAPHS
 from mim_refiner.types import Checkpointing, ImageSize
 
-# Bounds that no run reaches: beyond them lie mistyped numbers, which would else end in an allocation or an overflow.
-PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
 Width = Annotated[int, Field(ge=1, le=2**17)]  # of a layer
-Side = Annotated[int, Field(ge=1, le=2**14)]  # pixels
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-def _pair(value: Any) -> Any:
-    """HEIGHTxWIDTH as text."""
-    parts = value.split("x") if isinstance(value, str) else []
-    return tuple(int(part) for part in parts) if len(parts) == 2 and all(part.isdecimal() for part in parts) else value
-
-
-Size = Annotated[Side | tuple[Side, Side], BeforeValidator(_pair)]  # of a square, or (height, width)
-Decay = Annotated[float, Field(ge=0, lt=1)]
 Hue = Annotated[float, Field(ge=0, le=0.5)]
-Precision = Literal["auto", "fast", "fp32", "bf16"]
 R = TypeVar("R", bound="Recipe")
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name in ("images_on_device", "cuda_graphs"):  # YAML's on and off
-            return "on" if value else "off"
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation not in (bool, Checkpointing):
-            raise ValueError("true and false are no numbers")
-        return value
-
-
-class Phase(_Settings):
+class Phase(Settings):
     """One training phase. Peak learning rate = base_lr * batch_size / 256 (linear scaling)."""
 
     epochs: Annotated[int, Field(ge=0, le=10**6)]  # passes over the images
@@ -73,7 +44,7 @@ class Phase(_Settings):
     max_seconds: PositiveFloat | None = None  # the phase ends by then: on a slower machine it leaves out some steps
 
 
-class Views(_Settings):
+class Views(Settings):
     """Multi-crop views; sizes in pixels, scales are shares of the image area."""
 
     global_size: Size | None = None  # None: the encoder's own image size
@@ -110,7 +81,7 @@ class Views(_Settings):
         return list(shapes.items())
 
 
-class Heads(_Settings):
+class Heads(Settings):
     """One head per listed block (0-indexed); "last_third" comes from the encoder's depth, "auto" from measuring it."""
 
     blocks: list[int] | Literal["last_third", "auto"] = "last_third"  # from 0; auto: measured first
@@ -125,7 +96,7 @@ class Heads(_Settings):
     swap_positive: bool = True  # False: no neighbours, plain contrastive learning (an ablation)
 
 
-class GuardSettings(_Settings):
+class GuardSettings(Settings):
     """When refinement is stopped for doing harm (training/guard.py); shares are of what the START had."""
 
     enabled: bool = True  # false: no looks
@@ -138,7 +109,7 @@ class GuardSettings(_Settings):
     max_knn_drop: NonNegativeFloat = 0.05  # in k-NN accuracy, 0-1; more where few test images make it noisy
 
 
-class AnchorSettings(_Settings):
+class AnchorSettings(Settings):
     """Dense anchor (models/anchor.py): patches shall stay as alike to each other as they were at the START."""
 
     weight: NonNegativeFloat = 0.0  # 0: none
@@ -146,21 +117,21 @@ class AnchorSettings(_Settings):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the refinement's steps, evenly spread
 
 
-class SweepSettings(_Settings):
+class SweepSettings(Settings):
     """Heads of several temperatures learn for an epoch on the frozen encoder; the best one is the run's."""
 
-    temperatures: list[PositiveFloat] = []  # none: heads.temperature as it is
+    temperatures: list[PositiveFloat] = Field([])  # none: heads.temperature as it is
 
 
-class LoraSettings(_Settings):
+class LoraSettings(Settings):
     """Low-rank adapters (models/lora.py) with ``adapter=lora``; alpha / rank scales what they add."""
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 8  # of the two factors: how much an adapter can change
     alpha: PositiveFloat = 16.0  # alpha / rank scales what they add
-    targets: Annotated[list[str], Field(min_length=1)] = ["qkv", "proj"]  # last names of linear layers in the blocks
+    targets: list[str] = Field(["qkv", "proj"], min_length=1)  # last names of linear layers in the blocks
 
 
-class Recipe(_Settings):
+class Recipe(Settings):
     """What pre-training and refinement share."""
 
     name: str  # what it is called
@@ -248,27 +219,9 @@ class PretrainRecipe(Recipe):
 def override(recipe: R, settings: list[str]) -> R:
     """Apply ``key=value`` overrides (dotted keys, YAML values); raises RecipeError naming key, value and remedy."""
     tree = recipe.model_dump()
-    changes = [_change(setting) for setting in settings]
+    changes = [read_setting(setting) for setting in settings]
     _lay_domain(tree, [value for key, value in changes if key == "domain"])
-    for key, value in changes:
-        _assign(tree, key, value, recipe)
-    return _validated(type(recipe), tree)
-
-
-def _lay_domain(tree: dict[str, Any], names: Sequence[Any]) -> None:
-    """Lay a domain's augmentations over the recipe's views; what is set besides comes after."""
-    if names and names[-1] in DOMAINS and "views" in tree:
-        tree["views"] |= DOMAINS[names[-1]].views
-
-
-def _change(setting: str) -> tuple[str, Any]:
-    """(key, value) of ``key=value``."""
-    key, separator, text = setting.partition("=")
-    if not separator:
-        raise RecipeError(f"--set {setting!r} has no '='; write --set key=value")
-    with reading(f"--set {key[:60]}", "quote the value, or write a number, true or [list]", RecipeError):
-        value = load_yaml(text)
-    return key.strip(), _as_number(value) if isinstance(value, str) else value  # YAML 1.1 reads 4e-4 as text
+    return changed(recipe, changes, tree=tree)
 
 
 def from_tree(base: R, tree: Any, where: str) -> R:
@@ -277,51 +230,10 @@ def from_tree(base: R, tree: Any, where: str) -> R:
         raise RecipeError(f"{where}: a recipe file is a mapping of keys to values; see recipe.yaml of any run folder")
     merged = base.model_dump()
     _lay_domain(merged, [tree["domain"]] if isinstance(tree.get("domain"), str) else [])
-    for key, value in dotted(tree).items():
-        _assign(merged, key, _as_number(value) if isinstance(value, str) else value, base, where=f"{where}: ")
-    return _validated(type(base), merged)
+    return changed(base, dotted(tree).items(), f"{where}: ", tree=merged)
 
 
-def known_keys(recipe: Recipe) -> list[str]:
-    """All dotted keys that --set accepts."""
-    return list(dotted(recipe.model_dump()))
-
-
-def _shown(value: Any) -> str:
-    with contextlib.suppress(ValueError):  # whole numbers of more than 4300 digits have no text
-        return repr(value)[:60]
-    return "a number of thousands of digits"
-
-
-def _as_number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _assign(tree: dict[str, Any], key: str, value: Any, recipe: Recipe, where: str = "--set ") -> None:
-    keys = known_keys(recipe)
-    if key not in keys:
-        by_last_part = [full for full in keys if full.split(".")[-1] == key]
-        hint = (
-            f"; did you mean '{by_last_part[0]}'?"
-            if by_last_part
-            else did_you_mean(key, keys) or "; use a key of recipe.yaml"
-        )
-        raise RecipeError(f"{where}unknown recipe key '{key}'{hint}")
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        tree = tree[parent]
-    tree[leaf] = value
-
-
-def _validated(kind: type[R], tree: dict[str, Any]) -> R:
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']} (got {_shown(each['input'])})"
-            for each in error.errors()[:5]
-        ]
-        raise RecipeError("recipe: " + "; ".join(problems) + "; correct by --set or in the file") from None
+def _lay_domain(tree: dict[str, Any], names: Sequence[Any]) -> None:
+    """Lay a domain's augmentations over the recipe's views; what is set besides comes after."""
+    if names and names[-1] in DOMAINS and "views" in tree:
+        tree["views"] |= DOMAINS[names[-1]].views

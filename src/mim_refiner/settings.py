@@ -1,0 +1,143 @@
+"""Typed settings: pydantic models that ``key=value`` and files of the same keys change, checked before anything starts.
+
+Unknown keys are refused with the nearest valid name, values with what they should be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from mim_refiner.errors import RecipeError, did_you_mean
+from mim_refiner.files import dotted, load_yaml, reading
+
+# Bounds that no run reaches: beyond them lie mistyped numbers, which would else end in an allocation or an overflow.
+PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
+Side = Annotated[int, Field(ge=1, le=2**14)]  # pixels
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["auto", "fast", "fp32", "bf16"]
+
+
+def _pair(value: Any) -> Any:
+    """HEIGHTxWIDTH as text."""
+    parts = value.split("x") if isinstance(value, str) else []
+    return tuple(int(part) for part in parts) if len(parts) == 2 and all(part.isdecimal() for part in parts) else value
+
+
+Size = Annotated[Side | tuple[Side, Side], BeforeValidator(_pair)]  # of a square, or (height, width)
+
+
+def _listed(value: Any) -> Any:
+    """One value, or text with commas, as a list."""
+    return value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+
+
+def one_of(names: Collection[str]) -> Callable[[str], str]:
+    """A validator for a name among ``names``."""
+
+    def known(value: str) -> str:
+        if value not in names:
+            raise ValueError(f"is unknown{did_you_mean(value, names)}; use {', '.join(names)}")
+        return value
+
+    return known
+
+
+def _ascending(value: tuple[float, ...]) -> tuple[float, ...]:
+    if sorted(value) != list(value):
+        raise ValueError("must be ascending")
+    return value
+
+
+Listed = BeforeValidator(_listed)  # so that kinds=fog,jpeg and shares=0.1 are lists too
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+BatchSize = Annotated[int, Field(ge=2, le=10**9)]  # that BatchNorm or mixup can use
+NonNegative = Annotated[float, Field(ge=0, le=1e9)]
+Rates = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_ascending), Listed]
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Base of all settings; ``noun`` is what messages call them, ``listed`` where all keys stand."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+    noun: ClassVar[str] = "recipe"
+    listed: ClassVar[str] = "recipe.yaml"
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and "on" in get_args(kind):  # YAML's on and off
+            return "on" if value else "off"
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError("true and false are no numbers")
+        return value
+
+
+def read_setting(setting: str) -> tuple[str, Any]:
+    """(key, value) of ``key=value``; the value as YAML has it."""
+    key, separator, text = setting.partition("=")
+    if not separator:
+        raise RecipeError(f"--set {setting!r} has no '='; write --set key=value")
+    with reading(f"--set {key[:60]}", "quote the value, or write a number, true or [list]", RecipeError):
+        value = load_yaml(text)
+    return key.strip(), value
+
+
+def changed(base: S, changes: Iterable[tuple[str, Any]], where: str = "--set ", *, tree: Any = None) -> S:
+    """``base`` (or ``tree``, its values with others laid over) with other values for some dotted keys.
+
+    Raises RecipeError naming key, value and remedy; ``where`` stands before an unknown key.
+    """
+    tree, keys = base.model_dump() if tree is None else tree, known_keys(base)
+    for key, value in changes:
+        if key not in keys:
+            same = [full for full in keys if full.split(".")[-1] == key]
+            hint = f"; did you mean '{same[0]}'?" if same else did_you_mean(key, keys)
+            raise RecipeError(f"{where}unknown {base.noun} key '{key}'{hint or f'; use a key of {base.listed}'}")
+        *parents, leaf = key.split(".")
+        place = tree
+        for parent in parents:
+            place = place[parent]
+        place[leaf] = _as_number(value) if isinstance(value, str) else value  # YAML 1.1 reads 4e-4 as text
+    try:
+        return type(base).model_validate(tree)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']} (got {_shown(each['input'])})"
+            for each in error.errors()[:5]
+        ]
+        raise RecipeError(f"{base.noun}: {'; '.join(problems)}; correct by --set or in the file") from None
+
+
+def known_keys(settings: Settings) -> list[str]:
+    """All dotted keys that --set accepts."""
+    return list(dotted(settings.model_dump()))
+
+
+def _shown(value: Any) -> str:
+    with contextlib.suppress(ValueError):  # whole numbers of more than 4300 digits have no text
+        return repr(value)[:60]
+    return "a number of thousands of digits"
+
+
+def _as_number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
