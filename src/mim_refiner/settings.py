@@ -89,6 +89,12 @@ class Settings(BaseModel):
         return value
 
 
+class FrozenSettings(Settings):
+    """Settings that stay as they were made; ``model_copy(update=...)`` gives others."""
+
+    model_config = ConfigDict(frozen=True)
+
+
 def read_setting(setting: str) -> tuple[str, Any]:
     """(key, value) of ``key=value``; the value as YAML has it."""
     key, separator, text = setting.partition("=")

@@ -41,12 +41,12 @@ from mim_refiner.models.backbone import Backbone
 from mim_refiner.settings import (
     BatchSize,
     Decay,
+    FrozenSettings,
     Listed,
     NonNegative,
     NonNegativeInt,
     PositiveInt,
     Rates,
-    Settings,
     Share,
 )
 from mim_refiner.types import ImageSize
@@ -55,7 +55,7 @@ Blocks = tuple[int, ...]  # whose tokens a probe reads; more than one: a mixture
 Tokens = Mapping[int, Tensor]  # by block, normalised [B, N, D]
 
 
-class AttentiveSettings(Settings, frozen=True):
+class AttentiveSettings(FrozenSettings):
     """``queries`` M and ``value_divisor`` d (values are D / d wide) as published; M is lowered to what divides D / d.
 
     AdamW trains every probe at every one of ``learning_rates`` (for 256 images a step) on tokens computed once, from
@@ -181,7 +181,7 @@ def attentive_protocol(
         on_held = _hits(probes.values(), _batches(store, held, settings.batch_size, run.device), labels[held])
     attention: list[list[Tensor]] = [[] for _ in probes]
     on_test = _hits(probes.values(), encode(test), torch.from_numpy(test.labels), attention, settings.maps)
-    scores = {}
+    scores: dict[tuple[Blocks, str], AttentiveScore] = {}
     for number, (key, probe) in enumerate(probes.items()):
         score = score_rates(on_test[number], on_held[number] if len(held) else None, settings.learning_rates)
         rate = list(settings.learning_rates).index(score.selected_rate or score.best_rate)

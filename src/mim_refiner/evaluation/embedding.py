@@ -60,12 +60,13 @@ class FeatureSpec:
     def transform(self, info: BackboneInfo) -> dict[str, Any]:
         """How an image becomes the encoder's input, in words that a program reads."""
         size = self.image_size or own_image_size(info)
-        square = isinstance(size, int)
-        cut = {"resize_shorter_side": round(size / default_crop_ratio(size)), "center_crop": size} if square else {}
+        cut: dict[str, Any] = {"resize": list(height_width(size))}
+        if isinstance(size, int):
+            cut = {"resize_shorter_side": round(size / default_crop_ratio(size)), "center_crop": size}
         return {
             "channels": "RGB" if info.in_chans == 3 else info.in_chans,
             "interpolation": "bicubic",
-            **(cut or {"resize": list(height_width(size))}),
+            **cut,
             "scale": "0-1",
             "mean": list(info.mean),
             "std": list(info.std),

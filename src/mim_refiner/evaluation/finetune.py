@@ -32,11 +32,11 @@ from mim_refiner.data.photometric import normalize
 from mim_refiner.data.workers import begun, worker_count
 from mim_refiner.evaluation.knn import AccuracyScore
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.settings import BatchSize, Decay, Listed, NonNegative, Positive, PositiveInt, Settings, Share
+from mim_refiner.settings import BatchSize, Decay, FrozenSettings, Listed, NonNegative, Positive, PositiveInt, Share
 from mim_refiner.types import ImageSize, height_width
 
 
-class FinetuneSettings(Settings, frozen=True):
+class FinetuneSettings(FrozenSettings):
     """The MAE recipe with the paper's values. ``lr`` is for 256 images a step and scales with the batch.
 
     ``shares`` of the labels to train on (stratified, at least one image a class). Mixup, cutmix, random erasing and

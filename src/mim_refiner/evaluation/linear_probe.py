@@ -20,7 +20,16 @@ from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import AccuracyScore, required_labels
 from mim_refiner.evaluation.splits import stratified_split
-from mim_refiner.settings import BatchSize, Decay, NonNegative, NonNegativeInt, PositiveInt, Rates, Settings, Share
+from mim_refiner.settings import (
+    BatchSize,
+    Decay,
+    FrozenSettings,
+    NonNegative,
+    NonNegativeInt,
+    PositiveInt,
+    Rates,
+    Share,
+)
 
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.3, 0.5)
 
@@ -30,7 +39,7 @@ EpochFeatures = Callable[[int], Features]  # the train features of an epoch, in 
 Take = Callable[[Tensor], Tensor]  # row numbers on the CPU -> features [rows, D] on the device
 
 
-class LinearProbeSettings(Settings, frozen=True):
+class LinearProbeSettings(FrozenSettings):
     """The paper's values, except that by default features are computed once, from centre crops.
 
     With ``augment`` every epoch sees new crops (of ``crop_scale`` of the image's area) and flips, as in the paper: one

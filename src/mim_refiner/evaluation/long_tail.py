@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 
 from mim_refiner.core.metrics import accuracy_interval
 from mim_refiner.errors import DataError, InputError
-from mim_refiner.settings import Listed, PositiveInt, Settings
+from mim_refiner.settings import FrozenSettings, Listed, PositiveInt
 
 
-class LongTailSettings(Settings, frozen=True):
+class LongTailSettings(FrozenSettings):
     """``imbalance``: images of the largest over those of the smallest class; 1 takes the training set as it is.
 
     ``many`` and ``few``: classes with more than ``many`` training images are many-shot, with fewer than ``few``

@@ -17,10 +17,10 @@ from torch import Tensor
 from mim_refiner.core.metrics import crossed_interval
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import required_labels
-from mim_refiner.settings import Listed, Positive, PositiveInt, Settings
+from mim_refiner.settings import FrozenSettings, Listed, Positive, PositiveInt
 
 
-class LowShotSettings(Settings, frozen=True):
+class LowShotSettings(FrozenSettings):
     """The paper's values. ``penalty`` is N times the published lambda = 0.00025 / N of a mean loss over N images.
 
     ``scoring``: "same" prepares the test features as the training features; "reference" scores them as they are, as

@@ -19,14 +19,14 @@ from mim_refiner.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from mim_refiner.evaluation.features import FeatureKey, Features, ImageTransform
 from mim_refiner.evaluation.knn import required_labels
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings, fitted_probe
-from mim_refiner.settings import Listed, PositiveInt, Settings, one_of
+from mim_refiner.settings import FrozenSettings, Listed, PositiveInt, one_of
 
 _Kind = Annotated[str, AfterValidator(one_of(CORRUPTIONS))]
 _Severity = Annotated[int, Field(ge=min(SEVERITIES), le=max(SEVERITIES))]
 Predict = Callable[[Tensor, Tensor | None], Tensor]  # (features [N, D], classes that may occur or None) -> classes [N]
 
 
-class RobustnessSettings(Settings, frozen=True):
+class RobustnessSettings(FrozenSettings):
     """``images``: at most so many test images, evenly spaced (None: all). ``classifiers``: knn, linear or both."""
 
     kinds: Annotated[tuple[_Kind, ...], Field(min_length=1), Listed] = tuple(CORRUPTIONS)

@@ -29,10 +29,10 @@ from mim_refiner.errors import InputError
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.windows import Cutting, Encoder, Windows
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.settings import Decay, NonNegative, Positive, PositiveInt, Settings, Share, Side
+from mim_refiner.settings import Decay, FrozenSettings, NonNegative, Positive, PositiveInt, Share, Side
 
 
-class SegmentationSettings(Settings, frozen=True):
+class SegmentationSettings(FrozenSettings):
     """``window`` (pixels, None: the encoder's image size) and ``stride`` (share of it) of the sliding window.
 
     ``short_side`` resizes images and masks first (None: as they are, at least a window). ``count`` blocks, every

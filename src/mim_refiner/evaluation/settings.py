@@ -14,10 +14,10 @@ from mim_refiner.evaluation.long_tail import LongTailSettings
 from mim_refiner.evaluation.low_shot import LowShotSettings
 from mim_refiner.evaluation.robustness import RobustnessSettings
 from mim_refiner.evaluation.segmentation import SegmentationSettings
-from mim_refiner.settings import NonNegativeInt, PositiveInt, Precision, Settings, Size, changed, read_setting
+from mim_refiner.settings import FrozenSettings, NonNegativeInt, PositiveInt, Precision, Size, changed, read_setting
 
 
-class EvaluationSettings(Settings, frozen=True):
+class EvaluationSettings(FrozenSettings):
     """The defaults are the paper's where method.md gives them.
 
     One exception: ``linear.augment`` is off (one forward pass, not one an epoch); the suite ``paper`` turns it on.

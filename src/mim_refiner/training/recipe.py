@@ -120,7 +120,7 @@ class AnchorSettings(Settings):
 class SweepSettings(Settings):
     """Heads of several temperatures learn for an epoch on the frozen encoder; the best one is the run's."""
 
-    temperatures: list[PositiveFloat] = Field([])  # none: heads.temperature as it is
+    temperatures: list[PositiveFloat] = Field(default=[])  # none: heads.temperature as it is
 
 
 class LoraSettings(Settings):
@@ -128,7 +128,7 @@ class LoraSettings(Settings):
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 8  # of the two factors: how much an adapter can change
     alpha: PositiveFloat = 16.0  # alpha / rank scales what they add
-    targets: list[str] = Field(["qkv", "proj"], min_length=1)  # last names of linear layers in the blocks
+    targets: list[str] = Field(default=["qkv", "proj"], min_length=1)  # last names of linear layers in the blocks
 
 
 class Recipe(Settings):
