@@ -170,14 +170,14 @@ def test_another_recipe_in_one_process_is_refused(mae, unlabelled, cli, tmp_path
 def test_what_each_process_would_decide_otherwise_is_decided_once(mae, unlabelled, cli, tmp_path):
     """Free memory, head placement and the folder to resume from differ in process 1; the run goes on as one."""
     code = """
-from mim_refiner.commands import head_blocks, plan
+from mim_refiner.commands import measured_settings, plan
 from mim_refiner.training.state import RunFolder
-place = head_blocks.place_heads
+place = measured_settings.place_heads
 
 def placed(*arguments, **options):
     return place(*arguments, **options) | {"blocks": [1 + rank]}
 
-head_blocks.place_heads = placed
+measured_settings.place_heads = placed
 plan.parse_budget = lambda text, device: (8e9, 3e6)[rank]
 if rank == 1:
     RunFolder._saved = lambda self: []  # a file system that lags behind

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mim_refiner.commands.temperature import FILE, sweep_in_recipe
+from mim_refiner.commands.measured_settings import SWEEP, sweep_in_recipe
 from mim_refiner.core.run import Run
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.files import write_json
@@ -72,8 +72,8 @@ def test_the_run_takes_the_best_one_and_keeps_it(given, tmp_path, monkeypatch):
     record = sweep_in_recipe(recipe, backbone, loader.images, Run(), None)
     assert recipe.heads.temperature == record["temperature"]
     other = 0.6 - record["temperature"]
-    write_json(tmp_path / FILE, record | {"temperature": other})
+    write_json(tmp_path / f"{SWEEP}.json", record | {"temperature": other})
     assert sweep_in_recipe(recipe, backbone, loader.images, Run(), tmp_path)["temperature"] == other
     assert recipe.heads.temperature == other
-    write_json(tmp_path / FILE, record | {"temperature": 7.0})  # of another sweep: measured again
+    write_json(tmp_path / f"{SWEEP}.json", record | {"temperature": 7.0})  # of another sweep: measured again
     assert sweep_in_recipe(recipe, backbone, loader.images, Run(), tmp_path) == record

@@ -43,8 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     epilog=example(
-        f"{PROGRAM} demo",
-        f"{PROGRAM} refine --data photos/ --model mae_pretrain_vit_base.pth --out runs/photos",
+        f"{PROGRAM} demo", f"{PROGRAM} refine --data photos/ --model mae_pretrain_vit_base.pth --out runs/photos"
     ),
 )
 

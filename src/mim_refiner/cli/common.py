@@ -59,28 +59,24 @@ TestOption = Annotated[
     str | None, typer.Option("--test", metavar="SRC", help="Test images; without it a part of --data is held out.")
 ]
 RunFolderOption = Annotated[
-    str,
-    typer.Option("--out", metavar="DIR", help="Run folder. The same command on the same folder resumes."),
+    str, typer.Option("--out", metavar="DIR", help="Run folder. The same command on the same folder resumes.")
 ]
 OutOption = Annotated[str, typer.Option("--out", metavar="DIR", help="Folder for the results.")]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", metavar="NAME|FILE", help="Recipe by name, or a YAML file.")
 ]
 SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; repeatable."),
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; repeatable.")
 ]
 DeviceOption = Annotated[
-    str,
-    typer.Option("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="auto takes the CUDA GPU if there is one."),
+    str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="auto takes the CUDA GPU if there is one.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of every random choice.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Start anew in a folder that holds another run; its files are replaced.")
 ]
 ExcludeOption = Annotated[
-    str | None,
-    typer.Option("--exclude", metavar="FILE", help="Images to leave out: the list that doctor writes."),
+    str | None, typer.Option("--exclude", metavar="FILE", help="Images to leave out: the list that doctor writes.")
 ]
 LogOption = Annotated[
     str | None,

@@ -87,8 +87,7 @@ def refine(
         ),
     ] = None,
     eval_test: Annotated[
-        str | None,
-        typer.Option("--eval-test", metavar="SRC", help="Labelled test images that go with --eval-data."),
+        str | None, typer.Option("--eval-test", metavar="SRC", help="Labelled test images that go with --eval-data.")
     ] = None,
     head_blocks: Annotated[
         str | None,
@@ -168,8 +167,7 @@ def evaluate(
     ] = None,
     cache: CacheOption = None,
     cache_size: Annotated[
-        str | None,
-        typer.Option("--cache-size", metavar="SIZE", help="Largest size of the cache. Default: 5GB."),
+        str | None, typer.Option("--cache-size", metavar="SIZE", help="Largest size of the cache. Default: 5GB.")
     ] = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
@@ -216,9 +214,7 @@ def embed(
     out: Annotated[
         str,
         typer.Option(
-            "--out",
-            metavar="FILE",
-            help="Features, by ending: .parquet, .npy, .safetensors. The same command resumes.",
+            "--out", metavar="FILE", help="Features, by ending: .parquet, .npy, .safetensors. The same command resumes."
         ),
     ],
     block: Annotated[int, typer.Option("--block", help="Encoder block, from 0; -1 is the last.")] = -1,
@@ -306,8 +302,7 @@ def export(
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders; several are compared on one page.")],
     out: Annotated[
-        str | None,
-        typer.Option("--out", metavar="FILE", help="The HTML file. Default: report.html in the run folder."),
+        str | None, typer.Option("--out", metavar="FILE", help="The HTML file. Default: report.html in the run folder.")
     ] = None,
 ) -> None:
     """Write one offline HTML page of a run, or of several side by side, from their result files."""

@@ -87,13 +87,8 @@ def analyze(
         + ", ".join(f"{name} {text}" for name, text in samples.described().items() if name != "labels")
         + ("" if samples.labelled else "; no labels: neighbour consistency stands in for k-NN accuracy")
     )
-    analysis = _Analysis(
-        models,
-        {"before": name_of(model), "after": "" if compare is None else name_of(compare)},
-        samples,
-        run,
-        Path(out),
-    )
+    origins = {"before": name_of(model), "after": "" if compare is None else name_of(compare)}
+    analysis = _Analysis(models, origins, samples, run, Path(out))
     sources = [name for name in analysis.sources.values() if name]
     tested = data if test is None else test
     analysis.result["statements"] += tell_trained_on(sources, tested, reporter)
@@ -115,12 +110,7 @@ class _Analysis:
     """The parts one after the other; each adds to ``result`` and writes its files."""
 
     def __init__(
-        self,
-        models: Mapping[str, Backbone],
-        sources: Mapping[str, str],
-        samples: Samples,
-        run: Run,
-        out: Path,
+        self, models: Mapping[str, Backbone], sources: Mapping[str, str], samples: Samples, run: Run, out: Path
     ) -> None:
         self.models, self.sources, self.samples, self.run, self.out = models, sources, samples, run, out
         self.atlases: dict[str, Atlas] = {}
@@ -136,15 +126,7 @@ class _Analysis:
 
     def do(self, part: str) -> None:
         started = time.perf_counter()
-        steps: dict[str, Callable[[], None]] = {
-            "atlas": self.atlas,
-            "verdict": self.verdict,
-            "readout": self.readout,
-            "similarity": self.similarity,
-            "reconstruction": self.reconstruction,
-            "heads": self.heads,
-        }
-        steps[part]()
+        getattr(self, part)()
         self.result["seconds"][part] = round(time.perf_counter() - started, 1)
 
     def atlas(self) -> None:
@@ -166,22 +148,17 @@ class _Analysis:
         if not enough and not self.samples.labelled:
             raise DataError(f"a verdict without labels needs at least {MIN_IMAGES} images; give more")
         if "after" not in self.models:
-            info = self.models["before"].info
             if enough:
-                found = measures_of(
-                    self.models["before"],
-                    self.samples,
-                    self.run,
-                    key=default_key(info),
-                    name="before",
-                )
+                first = self.models["before"]
+                found = measures_of(first, self.samples, self.run, key=default_key(first.info), name="before")
                 self.result["label_free"] = found.summary()
             return
         unlabelled = judged_without_labels(self.models, self.samples, self.run) if enough else None
         judged = unlabelled or {}
         if self.samples.labelled:
-            hits = [self._hits(name) for name in ("before", "after")]
-            judged = verdict(*hits) | ({"label_free": unlabelled} if unlabelled else {})
+            judged = verdict(self._hits("before"), self._hits("after")) | (
+                {"label_free": unlabelled} if unlabelled else {}
+            )
         self.result["verdict"] = judged
         self._keep("verdict", {"kind": "verdict", **judged, "seed": self.run.seed}, None)
 
@@ -204,9 +181,8 @@ class _Analysis:
         """CKA between blocks, within and across the models."""
         self._measure_blocks()
         pooling = default_key(self.models["before"].info)[1]
-        chosen = {
-            name: found.select(np.arange(min(len(found), Limits().similarity))) for name, found in self.features.items()
-        }
+        most = Limits().similarity
+        chosen = {name: found.select(np.arange(min(len(found), most))) for name, found in self.features.items()}
         record = block_similarity(chosen, pooling)
         self.result["statements"] += record["statements"]
         self._keep("similarity", record, similarity_map)

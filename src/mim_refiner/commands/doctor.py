@@ -66,7 +66,7 @@ def doctor(
         **{key: value for key, value in source.facts().items() if key not in ("source", "classes")},
         "counts": {kind: counts[kind] for kind in KINDS if counts[kind]},
         "to_exclude": len(left_out),
-        "findings": [_row(finding) for finding in findings],
+        "findings": [vars(finding) | {"exclude": finding.exclude} for finding in findings],
         "pixels": _pixels(found),
         "augmentations": _suggested(found, source, channels),
         "classes": _classes(source),
@@ -187,16 +187,6 @@ def _classes(source: ImageSource) -> dict[str, Any] | None:
         "largest": f"{names[largest]} ({int(counts.max())})",
         "ratio": round(float(counts.max() / counts.min()), 2),
         "notes": notes,
-    }
-
-
-def _row(finding: Finding) -> dict[str, Any]:
-    return {
-        "kind": finding.kind,
-        "index": finding.index,
-        "name": finding.name,
-        "detail": finding.detail,
-        "exclude": finding.exclude,
     }
 
 

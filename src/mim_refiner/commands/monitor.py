@@ -26,15 +26,7 @@ class OnlineKnn:
     Always the same ones. Never the test images of the verdict: what is kept as best depends on it.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        images: ImageSet,
-        *,
-        blocks: Sequence[int],
-        pooling: str,
-        run: Run,
-    ) -> None:
+    def __init__(self, backbone: Backbone, images: ImageSet, *, blocks: Sequence[int], pooling: str, run: Run) -> None:
         self.backbone, self.blocks, self.pooling, self.run = backbone, list(blocks), pooling, run
         self.images, order = images, np.random.default_rng(0).permutation(len(images))
         self.size = min(TEST_LIMIT, len(images) // 5)
@@ -54,12 +46,7 @@ class OnlineKnn:
     def _features(self, indices: NDArray[np.int64]) -> tuple[dict[int, Tensor], Tensor]:
         """Features {block: [N, D]} and labels [N]."""
         found = extract_features(
-            self.backbone,
-            self.images,
-            blocks=self.blocks,
-            poolings=(self.pooling,),
-            run=self.run,
-            indices=indices,
+            self.backbone, self.images, blocks=self.blocks, poolings=(self.pooling,), run=self.run, indices=indices
         )
         assert found.labels is not None
         return {block: found[block, self.pooling] for block in self.blocks}, found.labels

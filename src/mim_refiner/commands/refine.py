@@ -22,8 +22,6 @@ from mim_refiner.commands.comparison import (
     thinned,
 )
 from mim_refiner.commands.dense import dense_change
-from mim_refiner.commands.head_blocks import FILE as PLACEMENT_FILE
-from mim_refiner.commands.head_blocks import head_block_settings, place_in_recipe
 from mim_refiner.commands.inputs import (
     evaluation_sets,
     list_skipped,
@@ -38,12 +36,17 @@ from mim_refiner.commands.inputs import (
     train_loader,
 )
 from mim_refiner.commands.loggers import logged
+from mim_refiner.commands.measured_settings import (
+    PLACEMENT,
+    SWEEP,
+    head_block_settings,
+    place_in_recipe,
+    sweep_in_recipe,
+)
 from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn
 from mim_refiner.commands.plan import plan as run_plan
 from mim_refiner.commands.plan import with_cost
 from mim_refiner.commands.report import finish_with_report, write_gallery
-from mim_refiner.commands.temperature import FILE as SWEEP_FILE
-from mim_refiner.commands.temperature import sweep_in_recipe
 from mim_refiner.core.collectives import from_rank_0
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
@@ -234,7 +237,7 @@ def settle(
     placement = place_in_recipe(recipe, base, backbone, images[1], run, before)
     recipe = resolve(recipe, backbone)
     swept = sweep_in_recipe(recipe, backbone, images[0], run, before)
-    found = {Path(PLACEMENT_FILE).stem: placement, Path(SWEEP_FILE).stem: swept}
+    found = {PLACEMENT: placement, SWEEP: swept}
     return recipe, {name: record for name, record in found.items() if record is not None}
 
 

@@ -75,15 +75,8 @@ def choose_samples(train: ImageSet, test: ImageSet | None, *, seed: int, cache: 
     else:
         kept, held, queries = np.arange(len(train)), np.arange(len(test)), test
     views = np.arange(len(queries))  # nothing is learnt from them, so nothing has to be held out
-    return Samples(
-        train,
-        _thinned(kept, limits.bank),
-        queries,
-        _thinned(held, limits.queries),
-        _thinned(views, limits.views),
-        labelled,
-        cache,
-    )
+    bank, rows = _thinned(kept, limits.bank), _thinned(held, limits.queries)
+    return Samples(train, bank, queries, rows, _thinned(views, limits.views), labelled, cache)
 
 
 def default_key(info: BackboneInfo, pooling: str | None = None) -> Key:
@@ -108,15 +101,11 @@ def atlas_of(
     """
     default = default_key(backbone.info, pooling)
     if not samples.labelled:
-        views = paired_views(
-            backbone,
-            samples.queries,
-            run,
-            indices=samples.view_rows,
-            what=f", {name}",
-            cache=samples.cache,
-        )
-        return atlas_of_views(views, run, name=name, default=default, both=both), dict(views.clean)
+        views = _views(backbone, samples, run, name)
+        run.reporter.phase(f"atlas: {name}", 0)
+        progress = _progress(run.reporter)
+        atlas = label_free_atlas(views, default=default, both=both, seed=run.seed, progress=progress)
+        return atlas, dict(views.clean)
     bank, queries = bank_and_queries(backbone, samples, run, name)
     run.reporter.phase(f"atlas: {name}", 0)
     progress = _progress(run.reporter)
@@ -125,49 +114,24 @@ def atlas_of(
     ), queries
 
 
-def knn_hits(
-    backbone: Backbone, samples: Samples, run: Run, *, key: Key, name: str, cache: FeatureCache | None = None
-) -> NDArray[np.float64]:
+def knn_hits(backbone: Backbone, samples: Samples, run: Run, *, key: Key, name: str) -> NDArray[np.float64]:
     """[N]: whether k-NN of one block, pooling and norm classifies each query image rightly; needs labels."""
     block, pooling, norm = key
     options = {"blocks": (block,), "poolings": (pooling,), "norms": (norm,)}
     bank, queries = bank_and_queries(backbone, samples, run, name, **options)
-    default = labelled_atlas(bank, queries, default=key, probe=False, both=False, seed=run.seed)
-    return default.scores[key]
+    return labelled_atlas(bank, queries, default=key, probe=False, both=False, seed=run.seed).scores[key]
 
 
-def atlas_of_views(views: PairedViews, run: Run, *, name: str, default: Key, both: bool = True) -> Atlas:
-    """Label-free atlas of features that are there already."""
-    run.reporter.phase(f"atlas: {name}", 0)
-    return label_free_atlas(views, default=default, both=both, seed=run.seed, progress=_progress(run.reporter))
-
-
-def measures_of(
-    backbone: Backbone, samples: Samples, run: Run, *, key: Key, name: str, cache: FeatureCache | None = None
-) -> LabelFreeMeasures:
+def measures_of(backbone: Backbone, samples: Samples, run: Run, *, key: Key, name: str) -> LabelFreeMeasures:
     """Label-free measures of one block, pooling and norm."""
-    views = paired_views(
-        backbone,
-        samples.queries,
-        run,
-        blocks=(key[0],),
-        poolings=(key[1],),
-        norms=(key[2],),
-        indices=samples.view_rows,
-        what=f", {name}",
-        cache=samples.cache,
-    )
+    views = _views(backbone, samples, run, name, blocks=(key[0],), poolings=(key[1],), norms=(key[2],))
     run.reporter.phase(f"label-free measures: {name}", 0)
     found = [part[key[2]][key[0], key[1]] for part in (views.clean, views.first, views.second)]
     return label_free_measures(*found, seed=run.seed)
 
 
 def judged_without_labels(
-    models: Mapping[str, Backbone],
-    samples: Samples,
-    run: Run,
-    *,
-    pooling: str | None = None,
+    models: Mapping[str, Backbone], samples: Samples, run: Run, *, pooling: str | None = None
 ) -> dict[str, Any]:
     """Label-free verdict on the last block of the first two of ``models``, further ones by name beside it."""
     first, *later = models
@@ -224,6 +188,12 @@ def _features(
 ) -> dict[bool, Features]:
     run.reporter.phase(f"features of the {what}", len(rows))
     return feature_sets(backbone, images, run=run, indices=rows, progress=_progress(run.reporter), **options)
+
+
+def _views(backbone: Backbone, samples: Samples, run: Run, name: str, **options: Any) -> PairedViews:
+    """The images for the label-free measures, twice augmented; ``options`` as of :func:`bank_and_queries`."""
+    options |= {"indices": samples.view_rows, "what": f", {name}", "cache": samples.cache}
+    return paired_views(backbone, samples.queries, run, **options)
 
 
 def _progress(reporter: Reporter) -> Any:

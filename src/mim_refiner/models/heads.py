@@ -12,12 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mim_refiner.core.collectives import (
-    all_gather,
-    all_gather_with_grad,
-    is_distributed,
-    process_rows,
-)
+from mim_refiner.core.collectives import all_gather, all_gather_with_grad, is_distributed, process_rows
 from mim_refiner.core.neighbors import NeighborQueue, look_up
 from mim_refiner.core.nna import ViewPairing, multi_view_nna_loss
 from mim_refiner.core.run import ONE_BY_ONE, send

@@ -96,11 +96,7 @@ def infer_beit(
 
 
 def _relative_grid(
-    table: Tensor,
-    index: Tensor | None,
-    patch: tuple[int, int],
-    sizes: tuple[tuple[int, int] | None, ...],
-    where: str,
+    table: Tensor, index: Tensor | None, patch: tuple[int, int], sizes: tuple[tuple[int, int] | None, ...], where: str
 ) -> tuple[tuple[int, int], list[str]]:
     """Grid of a table with (2 rows - 1)(2 columns - 1) + 3 entries, and what to remark.
 

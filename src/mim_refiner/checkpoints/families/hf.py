@@ -141,9 +141,7 @@ def _prepare_vitmae(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> d
 
 VITMAE = _family("hf_vitmae", _is_vitmae, prepare=_prepare_vitmae)
 IJEPA = _family(
-    "hf_ijepa",
-    lambda view: is_kind(view, "ijepa") and "embeddings.cls_token" not in view.tensors,
-    pooling="mean",
+    "hf_ijepa", lambda view: is_kind(view, "ijepa") and "embeddings.cls_token" not in view.tensors, pooling="mean"
 )
 
 # --- DINOv2, with and without registers (our exports of ViTs with layer scale or registers)

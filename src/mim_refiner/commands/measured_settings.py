@@ -1,0 +1,95 @@
+"""Settings of a recipe that are measured on the encoder before it is refined: where heads go, and their temperature.
+
+What the run folder holds of it is used again, so that a run resumes with what it began with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from mim_refiner.analysis.placement import place_heads
+from mim_refiner.commands.inputs import train_loader
+from mim_refiner.commands.survey import atlas_of, choose_samples
+from mim_refiner.core.collectives import decide_on_rank_0, from_rank_0
+from mim_refiner.core.run import Run
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.errors import InputError
+from mim_refiner.files import read_json
+from mim_refiner.models.backbone import Backbone
+from mim_refiner.training.recipe import RefineRecipe
+from mim_refiner.training.refine import head_blocks, view_specs
+from mim_refiner.training.sweep import sweep_temperatures
+
+PLACEMENT, SWEEP = "head_placement", "temperature_sweep"  # files of the run folder, entries of the summary
+Record = dict[str, Any]
+
+
+def head_block_settings(choice: str | None) -> list[str]:
+    """The recipe override that ``--head-blocks`` stands for; InputError unless auto, last_third or block numbers."""
+    if choice is None:
+        return []
+    if choice in ("auto", "last_third"):
+        return [f"heads.blocks={choice}"]
+    try:
+        return [f"heads.blocks={[int(part) for part in choice.split(',')]}"]
+    except ValueError:
+        raise InputError(
+            f"--head-blocks {choice!r}: give auto, last_third or block numbers such as 8,9,10,11"
+        ) from None
+
+
+def place_in_recipe(
+    recipe: RefineRecipe, base: RefineRecipe, backbone: Backbone, images: ImageSet, run: Run, out: Path | None
+) -> Record | None:
+    """Replace ``heads.blocks: auto`` of ``recipe`` by measured blocks; return the placement, None without "auto".
+
+    By k-NN accuracy when ``images`` have labels, else by neighbour consistency. ``base`` is the recipe before any
+    override: its blocks, those that this encoder has, are shown beside. ``out``: the run folder.
+    """
+    if recipe.heads.blocks != "auto":
+        return None
+    placement = _kept(out, PLACEMENT, lambda found: all(isinstance(block, int) for block in found["blocks"]))
+    if placement is None:
+        run.reporter.message("placing heads: measuring every block of the encoder")
+        pooling = recipe.heads.pooling
+        if pooling == "auto":
+            pooling = "cls" if backbone.info.has_cls else "mean"
+        samples, depth = choose_samples(images, None, seed=run.seed), backbone.info.depth
+        atlas, _ = atlas_of(backbone, samples, run, name="before", probe=False, both=False)
+        usual = sorted({block % depth for block in head_blocks(base, depth) if -depth <= block < depth})
+        # measured by all, who share the images; rounding may differ
+        placement = from_rank_0(place_heads(atlas, pooling=pooling, recipe_blocks=usual))
+    recipe.heads.blocks = placement["blocks"]
+    run.reporter.message(placement["reason"])
+    return placement
+
+
+def sweep_in_recipe(
+    recipe: RefineRecipe, backbone: Backbone, images: ImageSet, run: Run, out: Path | None
+) -> Record | None:
+    """Set ``heads.temperature`` of the resolved ``recipe`` to the best of its sweep; None without one."""
+    if not recipe.sweep.temperatures:
+        return None
+    record = _kept(out, SWEEP, lambda found: found["temperature"] in recipe.sweep.temperatures)
+    if record is None:
+        with closing(train_loader(images, view_specs(recipe), recipe, run)) as loader:
+            record = from_rank_0(sweep_temperatures(recipe, backbone, loader, run))
+    recipe.heads.temperature = record["temperature"]
+    run.reporter.message(record["reason"])
+    return record
+
+
+def _kept(out: Path | None, name: str, fits: Callable[[Record], bool]) -> Record | None:
+    """What the run folder holds of an earlier start; None, to measure again, whatever is wrong with it."""
+
+    def found() -> Record | None:
+        try:
+            record = read_json(out / f"{name}.json") if out else None
+            return record if record and fits(record) else None
+        except Exception:
+            return None
+
+    return decide_on_rank_0(found)
