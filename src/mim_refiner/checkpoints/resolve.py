@@ -37,14 +37,16 @@ def read_source(source: str | Path) -> Contents:
     text = str(source).removeprefix("local-dir:")
     path = Path(text).expanduser()
     if path.is_dir():
-        return _read_folder(path)
+        return read_folder(path, _read_base)
     if path.exists():
         return read_file(path, _read_base)
     match = re.fullmatch(r"hf[-_]hub:([^@]+)(?:@(.+))?", text)
     if match:
-        return replace(_read_folder(_download(match[1], match[2], text)), source=text)
+        return replace(read_folder(_download(match[1], match[2], text), _read_base), source=text)
     if text in CATALOGUE:
-        return replace(_read_catalogue(text), source=text)
+        entry = CATALOGUE[text]
+        by_hub = entry.address.startswith("hf-hub:")
+        return replace(read_source(entry.address) if by_hub else read_checkpoint(fetch(entry)), source=text)
     if timm.is_model(text.partition(".")[0]):
         return _read_timm_name(text)
     if "/" in text or "\\" in text or path.suffix in WEIGHT_ENDINGS:
@@ -53,15 +55,6 @@ def read_source(source: str | Path) -> Contents:
     raise CheckpointError(
         f"'{text}' is no file, folder, catalogue or timm model name or hf-hub:owner/name{close or '; check the name'}"
     )
-
-
-def _read_catalogue(name: str) -> Contents:
-    address = CATALOGUE[name].address
-    return read_source(address) if address.startswith("hf-hub:") else read_checkpoint(fetch(CATALOGUE[name]))
-
-
-def _read_folder(folder: Path) -> Contents:
-    return read_folder(folder, _read_base)
 
 
 def _read_base(name: str) -> Contents:
@@ -80,7 +73,7 @@ def _read_timm_name(name: str) -> Contents:
         raise CheckpointError(
             f"'{name}': timm knows no Hugging Face repository of it; download its file, pass the path"
         )
-    return replace(_read_folder(_download(config.hf_hub_id, None, name)), source=name)
+    return replace(read_folder(_download(config.hf_hub_id, None, name), _read_base), source=name)
 
 
 def _download(repository: str, revision: str | None, source: str) -> Path:

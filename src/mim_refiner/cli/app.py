@@ -154,7 +154,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         return EXIT_BAD_INPUT, f"the system refused to use{where}: {error.strerror}"
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return EXIT_BAD_INPUT, "there is no home folder that ~ could stand for; write the path out"
-    if _is_out_of_device_memory(error):
+    torch = sys.modules.get("torch")  # never imported for this: without torch there is no such error
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return EXIT_BAD_INPUT, "the GPU is out of memory; use a smaller batch (--set batch_size=...) or --device cpu"
     if _FULL.search(str(error)):  # as libraries wrap the system's refusal
         return EXIT_BAD_INPUT, "the disk is full or its quota used up; free space, then run the same command again"
@@ -178,8 +179,3 @@ def _usage_line(error: Any) -> str:
         return f"no verb '{typed}'{did_you_mean(typed, context.command.commands)}{help_hint}"
     message = error.format_message().replace("Value error, ", "").rstrip(".")
     return message[:1].lower() + message[1:] + help_hint
-
-
-def _is_out_of_device_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")  # never imported for this: without torch there is no such error
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)

@@ -44,50 +44,43 @@ def names(option: typer.CallbackParam, text: str | None) -> tuple[str, ...] | No
     return None if text is None else comma_list(text, option.opts[0])
 
 
-DataOption = Annotated[str, typer.Option("--data", metavar="SRC", help=f"Images: {SOURCES}.")]
-ModelOption = Annotated[str, typer.Option("--model", metavar="SRC", help=f"Encoder: {MODELS}.")]
+DataOption = Annotated[str, typer.Option(metavar="SRC", help=f"Images: {SOURCES}.")]
+ModelOption = Annotated[str, typer.Option(metavar="SRC", help=f"Encoder: {MODELS}.")]
 EncoderOption = Annotated[
-    str | None, typer.Option("--encoder", metavar="NAME", help="Which of several encoders, such as student or teacher.")
+    str | None, typer.Option(metavar="NAME", help="Which of several encoders, such as student or teacher.")
 ]
-HeadsOption = Annotated[
-    int | None, typer.Option("--num-heads", min=1, help="Attention heads, where the weights do not tell them.")
-]
+HeadsOption = Annotated[int | None, typer.Option(min=1, help="Attention heads, where the weights do not tell them.")]
 KeyMapOption = Annotated[
-    str | None, typer.Option("--key-map", metavar="FILE", help="YAML file that names the tensors of your own encoder.")
+    str | None, typer.Option(metavar="FILE", help="YAML file that names the tensors of your own encoder.")
 ]
 TestOption = Annotated[
-    str | None, typer.Option("--test", metavar="SRC", help="Test images; without it a part of --data is held out.")
+    str | None, typer.Option(metavar="SRC", help="Test images; without it a part of --data is held out.")
 ]
 RunFolderOption = Annotated[
-    str, typer.Option("--out", metavar="DIR", help="Run folder. The same command on the same folder resumes.")
+    str, typer.Option(metavar="DIR", help="Run folder. The same command on the same folder resumes.")
 ]
-OutOption = Annotated[str, typer.Option("--out", metavar="DIR", help="Folder for the results.")]
-RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", metavar="NAME|FILE", help="Recipe by name, or a YAML file.")
-]
+OutOption = Annotated[str, typer.Option(metavar="DIR", help="Folder for the results.")]
+RecipeOption = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="Recipe by name, or a YAML file.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; repeatable.")
 ]
 DeviceOption = Annotated[
-    str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="auto takes the CUDA GPU if there is one.")
+    str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="auto takes the CUDA GPU if there is one.")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of every random choice.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random choice.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Start anew in a folder that holds another run; its files are replaced.")
 ]
 ExcludeOption = Annotated[
-    str | None, typer.Option("--exclude", metavar="FILE", help="Images to leave out: the list that doctor writes.")
+    str | None, typer.Option(metavar="FILE", help="Images to leave out: the list that doctor writes.")
 ]
 LogOption = Annotated[
     str | None,
-    typer.Option(
-        "--log", metavar="NAMES", help="Further loggers, comma-separated: tensorboard, wandb, mlflow.", callback=names
-    ),
+    typer.Option(metavar="NAMES", help="Further loggers, comma-separated: tensorboard, wandb, mlflow.", callback=names),
 ]
 MemoryBudgetOption = Annotated[
     str | None,
     typer.Option(
-        "--memory-budget",
         metavar="SIZE|auto",
         help="Memory for a step, such as 24GB; the micro-batch is chosen so that it fits. Default: what is free.",
     ),
@@ -95,8 +88,7 @@ MemoryBudgetOption = Annotated[
 PlanOption = Annotated[bool, typer.Option("--plan", help="Only print what the run will cost: hours, memory, advice.")]
 NormOption = Annotated[bool, typer.Option("--norm/--no-norm", help="Apply the encoder's final norm to the features.")]
 CacheOption = Annotated[
-    str | None,
-    typer.Option("--cache", metavar="DIR|off", help="Feature cache. Default: $MIM_REFINER_CACHE, or ~/.cache."),
+    str | None, typer.Option(metavar="DIR|off", help="Feature cache. Default: $MIM_REFINER_CACHE, or ~/.cache.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no messages.")]

@@ -79,14 +79,13 @@ def _print_fact(console: Console, key: str, value: Any) -> None:
 def doctor(
     data: DataOption,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="SRC", help="Encoder to check too: coverage, memory, disk, time.")
+        str | None, typer.Option(metavar="SRC", help="Encoder to check too: coverage, memory, disk, time.")
     ] = None,
     test: Annotated[
-        str | None, typer.Option("--test", metavar="SRC", help="Test images: none of them may be among --data.")
+        str | None, typer.Option(metavar="SRC", help="Test images: none of them may be among --data.")
     ] = None,
     out: Annotated[
-        str | None,
-        typer.Option("--out", metavar="DIR", help="Folder for doctor.json and exclude.txt (for refine --exclude)."),
+        str | None, typer.Option(metavar="DIR", help="Folder for doctor.json and exclude.txt (for refine --exclude).")
     ] = None,
     recipe: RecipeOption = None,
     device: DeviceOption = "auto",

@@ -39,7 +39,7 @@ def _first_screen(result: Any, file: TextIO) -> None:
 def demo(
     out: OutOption = "demo-out",
     minutes: Annotated[
-        float, typer.Option("--minutes", metavar="N", help="Time for the demo's own work; more is a better live run.")
+        float, typer.Option(metavar="N", help="Time for the demo's own work; more is a better live run.")
     ] = 4.0,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps only: shows that everything runs.")] = False,
     device: DeviceOption = "auto",
@@ -52,12 +52,8 @@ def demo(
 def pretrain(
     data: DataOption,
     out: RunFolderOption,
-    arch: Annotated[
-        str | None, typer.Option("--arch", metavar="TIMM_NAME", help="A new ViT of timm, by its model name.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", metavar="SRC", help="Go on from this ViT instead of a new one.")
-    ] = None,
+    arch: Annotated[str | None, typer.Option(metavar="TIMM_NAME", help="A new ViT of timm, by its model name.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="SRC", help="Go on from this ViT instead of a new one.")] = None,
     recipe: RecipeOption = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
@@ -81,18 +77,15 @@ def refine(
     eval_data: Annotated[
         str | None,
         typer.Option(
-            "--eval-data",
-            metavar="SRC",
-            help="Labelled images to measure on; without them a tenth of labelled data is held out.",
+            metavar="SRC", help="Labelled images to measure on; without them a tenth of labelled data is held out."
         ),
     ] = None,
     eval_test: Annotated[
-        str | None, typer.Option("--eval-test", metavar="SRC", help="Labelled test images that go with --eval-data.")
+        str | None, typer.Option(metavar="SRC", help="Labelled test images that go with --eval-data.")
     ] = None,
     head_blocks: Annotated[
         str | None,
         typer.Option(
-            "--head-blocks",
             metavar="auto|last_third|8,9",
             help="Blocks that get a head; auto measures every block of the encoder first. Default: the recipe's.",
         ),
@@ -117,22 +110,18 @@ def evaluate(
     test: TestOption = None,
     compare: Annotated[
         list[str] | None,
-        typer.Option(
-            "--compare", metavar="SRC", help="A further encoder; repeatable. Differences are it minus --model."
-        ),
+        typer.Option(metavar="SRC", help="A further encoder; repeatable. Differences are it minus --model."),
     ] = None,
     suite: Annotated[
         Literal["quick", "paper", "dense"] | None,
         typer.Option(
-            "--suite",
             help="quick: knn, linear, low_shot, clustering, rank. paper: the paper's protocols and settings (hours). "
-            "dense: segmentation.",
+            "dense: segmentation."
         ),
     ] = None,
     protocols: Annotated[
         str | None,
         typer.Option(
-            "--protocols",
             metavar="NAMES",
             help="Comma-separated: knn, linear, attentive, low_shot, clustering, rank, finetune, long_tail, "
             "robustness, segmentation. Default: knn,linear,clustering.",
@@ -140,34 +129,26 @@ def evaluate(
         ),
     ] = None,
     blocks: Annotated[
-        str, typer.Option("--blocks", metavar="BLOCKS", help="all, or block numbers such as 8,9 or -1 (the last).")
+        str, typer.Option(metavar="BLOCKS", help="all, or block numbers such as 8,9 or -1 (the last).")
     ] = "-1",
     pooling: Annotated[
         str | None,
-        typer.Option(
-            "--pooling",
-            metavar="NAMES",
-            help="Comma-separated: cls, mean. Default: all the encoder has.",
-            callback=names,
-        ),
+        typer.Option(metavar="NAMES", help="Comma-separated: cls, mean. Default: all the encoder has.", callback=names),
     ] = None,
     norm: NormOption = False,
     shifted: Annotated[
         list[str] | None,
-        typer.Option(
-            "--shifted", metavar="NAME=SRC", help="A test set for robustness (ImageNet-C/A/R ...); repeatable."
-        ),
+        typer.Option(metavar="NAME=SRC", help="A test set for robustness (ImageNet-C/A/R ...); repeatable."),
     ] = None,
     transfer: Annotated[
-        str | None, typer.Option("--transfer", metavar="CSV", help="Further data sets: lines name,train[,test].")
+        str | None, typer.Option(metavar="CSV", help="Further data sets: lines name,train[,test].")
     ] = None,
     out: Annotated[
-        str | None,
-        typer.Option("--out", metavar="DIR", help="Folder for the results; without it they are only printed."),
+        str | None, typer.Option(metavar="DIR", help="Folder for the results; without it they are only printed.")
     ] = None,
     cache: CacheOption = None,
     cache_size: Annotated[
-        str | None, typer.Option("--cache-size", metavar="SIZE", help="Largest size of the cache. Default: 5GB.")
+        str | None, typer.Option(metavar="SIZE", help="Largest size of the cache. Default: 5GB.")
     ] = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
@@ -183,17 +164,13 @@ def analyze(
     out: OutOption,
     compare: Annotated[
         str | None,
-        typer.Option(
-            "--compare", metavar="SRC", help="A second encoder (after --model); differences are second minus first."
-        ),
+        typer.Option(metavar="SRC", help="A second encoder (after --model); differences are second minus first."),
     ] = None,
     test: TestOption = None,
     parts: Annotated[
         str,
         typer.Option(
-            "--parts",
-            help="atlas, verdict, readout, similarity, reconstruction, heads; comma-separated, or all.",
-            callback=names,
+            help="atlas, verdict, readout, similarity, reconstruction, heads; comma-separated, or all.", callback=names
         ),
     ] = "all",
     cache: CacheOption = None,
@@ -214,14 +191,13 @@ def embed(
     out: Annotated[
         str,
         typer.Option(
-            "--out", metavar="FILE", help="Features, by ending: .parquet, .npy, .safetensors. The same command resumes."
+            metavar="FILE", help="Features, by ending: .parquet, .npy, .safetensors. The same command resumes."
         ),
     ],
-    block: Annotated[int, typer.Option("--block", help="Encoder block, from 0; -1 is the last.")] = -1,
+    block: Annotated[int, typer.Option(help="Encoder block, from 0; -1 is the last.")] = -1,
     pooling: Annotated[
         Literal["cls", "mean", "patches"] | None,
         typer.Option(
-            "--pooling",
             help="Class token, mean of the patch tokens, or all patch tokens. Default: what the encoder's authors "
             "pool by.",
             show_default=False,
@@ -229,16 +205,13 @@ def embed(
     ] = None,
     norm: NormOption = False,
     image_size: Annotated[
-        str | None,
-        typer.Option("--image-size", metavar="PIXELS", help="A side or HEIGHTxWIDTH; default: the encoder's own."),
+        str | None, typer.Option(metavar="PIXELS", help="A side or HEIGHTxWIDTH; default: the encoder's own.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a forward pass.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 256,
     precision: Annotated[
-        Literal["fp32", "bf16", "auto"], typer.Option("--precision", help="Of the forward pass; auto: bf16 on a GPU.")
+        Literal["fp32", "bf16", "auto"], typer.Option(help="Of the forward pass; auto: bf16 on a GPU.")
     ] = "fp32",
-    dtype: Annotated[
-        Literal["float32", "float16"], typer.Option("--dtype", help="Of the numbers in the file.")
-    ] = "float32",
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of the numbers in the file.")] = "float32",
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -252,43 +225,34 @@ def export(
     format: Annotated[  # the contract's name of the option, a builtin's name too
         Literal["timm", "hf", "onnx", "refiner"],
         typer.Option(
-            "--format",
             help="timm: a folder that timm.create_model loads. hf: one for transformers' AutoModel. onnx: a graph for "
-            "onnxruntime. refiner: the state dict of the published MIM-Refiner checkpoints.",
+            "onnxruntime. refiner: the state dict of the published MIM-Refiner checkpoints."
         ),
     ] = "timm",
     block: Annotated[
-        int | None,
-        typer.Option("--block", help="Block that the card recommends and an ONNX graph ends at; -1 is the last."),
+        int | None, typer.Option(help="Block that the card recommends and an ONNX graph ends at; -1 is the last.")
     ] = None,
     pooling: Annotated[
         Literal["cls", "mean", "tokens"] | None,
-        typer.Option(
-            "--pooling", help="Class token, mean of the patch tokens, or (onnx) all tokens, prefix tokens first."
-        ),
+        typer.Option(help="Class token, mean of the patch tokens, or (onnx) all tokens, prefix tokens first."),
     ] = None,
     norm: Annotated[
         bool | None, typer.Option("--norm/--no-norm", help="With the final norm.", show_default=False)
     ] = None,
     batch: Annotated[
-        str,
-        typer.Option("--batch", metavar="dynamic|N", help="Images a run of an ONNX graph: any number, or exactly N."),
+        str, typer.Option(metavar="dynamic|N", help="Images a run of an ONNX graph: any number, or exactly N.")
     ] = "dynamic",
     image_size: Annotated[
-        int | None,
-        typer.Option("--image-size", min=1, metavar="PIXELS", help="Resize the position table to this size."),
+        int | None, typer.Option(min=1, metavar="PIXELS", help="Resize the position table to this size.")
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            "--data",
-            metavar="SRC",
-            help="Images on which the export is compared with the encoder. Default: built-in ones.",
+            metavar="SRC", help="Images on which the export is compared with the encoder. Default: built-in ones."
         ),
     ] = None,
     push_to_hub: Annotated[
-        str | None,
-        typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Upload the folder to the Hugging Face Hub."),
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to the Hugging Face Hub.")
     ] = None,
     private: Annotated[
         bool, typer.Option("--private", help="A repository made by --push-to-hub is not public.")
@@ -302,7 +266,7 @@ def export(
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders; several are compared on one page.")],
     out: Annotated[
-        str | None, typer.Option("--out", metavar="FILE", help="The HTML file. Default: report.html in the run folder.")
+        str | None, typer.Option(metavar="FILE", help="The HTML file. Default: report.html in the run folder.")
     ] = None,
 ) -> None:
     """Write one offline HTML page of a run, or of several side by side, from their result files."""

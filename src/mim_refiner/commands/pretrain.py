@@ -32,7 +32,6 @@ from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import join_processes, together
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
-from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import InputError
@@ -115,7 +114,8 @@ def pretrain(
     announce(f"{size_of}, {len(images)} images", chosen, loader.steps_per_epoch, run)
     reporter.message(cost.line)
     watched = images.labels is not None and chosen.knn_every and len(images) >= MIN_KNN_IMAGES
-    monitor = make_monitor(backbone, images, run) if watched else None
+    pooling, blocks = "cls" if backbone.info.has_cls else "mean", range(backbone.info.depth)
+    monitor = OnlineKnn(backbone, images, blocks=blocks, pooling=pooling, run=run) if watched else None
     with contextlib.closing(loader):
         train(mae, chosen, loader, photometric, folder, run, monitor)
     list_skipped(images, folder, reporter, skipped)
@@ -139,13 +139,6 @@ def announce(what: str, recipe: PretrainRecipe, steps_per_epoch: int, run: Run) 
     base, peak = recipe.training.base_lr, peak_learning_rate(recipe.training.base_lr, recipe.batch_size)
     steps = f"{recipe.training.epochs} epochs of {steps_per_epoch} steps, {run.precision}"
     run.reporter.message(f"{what}, {steps}; learning rate base {base:.3g}, peak {peak:.3g}")
-
-
-def make_monitor(backbone: Backbone, images: ImageSet, run: Run) -> OnlineKnn:
-    """Online k-NN of every block, on labelled training images."""
-    pooling = "cls" if backbone.info.has_cls else "mean"
-    blocks = range(backbone.info.depth)
-    return OnlineKnn(backbone, images, blocks=blocks, pooling=pooling, run=run)
 
 
 def start(arch: str | None, model: Any, size: ImageSize, out: str) -> Backbone:

@@ -98,9 +98,6 @@ class NeighborQueue(nn.Module):
         device = "cpu" if generator is None else generator.device
         return torch.randint(self.top_k, (rows, 1), generator=generator, device=device)
 
-    def extra_repr(self) -> str:
-        return f"size={self.size}, dim={self.dim}, top_k={self.top_k}"
-
 
 @torch.no_grad()
 def look_up(
@@ -117,7 +114,8 @@ def look_up(
         parts = [slice(start, start + most) for start in range(0, len(queues), most)]
         found = [look_up(queues[p], z[p], sample_ids, None if choices is None else choices[p]) for p in parts]
         return NeighborResult(*(torch.cat([vars(each)[name] for each in found]) for name in vars(found[0])))
-    entries, ids, ages = (_stacked([getattr(q, name) for q in queues]) for name in ("entries", "sample_ids", "age"))
+    held = [[getattr(queue, name) for queue in queues] for name in ("entries", "sample_ids", "age")]
+    entries, ids, ages = (torch.stack(each) if len(each) > 1 else each[0][None] for each in held)  # one is not copied
     row_ids = None if sample_ids is None else _row_ids(sample_ids.to(ids), rows)
     queries, keys = F.normalize(z.to(entries.dtype), dim=2), F.normalize(entries, dim=2).mT
     step = max(1, _MAX_SIMILARITIES // (len(queues) * one.size))
@@ -142,10 +140,6 @@ def look_up(
     neighbors = entries.gather(1, indices[:, :, :1].expand(-1, -1, one.dim))
     indices = indices[:, :, 0]
     return NeighborResult(neighbors, indices, similarity[:, :, 0], ages.gather(1, indices))
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
 def _row_ids(sample_ids: Tensor, rows: int) -> Tensor:

@@ -29,9 +29,10 @@ def model_card(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, 
     before and after ({metric: value}, shares on 0-1), notes (text). ``facts`` is the "mim_refiner" part of
     config.json: its format chooses the usage snippet; block, pooling and norm become the recommended features.
     """
+    usual = f"{info.architecture}: {'refined ' if card.get('after') else ''}{info.family} encoder"
     parts = [
         _front_matter(info, card, facts),
-        f"# {card.get('title') or _title(info, card)}",
+        f"# {card.get('title') or usual}",
         _facts_table(info, card, facts),
         _figures(card),
         _recipe(card),
@@ -57,11 +58,6 @@ def _front_matter(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[st
     return "\n".join(["---", *lines, "---"])
 
 
-def _title(info: BackboneInfo, card: Mapping[str, Any]) -> str:
-    refined = "refined " if card.get("after") else ""
-    return f"{info.architecture}: {refined}{info.family} encoder"
-
-
 def _facts_table(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     rows = {
         "Architecture": f"{info.architecture}, {info.depth} blocks, width {info.embed_dim}, {info.num_heads} heads",
@@ -72,7 +68,7 @@ def _facts_table(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str
         "Licence of the weights": _licence(info),
         "Training data": card.get("data") or "not recorded",
         "Recommended features": _recommended(facts),
-        "Verified": _verified(facts),
+        "Verified": Parity(**facts["parity"]).sentence() if facts.get("parity") else "",
         "Written by": f"mim-refiner {facts.get('version', '')}".strip(),
     }
     lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
@@ -103,11 +99,6 @@ def _recommended(facts: Mapping[str, Any]) -> str:
         return ""
     norm = "with" if facts.get("norm") else "without"
     return f"block {facts.get('block', -1)}, pooling {facts.get('pooling', 'cls')}, {norm} the final norm"
-
-
-def _verified(facts: Mapping[str, Any]) -> str:
-    parity = facts.get("parity")
-    return Parity(**parity).sentence() if parity else ""
 
 
 def _figures(card: Mapping[str, Any]) -> str:

@@ -88,6 +88,7 @@ class Backbone(nn.Module):
         else:
             free_image_size(model)
         in_chans, structure = in_channels(model), _structure(model, image_size)
+        by_mean = getattr(model, "global_pool", "token") in ("avg", "avgmax")  # what its own forward pass pools by
         facts: dict[str, Any] = {"family": "timm", "licence": "unknown", "coverage": 1.0} | origin
         info = BackboneInfo(
             architecture=architecture or architecture_name(model),
@@ -96,7 +97,7 @@ class Backbone(nn.Module):
             in_chans=in_chans,
             position_rule=position_rule,
             norm_eps=norm_eps(model),
-            pooling=pooling or _authors_pooling(model, structure["has_cls"]),
+            pooling=pooling or ("cls" if structure["has_cls"] and not by_mean else "mean"),
             **structure,
             **facts,
         )
@@ -350,7 +351,9 @@ def _structure(model: Any, image_size: tuple[int, int] | None) -> dict[str, Any]
     patch_embed: Any = getattr(model, "patch_embed", None)
     patch = patch_embed.feat_ratio(as_scalar=False) if by_block else model.feature_info[-1]["reduction"]
     image = getattr(patch_embed, "img_size", None) or getattr(model, "_model_args", {}).get("img_size")
-    image = image or image_size or _default_config(model).get("input_size", (3, 224, 224))[1:]
+    config = getattr(model, "pretrained_cfg", None)
+    usual = config.get("input_size", (3, 224, 224)) if isinstance(config, dict) else (3, 224, 224)
+    image = image or image_size or usual[1:]
     num_prefix = int(getattr(model, "num_prefix_tokens", 0)) if by_block or _gives_prefix(model) else 0
     return {
         "embed_dim": int(model.num_features),
@@ -367,16 +370,6 @@ def _gives_prefix(model: Any) -> bool:
     """Whether ``forward_intermediates`` gives prefix tokens; CaiT and XCiT add the class token after their blocks."""
     options = signature(model.forward_intermediates).parameters
     return "return_prefix_tokens" in options and getattr(model, "num_prefix_tokens", 0) > 0
-
-
-def _authors_pooling(model: Any, has_cls: bool) -> Pooling:
-    """What the model's own forward pass pools by."""
-    return "cls" if has_cls and getattr(model, "global_pool", "token") not in ("avg", "avgmax") else "mean"
-
-
-def _default_config(model: Any) -> dict[str, Any]:
-    config = getattr(model, "pretrained_cfg", None)
-    return config if isinstance(config, dict) else {}
 
 
 def _per_channel(given: Sequence[float] | None, imagenet: tuple[float, ...], channels: int) -> tuple[float, ...]:

@@ -87,9 +87,9 @@ def _rotate(x: Tensor, angles: Tensor) -> Tensor:
     return x * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
 
 
-def _frequencies(head_width: int, highest: float = 7.0, lowest: float = 7e-4) -> Tensor:
-    """Initial frequencies in radians per image: half of the channels by row, half by column."""
-    steps = highest * (highest / lowest) ** torch.linspace(0, -1, head_width // 4)
+def _frequencies(head_width: int) -> Tensor:
+    """Initial frequencies, 7 to 7e-4 turns an image, in radians: half of the channels by row, half by column."""
+    steps = 7.0 * 1e4 ** torch.linspace(0, -1, head_width // 4)
     both = torch.zeros(2, head_width)
     both[0, : head_width // 2] = both[1, head_width // 2 :] = torch.cat([steps, steps])
     return both * 2 * torch.pi

@@ -104,7 +104,9 @@ def run_heads(
     predicted = run_mlps([head.predictor for head in heads], projected)
     # autocast would run similarities and logits in bfloat16, whose 3 digits are too few for cosines
     with torch.autocast(features.device.type, enabled=False):
-        projected, predicted = (_at_least_float32(x).unflatten(1, (views, batch)) for x in (projected, predicted))
+        half = (torch.float16, torch.bfloat16)
+        wide = (x.float() if x.dtype in half else x for x in (projected, predicted))
+        projected, predicted = (x.unflatten(1, (views, batch)) for x in wide)
         targets = projected[:, :num_global].detach()
         if choices is None:
             choices = draw_choices(heads, num_global, batch, generator, features.device)
@@ -150,10 +152,6 @@ def draw_choices(
     drawn = [head.queue.draw(num_global * rows.total, generator) for head in heads]
     taken = [rows.take(own) for own in drawn if own is not None]
     return send(taken, device) if taken else None
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 # --- several equal multilayer perceptrons at once; parameters are stacked for the length of a pass

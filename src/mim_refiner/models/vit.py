@@ -60,7 +60,7 @@ def create_vit(arch: str, image_size: int | tuple[int, int] | None = None, **kwa
         model = timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, AssertionError) as error:
         raise InputError(
-            f"architecture '{arch}' cannot be built with {arguments} ({_one_line(error)}); change them"
+            f"architecture '{arch}' cannot be built with {arguments} ({' '.join(str(error).split())}); change them"
         ) from error
     patch_embed = getattr(model, "patch_embed", None)
     if image_size is not None and patch_embed is not None:
@@ -165,7 +165,3 @@ def mlp_ratio(hidden: int, width: int) -> float:
 
 def _square(size: tuple[int, int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -71,7 +71,6 @@ def convert(view: View, wishes: Wishes) -> Converted:
 
 
 def to_source(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tensor]:
-    """The encoder's part of CAPI's state dict."""
     return {f"backbone.{name}": tensor for name, tensor in KEYS.from_timm(state).items()}
 
 

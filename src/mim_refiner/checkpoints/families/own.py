@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -81,24 +81,25 @@ def own_family(given: Mapping[str, Any] | str | Path) -> Family:
     rules: list[tuple[Template, str]] = [
         (source if isinstance(source, str) else tuple(source), target) for target, source in key_map.keys.items()
     ]
-    keys = KeyMap(rules, same=_unchanged(rules, key_map.drop))
+    named, dropped = KeyMap(rules), tuple(key_map.drop)
+    # names that pass as they are: all that neither a rule nor a reason to drop speaks of
+    keys = KeyMap(rules, same=lambda name: not named.knows(name) and not name.startswith(dropped))
     for source, target in rules:
         parts = [part for part in ((source,) if isinstance(source, str) else source) if part != ZEROS]
         wanted = set(re.findall(r"{(\w+)}", target))
         if not parts or any(not wanted <= set(re.findall(r"{(\w+)}", part)) for part in parts):
             raise InputError(f"key map: {target}: its placeholders must stand in {' and '.join(parts) or 'a name'} too")
-    anchor = next((source for source, target in rules if _names_projection(target)), PROJECTION)
+    to_projection = (source for source, target in rules if target.replace("{p}", "weight") == PROJECTION)
+    anchor = next(to_projection, PROJECTION)
     if not isinstance(anchor, str):
         raise InputError(f"key map: {PROJECTION} cannot be joined of several tensors; name one")
     anchor = anchor.replace("{p}", "weight")
 
-    def matches(view: View) -> bool:
-        return True  # the caller says so; what does not fit shows in the coverage
-
     def convert(view: View, wishes: Wishes) -> Converted:
         return _convert(view, wishes, key_map, keys)
 
-    return Family(key_map.family, anchor, matches, convert, any_names=True)
+    # it matches, for the caller says so; what does not fit shows in the coverage
+    return Family(key_map.family, anchor, lambda view: True, convert, any_names=True)
 
 
 def _convert(view: View, wishes: Wishes, key_map: OwnKeyMap, keys: KeyMap) -> Converted:
@@ -183,13 +184,3 @@ def _complete_table(tensors: dict[str, Tensor], positions: str, size: tuple[int,
 
 def _size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     return (size, size) if isinstance(size, int) else size
-
-
-def _names_projection(target: str) -> bool:
-    return target.replace("{p}", "weight") == PROJECTION
-
-
-def _unchanged(rules: list[tuple[Template, str]], drop: Mapping[str, str]) -> Callable[[str], bool]:
-    """Names that pass as they are: all that neither a rule nor a reason to drop speaks of."""
-    named = KeyMap(rules)
-    return lambda name: not named.knows(name) and not name.startswith(tuple(drop))

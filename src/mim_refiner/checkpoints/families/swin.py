@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 import re
 
-from torch import Tensor
-
 from mim_refiner.checkpoints.families.base import DROPPED, GUESS, PROJECTION, Converted, Family, View, Wishes, account
 from mim_refiner.checkpoints.families.keymap import Mapped
 from mim_refiner.checkpoints.families.plain_vit import projection_sizes
@@ -18,7 +16,6 @@ from mim_refiner.errors import CheckpointError
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from mim_refiner.models.vit import mlp_ratio as ratio_of
 
-MM_ANCHOR = "patch_embed.projection.weight"
 _TABLE = "relative_position_bias_table"
 _IN_BLOCKS = re.compile(
     rf"layers\.\d+\.blocks\.\d+\.(norm[12]\.(weight|bias)|attn\.(qkv|proj)\.(weight|bias)|attn\.{_TABLE}"
@@ -50,7 +47,10 @@ def convert(view: View, wishes: Wishes) -> Converted:
     origin = {name: target for name in view.tensors if (target := _target(name, last, shift)) is not None}
     tensors = {target: view.tensors[name] for name, target in origin.items()}
     if last:
-        tensors = {name: _reordered(t) if ".downsample." in name else t for name, t in tensors.items()}
+        for name in [name for name in tensors if ".downsample." in name]:
+            # the four neighbours in the last dimension: [channel, row, column] to timm's [column, row, channel]
+            parts = tensors[name].unflatten(-1, (-1, 2, 2)).movedim((-3, -2, -1), (-1, -2, -3))
+            tensors[name] = parts.flatten(-3)
     rest = tuple(name for name in view.tensors if name not in origin)
     width, in_chans, patch = projection_sizes(tensors, view.where)
     tables = [t for name, t in sorted(tensors.items()) if name.endswith(f"blocks.0.attn.{_TABLE}")]
@@ -91,13 +91,5 @@ def _target(name: str, last: int, shift: int) -> str | None:
     return re.sub(r"layers\.(\d+)\.downsample", lambda match: f"layers.{int(match[1]) + shift}.downsample", name)
 
 
-def _reordered(tensor: Tensor) -> Tensor:
-    """Last dimension [channel, row, column] of the four neighbours as timm's [column, row, channel]."""
-    return tensor.unflatten(-1, (-1, 2, 2)).movedim((-3, -2, -1), (-1, -2, -3)).flatten(-3)
-
-
-def _family(name: str, anchor: str) -> Family:
-    return Family(name, anchor, matches, convert)
-
-
-FAMILY, MM_FAMILY = _family("swin", PROJECTION), _family("mmpretrain_swin", MM_ANCHOR)
+FAMILY = Family("swin", PROJECTION, matches, convert)
+MM_FAMILY = Family("mmpretrain_swin", "patch_embed.projection.weight", matches, convert)

@@ -7,7 +7,6 @@ from typing import Any
 
 import timm
 from timm.models import is_model_in_modules
-from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import (
     DROPPED,
@@ -25,7 +24,6 @@ from mim_refiner.checkpoints.families.plain_vit import has_plain_vit
 from mim_refiner.checkpoints.families.vit import vit_family
 from mim_refiner.checkpoints.store import OWN_FACTS
 from mim_refiner.errors import CheckpointError
-from mim_refiner.types import BackboneInfo
 
 
 def matches(view: View) -> bool:
@@ -62,7 +60,8 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
     if by_zero:
         arguments["init_values"] = 0.0
     first_conv = preprocessing.get("first_conv")
-    classifier = preprocessing.get("classifier") or _usual_classifier(architecture)
+    known = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
+    classifier = preprocessing.get("classifier") or (known.classifier if known else None) or "head"
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     without = tuple(str(name) for name in facts.get("without") or ())
     without += (LAYER_SCALE,) if unscaled and not by_zero else ()
@@ -93,11 +92,6 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
     )
 
 
-def _usual_classifier(architecture: str) -> Any:
-    known = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
-    return (known.classifier if known else None) or "head"
-
-
 def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
     value = config.get(key) or {}
     if not isinstance(value, Mapping):
@@ -113,9 +107,4 @@ def _floats(values: Any) -> tuple[float, ...] | None:
     return tuple(float(value) for value in values) if values else None
 
 
-def to_source(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tensor]:
-    """timm's own names."""
-    return dict(state)
-
-
-FAMILY = Family("timm", PROJECTION, matches, convert, to_source, reads_config=True)
+FAMILY = Family("timm", PROJECTION, matches, convert, lambda state, _: dict(state), reads_config=True)
