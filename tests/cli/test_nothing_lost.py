@@ -59,27 +59,6 @@ def kill_at_random(process, log: Path, draw: random.Random) -> bool:
     return process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
-def test_requeue_signals_write_a_checkpoint_and_exit_130(name, monkeypatch, refined, mae, shapes, cli, tmp_path):
-    from mim_refiner.training import loop
-
-    original = loop.step_generator
-
-    def generator(seed: int, phase: int, step: int) -> torch.Generator:
-        if (phase, step) == (1, 2):
-            os.kill(os.getpid(), getattr(signal, name))
-        return original(seed, phase, step)
-
-    words = cli.refine(shapes, mae.export, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "step_generator", generator)
-        outcome = cli.call(*words)
-    assert outcome.code == 130, outcome.err
-    assert (tmp_path / "run" / "checkpoints" / "last").resolve().name == "step-000009"
-    assert cli.call(*words).code == 0
-    assert weights(tmp_path / "run") == weights(refined.path)
-
-
 def test_a_stop_signal_while_measuring_exits_130_too(monkeypatch, mae, unlabelled, cli, tmp_path):
     from mim_refiner.commands import refine
 
@@ -259,9 +238,21 @@ def test_two_processes_evaluate_as_one(mae, cli, tmp_path):
     words += ["--set", "linear.epochs=2", "--cache", "off", "--json"]
     one = cli.call(*words, "--out", tmp_path / "one")
     assert one.code == 0, one.err
-    first, second = cli.processes([*words, "--out", tmp_path / "two-{rank}"])
+    counting = f"""
+from mim_refiner.evaluation import features
+batches = features.eval_batches
+
+def counted(images, size, batch, *, indices):
+    with open(f"{tmp_path}/seen-{{rank}}", "a") as log:
+        print(len(indices), file=log)
+    return batches(images, size, batch, indices=indices)
+
+features.eval_batches = counted
+"""
+    first, second = cli.processes([*words, "--out", tmp_path / "two-{rank}"], code=counting)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert second.out == ""
+    assert [set((tmp_path / f"seen-{rank}").read_text().split()) for rank in (0, 1)] == [{str(cli.images // 2)}] * 2
     assert [(row["metric"], row["value"]) for row in first.json["results"]] == [
         (row["metric"], pytest.approx(row["value"], abs=1e-4)) for row in one.json["results"]
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,11 +16,16 @@ from torch.overrides import TorchFunctionMode
 
 from mim_refiner.checkpoints.families import Converted
 from mim_refiner.checkpoints.families.base import LAYER_SCALE
-from mim_refiner.checkpoints.limits import MAX_CHANNELS, check_architecture, check_arguments
 from mim_refiner.checkpoints.store import one_line
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models import capi, postnorm, variants  # noqa: F401  (registers their architectures with timm)
 from mim_refiner.models.vit import create_vit
+
+# Bounds on what a file may make us build: a name or a config.json must not cost memory that no encoder needs.
+MAX_PIXELS = 2**27  # of an image size that is asked for
+_MAX_DEPTH = 512  # blocks; the deepest published encoders have under 100
+_MAX_CHANNELS = 4096  # of images; hyperspectral sensors have some hundred
+_MAX_SIZE = 2**20  # width, pixels, heads, channels
 
 _IN_BLOCKS = re.compile(r"\.\d+\.")  # blocks and stages are lists
 _DRAWS = {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}
@@ -32,8 +37,12 @@ def build(converted: Converted, where: str) -> Any:
     arguments = dict(converted.arguments)
     if converted.num_heads > 0:
         arguments["num_heads"] = converted.num_heads
-    check_architecture(converted.architecture, where)
-    check_arguments(arguments, where)
+    if ":" in converted.architecture or "/" in converted.architecture:  # timm would fetch or open it
+        raise CheckpointError(
+            f"{where}: its architecture {ascii(converted.architecture)[:80]} is an address, not the name of a timm "
+            "model, and was not followed; correct its config.json"
+        )
+    _check_arguments(arguments, where)
     try:
         if is_model_in_modules(converted.architecture.partition(".")[0], _VIT_MODULES):
             model: Any = create_vit(converted.architecture, **arguments)
@@ -64,6 +73,19 @@ def build(converted: Converted, where: str) -> Any:
     return model
 
 
+def _check_arguments(arguments: Mapping[str, Any], where: str) -> None:
+    """CheckpointError for constructor arguments beyond any encoder's: a damaged or hostile name or config.json."""
+    for name, value in arguments.items():
+        bound = _MAX_DEPTH if "depth" in name else _MAX_SIZE
+        values = value if isinstance(value, list | tuple) else (value,)
+        numbers = [number for number in values if isinstance(number, int | float) and not isinstance(number, bool)]
+        if any(not abs(number) <= bound for number in numbers):
+            raise CheckpointError(
+                f"{where}: {name}={str(value)[:40]} is beyond any encoder's (at most {bound}); the file or its "
+                "config.json is damaged, take it from its source again"
+            )
+
+
 def _without_layer_scale(model: nn.Module) -> None:
     """For timm's constructors that always give it."""
     for module in model.modules():
@@ -80,8 +102,8 @@ def adapt_channels(converted: Converted, in_chans: int) -> Converted:
     """
     if in_chans < 1:
         raise InputError(f"in_chans must be at least 1, got {in_chans}")
-    if in_chans > MAX_CHANNELS:
-        raise InputError(f"in_chans={in_chans} is more than any sensor has (at most {MAX_CHANNELS}); correct it")
+    if in_chans > _MAX_CHANNELS:
+        raise InputError(f"in_chans={in_chans} is more than any sensor has (at most {_MAX_CHANNELS}); correct it")
     weight = converted.tensors.get(converted.projection)
     if weight is None or weight.ndim != 4:
         raise InputError(f"in_chans: '{converted.architecture}' has no patch projection to adapt; leave in_chans out")

@@ -22,9 +22,9 @@ _NO_AVERAGE = {"gram", "student", "online"}  # a Gram teacher is an old state, o
 # Parts of paths and prefixes that do not tell encoders apart.
 _UNTELLING = {"", "model", "state_dict", "backbone", "net", "network", "vit", "beit", "trunk", "visual"}
 
-# Telling parts of names in files that are recognised but not loadable here; first match wins.
-_KNOWN_OTHERS = (
-    ("layer1.0.conv1.weight", "a ResNet"),
+# Telling parts of names in files that are recognised but not loadable here; first match wins. The first ones have names
+# that are partly those of a family: they would be mistaken.
+_MISTAKEN = (
     ("hiera.encoder.", "a Hiera of transformers; load timm's conversion, for example hiera_tiny_224.mae"),
     ("swin.encoder.", "a Swin Transformer of transformers; load timm's conversion of it"),
     ("swinv2.encoder.", "a Swin Transformer V2 of transformers; load timm's conversion of it"),
@@ -35,6 +35,10 @@ _KNOWN_OTHERS = (
     ),
     ("encoder.stages.0.layers.0.attn.", "a Hiera of transformers; load timm's conversion, such as hiera_tiny_224.mae"),
     ("encoder.layers.0.blocks.0.attention.self.", "a Swin Transformer of transformers; load timm's conversion of it"),
+)
+_KNOWN_OTHERS = (
+    *_MISTAKEN,
+    ("layer1.0.conv1.weight", "a ResNet"),
     ("encoder.stages.0.layers.0.pwconv1.", "a ConvNeXt of transformers; load timm's conversion of it"),
     ("embeddings.class_embedding", "a CLIP of transformers; load timm's conversion of it"),
     ("layer.0.attention.o_proj.", "a DINOv3 of transformers; load timm's conversion of it"),
@@ -69,7 +73,10 @@ def detect(contents: Contents, wishes: Wishes, families: Sequence[Family] = FAMI
     prefers another. Raises CheckpointError for a file that no family claims, with a guess at what it is, and InputError
     for an encoder that is not there.
     """
-    _refuse_others(contents)
+    names = [strip_wrappers(name) for held in contents.sections.values() for name in held]
+    for part, what in _MISTAKEN:
+        if any(name.startswith(part) or f".{part}" in name for name in names):
+            raise CheckpointError(f"{contents.source}: is {what}")
     if wishes.encoder is None:
         refuse_lists(contents)
     for family in families:
@@ -82,20 +89,6 @@ def detect(contents: Contents, wishes: Wishes, families: Sequence[Family] = FAMI
             view, note = _choose(found, family, wishes)
             return Detected(family, view, tuple(view.label for view in found), note)
     raise _unknown(contents)
-
-
-_REFUSED = (
-    "hiera.encoder.", "swin.encoder.", "swinv2.encoder.", "embeddings.distillation_token",
-    "encoder.stages.0.layers.0.attn.", "encoder.layers.0.blocks.0.attention.self.",
-)  # fmt: skip
-
-
-def _refuse_others(contents: Contents) -> None:
-    """CheckpointError for files of transformers whose names are partly those of a family: it would be mistaken."""
-    names = [strip_wrappers(name) for held in contents.sections.values() for name in held]
-    for part, what in _KNOWN_OTHERS:
-        if part in _REFUSED and any(name.startswith(part) or f".{part}" in name for name in names):
-            raise CheckpointError(f"{contents.source}: is {what}")
 
 
 def _views(contents: Contents, family: Family) -> Iterator[View]:

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from mim_refiner.checkpoints.accounting import Diagnosis, coverage, fates
-from mim_refiner.checkpoints.build import adapt_channels, build, shapes_only, untouched_random_state
+from mim_refiner.checkpoints.build import MAX_PIXELS, adapt_channels, build, shapes_only, untouched_random_state
 from mim_refiner.checkpoints.catalog import UNKNOWN_LICENCE, family_licence
 from mim_refiner.checkpoints.detect import detect
 from mim_refiner.checkpoints.families import ASKED, Converted, Wishes
 from mim_refiner.checkpoints.families.base import GUESS
 from mim_refiner.checkpoints.families.own import own_family
 from mim_refiner.checkpoints.families.plain_vit import heads_question
-from mim_refiner.checkpoints.limits import MAX_PIXELS
 from mim_refiner.checkpoints.options import split_options
 from mim_refiner.checkpoints.resolve import read_source
 from mim_refiner.checkpoints.store import one_line, some
