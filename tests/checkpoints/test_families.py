@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
-from mim_refiner.checkpoints.families import FAMILY_BY_NAME, capi, data2vec2
+from mim_refiner.checkpoints.families import FAMILY_BY_NAME, capi, renamed
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.backbone import Backbone, create_vit
 
@@ -143,7 +143,7 @@ def test_data2vec_of_another_size_with_heads_from_its_config(tmp_path: Path) -> 
         img_size=12,
         no_embed_class=True,
     )
-    written = data2vec2.KEYS.from_timm(model.state_dict())
+    written = renamed.DATA2VEC2_KEYS.from_timm(model.state_dict())
     assert "modality_encoders.IMAGE.context_encoder.norm.weight" in written
     path = save({"cfg": {"model": {"num_heads": 6, "decoder": {"depth": 2}}}, "model": written}, tmp_path)
     backbone = load_backbone(path)

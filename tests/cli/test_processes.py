@@ -126,24 +126,14 @@ refine.with_cost = lambda *arguments: (priced(*arguments), calls.clear(), armed.
 def test_a_killed_process_ends_the_others_and_the_rerun_resumes(mae, unlabelled, cli, tmp_path):
     words = cli.refine(unlabelled, mae.export, tmp_path / "run", *SETTINGS)
     code = AT_A_STEP.format(what="os.kill(os.getpid(), signal.SIGKILL)")
-    first, killed, third = cli.processes(words, 3, code=code)
+    first, killed, third = cli.processes(words, 3, code=code, MIM_REFINER_PROCESS_TIMEOUT=15)
+    assert "gives no sign of life for 15 s (MIM_REFINER_PROCESS_TIMEOUT)" in first.err  # told at the start
     assert killed.code == -9
     line = end_together([first, third])
     assert line.startswith("error: process 1 of 3 (")
     assert "is gone or gives no sign of life" in line
     assert last_step(tmp_path / "run") == "step-000006"
     goes_on(cli.processes(words, 3), 6)
-
-
-@pytest.mark.slow
-def test_a_stopped_process_ends_the_others(mae, unlabelled, cli, tmp_path):
-    words = cli.refine(unlabelled, mae.export, tmp_path / "run", *SETTINGS)
-    code = AT_A_STEP.format(what="os.kill(os.getpid(), signal.SIGSTOP)")
-    outcomes = cli.processes(words, 3, code=code, MIM_REFINER_PROCESS_TIMEOUT=15)
-    assert "gives no sign of life for 15 s (MIM_REFINER_PROCESS_TIMEOUT)" in outcomes[0].err  # told at the start
-    outcomes.pop(1)
-    assert end_together(outcomes).startswith("error: process 1 of 3 (")
-    assert last_step(tmp_path / "run") == "step-000006"
 
 
 @pytest.mark.slow

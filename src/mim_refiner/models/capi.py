@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
+from mim_refiner.models.kinds import register
 from mim_refiner.models.positions import Grid
-from mim_refiner.models.registration import register
 
 NORM_EPS = 1e-5
 

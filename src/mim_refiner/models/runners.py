@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from mim_refiner.errors import InputError
 from mim_refiner.models.beit import GridAttention, OwnTable, enable_any_grid, relative_bias, shared_bias
 from mim_refiner.models.capi import CapiVisionTransformer, token_positions
+from mim_refiner.models.kinds import PostNormBlock, PostNormVisionTransformer, VariantVisionTransformer
 from mim_refiner.models.positions import Grid, resize_absolute
-from mim_refiner.models.postnorm import PostNormBlock, PostNormVisionTransformer
-from mim_refiner.models.variants import VariantVisionTransformer
 from mim_refiner.models.vit import architecture_name, registered_name
 
 _PRE_NORM, _POST_NORM = (Block, BeitBlock, EvaBlock), (PostNormBlock,)

@@ -5,26 +5,23 @@ from __future__ import annotations
 from mim_refiner.checkpoints.families import (
     beit,
     capi,
-    data2vec2,
     distilled,
     hf,
     mae,
     mim_refiner_format,
     mmpretrain,
-    multimae,
-    prithvi,
     refused,
+    renamed,
     swin,
     timm_format,
-    vitpose,
 )
 from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes
 
 # Asked in this order: the most specific first, timm's own names last.
 FAMILIES: tuple[Family, ...] = (
-    mim_refiner_format.FAMILY, data2vec2.FAMILY, capi.FAMILY, multimae.FAMILY,
-    mmpretrain.BEIT, mmpretrain.VIT, swin.MM_FAMILY, swin.FAMILY, prithvi.FAMILY, mae.MAE_PYTORCH,
-    vitpose.FAMILY, vitpose.HF, hf.DATA2VEC, hf.BEIT, hf.DINOV2, hf.IJEPA, hf.VITMAE,
+    mim_refiner_format.FAMILY, renamed.DATA2VEC2, capi.FAMILY, renamed.MULTIMAE,
+    mmpretrain.BEIT, mmpretrain.VIT, swin.MM_FAMILY, swin.FAMILY, renamed.PRITHVI, mae.MAE_PYTORCH,
+    renamed.VITPOSE, renamed.HF_VITPOSE, hf.DATA2VEC, hf.BEIT, hf.DINOV2, hf.IJEPA, hf.VITMAE,
     beit.SIMMIM, beit.CAE, beit.EVA01, beit.BEIT2, beit.BEIT,
     distilled.IJEPA, distilled.DINOV2, mae.BIRD_MAE, mae.MAE_CT, distilled.IBOT,
     mae.CROSSMAE, mae.DBOT, mae.SCALE_MAE, mae.TINYMIM, mae.MAE, timm_format.FAMILY,
