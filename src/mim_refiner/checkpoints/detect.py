@@ -140,7 +140,6 @@ def _labelled(views: list[View]) -> list[View]:
 
 
 def _choose(views: list[View], family: Family, wishes: Wishes) -> tuple[View, str]:
-    """The encoder to take, and what to remark."""
     by_label = {view.label: view for view in views}
     if wishes.encoder is not None:
         close = [label for label in by_label if wishes.encoder.lower() in words(label)]

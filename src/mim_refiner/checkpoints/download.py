@@ -30,8 +30,6 @@ _LOCK_TIMEOUT = 3600.0  # another process may be downloading the same file
 _CHUNK = 2**20
 _SPARE_BYTES = 64 * 2**20  # left free on the disk
 
-Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all if known
-
 
 class _TryAgainError(Exception):
     """The transfer broke; another attempt may get further."""
@@ -42,7 +40,7 @@ def cached_path(entry: Entry) -> Path:
     return cache_folder() / entry.name / entry.file_name
 
 
-def fetch(entry: Entry, *, progress: Progress | None = None, sleep: Callable[[float], None] = time.sleep) -> Path:
+def fetch(entry: Entry, *, sleep: Callable[[float], None] = time.sleep) -> Path:
     """Path of the entry's file, downloaded on the first call.
 
     An interrupted transfer goes on where it stopped, if the server still has the same file. The file gets its name
@@ -62,7 +60,7 @@ def fetch(entry: Entry, *, progress: Progress | None = None, sleep: Callable[[fl
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_TIMEOUT):
             if not path.is_file():
-                _download(entry, path, progress or (lambda done, total: None), sleep)
+                _download(entry, path, sleep)
     except Timeout as error:
         raise _by_hand(entry, path, "another process has been downloading it for an hour") from error
     except OSError as error:
@@ -80,14 +78,14 @@ def _by_hand(entry: Entry, path: Path, reason: str) -> CheckpointError:
     )
 
 
-def _download(entry: Entry, path: Path, progress: Progress, sleep: Callable[[float], None]) -> None:
+def _download(entry: Entry, path: Path, sleep: Callable[[float], None]) -> None:
     part, notes = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
     reason = ""
     for attempt in range(_ATTEMPTS):
         if attempt:
             sleep(_WAITS[min(attempt, len(_WAITS)) - 1])
         try:
-            _transfer(entry, path, part, notes, progress)
+            _transfer(entry, path, part, notes)
         except _TryAgainError as error:
             reason = str(error)
             continue
@@ -100,7 +98,7 @@ def _download(entry: Entry, path: Path, progress: Progress, sleep: Callable[[flo
     raise _by_hand(entry, path, f"{reason} after {_ATTEMPTS} attempts{so_far}")
 
 
-def _transfer(entry: Entry, path: Path, part: Path, notes: Path, progress: Progress) -> None:
+def _transfer(entry: Entry, path: Path, part: Path, notes: Path) -> None:
     """Fetch what is missing of ``part``; raises _TryAgainError when the connection fails or ends early."""
     known = _read_notes(notes, entry.address)
     have = part.stat().st_size if part.exists() and known else 0
@@ -124,7 +122,6 @@ def _transfer(entry: Entry, path: Path, part: Path, notes: Path, progress: Progr
                     if total is not None and done > total:
                         raise _TryAgainError(f"the server sent more than the {total} bytes it announced")
                     file.write(chunk)
-                    progress(done, total)
                 file.flush()
                 os.fsync(file.fileno())
     except urllib.error.HTTPError as error:

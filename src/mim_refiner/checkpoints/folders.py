@@ -163,7 +163,6 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _has_model(folder: Path) -> bool:
-    """Whether a whole model lies beside an adapter."""
     named = any((folder / name).exists() for name in (*WEIGHT_FILES, METADATA)) or _index(folder) is not None
     return named or ((folder / CONFIG).exists() and bool(_weights(folder)))
 

@@ -21,7 +21,6 @@ def with_options(source: str, **options: object) -> str:
 
 
 def bare_source(source: str) -> str:
-    """``source`` without options."""
     return split_options(source)[0]
 
 

@@ -382,7 +382,6 @@ def _few_numbers(item: Tensor | HeldTensor) -> Any:
 
 
 def leaves(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain values of a config by path."""
     return {
         name: value for where, held in _mappings(config, "config") for name, value in _plain_values(where, held).items()
     }

@@ -144,7 +144,6 @@ def _report(error: Exception) -> int:
 
 
 def _explain(error: Exception) -> tuple[int, str]:
-    """Return the exit code and the one line for an error."""
     if isinstance(error, MimRefinerError):
         return error.exit_code, str(error)
     if hasattr(error, "format_message"):  # the parser's usage errors, whichever click typer stands on

@@ -145,7 +145,6 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
 
 
 def is_records(value: Any) -> bool:
-    """Whether the value is a non-empty list of mappings."""
     return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 

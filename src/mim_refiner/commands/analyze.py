@@ -143,7 +143,6 @@ class _Analysis:
         self.result["head_placement"] = place_heads(self.atlases["before"], pooling=pooling, recipe_blocks=third)
 
     def verdict(self) -> None:
-        """Did it help: by labels where there are any, and without."""
         enough = len(self.samples.view_rows) >= MIN_IMAGES
         if not enough and not self.samples.labelled:
             raise DataError(f"a verdict without labels needs at least {MIN_IMAGES} images; give more")

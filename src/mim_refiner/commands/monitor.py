@@ -44,7 +44,6 @@ class OnlineKnn:
         return from_rank_0({"knn_top1": metrics[f"knn_top1/{self.blocks[-1]}"], **metrics})
 
     def _features(self, indices: NDArray[np.int64]) -> tuple[dict[int, Tensor], Tensor]:
-        """Features {block: [N, D]} and labels [N]."""
         found = extract_features(
             self.backbone, self.images, blocks=self.blocks, poolings=(self.pooling,), run=self.run, indices=indices
         )

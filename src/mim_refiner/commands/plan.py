@@ -72,7 +72,6 @@ def with_cost(
 
 
 def priced(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, free: float, run: Run) -> Estimate:
-    """What the recipe costs as it is."""
     cost = refine_estimate(refiner, recipe, loader, free, run)
     if recipe.micro_batch is None and not recipe.checkpointing:
         return cost

@@ -55,7 +55,6 @@ class Samples:
     cache: FeatureCache | None = None  # of their features
 
     def described(self) -> dict[str, Any]:
-        """What was looked at, for people and JSON."""
         return {
             "bank": f"{len(self.bank_rows)} of {len(self.bank)} images",
             "queries": f"{len(self.query_rows)} of {len(self.queries)} images",

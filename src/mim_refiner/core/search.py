@@ -184,7 +184,6 @@ class _Tile:
         self._compact()
 
     def ranked(self, bank: Bank) -> tuple[Tensor, Tensor]:
-        """Indices and exact cosines [Q, k] of the nearest candidates."""
         self._compact(always=True)
         query, row, rough = self.found[0]
         if self.dtype != self.queries.dtype:  # the k that look best tell exactly how near a row must be at least

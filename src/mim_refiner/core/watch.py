@@ -148,7 +148,6 @@ class Watch:
                 return
 
     def _lost(self) -> int | None:
-        """The rank of a process that is gone or silent."""
         patience = min(self.timeout, PATIENCE) if self._suspicious else self.timeout
         now = time.monotonic()
         if now - self._answered > patience and self._heard.get(0, ("", 0.0))[0] != "left":

@@ -104,7 +104,6 @@ class Refiner(nn.Module):
 
     @property
     def feature_widths(self) -> list[int]:
-        """Widths of the heads' inputs."""
         return [self.backbone.block_dims[block] for block in self.blocks]
 
     @torch.no_grad()

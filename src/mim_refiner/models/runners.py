@@ -247,7 +247,6 @@ def class_token_after(block: Any, tokens: Tensor, arguments: tuple[Any, ...] = (
 
 
 def _scaled(block: Any, number: int, x: Tensor) -> Tensor:
-    """Layer scale, under either of its names."""
     if hasattr(block, f"ls{number}"):
         return getattr(block, f"ls{number}")(x)
     gamma = getattr(block, f"gamma_{number}")
@@ -290,7 +289,6 @@ def _logits_of_keys(attention: Any, q: Tensor, keys: Tensor, rotations: Tensor |
 
 
 def _biases(attention: Any) -> Sequence[Tensor | None]:
-    """Of queries, keys and values."""
     if isinstance(attention, Attention):
         return (None,) * 3 if attention.qkv.bias is None else attention.qkv.bias.chunk(3)
     return attention.q_bias, attention.k_bias, attention.v_bias

@@ -83,7 +83,6 @@ class View:
 
     @property
     def model_type(self) -> str | None:
-        """``model_type`` of a transformers config.json beside the weights."""
         return None if self.config is None else self.config.get("model_type")
 
 

@@ -165,7 +165,6 @@ _DINOV2_KEYS = KeyMap(
 
 
 def _is_dinov2(view: View) -> bool:
-    """Layer scale under DINOv2's name; a config.json, if any, says dinov2."""
     known = any(is_kind(view, kind) for kind in ("dinov2", "dinov2_with_registers"))
     return known and "encoder.layer.0.layer_scale1.lambda1" in view.tensors
 
