@@ -24,7 +24,6 @@ PASSED_ON = {
     "{item.error}",
     "{problem}",
     "{cause.text}",
-    "fine-tuning: {'; '.join(problems)}",
     # texts that end in advice where they are made
     "{contents.source}: is {what}",
     "{view.where}: is {reason}",
