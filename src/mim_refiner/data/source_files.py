@@ -44,7 +44,7 @@ class FileSource(ImageSource):
 
     def __init__(self, base: Path, names: Iterable[str], description: str = "") -> None:
         self.base = base
-        self.names = PackedStrings.pack(names)
+        self.names = PackedStrings(names)
         self.description = description
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -9,37 +10,31 @@ import mmap
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mim_refiner.data.labels import LabelProblem, Labels, printable
-from mim_refiner.data.packed import PackedStrings
+from mim_refiner.data.packed import PackedStrings, packed
 from mim_refiner.data.source_base import ImageSource, LeftOut, label_parts, short_hash
 from mim_refiner.data.source_files import ARRAY_SUFFIX, IMAGE_SUFFIXES
 from mim_refiner.errors import DataError, RunFolderError
 from mim_refiner.files import cache_folder, cache_is_off, reading, write_bytes
 
 _BLOCK = 512
-_VERSION = 3  # of the cached index
+_VERSION = 4  # of the cached index
 _LABEL_KEYS = ("label", "cls", "class")
 _MAX_LABEL_BYTES = 2**20
 _NO_LABEL = "\0"
 _IMAGES = IMAGE_SUFFIXES | {ARRAY_SUFFIX}
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """Where the images of one shard are. ``offset`` 0 marks what cannot be read; ``name`` says why, after a tab."""
-
-    names: PackedStrings
-    offsets: NDArray[np.uint64]
-    sizes: NDArray[np.uint64]
-    labels: PackedStrings  # as written; "\0" = none
-    left_out: tuple[LeftOut, ...] = ()
+# Where the images of one shard are; what is left out stands in the table's notes. Offset 0 marks what cannot be read,
+# and the name says why, after a tab. Labels are as written, "\0" for none.
+_INDEX = pa.schema([("name", pa.large_binary()), ("offset", pa.uint64()), ("size", pa.uint64()),
+                    ("label", pa.large_binary())])  # fmt: skip
 
 
 class TarSource(ImageSource):
@@ -57,19 +52,17 @@ class TarSource(ImageSource):
         shards = [open_index(path) for path in self.paths]
         self.base = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
         self._shown = [printable(os.path.relpath(path, self.base)) for path in paths]
-        self._shard_ends = np.cumsum([len(shard.names) for shard in shards])
-        self.names = PackedStrings.join([shard.names for shard in shards])
-        self._offsets = np.concatenate([shard.offsets for shard in shards])
-        sizes = np.concatenate([shard.sizes for shard in shards])
-        self._sizes = sizes.astype(np.uint32) if sizes.max(initial=0) < 2**32 else sizes
+        self._shard_ends = np.cumsum([len(shard) for shard in shards])
+        names, offsets, sizes, labels = (column.combine_chunks() for column in pa.concat_tables(shards).columns)
+        self.names, self._offsets, self._sizes = PackedStrings(names), offsets.to_numpy(), sizes.to_numpy()
         what = description or (f"shard {paths[0]}" if len(paths) == 1 else f"{len(paths)} shards")
-        self.left_out = _together(each for shard in shards for each in shard.left_out)
+        self.left_out = _together(each for shard in shards for each in _left_out(shard))
         if not self._offsets.any():
             found = "".join(f"; {each}" for each in self.left_out)
             raise DataError(
                 f"{what}: holds no image that can be read{found}; give shards with .jpg, .png, .webp, ... members"
             )
-        self.read_labels(lambda: self._labels(PackedStrings.join([shard.labels for shard in shards])))
+        self.read_labels(lambda: self._labels(PackedStrings(labels)))
         kind = "no labels" if self.classes is None else "with labels"
         self.description = f"{what} ({len(self.names)} images, {kind})"
 
@@ -114,10 +107,10 @@ class TarSource(ImageSource):
         return f"{self._shown[shard]}/{printable(self.names[index].partition(chr(9))[0])}"
 
     def fingerprint(self) -> str:
-        return short_hash(["tar", self.names.buffer, self._sizes.astype(np.uint64), *label_parts(self.classes)])
+        return short_hash(["tar", "".join(self.names), self._sizes, *label_parts(self.classes)])
 
 
-def open_index(path: Path) -> ShardIndex:
+def open_index(path: Path) -> pa.Table:
     """The index of a shard: from the cache when the file is as it was, else by one pass over its headers."""
     with reading(path, "check path and permissions"):
         facts = path.stat()
@@ -125,48 +118,35 @@ def open_index(path: Path) -> ShardIndex:
             start = file.read(_BLOCK)
     if start[:2] == b"\x1f\x8b" or start[:4] in (b"BZh9", b"\xfd7zX", b"\x28\xb5\x2f\xfd"):
         raise DataError(f"{path}: is a packed tar, which has no random access; unpack it to a plain .tar first")
-    key = f"{_VERSION} {path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
-    kept = cache_folder() / "tar-index" / f"{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:32]}.npz"
+    key = f"{_VERSION} {path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode(errors="surrogateescape")
+    # No ending of data: the cache may lie in a folder of images.
+    kept = cache_folder() / "tar-index" / f"{hashlib.sha256(key).hexdigest()[:32]}.index"
     index = None if cache_is_off() else _load_index(kept, facts.st_size)
     if index is None:
         with reading(path, "copy or download it again"):
             index = scan_shard(path)
-        if not cache_is_off():
-            _save_index(kept, index)
+        with contextlib.suppress(RunFolderError):  # without it the next run scans again, nothing else
+            if not cache_is_off():
+                pq.write_table(index, buffer := io.BytesIO())
+                write_bytes(kept, buffer.getvalue())
     return index
 
 
-def _load_index(kept: Path, size: int) -> ShardIndex | None:
+def _load_index(kept: Path, size: int) -> pa.Table | None:
     """The cached index; None when there is none, or it is damaged or points outside the shard."""
     try:
-        with np.load(kept, allow_pickle=False) as held:
-            names = PackedStrings(held["names"], held["name_ends"])
-            labels = PackedStrings(held["labels"], held["label_ends"])
-            left_out = tuple(LeftOut(**facts) for facts in json.loads(str(held["left_out"])))
-            index = ShardIndex(names, held["offsets"], held["sizes"], labels, left_out)
+        index = pq.ParquetFile(kept).read(use_threads=False)
+        sound = index.schema.equals(_INDEX) and index["offset"].to_numpy().max(initial=0) <= size
+        return index if sound and _left_out(index) is not None else None
     except Exception:  # a cache that cannot be read is made again, whatever is wrong with it
         return None
-    lengths = {len(names), len(labels), len(index.offsets), len(index.sizes)}
-    sound = len(lengths) == 1 and int(index.offsets.max(initial=0)) <= size
-    ends = all(len(text) == 0 or int(text.ends[-1]) == len(text.buffer) for text in (names, labels))
-    return index if sound and ends else None
 
 
-def _save_index(kept: Path, index: ShardIndex) -> None:
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        names=index.names.buffer, name_ends=index.names.ends, offsets=index.offsets, sizes=index.sizes,
-        labels=index.labels.buffer, label_ends=index.labels.ends,
-        left_out=np.array(json.dumps([asdict(each) for each in index.left_out])),
-    )  # fmt: skip
-    try:
-        write_bytes(kept, buffer.getvalue())
-    except RunFolderError:
-        return  # a cache folder that cannot be written costs a scan next time, nothing else
+def _left_out(index: pa.Table) -> tuple[LeftOut, ...]:
+    return tuple(LeftOut(**facts) for facts in json.loads(index.schema.metadata[b"left_out"]))
 
 
-def scan_shard(path: Path) -> ShardIndex:
+def scan_shard(path: Path) -> pa.Table:
     """Find the samples of a shard in one pass over its headers.
 
     The file is mapped, so a header that claims a long extension takes no more memory than the file has.
@@ -251,7 +231,7 @@ class _Samples:
         before = self._lost.get(what, LeftOut(0, what, printable(name)))
         self._lost[what] = LeftOut(before.count + 1, what, before.first)
 
-    def index(self) -> ShardIndex:
+    def index(self) -> pa.Table:
         """All images in their order, with labels."""
         rows = {name: place for name, place in self._images.items() if self._is_sample(name, place[0])}
         labels, used = [], set()
@@ -263,13 +243,10 @@ class _Samples:
         for key, label in self._labels.items():
             if key not in used and label != _NO_LABEL:
                 self._lose("members with labels belong to no image", key)
-        return ShardIndex(
-            PackedStrings.pack(rows),
-            np.array([offset for offset, _ in rows.values()], dtype="<u8"),
-            np.array([size for _, size in rows.values()], dtype="<u8"),
-            PackedStrings.pack(labels),
-            tuple(self._lost.values()),
-        )
+        places = np.array(list(rows.values()), dtype=np.uint64).reshape(-1, 2)
+        left_out = json.dumps([asdict(each) for each in self._lost.values()])
+        columns = [packed(rows), *map(pa.array, places.T), packed(labels)]
+        return pa.table(columns, schema=_INDEX.with_metadata({"left_out": left_out}))
 
     def _is_sample(self, name: str, offset: int) -> bool:
         """Whether it is an image by itself, and no further picture (a mask, another size) of a sample that has one."""
