@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import multiprocessing
 import sys
@@ -71,31 +70,20 @@ class _Assembled:
         return self if self.batch is None else _Assembled(self.batch.pin_memory(), self.unreadable)
 
 
+@dataclass
 class _Assembler(Dataset[_Assembled]):
     """Builds the batch of (epoch, step); the same in the main process and in a worker."""
 
-    def __init__(
-        self,
-        images: ImageSet,
-        views: Sequence[ViewSpec],
-        batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        reduced_decode: bool,
-        rows: NDArray[np.int64] | None,
-        resident: ResidentImages | None = None,
-    ) -> None:
-        self.images = images
-        self.rows = rows
-        self.resident = resident
-        self.views = [spec for spec in views for _ in range(spec.count)]
-        self.batch_size = batch_size
-        self.local_size = batch_size // world_size
-        self.offset = rank * self.local_size
-        self.seed = seed
-        self.reduced_decode = reduced_decode
-        self._order: tuple[int, NDArray[np.int64]] | None = None
+    images: ImageSet
+    views: list[ViewSpec]  # one a view
+    batch_size: int  # of all ranks
+    local_size: int
+    offset: int  # of this rank's part in a batch
+    seed: int
+    reduced_decode: bool
+    rows: NDArray[np.int64] | None
+    resident: ResidentImages | None
+    _order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))  # epoch, its images
 
     def __getitem__(self, key: tuple[int, int]) -> _Assembled:
         try:
@@ -104,7 +92,7 @@ class _Assembler(Dataset[_Assembled]):
             return _Assembled(None, self.images.unreadable_items(), str(error))
 
     def _batch(self, epoch: int, step: int) -> ViewBatch:
-        if self._order is None or self._order[0] != epoch:
+        if self._order[0] != epoch:
             order = epoch_order(self.seed, epoch, len(self.images)) if self.rows is None else self.rows
             self._order = (epoch, order)
         position = step * self.batch_size + self.offset
@@ -112,23 +100,15 @@ class _Assembler(Dataset[_Assembled]):
         loaded = [self._load(int(index), epoch, position + row) for row, index in enumerate(chosen)]
         ids = np.array([image.index for image in loaded], dtype=np.int64)
         labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[ids])
+        place = {"seed": self.seed, "epoch": epoch, "position": position}
         if self.resident is not None:
-            views = self.resident.views(ids, self.views, seed=self.seed, epoch=epoch, position=position)
-            return ViewBatch(views, torch.from_numpy(ids), labels)
-        views = [
-            _channels_first(
-                crop_batch(
-                    [image.pixels for image in loaded],
-                    spec,
-                    seed=self.seed,
-                    epoch=epoch,
-                    position=position,
-                    view=number,
-                    shapes=[image.shape for image in loaded],
-                )
-            )
-            for number, spec in enumerate(self.views)
-        ]
+            views = self.resident.views(ids, self.views, **place)
+        else:
+            pixels, shapes = [image.pixels for image in loaded], [image.shape for image in loaded]
+            views = [
+                _channels_first(crop_batch(pixels, spec, view=number, shapes=shapes, **place))
+                for number, spec in enumerate(self.views)
+            ]
         return ViewBatch(views, torch.from_numpy(ids), labels)
 
     def _load(self, index: int, epoch: int, position: int) -> Loaded:
@@ -140,19 +120,6 @@ class _Assembler(Dataset[_Assembled]):
 
 def _channels_first(pixels: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-
-
-class _Steps:
-    """Sampler of the (epoch, step) keys still to come."""
-
-    def __init__(self) -> None:
-        self.keys: list[tuple[int, int]] = []
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self.keys)
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
 
 class TrainLoader:
@@ -202,11 +169,14 @@ class TrainLoader:
         self.views = list(views)
         self.batch_size = batch_size
         self.steps_per_epoch = len(images) // batch_size if rows is None else -(-len(rows) // batch_size)
-        self._assembler = _Assembler(images, views, batch_size, seed, rank, world_size, reduced_decode, rows, resident)
+        each, local = [spec for spec in views for _ in range(spec.count)], batch_size // world_size
+        self._assembler = _Assembler(
+            images, each, batch_size, local, rank * local, seed, reduced_decode, rows, resident
+        )
         workers = 0 if resident else workers  # nothing to decode, and the device cuts while the host goes on
         self._reported: set[int] = set()
         self._prefetch = prefetch
-        self._steps = _Steps()
+        self._steps: list[tuple[int, int]] = []  # sampler of the (epoch, step) keys still to come
         self._closed = False
         self.workers, self._pin_memory, self._timeout = workers, pin_memory, timeout
         self._loader = self._make_loader() if workers else None
@@ -235,10 +205,7 @@ class TrainLoader:
 
     def first(self, images: int) -> ViewBatch:
         """The first images of epoch 0, made here and now: to see what a batch costs."""
-        assembler = copy.copy(self._assembler)
-        assembler.batch_size = assembler.local_size = images
-        assembler.offset = 0
-        item = assembler[0, 0]
+        item = replace(self._assembler, batch_size=images, local_size=images, offset=0)[0, 0]
         if item.batch is None:
             raise DataError(item.error)
         return item.batch
@@ -253,7 +220,7 @@ class TrainLoader:
             with contextlib.closing(in_background((self._assembler[key] for key in keys), self._prefetch)) as stream:
                 yield from stream
             return
-        self._steps.keys = keys
+        self._steps[:] = keys
         yield from begun(self._loader)
 
     def _accept(self, item: _Assembled) -> ViewBatch:

@@ -178,7 +178,8 @@ def attentive_protocol(
                 made = AttentiveProbe(blocks, dim, classes, queries, settings, run.seed)
                 probes[blocks, pooler] = made.to(run.device)
         _fit(list(probes.values()), store, kept, labels, settings, run)
-        on_held = _hits(probes.values(), _batches(store, held, settings.batch_size, run.device), labels[held])
+        of_held = [held[start : start + settings.batch_size] for start in range(0, len(held), settings.batch_size)]
+        on_held = _hits(probes.values(), (_taken(store, part, run.device) for part in of_held), labels[held])
     attention: list[list[Tensor]] = [[] for _ in probes]
     on_test = _hits(probes.values(), encode(test), torch.from_numpy(test.labels), attention, settings.maps)
     scores: dict[tuple[Blocks, str], AttentiveScore] = {}
@@ -261,13 +262,6 @@ def _stored(encode: _Encoder, of: LabelledRows, place: Path) -> dict[int, NDArra
             store[block][done : done + len(x)] = x.half().cpu().numpy()
         done += len(x)
     return store
-
-
-def _batches(
-    store: Mapping[int, NDArray[np.float16]], rows: NDArray[np.int64], size: int, device: torch.device
-) -> Iterator[Tokens]:
-    for start in range(0, len(rows), size):
-        yield _taken(store, rows[start : start + size], device)
 
 
 def _taken(store: Mapping[int, NDArray[np.float16]], rows: NDArray[np.int64], device: torch.device) -> Tokens:

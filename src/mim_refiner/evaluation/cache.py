@@ -30,12 +30,10 @@ from torch import Tensor
 from mim_refiner._version import __version__
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.errors import InputError
+from mim_refiner.errors import InputError, reason_of
 from mim_refiner.files import CACHE_VARIABLE, cache_folder, cache_is_off
 from mim_refiner.models.backbone import Backbone
 
-SIZE_VARIABLE = "MIM_REFINER_CACHE_SIZE"
-DEFAULT_SIZE = "5GB"
 _FORMAT = 1  # raise it when features of the same identity would change
 _SAMPLED_IMAGES = 1024  # of a set that does not fit into memory
 _STALE_SECONDS = 24 * 3600  # a half-written file of a killed run is removed after this
@@ -64,7 +62,7 @@ class FeatureCache:
         cannot be read.
         """
         chosen = str(folder or os.environ.get(CACHE_VARIABLE) or cache_folder() / "features")
-        limit = parse_size(size if size is not None else os.environ.get(SIZE_VARIABLE) or DEFAULT_SIZE)
+        limit = parse_size(size if size is not None else os.environ.get("MIM_REFINER_CACHE_SIZE") or "5GB")
         return None if cache_is_off(chosen) or limit == 0 else cls(Path(chosen).expanduser(), limit)
 
     def get(self, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
@@ -84,7 +82,8 @@ class FeatureCache:
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         size = sum(tensor.nbytes for tensor in stored.values())
         if size > self.max_bytes:
-            self.problem = f"an entry of {_readable(size)} is larger than the whole cache ({_readable(self.max_bytes)})"
+            sizes = f"{size / 1e6:.2f} MB is larger than the whole cache ({self.max_bytes / 1e6:.2f} MB)"
+            self.problem = f"an entry of {sizes}"
             return
         path = self.path_of(identity)
         temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
@@ -95,7 +94,7 @@ class FeatureCache:
             save_file(stored, temporary, metadata=notes)
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
-            self.problem = f"{self.folder}: cannot write ({getattr(error, 'strerror', None) or error})"
+            self.problem = f"{self.folder}: cannot write ({reason_of(error)})"
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -114,32 +113,23 @@ class FeatureCache:
             return None
         return self.folder if os.access(self.folder, os.W_OK) else None
 
-    def total_bytes(self) -> int:
-        """Size of all entries, of this and of other runs."""
-        return sum(size for _, size, _ in self._entries())
-
     def summary(self) -> dict[str, Any]:
         """What to show: {"hits", "misses", "folder"}, and "problem" when something could not be stored."""
         shown = {"hits": self.hits, "misses": self.misses, "folder": str(self.folder)}
         return shown | ({"problem": self.problem} if self.problem else {})
 
-    def _entries(self) -> list[tuple[float, int, Path]]:
-        """(last use, bytes, path) of every entry, oldest first."""
-        found = []
-        for path in self.folder.glob("??/*.safetensors"):
+    def _make_room(self, size: int) -> None:
+        """Remove the entries used longest ago, and what a killed run left half-written."""
+        entries = []
+        for path in self.folder.glob("??/*"):
             with contextlib.suppress(OSError):  # another run may have removed it just now
                 status = path.stat()
-                found.append((status.st_mtime, status.st_size, path))
-        return sorted(found)
-
-    def _make_room(self, size: int) -> None:
-        for path in self.folder.glob("??/.*.tmp"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                if path.suffix == ".safetensors":
+                    entries.append((status.st_mtime, status.st_size, path))
+                elif path.suffix == ".tmp" and time.time() - status.st_mtime > _STALE_SECONDS:
                     path.unlink(missing_ok=True)
-        entries = self._entries()
         total = size + sum(entry[1] for entry in entries)
-        for _, bytes_, path in entries:
+        for _, bytes_, path in sorted(entries):
             if total <= self.max_bytes:
                 return
             with contextlib.suppress(OSError):
@@ -221,7 +211,3 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _readable(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 10**8 else f"{size / 1e6:.2f} MB"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, davies_bouldin_score, silhouette_score
 
-from mim_refiner.core.metrics import accuracy_interval, clustering_accuracy, normalized_mutual_information, standardized
+from mim_refiner.core.metrics import accuracy_interval, normalized_mutual_information, standardized
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import required_labels
@@ -63,7 +63,6 @@ def clustering_protocol(
     batch_size: int = 1024,
     max_iter: int = 100,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[FeatureKey, ClusteringScore]:
     """Cluster ``features`` (the evaluated images themselves) for every (block, pooling).
 
@@ -81,7 +80,7 @@ def clustering_protocol(
         )
     options = {"batch_size": batch_size, "max_iter": max_iter}
     scores = {}
-    for done, key in enumerate(features.keys):
+    for key in features.keys:
         x = standardized(features[key]).numpy()
         clusters, inertia = _best_kmeans(x, k, num_seeds, options, seed)
         score = score_clusters(labels, clusters, inertia, class_separation(x, labels, seed))
@@ -92,8 +91,6 @@ def clustering_protocol(
             again.append(score_clusters(labels[rows], *drawn))
         drawn_scores = {name: np.array([getattr(each, name) for each in again]) for name in AGREEMENT if again}
         scores[key] = replace(score, drawn=drawn_scores)
-        if progress:
-            progress(done + 1, len(features.keys))
     return scores
 
 
@@ -111,37 +108,25 @@ def score_clusters(
     labels: NDArray[np.int64],
     clusters: NDArray[np.int64],
     inertia: float,
-    separation: tuple[float, float] = (float("nan"), float("nan")),
+    separation: tuple[float, float] = (np.nan, np.nan),
 ) -> ClusteringScore:
     """Compare clusters [N] with classes [N]."""
     correct = _correct_under_best_map(labels, clusters)
-    return ClusteringScore(
-        accuracy=clustering_accuracy(labels, clusters),
-        nmi=normalized_mutual_information(labels, clusters),
-        ami=float(adjusted_mutual_info_score(labels, clusters)),
-        ari=float(adjusted_rand_score(labels, clusters)),
-        silhouette=separation[0],
-        davies_bouldin=separation[1],
-        inertia=inertia,
-        clusters=clusters,
-        correct=correct,
-    )
+    nmi = normalized_mutual_information(labels, clusters)
+    ami, ari = (float(f(labels, clusters)) for f in (adjusted_mutual_info_score, adjusted_rand_score))
+    return ClusteringScore(float(correct.mean()), nmi, ami, ari, *separation, inertia, clusters, correct)
 
 
 def _best_kmeans(
     x: NDArray[np.float32], k: int, num_seeds: int, options: dict[str, Any], seed: int
 ) -> tuple[NDArray[np.int64], float]:
-    best: tuple[NDArray[np.int64], float] | None = None
     with warnings.catch_warnings():
         # collapsed features have fewer distinct points than clusters; the accuracy will say so
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for offset in range(num_seeds):
-            # inertia_ is of all images, not of the last mini-batch
-            found = MiniBatchKMeans(k, n_init=1, random_state=seed + offset, **options).fit(x)
-            if best is None or found.inertia_ < best[1]:
-                best = found.labels_.astype(np.int64), float(found.inertia_)
-    assert best is not None
-    return best
+        made = (MiniBatchKMeans(k, n_init=1, random_state=seed + number, **options) for number in range(num_seeds))
+        fitted = (kmeans.fit(x) for kmeans in made)
+        best = min(fitted, key=lambda found: found.inertia_)  # of all images, not of the last mini-batch
+    return best.labels_.astype(np.int64), float(best.inertia_)
 
 
 def _correct_under_best_map(labels: NDArray[np.int64], clusters: NDArray[np.int64]) -> NDArray[np.bool_]:

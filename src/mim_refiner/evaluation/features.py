@@ -158,7 +158,11 @@ def feature_sets(
     wanted = np.arange(len(images)) if chosen is None else chosen
     lost = np.setdiff1d(wanted, rows.numpy()).tolist()  # found in the cache: nobody has tried to read them now
     images.add_unreadable((index, images.source.name(index), "could not be read before") for index in lost)
-    return {norm: _of_norm(backbone, images, values, rows, norm) for norm in dict.fromkeys(map(bool, norms))}
+    labels = None if images.labels is None else torch.from_numpy(images.labels[rows.numpy()])
+    by_norm: dict[bool, dict[FeatureKey, Tensor]] = {bool(norm): {} for norm in norms}
+    for (block, pooling, norm), value in values.items():
+        by_norm[norm][block, pooling] = value
+    return {norm: Features(found, labels, rows, backbone.info.depth, norm) for norm, found in by_norm.items()}
 
 
 _FullKey = tuple[int, str, bool]  # block, pooling, norm
@@ -172,9 +176,7 @@ def _spread(
     """Let every rank compute its part of the (different) images; all get the whole, or the same error."""
     everything = np.arange(len(images)) if chosen is None else chosen
     share = -(-len(everything) // world_size())
-    part = np.resize(everything, (world_size(), share))[
-        rank()
-    ]  # equal parts: the ranks of a sharded encoder stay abreast
+    part = np.resize(everything, (world_size(), share))[rank()]  # equal: the ranks of a sharded encoder stay abreast
     try:
         values, rows, problem = *forward(part), ""
     except DataError as error:
@@ -232,14 +234,6 @@ def _forward(
 def _normed(backbone: Backbone, output: BlockOutput) -> BlockOutput:
     cls = None if output.cls is None else backbone.final_norm(output.cls[:, None])[:, 0]
     return BlockOutput(cls=cls, patches=backbone.final_norm(output.patches))
-
-
-def _of_norm(
-    backbone: Backbone, images: ImageSet, values: Mapping[_FullKey, Tensor], rows: Tensor, norm: bool
-) -> Features:
-    labels = None if images.labels is None else torch.from_numpy(images.labels[rows.numpy()])
-    chosen = {key[:2]: value for key, value in values.items() if key[2] == norm}
-    return Features(chosen, labels, rows, backbone.info.depth, norm)
 
 
 def _identity(

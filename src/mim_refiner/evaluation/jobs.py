@@ -16,6 +16,7 @@ from mim_refiner.data.loaders import default_crop_ratio
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import CENTRE_CROP, FeatureKey, Features, ImageTransform, extract_features
 from mim_refiner.evaluation.finetune import LabelledRows
+from mim_refiner.evaluation.knn import AccuracyScore
 from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.models.backbone import Backbone
@@ -102,17 +103,13 @@ class Job:
         """A result with all that this job repeats; ``rest``: settings, and ci95, correct, confusions where known."""
         size = self.settings.image_size
         transform = {"image_size": size, "crop_ratio": None if size is None else default_crop_ratio(size)}
-        settings = {**transform, "precision": self.settings.precision, **rest.pop("settings")}
-        return Result(
-            protocol=protocol,
-            metric=metric,
-            value=float(value),
-            block=key[0],
-            pooling=key[1],
-            norm=self.norm,
-            settings=settings,
-            data=self._data(),
-            model_sha256=self.model_sha256,
-            seed=self.run.seed,
-            **{"ci95": None, **rest},
-        )
+        rest["settings"] = {**transform, "precision": self.settings.precision, **rest["settings"]}
+        known = {"ci95": None, "norm": self.norm, "data": self._data(), "model_sha256": self.model_sha256}
+        return Result(protocol, metric, float(value), block=key[0], pooling=key[1], seed=self.run.seed, **known | rest)
+
+    def accuracy(
+        self, protocol: str, metric: str, score: AccuracyScore, shown: Mapping[str, Any], key: FeatureKey | None = None
+    ) -> Result:
+        """The result of an accuracy with its interval, hits and settings; ``key`` None: ``main_key``."""
+        known = {"ci95": score.ci95, "correct": score.correct, "settings": shown}
+        return self.result(protocol, metric, key or self.main_key, score.accuracy, **known)

@@ -48,15 +48,8 @@ def knn_protocol(
     train_y, test_y = required_labels(train, "train").to(device), required_labels(test, "test")
     scores = {}
     for key in train.keys:
-        predicted = knn_predict(
-            train[key].to(device),
-            train_y,
-            test[key].to(device),
-            k=k,
-            temperature=temperature,
-            standardize=standardize,
-            chunk_size=chunk_size,
-        )
+        how = {"k": k, "temperature": temperature, "standardize": standardize, "chunk_size": chunk_size}
+        predicted = knn_predict(train[key].to(device), train_y, test[key].to(device), **how)  # type: ignore[arg-type]
         scores[key] = AccuracyScore.of(predicted.cpu() == test_y)
     return scores
 

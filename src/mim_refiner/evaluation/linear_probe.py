@@ -8,8 +8,8 @@ several sets share are normalised once). The weights of all learning rates on on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -105,49 +105,47 @@ def probe_sets(
     """
     settings = settings or LinearProbeSettings()
     labels, test_y = required_labels(train, "train"), required_labels(test, "test")
-    kept, held = torch.arange(len(labels)), torch.arange(0)
-    if settings.held_out > 0:
-        kept, held = map(torch.from_numpy, stratified_split(labels.numpy(), settings.held_out, seed))
-    num_classes = int(torch.cat([labels, test_y]).max()) + 1
+    kept, held = _split(labels, settings, seed)
     layout = Layout.of(sets, {key: train[key].shape[1] for feature_set in sets for key in feature_set})
-    grid = ProbeGrid(layout, num_classes, settings, seed=seed, device=device)
+    grid = ProbeGrid(layout, int(torch.cat([labels, test_y]).max()) + 1, settings, seed=seed, device=device)
     fixed = layout.rows(train, kept, grid.device) if epoch_features is None else None
 
     def features(epoch: int) -> Take:
         return layout.rows(epoch_features(epoch), kept, grid.device) if epoch_features else cast(Take, fixed)
 
     grid.fit(features, labels[kept])
-    on_test = _correct(grid, layout, test, torch.arange(len(test)), test_y)
-    on_held_out = _correct(grid, layout, train, held, labels) if len(held) else None
+    on_test = _correct(grid, test, torch.arange(len(test)), test_y)
+    on_held = _correct(grid, train, held, labels) if len(held) else None
     return {
         feature_set: score_rates(
-            on_test[:, number], None if on_held_out is None else on_held_out[:, number], settings.learning_rates
+            on_test[:, number], None if on_held is None else on_held[:, number], settings.learning_rates
         )
         for number, feature_set in enumerate(sets)
     }
 
 
+def _split(labels: Tensor, settings: LinearProbeSettings, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows to select on."""
+    if settings.held_out == 0:
+        return torch.arange(len(labels)), torch.arange(0)
+    kept, held = stratified_split(labels.numpy(), settings.held_out, seed)
+    return torch.from_numpy(kept), torch.from_numpy(held)
+
+
 def fitted_probe(
-    train: Features,
-    key: FeatureKey,
-    settings: LinearProbeSettings,
-    *,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    train: Features, key: FeatureKey, settings: LinearProbeSettings, *, seed: int = 0, device: Any = "cpu"
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Train one (block, pooling) and return (features [N, D], classes that may occur or None) -> classes [N].
 
     The rate is the one that is best on the held-out part of train, on train itself when nothing is held out.
     """
     labels = required_labels(train, "train")
-    kept = held = torch.arange(len(labels))
-    if settings.held_out > 0:
-        kept, held = map(torch.from_numpy, stratified_split(labels.numpy(), settings.held_out, seed))
+    kept, held = _split(labels, settings, seed)
     layout = Layout.of([(key,)], {key: train[key].shape[1]})
     grid = ProbeGrid(layout, int(labels.max()) + 1, settings, seed=seed, device=device)
     fixed = layout.rows(train, kept, grid.device)
     grid.fit(lambda _: fixed, labels[kept])
-    rate = int(_correct(grid, layout, train, held, labels)[:, 0].float().mean(0).argmax())
+    rate = int(_correct(grid, train, held if len(held) else kept, labels)[:, 0].float().mean(0).argmax())
     return lambda x, present: grid.predict(x, classes=present)[:, 0, rate]
 
 
@@ -204,13 +202,7 @@ class ProbeGrid:
     """S feature sets times R linear classifiers of C classes behind one BatchNorm without affine parameters."""
 
     def __init__(
-        self,
-        layout: Layout,
-        num_classes: int,
-        settings: LinearProbeSettings,
-        *,
-        seed: int,
-        device: torch.device | str,
+        self, layout: Layout, num_classes: int, settings: LinearProbeSettings, *, seed: int, device: torch.device | str
     ) -> None:
         self.layout, self.settings, self.seed, self.num_classes = layout, settings, seed, num_classes
         self.device = torch.device(device)
@@ -232,9 +224,8 @@ class ProbeGrid:
         batch_size = min(settings.batch_size, len(y))
         steps = len(y) // batch_size
         total = settings.epochs * steps
-        velocities = [
-            (torch.zeros_like(w), torch.zeros_like(b)) for w, b in zip(self.weights, self.biases, strict=True)
-        ]
+        pairs = zip(self.weights, self.biases, strict=True)
+        velocities = [(torch.zeros_like(weight), torch.zeros_like(bias)) for weight, bias in pairs]
         generator = torch.Generator().manual_seed(self.seed)
         self.norm.train()
         for step in range(total):
@@ -260,18 +251,10 @@ class ProbeGrid:
 
     def _rates(self, step: int, total: int, batch_size: int) -> Tensor:
         """Learning rate of every column of the weights, [R * C]."""
-        settings = self.settings
-        warmup = round(settings.warmup * total)
-        rates = [
-            warmup_cosine(
-                step,
-                total_steps=total,
-                warmup_steps=warmup,
-                peak=peak_learning_rate(rate, batch_size),
-                end=settings.end_rate,
-            )
-            for rate in settings.learning_rates
-        ]
+        settings, warmup = self.settings, round(self.settings.warmup * total)
+        peaks = [peak_learning_rate(rate, batch_size) for rate in settings.learning_rates]
+        how: dict[str, Any] = {"total_steps": total, "warmup_steps": warmup, "end": settings.end_rate}
+        rates = [warmup_cosine(step, peak=peak, **how) for peak in peaks]
         return torch.tensor(rates, device=self.device).repeat_interleave(self.num_classes)
 
     @torch.no_grad()
@@ -305,9 +288,9 @@ def paper_sets(blocks: Sequence[int], poolings: Sequence[str], settings: LinearP
     return [tuple((block, name) for block in ordered[-span:] for name in names) for span in spans for names in firsts]
 
 
-def _correct(grid: ProbeGrid, layout: Layout, features: Features, rows: Tensor, labels: Tensor) -> Tensor:
+def _correct(grid: ProbeGrid, features: Features, rows: Tensor, labels: Tensor) -> Tensor:
     """Whether each probe is right about each row, bool [rows, S, R]."""
-    take = layout.rows(features, rows, torch.device("cpu"))
+    take = grid.layout.rows(features, rows, torch.device("cpu"))
     parts = torch.arange(len(rows)).split(_PREDICTED_ROWS)
     return torch.cat([grid.predict(take(part)) == labels[rows[part]][:, None, None] for part in parts])
 
@@ -316,13 +299,12 @@ def score_rates(on_test: Tensor, on_held_out: Tensor | None, rates: Sequence[flo
     """Pick columns of [N, R] booleans; among equals the smallest rate wins."""
     accuracy = on_test.float().mean(0)
     best = int(np.argmax(accuracy.numpy()))
-    held = None if on_held_out is None else on_held_out.float().mean(0).numpy()
-    selected = None if held is None else int(np.argmax(held))
-    return LinearProbeScore(
-        best=AccuracyScore.of(on_test[:, best]),
-        best_rate=rates[best],
-        selected=None if selected is None else AccuracyScore.of(on_test[:, selected]),
-        selected_rate=None if selected is None else rates[selected],
-        by_rate=tuple(on_test.double().mean(0).tolist()),
-        held_out_accuracy=None if held is None or selected is None else float(held[selected]),
+    score = LinearProbeScore(
+        AccuracyScore.of(on_test[:, best]), rates[best], None, None, tuple(on_test.double().mean(0).tolist())
     )
+    if on_held_out is None:
+        return score
+    held = on_held_out.float().mean(0).numpy()
+    chosen = int(np.argmax(held))
+    return replace(score, selected=AccuracyScore.of(on_test[:, chosen]), selected_rate=rates[chosen],
+                   held_out_accuracy=float(held[chosen]))  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mim_refiner.core.metrics import crossed_interval
 from mim_refiner.evaluation.features import FeatureKey, Features
-from mim_refiner.evaluation.knn import required_labels
+from mim_refiner.evaluation.knn import AccuracyScore, required_labels
 from mim_refiner.settings import FrozenSettings, Listed, Positive, PositiveInt
 
 
@@ -35,12 +35,9 @@ class LowShotSettings(FrozenSettings):
 
 
 @dataclass(frozen=True)
-class LowShotScore:
-    """Mean accuracy over the splits; ``ci95`` covers the drawn training images and the test images."""
+class LowShotScore(AccuracyScore):
+    """Mean over the splits, ``correct`` [splits, N]; ``ci95`` covers the drawn training images and the test images."""
 
-    accuracy: float
-    ci95: tuple[float, float]
-    correct: NDArray[np.bool_]  # [splits, N]
     by_split: tuple[float, ...]
 
 

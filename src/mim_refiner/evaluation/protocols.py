@@ -16,7 +16,7 @@ from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.data.workers import worker_count
 from mim_refiner.evaluation.clustering import clustering_protocol
-from mim_refiner.evaluation.features import FeatureKey, Features, ImageTransform
+from mim_refiner.evaluation.features import Features, ImageTransform
 from mim_refiner.evaluation.jobs import Job
 from mim_refiner.evaluation.knn import AccuracyScore, knn_protocol
 from mim_refiner.evaluation.linear_probe import FeatureSet, LinearProbeScore, paper_sets, probe_sets
@@ -28,25 +28,15 @@ RANK_ROWS = 10_000  # rows that the effective rank looks at
 
 def knn(job: Job) -> list[Result]:
     """k-NN of every block and pooling, and of the last few blocks concatenated."""
-    options: dict[str, Any] = {
-        "k": job.settings.knn_k,
-        "temperature": job.settings.knn_temperature,
-        "standardize": True,
-    }
-    results = []
-    for key, score in knn_protocol(
-        job.of_blocks(job.train), job.of_blocks(job.test), device=job.run.device, **options
-    ).items():
-        results.append(_accuracy(job, "knn", "knn_top1", key, score, options))
+    how: dict[str, Any] = {"k": job.settings.knn_k, "temperature": job.settings.knn_temperature, "standardize": True}
+    pair = job.of_blocks(job.train), job.of_blocks(job.test)
+    found = [("knn_top1", how, knn_protocol(*pair, device=job.run.device, **how))]
     together = job.last_blocks(job.settings.knn_last)
     if len(together) > 1:
         train, test = (_concatenated(features, together, job.poolings) for features in (job.train, job.test))
-        shown = {**options, "blocks": list(together)}
-        results += [
-            _accuracy(job, "knn", f"knn_top1_last{len(together)}", key, score, shown)
-            for key, score in knn_protocol(train, test, device=job.run.device, **options).items()
-        ]
-    return results
+        scores = knn_protocol(train, test, device=job.run.device, **how)
+        found.append((f"knn_top1_last{len(together)}", {**how, "blocks": list(together)}, scores))
+    return [job.accuracy("knn", name, score, shown, key) for name, shown, by in found for key, score in by.items()]
 
 
 def linear(job: Job) -> list[Result]:
@@ -70,7 +60,7 @@ def linear(job: Job) -> list[Result]:
             blocks = sorted({key[0] for key in feature_set})
             name = f"linear_top1{f'_last{len(blocks)}' if len(blocks) > 1 else ''}{suffix}"
             key = blocks[-1], "+".join(dict.fromkeys(key[1] for key in feature_set))
-            results.append(_accuracy(job, "linear", name, key, accuracy, {**shown, "blocks": blocks}))
+            results.append(job.accuracy("linear", name, accuracy, {**shown, "blocks": blocks}, key))
     return results + (_grid_results(job, {chosen: scores[chosen] for chosen in grid}) if len(grid) > 1 else [])
 
 
@@ -78,23 +68,12 @@ def low_shot(job: Job) -> list[Result]:
     """Logistic regression on 1, 2, 5 images a class."""
     settings = job.settings.low_shot
     suffix = "_reference" if settings.scoring == "reference" else ""
-    results = []
-    for (key, shots), score in low_shot_protocol(
-        job.of_blocks(job.train), job.of_blocks(job.test), settings, seed=job.run.seed
-    ).items():
-        options = {**settings.model_dump(), "shots": shots, "accuracy_by_split": score.by_split}
-        results.append(
-            job.result(
-                "low_shot",
-                f"low_shot_{shots}_top1{suffix}",
-                key,
-                score.accuracy,
-                ci95=score.ci95,
-                correct=score.correct,
-                settings=options,
-            )
-        )
-    return results
+    scores = low_shot_protocol(job.of_blocks(job.train), job.of_blocks(job.test), settings, seed=job.run.seed)
+    return [
+        job.accuracy("low_shot", f"low_shot_{shots}_top1{suffix}", score, shown, key)
+        for (key, shots), score in scores.items()
+        for shown in [{**settings.model_dump(), "shots": shots, "accuracy_by_split": score.by_split}]
+    ]
 
 
 def clustering(job: Job) -> list[Result]:
@@ -156,7 +135,7 @@ def _grid_results(job: Job, scores: dict[FeatureSet, LinearProbeScore]) -> list[
     def one(feature_set: FeatureSet, metric: str, accuracy: AccuracyScore, shown: dict[str, Any]) -> Result:
         blocks, poolings = sorted({key[0] for key in feature_set}), dict.fromkeys(key[1] for key in feature_set)
         shown = {**shown, "probes": probes, "blocks": blocks, "chosen_pooling": "+".join(poolings)}
-        return _accuracy(job, "linear", metric, (blocks[-1], "grid"), accuracy, shown)
+        return job.accuracy("linear", metric, accuracy, shown, (blocks[-1], "grid"))
 
     best = max(scores, key=lambda feature_set: scores[feature_set].best.accuracy)
     options = job.settings.linear.model_dump()
@@ -220,9 +199,3 @@ class RandomCrops:
 def _concatenated(features: Features, blocks: tuple[int, ...], poolings: tuple[str, ...]) -> Features:
     values = {(blocks[-1], name): torch.cat([features[block, name] for block in blocks], 1) for name in poolings}
     return dataclasses.replace(features, values=values)
-
-
-def _accuracy(
-    job: Job, protocol: str, metric: str, key: FeatureKey, score: AccuracyScore, options: dict[str, Any]
-) -> Result:
-    return job.result(protocol, metric, key, score.accuracy, ci95=score.ci95, correct=score.correct, settings=options)

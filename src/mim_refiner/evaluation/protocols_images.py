@@ -21,7 +21,7 @@ from mim_refiner.evaluation.long_tail import class_groups, group_accuracies, imb
 from mim_refiner.evaluation.protocols import selections
 from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.robustness import classifiers, corrupted, score_sets
-from mim_refiner.evaluation.segmentation import SegmentationScore, SegmentationSettings
+from mim_refiner.evaluation.segmentation import segmentation_protocol
 from mim_refiner.types import height_width
 
 SHOWN_QUERIES = 3  # of a probe with several, beside their mean
@@ -53,8 +53,7 @@ def attentive(job: Job) -> list[Result]:
         options = {**settings.model_dump(), **facts}
         for suffix, accuracy, shown in selections(score.accuracy, options):
             name = f"attentive_top1{'_mixture' if len(blocks) > 1 else ''}{suffix}"
-            results.append(job.result("attentive", name, (blocks[-1], pooler), accuracy.accuracy, ci95=accuracy.ci95,
-                                      correct=accuracy.correct, settings=shown))  # fmt: skip
+            results.append(job.accuracy("attentive", name, accuracy, shown, (blocks[-1], pooler)))
     results[0] = dataclasses.replace(results[0], record=_attention(job, scores))
     return results
 
@@ -106,11 +105,10 @@ def finetuning(job: Job) -> list[Result]:
         score = _tuned(job, rows, test, f"fine-tuning on {100 * share:g} % of the labels")
         name = "finetune_top1" if share >= 1 else f"finetune_{100 * share:g}pct_top1"
         options = {**settings.model_dump(), "share": share, "train_images": len(rows.rows)}
-        results.append(_result(job, "finetune", name, score, options))
+        results.append(job.accuracy("finetune", name, score, options))
     pooling = ("cls" if job.backbone.info.has_cls else "mean") if settings.pooling == "auto" else settings.pooling
-    return [
-        dataclasses.replace(item, block=job.backbone.info.depth - 1, pooling=pooling, norm=True) for item in results
-    ]
+    last: dict[str, Any] = {"block": job.backbone.info.depth - 1, "pooling": pooling, "norm": True}
+    return [dataclasses.replace(item, **last) for item in results]
 
 
 def long_tail(job: Job) -> list[Result]:
@@ -127,9 +125,8 @@ def long_tail(job: Job) -> list[Result]:
     for method in settings.methods:
         if method == "knn":
             k = min(job.settings.knn_k, len(subset))
-            score = knn_protocol(subset, test, k=k, temperature=job.settings.knn_temperature, device=job.run.device)[
-                key
-            ]
+            how: dict[str, Any] = {"temperature": job.settings.knn_temperature, "device": job.run.device}
+            score = knn_protocol(subset, test, k=k, **how)[key]
         elif method == "linear":
             probe = linear_probe(subset, test, job.settings.linear, seed=job.run.seed, device=job.run.device)[key]
             score = probe.selected or probe.best
@@ -142,11 +139,11 @@ def long_tail(job: Job) -> list[Result]:
             "train_images": len(chosen),
             "class_sizes": sorted(np.bincount(labels[chosen]).tolist(), reverse=True),
         }
-        results.append(_result(job, "long_tail", f"long_tail_{method}_top1", score, options))
+        results.append(job.accuracy("long_tail", f"long_tail_{method}_top1", score, options))
         for name, (value, low, high) in group_accuracies(score.correct, groups).items():
             part = AccuracyScore(value, (min(low, value), max(high, value)), score.correct[groups[name]])
             shown = {**options, "test_images": int(groups[name].sum())}
-            results.append(_result(job, "long_tail", f"long_tail_{method}_{name}", part, shown))
+            results.append(job.accuracy("long_tail", f"long_tail_{method}_{name}", part, shown))
     return results
 
 
@@ -176,36 +173,26 @@ def robustness(job: Job) -> list[Result]:
         sets = {set_name: float(correct.mean()) for set_name, correct in by_set.items()}
         undisturbed = by_set.pop("clean")
         together = np.stack(list(by_set.values()))
-        accuracy, low, high = _mean_over_sets(together)
         details = {**shown, "classifier": name, "accuracy_by_set": sets, "clean": float(undisturbed.mean())}
-        results.append(
-            job.result(
-                "robustness",
-                f"robustness_{name}_top1",
-                key,
-                accuracy,
-                ci95=(low, high),
-                correct=together.mean(0),
-                settings=details,
-            )
-        )
+        results.append(job.accuracy("robustness", f"robustness_{name}_top1", _mean_over_sets(together), details))
     return results + _shifted_results(job, made, shown)
 
 
-def segmentation_result(job_like: Any, score: SegmentationScore, settings: SegmentationSettings) -> list[Result]:
-    """The two numbers of the segmentation probe; ``job_like`` makes results (``Job.result``)."""
-    options = {
+def segmentation(job: Job) -> list[Result]:
+    """The two numbers of the segmentation probe."""
+    settings, images = job.settings.segmentation, (job.train_images, job.test_images)
+    score = segmentation_protocol(job.backbone, *images, settings, run=job.run, cache=job.cache)
+    shown = {
         **settings.model_dump(),
         "window": score.window,
         "blocks": list(score.blocks),
         "iou_by_class": [None if np.isnan(value) else value for value in score.by_class],
     }
-    key = score.blocks[-1], "patches"
+    key, known = (score.blocks[-1], "patches"), {"settings": shown, "norm": settings.norm}
+    miou = {"ci95": score.ci95, "confusions": score.confusions, **known}
     return [
-        job_like(
-            "segmentation", "miou", key, score.mean_iou, ci95=score.ci95, confusions=score.confusions, settings=options
-        ),
-        job_like("segmentation", "pixel_accuracy", key, score.pixel_accuracy, settings=options),
+        job.result("segmentation", "miou", key, score.mean_iou, **miou),
+        job.result("segmentation", "pixel_accuracy", key, score.pixel_accuracy, **known),
     ]
 
 
@@ -214,15 +201,9 @@ def _corrupted_sets(job: Job, clean: Features) -> Iterator[tuple[str, Features]]
     yield "clean", clean
     for kind in job.settings.robustness.kinds:
         for severity in job.settings.robustness.severities:
-            transform = corrupted(kind, int(severity), job.run.seed)
-            found = job.features_of(
-                job.test_images,
-                clean.indices,
-                blocks=(block,),
-                poolings=(pooling,),
-                transform=transform,
-                what=f"robustness: {kind} {severity}",
-            )
+            transform, what = corrupted(kind, severity, job.run.seed), f"robustness: {kind} {severity}"
+            how: dict[str, Any] = {"blocks": (block,), "poolings": (pooling,), "transform": transform, "what": what}
+            found = job.features_of(job.test_images, clean.indices, **how)
             yield f"{kind}/{severity}", dataclasses.replace(found, labels=clean.labels)
 
 
@@ -238,16 +219,17 @@ def _shifted_results(job: Job, made: Any, shown: dict[str, Any]) -> list[Result]
         for name, by_set in score_sets(made, job.main_key, [(set_name, found)], job.run.device).items():
             score = AccuracyScore.of(torch.from_numpy(by_set[set_name]))
             details = {**shown, "classifier": name, "set": images.description, "images": len(found)}
-            results.append(_result(job, "robustness", f"shift_{_slug(set_name)}_{name}_top1", score, details))
+            slug = "".join(letter if letter.isalnum() else "-" for letter in set_name).strip("-")
+            results.append(job.accuracy("robustness", f"shift_{slug}_{name}_top1", score, details))
     return results
 
 
-def _mean_over_sets(correct: np.ndarray[Any, Any]) -> tuple[float, float, float]:
+def _mean_over_sets(correct: np.ndarray[Any, Any]) -> AccuracyScore:
     """Mean of [sets, N] and its interval over images: the sets are fixed, every image is seen in all of them."""
     by_image = correct.mean(0)
     half = 1.96 * by_image.std(ddof=min(1, len(by_image) - 1)) / np.sqrt(len(by_image))
     value = float(by_image.mean())
-    return value, max(0.0, value - half), min(1.0, value + half)
+    return AccuracyScore(value, (max(0.0, value - half), min(1.0, value + half)), by_image)
 
 
 def _tuned(job: Job, train: Any, test: Any, what: str) -> AccuracyScore:
@@ -257,15 +239,5 @@ def _tuned(job: Job, train: Any, test: Any, what: str) -> AccuracyScore:
     return finetune(job.backbone, train, test, job.settings.finetune, image_size=size, run=job.run)
 
 
-def _result(job: Job, protocol: str, metric: str, score: AccuracyScore, options: dict[str, Any]) -> Result:
-    return job.result(
-        protocol, metric, job.main_key, score.accuracy, ci95=score.ci95, correct=score.correct, settings=options
-    )
-
-
 def _spaced(count: int, limit: int | None) -> np.ndarray[Any, Any]:
     return np.arange(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).astype(int)
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name).strip("-")

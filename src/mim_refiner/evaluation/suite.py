@@ -25,7 +25,7 @@ from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import Features, own_image_size, resolve_blocks, resolve_poolings
 from mim_refiner.evaluation.jobs import Job
 from mim_refiner.evaluation.results import Result, result_name
-from mim_refiner.evaluation.segmentation import check_segmentation, segmentation_protocol
+from mim_refiner.evaluation.segmentation import check_segmentation
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.files import write_json
@@ -41,9 +41,10 @@ RUNNERS: dict[str, Callable[[Job], list[Result]]] = {
     "finetune": retrained.finetuning,
     "long_tail": retrained.long_tail,
     "robustness": retrained.robustness,
+    "segmentation": retrained.segmentation,
 }
 NEEDS_LABELS = ("knn", "linear", "clustering")  # what runs unless protocols are named
-PROTOCOLS = (*RUNNERS, "segmentation")
+PROTOCOLS = tuple(RUNNERS)
 SUITES: dict[str, tuple[str, ...]] = {
     "quick": ("knn", "linear", "low_shot", "clustering", "rank"),
     "paper": ("knn", "linear", "low_shot", "clustering", "finetune", "long_tail", "robustness"),
@@ -85,9 +86,9 @@ def evaluate_backbone(
     run = dataclasses.replace(run, precision=resolve_precision(settings.precision, run.device))
     seconds = {} if seconds is None else seconds
     check_protocols(protocols)
+    _check_data(protocols, train, test)
     if "segmentation" in protocols:
         check_segmentation(settings.segmentation, backbone)
-    _check_data(protocols, train, test)
     wanted = resolve_blocks(blocks, backbone.info.depth)
     knn_wanted = resolve_blocks(blocks if knn_blocks is None else knn_blocks, backbone.info.depth)
     job = Job(
@@ -107,7 +108,7 @@ def evaluate_backbone(
         shifted={name: (images, class_numbers(train, images)) for name, images in (shifted or {}).items()},
     )
     results: list[Result] = []
-    pooled = [protocol for protocol in dict.fromkeys(protocols) if protocol in RUNNERS]
+    pooled = [protocol for protocol in dict.fromkeys(protocols) if protocol != "segmentation"]
     if pooled:
         started = time.perf_counter()
         job = _with_features(
@@ -117,10 +118,7 @@ def evaluate_backbone(
     for protocol in dict.fromkeys(protocols):
         started = time.perf_counter()
         run.reporter.phase(protocol, 0)
-        if protocol == "segmentation":
-            results += _segmentation(job, train, test)
-        else:
-            results += RUNNERS[protocol](dataclasses.replace(job, blocks=knn_wanted) if protocol == "knn" else job)
+        results += RUNNERS[protocol](dataclasses.replace(job, blocks=knn_wanted) if protocol == "knn" else job)
         seconds[protocol] = time.perf_counter() - started
     if out_dir is not None:
         for result in results:
@@ -197,27 +195,13 @@ def _with_features(job: Job, train: ImageSet, test: ImageSet | None, blocks: tup
     bank = job.features_of(train, None, blocks=blocks, poolings=job.poolings, what="features of the train images")
     if test is not None:
         queries = job.features_of(test, None, blocks=blocks, poolings=job.poolings, what="features of the test images")
-        return dataclasses.replace(job, train=bank, test=_with_labels_of(train, test, queries))
+        number = class_numbers(train, test)  # two folders may hold different subsets of classes
+        if queries.labels is not None and number is not None:
+            queries = dataclasses.replace(queries, labels=number[queries.labels])
+        return dataclasses.replace(job, train=bank, test=queries)
     labels = np.zeros(len(bank), dtype=np.int64) if bank.labels is None else bank.labels.numpy()
     kept, held = stratified_split(labels, job.settings.test_share, job.run.seed)
     return dataclasses.replace(job, train=bank.select(kept), test=bank.select(held))
-
-
-def _segmentation(job: Job, train: ImageSet, test: ImageSet | None) -> list[Result]:
-    if test is None:
-        raise DataError(f"{train.description}: segmentation holds no images out; give test images with masks")
-    settings = job.settings.segmentation
-    score = segmentation_protocol(job.backbone, train, test, settings, run=job.run, cache=job.cache)
-    made = retrained.segmentation_result(job.result, score, settings)
-    return [dataclasses.replace(result, norm=settings.norm) for result in made]
-
-
-def _with_labels_of(train: ImageSet, test: ImageSet, features: Features) -> Features:
-    """Number the test classes as the train classes, by name: two folders may hold different subsets of classes."""
-    number = class_numbers(train, test)
-    if features.labels is None or number is None:
-        return features
-    return dataclasses.replace(features, labels=number[features.labels])
 
 
 def class_numbers(train: ImageSet | ImageSource, test: ImageSet | ImageSource) -> torch.Tensor | None:
@@ -260,6 +244,8 @@ def _check_data(protocols: Sequence[str], train: ImageSet, test: ImageSet | None
     coloured = [name for name in protocols if name in NEEDS_RGB]
     if coloured and train.channels != 3:
         raise InputError(f"protocol {coloured[0]} takes RGB images, not {train.channels} channels; leave it out")
+    if "segmentation" in protocols and test is None:
+        raise DataError(f"{train.description}: segmentation holds no images out; give test images with masks")
     needy = [name for name in protocols if name not in ("rank", "segmentation")]
     if test is not None:
         class_numbers(train, test)  # refused now, not after all features
