@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mim_refiner.analysis.label_free import LabelFreeMeasures, label_free_measures
-from mim_refiner.analysis.label_free_verdict import VerdictRule, label_free_verdict
+from mim_refiner.analysis.label_free_verdict import label_free_verdict
 from mim_refiner.errors import InputError
 
 
@@ -49,13 +49,14 @@ def test_collapse_is_worse_however_consistent_the_neighbours(seed):
     assert "collapsed" in found["reason"]
 
 
-def test_small_changes_are_not_clear_however_certain():
+def test_small_changes_are_not_clear_however_certain(monkeypatch):
     before = measures(1.0, 0)
     shifted = LabelFreeMeasures(before.consistency + 0.01, before.retrieval, before.stability, before.features)
     found = label_free_verdict(before, shifted)
     assert found["verdict"] == "no clear change"
     assert found["measures"][0]["ci95"] == pytest.approx([0.01, 0.01])
-    assert label_free_verdict(before, shifted, rule=VerdictRule(min_change=0.005))["verdict"] == "no collapse seen"
+    monkeypatch.setattr("mim_refiner.analysis.label_free_verdict.MIN_CHANGE", 0.005)
+    assert label_free_verdict(before, shifted)["verdict"] == "no collapse seen"
 
 
 def test_a_measure_that_objects_lowers_the_confidence():

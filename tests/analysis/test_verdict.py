@@ -27,9 +27,9 @@ def test_three_words(seed):
 
 def test_small_samples_are_not_called_clear():
     before, after = np.array([0] * 5 + [1] * 5), np.array([0] * 4 + [1] * 6)
-    found = verdict(before, after, measure="probe accuracy")
+    found = verdict(before, after)
     assert found["verdict"] == "no clear change"
-    assert found["reason"].startswith("probe accuracy rose by 10.0 points")
+    assert found["reason"].startswith("k-NN accuracy rose by 10.0 points")
     assert "may be chance" in found["reason"]
 
 

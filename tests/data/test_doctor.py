@@ -153,15 +153,15 @@ def slow_near(images, threshold):
     return {b: groups.index(g) for b, g in enumerate(groups) if groups.index(g) != b}
 
 
-def test_near_duplicates_are_those_of_a_loop():
+def test_near_duplicates_are_those_of_a_loop(monkeypatch):
     images = thumbs(60)
     rng = np.random.default_rng(1)
     for copy, original, strength in ((40, 3, 4), (41, 3, 6), (50, 20, 30), (59, 10, 2)):
         changed = 0.9 * images[original] + 10 + strength * rng.normal(size=images[0].shape)
         images[copy] = changed.clip(0, 255).astype(np.uint8)
     for threshold in (0.97, 0.8):
-        expected = slow_near(images, threshold)
-        assert {b: a for a, b in near_duplicates(images, threshold)} == expected
+        monkeypatch.setattr("mim_refiner.data.duplicates.NEAR", threshold)
+        assert {b: a for a, b in near_duplicates(images)} == slow_near(images, threshold)
     assert {40, 41, 59} <= slow_near(images, 0.97).keys()
     assert near_duplicates(images[:1]) == near_duplicates(images[:0]) == []
 

@@ -38,11 +38,11 @@ class Atlas:
     record: dict[str, Any]
     scores: dict[Key, NDArray[np.float64]]
 
-    def curves(self, norm: bool = False) -> dict[str, dict[int, NDArray[np.float64]]]:
-        """Per-image scores by pooling and block, {pooling: {block: [N]}}, for one norm and single poolings."""
+    def curves(self) -> dict[str, dict[int, NDArray[np.float64]]]:
+        """Per-image scores by pooling and block, {pooling: {block: [N]}}, of raw features and single poolings."""
         found: dict[str, dict[int, NDArray[np.float64]]] = {}
         for (block, pooling, normed), score in self.scores.items():
-            if normed == norm and pooling != "both":
+            if not normed and pooling != "both":
                 found.setdefault(pooling, {})[block] = score
         return {pooling: dict(sorted(blocks.items())) for pooling, blocks in found.items()}
 
@@ -60,8 +60,6 @@ def labelled_atlas(
     default: Key,
     probe: bool = True,
     both: bool = True,
-    k: int = 10,
-    temperature: float = 0.07,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Atlas:
@@ -76,9 +74,7 @@ def labelled_atlas(
     cells, scores = [], {}
     pairs = list(zip(_cells(bank, both), _cells(queries, both), strict=True))
     for done, ((key, train_x), (_, test_x)) in enumerate(pairs, 1):
-        near = min(k, len(train_y))
-        hits = (knn_predict(train_x, train_y, test_x, k=near, temperature=temperature) == test_y).numpy()
-        hits = hits.astype(np.float64)
+        hits = (knn_predict(train_x, train_y, test_x, k=min(10, len(train_y))) == test_y).numpy().astype(np.float64)
         cell = _cell(key, train_x) | {"knn_top1": float(hits.mean()), "ci95": list(score_interval(hits))}
         if probe:
             cell["probe_top1"] = ridge_probe(train_x[:PROBE_ROWS], train_y[:PROBE_ROWS], test_x, test_y)
@@ -96,7 +92,6 @@ def label_free_atlas(
     *,
     default: Key,
     both: bool = True,
-    neighbors: int = 10,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Atlas:
@@ -104,7 +99,7 @@ def label_free_atlas(
     cells, scores = [], {}
     triples = list(zip(*(_cells(part, both) for part in (views.clean, views.first, views.second)), strict=True))
     for done, ((key, clean), (_, first), (_, second)) in enumerate(triples, 1):
-        shares = neighbor_consistency(clean, first, second, neighbors=neighbors)
+        shares = neighbor_consistency(clean, first, second)
         cells.append(_cell(key, clean) | {"consistency": float(shares.mean()), "ci95": list(score_interval(shares))})
         scores[key] = shares
         if progress:

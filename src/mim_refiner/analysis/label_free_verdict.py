@@ -6,7 +6,7 @@ It never says "better": training against augmentations raises neighbour consiste
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,18 +19,14 @@ from mim_refiner.errors import InputError
 Rows = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class VerdictRule:
-    """``min_change``: smaller changes of neighbour consistency (a share, 0-1) are no clear change, however certain.
-
-    ``collapse``: an effective rank below this share of the base's is worse, whatever the neighbours say: features that
-    fall on few directions agree with each other without telling images apart. Below the share ``rank_kept`` a rise of
-    the consistency is no clear change: training against augmentations raises it on the way to collapse as well.
-    """
-
-    min_change: float = 0.02
-    collapse: float = 0.5
-    rank_kept: float = 0.75
+# Smaller changes of neighbour consistency (a share, 0-1) are no clear change, however certain.
+MIN_CHANGE = 0.02
+# An effective rank below this share of the base's is worse, whatever the neighbours say: features that fall on few
+# directions agree with each other without telling images apart.
+COLLAPSE = 0.5
+# Below it a rise of the consistency is no clear change: training against augmentations raises it before collapse too.
+RANK_KEPT = 0.75
+REPLICATES = 200  # of the bootstrap of the rank; its centred form takes a quarter, means are cheap and take 1000
 
 
 def label_free_verdict(
@@ -38,41 +34,38 @@ def label_free_verdict(
     after: LabelFreeMeasures,
     *,
     drift: NDArray[np.float64] | None = None,
-    rule: VerdictRule | None = None,
-    replicates: int = 200,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Compare two encoders on the same N images and views.
 
-    "no collapse seen" or "worse": neighbour consistency rose or fell by more than ``min_change``, and so did its paired
+    "no collapse seen" or "worse": neighbour consistency rose or fell by more than ``MIN_CHANGE``, and so did its paired
     95 % interval; worse too when the effective rank collapsed; "no clear change" otherwise, and where a rise came with
-    a rank that fell far (``VerdictRule``). Returns {"verdict", "reason", "measures": [a row each], "confidence",
+    a rank that fell far. Returns {"verdict", "reason", "measures": [a row each], "confidence",
     "samples", "rule"}. ``drift`` [M]: see ``dense_drift``.
     Raises InputError when the images differ.
     """
-    rule = rule or VerdictRule()
     count = len(before.consistency)
     if len(after.consistency) != count:
         raise InputError(f"a paired verdict needs the same images, got {count} and {len(after.consistency)}")
     rows = {
-        "neighbour consistency": _row(before.consistency, after.consistency, replicates=1000, seed=seed),
-        "view retrieval": _row(before.retrieval, after.retrieval, replicates=1000, seed=seed),
-        "effective rank": _rank_row(before, after, replicates, seed),
-        "effective rank, centred": _rank_row(before, after, max(1, replicates // 4), seed, centred=True),
-        "cluster stability": _row(before.stability, after.stability, replicates=1000, seed=seed),
+        "neighbour consistency": _row(before.consistency, after.consistency, seed=seed),
+        "view retrieval": _row(before.retrieval, after.retrieval, seed=seed),
+        "effective rank": _rank_row(before, after, REPLICATES, seed),
+        "effective rank, centred": _rank_row(before, after, REPLICATES // 4, seed, centred=True),
+        "cluster stability": _row(before.stability, after.stability, seed=seed),
     }
-    word, why = _decide(rows["neighbour consistency"], rows["effective rank"], rule)
+    word, why = _decide(rows["neighbour consistency"], rows["effective rank"])
     measures = [{"measure": name, **row.shown()} for name, row in rows.items()]
     if drift is not None:
         measures.append(_drift_row(drift, seed))
-    confidence = _confidence(word, rows, rule)
+    confidence = _confidence(word, rows)
     return {
         "verdict": word,
         "reason": f"{why} Judged without labels; confidence {confidence['word']}: {confidence['why']}.",
         "measures": measures,
         "confidence": confidence,
         "samples": {"images": count, "cluster_pairs": len(before.stability)},
-        "rule": asdict(rule),
+        "rule": {"min_change": MIN_CHANGE, "collapse": COLLAPSE, "rank_kept": RANK_KEPT},
     }
 
 
@@ -96,11 +89,11 @@ class _Row:
         }
 
 
-def _row(before: NDArray[np.float64], after: NDArray[np.float64], *, replicates: int, seed: int) -> _Row:
+def _row(before: NDArray[np.float64], after: NDArray[np.float64], *, seed: int) -> _Row:
     """Means of per-image (or per-pair) values and the paired bootstrap of their difference."""
     difference = after - before
     value, low, high, drawn = bootstrap_interval(
-        lambda rows: float(difference[rows].mean()), len(difference), replicates=replicates, seed=seed
+        lambda rows: float(difference[rows].mean()), len(difference), seed=seed
     )
     return _Row(float(before.mean()), float(after.mean()), value, low, high, drawn)
 
@@ -125,24 +118,24 @@ def _rank_row(
     return _Row(values[0], values[1], difference, low + shift, high + shift, drawn + shift)
 
 
-def _decide(consistency: _Row, rank: _Row, rule: VerdictRule) -> tuple[str, str]:
-    if rank.after < rule.collapse * rank.before and rank.high < 0:
+def _decide(consistency: _Row, rank: _Row) -> tuple[str, str]:
+    if rank.after < COLLAPSE * rank.before and rank.high < 0:
         return WORSE, (
             f"The effective rank of the features collapsed from {rank.before:.1f} to {rank.after:.1f}: "
             "images are no longer told apart."
         )
-    word = SOUND if consistency.low > rule.min_change else WORSE if consistency.high < -rule.min_change else UNCLEAR
+    word = SOUND if consistency.low > MIN_CHANGE else WORSE if consistency.high < -MIN_CHANGE else UNCLEAR
     interval = f"95 % interval {100 * consistency.low:+.1f} to {100 * consistency.high:+.1f}"
     moved = f"{100 * consistency.before:.1f} to {100 * consistency.after:.1f} % ({interval})"
     if word == UNCLEAR:
-        limit = f"{100 * rule.min_change:.0f} points"
+        limit = f"{100 * MIN_CHANGE:.0f} points"
         return (
             word,
             f"Two views of an image share {moved} of their neighbours: not clearly more than {limit} of change.",
         )
     kind = "more" if word == SOUND else "less"
     found = f"Two views of an image share {kind} of their neighbours than before: {moved}"
-    if word == SOUND and _rank_lost(rank, rule):
+    if word == SOUND and _rank_lost(rank):
         return UNCLEAR, (
             f"{found}, but the effective rank of the features fell from {rank.before:.1f} to {rank.after:.1f}: "
             "features on fewer directions agree more without telling more apart."
@@ -150,33 +143,33 @@ def _decide(consistency: _Row, rank: _Row, rule: VerdictRule) -> tuple[str, str]
     return word, f"{found}." + (" That shows no harm and proves no gain." if word == SOUND else "")
 
 
-def _rank_lost(rank: _Row, rule: VerdictRule) -> bool:
-    return rank.after < rule.rank_kept * rank.before and rank.high < 0
+def _rank_lost(rank: _Row) -> bool:
+    return rank.after < RANK_KEPT * rank.before and rank.high < 0
 
 
-def _confidence(word: str, rows: Mapping[str, _Row], rule: VerdictRule) -> dict[str, Any]:
+def _confidence(word: str, rows: Mapping[str, _Row]) -> dict[str, Any]:
     """How sure: the share of bootstrap replicates on the same side, and whether other measures object.
 
     Cluster stability has no say: where labels exist it fell with real refinements and rose with collapse.
     """
     consistency, retrieval, rank = (rows[n] for n in ("neighbour consistency", "view retrieval", "effective rank"))
     drawn = consistency.drawn
-    contested = word == UNCLEAR and consistency.low > rule.min_change  # the rank fell too far
+    contested = word == UNCLEAR and consistency.low > MIN_CHANGE  # the rank fell too far
     shares = {
-        SOUND: float((drawn > rule.min_change).mean()),
-        WORSE: float((drawn < -rule.min_change).mean()),
-        UNCLEAR: float((rank.drawn < (rule.rank_kept - 1) * rank.before).mean())
+        SOUND: float((drawn > MIN_CHANGE).mean()),
+        WORSE: float((drawn < -MIN_CHANGE).mean()),
+        UNCLEAR: float((rank.drawn < (RANK_KEPT - 1) * rank.before).mean())
         if contested
-        else float((np.abs(drawn) <= rule.min_change).mean()),
+        else float((np.abs(drawn) <= MIN_CHANGE).mean()),
     }
-    collapsed = rank.after < rule.collapse * rank.before
+    collapsed = rank.after < COLLAPSE * rank.before
     share = 1.0 if word == WORSE and collapsed else shares[word]
     objections = {
         SOUND: {"view retrieval": retrieval.high < 0},
         WORSE: {"view retrieval": retrieval.low > 0 and not collapsed},
         UNCLEAR: {
             "neighbour consistency": contested,
-            "view retrieval": retrieval.low > rule.min_change or retrieval.high < -rule.min_change,
+            "view retrieval": retrieval.low > MIN_CHANGE or retrieval.high < -MIN_CHANGE,
         },
     }[word]
     against = [name for name, objects in objections.items() if objects]

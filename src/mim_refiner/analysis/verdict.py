@@ -12,7 +12,7 @@ BETTER, UNCLEAR, WORSE = "better", "no clear change", "worse"
 SOUND = "no collapse seen"  # all that is said for an encoder without labels
 
 
-def verdict(before_correct: ArrayLike, after_correct: ArrayLike, *, measure: str = "k-NN accuracy") -> dict[str, Any]:
+def verdict(before_correct: ArrayLike, after_correct: ArrayLike) -> dict[str, Any]:
     """Compare per-image correctness [N] of two encoders on the same N test images.
 
     Returns {"verdict": "better" | "no clear change" | "worse", "knn_difference" (after - before, in accuracy 0-1),
@@ -25,14 +25,14 @@ def verdict(before_correct: ArrayLike, after_correct: ArrayLike, *, measure: str
         "verdict": word,
         "knn_difference": difference,
         "ci95": [low, high],
-        "reason": _reason(word, difference, low, high, measure),
+        "reason": _reason(word, difference, low, high),
     }
 
 
-def _reason(word: str, difference: float, low: float, high: float, measure: str) -> str:
+def _reason(word: str, difference: float, low: float, high: float) -> str:
     change = "rose" if difference > 0 else "fell" if difference < 0 else "did not move"
     by = f" by {abs(100 * difference):.1f} points" if difference else ""
     interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
     if word == UNCLEAR:
-        return f"{measure} {change}{by} ({interval}): the interval includes zero, so this may be chance."
-    return f"{measure} {change}{by} on the same test images ({interval}): the interval leaves zero out."
+        return f"k-NN accuracy {change}{by} ({interval}): the interval includes zero, so this may be chance."
+    return f"k-NN accuracy {change}{by} on the same test images ({interval}): the interval leaves zero out."

@@ -40,8 +40,8 @@ def exact_matches(digests: Sequence[bytes], others: Sequence[bytes]) -> Pairs:
     return [(where[digest], row) for row, digest in enumerate(digests) if digest in where]
 
 
-def near_duplicates(thumbs: NDArray[np.uint8], threshold: float = NEAR) -> Pairs:
-    """(first of its group, row) for thumbnails uint8 [N, S, S, 3]; groups are joined by pairs above ``threshold``.
+def near_duplicates(thumbs: NDArray[np.uint8]) -> Pairs:
+    """(first of its group, row) for thumbnails uint8 [N, S, S, 3]; groups are joined by near pairs.
 
     Every pair is compared: in 64 principal components with an upper bound on the rest, then exactly.
     """
@@ -49,7 +49,7 @@ def near_duplicates(thumbs: NDArray[np.uint8], threshold: float = NEAR) -> Pairs
     if len(vectors) < 2:
         return []
     bounded = _bounded(vectors, _projection(vectors))
-    found = list(_close(bounded, bounded, vectors, vectors, threshold))
+    found = list(_close(bounded, bounded, vectors, vectors))
     if not found:
         return []
     a, b = np.array(found).T
@@ -61,16 +61,15 @@ def near_duplicates(thumbs: NDArray[np.uint8], threshold: float = NEAR) -> Pairs
     return [(first[int(group[row])], row) for row in members if first[int(group[row])] != row]
 
 
-def near_matches(thumbs: NDArray[np.uint8], others: NDArray[np.uint8], threshold: float = NEAR) -> Pairs:
+def near_matches(thumbs: NDArray[np.uint8], others: NDArray[np.uint8]) -> Pairs:
     """(row of others, row) for every thumbnail that has a near duplicate in ``others``; the first such row."""
     vectors, other_vectors = _unit_vectors(thumbs), _unit_vectors(others)
     if not len(vectors) or not len(other_vectors):
         return []
     projection = _projection(np.concatenate([vectors[:_SAMPLE], other_vectors[:_SAMPLE]]))
     first: dict[int, int] = {}
-    for other, row in _close(
-        _bounded(other_vectors, projection), _bounded(vectors, projection), other_vectors, vectors, threshold
-    ):
+    bounded = _bounded(other_vectors, projection), _bounded(vectors, projection)
+    for other, row in _close(*bounded, other_vectors, vectors):
         first.setdefault(row, other)
     return [(other, row) for row, other in sorted(first.items())]
 
@@ -101,22 +100,18 @@ def _bounded(vectors: NDArray[np.float32], projection: NDArray[np.float32]) -> N
 
 
 def _close(
-    bounded_a: NDArray[np.float32],
-    bounded_b: NDArray[np.float32],
-    a: NDArray[np.float32],
-    b: NDArray[np.float32],
-    threshold: float,
+    bounded_a: NDArray[np.float32], bounded_b: NDArray[np.float32], a: NDArray[np.float32], b: NDArray[np.float32]
 ) -> Iterator[tuple[int, int]]:
-    """(row of a, row of b) of all pairs with a product of at least ``threshold``; of a set with itself, a < b only."""
+    """(row of a, row of b) of all pairs with a product of at least ``NEAR``; of a set with itself, a < b only."""
     same = bounded_a is bounded_b
     for start in range(0, len(a), _CHUNK):
         for begin in range(start if same else 0, len(b), _CHUNK):
             bound = bounded_a[start : start + _CHUNK] @ bounded_b[begin : begin + _CHUNK].T
-            rows, columns = np.nonzero(bound >= threshold - 1e-4)
+            rows, columns = np.nonzero(bound >= NEAR - 1e-4)
             rows, columns = rows + start, columns + begin
             if same:
                 rows, columns = rows[rows < columns], columns[rows < columns]
             if len(rows):
                 exact = np.einsum("nd,nd->n", a[rows], b[columns])
-                keep = exact >= threshold
+                keep = exact >= NEAR
                 yield from zip(rows[keep].tolist(), columns[keep].tolist(), strict=True)

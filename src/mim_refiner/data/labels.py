@@ -113,27 +113,23 @@ class Labels:
         return _numbered(numbers, names, ids)
 
     @classmethod
-    def of_numbers(
-        cls, values: NDArray[Any], names: Sequence[str] | None = None, *, first: int = 0, unit: str = "row"
-    ) -> Labels:
+    def of_numbers(cls, values: NDArray[Any], names: Sequence[str] | None = None) -> Labels:
         """Labels that are numbers [N], of any integer, boolean or float type; ``names[i]`` is the name of class i.
 
         Raises LabelProblem for NaN, negative numbers, fractions and numbers that have no name.
         """
         if values.dtype.kind == "f":
             values = values.astype(np.float64)
-            _refuse(~np.isfinite(values), values, first, unit, lambda _, where, count: LabelProblem(
+            _refuse(~np.isfinite(values), values, lambda _, where, count: LabelProblem(
                 f"{where} has no label ({count} of {len(values)} have none); fill it in"))  # fmt: skip
-            _refuse(values != np.floor(values), values, first, unit,
-                    lambda value, where, _: _no_class(value, where, "a fraction"))  # fmt: skip
+            _refuse(values != np.floor(values), values, lambda value, where, _: _no_class(value, where, "a fraction"))
             values = values.astype(object if np.abs(values).max(initial=0) >= 2**62 else np.int64)
         elif values.dtype.kind == "b":
             values, names = values.astype(np.int64), names or ("False", "True")
         only_unlabelled = len(values) > 0 and bool((values == -1).all())
-        _refuse(values < 0, values, first, unit,
-                lambda value, where, _: _no_class(value, where, "negative", only_unlabelled))  # fmt: skip
+        _refuse(values < 0, values, lambda value, where, _: _no_class(value, where, "negative", only_unlabelled))
         if names is not None:
-            _refuse(values >= len(names), values, first, unit, lambda value, where, _: LabelProblem(
+            _refuse(values >= len(names), values, lambda value, where, _: LabelProblem(
                 f"{where} has the label {value}, but there are only {len(names or ())} class names; "
                 "correct one of the two"))  # fmt: skip
         found, numbers = np.unique(values, return_inverse=True)
@@ -243,12 +239,8 @@ def _no_class(value: object, where: str, what: str, only_unlabelled: bool = Fals
 
 
 def _refuse(
-    wrong: NDArray[np.bool_],
-    values: NDArray[Any],
-    first: int,
-    unit: str,
-    problem: Callable[[object, str, int], LabelProblem],
+    wrong: NDArray[np.bool_], values: NDArray[Any], problem: Callable[[object, str, int], LabelProblem]
 ) -> None:
     rows = np.flatnonzero(wrong)
     if len(rows):
-        raise problem(values[rows[0]], f"{unit} {first + int(rows[0])}", len(rows))
+        raise problem(values[rows[0]], f"row {rows[0]}", len(rows))

@@ -298,27 +298,25 @@ def eval_batches(
     batch_size: int,
     *,
     indices: Sequence[int] | NDArray[np.int64] | Tensor | None = None,
-    crop_ratio: float | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (uint8 [B, 3, H, W], their indices int64 [B]) in order, every image once.
 
     Unreadable images are left out (not replaced), so always take labels by the indices that come with the batch.
-    ``crop_ratio`` None means ``default_crop_ratio``. Raises DataError when more than 10 % cannot be read.
+    Raises DataError when more than 10 % cannot be read.
     """
     if min(batch_size, *height_width(image_size)) < 1:
         raise InputError(f"batch size {batch_size} and image size {image_size} must be at least 1")
-    ratio = default_crop_ratio(image_size) if crop_ratio is None else crop_ratio
-    if not 0 < ratio <= 1:
-        raise InputError(f"crop ratio {ratio} must be above 0 and at most 1")
     wanted = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
     images.raise_if_too_many_unreadable()
-    with contextlib.closing(in_background(_eval_items(images, image_size, batch_size, wanted, ratio), 2)) as stream:
+    with contextlib.closing(in_background(_eval_items(images, image_size, batch_size, wanted), 2)) as stream:
         yield from stream
 
 
 def _eval_items(
-    images: ImageSet, image_size: ImageSize, batch_size: int, wanted: NDArray[np.int64], ratio: float
+    images: ImageSet, image_size: ImageSize, batch_size: int, wanted: NDArray[np.int64]
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
+    ratio = default_crop_ratio(image_size)
+
     def prepare(index: int) -> Pixels | None:
         pixels = images.try_load(index)  # at full scale, as in the published protocols
         return None if pixels is None else resize_center_crop(pixels, image_size, ratio)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,6 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, davies_bouldin_score, silhouette_score
 
 from mim_refiner.core.metrics import accuracy_interval, normalized_mutual_information, standardized
-from mim_refiner.errors import InputError
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import required_labels
 
@@ -57,37 +55,29 @@ class ClusteringScore:
 def clustering_protocol(
     features: Features,
     *,
-    num_clusters: int | None = None,
     num_seeds: int = 100,
     resamples: int = 0,
-    batch_size: int = 1024,
-    max_iter: int = 100,
     seed: int = 0,
 ) -> dict[FeatureKey, ClusteringScore]:
     """Cluster ``features`` (the evaluated images themselves) for every (block, pooling).
 
-    k = number of classes unless given. Features are prepared as for k-NN: standardised per dimension, then
+    k = number of classes. Features are prepared as for k-NN: standardised per dimension, then
     L2-normalised, so that both protocols look at the same geometry. ``num_seeds`` starts; the lowest inertia wins, no
     label is used for that. (The paper is said to use 100 starts: unverified.) ``resamples`` of the images, two or more,
     are each prepared, clustered and matched anew: the uncertainty of the whole procedure. Raises DataError without
     labels.
     """
     labels = required_labels(features, "clustered").numpy()
-    k = num_clusters or len(np.unique(labels))
-    if not 1 <= k <= len(labels) or num_seeds < 1:
-        raise InputError(
-            f"clustering: {k} clusters and {num_seeds} seeds do not fit {len(labels)} images; lower or raise them"
-        )
-    options = {"batch_size": batch_size, "max_iter": max_iter}
+    k = len(np.unique(labels))
     scores = {}
     for key in features.keys:
         x = standardized(features[key]).numpy()
-        clusters, inertia = _best_kmeans(x, k, num_seeds, options, seed)
+        clusters, inertia = _best_kmeans(x, k, num_seeds, seed)
         score = score_clusters(labels, clusters, inertia, class_separation(x, labels, seed))
         again = []
         for number in range(resamples):  # the same images for every encoder: differences are paired
             rows = np.random.default_rng([seed, 4, number]).integers(0, len(x), len(x))
-            drawn = _best_kmeans(standardized(features[key][rows]).numpy(), k, num_seeds, options, seed)
+            drawn = _best_kmeans(standardized(features[key][rows]).numpy(), k, num_seeds, seed)
             again.append(score_clusters(labels[rows], *drawn))
         drawn_scores = {name: np.array([getattr(each, name) for each in again]) for name in AGREEMENT if again}
         scores[key] = replace(score, drawn=drawn_scores)
@@ -117,14 +107,12 @@ def score_clusters(
     return ClusteringScore(float(correct.mean()), nmi, ami, ari, *separation, inertia, clusters, correct)
 
 
-def _best_kmeans(
-    x: NDArray[np.float32], k: int, num_seeds: int, options: dict[str, Any], seed: int
-) -> tuple[NDArray[np.int64], float]:
+def _best_kmeans(x: NDArray[np.float32], k: int, num_seeds: int, seed: int) -> tuple[NDArray[np.int64], float]:
     with warnings.catch_warnings():
         # collapsed features have fewer distinct points than clusters; the accuracy will say so
         warnings.simplefilter("ignore", ConvergenceWarning)
-        made = (MiniBatchKMeans(k, n_init=1, random_state=seed + number, **options) for number in range(num_seeds))
-        fitted = (kmeans.fit(x) for kmeans in made)
+        how = {"n_init": 1, "batch_size": 1024, "max_iter": 100}
+        fitted = (MiniBatchKMeans(k, random_state=seed + number, **how).fit(x) for number in range(num_seeds))
         best = min(fitted, key=lambda found: found.inertia_)  # of all images, not of the last mini-batch
     return best.labels_.astype(np.int64), float(best.inertia_)
 

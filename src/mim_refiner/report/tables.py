@@ -56,9 +56,9 @@ def demo_sentence(summary: Mapping[str, Any]) -> str | None:
     return f"The live run changed k-NN accuracy by {by[0]}: {word}. The shipped full refinement changed it by {by[1]}."
 
 
-def interval_text(ci95: Sequence[float], factor: float = 100, digits: int = 1) -> str:
+def interval_text(ci95: Sequence[float]) -> str:
     """A 95 % interval of a difference: ``+0.6 to +3.3``."""
-    return " to ".join(f"{factor * bound:+.{digits}f}" for bound in ci95)
+    return " to ".join(f"{100 * bound:+.1f}" for bound in ci95)
 
 
 def comparison_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
