@@ -48,7 +48,7 @@ def test_what_the_package_reads_is_packed():
     package = ROOT / "src" / "mim_refiner"
     found = {path.relative_to(package).parts[0] for path in package.rglob("*") if path.suffix not in (".py", ".pyc")
              and path.is_file()}  # fmt: skip
-    assert found == {"assets", "py.typed", "report"}
+    assert found == {"assets", "export", "py.typed", "report"}
     assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == ["src/mim_refiner"]
 
 

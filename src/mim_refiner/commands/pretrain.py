@@ -93,12 +93,11 @@ def pretrain(
     run = replace(run, precision=resolve_precision(chosen.precision, run.device))
 
     backbone = start(arch, model, size, out)
-    encoder = backbone.model
-    weights = None if model is None else weights_sha256(encoder)
+    weights = None if model is None else weights_sha256(backbone.model)
     refuse_other_work(chosen, run, weights or arch, images=images)
     run_fast(backbone, chosen, run)
     torch.manual_seed(seed)
-    mae = make_autoencoder(encoder, chosen, given).to(run.device)
+    mae = make_autoencoder(backbone.model, chosen, given).to(run.device)
 
     view = ViewSpec("mae", size, scale=chosen.crop_scale, jitter_prob=0.0, gray_prob=0.0)
     loader = train_loader(images, [view], chosen, run)
@@ -110,7 +109,7 @@ def pretrain(
              "seed": seed, "exclude": exclude}  # fmt: skip
     folder = open_run(out, asked, chosen, images, overwrite=overwrite)
     skipped = list_skipped(images, folder, reporter)
-    size_of = f"{arch or given}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, {size} px"
+    size_of = f"{arch or given}: {sum(map(torch.numel, backbone.model.parameters())) / 1e6:.1f} M parameters, {size} px"
     announce(f"{size_of}, {len(images)} images", chosen, loader.steps_per_epoch, run)
     reporter.message(cost.line)
     watched = images.labels is not None and chosen.knn_every and len(images) >= MIN_KNN_IMAGES
