@@ -59,8 +59,7 @@ def embed(
     ``<out>.manifest.json`` says what the rows are. What is finished stays in ``<out>.parts/`` until the file is
     complete, so the same call after an interruption goes on and gives the same bytes; once complete it does nothing.
     Unreadable images have no row and are listed in the manifest. Returns what was written and images/s.
-    Raises MimRefinerError with one line on bad input, or for an ``out`` made with other settings (``overwrite``
-    replaces it).
+    Raises MimRefinerError in one line on bad input, or for an ``out`` of other settings (``overwrite`` replaces it).
     """
     reporter = reporter or NullReporter()
     path = None if out is None else Path(out).expanduser()
@@ -98,10 +97,9 @@ def embed(
         if not (parts / "done.json").exists():  # nothing to go on with
             shutil.rmtree(parts, ignore_errors=True)
     reporter.done()
-    manifest = settings | _facts(backbone, model, data, images)
     unreadable = [{"index": index, "name": name, "reason": why} for index, name, why in images.unreadable_items()]
     _tell_unreadable(unreadable, manifest_file, reporter)
-    manifest |= {"unreadable": unreadable}
+    manifest = settings | _facts(backbone, model, data, images) | {"unreadable": unreadable}
     write_features(path, found, images, manifest)
     shape = list(found.features.shape)
     manifest |= {"rows": shape[0], "shape": shape, "file": path.name, "bytes": path.stat().st_size}
