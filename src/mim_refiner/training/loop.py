@@ -20,6 +20,7 @@ from mim_refiner.core.collectives import agree_on_end, decide_on_rank_0
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.core.sharding import load_full_optimizer_state
+from mim_refiner.core.threads import pace_of, threads_kept
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.errors import DataError, NonFiniteLossError, WorkerError
 from mim_refiner.training.guard import Guard
@@ -70,6 +71,7 @@ class Loop:
 
     def __enter__(self) -> Loop:
         self._interrupted = self._open.enter_context(interrupt_flag())
+        self._open.enter_context(threads_kept())
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -110,9 +112,18 @@ class Loop:
 
     # --- a phase
 
-    def begin(self, number: int, name: str, phase: Phase, optimizer: Optimizer, *, moves_encoder: bool = True) -> None:
+    def begin(
+        self,
+        number: int,
+        name: str,
+        phase: Phase,
+        optimizer: Optimizer,
+        *,
+        moves_encoder: bool = True,
+        spent: float = 0.0,
+    ) -> None:
         """Begin phase ``number``, or go on in it with the optimizer's state. A frozen encoder's features stay the
-        START's, so there the guard has nothing to look at.
+        START's, so there the guard has nothing to look at. ``spent``: seconds of the phase's time that are gone.
         """
         self.number, self.name, self.phase, self.optimizer = number, name, phase, optimizer
         self.steps = phase.epochs * self.loader.steps_per_epoch
@@ -127,6 +138,7 @@ class Loop:
             self.watched.note_start_knn(self.monitor()["knn_top1"])
         self.log = MetricLog(self.run.device)
         self.began, self.left_out = monotonic(), 0
+        self.limit = None if phase.max_seconds is None else max(0.0, phase.max_seconds - spent)
         if self.first:
             self.run.reporter.update(self.first, {})
 
@@ -135,6 +147,7 @@ class Loop:
 
         A stop signal to any rank, or a batch that any of them cannot have, ends all with a checkpoint.
         """
+        pace = pace_of(self.phase.max_seconds, self.run.device)
         with closing(self.stream(self.base + self.first, self.base + self.steps, source)) as stream:
             for step in range(self.first, self.steps):
                 batch, problem = _next(stream)
@@ -150,7 +163,9 @@ class Loop:
                 late = self._late(step)
                 self.left_out += late
                 if not late and (self.number, step) not in self.folder.skipped:
+                    started = monotonic()
                     yield step, batch
+                    pace.note(monotonic() - started)
                 else:
                     self.before_update(step)
                     self.after_update(step)
@@ -165,10 +180,9 @@ class Loop:
 
         Such steps are left out, one here and one there, so that the schedule of the rate comes to its end in time.
         """
-        limit = self.phase.max_seconds
-        if limit is None:
+        if self.limit is None:
             return False
-        ends = self.began + (step + 1 - self.first) * limit / self.steps
+        ends = self.began + (step + 1 - self.first) * self.limit / self.steps
         return decide_on_rank_0(lambda: monotonic() > ends)
 
     def stream(self, step: int, stop: int, source: BatchSource | None = None) -> Generator[ViewBatch, None, None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from time import monotonic
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from mim_refiner.core.layer_decay import layer_decay_scales, negligible_blocks
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
 from mim_refiner.core.run import Run
+from mim_refiner.core.threads import paced
 from mim_refiner.data.domain import DomainSpec
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.data.photometric import BatchPhotometric, augment
@@ -38,13 +40,14 @@ from mim_refiner.training.guidance import guide_heads
 from mim_refiner.training.loop import Loop, Monitor, step_generator
 from mim_refiner.training.lora import adapt
 from mim_refiner.training.metric_log import metrics_of
-from mim_refiner.training.recipe import RefineRecipe, Views
+from mim_refiner.training.recipe import Phase, RefineRecipe, Views
 from mim_refiner.training.state import RunFolder
 from mim_refiner.training.view_pool import ViewPool, make_pool
 from mim_refiner.types import BackboneInfo, ImageSize, height_width, side_or_pair
 
 WARMUP, REFINEMENT = 0, 1  # numbers of the phases
 NUM_GLOBAL = 2
+POOL_SHARE = 0.6  # of a phase's limited time that a view pool may take
 START_SHARE = 0.1  # of the START in an average that is worth having
 
 
@@ -232,16 +235,12 @@ def train(refinement: Refinement, folder: RunFolder, monitor: Monitor | None = N
 def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool | None = None) -> None:
     """Head warm-up (number 0) or refinement (1), step by step; on frozen features where a pool has them."""
     recipe, refiner = refinement.recipe, refinement.refiner
-    if pool and (number == WARMUP or recipe.frozen_blocks):
-        fill(pool, refinement, loop)
-    else:
-        pool = None
-    if number == WARMUP:
-        optimizer = begin_warmup(refinement)
-        loop.begin(WARMUP, "warmup", recipe.warmup, optimizer, moves_encoder=False)
-    else:
-        optimizer = begin_refinement(refinement)
-        loop.begin(REFINEMENT, "refinement", recipe.refinement, optimizer)
+    name, begin = (("warmup", begin_warmup), ("refinement", begin_refinement))[number]
+    phase: Phase = getattr(recipe, name)
+    pool = pool if number == WARMUP or recipe.frozen_blocks else None
+    spent = fill(pool, refinement, loop, phase.max_seconds) if pool and not pool.full else 0.0
+    optimizer = begin(refinement)
+    loop.begin(number, name, phase, optimizer, moves_encoder=number == REFINEMENT, spent=spent)
     run, labels = refinement.run, refinement.labels
     graph = graphed(refiner, run, labels) if uses_graph(recipe, refiner, run) else None
     with closing(loop.batches(pool)) as batches:
@@ -270,21 +269,24 @@ def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool 
             loop.after_update(step)
 
 
-def fill(pool: ViewPool, refinement: Refinement, loop: Loop) -> None:
-    """Compute the frozen features of the views that the first epochs show; nothing where the pool has them.
-
-    As in the warm-up, random layers rest.
+def fill(pool: ViewPool, refinement: Refinement, loop: Loop, limit: float | None = None) -> float:
+    """Compute the frozen features of the views that the first epochs show, in at most POOL_SHARE of the phase's
+    ``limit``. As in the warm-up, random layers rest. Returns the seconds it took.
     """
-    if pool.full:
-        return
     run, warmup = refinement.run, refinement.recipe.warmup.epochs * pool.steps_per_epoch
-    run.reporter.phase("view pool", pool.steps)
-    with closing(loop.stream(0, pool.steps)) as batches:
-        for number, batch in enumerate(batches):
+    began, wanted = monotonic(), pool.steps
+    run.reporter.phase("view pool", wanted)
+    with closing(loop.stream(0, wanted)) as batches:
+        for number, batch in enumerate(paced(batches, limit, run.device)):
             place = (WARMUP, number) if number < warmup else (REFINEMENT, number - warmup)
             pool.add(*frozen_views(refinement, batch, step_generator(run.seed, *place)))
             loop.stop_if_asked()
             run.reporter.update(number + 1, {})
+            if limit is not None and monotonic() - began > POOL_SHARE * limit and not pool.full:
+                pool.end()  # the loop with it
+                run.reporter.message(f"view pool: {pool.steps} of {wanted} batches, to end in time")
+                break
+    return monotonic() - began
 
 
 def frozen_views(refinement: Refinement, batch: ViewBatch, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:

@@ -57,6 +57,11 @@ class ViewPool:
         self.sample_ids[rows] = sample_ids.cpu()
         self._stored += 1
 
+    def end(self) -> None:
+        """Take no more: what is here is the pool."""
+        self.steps, self.epochs = self._stored, self._stored // self.steps_per_epoch
+        self.sample_ids = self.sample_ids[: self.steps * self.batch_size]
+
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[ViewBatch, None, None]:
         """Batches of features in place of images, from ``start_step`` on."""
         rows = self._rows(epoch)  # [V, images]
