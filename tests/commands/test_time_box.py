@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from mim_refiner.commands.demo import demo as demo_verb
 from mim_refiner.commands.demo import plan_lines
-from mim_refiner.commands.time_box import EVALUATION, Costs, Plan, affordable_test_images, fit, seconds_of
+from mim_refiner.commands.time_box import EVALUATION, USED, Costs, Plan, choose_threads, fit, seconds_of
 from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.report.numbers import duration
@@ -48,8 +49,9 @@ def test_a_faster_machine_or_more_minutes_give_more_epochs_of_both_phases() -> N
 
 def test_a_crawling_machine_does_the_least_and_its_limits_still_hold() -> None:
     plan = planned(CRAWLING)
-    assert (plan.warmup_epochs, plan.refinement_epochs, plan.test_images) == (1, 1, 2000)
-    assert plan.warmup_limit + plan.refinement_limit == pytest.approx(0.25 * 240)
+    assert (plan.warmup_epochs, plan.refinement_epochs, plan.test_images) == (1, 1, 500)
+    first_look = EVALUATION * CRAWLING.image * 1500
+    assert plan.warmup_limit + plan.refinement_limit == pytest.approx(USED * 240 - first_look)
     assert training_seconds(plan, CRAWLING) > 240  # so most steps will be left out
 
 
@@ -92,9 +94,25 @@ def test_work_is_timed_after_a_first_time_and_never_for_long(seconds: list[float
     assert done == times
 
 
-@pytest.mark.parametrize(("seconds", "images"), [(1, 2000), (60, 7000), (1000, 10_000)])
-def test_test_images_are_cut_before_the_comparison_overruns(seconds: float, images: int) -> None:
-    assert affordable_test_images(seconds, 0.001, bank=3000, test=10_000) == images
+@pytest.mark.parametrize(("beside", "threads"), [(False, 2), (True, 1)])
+def test_the_number_of_threads_is_that_which_a_real_step_takes_least_time_with(
+    monkeypatch: pytest.MonkeyPatch, beside: bool, threads: int
+) -> None:
+    clock, now = Clock(), [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: now.__setitem__(0, count))
+
+    def step() -> None:
+        clock.now += 0.5 if now[0] == 1 else 3.7 if beside else 0.3
+
+    choose_threads(step, Run(), clock)
+    assert now == [threads]
+    assert clock.now < 15  # as little as tells
+
+
+@pytest.mark.parametrize(("image", "images"), [(0.0001, 10_000), (0.0015, 2520), (0.01, 500)])
+def test_test_images_are_cut_before_the_comparison_overruns(image: float, images: int) -> None:
+    assert planned(Costs(0.1, 0.2, image)).test_images == images
 
 
 def test_the_plan_is_said_with_its_distance_from_the_full_recipe() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,25 @@ import numpy as np
 from mim_refiner.analysis.blocks import curves_from_results
 from mim_refiner.analysis.label_free import MIN_IMAGES
 from mim_refiner.analysis.verdict import verdict
+from mim_refiner.commands.deadline import REPORT, Box, OutOfTimeError
 from mim_refiner.commands.monitor import TRAINED_ON
-from mim_refiner.commands.survey import Samples, atlas_of, choose_samples, default_key, judged_without_labels
+from mim_refiner.commands.survey import (
+    Samples,
+    atlas_of,
+    choose_samples,
+    default_key,
+    judged_without_labels,
+    thinned,
+)
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.overlap import compare_images
-from mim_refiner.data.source_base import sliced
 from mim_refiner.errors import DataError
 from mim_refiner.evaluation.results import Result, result_name
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.splits import stratified_split
-from mim_refiner.evaluation.suite import evaluate_backbone, summary_metrics
+from mim_refiner.evaluation.suite import evaluate_backbone, summary_metrics, write_results
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.figures import block_curves
@@ -106,6 +112,7 @@ def compare(
     out: Path,
     run: Run,
     knn_k: int = KNN_K,
+    box: Box | None = None,
 ) -> dict[str, Any]:
     """Evaluate the encoders {"before": ..., "after": ...[, "full": ...]} and return their summary entries,
     the verdict, and the features of "after" to use ("recommendation").
@@ -113,32 +120,42 @@ def compare(
     With labels: k-NN of every block, linear probe, clustering and effective rank of the last one; writes
     evaluation/<stage>-<name>.json, evaluation/blocks.json and block_curves.png. Without labels: effective
     rank, and the verdict of the label-free measures. evaluation/atlas-after.json is what the recommendation is by.
+    A ``box`` of time limits the images of both sets that are measured on.
     """
     labelled = train.labels is not None and (test is None or test.labels is not None)
     protocols = ("knn", "linear", "clustering", "rank") if labelled else ("rank",)
-    results: dict[str, dict[str, Result]] = {}
-    for stage, backbone in stages.items():
-        run.reporter.message(f"evaluating: {stage}")
-        results[stage] = evaluate_backbone(
-            backbone,
-            train,
-            test,
-            protocols=protocols,
-            blocks=(-1,),
-            knn_blocks="all",
-            settings=EvaluationSettings.quick(precision=run.precision, knn_k=knn_k),
-            out_dir=out,
-            name_prefix=f"{stage}-",
-            model_sha256=weights_sha256(backbone.model),
-            run=run,
-        )
+
+    def measure(bank: ImageSet, queries: ImageSet | None, run: Run) -> dict[str, dict[str, Result]]:
+        found = {}
+        for stage, backbone in stages.items():
+            run.reporter.message(f"evaluating: {stage}")
+            found[stage] = evaluate_backbone(
+                backbone,
+                bank,
+                queries,
+                protocols=protocols,
+                blocks=(-1,),
+                knn_blocks="all",
+                settings=EvaluationSettings.quick(precision=run.precision, knn_k=knn_k),
+                model_sha256=weights_sha256(backbone.model),
+                run=run,
+            )
+        return found
+
+    if box is None or test is None:
+        results = measure(train, test, run)
+    else:
+        results, train, test = box.most(measure, train, test, run)
+    for stage, found in results.items():
+        write_results(found.values(), out, f"{stage}-")
     last = next(iter(stages.values())).info.depth - 1
     summary: dict[str, Any] = {
         stage: summary_metrics(found, block=last, pooling=pooling) for stage, found in results.items()
     }
     samples = choose_samples(train, test, seed=run.seed)
     enough = labelled or len(samples.view_rows) >= MIN_IMAGES
-    summary["recommendation"] = _recommended(stages["after"], samples, run, pooling, enough, out)
+    in_time = run if box is None else box.until(run, REPORT)
+    summary["recommendation"] = _recommended(stages["after"], samples, in_time, pooling, enough, out)
     if not labelled:
         summary["verdict"] = judged_without_labels(stages, samples, run, pooling=pooling) if enough else TOO_FEW
         return summary
@@ -162,17 +179,13 @@ def _recommended(
     backbone: Backbone, samples: Samples, run: Run, pooling: str, enough: bool, out: Path
 ) -> dict[str, Any]:
     """Block, pooling and norm to use, by the atlas; the usual ones when there are too few images to tell."""
+    reason = "the usual features: too few images to measure"
     if enough:
-        atlas, _ = atlas_of(backbone, samples, run, name="after", pooling=pooling, probe=False, both=False)
-        write_json(out / "evaluation" / "atlas-after.json", atlas.record)  # the report draws it
-        return atlas.recommendation
+        try:
+            atlas, _ = atlas_of(backbone, samples, run, name="after", pooling=pooling, probe=False, both=False)
+            write_json(out / "evaluation" / "atlas-after.json", atlas.record)  # the report draws it
+            return atlas.recommendation
+        except OutOfTimeError:
+            reason = "the usual features: there was no time to measure others"
     block, pooling, norm = default_key(backbone.info, pooling)
-    return {"block": block, "pooling": pooling, "norm": norm, "reason": "the usual features: too few images to measure"}
-
-
-def thinned(images: ImageSet, limit: int) -> ImageSet:
-    """Every n-th image so that at most ``limit`` remain (even over sorted class folders)."""
-    step = math.ceil(len(images) / limit)
-    if step <= 1:
-        return images
-    return ImageSet(sliced(images.source, slice(None, None, step), f"[::{step}]"), channels=images.channels)
+    return {"block": block, "pooling": pooling, "norm": norm, "reason": reason}

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TypeVar
 
 import torch
 
+from mim_refiner.commands.survey import thinned
 from mim_refiner.core.run import Run
 from mim_refiner.core.threads import pace_of
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.source_base import sliced
 from mim_refiner.reporting import Reporter
 
 T = TypeVar("T")
-SecondsLeft = Callable[[], float]
 
-FEW_BANK, FEW_TEST = 1000, 500  # images that are measured on whatever it costs
+FEW_BANK, FEW_TEST = 1000, 500  # images of the first look, which is taken whatever it costs
 PLANNED = 0.8  # of the time that is left
-LATER = 2.0  # times the cost of the few are left for atlas, pictures and report (LOG.md)
+# What comes after costs so many times the first look (LOG.md): the report with its pictures, and the atlas before it.
+REPORT, ATLAS = 1.0, 1.5
 
 
 class OutOfTimeError(Exception):
@@ -32,12 +33,9 @@ class Deadline:
     the number of threads that it is fastest with.
     """
 
-    def __init__(self, reporter: Reporter, seconds_left: SecondsLeft, device: torch.device) -> None:
+    def __init__(self, reporter: Reporter, seconds_left: Callable[[], float], device: torch.device) -> None:
         self.reporter, self.seconds_left, self.device = reporter, seconds_left, device
-        self._begin()
-
-    def _begin(self) -> None:
-        self._pace, self._since = pace_of(0.0, self.device), monotonic()
+        self._pace, self._since = pace_of(0.0, device), monotonic()
 
     def _stop_if_late(self) -> None:
         if self.seconds_left() < 0:
@@ -47,7 +45,8 @@ class Deadline:
         """Begin other work, at another pace."""
         self._stop_if_late()
         self.reporter.phase(name, total)
-        self._begin()
+        self._pace.end()
+        self._pace, self._since = pace_of(0.0, self.device), monotonic()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """A piece of the work is done."""
@@ -65,48 +64,42 @@ class Deadline:
         self.reporter.done()
 
 
-def until(run: Run, seconds_left: SecondsLeft) -> Run:
-    """The run, with a deadline for whatever reports progress to it."""
-    return replace(run, reporter=Deadline(run.reporter, seconds_left, run.device))
+@dataclass
+class Box:
+    """The time that is left, and the ``unit`` that costs are known in: the seconds of a first look at a few images."""
 
+    seconds_left: Callable[[], float]
+    unit: float = 0.0
 
-def thinned(images: ImageSet, limit: int) -> ImageSet:
-    """Every n-th image so that at most ``limit`` remain (even over sorted class folders)."""
-    step = -(-len(images) // limit)
-    if step <= 1:
-        return images
-    return ImageSet(sliced(images.source, slice(None, None, step), f"[::{step}]"), channels=images.channels)
+    def left(self, reserve: float) -> float:
+        """Seconds, without a reserve of so many units."""
+        return self.seconds_left() - reserve * self.unit
 
+    def until(self, run: Run, reserve: float) -> Run:
+        """The run for work that raises OutOfTimeError when no more than a reserve is left."""
+        return replace(run, reporter=Deadline(run.reporter, lambda: self.left(reserve), run.device))
 
-def most_in_time(
-    measure: Callable[[ImageSet, ImageSet, Run], T],
-    bank: ImageSet,
-    test: ImageSet,
-    run: Run,
-    seconds_left: SecondsLeft,
-) -> tuple[T, ImageSet, ImageSet, float]:
-    """``measure`` on a few images, which tells what more will cost, then on the whole bank and as many test images as
-    there is time for.
+    def most(
+        self, measure: Callable[[ImageSet, ImageSet, Run], T], bank: ImageSet, test: ImageSet, run: Run
+    ) -> tuple[T, ImageSet, ImageSet]:
+        """``measure`` a few images, which tells what more will cost, then the whole bank and as many test images as
+        there is time for. Returns what was measured and on which images.
 
-    Returns what was measured, on which bank and test images, and how many seconds the few took. Where the rest takes longer than it looked, what was
-    measured on the few stands.
-    """
-    few = thinned(bank, FEW_BANK), thinned(test, FEW_TEST)
-    run.reporter.message(f"a first look: {len(few[0])} bank and {len(few[1])} test images")
-    began = monotonic()
-    found = measure(*few, until(run, lambda: 0.0))
-    took = monotonic() - began
-
-    def left() -> float:
-        return seconds_left() - LATER * took
-
-    affordable = int(PLANNED * left() / took * sum(map(len, few))) - len(bank)
-    if affordable <= len(few[1]):
-        run.reporter.message("no time for more images: the result is that of the first look")
-        return found, *few, took
-    more = thinned(test, affordable)
-    try:
-        return measure(bank, more, until(run, left)), bank, more, took
-    except OutOfTimeError:
-        run.reporter.message("other processes took the time for more images: the result is that of the first look")
-        return found, *few, took
+        Where the rest takes longer than it looked, what was measured on the few stands.
+        """
+        few = thinned(bank, FEW_BANK), thinned(test, FEW_TEST)
+        began = monotonic()
+        found = measure(*few, replace(run, reporter=Deadline(run.reporter, lambda: math.inf, run.device)))
+        self.unit = monotonic() - began
+        if few == (bank, test):
+            return found, *few
+        reserve, images = REPORT + ATLAS, sum(map(len, few))
+        affordable = int(PLANNED * self.left(reserve) / self.unit * images) - len(bank)
+        if affordable > len(few[1]):
+            more = thinned(test, affordable)
+            try:
+                return measure(bank, more, self.until(run, reserve)), bank, more
+            except OutOfTimeError:
+                pass
+        run.reporter.message(f"no time for more: the comparison is on {len(few[0])} bank and {len(few[1])} test images")
+        return found, *few

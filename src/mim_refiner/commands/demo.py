@@ -9,13 +9,14 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from mim_refiner.checkpoints.load import load_backbone
+from mim_refiner.commands.deadline import Box
 from mim_refiner.commands.refine import refine_and_compare
-from mim_refiner.commands.time_box import Plan, affordable_test_images, fit, measure, seconds_an_image
+from mim_refiner.commands.time_box import Plan, fit, measure
 from mim_refiner.core.collectives import decide_on_rank_0, is_distributed
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.launch import join_processes
 from mim_refiner.core.run import Run
+from mim_refiner.core.threads import threads_kept
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError
@@ -48,7 +49,8 @@ def demo(
     if not 0 < minutes <= 24 * 60:  # NaN neither
         raise InputError(f"--minutes {minutes}: give the demo some minutes, such as 4 (at most a day)")
     began, reporter = monotonic(), reporter or NullReporter()
-    with as_file(files("mim_refiner") / "assets") as assets:
+    box = Box(lambda: 60 * minutes - (monotonic() - began))
+    with threads_kept(), as_file(files("mim_refiner") / "assets") as assets:
         data, test = str(assets / "cifar10_train.parquet"), str(assets / "cifar10_test.parquet")
         if smoke:
             data, test = f"{data}[:512]", f"{test}[:256]"
@@ -61,14 +63,6 @@ def demo(
         run = replace(run, precision=resolve_precision(recipe.precision, run.device))
         made = json.loads((assets / "weights.json").read_text())
 
-        def seconds_left() -> float:
-            return 60 * minutes - (monotonic() - began)
-
-        def test_limit() -> int:
-            """How many test images there is time for; the machine may be slower than it was before the training."""
-            cost = seconds_an_image(load_backbone(str(assets / "mae")), images, run)
-            return affordable_test_images(seconds_left(), cost, bank=len(images), test=count)
-
         settings: list[str] = []
         if recorded:
             reporter.message(f"going on with the plan of {recorded}")
@@ -76,7 +70,7 @@ def demo(
             reporter.message("timing a few steps on this machine")
             costs = measure(str(assets / "mae"), images, recipe, run)
             least = LEAST_SHARE * 60 * minutes  # where the timing alone took the time
-            plan = fit(max(seconds_left(), least), costs, recipe, images=len(images), bank=len(images), test=count)
+            plan = fit(max(box.seconds_left(), least), costs, recipe, images=len(images), bank=len(images), test=count)
             settings = [*plan.settings(), *(SMOKE_SETTINGS if smoke else [])]
             lines = plan_lines(plan, override(recipe, settings), len(images), made["refined"]["draws"])
             for line in ["smoke: an epoch of both phases, a few images"] if smoke else lines:
@@ -94,7 +88,7 @@ def demo(
             overwrite=False,
             reporter=reporter,
             others={"full": str(assets / "refined")},
-            test_limit=test_limit,
+            box=None if is_distributed() else box,
         )
     reporter.message(f"block curves: {Path(out) / 'block_curves.png'}; the encoder for timm: {Path(out) / 'export'}")
     return summary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from mim_refiner.commands.comparison import (
     compare,
     measured,
     said_of_training,
-    thinned,
 )
+from mim_refiner.commands.deadline import REPORT, Box
 from mim_refiner.commands.dense import dense_change
 from mim_refiner.commands.inputs import (
     evaluation_sets,
@@ -47,7 +47,7 @@ from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn
 from mim_refiner.commands.plan import plan as run_plan
 from mim_refiner.commands.plan import with_cost
 from mim_refiner.commands.report import finish_with_report, write_gallery
-from mim_refiner.core.collectives import from_rank_0
+from mim_refiner.commands.survey import thinned
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import join_processes, together
@@ -154,11 +154,11 @@ def refine_and_compare(
     plan: bool = False,
     exclude: str | None = None,
     others: Mapping[str, str] | None = None,
-    test_limit: Callable[[], int] = lambda: SUMMARY_TEST_LIMIT,
+    box: Box | None = None,
 ) -> dict[str, Any]:
     """Do what :func:`refine` says; ``others`` are further encoders {stage: source} to measure beside.
 
-    ``test_limit`` is asked after the training: on how many test images at most the encoders are to be compared.
+    ``box``: the time that all may take; the comparison is on as many images as it leaves time for.
     """
     started = time.perf_counter()
     run = Run(join_processes(pick_device(device), reporter), seed=seed, reporter=reporter)
@@ -200,9 +200,9 @@ def refine_and_compare(
     stages = {"before": load_backbone(model), **after}
     normalize_as(backbone, *stages.values())
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
-    on = on if on.test is None else replace(on, test=thinned(on.test, from_rank_0(test_limit())))
+    on = on if on.test is None or box else replace(on, test=thinned(on.test, SUMMARY_TEST_LIMIT))
     with results_folder(folder.path) as results:
-        summary = conclude(stages, on, chosen, results, f"{Path(name_of(data)).name} ({len(images)} images)", run)
+        summary = conclude(stages, on, chosen, results, f"{Path(name_of(data)).name} ({len(images)} images)", run, box)
     if not folder.writes:  # the rest is rank 0's
         return {}
     spent = {"training": seconds, "total": time.perf_counter() - started}
@@ -313,7 +313,13 @@ def weights_taken(refinement: Refinement) -> dict[str, Any]:
 
 
 def conclude(
-    stages: dict[str, Backbone], on: Measured, recipe: RefineRecipe, out: Path, data: str, run: Run
+    stages: dict[str, Backbone],
+    on: Measured,
+    recipe: RefineRecipe,
+    out: Path,
+    data: str,
+    run: Run,
+    box: Box | None = None,
 ) -> dict[str, Any]:
     """Compare before and after, and export the refined encoder with its figures, into the folder ``out``.
 
@@ -333,6 +339,7 @@ def conclude(
             out=out,
             run=run,
             knn_k=on.k,
+            box=box,
         )
         if on.says:
             found = summary["verdict"]
@@ -344,7 +351,8 @@ def conclude(
             summary["verdict"] = {**summary["verdict"], "dense": summary["dense"]["reason"]}
         facts = {key: found[key] for key in ("block", "pooling", "norm")} | {"recommendation": found["reason"]}
         pictured = {stage: encoder for stage, encoder in stages.items() if stage not in ("raw", "average")}
-        write_gallery(pictured, on.bank if on.test is None else on.test, out, pooling=pooling, run=run)
+        if box is None or box.left(REPORT / 2) > 0:
+            write_gallery(pictured, on.bank if on.test is None else on.test, out, pooling=pooling, run=run)
     finally:
         export_timm(stages["after"].to("cpu"), out / "export", card=card, facts=facts)
     return summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
+from mim_refiner.data.source_base import sliced
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import Features, feature_sets, own_image_size
 from mim_refiner.evaluation.splits import stratified_split
@@ -76,6 +78,14 @@ def choose_samples(train: ImageSet, test: ImageSet | None, *, seed: int, cache: 
     views = np.arange(len(queries))  # nothing is learnt from them, so nothing has to be held out
     bank, rows = _thinned(kept, limits.bank), _thinned(held, limits.queries)
     return Samples(train, bank, queries, rows, _thinned(views, limits.views), labelled, cache)
+
+
+def thinned(images: ImageSet, limit: int) -> ImageSet:
+    """Every n-th image so that at most ``limit`` remain (even over sorted class folders)."""
+    step = math.ceil(len(images) / limit)
+    if step <= 1:
+        return images
+    return ImageSet(sliced(images.source, slice(None, None, step), f"[::{step}]"), channels=images.channels)
 
 
 def default_key(info: BackboneInfo, pooling: str | None = None) -> Key:

@@ -12,10 +12,12 @@ import torch
 from torch.optim import Optimizer
 
 from mim_refiner.checkpoints.load import load_backbone
+from mim_refiner.commands.deadline import FEW_BANK, FEW_TEST
 from mim_refiner.commands.inputs import train_loader
 from mim_refiner.commands.refine import prepare
 from mim_refiner.core.collectives import decide_on_rank_0, from_rank_0
 from mim_refiner.core.run import Run
+from mim_refiner.core.threads import pace_of
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.evaluation.features import extract_features
@@ -37,11 +39,11 @@ Clock = Callable[[], float]
 PROBE_STEPS, PROBE_SECONDS, PROBE_IMAGES = 5, 2.0, 256  # each kind of step is timed so often or so long
 SLOW_SECONDS = 3.0  # a step that takes longer is timed once
 USED = 0.92  # of the time is planned with
-EVALUATION = 6.0  # comparing three encoders, and the report, cost so many passes over bank and test images (LOG.md)
+EVALUATION = 8.0  # comparing three encoders, and the report, cost so many passes over bank and test images (LOG.md)
 GUARD_IMAGES = 3000  # that the guard looks at during the refinement
 MOST_FOR_EVALUATION, LEAST_FOR_TRAINING = 0.3, 0.25  # of the time
 MOST_FOR_POOL = 0.2  # of the training's time
-LEAST_TEST_IMAGES, USUAL_SECONDS = 2000, 240  # the recipe's epochs are for so long; more time gives more
+USUAL_SECONDS = 240  # the recipe's epochs are for so long; more time gives more
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Plan:
 
     warmup_epochs: int
     refinement_epochs: int
-    warmup_limit: float
+    warmup_limit: float  # with the view pool
     refinement_limit: float
     view_pool: int  # epochs
     test_images: int
@@ -85,28 +87,23 @@ def fit(left: float, costs: Costs, recipe: RefineRecipe, *, images: int, bank: i
 
     First come the test images, as long as they leave the training enough; then epochs over ``images``.
     """
-    usable, steps = USED * left, images // recipe.batch_size
-    tested = affordable_test_images(MOST_FOR_EVALUATION * usable, costs.image, bank=bank, test=test)
-    evaluation = EVALUATION * costs.image * (bank + tested)
+    usable, steps, a_test_image = USED * left, images // recipe.batch_size, EVALUATION * costs.image
+    least, everything = (a_test_image * count for count in (FEW_BANK + FEW_TEST, bank + test))
+    evaluation = min(everything, max(least, MOST_FOR_EVALUATION * usable))
+    tested = min(test, max(FEW_TEST, int(evaluation / a_test_image) - bank))
     looks = GUARD_IMAGES * costs.image
     training = max(usable - evaluation, LEAST_FOR_TRAINING * left)
     pool_epoch = steps * costs.pool_step
     pool = min(recipe.view_pool, int(MOST_FOR_POOL * training / pool_epoch)) if pool_epoch else 0
-    training -= pool * pool_epoch
+    pooling = pool * pool_epoch
     share = recipe.warmup.epochs / recipe.refinement.epochs
     most = recipe.refinement.epochs * max(1.0, left / USUAL_SECONDS)  # beyond it no gain was seen (LOG.md)
-    epochs = min((training - looks) / (steps * (costs.refinement_step + share * costs.warmup_step)), most)
+    epochs = min((training - pooling - looks) / (steps * (costs.refinement_step + share * costs.warmup_step)), most)
     refinement, warmup = max(1, int(epochs)), max(1, int(share * epochs))
-    planned = [warmup * steps * costs.warmup_step, refinement * steps * costs.refinement_step + looks]
+    planned = [pooling + warmup * steps * costs.warmup_step, refinement * steps * costs.refinement_step + looks]
     limits = [training * seconds / sum(planned) for seconds in planned]
-    expected = pool * pool_epoch + sum(map(min, planned, limits)) + evaluation
+    expected = sum(map(min, planned, limits)) + evaluation
     return Plan(warmup, refinement, limits[0], limits[1], pool, tested, expected)
-
-
-def affordable_test_images(seconds: float, image_cost: float, *, bank: int, test: int) -> int:
-    """Test images on which three encoders can be compared in that time, between 2,000 and all."""
-    affordable = int(seconds / (EVALUATION * image_cost)) - bank
-    return min(test, max(LEAST_TEST_IMAGES, affordable))
 
 
 def measure(model: str, images: ImageSet, recipe: RefineRecipe, run: Run, clock: Clock = monotonic) -> Costs:
@@ -136,8 +133,9 @@ def measure(model: str, images: ImageSet, recipe: RefineRecipe, run: Run, clock:
 
             return seconds_of(step, run, clock)
 
+        choose_threads(fill, run, clock)
         pool_step = seconds_of(fill, run, clock) if recipe.view_pool else 0.0
-        pooled = repeat(kept[0]) if kept else fresh
+        pooled = repeat(kept[0]) if recipe.view_pool else fresh
         warmup = seconds_a_step(begin_warmup, pooled)
         step = seconds_a_step(begin_refinement, pooled if recipe.frozen_blocks else fresh)
     image = seconds_an_image(load_backbone(model), images, run, clock)
@@ -148,6 +146,16 @@ def measure(model: str, images: ImageSet, recipe: RefineRecipe, run: Run, clock:
 def _endless(loader: TrainLoader) -> Generator[ViewBatch, None, None]:
     for epoch in count():
         yield from loader.epoch(epoch)
+
+
+def choose_threads(work: Callable[[], None], run: Run, clock: Clock = monotonic) -> None:
+    """Use as many threads as some work takes least time with, after one time that is not counted."""
+    work()
+    pace = pace_of(0.0, run.device)
+    while pace.looking:
+        started = clock()
+        work()
+        pace.note(clock() - started)
 
 
 def seconds_of(work: Callable[[], None], run: Run, clock: Clock = monotonic) -> float:

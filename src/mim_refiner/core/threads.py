@@ -57,6 +57,11 @@ class Pace:
                 if now > SLOW * self._usual:
                     self._look()
 
+    def end(self) -> None:
+        """The work is over: where nothing was decided, the number of threads is what it was."""
+        if self.looking:
+            self._set(self._candidates[0])
+
     def _go_on(self) -> None:
         """Try the next number of threads, or take the best."""
         tries = min(map(len, self._taken.values()))
@@ -83,6 +88,7 @@ def paced(items: Iterable[T], limit: float | None, device: torch.device) -> Iter
         started = monotonic()
         yield item
         pace.note(monotonic() - started)
+    pace.end()
 
 
 @contextmanager

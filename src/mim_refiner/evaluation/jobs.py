@@ -54,6 +54,10 @@ class Job:
         """The deepest ``count`` blocks that there are features of."""
         return tuple(sorted({key[0] for key in self.train.keys})[-count:])
 
+    def progress(self, done: int, total: int) -> None:
+        """So much of the phase at hand is done."""
+        self.run.reporter.update(done, {})
+
     @property
     def main_key(self) -> FeatureKey:
         """The deepest block to report and the first pooling: where a protocol that measures one thing looks."""
@@ -85,7 +89,7 @@ class Job:
             indices=rows,
             transform=transform,
             cache=self.cache if cached else None,
-            progress=(lambda done, _: self.run.reporter.update(done, {})) if what else None,
+            progress=self.progress if what else None,
         )
 
     def labelled(self, features: Features, images: ImageSet) -> LabelledRows:

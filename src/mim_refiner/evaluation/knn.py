@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,17 +41,21 @@ def knn_protocol(
     standardize: bool = True,
     chunk_size: int = 16384,
     device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[FeatureKey, AccuracyScore]:
     """Score every (block, pooling) of ``train`` (the bank) by the paper's settings (method section 6).
 
+    ``progress`` is called with (done, all of them).
     Raises DataError without labels, InputError when k exceeds the bank.
     """
     train_y, test_y = required_labels(train, "train").to(device), required_labels(test, "test")
     scores = {}
-    for key in train.keys:
+    for done, key in enumerate(train.keys, 1):
         how = {"k": k, "temperature": temperature, "standardize": standardize, "chunk_size": chunk_size}
         predicted = knn_predict(train[key].to(device), train_y, test[key].to(device), **how)  # type: ignore[arg-type]
         scores[key] = AccuracyScore.of(predicted.cpu() == test_y)
+        if progress:
+            progress(done, len(train.keys))
     return scores
 
 

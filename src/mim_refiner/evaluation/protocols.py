@@ -30,7 +30,7 @@ def knn(job: Job) -> list[Result]:
     """k-NN of every block and pooling, and of the last few blocks concatenated."""
     how: dict[str, Any] = {"k": job.settings.knn_k, "temperature": job.settings.knn_temperature, "standardize": True}
     pair = job.of_blocks(job.train), job.of_blocks(job.test)
-    found = [("knn_top1", how, knn_protocol(*pair, device=job.run.device, **how))]
+    found = [("knn_top1", how, knn_protocol(*pair, device=job.run.device, progress=job.progress, **how))]
     together = job.last_blocks(job.settings.knn_last)
     if len(together) > 1:
         train, test = (_concatenated(features, together, job.poolings) for features in (job.train, job.test))
@@ -81,7 +81,8 @@ def clustering(job: Job) -> list[Result]:
     test = job.of_blocks(job.test)
     seeds, resamples = job.settings.cluster_seeds, job.settings.cluster_bootstrap
     results = []
-    for key, score in clustering_protocol(test, num_seeds=seeds, resamples=resamples, seed=job.run.seed).items():
+    sizes: dict[str, Any] = {"num_seeds": seeds, "resamples": resamples}
+    for key, score in clustering_protocol(test, seed=job.run.seed, progress=job.progress, **sizes).items():
         options = {
             "algorithm": "mini-batch k-means",
             "clusters": len(np.unique(test.labels)) if test.labels is not None else 0,

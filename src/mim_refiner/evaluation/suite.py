@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +121,16 @@ def evaluate_backbone(
         results += RUNNERS[protocol](dataclasses.replace(job, blocks=knn_wanted) if protocol == "knn" else job)
         seconds[protocol] = time.perf_counter() - started
     if out_dir is not None:
-        for result in results:
-            write_json(Path(out_dir) / "evaluation" / f"{name_prefix}{result.name}.json", result.to_json())
-            if result.record is not None:
-                write_json(Path(out_dir) / "evaluation" / f"{name_prefix}{result.protocol}.json", result.record)
+        write_results(results, out_dir, name_prefix)
     return {result.name: result for result in results}
+
+
+def write_results(results: Iterable[Result], folder: str | Path, prefix: str = "") -> None:
+    """Each result as ``evaluation/<prefix><name>.json`` of the folder, beside it the whole record of its protocol."""
+    for result in results:
+        write_json(Path(folder) / "evaluation" / f"{prefix}{result.name}.json", result.to_json())
+        if result.record is not None:
+            write_json(Path(folder) / "evaluation" / f"{prefix}{result.protocol}.json", result.record)
 
 
 def suite_protocols(suite: str, images: ImageSet) -> tuple[str, ...]:

@@ -169,6 +169,7 @@ class Loop:
                 else:
                     self.before_update(step)
                     self.after_update(step)
+        pace.end()
         if self.left_out:
             self.run.reporter.message(
                 f"{self.name}: {self.left_out} of {self.steps - self.first} steps were left out to end within "
