@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mim_refiner.core.run import Run
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.errors import InputError
-from mim_refiner.training import refine, view_pool
+from mim_refiner.training import loop, refine, view_pool
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.view_pool import ViewPool, pool_bytes, pooled_epochs, refuse_pool
 
@@ -63,6 +63,31 @@ def test_the_frozen_part_runs_once_for_each_view_and_a_cut_run_resumes_to_the_bi
     runs[2].run(tmp_path / "cut", **settings)
     for name, tensor in runs[2].refiner.state_dict().items():
         assert torch.equal(tensor, runs[0].refiner.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("seconds", "batches"), [(1.0, 8), (9.0, 7), (100.0, 1)])
+def test_a_pool_takes_its_share_of_a_limited_phase_and_is_then_what_it_has(
+    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, batches: int
+) -> None:
+    run, now, pools = tiny_run(), [0.0], []
+
+    def slow(*views: Any) -> Any:
+        now[0] += seconds
+        return frozen_views(*views)
+
+    frozen_views, make_pool = refine.frozen_views, refine.make_pool
+    monkeypatch.setattr(refine, "frozen_views", slow)
+    monkeypatch.setattr(refine, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop, "monotonic", lambda: now[0])
+    monkeypatch.setattr(refine, "make_pool", lambda *given: pools.append(make_pool(*given)) or pools[0])
+    run.refiner.frozen_blocks = 1
+    warmup = run.refinement.recipe.warmup.model_copy(update={"max_seconds": 100.0})
+    metrics = run.run(tmp_path / "run", frozen_blocks=1, view_pool=2, warmup=warmup)
+    assert (pools[0].steps, len(pools[0].sample_ids)) == (batches, 16 * batches)
+    assert now[0] == batches * seconds
+    assert metrics[-1]["total_step"] == 20
+    images = {int(i) for batch in pools[0].epoch(9) for i in batch.sample_ids}
+    assert images == set(pools[0].sample_ids.tolist())  # whatever it holds, all of it is shown
 
 
 def test_later_epochs_show_every_image_once_in_views_drawn_from_all_that_are_held() -> None:
