@@ -81,8 +81,7 @@ def clustering(job: Job) -> list[Result]:
     test = job.of_blocks(job.test)
     seeds, resamples = job.settings.cluster_seeds, job.settings.cluster_bootstrap
     results = []
-    sizes: dict[str, Any] = {"num_seeds": seeds, "resamples": resamples}
-    for key, score in clustering_protocol(test, seed=job.run.seed, progress=job.progress, **sizes).items():
+    for key, score in clustering_protocol(test, num_seeds=seeds, resamples=resamples, seed=job.run.seed).items():
         options = {
             "algorithm": "mini-batch k-means",
             "clusters": len(np.unique(test.labels)) if test.labels is not None else 0,
