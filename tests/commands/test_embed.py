@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import signal
 from pathlib import Path
@@ -318,6 +319,22 @@ def test_memory_does_not_grow_with_the_data(model, tmp_path, monkeypatch):
     held = most(4)
     assert most(12) == held
     assert (held["cached"], held["unmapped"]) == (0, 0)
+
+
+def test_a_full_disk_is_said_before_the_work_and_leaves_nothing(model, data, tmp_path, monkeypatch):
+    taken = []
+
+    def full(_descriptor: int, _start: int, size: int) -> None:
+        taken.append(size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(
+        RunFolderError, match=r"for the features cannot be taken \(No space left on device\); make room"
+    ):
+        embed(model=model, data=data, out=tmp_path / "rows.npy", batch_size=4)
+    assert taken[0] >= len(open_source(data)) * 4, "the whole file is asked for, not what the first batch fills"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_half_precision_file(model, data, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +19,9 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import default_crop_ratio, eval_batches
 from mim_refiner.data.photometric import normalize
-from mim_refiner.errors import DataError, InputError
+from mim_refiner.errors import DataError, InputError, RunFolderError
 from mim_refiner.evaluation.features import own_image_size, resolve_blocks, resolve_poolings
-from mim_refiner.files import read_json, reading, write_json
+from mim_refiner.files import read_json, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import check_image_size
 from mim_refiner.types import BackboneInfo, BlockOutput, ImageSize, height_width
@@ -94,7 +96,7 @@ def compute_features(
 
     With ``folder`` the rows are mapped to features.npy there, and the next call goes on after what done.json says: a
     batch holds the same images in every call, and so the bits are those of an uninterrupted one.
-    Raises DataError for features that are not finite, or more than 10 % unreadable images.
+    Raises DataError for features that are not finite or more than 10 % unreadable images, RunFolderError for a full disk.
     """
     size = spec.image_size or own_image_size(backbone.info)
     first, rows = _kept(folder, images)
@@ -133,8 +135,18 @@ def compute_features(
 def _room(folder: Path | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     if folder is None:
         return np.empty(shape, dtype)
-    with reading(folder, "make room on its disk, or choose another --out"):
-        return np.lib.format.open_memmap(folder / "features.npy", "w+", dtype, shape)
+    try:
+        rows = np.lib.format.open_memmap(folder / "features.npy", "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # a mapped file with holes kills the process when the disk is full
+            with open(folder / "features.npy", "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        needed = math.prod(shape) * dtype.itemsize / 1e9
+        raise RunFolderError(
+            f"{folder}: {needed:.3g} GB for the features cannot be taken ({error.strerror}); make room on its disk, or "
+            "choose another --out"
+        ) from error
+    return rows
 
 
 def _keep(folder: Path | None, rows: NDArray[Any], done: int, images: ImageSet) -> None:
