@@ -96,7 +96,8 @@ def compute_features(
 
     With ``folder`` the rows are mapped to features.npy there, and the next call goes on after what done.json says: a
     batch holds the same images in every call, and so the bits are those of an uninterrupted one.
-    Raises DataError for features that are not finite or more than 10 % unreadable images, RunFolderError for a full disk.
+    Raises DataError for features that are not finite or more than 10 % unreadable images, RunFolderError for a full
+    disk.
     """
     size = spec.image_size or own_image_size(backbone.info)
     first, rows = _kept(folder, images)
