@@ -4,12 +4,10 @@
     python benchmarks/evidence.py benchmarks/studies/cifar10_cpu.yaml --out runs/evidence --arms full,scratch --seeds 0
     python benchmarks/evidence.py benchmarks/studies/cifar10_cpu.yaml --out runs/evidence --page docs/evidence.md
 
-A study is one YAML file: data, start, recipe and the arms, each a change of the recipe or a control. The same command
-goes on where it was stopped. Every arm is trained by the package's own commands and measured in the same way (k-NN and
-linear probe of the last block, class and mean pooling); what was right for every test image is kept, so that any two
-arms compare in pairs. Writes results.json and results.md. ``--page`` trains nothing: it keeps what is measured so far
-beside the study file, as <study>.json, and writes the page of all studies there (evidence_page.py).
-"""
+A study is one YAML file: data, start, recipe and the arms, each a change of the recipe, a control or a baseline
+(``kind``: more_mae; diet and fungi of baselines.py). The same command goes on where it was stopped. Every arm is
+trained by the package's own commands and measured in the same way (k-NN and linear probe of the last block, class and
+mean pooling); what was right for every test image is kept, so that any two X"""
 
 from __future__ import annotations
 
@@ -26,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from baselines import DietSettings, FungiSettings, flops_of_diet, flops_of_fungi, fungi_correct, train_diet
 from evidence_page import markdown, write_page
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,9 +34,11 @@ from mim_refiner.cli.progress import make_reporter
 from mim_refiner.commands.inputs import open_images
 from mim_refiner.commands.pretrain import make_autoencoder, pretrain
 from mim_refiner.commands.refine import refine
+from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.metrics import accuracy_interval, crossed_interval
 from mim_refiner.core.run import Run
+from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.evaluation.settings import EvaluationSettings
@@ -75,6 +76,17 @@ class Study:
     def mae_settings(self) -> list[str]:
         return list(self.tree.get("mae_settings", ()))
 
+    @property
+    def protocols(self) -> list[str]:
+        return list(self.tree.get("protocols", ("knn", "linear")))
+
+    def run(self, seed: int, precision: str = "fp32") -> Run:
+        device = pick_device(self.device)
+        return Run(device, resolve_precision(precision, device), seed, self.reporter)
+
+    def bank_and_test(self) -> tuple[ImageSet, ImageSet]:
+        return open_images(self.path("bank"), self.reporter), open_images(self.path("test"), self.reporter)
+
     def settings(self, arm: str) -> list[str]:
         return [*self.tree["settings"], *self.tree["arms"][arm].get("settings", ())]
 
@@ -91,11 +103,20 @@ class Study:
         steps = self.images // recipe.batch_size
         return (recipe.warmup.epochs + recipe.refinement.epochs) * steps * recipe.batch_size
 
+    @cached_property
+    def budget(self) -> float:
+        """Operations of the full recipe, which every control and baseline that trains may spend too."""
+        return self.draws(self.recipe("full")) * flops_of_refinement(self.start, self.recipe("full"))
+
+    @cached_property
+    def diet_epochs(self) -> int:
+        """Passes over the images that cost what the full recipe costs."""
+        return max(1, round(self.budget / (flops_of_diet(self.start, self.images) * self.images)))
+
     def mae_recipe(self) -> PretrainRecipe:
         """The autoencoder's recipe with as many epochs as cost what the full recipe costs, in operations."""
         own = override(pretrain_recipe(self.tree["mae_recipe"], image_size=0), self.mae_settings)
-        budget = self.draws(self.recipe("full")) * flops_of_refinement(self.start, self.recipe("full"))
-        epochs = max(1, round(budget / (flops_of_autoencoder(self.start, own) * self.images)))
+        epochs = max(1, round(self.budget / (flops_of_autoencoder(self.start, own) * self.images)))
         own.training.epochs, own.training.warmup_epochs = epochs, min(own.training.warmup_epochs, epochs / 4)
         return own
 
@@ -139,7 +160,15 @@ def train(study: Study, arm: str, seed: int) -> str:
     """Train one arm (or go on) and return its encoder."""
     folder, what = study.out / arm / f"seed{seed}", study.tree["arms"][arm]
     common = {"data": study.path("train"), "device": study.device, "seed": seed, "reporter": study.reporter}
-    if what.get("kind", "refine") == "more_mae":
+    kind = what.get("kind", "refine")
+    if kind == "diet":
+        if not (folder / "export").exists():
+            backbone, recipe = load_backbone(study.start), study.recipe(arm)
+            run, settings = study.run(seed, recipe.precision), DietSettings(**what.get("diet", {}))
+            images = open_images(study.path("train"), study.reporter)
+            train_diet(backbone, images, recipe, study.diet_epochs, settings, run)
+            export_timm(backbone, folder / "export", card={"base": study.start})
+    elif kind == "more_mae":
         own = study.mae_recipe()
         length = [f"training.{key}={getattr(own.training, key)}" for key in ("epochs", "warmup_epochs")]
         model = study.tree.get("mae_run", study.start)
@@ -147,7 +176,8 @@ def train(study: Study, arm: str, seed: int) -> str:
                  settings=[*study.mae_settings, *length, "knn_every=0"])  # fmt: skip
     else:
         model = random_start(study, seed) if what.get("start") == "random" else study.start
-        few = f"[::{study.tree.get('thin', 25)}]"  # the study's own measure follows, on all images
+        thin = study.tree.get("thin", 25)  # the study's own measure follows, on all images
+        few = f"[::{thin}]" if thin > 1 else ""
         refine(**common, model=model, out=str(folder), recipe=study.tree["recipe"], settings=study.settings(arm),
                eval_data=study.path("bank") + few, eval_test=study.path("test") + few)  # fmt: skip
     return str(folder / "export")
@@ -168,24 +198,34 @@ def measure(study: Study, model: str, file: Path) -> Correct:
     """What is right for every test image, computed once."""
     if not file.exists():
         backbone: Backbone = load_backbone(model)
-        bank, test = (open_images(study.path(key), study.reporter) for key in ("bank", "test"))
+        bank, test = study.bank_and_test()
         results = evaluate_backbone(
             backbone,
             bank,
             test,
-            protocols=study.tree.get("protocols", ["knn", "linear"]),
+            protocols=study.protocols,
             poolings=("cls", "mean") if backbone.info.has_cls else ("mean",),
             settings=EvaluationSettings.quick(),
             run=Run(reporter=study.reporter),
         )
         last = backbone.info.depth - 1
         kept = [result for result in results.values() if result.block == last and result.correct is not None]
-        found = {f"{result.metric} {result.pooling}": result.correct for result in kept}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file) as stream:
-            np.savez_compressed(stream, **found)
+        store(file, {f"{result.metric} {result.pooling}": result.correct for result in kept})
     with np.load(file) as stored:
         return dict(stored)
+
+
+def measure_fungi(study: Study, arm: str, seed: int, file: Path) -> None:
+    """What is right by the gradient features of the start."""
+    settings = FungiSettings(**study.tree["arms"][arm].get("fungi", {}))
+    backbone, (bank, test) = load_backbone(study.start), study.bank_and_test()
+    store(file, fungi_correct(backbone, bank, test, study.protocols, settings, study.run(seed)))
+
+
+def store(file: Path, found: Correct) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as stream:
+        np.savez_compressed(stream, **found)
 
 
 # --- tables
@@ -204,10 +244,10 @@ def collect(study: Study) -> dict[str, dict[int, Correct]]:
 def compared(better: dict[int, Correct], than: dict[int, Correct], metric: str) -> tuple[float, float, float] | None:
     """Difference of two arms in points with its 95 % interval over test images and, when there are several, seeds."""
     seeds = sorted(better) if len(than) == 1 else sorted(better.keys() & than.keys())
-    pairs = [(better[seed][metric], than[seed if len(than) > 1 else min(than)][metric]) for seed in seeds]
-    if not pairs:
+    pairs = [(better[seed], than[seed if len(than) > 1 else min(than)]) for seed in seeds]
+    if not pairs or any(metric not in correct for pair in pairs for correct in pair):
         return None
-    mean, low, high = crossed_interval(np.stack([b.astype(float) - t.astype(float) for b, t in pairs]))
+    mean, low, high = crossed_interval(np.stack([b[metric].astype(float) - t[metric] for b, t in pairs]))
     return 100 * mean, 100 * low, 100 * high
 
 
@@ -252,7 +292,14 @@ def plan(study: Study, arms: list[str], seeds: list[int]) -> str:
     """What the arms cost, in operations and in hours of this machine at the speed of a matrix product of 1024."""
     speed, lines, total = matrix_speed(), [], 0.0
     for arm in arms:
-        if study.tree["arms"][arm].get("kind") == "more_mae":
+        kind = study.tree["arms"][arm].get("kind", "refine")
+        if kind == "diet":
+            cost, what = study.budget, f"{study.diet_epochs} epochs of DIET"
+        elif kind == "fungi":
+            settings = FungiSettings(**study.tree["arms"][arm].get("fungi", {}))
+            images = sum(len(open_source(study.path(key))) for key in ("bank", "test"))
+            cost, what = flops_of_fungi(study.start, settings) * images, f"gradients of {images:,} images"
+        elif kind == "more_mae":
             own = study.mae_recipe()
             cost = flops_of_autoencoder(study.start, own) * own.training.epochs * study.images
             what = f"{own.training.epochs} epochs of masked autoencoding"
@@ -308,7 +355,9 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in seeds:  # the first seed of every arm before the second of any
         for arm in arms:
             file = study.out / arm / f"seed{seed}.npz"
-            if not file.exists():
+            if not file.exists() and study.tree["arms"][arm].get("kind") == "fungi":
+                measure_fungi(study, arm, seed, file)
+            elif not file.exists():
                 measure(study, train(study, arm, seed), file)
             write_json(study.out / "results.json", summarize(study))
             write_bytes(study.out / "results.md", markdown(summarize(study)).encode())

@@ -138,8 +138,8 @@ def figure(study: Mapping[str, Any]) -> bytes:
         axis.plot([claim["difference"]], [place], "o", color=COLOURS[claim["verdict"]])
     axis.axvline(0, color="#555555", linewidth=0.8)
     names = {arm: found["says"] for arm, found in study["arms"].items()}
-    axis.set_yticks(range(len(claims)), [f"over {names[claim['than']]}" for claim in claims], fontsize=7)
+    axis.set_yticks(range(len(claims)), [f"{names[c['better']]} over {names[c['than']]}" for c in claims], fontsize=7)
     axis.set_ylim(-0.6, max(1, len(claims)) - 0.4)
-    axis.set_xlabel(f"gain of the full recipe in points of {named(study['metric'])}")
+    axis.set_xlabel(f"gain in points of {named(study['metric'])}")
     panel = finish(drawn, f"evidence-{study['study']}", study["title"], "Differences of arms with 95 % intervals.")
     return base64.b64decode(panel.svg.partition(",")[2])

@@ -14,7 +14,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    StringConstraints,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -68,7 +71,14 @@ Positive = Annotated[float, Field(gt=0, le=1e9)]
 BatchSize = Annotated[int, Field(ge=2, le=10**9)]  # that BatchNorm or mixup can use
 NonNegative = Annotated[float, Field(ge=0, le=1e9)]
 Rates = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_ascending), Listed]
+Files = Annotated[tuple[Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)], ...], Listed]
 S = TypeVar("S", bound="Settings")
+V = TypeVar("V")
+ONE, EACH = "one", "each"  # branches of a union, which messages leave out
+OneOrEach = Annotated[
+    Annotated[V, Tag(ONE)] | Annotated[list[V], Tag(EACH)],
+    Discriminator(lambda value: EACH if isinstance(value, list) else ONE),
+]
 
 
 class Settings(BaseModel):
@@ -125,8 +135,7 @@ def changed(base: S, changes: Iterable[tuple[str, Any]], where: str = "--set ", 
         return type(base).model_validate(tree)
     except ValidationError as error:
         problems = [
-            f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']} (got {_shown(each['input'])})"
-            for each in error.errors()[:5]
+            f"{_place(each['loc'])}: {each['msg']} (got {_shown(each['input'])})" for each in error.errors()[:5]
         ]
         raise RecipeError(f"{base.noun}: {'; '.join(problems)}; correct by --set or in the file") from None
 
@@ -134,6 +143,10 @@ def changed(base: S, changes: Iterable[tuple[str, Any]], where: str = "--set ", 
 def known_keys(settings: Settings) -> list[str]:
     """All dotted keys that --set accepts."""
     return list(dotted(settings.model_dump()))
+
+
+def _place(parts: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in parts if part not in (ONE, EACH))
 
 
 def _shown(value: Any) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-STUDIES = sorted((BENCHMARKS / "studies").glob("cifar10_*.yaml"))
+STUDIES = sorted((BENCHMARKS / "studies").glob("[cs]*_*.yaml"))
 SETTINGS = [
     "batch_size=8", "warmup.epochs=1", "refinement.epochs=1", "views.local_size=8", "views.num_local=2",
     "heads.projector_hidden=16", "heads.predictor_hidden=16", "heads.out_dim=8", "heads.queue_size=32",
@@ -49,9 +49,12 @@ def test_a_study_from_start_to_table(evidence: Any, tmp_path: Path) -> None:
         "full": {"says": "all"},
         "scratch": {"says": "random start", "start": "random"},
         "more_mae": {"says": "more of the start", "kind": "more_mae"},
+        "diet": {"says": "images as classes", "kind": "diet", "diet": {"lr": 1e-2}},
+        "fungi": {"says": "gradients", "kind": "fungi", "fungi": {"local_views": 1, "negatives": 4}},
         "last": {"says": "one head", "settings": ["heads.blocks=[2]"]},
     }
-    said = [("start", "it helps"), ("scratch", "the start matters"), ("last", "never run")]
+    said = [("start", "it helps"), ("scratch", "the start matters"), ("last", "never run"),
+            ("fungi", "it beats gradients")]  # fmt: skip
     claims = [{"better": "full", "than": than, "claim": claim, "paper": "so"} for than, claim in said]
     study = {"title": "toy", **sources, "start": str(tmp_path / "mae" / "export"), "mae_recipe": "tiny_mae",
              "mae_settings": MAE_SETTINGS, "recipe": "tiny", "settings": SETTINGS, "seeds": [0, 1],
@@ -60,12 +63,13 @@ def test_a_study_from_start_to_table(evidence: Any, tmp_path: Path) -> None:
     file.parent.mkdir()
     file.write_text(yaml.safe_dump(study))
     command = [str(file), "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    evidence.main([*command, "--arms", "full,scratch,more_mae", "--seeds", "0"])
+    evidence.main([*command, "--arms", "full,scratch,more_mae,diet,fungi", "--seeds", "0"])
     evidence.main([*command, "--arms", "full", "--seeds", "1"])
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {arm: value["seeds"] for arm, value in found["arms"].items()} == {
-        "start": [0], "full": [0, 1], "scratch": [0], "more_mae": [0]}  # fmt: skip
+        "start": [0], "full": [0, 1], "scratch": [0], "more_mae": [0], "diet": [0], "fungi": [0]}  # fmt: skip
     asked = {(claim, f"knn_top1 {kind}") for claim in ("it helps", "the start matters") for kind in ("cls", "mean")}
+    asked |= {("it beats gradients", "knn_top1 cls")}  # gradient features have no other pooling
     assert {(claim["claim"], claim["metric"]) for claim in found["claims"]} == asked
     gain = next(c for c in found["claims"] if c["claim"] == "it helps" and c["metric"] == "knn_top1 cls")
     full, start = found["arms"]["full"]["knn_top1 cls"], found["arms"]["start"]["knn_top1 cls"]
@@ -97,7 +101,10 @@ def test_a_study_from_start_to_table(evidence: Any, tmp_path: Path) -> None:
     assert page.read_bytes() == written
 
     begun = load_file(tmp_path / "out" / "random" / "seed0" / "model.safetensors")
-    trained = load_file(tmp_path / "mae" / "export" / "model.safetensors")
+    trained, dieted = (
+        load_file(tmp_path / name / "export" / "model.safetensors") for name in ("mae", "out/diet/seed0")
+    )
+    assert not any(np.array_equal(trained[name], dieted[name]) for name in trained if "qkv.weight" in name)
     assert not np.allclose(begun["blocks.0.mlp.fc1.weight"], trained["blocks.0.mlp.fc1.weight"], atol=0.05)
 
 

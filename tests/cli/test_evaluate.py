@@ -106,6 +106,43 @@ def test_shifted_sets_are_scored_beside_the_corruptions(words, shapes, cli, tmp_
     assert values["shift_c-blur-2_linear_top1"] == values["shift_plain_linear_top1"]  # the same images
 
 
+def test_published_lists_say_which_labels_are_used(words, shapes, cli, tmp_path):
+    """Low-shot lists with as many images a class are splits of one number; a name that is not there is said."""
+    classes = sorted(path.name for path in shapes.iterdir())
+    lists = {"one/1imgs_class.txt": (["00.png"], []), "two/1imgs_class.txt": (["05"], ["lost_1.JPEG"]),
+             "10percent.txt": (["01", "02", "03"], [])}  # fmt: skip
+    for name, (endings, lost) in lists.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\n".join([f"{each}-{ending}" for each in classes for ending in endings] + lost))
+    one, two, ten = (str(tmp_path / name) for name in lists)
+    extra = [
+        "--test",
+        f"{shapes}[::2]",
+        "--protocols",
+        "low_shot,finetune",
+        "--pooling",
+        "cls",
+        "--out",
+        tmp_path / "out",
+    ]
+    changes = [f"low_shot.split_files={one}, {two},{ten}", f"finetune.split_files={one},{ten}", "finetune.recipe=vit_h",
+               "finetune.epochs=1"]  # fmt: skip
+    outcome = cli.call(*words, *extra, *[word for change in changes for word in ("--set", change)], "--json")
+    assert outcome.code == 0, outcome.err
+    assert "two/1imgs_class.txt: 4 names, 3 found; 1 not found (first: lost_1.JPEG)" in outcome.err
+    found = {row["metric"]: row["value"] for row in outcome.json["results"]}
+    assert set(found) == {"low_shot_1_top1", "low_shot_3_top1", "finetune_1imgs-class_top1", "finetune_10percent_top1"}
+    files = {
+        path.name.partition("-block")[0]: json.loads(path.read_text()) for path in (tmp_path / "out").rglob("*.json")
+    }
+    low = files["low_shot_1_top1"]["settings"]
+    assert (low["splits"], len(low["accuracy_by_split"]), len(low["split_files"])) == (2, 2, 2)
+    tuned = files["finetune_10percent_top1"]["settings"]
+    assert (tuned["train_images"], tuned["share"]) == (3 * len(classes), 9 / 48)
+    assert (tuned["row"], tuned["drop_path"], tuned["epochs"]) == ("vit_h 10 %", 0.2, 1)  # what is set stays
+    assert tuned["list"].endswith("10percent.txt: 9 names, 9 found")
+
+
 @pytest.mark.parametrize(
     ("extra", "words_"),
     [
@@ -116,9 +153,18 @@ def test_shifted_sets_are_scored_beside_the_corruptions(words, shapes, cli, tmp_
         (["--transfer", "missing.csv"], "missing.csv"),
         (["--cache-size", "many"], "like 5GB"),
         (["--set", "low_shot.shot=1"], "did you mean 'low_shot.shots'"),
+        (["--protocols", "low_shot", "--set", "low_shot.split_files=a.txt"], "give --test"),
+        (["--protocols", "finetune", "--set", "finetune.split_files=x/a.txt,x/a.txt"], "two lists are called x/a.txt"),
+        (
+            ["--protocols", "finetune", "--test", "{data}[::2]", "--set", "finetune.split_files=a.txt"],
+            "a.txt: cannot be read",
+        ),
+        (["--protocols", "finetune", "--set", "finetune.recipe=published"], "nothing is published for an encoder of"),
+        (["--protocols", "finetune", "--set", "finetune.recipe=vit_m"], "did you mean 'vit_"),
     ],
 )
-def test_bad_requests_are_one_line(words, cli, extra, words_):
+def test_bad_requests_are_one_line(words, shapes, cli, extra, words_):
+    extra = [word.format(data=shapes) for word in extra]
     chosen = [] if "--protocols" in extra or "--suite" in extra else ["--protocols", "knn"]
     outcome = cli.call(*words, *chosen, *extra)
     assert outcome.code == 2

@@ -28,6 +28,8 @@ from mim_refiner.evaluation.finetune import (
     training_transform,
 )
 from mim_refiner.evaluation.long_tail import LongTailSettings, class_groups, imbalanced_subset
+from mim_refiner.evaluation.published import published
+from mim_refiner.evaluation.settings import EvaluationSettings
 
 SIMPLE = FinetuneSettings(
     epochs=8, batch_size=20, lr=5e-3, mixup=0.0, cutmix=0.0, erasing=0.0, randaugment="", warmup_epochs=1, drop_path=0.1
@@ -96,6 +98,58 @@ def test_rates_fall_with_the_distance_from_the_output(make_backbone):
     paths = [block.drop_path1 for block in encoder.blocks]
     assert not isinstance(paths[0], DropPath)
     assert [path.drop_prob for path in paths[1:]] == pytest.approx([0.1, 0.2])
+
+
+# epochs, batch, base rate, layer decay, drop path, weight decay, mixup, cutmix, erasing, RandAugment, frozen share:
+# from finetune_1p and finetune_10p of ml-jku/MIM-Refiner and from amazon-science/semi-vit's FINETUNE.md (ViT-B)
+PUBLISHED = {
+    ("vit_b", 0.01): (100, 512, 5e-5, 0.65, 0.0, 0.05, 0.0, 0.0, 0.0, True, 0.0),
+    ("vit_b", 0.1): (100, 512, 2.5e-4, 0.65, 0.1, 0.05, 0.8, 1.0, 0.25, True, 0.0),
+    ("vit_l", 0.01): (50, 512, 3e-5, 0.75, 0.0, 0.05, 0.0, 0.0, 0.0, False, 0.0),
+    ("vit_l", 0.1): (50, 512, 3e-5, 0.75, 0.0, 0.05, 0.0, 0.0, 0.0, True, 0.0),
+    ("vit_h", 0.01): (50, 512, 3e-5, 0.75, 0.0, 0.4, 0.0, 0.0, 0.0, False, 0.0),
+    ("vit_h", 0.1): (50, 256, 1e-3, 0.75, 0.2, 0.05, 0.8, 1.0, 0.25, True, 0.0),
+    ("vit_2b", 0.01): (50, 512, 3e-5, 0.75, 0.0, 0.4, 0.0, 0.0, 0.0, False, 0.0),
+    ("vit_2b", 0.1): (50, 256, 1e-3, 0.75, 0.2, 0.05, 0.8, 1.0, 0.25, True, 0.25),
+}
+
+
+@pytest.mark.parametrize(("row", "share"), PUBLISHED)
+def test_few_labels_are_fine_tuned_as_published(row, share):
+    found, name = published(FinetuneSettings(recipe=row), share, 0, ())
+    values = (found.epochs, found.batch_size, found.lr, found.layer_decay, found.drop_path, found.weight_decay,
+              found.mixup, found.cutmix, found.erasing, bool(found.randaugment), found.frozen_share)  # fmt: skip
+    assert values == PUBLISHED[row, share]
+    assert (found.warmup_epochs, found.label_smoothing) == (5.0, 0.1)
+    assert name == f"{row} {100 * share:g} %"
+
+
+def test_the_row_is_that_of_the_encoders_size_and_what_is_set_stays():
+    settings = FinetuneSettings(recipe="published")
+    rows = {768: "vit_b", 1024: "vit_l", 1152: "vit_l", 1280: "vit_h", 1408: "vit_h", 2560: "vit_2b"}
+    for width, row in rows.items():
+        assert published(settings, 0.01, width, ())[1] == f"{row} 1 %"
+    changed = EvaluationSettings.from_overrides(["finetune.recipe=published", "finetune.epochs=50", "finetune.lr=1e-3"])
+    given = changed.given("finetune")
+    found, _ = published(changed.finetune, 0.01, 768, given)
+    assert (found.epochs, found.lr, found.layer_decay) == (50, 1e-3, 0.65)
+    assert published(settings, 1.0, 768, ()) == (settings, "mae")
+    assert published(FinetuneSettings(), 0.01, 768, ()) == (FinetuneSettings(), "mae")
+
+
+def test_a_share_of_the_blocks_stays_as_it_is(make_backbone, make_images):
+    settings = FinetuneSettings(epochs=1, batch_size=10, lr=1e-2, frozen_share=0.7, warmup_epochs=0, workers=0)
+    backbone = make_backbone()
+    model = Classifier(backbone, 3, "cls", 0.5, settings.frozen_share)
+    _train(model, rows_of(make_images(24)), settings, 3, 32, Run(seed=1))
+    before = backbone.model.state_dict()
+    moved = {name for name, value in model.backbone.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[1] for name in moved if name.startswith("blocks")} == {"2"}
+    assert not {name for name in moved if name.startswith(("patch_embed", "pos_embed", "cls_token"))}
+    assert any(name.startswith("norm") for name in moved)
+    model.train()
+    assert not model.backbone.model.blocks[1].training
+    assert model.backbone.model.blocks[2].training
 
 
 def test_shares_are_stratified_and_nested(make_images):

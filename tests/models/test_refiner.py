@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone, create_vit
-from mim_refiner.models.heads import HeadConfig
+from mim_refiner.models.heads import HeadConfig, Objective
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.refine import forward_backward
 
@@ -14,11 +16,16 @@ CONFIG = HeadConfig(32, 32, 16, 64)
 
 
 def make(
-    blocks: tuple[int, ...] = (1, 2), *, pooling: str = "cls", frozen_blocks: int = 0, **options: object
+    blocks: tuple[int, ...] = (1, 2),
+    *,
+    pooling: str | list[str] = "cls",
+    frozen_blocks: int = 0,
+    objective: Any = None,
+    **options: object,
 ) -> Refiner:
     torch.manual_seed(0)
     backbone = Backbone.wrap(create_vit("vit_w32_d3_h2_p8", image_size=32, **options))
-    return Refiner(backbone, blocks, CONFIG, pooling=pooling, frozen_blocks=frozen_blocks)
+    return Refiner(backbone, blocks, CONFIG, objective, pooling=pooling, frozen_blocks=frozen_blocks)
 
 
 def views() -> list[torch.Tensor]:
@@ -43,6 +50,19 @@ def test_the_loss_is_the_sum_over_heads() -> None:
     output = refiner.head_losses(refiner.features(views()), torch.arange(4))
     assert output.loss.item() == pytest.approx(sum(head.loss.item() for head in output.heads.values()))
     assert sorted(output.heads) == [1, 2]
+
+
+@pytest.mark.parametrize("poolings", [["cls", "mean", "cls"], ["mean", "cls", "mean"]])
+def test_each_head_has_its_own_pooling_and_temperature(poolings: list[str]) -> None:
+    temperatures = [0.1, 0.5, 0.1]
+    own = make((0, 1, 2), pooling=poolings, objective=[Objective(temperature) for temperature in temperatures])
+    output = own.head_losses(own.features(views()), torch.arange(4))
+    for number, (pooling, temperature) in enumerate(zip(poolings, temperatures, strict=True)):
+        same = make((0, 1, 2), pooling=pooling, objective=Objective(temperature))
+        alone = same.head_losses(same.features(views()), torch.arange(4)).heads[number]
+        torch.testing.assert_close(output.heads[number].loss, alone.loss)
+        torch.testing.assert_close(output.heads[number].predicted, alone.predicted)
+    assert list(output.heads) == [0, 1, 2]
 
 
 def test_a_frozen_encoder_keeps_no_gradient_and_stays_in_eval_mode() -> None:

@@ -7,10 +7,12 @@ import pytest
 import yaml
 
 from mim_refiner.core.schedules import peak_learning_rate
-from mim_refiner.errors import RecipeError
+from mim_refiner.errors import InputError, RecipeError
+from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.settings import known_keys
-from mim_refiner.training.recipe import from_tree, override
+from mim_refiner.training.recipe import RefineRecipe, from_tree, override
 from mim_refiner.training.recipes import PRETRAIN_RECIPES, REFINE_RECIPES, pretrain_recipe, refine_recipe, tiny
+from mim_refiner.training.refine import resolve
 
 # method.md, section 5: blocks, temperature, batch, warm-up and refinement epochs and rates, local px, frozen blocks
 PAPER_ROWS = {
@@ -66,12 +68,47 @@ def test_override_reads_numbers_lists_and_nested_keys() -> None:
         ("batch_size=0", "batch_size"),
         ("batch_size", "no '='"),
         ("heads.view_pairing=wrong", "cross"),
+        ("heads.temperature=-1", r"recipe: heads\.temperature: Input should be greater than 0"),
+        ("heads.temperature=[0.1, 0]", r"recipe: heads\.temperature\.1: Input should be greater than 0"),
+        ("heads.pooling=[cls, all]", r"recipe: heads\.pooling\.1: Input should be"),
     ],
 )
 def test_bad_settings_name_key_and_remedy(setting: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         override(refine_recipe("tiny", image_size=32), [setting])
     assert "\n" not in str(caught.value)
+
+
+def resolved(*settings: str) -> RefineRecipe:
+    backbone = Backbone.wrap(create_vit("vit_w32_d4_h2_p8", image_size=16))
+    return resolve(override(tiny(), ["views.local_size=8", *settings]), backbone)
+
+
+def test_what_the_recipe_says_of_each_head_follows_its_block() -> None:
+    said = ["heads.blocks=[-1, 0, 2]", "heads.temperature=[0.3, 0.1, 0.2]", "heads.pooling=[mean, auto, cls]"]
+    recipe = resolved(*said)
+    assert recipe.heads.blocks == [0, 2, 3]
+    assert recipe.heads.temperature == [0.1, 0.2, 0.3]
+    assert recipe.heads.pooling == ["cls", "cls", "mean"]
+    assert recipe.heads.measured_pooling == "mean"
+    again = resolve(recipe, Backbone.wrap(create_vit("vit_w32_d4_h2_p8", image_size=16)))
+    assert again == recipe
+    assert RefineRecipe.model_validate(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
+    assert (resolved().heads.temperature, resolved().heads.pooling) == (0.2, "cls")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["heads.blocks=[1, 2]", "heads.temperature=[0.1]"], r"heads\.temperature has 1 values for 2 heads"),
+        (["heads.blocks=[2, 2]", "heads.pooling=[cls, mean]"], r"heads\.pooling has 2 values for 1 heads"),
+        (["heads.pooling=[]"], r"heads\.pooling has 0 values for 1 heads"),
+        (["heads.temperature=[0.2]", "sweep.temperatures=[0.1, 0.3]"], r"sweep\.temperatures chooses one"),
+    ],
+)
+def test_one_value_for_each_head_or_one_for_all(settings: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        resolved(*settings)
 
 
 def test_recipe_file_is_laid_over_its_named_recipe(tmp_path: Path) -> None:

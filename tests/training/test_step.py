@@ -12,7 +12,7 @@ from mim_refiner.core.optim import adamw, parameter_groups
 from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone, create_vit
-from mim_refiner.models.heads import HeadConfig
+from mim_refiner.models.heads import HeadConfig, Objective
 from mim_refiner.models.refiner import Refiner, RefinerOutput
 from mim_refiner.training.cached import refuse_batch_dependent
 from mim_refiner.training.refine import forward_backward
@@ -21,12 +21,17 @@ from mim_refiner.types import Checkpointing
 BATCH = 12
 
 
-def make(frozen_blocks: int = 0, dtype: torch.dtype = torch.float64, pooling: str = "cls", **options: Any) -> Refiner:
+def make(
+    frozen_blocks: int = 0,
+    dtype: torch.dtype = torch.float64,
+    pooling: Any = "cls",
+    temperatures: Any = (),
+    **options: Any,
+) -> Refiner:
     torch.manual_seed(0)
     vit = create_vit("vit_w32_d4_h2_p8", image_size=16, **({"drop_path_rate": 0.4} | options))
-    refiner = Refiner(
-        Backbone.wrap(vit), (2, 3), HeadConfig(24, 24, 16, 64), pooling=pooling, frozen_blocks=frozen_blocks
-    )
+    config, objective = HeadConfig(24, 24, 16, 64), [Objective(temperature) for temperature in temperatures] or None
+    refiner = Refiner(Backbone.wrap(vit), (2, 3), config, objective, pooling=pooling, frozen_blocks=frozen_blocks)
     refiner.unfreeze_encoder()
     refiner.set_top_k(5)
     return refiner.to(dtype)
@@ -62,6 +67,8 @@ def gradients(refiner: Refiner) -> dict[str, Tensor]:
         {},
         {"frozen_blocks": 2},
         {"pooling": "mean"},
+        {"pooling": ["mean", "cls"], "temperatures": (0.1, 0.4)},
+        {"pooling": ["cls", "mean"], "frozen_blocks": 1},
         {"proj_drop_rate": 0.3, "attn_drop_rate": 0.2, "pos_drop_rate": 0.1},
         {"init_values": 0.1, "reg_tokens": 2},
     ],

@@ -145,7 +145,7 @@ def workload_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Workl
         recipe.graphs,
         recipe.checkpointing,
         bf16=precision == "bf16",
-        class_token_last=refiner.pooling == "cls" and shards_of(recipe) == 1,
+        class_token_last=refiner.class_token_last and shards_of(recipe) == 1,
         processes=world_size(),
         shards=shards_of(recipe),
     )

@@ -260,7 +260,8 @@ def online_knn(refinement: Refinement, bank: ImageSet) -> OnlineKnn | None:
     recipe, refiner = refinement.recipe, refinement.refiner
     if bank.labels is None or len(bank) < MIN_KNN_IMAGES or not recipe.knn_every:
         return None
-    return OnlineKnn(refiner.backbone, bank, blocks=refiner.blocks, pooling=recipe.heads.pooling, run=refinement.run)
+    pooling = recipe.heads.measured_pooling
+    return OnlineKnn(refiner.backbone, bank, blocks=refiner.blocks, pooling=pooling, run=refinement.run)
 
 
 def trained(
@@ -325,7 +326,7 @@ def conclude(
 
     It is exported, without figures, where the comparison fails too.
     """
-    pooling, run = recipe.heads.pooling, replace(run, precision="fp32")
+    pooling, run = recipe.heads.measured_pooling, replace(run, precision="fp32")
     base, settings = Path(stages["before"].info.source).name, recipe.model_dump(mode="json")
     card: dict[str, Any] = {"base": base, "data": data, "recipe": settings}
     facts: dict[str, Any] = {}
@@ -362,9 +363,10 @@ def announce(recipe: RefineRecipe, backbone: Backbone, images: int, steps_per_ep
     """Say what is about to run: sizes, and base and peak learning rate of both phases."""
     info, heads = backbone.info, recipe.heads
     blocks: Sequence[Any] = heads.blocks
+    pooling = heads.pooling if isinstance(heads.pooling, str) else ", ".join(heads.pooling)
     run.reporter.message(
         f"recipe {recipe.name}: {info.architecture} ({info.family}), {len(blocks)} heads on blocks {blocks[0]} to "
-        f"{blocks[-1]} ({heads.pooling}), {images} images, batch {recipe.batch_size}, "
+        f"{blocks[-1]} ({pooling}), {images} images, batch {recipe.batch_size}, "
         f"{steps_per_epoch} steps an epoch, {run.precision}"
     )
     if adapted(backbone):

@@ -85,6 +85,10 @@ class ImageSource(ABC):
     def name(self, index: int) -> str:
         """Name of one image for people: its path below ``base``, in one line of valid UTF-8."""
 
+    def file_names(self) -> Sequence[str]:
+        """Name of every image as its publisher wrote it, where the data tells; else :meth:`name`."""
+        return [self.name(index) for index in range(len(self))]
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Short stable hash of names, sizes and labels; it does not depend on where the data lies."""
@@ -137,6 +141,10 @@ class Selection(ImageSource):
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
+
+    def file_names(self) -> Sequence[str]:
+        names = self.source.file_names()
+        return [names[int(index)] for index in self.indices]
 
     def fingerprint(self) -> str:
         return short_hash([self.source.fingerprint(), self.indices])
@@ -204,6 +212,10 @@ class ConcatSource(ImageSource):
     def name(self, index: int) -> str:
         part, local = self._place(index)
         return self._prefixes[part] + self.parts[part].name(local)
+
+    def file_names(self) -> Sequence[str]:
+        parts = zip(self._prefixes, self.parts, strict=True)
+        return [prefix + name for prefix, part in parts for name in part.file_names()]
 
     def fingerprint(self) -> str:
         return short_hash([*(part.fingerprint() for part in self.parts), *label_parts(self.classes)])

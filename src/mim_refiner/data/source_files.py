@@ -19,6 +19,8 @@ from mim_refiner.data.source_base import ImageSource, LeftOut, label_parts, shor
 from mim_refiner.errors import DataError
 
 IMAGE_SUFFIXES = image_suffixes()
+# columns of lists and tables that hold the paths of images
+PATH_NAMES = ("path", "image", "file", "filename", "image_path", "filepath", "file_name", "img", "image_name")
 ARRAY_SUFFIX = ".npy"  # one image an array, in a folder
 TABLE_SUFFIXES = (".parquet", ".tar")
 _SPLIT = re.compile(r"(?:(train)|(val|dev|eval)|(test))(?:id|idation|ing)?(?:[ _-]?(?:set|data|images|[0-9]{4}))?")

@@ -10,14 +10,13 @@ from pathlib import Path
 
 from mim_refiner.data.labels import LabelProblem, Labels, candidates, printable
 from mim_refiner.data.source_base import LeftOut
-from mim_refiner.data.source_files import FileSource, is_image_name, read_regular
+from mim_refiner.data.source_files import PATH_NAMES, FileSource, is_image_name, read_regular
 from mim_refiner.errors import DataError
 from mim_refiner.files import reading
 
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 _SEPARATORS = ("", ",", ";", "\t", " ")
 _SAMPLE = 50  # rows looked at to tell how the list is written
-_PATH_NAMES = ("path", "image", "file", "filename", "image_path", "filepath", "file_name", "img", "image_name")
 Row = tuple[int, list[str]]  # line number, cells
 
 
@@ -105,7 +104,7 @@ def _sniff(lines: list[tuple[int, str]], path: Path) -> _Layout:
             cells = [row[column] if len(row) > column else "" for row in rows]
             looks = [is_image_name(cell) for cell in cells]
             there = [bool(cell) and os.path.isfile(path.parent / _as_path(cell, path.parent)) for cell in cells]
-            score = (sum(there), sum(looks) + (cells[0].lower() in _PATH_NAMES), -columns)
+            score = (sum(there), sum(looks) + (cells[0].lower() in PATH_NAMES), -columns)
             if 2 * max(sum(there), sum(looks)) >= len(cells) and (best is None or score > best[0]):
                 header = len(rows) > 1 and not there[0] and not looks[0]
                 widths = Counter(map(_width, rows[:1] if header else rows))

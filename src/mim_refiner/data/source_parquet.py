@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from mim_refiner.data.labels import LabelProblem, Labels, candidates, names_in_metadata, printable, shown_names
 from mim_refiner.data.source_base import ConcatSource, ImageSource, LeftOut, label_parts, short_hash
-from mim_refiner.data.source_files import read_regular
+from mim_refiner.data.source_files import PATH_NAMES, read_regular
 from mim_refiner.errors import DataError
 from mim_refiner.files import reading
 
@@ -109,6 +109,21 @@ class ParquetSource(ImageSource):
     def name(self, index: int) -> str:
         return f"{self._name}[{index}]"
 
+    def file_names(self) -> Sequence[str]:
+        """From the column ``path`` (or another such name), or the path of the Hugging Face struct."""
+        with reading(self.path, "download or write the parquet file again"), pq.ParquetFile(self.path) as file:
+            schema = file.schema_arrow
+            texts = {field.name.lower(): field.name for field in schema if _is_text(field.type)}
+            column = next((texts[name] for name in PATH_NAMES if name in texts), None)
+            if column is None:
+                kind = schema.field(self.column).type
+                if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
+                    return super().file_names()
+                column = f"{self.column}.path"
+            values = file.read(columns=[column], use_threads=False).column(0)
+            paths = values.to_pylist() if "." not in column else [each and each["path"] for each in values.to_pylist()]
+            return [self.name(row) if path is None else printable(path) for row, path in enumerate(paths)]
+
     def fingerprint(self) -> str:
         return short_hash(["parquet", self._rows, self.size, self.mark, *label_parts(self.classes)])
 
@@ -162,6 +177,10 @@ def _holds_images(kind: pa.DataType) -> bool:
     return binary or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
 def labels_of_column(column: pa.ChunkedArray, names: list[str] | None = None) -> Labels:
     """Labels in a table's column of whole numbers, booleans or text; LabelProblem says what else it is."""
     kind = column.type
@@ -177,7 +196,7 @@ def labels_of_column(column: pa.ChunkedArray, names: list[str] | None = None) ->
         column, kind = column.cast(pa.float64()), pa.float64()
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
         return Labels.of_numbers(column.to_numpy(), names)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+    if _is_text(kind):
         return Labels.of_texts(column.to_pylist())
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return Labels.of_texts(value.decode("utf-8", "surrogateescape") for value in column.to_pylist())

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from timm.data import Mixup, create_transform, rand_augment_transform
 from timm.layers import DropPath
 from timm.loss import SoftTargetCrossEntropy
@@ -32,18 +32,36 @@ from mim_refiner.data.photometric import normalize
 from mim_refiner.data.workers import begun, worker_count
 from mim_refiner.evaluation.knn import AccuracyScore
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.settings import BatchSize, Decay, FrozenSettings, Listed, NonNegative, Positive, PositiveInt, Share
+from mim_refiner.settings import (
+    BatchSize,
+    Decay,
+    Files,
+    FrozenSettings,
+    Listed,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Share,
+    one_of,
+)
 from mim_refiner.types import ImageSize, height_width
+
+RECIPES = ("mae", "published", "vit_b", "vit_l", "vit_h", "vit_2b")
 
 
 class FinetuneSettings(FrozenSettings):
     """The MAE recipe with the paper's values. ``lr`` is for 256 images a step and scales with the batch.
 
-    ``shares`` of the labels to train on (stratified, at least one image a class). Mixup, cutmix, random erasing and
-    RandAugment are timm's; 0 or "" switches one off. ``pooling``: "auto" is the class token where there is one.
+    ``shares`` of the labels to train on (stratified, at least one image a class), or ``split_files`` instead: published
+    lists of file names. ``recipe``: "published" takes the values of the encoder's size for few labels (published.py),
+    "vit_b" ... those of one size. Mixup, cutmix, random erasing and RandAugment are timm's; 0 or "" switches one off.
+    ``pooling``: "auto" is the class token where there is one. ``frozen_share``: of the blocks that, with the stem and
+    the positions, stay as they are.
     """
 
     shares: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1), Listed] = (0.01, 0.1, 1.0)
+    split_files: Files = ()
+    recipe: Annotated[str, AfterValidator(one_of(RECIPES))] = "mae"
     epochs: PositiveInt = 50
     batch_size: BatchSize = 1024  # or the whole train set when that is smaller
     lr: Positive = 1e-3
@@ -59,6 +77,7 @@ class FinetuneSettings(FrozenSettings):
     erasing: Share = 0.25
     crop_scale: tuple[Share, Share] = (0.08, 1.0)
     pooling: Literal["auto", "cls", "mean"] = "auto"
+    frozen_share: Share = 0.0
     workers: Annotated[int, Field(ge=-1, le=4096)] = -1  # loader processes; -1: decided from data and cores
 
 
@@ -78,15 +97,28 @@ class LabelledRows:
 class Classifier(nn.Module):
     """A copy of an encoder with the final norm, and a linear layer on its pooled last block."""
 
-    def __init__(self, backbone: Backbone, num_classes: int, pooling: str, drop_path: float) -> None:
+    def __init__(
+        self, backbone: Backbone, num_classes: int, pooling: str, drop_path: float, frozen_share: float = 0.0
+    ) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(backbone)
         self.backbone.requires_grad_(True)
+        self.frozen_blocks = int(frozen_share * backbone.info.depth)
+        if self.frozen_blocks:
+            for parameter in self.backbone.fixed_parameters(self.frozen_blocks):
+                parameter.requires_grad_(False)
         self.pooling = pooling
         self.head = nn.Linear(backbone.info.embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
         _set_drop_path(self.backbone, drop_path)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Random layers of frozen blocks rest."""
+        super().train(mode)
+        for number in range(self.frozen_blocks):
+            self.backbone.model.blocks[number].eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, C] of normalised images [B, 3, H, W]."""
@@ -111,7 +143,7 @@ def finetune(
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     pooling = ("cls" if backbone.info.has_cls else "mean") if settings.pooling == "auto" else settings.pooling
     with _seeded(run.seed, range(torch.cuda.device_count())):
-        model = Classifier(backbone, num_classes, pooling, settings.drop_path).to(run.device)
+        model = Classifier(backbone, num_classes, pooling, settings.drop_path, settings.frozen_share).to(run.device)
         _train(model, train, settings, num_classes, image_size, run)
     predicted = _predict(model, test, image_size, settings.batch_size, run)
     return AccuracyScore.of(predicted == torch.from_numpy(test.labels))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import default_crop_ratio
+from mim_refiner.data.name_lists import NameList
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import CENTRE_CROP, FeatureKey, Features, ImageTransform, extract_features
 from mim_refiner.evaluation.finetune import LabelledRows
@@ -28,7 +29,7 @@ class Job:
 
     ``train`` and ``test`` hold the features of all blocks that any protocol of this run needs, ``blocks`` the ones to
     report; ``test_images`` is the train set itself when a part of it is held out. ``shifted``: further labelled test
-    sets by name, for robustness.
+    sets by name, for robustness. ``lists``: published splits of the train images by their files.
     """
 
     backbone: Backbone
@@ -45,6 +46,7 @@ class Job:
     model_sha256: str | None
     cache: FeatureCache | None = None
     shifted: Mapping[str, tuple[ImageSet, torch.Tensor | None]] | None = None
+    lists: Mapping[str, NameList] = field(default_factory=dict)
 
     def of_blocks(self, features: Features) -> Features:
         """Only the blocks to report."""
@@ -91,6 +93,10 @@ class Job:
             cache=self.cache if cached else None,
             progress=self.progress if what else None,
         )
+
+    def listed(self, path: str) -> NDArray[np.int64]:
+        """Rows of the train features that a published split names."""
+        return np.flatnonzero(np.isin(self.train.indices.numpy(), self.lists[path].rows))
 
     def labelled(self, features: Features, images: ImageSet) -> LabelledRows:
         """The images behind ``features`` with their class numbers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -17,11 +18,13 @@ from torch import Tensor
 from mim_refiner.core.metrics import crossed_interval
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import AccuracyScore, required_labels
-from mim_refiner.settings import FrozenSettings, Listed, Positive, PositiveInt
+from mim_refiner.settings import Files, FrozenSettings, Listed, Positive, PositiveInt
 
 
 class LowShotSettings(FrozenSettings):
-    """The paper's values. ``penalty`` is N times the published lambda = 0.00025 / N of a mean loss over N images.
+    """The paper's values. ``split_files``, published lists of file names, stand in the place of shots and splits.
+
+    ``penalty`` is N times the published lambda = 0.00025 / N of a mean loss over N images.
 
     ``scoring``: "same" prepares the test features as the training features; "reference" scores them as they are, as
     the published evaluation does (it centres and normalises the training features only).
@@ -29,6 +32,7 @@ class LowShotSettings(FrozenSettings):
 
     shots: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Listed] = (1, 2, 5)
     splits: PositiveInt = 3
+    split_files: Files = ()
     penalty: Positive = 0.00025
     max_iter: PositiveInt = 300
     scoring: Literal["same", "reference"] = "same"
@@ -42,25 +46,35 @@ class LowShotScore(AccuracyScore):
 
 
 def low_shot_protocol(
-    train: Features, test: Features, settings: LowShotSettings | None = None, *, seed: int = 0
+    train: Features,
+    test: Features,
+    settings: LowShotSettings | None = None,
+    *,
+    seed: int = 0,
+    drawn: Mapping[int, Sequence[NDArray[np.int64]]] | None = None,
 ) -> dict[tuple[FeatureKey, int], LowShotScore]:
     """Score every ((block, pooling), shots). The splits are nested: the 1-shot image is among the 2-shot images.
 
-    A class with fewer images gives all it has. Raises DataError without labels.
+    A class with fewer images gives all it has. ``drawn``: {shots: rows of each split} that are published. Raises
+    DataError without labels.
     """
     settings = settings or LowShotSettings()
     labels, truth = required_labels(train, "train").numpy(), required_labels(test, "test").numpy()
+    if drawn is None:
+        drawn = {
+            shots: [draw_shots(labels, shots, seed=seed, split=split) for split in range(settings.splits)]
+            for shots in settings.shots
+        }
     scores = {}
     for key in train.keys:
         prepared = row_normalized(train[key])
         queries = test[key].double() if settings.scoring == "reference" else row_normalized(test[key])
-        for shots in settings.shots:
+        for shots, splits in drawn.items():
             correct = []
-            for split in range(settings.splits):
-                rows = draw_shots(labels, int(shots), seed=seed, split=split)
+            for rows in splits:
                 weights = fit_logistic(prepared[rows].numpy(), labels[rows], settings)
                 correct.append(weights.classes[(queries.numpy() @ weights.matrix).argmax(1)] == truth)
-            scores[key, int(shots)] = _score(np.stack(correct))
+            scores[key, shots] = _score(np.stack(correct))
     return scores
 
 

@@ -65,15 +65,27 @@ def linear(job: Job) -> list[Result]:
 
 
 def low_shot(job: Job) -> list[Result]:
-    """Logistic regression on 1, 2, 5 images a class."""
+    """Logistic regression on 1, 2, 5 images a class, or on those of published lists.
+
+    Lists with as many images of their largest class are splits of one number.
+    """
     settings = job.settings.low_shot
     suffix = "_reference" if settings.scoring == "reference" else ""
-    scores = low_shot_protocol(job.of_blocks(job.train), job.of_blocks(job.test), settings, seed=job.run.seed)
-    return [
-        job.accuracy("low_shot", f"low_shot_{shots}_top1{suffix}", score, shown, key)
-        for (key, shots), score in scores.items()
-        for shown in [{**settings.model_dump(), "shots": shots, "accuracy_by_split": score.by_split}]
-    ]
+    by_shots: dict[int, list[str]] = {}
+    for path in settings.split_files:
+        assert job.train.labels is not None
+        by_shots.setdefault(int(job.train.labels[job.listed(path)].bincount().max()), []).append(path)
+    drawn = {shots: [job.listed(path) for path in paths] for shots, paths in by_shots.items()}
+    scores = low_shot_protocol(
+        job.of_blocks(job.train), job.of_blocks(job.test), settings, seed=job.run.seed, drawn=drawn or None
+    )
+    results = []
+    for (key, shots), score in scores.items():
+        shown = {**settings.model_dump(), "shots": shots, "accuracy_by_split": score.by_split}
+        if drawn:
+            shown |= {"splits": len(drawn[shots]), "split_files": [str(job.lists[path]) for path in by_shots[shots]]}
+        results.append(job.accuracy("low_shot", f"low_shot_{shots}_top1{suffix}", score, shown, key))
+    return results
 
 
 def clustering(job: Job) -> list[Result]:

@@ -13,15 +13,17 @@ import torch
 from mim_refiner.data.thumbnails import encode, thumbnail_sheet
 from mim_refiner.evaluation.attentive import AttentiveScore, Blocks, alike, attentive_protocol, mixture_blocks
 from mim_refiner.evaluation.features import Features
-from mim_refiner.evaluation.finetune import finetune, share_of
+from mim_refiner.evaluation.finetune import FinetuneSettings, LabelledRows, finetune, share_of
 from mim_refiner.evaluation.jobs import Job
 from mim_refiner.evaluation.knn import AccuracyScore, knn_protocol
 from mim_refiner.evaluation.linear_probe import linear_probe
 from mim_refiner.evaluation.long_tail import class_groups, group_accuracies, imbalanced_subset
 from mim_refiner.evaluation.protocols import selections
+from mim_refiner.evaluation.published import published
 from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.robustness import classifiers, corrupted, score_sets
 from mim_refiner.evaluation.segmentation import segmentation_protocol
+from mim_refiner.evaluation.splits import list_name
 from mim_refiner.types import height_width
 
 SHOWN_QUERIES = 3  # of a probe with several, beside their mean
@@ -97,18 +99,29 @@ def _picture(attention: np.ndarray[Any, Any], grid: tuple[int, int]) -> str:
 
 
 def finetuning(job: Job) -> list[Result]:
-    """Fine-tune on every share of the labels."""
+    """Fine-tune on every share of the labels, or on every published list."""
     settings, results = job.settings.finetune, []
     train, test = job.labelled(job.train, job.train_images), job.labelled(job.test, job.test_images)
-    for share in settings.shares:
-        rows = share_of(train, share, job.run.seed)
-        score = _tuned(job, rows, test, f"fine-tuning on {100 * share:g} % of the labels")
-        name = "finetune_top1" if share >= 1 else f"finetune_{100 * share:g}pct_top1"
-        options = {**settings.model_dump(), "share": share, "train_images": len(rows.rows)}
+    for name, share, rows, facts in _parts(job, train):
+        own, row = published(settings, share, job.backbone.info.embed_dim, job.settings.given("finetune"))
+        score = _tuned(job, rows, test, f"fine-tuning on {100 * share:.3g} % of the labels ({row})", own)
+        options = {**own.model_dump(), "share": share, "train_images": len(rows.rows), "row": row, **facts}
         results.append(job.accuracy("finetune", name, score, options))
     pooling = ("cls" if job.backbone.info.has_cls else "mean") if settings.pooling == "auto" else settings.pooling
     last: dict[str, Any] = {"block": job.backbone.info.depth - 1, "pooling": pooling, "norm": True}
     return [dataclasses.replace(item, **last) for item in results]
+
+
+def _parts(job: Job, train: LabelledRows) -> Iterator[tuple[str, float, LabelledRows, dict[str, Any]]]:
+    """(metric, share of the labels, images, facts) of every part of the labels to train on."""
+    settings = job.settings.finetune
+    for path in settings.split_files:
+        rows = train.select(job.listed(path))
+        share = len(rows.rows) / len(train.rows)
+        yield f"finetune_{list_name(path, settings.split_files)}_top1", share, rows, {"list": str(job.lists[path])}
+    for share in settings.shares if not settings.split_files else ():
+        name = "finetune_top1" if share >= 1 else f"finetune_{100 * share:g}pct_top1"
+        yield name, share, share_of(train, share, job.run.seed), {}
 
 
 def long_tail(job: Job) -> list[Result]:
@@ -132,7 +145,8 @@ def long_tail(job: Job) -> list[Result]:
             score = probe.selected or probe.best
         else:
             rows = job.labelled(job.train, job.train_images).select(chosen)
-            score = _tuned(job, rows, job.labelled(job.test, job.test_images), "fine-tuning on the long tail")
+            tested, own = job.labelled(job.test, job.test_images), job.settings.finetune
+            score = _tuned(job, rows, tested, "fine-tuning on the long tail", own)
         options = {
             **settings.model_dump(),
             "method": method,
@@ -232,11 +246,11 @@ def _mean_over_sets(correct: np.ndarray[Any, Any]) -> AccuracyScore:
     return AccuracyScore(value, (max(0.0, value - half), min(1.0, value + half)), by_image)
 
 
-def _tuned(job: Job, train: Any, test: Any, what: str) -> AccuracyScore:
+def _tuned(job: Job, train: LabelledRows, test: LabelledRows, what: str, settings: FinetuneSettings) -> AccuracyScore:
     job.run.reporter.phase(what, 0)
     size = job.settings.image_size
     assert size is not None
-    return finetune(job.backbone, train, test, job.settings.finetune, image_size=size, run=job.run)
+    return finetune(job.backbone, train, test, settings, image_size=size, run=job.run)
 
 
 def _spaced(count: int, limit: int | None) -> np.ndarray[Any, Any]:

@@ -42,6 +42,7 @@ class EvaluationSettings(FrozenSettings):
     image_size: Size | None = None  # None: the encoder's own
     batch_size: PositiveInt = 256
     precision: Precision = "fp32"
+    _given: tuple[str, ...] = ()
 
     @field_validator("cluster_bootstrap")
     @classmethod
@@ -65,4 +66,11 @@ class EvaluationSettings(FrozenSettings):
     @classmethod
     def from_overrides(cls, items: Iterable[str] | None, base: EvaluationSettings | None = None) -> EvaluationSettings:
         """Apply ``["knn_k=20", "linear.learning_rates=[0.1, 0.2]"]`` to ``base`` (the defaults); raises RecipeError."""
-        return changed(base or cls(), [read_setting(item) for item in items or ()])
+        base, changes = base or cls(), [read_setting(item) for item in items or ()]
+        made = changed(base, changes)
+        made._given = (*base._given, *(key for key, _ in changes))
+        return made
+
+    def given(self, group: str) -> set[str]:
+        """Names of a protocol's settings that overrides have set."""
+        return {name for found, _, name in (key.partition(".") for key in self._given) if found == group}

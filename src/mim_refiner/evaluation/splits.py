@@ -1,6 +1,9 @@
-"""Deterministic stratified splits."""
+"""Deterministic stratified splits, and published ones."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,3 +29,10 @@ def stratified_split(labels: NDArray[np.int64], share: float, seed: int) -> tupl
     if not len(kept) or not len(held):
         raise DataError(f"{len(labels)} images are too few to hold out a share of {share:g}; give more, or a test set")
     return kept, np.sort(held)
+
+
+def list_name(path: str, among: Sequence[str]) -> str:
+    """What a result on a published list is called: the file's name, with its folder's where others share it."""
+    stem = Path(path).stem
+    shared = sum(Path(other).stem == stem for other in among) > 1
+    return "".join(letter if letter.isalnum() else "-" for letter in (f"{Path(path).parent.name}-" * shared) + stem)

@@ -17,6 +17,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.labels import shown_names
 from mim_refiner.data.masks import has_masks
+from mim_refiner.data.name_lists import NameList, match_names
 from mim_refiner.data.source_base import ImageSource
 from mim_refiner.errors import DataError, InputError, did_you_mean
 from mim_refiner.evaluation import protocols as frozen
@@ -24,10 +25,11 @@ from mim_refiner.evaluation import protocols_images as retrained
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import Features, own_image_size, resolve_blocks, resolve_poolings
 from mim_refiner.evaluation.jobs import Job
+from mim_refiner.evaluation.published import row_of
 from mim_refiner.evaluation.results import Result, result_name
 from mim_refiner.evaluation.segmentation import check_segmentation
 from mim_refiner.evaluation.settings import EvaluationSettings
-from mim_refiner.evaluation.splits import stratified_split
+from mim_refiner.evaluation.splits import list_name, stratified_split
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
 
@@ -87,8 +89,8 @@ def evaluate_backbone(
     seconds = {} if seconds is None else seconds
     check_protocols(protocols)
     _check_data(protocols, train, test)
-    if "segmentation" in protocols:
-        check_segmentation(settings.segmentation, backbone)
+    _check_settings(protocols, settings, backbone)
+    lists = published_lists(protocols, settings, train, test, run)
     wanted = resolve_blocks(blocks, backbone.info.depth)
     knn_wanted = resolve_blocks(blocks if knn_blocks is None else knn_blocks, backbone.info.depth)
     job = Job(
@@ -106,6 +108,7 @@ def evaluate_backbone(
         model_sha256=model_sha256,
         cache=cache,
         shifted={name: (images, class_numbers(train, images)) for name, images in (shifted or {}).items()},
+        lists=lists,
     )
     results: list[Result] = []
     pooled = [protocol for protocol in dict.fromkeys(protocols) if protocol != "segmentation"]
@@ -231,6 +234,31 @@ def _describe(train: ImageSet, test: ImageSet | None, settings: EvaluationSettin
     return {"train": train.facts(), "test": held_out if test is None else test.facts()}
 
 
+def published_lists(
+    protocols: Sequence[str], settings: EvaluationSettings, train: ImageSet, test: ImageSet | None, run: Run
+) -> dict[str, NameList]:
+    """The published splits that ``protocols`` use, by file; what they name is said.
+
+    Raises InputError without test images, DataError for a list that does not fit.
+    """
+    found: dict[str, NameList] = {}
+    for protocol in protocols:
+        files = {"low_shot": settings.low_shot.split_files, "finetune": settings.finetune.split_files}.get(protocol, ())
+        names = [list_name(path, files) for path in files]
+        twice = next((path for path, name in zip(files, names, strict=True) if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"{protocol}.split_files: two lists are called {twice}; name each once, in its own folder")
+        if files and test is None:
+            raise InputError(
+                f"{protocol}.split_files: the lists name training images, of which a part is held out where there are "
+                "no test images; give --test"
+            )
+        found |= {path: match_names(train.source, path) for path in files if path not in found}
+    for each in found.values():
+        run.reporter.message(str(each))
+    return found
+
+
 def check_protocols(protocols: Sequence[str]) -> None:
     """Raise InputError for an unknown protocol, or for none."""
     for name in protocols:
@@ -240,6 +268,14 @@ def check_protocols(protocols: Sequence[str]) -> None:
             )
     if not protocols:
         raise InputError(f"no protocol named; choose from {', '.join(PROTOCOLS)}")
+
+
+def _check_settings(protocols: Sequence[str], settings: EvaluationSettings, backbone: Backbone) -> None:
+    """Raise InputError before any work for settings that do not suit the encoder."""
+    if "segmentation" in protocols:
+        check_segmentation(settings.segmentation, backbone)
+    if "finetune" in protocols:
+        row_of(settings.finetune.recipe, backbone.info.embed_dim)
 
 
 NEEDS_RGB = ("finetune", "long_tail", "robustness", "segmentation")  # their image operations are made for photographs

@@ -91,10 +91,11 @@ def run_heads(
     generator: torch.Generator | None = None,
     choices: Sequence[Tensor] | None = None,
 ) -> list[HeadOutput]:
-    """Losses of K heads, equal in size, on features [K, V, B, in_dim] (global views first) of samples [B].
+    """Losses of K heads on features [K, V, B, in_dim] (global views first) of samples [B].
 
-    In training the look-up excludes entries of the same sample and view 0, gathered over ranks, is enqueued after it;
-    in eval mode neither happens. ``choices`` K times [G*B] replays the draws among the top_k neighbours.
+    The heads are equal in size and objective. In training the look-up excludes entries of the same sample, and view 0,
+    gathered over ranks, is enqueued after it; in eval mode neither happens. ``choices`` K times [G*B] replays the draws
+    among the top_k neighbours.
     """
     (_, views, batch), objective, training = features.shape[:3], heads[0].objective, heads[0].training
     num_global = objective.num_global

@@ -26,6 +26,7 @@ class Refiner(nn.Module):
     """Encoder plus heads; ``heads`` is keyed by block index.
 
     A head reads the pooled raw output of its block; only the head on the last block sees it after the final norm.
+    ``objective`` and ``pooling`` are one for all heads, or one for each in the order of the sorted blocks.
     Raises InputError for blocks the encoder does not have or a pooling it cannot give.
     """
 
@@ -34,9 +35,9 @@ class Refiner(nn.Module):
         backbone: Backbone,
         blocks: Sequence[int],
         config: HeadConfig,
-        objective: Objective | None = None,
+        objective: Objective | Sequence[Objective] | None = None,
         *,
-        pooling: str,
+        pooling: str | Sequence[str],
         frozen_blocks: int = 0,
     ) -> None:
         super().__init__()
@@ -44,7 +45,11 @@ class Refiner(nn.Module):
         wrong = [block for block in blocks if not 0 <= block < depth]
         if wrong or not blocks:
             raise InputError(f"heads.blocks {list(blocks)}: the encoder has blocks 0 to {depth - 1}; choose among them")
-        if pooling == "cls" and not backbone.info.has_cls:
+        self.blocks = sorted(set(blocks))
+        poolings = [pooling] * len(self.blocks) if isinstance(pooling, str) else pooling
+        objective = objective or Objective()
+        objectives = [objective] * len(self.blocks) if isinstance(objective, Objective) else objective
+        if "cls" in poolings and not backbone.info.has_cls:
             raise InputError("heads.pooling 'cls': this encoder has no class token; use heads.pooling=mean")
         if not 0 <= frozen_blocks <= min(blocks):
             raise InputError(
@@ -52,11 +57,13 @@ class Refiner(nn.Module):
             )
         draw_by_row(backbone)
         self.backbone = backbone
-        self.blocks = sorted(set(blocks))
-        self.pooling = pooling
+        self.poolings = dict(zip(self.blocks, poolings, strict=True))
         self.frozen_blocks = frozen_blocks
         self.heads = nn.ModuleDict(
-            {str(block): RefinerHead(backbone.block_dims[block], config, objective) for block in self.blocks}
+            {
+                str(block): RefinerHead(backbone.block_dims[block], config, own)
+                for block, own in zip(self.blocks, objectives, strict=True)
+            }
         )
         self.encoder_frozen = False
         self.anchor: DenseAnchor | None = None
@@ -103,6 +110,11 @@ class Refiner(nn.Module):
         return {block: torch.stack([by_view[v] for v in range(len(views))]) for block, by_view in pooled.items()}
 
     @property
+    def class_token_last(self) -> bool:
+        """Of the last block that runs the class token alone is read."""
+        return self.poolings[self.blocks[-1]] == "cls"
+
+    @property
     def feature_widths(self) -> list[int]:
         return [self.backbone.block_dims[block] for block in self.blocks]
 
@@ -138,12 +150,12 @@ class Refiner(nn.Module):
             return dict(zip(self.blocks, prefix.split(self.feature_widths, dim=1), strict=True))
         tokens = prefix if self.frozen_blocks else self.backbone.embed(prefix)
         _, outputs = self.backbone.run_blocks(
-            tokens, self.frozen_blocks, self.blocks[-1] + 1, self.blocks, class_token_last=self.pooling == "cls"
+            tokens, self.frozen_blocks, self.blocks[-1] + 1, self.blocks, class_token_last=self.class_token_last
         )
         last = self.backbone.info.depth - 1
         if last in outputs:
             outputs[last] = self.backbone.final_norm(outputs[last])
-        return {block: self.backbone.pool(tokens, self.pooling) for block, tokens in outputs.items()}
+        return {block: self.backbone.pool(tokens, self.poolings[block]) for block, tokens in outputs.items()}
 
     def head_losses(
         self,
@@ -158,9 +170,9 @@ class Refiner(nn.Module):
         ``sample_ids`` [B]; ``choices`` {block: [G*B]} replays the draws among the nearest neighbours.
         """
         choices = self.draw_choices(sample_ids, generator) if choices is None else choices
-        alike: dict[int, list[int]] = {}  # blocks of equal width, whose heads run together
+        alike: dict[tuple[int, Objective], list[int]] = {}  # blocks whose heads run together
         for block, inputs in features.items():
-            alike.setdefault(inputs.shape[-1], []).append(block)
+            alike.setdefault((inputs.shape[-1], self.head(block).objective), []).append(block)
         outputs: dict[int, HeadOutput] = {}
         for blocks in alike.values():
             own = [choices[block] for block in blocks] if choices else None

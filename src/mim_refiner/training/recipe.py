@@ -16,6 +16,7 @@ from mim_refiner.files import dotted
 from mim_refiner.settings import (
     Decay,
     NonNegativeInt,
+    OneOrEach,
     PositiveInt,
     Precision,
     Settings,
@@ -85,15 +86,22 @@ class Heads(Settings):
     """One head per listed block (0-indexed); "last_third" comes from the encoder's depth, "auto" from measuring it."""
 
     blocks: list[int] | Literal["last_third", "auto"] = "last_third"  # from 0; auto: measured first
-    pooling: Literal["auto", "cls", "mean"] = "auto"  # what of a block a head sees; auto: cls where there is one
+    # what of a block a head sees; auto: cls where there is one; a list: one for each of the blocks, in their order
+    pooling: OneOrEach[Literal["auto", "cls", "mean"]] = "auto"
     projector_hidden: Width = 2048  # width of the projector's layers
     predictor_hidden: Width = 4096  # and of the predictor's
     out_dim: Width = 256  # numbers of an image that are compared
     queue_size: Annotated[int, Field(ge=1, le=2**24)] = 65_536  # latest images, among which neighbours are sought
-    temperature: PositiveFloat = 0.2  # of the loss: the lower, the more the nearest negatives count
+    # of the loss: the lower, the more the nearest negatives count; a list: one for each of the blocks
+    temperature: OneOrEach[PositiveFloat] = 0.2
     view_pairing: Literal["cross", "reference"] = "cross"  # cross: other views only; reference: the public code's
     swap_negatives: bool = False  # True: the neighbour stands for the target in negatives too (NNCLR)
     swap_positive: bool = True  # False: no neighbours, plain contrastive learning (an ablation)
+
+    @property
+    def measured_pooling(self) -> str:
+        """What the run is measured by: the last head's."""
+        return self.pooling if isinstance(self.pooling, str) else self.pooling[-1]
 
 
 class GuardSettings(Settings):

@@ -37,6 +37,7 @@ from mim_refiner.training.cached import cached_forward_backward, refuse_batch_de
 from mim_refiner.training.graphed import Graphed, uses_graph
 from mim_refiner.training.guard import FeatureProbe, Guard
 from mim_refiner.training.guidance import guide_heads
+from mim_refiner.training.head_settings import head_blocks, order_heads, resolved_pooling
 from mim_refiner.training.loop import Loop, Monitor, step_generator
 from mim_refiner.training.lora import adapt
 from mim_refiner.training.metric_log import metrics_of
@@ -64,12 +65,15 @@ def resolve(recipe: RefineRecipe, backbone: Backbone) -> RefineRecipe:
         raise InputError(
             f"heads.blocks: block {wrong[0]} is out of range; the encoder has blocks 0 to {info.depth - 1}"
         )
-    recipe.heads.blocks = sorted({block % info.depth for block in blocks})
+    recipe.heads.blocks = order_heads(recipe, [block % info.depth for block in blocks])
     if recipe.freeze_below:
         still = negligible_blocks(info.depth, recipe.refinement.layer_decay, recipe.freeze_below)
         recipe.frozen_blocks = max(recipe.frozen_blocks, min(still, recipe.heads.blocks[0]))
-    if recipe.heads.pooling == "auto":
-        recipe.heads.pooling = "cls" if info.has_cls else "mean"
+    asked = recipe.heads.pooling
+    if isinstance(asked, str):
+        recipe.heads.pooling = resolved_pooling(asked, info)
+    else:
+        recipe.heads.pooling = [resolved_pooling(each, info) for each in asked]
     if recipe.views.global_size is None:
         recipe.views.global_size = side_or_pair(info.image_size)
     if recipe.views.local_size is None:
@@ -103,12 +107,6 @@ def local_size(views: Views, patch_size: tuple[int, int]) -> ImageSize:
     if spanned:
         height, width = (height, sides[1]) if along_height else (sides[0], width)
     return side_or_pair((height, width))
-
-
-def head_blocks(recipe: RefineRecipe, depth: int) -> list[int]:
-    """The blocks with a head; the last third for "last_third", and for "auto" as long as nothing was measured."""
-    blocks = recipe.heads.blocks
-    return list(range(depth - max(1, depth // 3), depth)) if isinstance(blocks, str) else blocks
 
 
 # --- build
@@ -172,11 +170,14 @@ def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
     return refiner
 
 
-def objective_of(recipe: RefineRecipe) -> tuple[HeadConfig, Objective]:
-    """Sizes of a head, and its loss."""
+def objective_of(recipe: RefineRecipe) -> tuple[HeadConfig, Objective | list[Objective]]:
+    """Sizes of a head, and its loss: one for all heads, or one for each."""
     h = recipe.heads
     config = HeadConfig(h.projector_hidden, h.predictor_hidden, h.out_dim, h.queue_size)
-    return config, Objective(h.temperature, h.view_pairing, NUM_GLOBAL, h.swap_negatives, h.swap_positive)
+    same = h.view_pairing, NUM_GLOBAL, h.swap_negatives, h.swap_positive
+    if isinstance(h.temperature, list):
+        return config, [Objective(temperature, *same) for temperature in h.temperature]
+    return config, Objective(h.temperature, *same)
 
 
 def view_specs(recipe: RefineRecipe) -> list[ViewSpec]:
@@ -385,9 +386,8 @@ def make_guard(refinement: Refinement, folder: RunFolder, monitor: Monitor | Non
     """The do-no-harm guard over the refinement's steps, on global crops of the training images."""
     recipe, backbone, loader = refinement.recipe, refinement.refiner.backbone, refinement.loader
     view = view_specs(recipe)[0]
-    probe = FeatureProbe(
-        backbone, loader.images, view, count=recipe.guard.images, pooling=recipe.heads.pooling, run=refinement.run
-    )
+    count, pooling = recipe.guard.images, recipe.heads.measured_pooling
+    probe = FeatureProbe(backbone, loader.images, view, count=count, pooling=pooling, run=refinement.run)
     return Guard(
         probe,
         backbone,

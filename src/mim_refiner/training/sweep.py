@@ -21,7 +21,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.photometric import augment
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.models.heads import HeadOutput, RefinerHead
+from mim_refiner.models.heads import HeadOutput, Objective, RefinerHead
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.loop import learning_rate, step_generator
 from mim_refiner.training.metric_log import neighbor_accuracy
@@ -38,7 +38,8 @@ def sweep_temperatures(recipe: RefineRecipe, backbone: Backbone, loader: TrainLo
     """
     temperatures, block = recipe.sweep.temperatures, int(recipe.heads.blocks[-1])
     config, objective = objective_of(recipe)
-    refiner = Refiner(backbone, [block], config, objective, pooling=recipe.heads.pooling).to(run.device)
+    assert isinstance(objective, Objective)  # resolved recipes sweep one temperature
+    refiner = Refiner(backbone, [block], config, objective, pooling=recipe.heads.measured_pooling).to(run.device)
     refiner.freeze_encoder()
     heads = nn.ModuleList()
     for temperature in temperatures:

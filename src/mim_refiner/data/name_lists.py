@@ -1,0 +1,121 @@
+"""Published splits: a text file with an image name a line, matched against the names of a source.
+
+So come the 1 % and 10 % of ImageNet-1K (SimCLR: ``n01440764_10043.JPEG``) and the sets of 1, 2 and 5 images a class
+(MSN); a name may have no ending, or folders before it.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mim_refiner.data.labels import printable, shown_names
+from mim_refiner.data.source_base import ImageSource
+from mim_refiner.data.source_files import is_image_name, read_regular
+from mim_refiner.errors import DataError
+from mim_refiner.files import reading
+
+_CLASS_AGAIN = re.compile(r"(n\d{8})(_\d+)_\1$")  # Hugging Face's ImageNet: n01440764_10043_n01440764
+
+
+@dataclass(frozen=True)
+class NameList:
+    """A list and the images of a source that it names."""
+
+    path: str
+    rows: NDArray[np.int64]  # of the source, in order, each once
+    listed: int  # names in the list
+    missing: int  # names that the source does not hold
+    first_missing: str = ""
+
+    def __str__(self) -> str:
+        lost = f"; {self.missing} not found (first: {self.first_missing})" if self.missing else ""
+        return f"{self.path}: {self.listed} names, {self.listed - self.missing} found{lost}"
+
+
+def match_names(source: ImageSource, path: str | Path) -> NameList:
+    """The images of ``source`` that the list names.
+
+    As many folders are compared as a name of the list has. Endings count where they are the same in both; else
+    ``a.JPEG`` or ``a`` is ``a.png`` too. Blank lines and those that begin with # are ignored. Raises DataError for a
+    list that cannot be read or is empty, for names that fit several images, and where none is found or, with labels, a
+    class of the source has none.
+    """
+    names = _names(path)
+    wanted: dict[tuple[str, ...], list[int]] = {}
+    for number, name in enumerate(names):
+        wanted.setdefault(_key(name), []).append(number)
+    lengths, found = sorted({len(key) for key in wanted}), [_Found() for _ in names]
+    for row, name in enumerate(source.file_names()):
+        parts, key = name.split("/"), _key(name)
+        for length in lengths:
+            for number in wanted.get(key[-length:], ()) if length <= len(key) else ():
+                found[number].add(row, exact=names[number].split("/") == parts[-length:])
+    _refuse_ambiguous(source, path, names, found)
+    lost = [name for name, each in zip(names, found, strict=True) if not each.rows]
+    if len(lost) == len(names):
+        raise DataError(
+            f"{path}: none of its {len(names)} names is one of {source.description} (the list begins with "
+            f"'{names[0]}', the images with '{source.file_names()[0]}'); give the images that it was made for"
+        )
+    rows = np.unique([each.rows[0] for each in found if each.rows])
+    result = NameList(str(path), rows, len(names), len(lost), *lost[:1])
+    if source.classes is not None:
+        absent = np.setdiff1d(np.arange(len(source.classes.names)), source.classes.numbers[rows])
+        if len(absent):
+            which = shown_names([source.classes.names[number] for number in absent])
+            raise DataError(
+                f"{result}: no image of {len(absent)} of the {len(source.classes.names)} classes of "
+                f"{source.description} ({which}); give the images that the list was made for"
+            )
+    return result
+
+
+class _Found:
+    """The rows that a name fits: those that have its ending too, if any."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.exact = False
+
+    def add(self, row: int, *, exact: bool) -> None:
+        if exact and not self.exact:
+            self.rows, self.exact = [], True
+        if exact == self.exact:
+            self.rows.append(row)
+
+
+def _names(path: str | Path) -> list[str]:
+    with reading(path, "give a text file with the name of an image a line"):
+        text = read_regular(Path(path).expanduser()).decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("is no text")
+    lines = (line.partition("\t")[0].strip() for line in text.splitlines())
+    names = [posixpath.normpath(printable(line).replace("\\", "/")) for line in lines if line and line[0] != "#"]
+    if not names:
+        raise DataError(f"{path}: names no image; write the name of an image a line")
+    return list(dict.fromkeys(name.lstrip("/") for name in names))
+
+
+def _key(name: str) -> tuple[str, ...]:
+    """Folders and name without the ending of an image."""
+    *folders, last = name.split("/")
+    stem = os.path.splitext(last)[0] if is_image_name(last) else last
+    return *folders, _CLASS_AGAIN.sub(r"\1\2", stem)
+
+
+def _refuse_ambiguous(source: ImageSource, path: str | Path, names: list[str], found: list[_Found]) -> None:
+    several = [number for number, each in enumerate(found) if len(each.rows) > 1]
+    if several:
+        whole, first = source.file_names(), several[0]
+        fits = shown_names([whole[row] for row in found[first].rows])
+        raise DataError(
+            f"{path}: {len(several)} of its {len(names)} names fit several images of {source.description} (first: "
+            f"'{names[first]}' fits {fits}); write their folders before the names"
+        )

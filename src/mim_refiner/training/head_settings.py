@@ -1,0 +1,40 @@
+"""What a recipe says of its heads, for a given encoder: their blocks, and what each of them has of its own."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from mim_refiner.errors import InputError
+from mim_refiner.training.recipe import RefineRecipe
+from mim_refiner.types import BackboneInfo, Pooling
+
+
+def head_blocks(recipe: RefineRecipe, depth: int) -> list[int]:
+    """The blocks with a head; the last third for "last_third", and for "auto" as long as nothing was measured."""
+    blocks = recipe.heads.blocks
+    return list(range(depth - max(1, depth // 3), depth)) if isinstance(blocks, str) else blocks
+
+
+def order_heads(recipe: RefineRecipe, blocks: list[int]) -> list[int]:
+    """``blocks`` [K] sorted, and with them what the recipe says of each head; InputError where the numbers differ."""
+    heads, order = recipe.heads, sorted(range(len(blocks)), key=blocks.__getitem__)
+    for name in ("temperature", "pooling"):
+        values = getattr(heads, name)
+        if isinstance(values, list):
+            if len(values) != len(set(blocks)) or len(blocks) != len(set(blocks)):
+                raise InputError(
+                    f"heads.{name} has {len(values)} values for {len(set(blocks))} heads (heads.blocks {blocks}); "
+                    "give one value for all, or one for each block in the order of heads.blocks"
+                )
+            setattr(heads, name, [values[place] for place in order])
+    if recipe.sweep.temperatures and isinstance(heads.temperature, list):
+        raise InputError(
+            "sweep.temperatures chooses one temperature for all heads, and heads.temperature has one for each; "
+            "leave one of them out"
+        )
+    return sorted(set(blocks))
+
+
+def resolved_pooling(pooling: str, info: BackboneInfo) -> Pooling:
+    """What "auto" stands for; else ``pooling`` itself."""
+    return ("cls" if info.has_cls else "mean") if pooling == "auto" else cast(Pooling, pooling)
