@@ -88,12 +88,7 @@ def labelled_atlas(
 
 
 def label_free_atlas(
-    views: PairedViews,
-    *,
-    default: Key,
-    both: bool = True,
-    seed: int = 0,
-    progress: Progress | None = None,
+    views: PairedViews, *, default: Key, both: bool = True, seed: int = 0, progress: Progress | None = None
 ) -> Atlas:
     """Measure every cell without labels: neighbour consistency of two views, and effective rank."""
     cells, scores = [], {}

@@ -201,11 +201,7 @@ def _rounded(points: Points) -> list[list[float]]:
 
 
 def patch_maps(
-    backbone: Backbone,
-    images: ImageSet,
-    indices: Sequence[int] | NDArray[np.int64],
-    block: int,
-    run: Run,
+    backbone: Backbone, images: ImageSet, indices: Sequence[int] | NDArray[np.int64], block: int, run: Run
 ) -> dict[str, Any]:
     """First three principal components of the patch tokens as red, green and blue, one small PNG an image.
 

@@ -30,11 +30,7 @@ REPLICATES = 200  # of the bootstrap of the rank; its centred form takes a quart
 
 
 def label_free_verdict(
-    before: LabelFreeMeasures,
-    after: LabelFreeMeasures,
-    *,
-    drift: NDArray[np.float64] | None = None,
-    seed: int = 0,
+    before: LabelFreeMeasures, after: LabelFreeMeasures, *, drift: NDArray[np.float64] | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Compare two encoders on the same N images and views.
 

@@ -109,12 +109,7 @@ def reconstruction_by_block(
 
 @torch.no_grad()
 def _evaluate(
-    decoders: BlockDecoders,
-    backbone: Backbone,
-    test: ImageSet,
-    size: ImageSize,
-    rows: NDArray[np.int64],
-    run: Run,
+    decoders: BlockDecoders, backbone: Backbone, test: ImageSet, size: ImageSize, rows: NDArray[np.int64], run: Run
 ) -> NDArray[np.float64]:
     parts = []
     for number, (pixels, _) in enumerate(eval_batches(test, size, 128, indices=rows)):

@@ -17,14 +17,7 @@ from typing import Any
 from mim_refiner.data.labels import printable, shown_names
 from mim_refiner.data.source_arrays import ArraySource
 from mim_refiner.data.source_base import ConcatSource, ImageSource, sliced
-from mim_refiner.data.source_files import (
-    IMAGE_SUFFIXES,
-    TABLE_SUFFIXES,
-    FileSource,
-    Walk,
-    folder_source,
-    image_files,
-)
+from mim_refiner.data.source_files import IMAGE_SUFFIXES, TABLE_SUFFIXES, FileSource, Walk, folder_source, image_files
 from mim_refiner.data.source_hub import PREFIX, download_dataset
 from mim_refiner.data.source_list import LIST_SUFFIXES, list_source
 from mim_refiner.data.source_objects import object_source

@@ -53,11 +53,7 @@ class ClusteringScore:
 
 
 def clustering_protocol(
-    features: Features,
-    *,
-    num_seeds: int = 100,
-    resamples: int = 0,
-    seed: int = 0,
+    features: Features, *, num_seeds: int = 100, resamples: int = 0, seed: int = 0
 ) -> dict[FeatureKey, ClusteringScore]:
     """Cluster ``features`` (the evaluated images themselves) for every (block, pooling).
 

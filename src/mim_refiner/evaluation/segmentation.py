@@ -160,11 +160,7 @@ class DenseProbe:
             # gradient of the pixels' mean cross-entropy
             error = ((normed @ self.weight + self.bias).softmax(1) * counts.sum(1, keepdim=True) - counts) / pixels
             rate = warmup_cosine(
-                step,
-                total_steps=total,
-                warmup_steps=round(settings.warmup * total),
-                peak=peak,
-                end=settings.end_rate,
+                step, total_steps=total, warmup_steps=round(settings.warmup * total), peak=peak, end=settings.end_rate
             )
             gradients = normed.T @ error, error.sum(0)
             for parameter, gradient, velocity in zip((self.weight, self.bias), gradients, moving, strict=True):
