@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mim_refiner.analysis.label_free import LabelFreeMeasures, label_free_measures
-from mim_refiner.analysis.label_free_verdict import label_free_verdict
+from mim_refiner.analysis.verdict import label_free_verdict
 from mim_refiner.errors import InputError
 
 
@@ -55,7 +55,7 @@ def test_small_changes_are_not_clear_however_certain(monkeypatch):
     found = label_free_verdict(before, shifted)
     assert found["verdict"] == "no clear change"
     assert found["measures"][0]["ci95"] == pytest.approx([0.01, 0.01])
-    monkeypatch.setattr("mim_refiner.analysis.label_free_verdict.MIN_CHANGE", 0.005)
+    monkeypatch.setattr("mim_refiner.analysis.verdict.MIN_CHANGE", 0.005)
     assert label_free_verdict(before, shifted)["verdict"] == "no collapse seen"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mim_refiner.data import overlap
-from mim_refiner.data.overlap import check_overlap
+from mim_refiner.data.duplicates import check_overlap
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError
 

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from mim_refiner.errors import InputError
-from mim_refiner.report.analysis_figures import atlas_map, head_behaviour, regimes_plot, similarity_map
-from mim_refiner.report.figures import DPI
+from mim_refiner.report.figures import DPI, atlas_map, head_behaviour, regimes_plot, similarity_map
 
 
 def pixels(path):

@@ -1,12 +1,21 @@
-"""Did refinement help? A verdict from paired predictions on labelled images."""
+"""Did refinement help? A verdict from paired predictions on labelled images; without labels, whether it did harm.
+
+Without labels nothing is called better: training against augmentations raises neighbour consistency by itself, also
+where k-NN stands.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from numpy.typing import ArrayLike
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
+from mim_refiner.analysis.label_free import LabelFreeMeasures, bootstrap_interval, rank_of_rows
 from mim_refiner.core.metrics import paired_interval
+from mim_refiner.errors import InputError
 
 BETTER, UNCLEAR, WORSE = "better", "no clear change", "worse"
 SOUND = "no collapse seen"  # all that is said for an encoder without labels
@@ -36,3 +45,179 @@ def _reason(word: str, difference: float, low: float, high: float) -> str:
     if word == UNCLEAR:
         return f"k-NN accuracy {change}{by} ({interval}): the interval includes zero, so this may be chance."
     return f"k-NN accuracy {change}{by} on the same test images ({interval}): the interval leaves zero out."
+
+
+Rows = NDArray[np.int64]
+
+
+# Smaller changes of neighbour consistency (a share, 0-1) are no clear change, however certain.
+MIN_CHANGE = 0.02
+# An effective rank below this share of the base's is worse, whatever the neighbours say: features that fall on few
+# directions agree with each other without telling images apart.
+COLLAPSE = 0.5
+# Below it a rise of the consistency is no clear change: training against augmentations raises it before collapse too.
+RANK_KEPT = 0.75
+REPLICATES = 200  # of the bootstrap of the rank; its centred form takes a quarter, means are cheap and take 1000
+
+
+def label_free_verdict(
+    before: LabelFreeMeasures, after: LabelFreeMeasures, *, drift: NDArray[np.float64] | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Compare two encoders on the same N images and views.
+
+    "no collapse seen" or "worse": neighbour consistency rose or fell by more than ``MIN_CHANGE``, and so did its paired
+    95 % interval; worse too when the effective rank collapsed; "no clear change" otherwise, and where a rise came with
+    a rank that fell far. Returns {"verdict", "reason", "measures": [a row each], "confidence",
+    "samples", "rule"}. ``drift`` [M]: see ``dense_drift``.
+    Raises InputError when the images differ.
+    """
+    count = len(before.consistency)
+    if len(after.consistency) != count:
+        raise InputError(f"a paired verdict needs the same images, got {count} and {len(after.consistency)}")
+    rows = {
+        "neighbour consistency": _row(before.consistency, after.consistency, seed=seed),
+        "view retrieval": _row(before.retrieval, after.retrieval, seed=seed),
+        "effective rank": _rank_row(before, after, REPLICATES, seed),
+        "effective rank, centred": _rank_row(before, after, REPLICATES // 4, seed, centred=True),
+        "cluster stability": _row(before.stability, after.stability, seed=seed),
+    }
+    word, why = _decide(rows["neighbour consistency"], rows["effective rank"])
+    measures = [{"measure": name, **row.shown()} for name, row in rows.items()]
+    if drift is not None:
+        measures.append(_drift_row(drift, seed))
+    confidence = _confidence(word, rows)
+    return {
+        "verdict": word,
+        "reason": f"{why} Judged without labels; confidence {confidence['word']}: {confidence['why']}.",
+        "measures": measures,
+        "confidence": confidence,
+        "samples": {"images": count, "cluster_pairs": len(before.stability)},
+        "rule": {"min_change": MIN_CHANGE, "collapse": COLLAPSE, "rank_kept": RANK_KEPT},
+    }
+
+
+@dataclass(frozen=True)
+class _Row:
+    before: float
+    after: float
+    difference: float
+    low: float
+    high: float
+    drawn: NDArray[np.float64]  # bootstrap replicates of the difference
+
+    def shown(self) -> dict[str, Any]:
+        change = "rose" if self.low > 0 else "fell" if self.high < 0 else "unclear"
+        return {
+            "before": self.before,
+            "after": self.after,
+            "difference": self.difference,
+            "ci95": [self.low, self.high],
+            "change": change,
+        }
+
+
+def _row(before: NDArray[np.float64], after: NDArray[np.float64], *, seed: int) -> _Row:
+    """Means of per-image (or per-pair) values and the paired bootstrap of their difference."""
+    difference = after - before
+    value, low, high, drawn = bootstrap_interval(
+        lambda rows: float(difference[rows].mean()), len(difference), seed=seed
+    )
+    return _Row(float(before.mean()), float(after.mean()), value, low, high, drawn)
+
+
+def _rank_row(
+    before: LabelFreeMeasures, after: LabelFreeMeasures, replicates: int, seed: int, *, centred: bool = False
+) -> _Row:
+    """Effective ranks; the difference is bootstrapped over images, in pairs.
+
+    An effective rank of a resample is lower than that of as many different images, about alike for both encoders; the
+    interval is moved so that its centre is the measured difference.
+    """
+    ranks: tuple[Callable[[Rows], float], ...] = tuple(
+        rank_of_rows(x.features, centred=centred) for x in (before, after)
+    )
+    every = np.arange(len(before.features))
+    values = [rank(every) for rank in ranks]
+    difference, low, high, drawn = bootstrap_interval(
+        lambda rows: ranks[1](rows) - ranks[0](rows), len(every), replicates=replicates, seed=seed
+    )
+    shift = difference - float(np.median(drawn))
+    return _Row(values[0], values[1], difference, low + shift, high + shift, drawn + shift)
+
+
+def _decide(consistency: _Row, rank: _Row) -> tuple[str, str]:
+    if rank.after < COLLAPSE * rank.before and rank.high < 0:
+        return WORSE, (
+            f"The effective rank of the features collapsed from {rank.before:.1f} to {rank.after:.1f}: "
+            "images are no longer told apart."
+        )
+    word = SOUND if consistency.low > MIN_CHANGE else WORSE if consistency.high < -MIN_CHANGE else UNCLEAR
+    interval = f"95 % interval {100 * consistency.low:+.1f} to {100 * consistency.high:+.1f}"
+    moved = f"{100 * consistency.before:.1f} to {100 * consistency.after:.1f} % ({interval})"
+    if word == UNCLEAR:
+        limit = f"{100 * MIN_CHANGE:.0f} points"
+        return (
+            word,
+            f"Two views of an image share {moved} of their neighbours: not clearly more than {limit} of change.",
+        )
+    kind = "more" if word == SOUND else "less"
+    found = f"Two views of an image share {kind} of their neighbours than before: {moved}"
+    if word == SOUND and _rank_lost(rank):
+        return UNCLEAR, (
+            f"{found}, but the effective rank of the features fell from {rank.before:.1f} to {rank.after:.1f}: "
+            "features on fewer directions agree more without telling more apart."
+        )
+    return word, f"{found}." + (" That shows no harm and proves no gain." if word == SOUND else "")
+
+
+def _rank_lost(rank: _Row) -> bool:
+    return rank.after < RANK_KEPT * rank.before and rank.high < 0
+
+
+def _confidence(word: str, rows: Mapping[str, _Row]) -> dict[str, Any]:
+    """How sure: the share of bootstrap replicates on the same side, and whether other measures object.
+
+    Cluster stability has no say: where labels exist it fell with real refinements and rose with collapse.
+    """
+    consistency, retrieval, rank = (rows[n] for n in ("neighbour consistency", "view retrieval", "effective rank"))
+    drawn = consistency.drawn
+    contested = word == UNCLEAR and consistency.low > MIN_CHANGE  # the rank fell too far
+    shares = {
+        SOUND: float((drawn > MIN_CHANGE).mean()),
+        WORSE: float((drawn < -MIN_CHANGE).mean()),
+        UNCLEAR: float((rank.drawn < (RANK_KEPT - 1) * rank.before).mean())
+        if contested
+        else float((np.abs(drawn) <= MIN_CHANGE).mean()),
+    }
+    collapsed = rank.after < COLLAPSE * rank.before
+    share = 1.0 if word == WORSE and collapsed else shares[word]
+    objections = {
+        SOUND: {"view retrieval": retrieval.high < 0},
+        WORSE: {"view retrieval": retrieval.low > 0 and not collapsed},
+        UNCLEAR: {
+            "neighbour consistency": contested,
+            "view retrieval": retrieval.low > MIN_CHANGE or retrieval.high < -MIN_CHANGE,
+        },
+    }[word]
+    against = [name for name, objects in objections.items() if objects]
+    level = "high" if share >= 0.99 and not against else "medium" if share >= 0.9 and len(against) < 2 else "low"
+    objects = f"{' and '.join(against)} {'objects' if len(against) == 1 else 'object'}" if against else "none objects"
+    return {
+        "word": level,
+        "bootstrap_agreement": share,
+        "against": against,
+        "why": f"{100 * share:.0f} % of resamples agree, and of the other measures {objects}",
+    }
+
+
+def _drift_row(drift: NDArray[np.float64], seed: int) -> dict[str, Any]:
+    """1 - cosine of the patch features of before and after: how far the dense features moved; no part of the rule."""
+    value, low, high, _ = bootstrap_interval(lambda rows: float(drift[rows].mean()), len(drift), seed=seed)
+    return {
+        "measure": "drift of patch features",
+        "before": 0.0,
+        "after": value,
+        "difference": value,
+        "ci95": [low, high],
+        "change": "shown only",
+    }

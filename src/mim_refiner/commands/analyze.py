@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mim_refiner.analysis.atlas import Atlas
+from mim_refiner.analysis.atlas import Atlas, place_heads
 from mim_refiner.analysis.blocks import curves_from_scores
 from mim_refiner.analysis.label_free import MIN_IMAGES
-from mim_refiner.analysis.placement import place_heads
 from mim_refiner.analysis.reconstruction import ReconstructionSettings, reconstruction_by_block
 from mim_refiner.analysis.regimes import regimes_record
 from mim_refiner.analysis.similarity import block_similarity
@@ -38,8 +37,7 @@ from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import Features
 from mim_refiner.files import name_of, write_json
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.report.analysis_figures import atlas_map, head_behaviour, regimes_plot, similarity_map
-from mim_refiner.report.figures import block_curves
+from mim_refiner.report.figures import atlas_map, block_curves, head_behaviour, regimes_plot, similarity_map
 from mim_refiner.reporting import NullReporter, Reporter
 
 PARTS = ("atlas", "verdict", "readout", "similarity", "reconstruction", "heads")

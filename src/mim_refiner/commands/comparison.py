@@ -25,7 +25,7 @@ from mim_refiner.commands.survey import (
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.overlap import compare_images
+from mim_refiner.data.duplicates import compare_images
 from mim_refiner.errors import DataError
 from mim_refiner.evaluation.results import Result, result_name
 from mim_refiner.evaluation.settings import EvaluationSettings

@@ -18,8 +18,15 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError, RunFolderError
-from mim_refiner.evaluation.embedding import Embedding, FeatureSpec, compute_features
-from mim_refiner.evaluation.feature_files import check_ending, class_list, rows_file, write_features
+from mim_refiner.evaluation.embedding import (
+    Embedding,
+    FeatureSpec,
+    check_ending,
+    class_list,
+    compute_features,
+    rows_file,
+    write_features,
+)
 from mim_refiner.files import json_value, name_of, read_json, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import NullReporter, Reporter

@@ -18,7 +18,6 @@ from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import join_processes, refuse_difference, together
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.source_files import read_regular
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.cache import FeatureCache
@@ -32,7 +31,7 @@ from mim_refiner.evaluation.suite import (
     suite_protocols,
     suite_settings,
 )
-from mim_refiner.files import dotted, name_of, reading, write_bytes
+from mim_refiner.files import dotted, name_of, read_regular, reading, write_bytes
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.tables import latex_table, markdown_table, results_rows
 from mim_refiner.reporting import NullReporter, Reporter

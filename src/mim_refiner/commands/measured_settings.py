@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from mim_refiner.analysis.placement import place_heads
+from mim_refiner.analysis.atlas import place_heads
 from mim_refiner.commands.inputs import train_loader
 from mim_refiner.commands.survey import atlas_of, choose_samples
 from mim_refiner.core.collectives import decide_on_rank_0, from_rank_0

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mim_refiner.analysis.atlas import Atlas, Key, label_free_atlas, labelled_atlas
 from mim_refiner.analysis.augmented import PairedViews, paired_views
 from mim_refiner.analysis.label_free import LabelFreeMeasures, dense_drift, label_free_measures
-from mim_refiner.analysis.label_free_verdict import label_free_verdict
+from mim_refiner.analysis.verdict import label_free_verdict
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet

@@ -9,9 +9,8 @@ import numpy as np
 
 from mim_refiner.data.labels import printable
 from mim_refiner.data.source_base import ImageSource, Selection
-from mim_refiner.data.source_files import read_regular
 from mim_refiner.errors import DataError, did_you_mean
-from mim_refiner.files import reading
+from mim_refiner.files import read_regular, reading
 
 
 def list_lines(items: Iterable[tuple[int, str, str]]) -> bytes:

@@ -20,10 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mim_refiner.data.channels import common_type, resize
 from mim_refiner.data.decode import ImageSet, Loaded, Pixels
-from mim_refiner.data.prefetch import in_background
 from mim_refiner.data.resident import SHARE, ResidentImages
 from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order, scale_reduction
-from mim_refiner.data.workers import begun, decoding_threads, end_workers
+from mim_refiner.data.workers import begun, decoding_threads, end_workers, in_background
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.types import ImageSize, height_width
 

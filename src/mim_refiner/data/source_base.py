@@ -29,6 +29,15 @@ class LeftOut:
         return f"{self.count} {self.what} (first: {self.first})"
 
 
+class Counted(dict[str, LeftOut]):
+    """Things left out, by what they are."""
+
+    def add(self, what: str, first: str, count: int = 1) -> None:
+        """Count some more; the first name of each kind is kept."""
+        before = self.setdefault(what, LeftOut(0, what, printable(first)))
+        self[what] = LeftOut(before.count + count, what, before.first)
+
+
 @dataclass(frozen=True)
 class Shared:
     """Test images that are training images too: how many of those compared, and the first pair."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
+
 from mim_refiner.data.image_files import image_suffixes
 from mim_refiner.data.labels import LabelProblem, Labels, printable, shown_names
-from mim_refiner.data.packed import PackedStrings
-from mim_refiner.data.source_base import ImageSource, LeftOut, label_parts, short_hash
+from mim_refiner.data.source_base import Counted, ImageSource, LeftOut, label_parts, short_hash
 from mim_refiner.errors import DataError
+from mim_refiner.files import read_regular
 
 IMAGE_SUFFIXES = image_suffixes()
 # columns of lists and tables that hold the paths of images
@@ -30,15 +31,6 @@ def is_image_name(name: str) -> bool:
     """Whether a file's ending is that of an image (or of an array that holds one)."""
     ending = os.path.splitext(name)[1].lower()
     return ending in IMAGE_SUFFIXES or ending == ARRAY_SUFFIX
-
-
-def read_regular(path: Path | str) -> bytes:
-    """The content of a file; ValueError for what is none (a pipe or device would never end)."""
-    nonblocking = getattr(os, "O_NONBLOCK", 0)
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | nonblocking)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("is no regular file")
-        return file.read()
 
 
 class FileSource(ImageSource):
@@ -90,8 +82,8 @@ class Walk:
     root: Path
     tables: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in TABLE_SUFFIXES})
     others: Counter[str] = field(default_factory=Counter)  # endings that are not read
-    _first: dict[str, str] = field(default_factory=dict)  # kind of what is left out -> its first name
-    _lost: Counter[str] = field(default_factory=Counter)
+    lost: Counted = field(default_factory=Counted)
+    _first_other: str = ""
 
     def __iter__(self) -> Iterator[str]:
         for name in self._walk(str(self.root), "", set()):
@@ -102,11 +94,7 @@ class Walk:
                 self.tables[ending].append(name)
             else:
                 self.others[ending] += 1
-                self._first.setdefault("other", name)
-
-    def _lose(self, what: str, name: str) -> None:
-        self._lost[what] += 1
-        self._first.setdefault(what, name)
+                self._first_other = self._first_other or name
 
     def _walk(self, folder: str, prefix: str, above: set[tuple[int, int]]) -> Iterator[str]:
         try:
@@ -119,27 +107,27 @@ class Walk:
                 found = sorted((f"{entry.name}/" if entry.is_dir() else entry.name, _special(entry))
                                for entry in entries)  # fmt: skip
         except OSError as error:
-            self._lose(f"folders cannot be opened ({error.strerror or error})", prefix or folder)
+            self.lost.add(f"folders cannot be opened ({error.strerror or error})", prefix or folder)
             return
         for name, special in found:
             if name.startswith("."):
                 if is_image_name(name) and not name.startswith("._"):
-                    self._lose("hidden files (their names begin with a dot)", prefix + name)
+                    self.lost.add("hidden files (their names begin with a dot)", prefix + name)
             elif name.endswith("/"):
                 yield from self._walk(os.path.join(folder, name[:-1]), prefix + name, above | {here})
             elif special:
-                self._lose("entries are no regular files (pipes, sockets, devices)", prefix + name)
+                self.lost.add("entries are no regular files (pipes, sockets, devices)", prefix + name)
             else:
                 yield prefix + name
 
     def left_out(self, kind: str = "") -> tuple[LeftOut, ...]:
         """What is not read, when the files of ``kind`` are (an ending of tables; "": the images)."""
         others = self.others + Counter({each: len(names) for each, names in self.tables.items() if each != kind})
-        found = [LeftOut(count, what, printable(self._first[what])) for what, count in self._lost.items()]
+        found = list(self.lost.values())
         if others:
             endings = ", ".join(f"{count} {ending or 'without'}" for ending, count in others.most_common(6))
             first = [names[0] for each, names in self.tables.items() if names and each != kind]
-            name = printable(self._first.get("other") or first[0])
+            name = printable(self._first_other or first[0])
             found.append(LeftOut(others.total(), f"files with other endings ({printable(endings)})", name))
         return tuple(found)
 
@@ -199,3 +187,36 @@ def image_files(paths: list[Path]) -> FileSource:
     """Several image files, each named by hand or by a pattern."""
     base = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
     return folder_source(base, [os.path.relpath(path, base) for path in paths])
+
+
+_CODEC = ("utf-8", "surrogateescape")  # paths may hold bytes that are no UTF-8
+_AT_ONCE = 2**16  # texts that are objects at a time
+
+
+class PackedStrings(Sequence[str]):
+    """A read-only sequence of texts, made of texts or of an Arrow array of bytes.
+
+    A Python list of a million paths takes about 100 MB, and every forked worker copies it piece by piece, as looking at
+    an object writes its reference count. Arrow takes the text itself plus 8 bytes each, and stays shared.
+    """
+
+    def __init__(self, texts: Iterable[str] | pa.Array) -> None:
+        self.array = texts if isinstance(texts, pa.Array) else packed(texts)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
+        return str(self.array[index].as_py(), *_CODEC)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+
+def packed(texts: Iterable[str]) -> pa.Array:
+    """The texts as an Arrow array of bytes, made piece by piece."""
+    encoded = (text.encode(*_CODEC) for text in texts)
+    parts = [pa.array([], pa.large_binary())]
+    while len(parts) == 1 or len(parts[-1]) == _AT_ONCE:
+        parts.append(pa.array(itertools.islice(encoded, _AT_ONCE), pa.large_binary()))
+    return pa.concat_arrays(parts)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from mim_refiner.data.labels import LabelProblem, Labels, candidates, printable
 from mim_refiner.data.source_base import LeftOut
-from mim_refiner.data.source_files import PATH_NAMES, FileSource, is_image_name, read_regular
+from mim_refiner.data.source_files import PATH_NAMES, FileSource, is_image_name
 from mim_refiner.errors import DataError
-from mim_refiner.files import reading
+from mim_refiner.files import read_regular, reading
 
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 _SEPARATORS = ("", ",", ";", "\t", " ")

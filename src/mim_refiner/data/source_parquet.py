@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from mim_refiner.data.labels import LabelProblem, Labels, candidates, names_in_metadata, printable, shown_names
 from mim_refiner.data.source_base import ConcatSource, ImageSource, LeftOut, label_parts, short_hash
-from mim_refiner.data.source_files import PATH_NAMES, read_regular
+from mim_refiner.data.source_files import PATH_NAMES
 from mim_refiner.errors import DataError
-from mim_refiner.files import reading
+from mim_refiner.files import read_regular, reading
 
 WHOLE_FILE_BYTES = 512 * 2**20  # a smaller file is held in memory whole, a larger one by row group
 _GROUPS_IN_MEMORY = 4

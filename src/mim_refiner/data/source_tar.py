@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import mmap
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mim_refiner.data.labels import LabelProblem, Labels, printable
-from mim_refiner.data.packed import PackedStrings, packed
-from mim_refiner.data.source_base import ImageSource, LeftOut, label_parts, short_hash
-from mim_refiner.data.source_files import ARRAY_SUFFIX, IMAGE_SUFFIXES
+from mim_refiner.data.source_base import Counted, ImageSource, LeftOut, label_parts, short_hash
+from mim_refiner.data.source_files import ARRAY_SUFFIX, IMAGE_SUFFIXES, PackedStrings, packed
 from mim_refiner.errors import DataError, RunFolderError
 from mim_refiner.files import cache_folder, cache_is_off, reading, write_bytes
 
@@ -56,7 +56,10 @@ class TarSource(ImageSource):
         names, offsets, sizes, labels = (column.combine_chunks() for column in pa.concat_tables(shards).columns)
         self.names, self._offsets, self._sizes = PackedStrings(names), offsets.to_numpy(), sizes.to_numpy()
         what = description or (f"shard {paths[0]}" if len(paths) == 1 else f"{len(paths)} shards")
-        self.left_out = _together(each for shard in shards for each in _left_out(shard))
+        lost = Counted()  # the same things of several shards, counted together
+        for each in itertools.chain.from_iterable(map(_left_out, shards)):
+            lost.add(each.what, each.first, each.count)
+        self.left_out = tuple(lost.values())
         if not self._offsets.any():
             found = "".join(f"; {each}" for each in self.left_out)
             raise DataError(
@@ -204,7 +207,7 @@ class _Samples:
         self._images: dict[str, tuple[int, int]] = {}  # name: offset, size; damaged places with offset 0
         self._labels: dict[str, str] = {}  # name without the ending: as written
         self._first: dict[str, str] = {}  # name up to the first dot: its first plain image
-        self._lost: dict[str, LeftOut] = {}
+        self._lost = Counted()
 
     def add(self, name: str, offset: int, size: int, content: bytes) -> None:
         """Take one member; ``content`` is that of a file of labels."""
@@ -214,10 +217,10 @@ class _Samples:
             return
         stem, ending = os.path.splitext(name)
         if name.rpartition("/")[2].startswith("."):
-            self._lose("hidden members (their names begin with a dot)", name)
+            self._lost.add("hidden members (their names begin with a dot)", name)
         elif ending.lower() in _IMAGES:
             if name in self._images:
-                self._lose("members that are there twice", name)
+                self._lost.add("members that are there twice", name)
                 return
             self._images[name] = offset, size
             if stem == _sample(name):
@@ -225,11 +228,7 @@ class _Samples:
         elif ending.lower() in (".cls", ".json"):
             self._labels.setdefault(stem, _label(ending.lower(), content))
         else:
-            self._lose(f"members that end in {printable(ending) or 'nothing'}", name)
-
-    def _lose(self, what: str, name: str) -> None:
-        before = self._lost.get(what, LeftOut(0, what, printable(name)))
-        self._lost[what] = LeftOut(before.count + 1, what, before.first)
+            self._lost.add(f"members that end in {printable(ending) or 'nothing'}", name)
 
     def index(self) -> pa.Table:
         """All images in their order, with labels."""
@@ -242,7 +241,7 @@ class _Samples:
             labels.append(_NO_LABEL if key is None else self._labels[key])
         for key, label in self._labels.items():
             if key not in used and label != _NO_LABEL:
-                self._lose("members with labels belong to no image", key)
+                self._lost.add("members with labels belong to no image", key)
         places = np.array(list(rows.values()), dtype=np.uint64).reshape(-1, 2)
         left_out = json.dumps([asdict(each) for each in self._lost.values()])
         columns = [packed(rows), *map(pa.array, places.T), packed(labels)]
@@ -252,7 +251,7 @@ class _Samples:
         """Whether it is an image by itself, and no further picture (a mask, another size) of a sample that has one."""
         if not offset or self._first.get(_sample(name), name) == name:
             return True
-        self._lose("further images of a sample that has one", name)
+        self._lost.add("further images of a sample that has one", name)
         return False
 
 
@@ -260,15 +259,6 @@ def _sample(name: str) -> str:
     """The name up to the first dot of its last part: what the members of one WebDataset sample share."""
     folder, slash, base = name.rpartition("/")
     return f"{folder}{slash}{base.partition('.')[0]}"
-
-
-def _together(found: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
-    """The same things of several shards, counted together."""
-    sums: dict[str, LeftOut] = {}
-    for each in found:
-        before = sums.get(each.what, LeftOut(0, each.what, each.first))
-        sums[each.what] = LeftOut(before.count + each.count, each.what, before.first)
-    return tuple(sums.values())
 
 
 def _label(ending: str, content: bytes) -> str:

@@ -1,27 +1,35 @@
-"""Features of a whole data set, mapped to a file: memory does not grow with the data, an interruption loses little."""
+"""Features of a whole data set, mapped to a file so that memory does not grow, and then written as one file."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.labels import Labels
 from mim_refiner.data.loaders import default_crop_ratio, eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import DataError, InputError, RunFolderError
 from mim_refiner.evaluation.features import own_image_size, resolve_blocks, resolve_poolings
-from mim_refiner.files import read_json, write_json
+from mim_refiner.files import atomic_file, read_json, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import check_image_size
 from mim_refiner.types import BackboneInfo, BlockOutput, ImageSize, height_width
@@ -170,3 +178,87 @@ def _kept(folder: Path | None, images: ImageSet) -> tuple[int, NDArray[Any] | No
         return int(kept["done"]), rows
     except Exception:  # a folder of our own: what cannot be read is computed again
         return 0, None
+
+
+ENDINGS = (".parquet", ".npy", ".safetensors")
+_GROUP_BYTES = 2**26  # of a row group
+
+
+def check_ending(path: Path) -> None:
+    """Raise InputError for a file ending that is none of ours."""
+    if path.suffix not in ENDINGS:
+        known = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
+        raise InputError(f"--out {path}: unknown kind of file '{path.suffix}'; end it with {known}")
+
+
+def rows_file(path: Path) -> Path | None:
+    """The table beside a file that cannot hold the images' names; None for parquet, which can."""
+    return None if path.suffix == ".parquet" else path.with_name(path.name + ".rows.csv")
+
+
+def write_features(path: Path, found: Embedding, images: ImageSet, manifest: Mapping[str, Any]) -> None:
+    """Write the rows to ``path``, atomically and in the order of the data; the same features give the same bytes.
+
+    parquet: columns index, name[, label], features, and the manifest and the classes in the schema's metadata. npy: the
+    features alone. safetensors: features, index[, label], and the manifest in the header. Beside the latter two a table
+    ``<path>.rows.csv`` gives index, name[, label] of each row.
+    """
+    labels = None if images.classes is None else _written(images.classes)[images.classes.numbers][found.indices]
+    beside = rows_file(path)
+    if beside is not None:
+        _write_rows(beside, found.indices, labels, images)
+    with atomic_file(path) as file:
+        if path.suffix == ".npy":
+            np.lib.format.write_array(file, found.features, allow_pickle=False)
+        elif path.suffix == ".safetensors":
+            columns = {"index": found.indices} | ({} if labels is None else {"label": labels})
+            save_file({**columns, "features": found.features}, file.name, {"mim_refiner": json.dumps(manifest)})
+        else:
+            _write_parquet(file, found, labels, images, manifest)
+
+
+def class_list(classes: Labels) -> list[dict[str, Any]]:
+    """What the column ``label`` means: its number, as the data writes it where it writes numbers, and the name."""
+    return [{"label": int(number), "name": name} for number, name in zip(_written(classes), classes.names, strict=True)]
+
+
+def _written(classes: Labels) -> NDArray[np.int64]:
+    """The number of each class in the column ``label``."""
+    ids = classes.ids if classes.ids and max(classes.ids) < 2**63 else range(len(classes.names))
+    return np.array(ids, dtype=np.int64)
+
+
+def _write_parquet(
+    file: Any, found: Embedding, labels: NDArray[np.int64] | None, images: ImageSet, manifest: Mapping[str, Any]
+) -> None:
+    kind = pa.from_numpy_dtype(found.features.dtype)
+    for length in reversed(found.features.shape[1:]):
+        kind = pa.list_(kind, length)
+    fields = [("index", pa.int64()), ("name", pa.string()), *([] if labels is None else [("label", pa.int64())])]
+    metadata = {"mim_refiner": json.dumps(manifest)}
+    if images.classes is not None:
+        metadata["classes"] = json.dumps(class_list(images.classes))
+    schema = pa.schema([*fields, ("features", kind)], metadata=metadata)
+    compression = {name: "zstd" for name, _ in fields}  # float features do not get smaller
+    step = max(1, _GROUP_BYTES // found.features[0].nbytes)
+    with pq.ParquetWriter(file, schema, compression=compression, use_dictionary=False, write_statistics=False) as out:
+        for start in range(0, len(found.indices), step):
+            rows = slice(start, start + step)
+            indices = found.indices[rows]
+            columns = [pa.array(indices), pa.array([images.source.name(index) for index in indices.tolist()])]
+            columns += [] if labels is None else [pa.array(labels[rows])]
+            features = pa.array(found.features[rows].reshape(-1))
+            for length in reversed(found.features.shape[1:]):
+                features = pa.FixedSizeListArray.from_arrays(features, length)
+            out.write_table(pa.table([*columns, features], schema=schema), row_group_size=len(indices))
+
+
+def _write_rows(path: Path, indices: NDArray[np.int64], labels: NDArray[np.int64] | None, images: ImageSet) -> None:
+    with atomic_file(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["row", "index", "name"] + ([] if labels is None else ["label"]))
+        for row, index in enumerate(indices.tolist()):
+            label = [] if labels is None else [int(labels[row])]
+            table.writerow([row, index, images.source.name(index), *label])
+        text.detach().flush()

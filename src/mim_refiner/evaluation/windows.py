@@ -22,8 +22,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.masks import Mask, MaskSet
 from mim_refiner.data.photometric import normalize
-from mim_refiner.data.prefetch import in_background
-from mim_refiner.data.workers import decoding_threads
+from mim_refiner.data.workers import decoding_threads, in_background
 from mim_refiner.evaluation.cache import FeatureCache, data_identity, model_identity
 from mim_refiner.models.backbone import Backbone
 

@@ -9,19 +9,12 @@ from mim_refiner.files import dotted
 from mim_refiner.report.run_files import RunFiles
 from mim_refiner.report.tables import METRICS, STAGES, demo_sentence, interval_text, paired_change, stage_titles
 
-HEADLINES = {
-    "better": "The refined encoder is better.",
-    "no clear change": "No clear change.",
-    "no collapse seen": "No collapse seen.",
-    "worse": "The refined encoder is worse.",
-    "not measured": "Not measured.",
-}
-TONES = {
-    "better": "good",
-    "worse": "bad",
-    "no clear change": "open",
-    "no collapse seen": "open",
-    "not measured": "open",
+HEADLINES = {  # of each verdict, and its tone
+    "better": ("The refined encoder is better.", "good"),
+    "no clear change": ("No clear change.", "open"),
+    "no collapse seen": ("No collapse seen.", "open"),
+    "worse": ("The refined encoder is worse.", "bad"),
+    "not measured": ("Not measured.", "open"),
 }
 
 
@@ -39,6 +32,7 @@ def verdict_view(run: RunFiles) -> dict[str, Any]:
         reason = "no before and after here; refine measures both, evaluate --compare does so for two encoders"
         return {"headline": "No verdict.", "tone": "open", "reason": reason, "further": []}
     word, sentence = str(verdict.get("verdict", "")), demo_sentence(run.summary)
+    headline, tone = HEADLINES.get(word, (word[:1].upper() + word[1:] + ".", "open"))
     further = [
         f"{STAGES[stage]}: {value['verdict']}. {value['reason']}"
         for stage, value in verdict.items()
@@ -46,8 +40,8 @@ def verdict_view(run: RunFiles) -> dict[str, Any]:
     ]
     further += [str(verdict["dense"])] if "dense" in verdict else []
     return {
-        "headline": HEADLINES.get(word, word[:1].upper() + word[1:] + "."),
-        "tone": TONES.get(word, "open"),
+        "headline": headline,
+        "tone": tone,
         "reason": sentence or str(verdict.get("reason", "")),
         "further": [] if sentence else further,
     }
@@ -200,7 +194,7 @@ def run_row(run: RunFiles, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "verdict": word,
-        "tone": TONES.get(word, "open"),
+        "tone": HEADLINES.get(word, ("", "open"))[1],
         "interval": interval_text(verdict["ci95"]) if verdict.get("ci95") else None,
         "cells": cells,
         "time": "–" if seconds is None else duration(seconds),
