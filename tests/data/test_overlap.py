@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mim_refiner.data import overlap
+from mim_refiner.data import duplicates
 from mim_refiner.data.duplicates import check_overlap
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError
@@ -41,8 +41,8 @@ def test_some_common_images_are_counted(arrays):
 
 
 def test_a_copy_of_a_large_set_is_found_in_a_sample(arrays, monkeypatch):
-    monkeypatch.setattr(overlap, "_TEST_LIMIT", 10)
-    monkeypatch.setattr(overlap, "_TRAIN_LIMIT", 20)
+    monkeypatch.setattr(duplicates, "_TEST_LIMIT", 10)
+    monkeypatch.setattr(duplicates, "_TRAIN_LIMIT", 20)
     assert check_overlap(arrays("train", range(40)), arrays("test", range(39, -1, -1))).count > 0
 
 
