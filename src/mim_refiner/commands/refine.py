@@ -110,7 +110,7 @@ def refine(
     Head warm-up on the frozen encoder, then refinement (paper section 3.3). ``eval_data``/``eval_test``: labelled
     images to measure on; without them a part of ``data``, if it has labels, is held out for that (``hold_out`` of the
     recipe). The same call on the same folder resumes. ``head_blocks``: "auto" places the heads by measurement
-    (``analysis.placement``), "last_third" or block numbers such as "8,9" overrule the recipe. ``memory_budget``
+    (``analysis.atlas``), "last_third" or block numbers such as "8,9" overrule the recipe. ``memory_budget``
     ("24GB", "auto") picks micro_batch, kept_graphs and checkpointing so that a step fits; ``plan`` only returns what
     the run would need and cost. ``exclude``: list of images to leave out (as doctor writes it). ``log``: further
     loggers (tensorboard, wandb, mlflow). Returns the summary {"before", "after", "verdict", "recommendation",

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from mim_refiner.data.labels import printable, shown_names
 from mim_refiner.data.source_base import ImageSource
-from mim_refiner.data.source_files import is_image_name, read_regular
+from mim_refiner.data.source_files import is_image_name
 from mim_refiner.errors import DataError
-from mim_refiner.files import reading
+from mim_refiner.files import read_regular, reading
 
 _CLASS_AGAIN = re.compile(r"(n\d{8})(_\d+)_\1$")  # Hugging Face's ImageNet: n01440764_10043_n01440764
 
