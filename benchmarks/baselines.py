@@ -139,6 +139,7 @@ class FungiSettings:
     stride: float = 0.5
     widths: tuple[int, int, int] = (768, 2048, 96)  # of the heads: uniform, DINO, contrastive
     layer: str = "attn.proj"  # of the last block
+    losses: tuple[str, ...] = ("uniform", "dino", "contrastive")  # none: the embedding alone, as a control
     batch_size: int = 32
 
 
@@ -204,7 +205,7 @@ class Fungi:
         return normalize(images.to(self.run.device), self.backbone.info.mean, self.backbone.info.std)
 
     def features(self, images: ImageSet) -> Features:
-        """[embedding, three gradients] of every image, each scaled to length 1 [N, 4 D]; as block -1, class token."""
+        """[embedding, three gradients] of every image, each scaled to length 1 [N, 4 D], as block -1, class token."""
         settings, rows = self.settings, np.arange(len(images))
         crops = {"jitter_prob": 0.0, "gray_prob": 0.0, "flip": 0.0}
         views = [ViewSpec("global", self.size, 2, (0.25, 1.0), **crops),
@@ -242,8 +243,9 @@ class Fungi:
         with torch.no_grad():
             parts = [embedding(self.backbone, images, KEY_POOLING)]
         patches = quarter_patches(images, settings.stride)
-        for views, loss in ((images[:, None], uniform), (crops, dino), (patches, contrastive)):
-            parts.append(self.gradients(views, loss) @ self.projection)
+        of_loss = {"uniform": (images[:, None], uniform), "dino": (crops, dino), "contrastive": (patches, contrastive)}
+        for name in settings.losses:
+            parts.append(self.gradients(*of_loss[name]) @ self.projection)
         return torch.cat([F.normalize(part, dim=-1) for part in parts], dim=1).detach().cpu()
 
     def gradients(self, views: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,9 @@ def test_fungi_puts_embedding_and_projected_gradients_side_by_side(
     other = baselines.Fungi(encoder, photos, settings, Run(seed=6)).features(photos)[-1, "cls"]
     assert torch.equal(other[:, :12], found[:, :12])  # the embedding knows no seed
     assert not torch.allclose(other[:, 12:], found[:, 12:], atol=0.1)
+    alone = dataclasses.replace(settings, losses=())
+    control = baselines.Fungi(encoder, photos, alone, Run(seed=5)).features(photos)
+    torch.testing.assert_close(control[-1, "cls"], found[:, :12])
     correct = baselines.fungi_correct(encoder, photos, photos, ["knn", "linear"], settings, Run(seed=5))
     assert set(correct) == {"knn_top1 cls", "linear_top1 cls", "linear_top1_best cls"}
     assert correct["knn_top1 cls"].mean() == 1  # bright and dark images

@@ -203,4 +203,7 @@ def test_licences() -> None:
         assert family_licence(family) == "CC-BY-NC-4.0"
     assert family_licence("data2vec 2.0") == "CC-BY-NC"
     assert family_licence("timm") == "unknown"
+    published = {"mm_milan_b16": "sha256:180922e8", "mm_mae_h16": "sha256:ff848775", "mae_b16": "md5:8cad7c"}
+    assert {name: CATALOGUE[name].hash_start for name in published} == published
+    assert CATALOGUE["mae_ct_aug_h16"].licence == "unknown"  # its repository has no licence
     assert CATALOGUE["mae_refined_l16"].licence.startswith("CC-BY-NC-4.0")

@@ -285,8 +285,6 @@ def _check_data(protocols: Sequence[str], train: ImageSet, test: ImageSet | None
     coloured = [name for name in protocols if name in NEEDS_RGB]
     if coloured and train.channels != 3:
         raise InputError(f"protocol {coloured[0]} takes RGB images, not {train.channels} channels; leave it out")
-    if "segmentation" in protocols and test is None:
-        raise DataError(f"{train.description}: segmentation holds no images out; give test images with masks")
     needy = [name for name in protocols if name not in ("rank", "segmentation")]
     if test is not None:
         class_numbers(train, test)  # refused now, not after all features
@@ -305,3 +303,5 @@ def _check_data(protocols: Sequence[str], train: ImageSet, test: ImageSet | None
                 f"{images.description}: no masks, and protocol segmentation needs them; "
                 "give parquet with a column 'mask', or folders images/ and masks/"
             )
+    if "segmentation" in protocols and test is None:
+        raise DataError(f"{train.description}: segmentation holds no images out; give test images with masks")
