@@ -9,7 +9,7 @@ import torch
 
 from mim_refiner.commands.demo import demo as demo_verb
 from mim_refiner.commands.demo import plan_lines
-from mim_refiner.commands.time_box import EVALUATION, USED, Costs, Plan, choose_threads, fit, seconds_of
+from mim_refiner.commands.time_box import EVALUATION, USED, Costs, Plan, fit, seconds_of
 from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.report.numbers import duration
@@ -105,7 +105,7 @@ def test_the_number_of_threads_is_that_which_a_real_step_takes_least_time_with(
     def step() -> None:
         clock.now += 0.5 if now[0] == 1 else 3.7 if beside else 0.3
 
-    choose_threads(step, Run(), clock)
+    assert seconds_of(step, Run(), clock, choose_threads=True) == pytest.approx(0.5 if beside else 0.3)
     assert now == [threads]
     assert clock.now < 15  # as little as tells
 

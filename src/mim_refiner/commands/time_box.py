@@ -133,8 +133,7 @@ def measure(model: str, images: ImageSet, recipe: RefineRecipe, run: Run, clock:
 
             return seconds_of(step, run, clock)
 
-        choose_threads(fill, run, clock)
-        pool_step = seconds_of(fill, run, clock) if recipe.view_pool else 0.0
+        pool_step = seconds_of(fill, run, clock, choose_threads=True) * bool(recipe.view_pool)
         pooled = repeat(kept[0]) if recipe.view_pool else fresh
         warmup = seconds_a_step(begin_warmup, pooled)
         step = seconds_a_step(begin_refinement, pooled if recipe.frozen_blocks else fresh)
@@ -148,20 +147,11 @@ def _endless(loader: TrainLoader) -> Generator[ViewBatch, None, None]:
         yield from loader.epoch(epoch)
 
 
-def choose_threads(work: Callable[[], None], run: Run, clock: Clock = monotonic) -> None:
-    """Use as many threads as some work takes least time with, after one time that is not counted."""
-    work()
-    pace = pace_of(0.0, run.device)
-    while pace.looking:
-        started = clock()
-        work()
-        pace.note(clock() - started)
-
-
-def seconds_of(work: Callable[[], None], run: Run, clock: Clock = monotonic) -> float:
+def seconds_of(work: Callable[[], None], run: Run, clock: Clock = monotonic, *, choose_threads: bool = False) -> float:
     """Least time of some work, after one time that is not counted unless it was slow.
 
     The least, since other processes only make it longer, and a phase that turns out slower leaves steps out.
+    ``choose_threads``: from then on as many are used as the work takes least time with.
     """
 
     def once() -> float:
@@ -172,6 +162,10 @@ def seconds_of(work: Callable[[], None], run: Run, clock: Clock = monotonic) -> 
         return clock() - started
 
     first = once()
+    pace = pace_of(0.0 if choose_threads else None, run.device)
+    while pace.looking:
+        pace.note(once())
+        first = pace.usual
     if decide_on_rank_0(lambda: first > SLOW_SECONDS):
         return first
     started, taken = clock(), [once()]

@@ -36,7 +36,7 @@ class Pace:
     def _look(self) -> None:
         self._taken: dict[int, list[float]] = {count: [] for count in self._candidates}
         self._recent: deque[float] = deque(maxlen=RECENT)
-        self._usual = math.inf
+        self.usual = math.inf  # seconds of a piece, once that is known
         self.looking = len(self._candidates) > 1
         self._set(self._candidates[0])
 
@@ -53,8 +53,8 @@ class Pace:
             self._recent.append(seconds)
             if len(self._recent) == RECENT:
                 now = median(self._recent)
-                self._usual = min(self._usual, now)
-                if now > SLOW * self._usual:
+                self.usual = min(self.usual, now)
+                if now > SLOW * self.usual:
                     self._look()
 
     def end(self) -> None:
@@ -68,7 +68,7 @@ class Pace:
         best = min(self._taken, key=lambda count: median(self._taken[count] or [0.0]))
         others = [taken for count, taken in self._taken.items() if count != best]
         if tries >= TRIES or (tries > 1 and all(min(t) > CLEAR * max(self._taken[best]) for t in others)):
-            self.looking, self._usual = False, median(self._taken[best])
+            self.looking, self.usual = False, median(self._taken[best])
             self._set(best)
         else:
             self._set(min(self._taken, key=lambda count: len(self._taken[count])))
