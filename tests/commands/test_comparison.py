@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from itertools import chain, repeat
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from mim_refiner.commands import refine
-from mim_refiner.commands.comparison import measured
+from mim_refiner.commands import deadline, refine
+from mim_refiner.commands.comparison import compare, measured
+from mim_refiner.commands.deadline import Box
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
@@ -65,6 +68,25 @@ def test_k_fits_the_bank(labelled):
     assert measured(labelled(5, 5), None, given=False, run=run()).k == 8
     assert measured(labelled(5, 5), labelled(7, 7), given=True, run=run()).k == 10
     assert measured(labelled(3, 3), labelled(7, 7), given=True, run=run()).k == 6
+
+
+def test_a_comparison_whose_time_runs_out_is_whole_on_fewer_images(labelled, tmp_path, monkeypatch):
+    monkeypatch.setattr(deadline, "FEW_BANK", 40)
+    monkeypatch.setattr(deadline, "FEW_TEST", 20)
+    encoders = [Backbone.wrap(create_vit("vit_w32_d2_h2_p8", image_size=8), source=name) for name in ("mae", "run")]
+    left = chain([1e6], repeat(-1.0))  # there seemed to be time enough
+    told = run()
+    options = {"pooling": "cls", "head_blocks": [1], "out": tmp_path, "run": told, "box": Box(lambda: next(left))}
+    summary = compare(
+        dict(zip(("before", "after"), encoders, strict=True)), labelled(60, 60), labelled(30, 30), **options
+    )
+    assert "no time for more: the comparison is on 40 bank and 20 test images" in told.reporter.said
+    assert summary["recommendation"]["reason"] == "the usual features: there was no time to measure others"
+    assert len(summary["after"]["knn_by_block"]["cls"]) == 2
+    results = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*-knn_top1-*.json")]
+    assert len(results) == 8  # encoders, blocks, poolings
+    assert {(found["data"]["train"]["images"], found["data"]["test"]["images"]) for found in results} == {(40, 20)}
+    assert not (tmp_path / "evaluation" / "atlas-after.json").exists()
 
 
 def test_the_export_is_written_when_measuring_fails(labelled, tmp_path, monkeypatch):
