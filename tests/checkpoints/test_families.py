@@ -90,7 +90,9 @@ def test_golden_files_come_back_bit_equal(shared_dir: Path, file: str, heads: in
     assert all(torch.equal(tensor, raw[name]) for name, tensor in written.items())
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.backbone.", "model.encoder.", "_fsdp_wrapped_module.net."])
+@pytest.mark.parametrize(
+    "prefix", ["module._orig_mod.", "_orig_mod.backbone.", "model.encoder.", "_fsdp_wrapped_module."]
+)
 def test_wrappers_and_prefixes_of_a_mae(tmp_path: Path, prefix: str) -> None:
     state = state_of("vit_tiny_patch16_224", img_size=40)
     mid = {n.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): t for n, t in state.items()}

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
@@ -469,9 +469,3 @@ def test_hugging_face_folders(tmp_path: Path, shared_dir: Path, canary: Path) ->
                 yield f"{name} {what}", model_folder(tmp_path / f"{name}-{what}/m", text, content)
 
     refuse(cases(), canary)
-
-
-def test_numbers_of_a_damaged_file_do_not_reach_a_model(tmp_path: Path, vit_state: State) -> None:
-    save_file(vit_state | {"norm.weight": torch.full((32,), float("nan"))}, tmp_path / "x.safetensors")
-    with pytest.raises(MimRefinerError, match=r"norm\.weight holds NaN or infinite values"):
-        load_backbone(tmp_path / "x.safetensors", num_heads=4)

@@ -115,14 +115,6 @@ def test_mean_and_std_of_the_file_or_a_guess(
     assert "guessed: mean and std (ImageNet's)" in caplog.text
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_wrapper_prefixes_are_accepted(tmp_path: Path, vit_state: State, prefix: str) -> None:
-    path = save({prefix + name: tensor for name, tensor in vit_state.items()}, tmp_path)
-    backbone = load_backbone(path, num_heads=4)
-    assert all(torch.equal(tensor, vit_state[name]) for name, tensor in backbone.model.state_dict().items())
-    assert {record.status for record in inspect_checkpoint(path).tensors} == {"renamed"}
-
-
 def test_half_precision_becomes_float32(tmp_path: Path, vit_state: State) -> None:
     path = save({name: tensor.half() for name, tensor in vit_state.items()}, tmp_path)
     backbone = load_backbone(path, num_heads=4)

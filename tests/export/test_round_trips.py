@@ -46,13 +46,10 @@ SOURCES = {
 FORMATS = {"timm": TIMM, "hf": HUGGING_FACE, "refiner": REFINER}
 
 
-def twice(backbone: Backbone, format: Format, folder: Path) -> list[Backbone]:
-    """The encoder after one and after two exports and imports."""
-    loaded = [backbone]
-    for name in ("first", "second"):
-        assert write_export(format, loaded[-1], folder / format.name / name)["max_abs_difference"] < 1e-4
-        loaded.append(load_backbone(folder / format.name / name))
-    return loaded[1:]
+def exported(backbone: Backbone, format: Format, folder: Path) -> Backbone:
+    """The encoder after an export and an import."""
+    assert write_export(format, backbone, folder)["max_abs_difference"] < 1e-4
+    return load_backbone(folder)
 
 
 def equal(first: Backbone, second: Backbone) -> list[str]:
@@ -71,10 +68,11 @@ def test_round_trips_are_bit_equal(shared_dir: Path, tmp_path: Path, source: str
     for name in ("timm", *SOURCES[source].split()):
         if name == "hf":
             pytest.importorskip("transformers")
-        once, again = twice(backbone, FORMATS[name], tmp_path)
-        assert equal(once, again) == [], name
+        once = exported(backbone, FORMATS[name], tmp_path / name)
         if name == "timm" or (name == "hf" and "/hf_" in source) or (name == "refiner" and "hub/" in source):
             assert equal(backbone, once) == [], name  # the format that it came in
+        else:
+            assert equal(once, exported(once, FORMATS[name], tmp_path / f"{name} again")) == [], name
         kept = ("family", "licence", "mean", "std", "position_rule", "pooling", "image_size", "num_heads", "norm_eps")
         if name == "refiner":  # the published code's norms have 1e-6
             kept = kept[:-1]
