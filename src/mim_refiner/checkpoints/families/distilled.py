@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import View, Wishes
-from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, has_plain_vit
-from mim_refiner.checkpoints.families.vit import vit_family
+from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, has_plain_vit, vit_family
 
 # --- iBOT and DINO (arXiv 2111.07832, 2104.14294; github.com/bytedance/ibot, facebookresearch/dino): training
 # checkpoints {"student": ..., "teacher": ...}, and iBOT's extracted teacher, a plain ViT alone under "state_dict". The

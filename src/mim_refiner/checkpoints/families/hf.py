@@ -14,7 +14,7 @@ from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishe
 from mim_refiner.checkpoints.families.beit import BEIT_MEAN, BEIT_STD, infer_beit
 from mim_refiner.checkpoints.families.distilled import free_registers
 from mim_refiner.checkpoints.families.keymap import KeyMap, Template
-from mim_refiner.checkpoints.families.vit import vit_family
+from mim_refiner.checkpoints.families.plain_vit import vit_family
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from mim_refiner.types import BackboneInfo

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, View, Wishes
-from mim_refiner.checkpoints.families.plain_vit import TIMM_NAMES, count_blocks, has_plain_vit
-from mim_refiner.checkpoints.families.vit import vit_family
+from mim_refiner.checkpoints.families.plain_vit import TIMM_NAMES, count_blocks, has_plain_vit, vit_family
 from mim_refiner.errors import InputError
 from mim_refiner.models.positions import sinusoid_table
 from mim_refiner.types import BackboneInfo

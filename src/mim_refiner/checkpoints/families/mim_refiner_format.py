@@ -13,8 +13,7 @@ from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import PROJECTION, View, Wishes
 from mim_refiner.checkpoints.families.keymap import KeyMap
-from mim_refiner.checkpoints.families.plain_vit import is_encoder_name
-from mim_refiner.checkpoints.families.vit import vit_family
+from mim_refiner.checkpoints.families.plain_vit import is_encoder_name, vit_family
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.types import BackboneInfo
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from mim_refiner.checkpoints.families import beit
 from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
-from mim_refiner.checkpoints.families.vit import vit_family
+from mim_refiner.checkpoints.families.plain_vit import vit_family
 
 ANCHOR = "patch_embed.projection.weight"
 _LAYER = "layers.{i}."

@@ -11,8 +11,7 @@ from torch import Tensor
 from mim_refiner.checkpoints.families import hf
 from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, View, Wishes
 from mim_refiner.checkpoints.families.keymap import KeyMap
-from mim_refiner.checkpoints.families.plain_vit import PARTS, has_plain_vit, is_encoder_name
-from mim_refiner.checkpoints.families.vit import vit_family
+from mim_refiner.checkpoints.families.plain_vit import PARTS, has_plain_vit, is_encoder_name, vit_family
 from mim_refiner.errors import CheckpointError
 
 # --- data2vec 2.0 (Baevski et al., arXiv 2212.07525; layout of fairseq examples/data2vec), images only.

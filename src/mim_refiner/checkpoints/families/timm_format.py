@@ -20,8 +20,7 @@ from mim_refiner.checkpoints.families.base import (
     is_buffer,
 )
 from mim_refiner.checkpoints.families.keymap import Mapped
-from mim_refiner.checkpoints.families.plain_vit import has_plain_vit
-from mim_refiner.checkpoints.families.vit import vit_family
+from mim_refiner.checkpoints.families.plain_vit import has_plain_vit, vit_family
 from mim_refiner.checkpoints.store import OWN_FACTS
 from mim_refiner.errors import CheckpointError
 
