@@ -18,7 +18,9 @@ def test_guesses_are_said_unless_quiet(tmp_path: Path, cli: SimpleNamespace, unl
     words = [
         "embed",
         "--model",
-        f"{tmp_path / 'x.pth'}::num_heads=2",
+        tmp_path / "x.pth",
+        "--num-heads",
+        2,
         "--data",
         unlabelled,
         "--device",
