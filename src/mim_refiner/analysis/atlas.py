@@ -138,12 +138,11 @@ def recommend(
     key = best if low > 0 else default
     cell = next(cell for cell in cells if _key_of(cell) == key)
     return {
-        **dict(zip(("block", "pooling", "norm"), key, strict=True)),
+        **_named(key),
         "measure": measure,
         "value": cell[measure],
-        "best": dict(zip(("block", "pooling", "norm"), best, strict=True)) | {"value": float(scores[best].mean())},
-        "default": dict(zip(("block", "pooling", "norm"), default, strict=True))
-        | {"value": float(scores[default].mean())},
+        "best": _named(best) | {"value": float(scores[best].mean())},
+        "default": _named(default) | {"value": float(scores[default].mean())},
         "gain": {"value": value, "ci95": [low, high], "how": "each half of the images scored by the other half's best"},
         "reason": _reason(measure, key, best, default, (value, low, high)),
     }
@@ -212,7 +211,11 @@ def _cells(features: Mapping[bool, Features], both: bool) -> Iterator[tuple[Key,
 
 def _cell(key: Key, x: Tensor) -> dict[str, Any]:
     rank = rank_of_rows(x[:RANK_ROWS])(np.arange(min(RANK_ROWS, len(x))))
-    return {**dict(zip(("block", "pooling", "norm"), key, strict=True)), "dimensions": x.shape[1], "rank": rank}
+    return {**_named(key), "dimensions": x.shape[1], "rank": rank}
+
+
+def _named(key: Key) -> dict[str, Any]:
+    return dict(zip(("block", "pooling", "norm"), key, strict=True))
 
 
 def _key_of(cell: Mapping[str, Any]) -> Key:

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from mim_refiner.core.metrics import accuracy_interval
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.settings import FrozenSettings, Listed, PositiveInt
 
@@ -75,10 +74,3 @@ def class_groups(
         "few": counts < settings.few,
     }
     return {name: members for name, members in groups.items() if members.any()}
-
-
-def group_accuracies(
-    correct: NDArray[np.bool_], groups: dict[str, NDArray[np.bool_]]
-) -> dict[str, tuple[float, float, float]]:
-    """Accuracy and its 95 % interval of every group."""
-    return {name: accuracy_interval(correct[members]) for name, members in groups.items()}

@@ -17,7 +17,7 @@ from mim_refiner.evaluation.finetune import FinetuneSettings, LabelledRows, fine
 from mim_refiner.evaluation.jobs import Job
 from mim_refiner.evaluation.knn import AccuracyScore, knn_protocol
 from mim_refiner.evaluation.linear_probe import linear_probe
-from mim_refiner.evaluation.long_tail import class_groups, group_accuracies, imbalanced_subset
+from mim_refiner.evaluation.long_tail import class_groups, imbalanced_subset
 from mim_refiner.evaluation.protocols import selections
 from mim_refiner.evaluation.published import published
 from mim_refiner.evaluation.results import Result
@@ -154,9 +154,9 @@ def long_tail(job: Job) -> list[Result]:
             "class_sizes": sorted(np.bincount(labels[chosen]).tolist(), reverse=True),
         }
         results.append(job.accuracy("long_tail", f"long_tail_{method}_top1", score, options))
-        for name, (value, low, high) in group_accuracies(score.correct, groups).items():
-            part = AccuracyScore(value, (min(low, value), max(high, value)), score.correct[groups[name]])
-            shown = {**options, "test_images": int(groups[name].sum())}
+        for name, members in groups.items():
+            part = AccuracyScore.of(torch.from_numpy(score.correct[members]))
+            shown = {**options, "test_images": int(members.sum())}
             results.append(job.accuracy("long_tail", f"long_tail_{method}_{name}", part, shown))
     return results
 
