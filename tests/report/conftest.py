@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mim_refiner.report.page import write_report
+
 
 def sheet(count: int, tile: int = 64) -> dict[str, Any]:
     """A sheet of random photographs' worth of detail: smooth noise."""
@@ -92,12 +94,11 @@ def atlas() -> dict[str, Any]:
     return {"kind": "atlas", "measure": "knn_top1", "cells": cells, "recommendation": best}
 
 
-@pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Return a maker of a run folder; ``after`` is the k-NN accuracy after refinement."""
+def runs_in(folder: Path) -> Callable[..., Path]:
+    """A maker of run folders; ``after`` is the k-NN accuracy after refinement."""
 
     def make(name: str = "run", after: float = 0.45, **options: Any) -> Path:
-        run = tmp_path / name
+        run = folder / name
         (run / "evaluation").mkdir(parents=True)
         verdict = {"verdict": "better", "reason": "k-NN accuracy rose.", "ci95": [0.1, 0.2], "knn_difference": 0.15}
         summary = {
@@ -131,3 +132,14 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return run
 
     return make
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    return runs_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a run, for tests that only read it."""
+    return write_report([runs_in(tmp_path_factory.mktemp("written"))()]).read_text(encoding="utf-8")

@@ -9,15 +9,12 @@ import sys
 from mim_refiner.cli.app import main
 
 
-def test_one_run_and_several(make_run, tmp_path, capsys):
-    first, second = make_run("a"), make_run("b")
+def test_one_run(make_run, capsys):
+    first = make_run("a")
     assert main(["report", str(first), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["report"] == str(first / "report.html")
     assert result["bytes"] == (first / "report.html").stat().st_size
-    both = tmp_path / "both.html"
-    assert main(["report", str(first), str(second), "--out", str(both), "--quiet"]) == 0
-    assert "The runs side by side" in both.read_text()
 
 
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, make_run, capsys):
