@@ -28,6 +28,7 @@ FAMILY_LICENCES = {
     "eva01": "MIT",
     "mmpretrain": "Apache-2.0",
     "mmpretrain_beit": "Apache-2.0",
+    "mmpretrain_swin": "Apache-2.0",
     "multimae": "CC-BY-NC-4.0",
     "prithvi": "Apache-2.0",
     "scale_mae": "CC-BY-NC-4.0",
