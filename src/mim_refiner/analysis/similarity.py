@@ -16,19 +16,14 @@ KIND = "block_similarity"
 
 
 @torch.no_grad()
-def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear centred kernel alignment of features x [N, D] and y [N, E] of the same N images.
-
-    1 for features equal up to rotation, scale and shift; about 0 (either sign) for unrelated ones; NaN when one side
-    does not vary. Kornblith et al. (ICML 2019) with the unbiased HSIC of Song et al. (JMLR 13, 2012), so that few
-    images of wide features do not look alike by chance. Raises InputError for different N or fewer than 4 images.
-    """
-    return float(cka_matrix([x], [y])[0, 0])
-
-
-@torch.no_grad()
 def cka_matrix(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
-    """Linear CKA of every one of ``rows`` with every one of ``columns``: float64 [R, C]; see :func:`linear_cka`."""
+    """CKA of every one of ``rows`` [N, D] with every one of ``columns`` [N, E]: float64 [R, C].
+
+    The N images are the same. 1 for features equal up to rotation, scale and shift; about 0 (either sign) for unrelated
+    ones; NaN when one side does not vary. Kornblith et al. (ICML 2019) with the unbiased HSIC of Song et al. (JMLR 13,
+    2012), so that few images of wide features do not look alike by chance. Raises InputError for different N or fewer
+    than 4 images.
+    """
     sizes = {len(x) for x in (*rows, *columns)}
     if len(sizes) != 1 or min(sizes) < 4:
         raise InputError(f"CKA compares features of the same images, at least 4; got {sorted(sizes)} of them")

@@ -40,10 +40,6 @@ class DomainSpec:
         if not (0 <= self.rotate <= 180 and all(0 <= share < 1 for share in astuple(self)[1:])):
             raise InputError(f"{self}: rotate lies between 0 and 180, the others between 0 and 1; choose others")
 
-    @property
-    def active(self) -> bool:
-        return any(astuple(self))
-
 
 def draw(count: int, channels: int, generator: torch.Generator) -> Tensor:
     """Uniform numbers [count, 7 + channels] that decide all of :func:`apply`."""
