@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     StringConstraints,
-    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -74,11 +73,7 @@ Rates = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_asc
 Files = Annotated[tuple[Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)], ...], Listed]
 S = TypeVar("S", bound="Settings")
 V = TypeVar("V")
-ONE, EACH = "one", "each"  # branches of a union, which messages leave out
-OneOrEach = Annotated[
-    Annotated[V, Tag(ONE)] | Annotated[list[V], Tag(EACH)],
-    Discriminator(lambda value: EACH if isinstance(value, list) else ONE),
-]
+OneOrEach = V | list[V]
 
 
 class Settings(BaseModel):
@@ -134,19 +129,54 @@ def changed(base: S, changes: Iterable[tuple[str, Any]], where: str = "--set ", 
     try:
         return type(base).model_validate(tree)
     except ValidationError as error:
-        problems = [
-            f"{_place(each['loc'])}: {each['msg']} (got {_shown(each['input'])})" for each in error.errors()[:5]
+        problems = dict.fromkeys(_problem(type(base), tree, each) for each in error.errors())
+        raise RecipeError(f"{base.noun}: {'; '.join([*problems][:5])}; correct by --set or in the file") from None
+
+
+_BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
+
+
+def _problem(kind: Any, tree: Any, error: Any) -> str:
+    """What is wrong with a value. pydantic tells an error for each way to write one; here that is the same problem."""
+    at: list[str] = []
+    for part in error["loc"]:
+        at.append(str(part))
+        field = getattr(kind, "model_fields", {}).get(part)
+        tree = tree.get(part) if isinstance(tree, dict) else None
+        kind = field.annotation if field else None
+        if len(at) < len(error["loc"]) and len(ways := _ways(kind)) > 1:
+            *others, last = ways
+            return f"{'.'.join(at)}: must be {', '.join(others)} or {last} (got {_shown(tree)})"
+    return f"{'.'.join(at)}: {error['msg']} (got {_shown(error['input'])})"
+
+
+def _ways(kind: Any) -> list[str]:
+    """The ways to write a value of a type, in words."""
+    arms, origin = get_args(kind), get_origin(kind)
+    if origin is Annotated:
+        limits = [limit for of in arms[1:] for limit in getattr(of, "metadata", [of])]
+        words = [
+            f" {word} {getattr(limit, key)}" for key, word in _BOUNDS.items() for limit in limits if hasattr(limit, key)
         ]
-        raise RecipeError(f"{base.noun}: {'; '.join(problems)}; correct by --set or in the file") from None
+        return [way + "".join(words) for way in _ways(arms[0])]
+    if origin in (Union, UnionType):
+        return [way for arm in arms if arm is not NoneType for way in _ways(arm)]
+    if origin is Literal:
+        return [str(value) for value in arms]
+    if origin is list:
+        ways = _ways(arms[0])
+        return [
+            f"a list of {ways[0].removeprefix('a ').replace('number', 'numbers')}"
+            if len(ways) == 1
+            else "a list of such"
+        ]
+    plain = {bool: ["true", "false"], int: ["a whole number"], float: ["a number"], tuple: ["HEIGHTxWIDTH"]}
+    return plain.get(origin or kind, ["something else"])
 
 
 def known_keys(settings: Settings) -> list[str]:
     """All dotted keys that --set accepts."""
     return list(dotted(settings.model_dump()))
-
-
-def _place(parts: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in parts if part not in (ONE, EACH))
 
 
 def _shown(value: Any) -> str:

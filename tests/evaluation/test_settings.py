@@ -75,7 +75,7 @@ def test_overrides():
         ("knn_k=0", "greater than or equal to 1"),
         ("knn_k=true", "true and false are no numbers"),
         ("knn_temperature=.nan", "greater than 0"),
-        ("image_size=1.5", "integer"),
+        ("image_size=1.5", "must be a whole number from 1 to 16384 or HEIGHTxWIDTH"),
         ("cluster_bootstrap=1", "one resample tells no interval"),
         ("linear.learning_rates=fast", "valid number"),
         ("linear.learning_rates=[]", "at least 1 item"),
