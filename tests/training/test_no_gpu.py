@@ -17,20 +17,28 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mim_refiner.core import neighbors
+from mim_refiner.core import neighbors, search
+from mim_refiner.core.guidance import Guide
 from mim_refiner.core.run import Run
+from mim_refiner.core.search import Bank
 from mim_refiner.data import photometric
+from mim_refiner.data.domain import hashed_normal
 from mim_refiner.data.photometric import BatchPhotometric, augment
 from mim_refiner.data.views import multi_crop_views
 from mim_refiner.models import heads
+from mim_refiner.models.anchor import DenseAnchor
 from mim_refiner.models.backbone import Backbone, create_vit
-from mim_refiner.models.heads import HeadConfig
+from mim_refiner.models.heads import HeadConfig, RefinerHead
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.training import refine
+from mim_refiner.training import refine, sweep
+from mim_refiner.training.anchor import anchor_backward
 from mim_refiner.training.loop import step_generator
 from mim_refiner.training.metric_log import metrics_of
+from mim_refiner.training.view_pool import ViewPool
 
 CUDA = torch.device("cuda")
 OPERATIONS = 1672  # of a step of ``tiny_run``, views of tensors apart: lower it when it falls, never raise it
@@ -42,27 +50,36 @@ class Seen(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: Counter[str] = Counter()
-        self.sent = 0
+        self.sent = self.fetched = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations[str(func)] += not func.is_view
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and result.device.type == "cuda":
-            self.sent += 1
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[0] if func is torch.ops.aten._to_copy.default else args[1]
+            ways = source.device.type, result.device.type
+            self.sent += ways == ("cpu", "cuda")
+            self.fetched += ways == ("cuda", "cpu")
         return result
+
+
+def really(planned: Callable[..., Any]) -> Callable[..., Any]:
+    """What the host does with data, done with data."""
+
+    def done(*arguments: Any, **options: Any) -> Any:
+        with unset_fake_temporarily():
+            return planned(*arguments, **options)
+
+    return done
 
 
 @contextmanager
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors made inside have no data; what the host plans with is real."""
     for name in ("draw_params", "_plan"):
-        planned = getattr(photometric, name)
-
-        def really(*arguments: Any, planned: Callable[..., Any] = planned) -> Any:
-            with unset_fake_temporarily():
-                return planned(*arguments)
-
-        monkeypatch.setattr(photometric, name, really)
+        monkeypatch.setattr(photometric, name, really(getattr(photometric, name)))
+    monkeypatch.setattr(photometric.PhotometricParams, "of", really(photometric.PhotometricParams.of))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)  # such tensors have none
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -71,41 +88,120 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 STEPS = {
     "small": ("vit_w192_d12_h3_p4", 32, 16, 4, 4, HeadConfig(1024, 2048, 128, 16_384), 64),
+    "tiny": ("vit_w32_d4_h2_p8", 32, 16, 2, 2, HeadConfig(32, 32, 16, 64), 8),
     "ViT-L/16": ("vit_large_patch16_224", 224, 96, 10, 8, HeadConfig(2048, 4096, 256, 65_536), 16),
 }
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("name", STEPS)
-def test_the_forward_pass_of_a_step_neither_waits_nor_mixes_devices(
-    name: str, frozen: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def on_gpu(module: Any) -> Any:
+    """A copy on the device; to be made while it is pretended."""
+    memo = {id(p): nn.Parameter(torch.empty(p.shape, device=CUDA), p.requires_grad) for p in module.parameters()}
+    memo |= {id(b): torch.empty(b.shape, dtype=b.dtype, device=CUDA) for b in module.buffers()}
+    return copy.deepcopy(module, memo)
+
+
+def made(name: str, frozen_blocks: int = 0) -> tuple[Refiner, list[torch.Tensor], list[BatchPhotometric]]:
+    """The refiner of ``STEPS``, without data; crops and photometrics of its views."""
     architecture, large, little, locals_, heads, config, batch = STEPS[name]
     specs = [view for view in multi_crop_views(large, little, locals_) for _ in range(view.count)]
     photometrics = [BatchPhotometric(view, (0.5, 0.4, 0.3), (0.2, 0.2, 0.3)) for view in specs]
     crops = [torch.zeros(batch, 3, view.size, view.size, dtype=torch.uint8) for view in specs]
-    generator, ids = torch.Generator().manual_seed(0), torch.arange(batch)
     with torch.device("meta"):
         backbone = Backbone.wrap(create_vit(architecture, image_size=large))
         depth = backbone.info.depth
-        refiner = Refiner(backbone, range(depth - heads, depth), config, pooling="cls")
+        blocks = range(depth - heads, depth)
+        refiner = Refiner(backbone, blocks, config, pooling="cls", frozen_blocks=frozen_blocks)
+    return refiner, crops, photometrics
+
+
+@pytest.mark.parametrize(("name", "frozen", "guided"), [
+    ("small", False, None), ("small", True, None), ("ViT-L/16", False, None), ("ViT-L/16", True, None),
+    ("tiny", False, "prefer"), ("tiny", False, "restrict"),
+])  # fmt: skip
+def test_the_forward_pass_of_a_step_neither_waits_nor_mixes_devices(
+    name: str, frozen: bool, guided: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refiner, crops, photometrics = made(name)
+    generator, ids = torch.Generator().manual_seed(0), torch.arange(len(crops[0]))
     with pretend_gpu(monkeypatch), Seen() as seen:
-        memo = {id(p): nn.Parameter(torch.empty(p.shape, device=CUDA)) for p in refiner.parameters()}
-        memo |= {id(b): torch.empty(b.shape, dtype=b.dtype, device=CUDA) for b in refiner.buffers()}
-        refiner = copy.deepcopy(refiner, memo)
+        refiner = on_gpu(refiner)
         refiner.freeze_encoder() if frozen else refiner.unfreeze_encoder()
         refiner.set_top_k(20)
-        seen.sent = 0
+        labels = torch.zeros(1000, dtype=torch.long, device=CUDA)
+        for block in refiner.blocks:
+            refiner.head(block).queue.guide = Guide(labels, guided == "restrict") if guided else None
+        seen.sent = seen.fetched = 0
         views = augment(crops, photometrics, generator, CUDA)
         there = ids.to(CUDA)
         choices = refiner.draw_choices(there, generator)
         sent, seen.sent = seen.sent, 0
         with torch.autocast("cuda", dtype=torch.bfloat16):
             output = refiner.head_losses(refiner.features(views), there, choices=choices)
-        metrics = metrics_of(output, there, torch.zeros(1000, dtype=torch.long, device=CUDA))
+        metrics = metrics_of(output, there, labels)
     assert all(value.device.type == "cuda" for value in (output.loss, *metrics.values()))
     assert sent == len(crops) + 1 + 1 + 1  # the views, what they drew, the ids, what the heads drew
-    assert seen.sent == 0  # a CUDA graph could hold the rest
+    assert (seen.sent, seen.fetched) == (0, 0)  # a CUDA graph could hold the rest
+
+
+@pytest.mark.parametrize("frozen_blocks", [0, 2])
+def test_a_step_on_a_view_pool_neither_waits_nor_mixes_devices(
+    frozen_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refiner, crops, photometrics = made("tiny", frozen_blocks)
+    batch, pool = len(crops[0]), ViewPool(1, 2, len(crops[0]), seed=0)
+    pool.sample_ids = torch.arange(2 * batch) % batch
+    monkeypatch.setattr(pool, "_rows", really(pool._rows))
+    with pretend_gpu(monkeypatch), Seen() as seen:
+        refiner = on_gpu(refiner)
+        refiner.unfreeze_encoder() if frozen_blocks else refiner.freeze_encoder()
+        views = augment(crops, photometrics, torch.Generator().manual_seed(0), CUDA)
+        seen.sent = seen.fetched = 0
+        for _ in range(2):
+            pool.add(refiner.frozen_features(views), torch.arange(batch))
+        assert (seen.sent, seen.fetched) == (0, 0)
+        for epoch in (0, 1):  # one as it was cut, one that is drawn
+            for read in pool.epoch(epoch):
+                output = refiner.head_losses(refiner.features(read.views), read.sample_ids)
+                assert output.loss.device.type == "cuda"
+                assert (seen.sent, seen.fetched) == (1, 0)  # the numbers of its rows
+                seen.sent = 0
+
+
+@pytest.mark.parametrize("frozen_blocks", [0, 2])
+def test_the_anchors_part_of_a_step_neither_waits_nor_mixes_devices(
+    frozen_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refiner, crops, photometrics = made("tiny", frozen_blocks)
+    refiner.anchor = DenseAnchor(refiner.backbone, refiner.blocks)
+    with pretend_gpu(monkeypatch), Seen() as seen:
+        refiner = on_gpu(refiner)
+        refiner.unfreeze_encoder()
+        views = augment(crops, photometrics, torch.Generator().manual_seed(0), CUDA)
+        seen.sent = seen.fetched = 0
+        monkeypatch.setattr(torch, "randint", lambda *_, **__: 7)  # the host's seed of random layers
+        for micro_batch in (None, 3):
+            generator, run = torch.Generator().manual_seed(0), Run(CUDA, "bf16")
+            distance = anchor_backward(refiner, views[:2], generator, run, 2.0, micro_batch)
+            assert distance.device.type == "cuda"
+    assert (seen.sent, seen.fetched) == (0, 0)
+
+
+def test_the_temperature_sweep_waits_once_and_mixes_no_devices(
+    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tiny_run(drop_path=0.0)
+    several = [RefinerHead(32, HeadConfig(32, 32, 16, 64), top_k=3) for _ in range(3)]
+    one = Refiner(made.refiner.backbone, [2], HeadConfig(32, 32, 16, 64), pooling="cls")
+    one.freeze_encoder()
+    with pretend_gpu(monkeypatch), Seen() as seen:
+        one, several = on_gpu(one), [on_gpu(head) for head in several]
+        labels = torch.zeros(64, dtype=torch.long, device=CUDA)
+        seen.sent = seen.fetched = 0
+        shares = sweep._trained(made.recipe, one, several, made.loader, Run(CUDA), labels)
+    assert shares.shape == (3,)
+    views, steps = 4, 8
+    assert seen.sent == steps * (views + 1 + 1 + 1)  # views, what they drew, ids, what the heads drew
+    assert seen.fetched == 1  # the shares
 
 
 def test_a_wait_a_copy_and_a_wrong_device_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +213,23 @@ def test_a_wait_a_copy_and_a_wrong_device_are_found(monkeypatch: pytest.MonkeyPa
         with pytest.raises(RuntimeError, match=r"found two different devices|device"):
             there + torch.ones(3)
     assert seen.sent == 1
+
+
+def test_nothing_is_in_float64_on_an_apple_gpu() -> None:
+    class NoDoubles(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            wrong = [x for x in tree_leaves(found) if isinstance(x, torch.Tensor) and x.dtype == torch.float64]
+            assert all(x.device.type == "cpu" for x in wrong), func
+            return found
+
+    with FakeTensorMode(shape_env=ShapeEnv()), NoDoubles():
+        rows = torch.empty(1000, 8, device="mps")
+        bank = Bank.of(rows, standardize=True)
+        query, best = torch.zeros(40, dtype=torch.long, device="mps"), torch.empty(40, device="mps")
+        found = [bank.mean, bank.std, bank.prepare(rows), search._by_query(query, best)]
+        found.append(hashed_normal(query, (3, 4, 4)))
+    assert all(x is not None and x.device.type == "mps" for x in found)
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.15"), reason="another torch splits operations otherwise")

@@ -13,6 +13,8 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone, create_vit
+from mim_refiner.models.heads import draw_choices
+from mim_refiner.training import sweep
 from mim_refiner.training.recipe import SweepSettings, override
 from mim_refiner.training.refine import view_specs
 from mim_refiner.training.sweep import _shares, sweep_temperatures
@@ -55,7 +57,14 @@ def test_without_labels_the_two_views_have_to_agree(given):
     assert _shares([SimpleNamespace(neighbor_sample_ids=ids)], torch.arange(4), None).tolist() == [0.5]
 
 
-def test_an_epoch_of_one_step_is_measured(given):
+def test_an_epoch_of_one_step_is_measured_on_queues_that_hold_images(given, monkeypatch):
+    seen = []
+
+    def shares(outputs, ids, labels):
+        seen.append(outputs[0].neighbor_sample_ids)
+        return _shares(outputs, ids, labels)
+
+    monkeypatch.setattr(sweep, "_shares", shares)
     recipe, backbone, loader = given
     one = TrainLoader(loader.images, view_specs(recipe), 48, seed=0)
     assert one.steps_per_epoch == 1
@@ -63,6 +72,24 @@ def test_an_epoch_of_one_step_is_measured(given):
     found = swept((recipe, backbone, one), 0.1, 0.5)
     assert found["temperature"] in (0.1, 0.5)
     assert list(found["values"]) == ["0.1", "0.5"]
+    assert len(seen) == sweep.STEPS // 2
+    assert all((ids >= 0).float().mean() > 0.9 for ids in seen)  # not what the queue began with
+
+
+def test_heads_draw_among_as_many_neighbours_as_in_the_warm_up(given, monkeypatch):
+    recipe, backbone, loader = given
+    warmup = recipe.warmup.model_copy(update={"top_k": 3})
+    given = recipe.model_copy(update={"warmup": warmup}), backbone, loader
+    drawn = []
+
+    def draw(*given):
+        drawn.append(draw_choices(*given))
+        return drawn[-1]
+
+    monkeypatch.setattr(sweep, "draw_choices", draw)
+    together = swept(given, 0.1, 0.5)["values"]
+    assert swept(given, 0.5)["values"]["0.5"] == together["0.5"]
+    assert {int(value) for [choice] in drawn for value in choice} == {0, 1, 2}
 
 
 def test_the_run_takes_the_best_one_and_keeps_it(given, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
+from mim_refiner.core.device import in_float64
 from mim_refiner.core.metrics import accuracy_interval, effective_rank, paired_interval, standardized
 from mim_refiner.errors import InputError
 
@@ -77,8 +78,8 @@ def neighbor_consistency(clean: Tensor, first: Tensor, second: Tensor, *, neighb
     for start in range(0, len(gallery), _ROWS):
         rows = torch.arange(start, min(start + _ROWS, len(gallery)))
         a, b = (_nearest(x[rows], gallery, rows, count) for x in (one, two))
-        shares.append((a[:, :, None] == b[:, None, :]).any(2).double().mean(1))
-    return torch.cat(shares).cpu().numpy()
+        shares.append((a[:, :, None] == b[:, None, :]).any(2).cpu().double().mean(1))
+    return torch.cat(shares).numpy()
 
 
 @torch.no_grad()
@@ -124,7 +125,7 @@ def dense_drift(before: Tensor, after: Tensor) -> NDArray[np.float64]:
             f"drift compares patch features of one shape, got {list(before.shape)}, {list(after.shape)}; "
             "give the same images to encoders of one size"
         )
-    return (1 - F.cosine_similarity(before.double(), after.double(), dim=2).mean(1)).cpu().numpy()
+    return (1 - F.cosine_similarity(in_float64(before), in_float64(after), dim=2).mean(1)).cpu().numpy()
 
 
 def bootstrap_interval(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from mim_refiner.errors import InputError
 
@@ -71,6 +72,11 @@ def free_memory(device: torch.device) -> float:
         group = Path("/sys/fs/cgroup")
         free = min(free, float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
     return max(free, 0.0)
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """``x`` in float64; on the host where its device has none (an Apple GPU)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def eagerly() -> AbstractContextManager[Any]:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mim_refiner.core.device import in_float64
+
 _ROWS = 256  # queries a matrix product
 _COLUMNS = 16384  # bank rows a matrix product
 _GROUP = 64  # at most so many columns share one running maximum
@@ -47,13 +49,11 @@ class Bank:
             return cls(features, None, None)
         dtype = torch.promote_types(features.dtype, torch.float32)
         parts = features.split(_CACHED_ROWS)
-        total = sum((part.to(dtype).sum(0).double() for part in parts), torch.zeros((), device=features.device))
-        mean = (total / len(features)).to(dtype)
-        squares = sum(
-            ((part.to(dtype) - mean).square_().sum(0).double() for part in parts),
-            torch.zeros((), device=features.device),
-        )
-        return cls(features, mean, (squares / max(1, len(features) - 1)).sqrt().to(dtype) + 1e-6)
+        total = sum((in_float64(part.to(dtype).sum(0)) for part in parts), torch.zeros(()))
+        mean = (total / len(features)).to(dtype).to(features.device)
+        squares = sum((in_float64((part.to(dtype) - mean).square_().sum(0)) for part in parts), torch.zeros(()))
+        std = (squares / max(1, len(features) - 1)).sqrt().to(dtype).to(features.device)
+        return cls(features, mean, std + 1e-6)
 
     def prepare(self, rows: Tensor) -> Tensor:
         """Rows [R, D] as they are compared: standardised like the bank, of length 1."""
@@ -235,8 +235,13 @@ def _spread(count: int, group: int, device: torch.device) -> Tensor:
 
 def _best(query: Tensor, cosine: Tensor, most: int, count: int) -> Tensor:
     """Places of the ``most`` largest cosines (of size 2 at most) of each query, one query behind the other."""
-    order = (query * 4 - cosine.double()).argsort(stable=True)
+    order = _by_query(query, cosine)
     return order[_position_in_run(query[order], count) < most]
+
+
+def _by_query(query: Tensor, cosine: Tensor) -> Tensor:
+    """Order by query, and from the largest cosine down within it."""
+    return (in_float64(query) * 4 - in_float64(cosine)).argsort(stable=True).to(query.device)
 
 
 def _position_in_run(numbers: Tensor, count: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mim_refiner.core.device import in_float64
 from mim_refiner.errors import InputError
 
 _DRAWS = 7  # angle, noise, its seed, length and place of both bands; then a gain a channel
@@ -88,10 +89,10 @@ def rotated(images: Tensor, angle: Tensor) -> Tensor:
 def hashed_normal(numbers: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal values [B, *shape], a function of the image's number (int64 [B] below 2**24) and the place."""
     place = torch.arange(math.prod(shape), device=numbers.device)
-    keys = _hashed(_hashed(numbers)[:, None] + place)
-    radius = (-2 * ((keys + 1).double() / 2**32).log()).sqrt()
-    turn = _hashed(keys ^ 0x9E3779B9).double() * (2 * math.pi / 2**32)
-    return (radius * turn.cos()).float().view(len(numbers), *shape)
+    keys = _hashed(_hashed(numbers).unsqueeze(1) + place)
+    radius = (-2 * (in_float64(keys + 1) / 2**32).log()).sqrt()
+    turn = in_float64(_hashed(keys ^ 0x9E3779B9)) * (2 * math.pi / 2**32)
+    return (radius * turn.cos()).float().to(numbers.device).view(len(numbers), *shape)
 
 
 def _hashed(x: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ class AnchorSettings(Settings):
 
 
 class SweepSettings(Settings):
-    """Heads of several temperatures learn for an epoch on the frozen encoder; the best one is the run's."""
+    """Heads of several temperatures learn for an epoch (eight steps at least) on the frozen encoder; the best stays."""
 
     temperatures: list[PositiveFloat] = Field(default=[])  # none: heads.temperature as it is
 

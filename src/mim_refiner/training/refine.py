@@ -291,13 +291,13 @@ def fill(pool: ViewPool, refinement: Refinement, loop: Loop, limit: float | None
 
 
 def frozen_views(refinement: Refinement, batch: ViewBatch, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
-    """What the frozen part makes of each of the batch's views [B, ...], and sample numbers [B]."""
+    """What the frozen part makes of each of the batch's views [B, ...], and sample numbers [B] on the host."""
     recipe, refiner = refinement.recipe, refinement.refiner
-    views, sample_ids = make_views(refinement, batch, generator)
+    views, _ = make_views(refinement, batch, generator)
     parts = zip(*(view.split(recipe.micro_batch or recipe.batch_size) for view in views), strict=True)
     with evaluation_mode(refiner.backbone), refinement.run.autocast():
         features = zip(*(refiner.frozen_features(images) for images in parts), strict=True)
-        return [torch.cat(of_view) for of_view in features], sample_ids
+        return [torch.cat(of_view) for of_view in features], batch.sample_ids
 
 
 def begin_warmup(refinement: Refinement) -> torch.optim.Optimizer:

@@ -1,8 +1,8 @@
 """Temperature sweep: heads of several temperatures learn side by side on the frozen encoder, and the best one stays.
 
-The encoder passes once for all of them. What counts is seen before a batch is learnt from, in the first epoch that
-shows it, so it is held out: with labels, how often a head's nearest neighbour is of the image's class; without, how
-often the two global views of an image have the same one.
+The encoder passes once for all of them, and their queues fill as in the head warm-up. What counts is seen before a
+batch is learnt from, in the first epoch that shows it, so it is held out: with labels, how often a head's nearest
+neighbour is of the image's class; without, how often the two global views of an image have the same one.
 """
 
 from __future__ import annotations
@@ -21,31 +21,34 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.photometric import augment
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.models.heads import HeadOutput, Objective, RefinerHead
+from mim_refiner.models.heads import HeadOutput, Objective, RefinerHead, draw_choices
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.loop import learning_rate, step_generator
 from mim_refiner.training.metric_log import neighbor_accuracy
 from mim_refiner.training.recipe import RefineRecipe
-from mim_refiner.training.refine import objective_of, photometrics_of
+from mim_refiner.training.refine import NUM_GLOBAL, objective_of, photometrics_of
 
+STEPS = 8  # at least: the queues are random at first, so where an epoch has fewer there are several epochs
 SWEEP = 2  # number of the phase that its draws belong to; 0 and 1 are the run's own
 
 
 def sweep_temperatures(recipe: RefineRecipe, backbone: Backbone, loader: TrainLoader, run: Run) -> dict[str, Any]:
     """{"temperature", "measure", "values": {temperature: share}, "reason"} of ``recipe.sweep``, on the last head block.
 
-    The recipe must be resolved. One epoch of ``loader``; the share is over its second half.
+    The recipe must be resolved. One epoch of ``loader``, or as many as have ``STEPS`` steps; the share is over the
+    second half.
     """
     temperatures, block = recipe.sweep.temperatures, int(recipe.heads.blocks[-1])
     config, objective = objective_of(recipe)
     assert isinstance(objective, Objective)  # resolved recipes sweep one temperature
     refiner = Refiner(backbone, [block], config, objective, pooling=recipe.heads.measured_pooling).to(run.device)
     refiner.freeze_encoder()
-    heads = nn.ModuleList()
+    heads: list[RefinerHead] = []
     for temperature in temperatures:
         torch.manual_seed(run.seed)  # the same start for each
         own = replace(objective, temperature=temperature)
-        heads.append(RefinerHead(backbone.block_dims[block], config, own).to(run.device))
+        head = RefinerHead(backbone.block_dims[block], config, own, top_k=recipe.warmup.top_k)
+        heads.append(head.to(run.device))
     labels = loader.images.labels
     known = None if labels is None else torch.as_tensor(labels, device=run.device)
     shares = _trained(recipe, refiner, heads, loader, run, known)
@@ -62,27 +65,36 @@ def sweep_temperatures(recipe: RefineRecipe, backbone: Backbone, loader: TrainLo
 
 
 def _trained(
-    recipe: RefineRecipe, refiner: Refiner, heads: nn.ModuleList, loader: TrainLoader, run: Run, labels: Tensor | None
+    recipe: RefineRecipe,
+    refiner: Refiner,
+    heads: Sequence[RefinerHead],
+    loader: TrainLoader,
+    run: Run,
+    labels: Tensor | None,
 ) -> Tensor:
-    """Train the heads for one epoch; return the share [T] of each over its second half."""
-    groups = parameter_groups(heads.named_parameters(), weight_decay=recipe.head_weight_decay)
+    """Train the heads; return the share [T] of each over the second half of the steps."""
+    learnt = nn.ModuleList(heads)
+    groups = parameter_groups(learnt.named_parameters(), weight_decay=recipe.head_weight_decay)
     optimizer = adamw(groups, recipe.betas)
-    photometrics, steps = photometrics_of(recipe, refiner.backbone.info), loader.steps_per_epoch
-    phase = recipe.warmup.model_copy(update={"epochs": 1, "warmup_epochs": min(recipe.warmup.warmup_epochs, 0.2)})
+    photometrics, epochs = photometrics_of(recipe, refiner.backbone.info), -(-STEPS // loader.steps_per_epoch)
+    steps = epochs * loader.steps_per_epoch
+    rise = min(recipe.warmup.warmup_epochs, 0.2 * epochs)
+    phase = recipe.warmup.model_copy(update={"epochs": epochs, "warmup_epochs": rise})
     run.reporter.phase("temperature sweep", steps)
     seen: list[Tensor] = []
-    with closing(loader.epoch(0, 0)) as batches:
+    with closing(batch for epoch in range(epochs) for batch in loader.epoch(epoch)) as batches:
         for step, batch in enumerate(batches):
             generator, rows = step_generator(run.seed, SWEEP, step), process_rows(len(batch.sample_ids))
             views = augment(batch.views, photometrics, generator, run.device, rows)
             ids = batch.sample_ids.to(run.device)
             with use_rows(rows), run.autocast():
                 [features] = refiner.features(views).values()
-                outputs = [head(features, ids) for head in heads]
+                drawn = draw_choices(heads[:1], NUM_GLOBAL, len(ids), generator, run.device)  # alike for all
+                outputs = [head(features, ids, choice=drawn and drawn[0]) for head in heads]
             optimizer.zero_grad(set_to_none=True)
             torch.stack([output.loss for output in outputs]).sum().backward()
-            average_gradients(heads.parameters())
-            set_learning_rate(optimizer, learning_rate(phase, step, recipe.batch_size, steps))
+            average_gradients(learnt.parameters())
+            set_learning_rate(optimizer, learning_rate(phase, step, recipe.batch_size, loader.steps_per_epoch))
             optimizer.step()
             if step >= steps // 2:
                 seen.append(_shares(outputs, ids, labels))

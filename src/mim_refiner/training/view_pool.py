@@ -45,7 +45,7 @@ class ViewPool:
         return self._stored == self.steps
 
     def add(self, features: Sequence[Tensor], sample_ids: Tensor) -> None:
-        """Keep the next batch: features [B, ...] of each view, and sample numbers [B]."""
+        """Keep the next batch: features [B, ...] of each view, and sample numbers [B] on the host."""
         if not self._stored:
             count = len(self.sample_ids)
             self._features = [value.new_empty(count, *value.shape[1:], dtype=self.dtype) for value in features]
@@ -54,7 +54,7 @@ class ViewPool:
         rows = slice(start, start + self.batch_size)
         for kept, value in zip(self._features, features, strict=True):
             kept[rows] = value.clamp(-limit, limit)
-        self.sample_ids[rows] = sample_ids.cpu()
+        self.sample_ids[rows] = sample_ids
         self._stored += 1
 
     def end(self) -> None:
