@@ -144,6 +144,45 @@ def test_the_line_names_the_setting_that_ends_within_an_hour():
     ]  # fmt: skip
 
 
+def test_a_cached_step_is_measured_as_one_on_however_few_images(tmp_path, monkeypatch):
+    np.savez(tmp_path / "noise.npz", images=np.zeros((16, 32, 32, 3), dtype=np.uint8))
+    backbone = Backbone.wrap(create_vit("vit_w32_d4_h2_p8", image_size=32))
+    recipe = resolve(override(refine_recipe(None, image_size=32, images=16), ["batch_size=16"]), backbone)
+    refiner = make_refiner(backbone, recipe)
+    loader = TrainLoader(ImageSet(open_source(str(tmp_path / "noise.npz"))), view_specs(recipe), 16, 0)
+    taken, whole_step = [], estimate.forward_backward
+
+    def step(refiner, views, ids, generator, run, micro_batch=None, kept=0):
+        taken.append((len(ids), micro_batch, kept))
+        return whole_step(refiner, views, ids, generator, run, micro_batch, kept)
+
+    monkeypatch.setattr(estimate, "forward_backward", step)
+    monkeypatch.setattr(estimate, "ENOUGH", 0.0)  # two images are measured
+    operations = {}
+    for micro_batch, graphs in ((None, 0), (12, 0), (4, 0), (4, 4), (4, 8)):
+        taken.clear()
+        settings = {"micro_batch": micro_batch, "kept_graphs": graphs}
+        cost = refine_estimate(refiner, recipe.model_copy(update=settings), loader, math.inf, Run())
+        operations[micro_batch, graphs] = cost.phases["refinement"].operations
+        assert {each for each in taken if each[1]} == ({(2, 1, graphs // 2)} if micro_batch else set())
+    plain = operations[None, 0]
+    assert operations[12, 0] == operations[4, 0] > 1.1 * plain
+    assert operations[4, 0] > operations[4, 4] > operations[4, 8] == plain
+
+
+def test_few_images_go_in_parts_as_the_whole_batch_does():
+    recipe = override(refine_recipe(None, image_size=32), ["batch_size=64"])
+    for micro_batch in (1, 3, 16, 63):
+        for graphs in (0, 1, 7, 2 * -(-64 // micro_batch)):
+            for images in (2, 5, 8, 33, 64):
+                changed = recipe.model_copy(update={"micro_batch": micro_batch, "kept_graphs": graphs})
+                own, kept = estimate.parts_of(changed, images)
+                assert 1 <= own < images
+                parts = -(-images // own)
+                assert kept / parts == pytest.approx(graphs / -(-64 // micro_batch), abs=1 / parts)
+                assert images < 64 or (own, kept) == (micro_batch, graphs)
+
+
 @pytest.mark.parametrize("kept", [True, "selective"])
 def test_checkpointing_and_the_view_pool_are_counted(tmp_path, kept):
     np.savez(tmp_path / "noise.npz", images=np.zeros((8, 32, 32, 3), dtype=np.uint8))
@@ -161,5 +200,9 @@ def test_checkpointing_and_the_view_pool_are_counted(tmp_path, kept):
         assert again.phases["refinement"].operations > plain.phases["refinement"].operations
     pooled = cost(view_pool=1, frozen_blocks=1)
     assert pooled.pool > 0
-    assert pooled.peak == pooled.needs.peak(8) + pooled.pool
+    assert pooled.needs.view_pool == pooled.pool
+    assert pooled.peak == replace(pooled.needs, view_pool=0).peak(8) + pooled.pool
+    of_warmup = cost(view_pool=1)  # gone before the encoder's activations are there
+    assert of_warmup.pool > 0
+    assert of_warmup.peak == max(plain.needs.peak(8), of_warmup.needs.state + of_warmup.pool)
     assert pooled.line.endswith("time without what the view pool saves")

@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+import pytest
+
 import mim_refiner
+from mim_refiner.commands.refine import refine as command
+from mim_refiner.models.backbone import create_vit
 from mim_refiner.training import refine
-from mim_refiner.training.loop import step_generator
 
 PACKAGE = Path(mim_refiner.__file__).parent
 CONTRIBUTING = PACKAGE.parents[1] / "CONTRIBUTING.md"
 MOST = 12  # files from refine() to the loss
 
 
-def files_entered(work: Callable[[], Any]) -> set[str]:
-    """The package's files in which ``work`` calls a function, by a profile of the interpreter."""
-    found: set[str] = set()
+class Entered:
+    """The package's files in which functions are called between ``begin`` and ``end``, or wait for them to return."""
 
-    def note(frame: FrameType, event: str, _: Any) -> None:
+    def __init__(self) -> None:
+        self.files: set[str] = set()
+
+    def begin(self, frame: FrameType | None) -> None:
+        while frame:
+            if frame.f_code.co_name != "wrapped":  # of a decorator, which calls what stands below it
+                self._note(frame, "call", None)
+            frame = frame.f_back
+        sys.setprofile(self._note)
+
+    def end(self) -> None:
+        sys.setprofile(None)
+
+    def _note(self, frame: FrameType, event: str, _: Any) -> None:
         path = Path(frame.f_code.co_filename)
         if event == "call" and path.is_relative_to(PACKAGE):
-            found.add(path.relative_to(PACKAGE).as_posix())
-
-    sys.setprofile(note)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return found
+            self.files.add(path.relative_to(PACKAGE).as_posix())
 
 
 def test_the_map_names_every_training_file_that_the_training_uses() -> None:
@@ -43,18 +50,27 @@ def test_the_map_names_every_training_file_that_the_training_uses() -> None:
     assert {name for name in missing if name not in section} == set()
 
 
-def test_the_files_of_a_step_are_few_and_those_of_the_map(tiny_run: Callable[..., Any]) -> None:
-    job = tiny_run(drop_path=0.0)
-    refine.begin_refinement(job.refinement)
-    with closing(job.loader.epoch(0)) as batches:
-        batch = next(batches)
-    generator = step_generator(0, 1, 0)
+def test_the_files_from_refine_to_the_loss_are_few_and_those_of_the_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, views, step = Entered(), refine.make_views, refine.forward_backward
 
-    def step() -> None:
-        views, sample_ids = refine.make_views(job.refinement, batch, generator)
-        refine.forward_backward(job.refiner, views, sample_ids, generator, job.refinement.run)
+    def make_views(*given: Any) -> Any:
+        entered.begin(sys._getframe())
+        return views(*given)
 
-    entered = files_entered(step) | {"commands/refine.py"}  # which calls training/refine.py
+    def forward_backward(*given: Any) -> Any:
+        step(*given)
+        entered.end()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(refine, "make_views", make_views)
+    monkeypatch.setattr(refine, "forward_backward", forward_backward)
+    images = np.random.default_rng(0).integers(0, 255, (16, 16, 16, 3), dtype=np.uint8)
+    settings = ["warmup.epochs=0", "batch_size=8", "views.local_size=8", "views.num_local=2", "guard.enabled=false"]
+    settings += ["heads.projector_hidden=32", "heads.predictor_hidden=32", "heads.out_dim=16", "heads.queue_size=32"]
+    with pytest.raises(KeyboardInterrupt):
+        command(data=images, model=create_vit("vit_w32_d3_h2_p8", image_size=16), out=str(tmp_path), settings=settings)
     section = CONTRIBUTING.read_text().split("## A step, file by file")[1].split("\n## ")[0]
-    assert entered == set(re.findall(r"`([a-z_]+/[a-z_]+\.py)`", section.split("After the loss")[0]))
-    assert len(entered) <= MOST
+    assert entered.files == set(re.findall(r"`([a-z_]+/[a-z_]+\.py)`", section.split("After the loss")[0]))
+    assert len(entered.files) <= MOST

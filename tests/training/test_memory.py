@@ -134,6 +134,30 @@ def test_the_cheapest_setting_that_fits_is_picked(traced: Callable[..., Needs]) 
     assert "\n" not in str(caught.value)
 
 
+def test_what_a_view_pool_takes_is_not_free() -> None:
+    refiner, recipe, way = make(frozen_blocks=2), asked(), {"precision": "fp32"}
+    needs = measure_needs(refiner, recipe.views.shapes, 32, **way)
+    pool = needs.whole() - needs.cached(8)
+    assert choose(refiner, recipe, 32, needs.whole() * ROOM, **way).micro_batch is None
+    beside = choose(refiner, recipe, 32, needs.whole() * ROOM, pool=pool, **way)
+    assert beside.micro_batch is not None
+    assert beside.needs.view_pool == pool < beside.peak <= needs.whole()
+    free = needs.cached(16, 2) * ROOM
+    kept = [as_asked(refiner, asked(micro_batch=16), 32, free, pool=taken, **way).kept_graphs for taken in (0, pool)]
+    assert kept[1] < kept[0]
+    with pytest.raises(InputError, match=r"MB the view pool \(view_pool\)") as caught:
+        choose(refiner, recipe, 32, needs.whole() * ROOM, pool=needs.whole(), **way)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_view_pool_of_the_warm_up_alone_is_gone_when_the_encoder_moves() -> None:
+    shapes, way = asked().views.shapes, {"precision": "fp32"}
+    needs, small, large = (measure_needs(make(), shapes, 32, pool=pool, **way) for pool in (0, 1000, 10**9))
+    assert needs.whole() == small.whole() < large.whole()
+    assert large.whole() == large.cached(1) == large.state + large.features // 2 + large.heads + 10**9
+    assert large.largest_micro_batch(large.warmup - 1) == 0 < large.largest_micro_batch(large.warmup)
+
+
 def test_no_more_graphs_are_kept_than_there_are(traced: Callable[..., Needs]) -> None:
     picked = as_asked(make(), asked(micro_batch=8, kept_graphs=100), 32, 0, precision="fp32")
     assert picked.kept_graphs == 8  # four parts of two sizes

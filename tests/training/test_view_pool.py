@@ -14,8 +14,9 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.errors import InputError
 from mim_refiner.training import loop, refine, view_pool
+from mim_refiner.training.metric_log import metrics_of
 from mim_refiner.training.recipe import RefineRecipe
-from mim_refiner.training.view_pool import ViewPool, pool_bytes, pooled_epochs, refuse_pool
+from mim_refiner.training.view_pool import ViewPool, make_pool, pool_bytes, pooled_epochs, refuse_pool
 
 MakeRun = Callable[..., Any]
 
@@ -88,6 +89,30 @@ def test_a_pool_takes_its_share_of_a_limited_phase_and_is_then_what_it_has(
     assert metrics[-1]["total_step"] == 20
     images = {int(i) for batch in pools[0].epoch(9) for i in batch.sample_ids}
     assert images == set(pools[0].sample_ids.tolist())  # whatever it holds, all of it is shown
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_pool_of_the_warm_up_alone_is_given_back(
+    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frozen: int
+) -> None:
+    pools: list[ViewPool] = []
+    held: list[int] = []  # at every step
+
+    def made(*given: Any) -> ViewPool | None:
+        pools.append(make_pool(*given))  # type: ignore[arg-type]
+        return pools[-1]
+
+    def metrics(*given: Any) -> Any:
+        held.append(sum(kept.nbytes for kept in pools[0]._features))
+        return metrics_of(*given)
+
+    monkeypatch.setattr(refine, "make_pool", made)
+    monkeypatch.setattr(refine, "metrics_of", metrics)
+    run = tiny_run()
+    run.refiner.frozen_blocks = frozen
+    run.run(tmp_path / "run", frozen_blocks=frozen, view_pool=1)
+    assert min(held[:8]) > 0
+    assert [bool(size) for size in held[8:]] == 12 * [bool(frozen)]
 
 
 def test_later_epochs_show_every_image_once_in_views_drawn_from_all_that_are_held() -> None:

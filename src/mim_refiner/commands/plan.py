@@ -17,16 +17,17 @@ from mim_refiner.training.estimate import Estimate, refine_estimate
 from mim_refiner.training.graphed import uses_graph
 from mim_refiner.training.memory import RESERVE, Choice, as_asked, choose, format_bytes, parse_budget
 from mim_refiner.training.recipe import RefineRecipe
+from mim_refiner.training.view_pool import pool_bytes
 
 
-def fit_into(recipe: RefineRecipe, refiner: Refiner, budget: str | None, run: Run) -> RefineRecipe:
+def fit_into(recipe: RefineRecipe, refiner: Refiner, budget: str | None, run: Run, pool: int = 0) -> RefineRecipe:
     """The recipe with what it leaves open of micro-batch, graphs and checkpointing; says what was picked.
 
     Raises InputError where nothing fits, or where steps that are to be CUDA graphs cannot.
     """
     settings: dict[str, Any] = {"kept_graphs": recipe.graphs}
     if budget is not None or _keeps_graphs(recipe, run):
-        picked = settle(recipe, refiner, budget, run)
+        picked = settle(recipe, refiner, budget, run, pool)
         settings = picked.settings
         words = ", ".join(f"{key}={str(value).lower()}" for key, value in settings.items())
         run.reporter.message(f"memory: {format_bytes(picked.peak)} expected; {words} ({picked.words})")
@@ -35,9 +36,11 @@ def fit_into(recipe: RefineRecipe, refiner: Refiner, budget: str | None, run: Ru
     return chosen
 
 
-def settle(recipe: RefineRecipe, refiner: Refiner, budget: str | None, run: Run) -> Choice:
-    """What fits into the budget; without one, what the recipe says, with the graphs that a GPU has memory for."""
-    way: dict[str, Any] = {"precision": run.precision, "shards": shards_of(recipe)}
+def settle(recipe: RefineRecipe, refiner: Refiner, budget: str | None, run: Run, pool: int) -> Choice:
+    """What fits into the budget beside a view pool of so many bytes; without a budget, what the recipe says, with the
+    graphs that a GPU has memory for.
+    """
+    way: dict[str, Any] = {"precision": run.precision, "shards": shards_of(recipe), "pool": pool}
     batch = recipe.batch_size // world_size()
     if budget is not None:
         limit = "free memory" if budget.strip().lower() == "auto" else "--memory-budget"
@@ -60,14 +63,15 @@ def with_cost(
 
     A run that shares its weights is not measured: no process may hold them whole.
     """
-    recipe = fit_into(recipe, refiner, budget, run)
+    pool = pool_bytes(recipe, refiner, loader.steps_per_epoch * recipe.batch_size)
+    recipe = fit_into(recipe, refiner, budget, run, pool)
     if shards_of(recipe) > 1:
         return recipe, None
     free = available_memory(budget, run)
     cost = priced(recipe, refiner, loader, free, run)
     if budget is not None or cost.peak <= free * (1 - RESERVE):
         return recipe, cost
-    recipe = fit_into(recipe, refiner, "auto", run)
+    recipe = fit_into(recipe, refiner, "auto", run, pool)
     return recipe, priced(recipe, refiner, loader, free, run)
 
 
@@ -75,14 +79,14 @@ def priced(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, free: fl
     cost = refine_estimate(refiner, recipe, loader, free, run)
     if recipe.micro_batch is None and not recipe.checkpointing:
         return cost
-    return replace(cost, planned=settle(recipe, refiner, None, run).peak)
+    return replace(cost, planned=settle(recipe, refiner, None, run, cost.pool).peak)
 
 
 def plan(
     recipe: RefineRecipe, refiner: Refiner, cost: Estimate | None, run: Run, budget: str | None, views_are_cut: str
 ) -> dict[str, Any]:
     """The cost of the run: hours and memory by part, and what processes send each other."""
-    picked = settle(recipe, refiner, budget, run)
+    picked = settle(recipe, refiner, budget, run, cost.pool if cost else 0)
     needs = picked.needs
     sizes = {key: value for key, value in vars(needs).items() if key not in ("batch", "image_graphs")}
     sizes |= {"plain_step": needs.whole(), "one_image_at_a_time": needs.cached(1)}

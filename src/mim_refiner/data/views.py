@@ -238,14 +238,15 @@ def crop_batch(
         boxes = np.concatenate([corner, opposite - corner], axis=1)
     images = common_type(list(images))
     # Channels first in memory: the tensors made of it need no further copy.
-    planes = np.empty((len(images), images[0].shape[2], spec.height, spec.width), dtype=images[0].dtype)
+    size = spec.height, spec.width
+    planes = np.empty((len(images), images[0].shape[2], *size), dtype=images[0].dtype)
     output = planes.transpose(0, 2, 3, 1)
     for row, (image, (top, left, height, width), flip, turned) in enumerate(
         zip(images, boxes.tolist(), flips.tolist(), upside_down.tolist(), strict=True)
     ):
         crop = image[top : top + height, left : left + width]
-        if crop.shape[:2] != (spec.height, spec.width):
-            crop = resize_view(crop, spec.height, spec.width)
+        if crop.shape[:2] != size:
+            crop = resize_view(crop, *size)
         crop = crop[:, ::-1] if flip else crop
         output[row] = crop[::-1] if turned else crop
     return output

@@ -59,20 +59,24 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class Bytes:
-    """What a step holds: ``state`` is weights, moments, average and queues; gradients come as ``activations`` go."""
+    """What a step holds: ``state`` is weights, moments, average and queues; gradients come as ``activations`` go; a
+    view pool lies beside them.
+    """
 
     state: float
     gradients: float
     activations_base: float
     activations_image: float
+    view_pool: float = 0.0
 
     def peak(self, images: int) -> float:
         """Of a step that holds the activations of so many images at a time."""
-        return self.state + max(self.activations_base + images * self.activations_image, self.gradients)
+        activations = self.activations_base + images * self.activations_image
+        return self.state + self.view_pool + max(activations, self.gradients)
 
     def images_within(self, free: float) -> int:
         """The most images whose step fits into so many bytes, with what is kept in reserve; below 1: none."""
-        room = free * (1 - RESERVE) - self.state
+        room = free * (1 - RESERVE) - self.state - self.view_pool
         if room < self.gradients:
             return 0
         return int(min(room - self.activations_base, 1e15) // max(1.0, self.activations_image))
@@ -93,8 +97,9 @@ class Estimate:
 
     @property
     def peak(self) -> float:
-        """Bytes that the step and the view pool need."""
-        return self.pool + (self.needs.peak(self.held) if self.planned is None else self.planned)
+        """Bytes that a step needs, in the warm-up beside the view pool."""
+        step = self.needs.peak(self.held) if self.planned is None else self.planned
+        return max(step, self.needs.state + self.pool)
 
     @property
     def hours(self) -> float:
@@ -179,7 +184,8 @@ def refine_estimate(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader,
         refiner.unfreeze_encoder()
         needs = traced(plain, refiner, loader, run)
         average = sum(parameter.nbytes for parameter in refiner.backbone.parameters())
-        needs = replace(needs, state=needs.state + average)
+        pool = pool_bytes(recipe, refiner, loader.steps_per_epoch * recipe.batch_size)
+        needs = replace(needs, state=needs.state + average, view_pool=pool if recipe.frozen_blocks else 0)
         most = batch if recipe.micro_batch else max(FEW, min(batch, needs.images_within(free)))
         for name, setting, phase, begin in (
             ("warm-up", "warmup.epochs", recipe.warmup, refiner.freeze_encoder),
@@ -190,7 +196,6 @@ def refine_estimate(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader,
                 steps = phase.epochs * loader.steps_per_epoch
                 cost = measured(step, loader, run, most)
                 phases[name] = PhaseCost(setting, limit_of(phase), phase.epochs, steps, *cost)
-    pool = pool_bytes(recipe, refiner, loader.steps_per_epoch * recipe.batch_size)
     return Estimate(len(loader.images), loader.batch_size, phases, needs, recipe.micro_batch or batch, free, pool=pool)
 
 
@@ -202,11 +207,19 @@ def refine_step(refiner: Refiner, recipe: RefineRecipe, run: Run) -> Step:
 
     def step(batch: ViewBatch) -> None:
         generator, ids = torch.Generator().manual_seed(0), batch.sample_ids.to(run.device)
-        kept = recipe.graphs * len(ids) * world_size() // recipe.batch_size  # as many of fewer images
         crops = augment(batch.views, photometrics, generator, run.device, process_rows(len(ids)))
-        forward_backward(refiner, crops, ids, generator, run, recipe.micro_batch, kept)
+        forward_backward(refiner, crops, ids, generator, run, *parts_of(recipe, len(ids)))
 
     return step
+
+
+def parts_of(recipe: RefineRecipe, images: int) -> tuple[int | None, int]:
+    """(micro_batch, kept graphs) with which a few images go in parts as the whole batch does."""
+    whole, micro = recipe.batch_size // world_size(), recipe.micro_batch
+    if micro is None or micro >= whole:
+        return None, 0
+    own = max(1, micro * images // whole)
+    return own, recipe.graphs * -(-images // own) // -(-whole // micro)
 
 
 # --- of a pre-training

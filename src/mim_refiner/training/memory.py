@@ -83,6 +83,8 @@ class Needs:
     encoder_image: int  # and what an image (all its views of the larger kind) adds
     image_graphs: tuple[int, ...]  # an image's graph through all its views of one size, in the order of the sizes
     plain: int  # graph of everything at once
+    view_pool: int = 0  # beside all of it
+    warmup: int = 0  # peak of the warm-up on a view pool that goes with it
 
     def graphs(self, micro_batch: int, count: int) -> int:
         """The graphs of the first ``count`` micro-batches."""
@@ -94,7 +96,7 @@ class Needs:
         """Peak of the cached step. Graphs that are kept stand beside the heads' and go before another is made."""
         kept = self.graphs(micro_batch, kept_graphs)
         most = max(self.heads + kept, self.encoder_base + max(kept, micro_batch * self.encoder_image))
-        return self.state + self.images + self.features + self.prefix + most
+        return max(self.warmup, self.state + self.view_pool + self.images + self.features + self.prefix + most)
 
     def most_graphs(self, micro_batch: int, budget: float) -> int:
         """How many micro-batches' graphs can be kept within ``budget``."""
@@ -105,12 +107,13 @@ class Needs:
 
     def whole(self) -> int:
         """Peak of the plain step."""
-        return self.state - self.gradients + self.images + max(self.plain, self.gradients)
+        step = self.state - self.gradients + self.images + max(self.plain, self.gradients)
+        return max(self.warmup, step + self.view_pool)
 
     def largest_micro_batch(self, budget: float) -> int:
         """Images that fit into a pass of the cached step, 0 if not even one."""
-        room = budget - (self.state + self.images + self.features + self.prefix)
-        if room < self.heads:
+        room = budget - (self.state + self.view_pool + self.images + self.features + self.prefix)
+        if room < self.heads or self.warmup > budget:
             return 0
         return max(0, min(self.batch, int((room - self.encoder_base) // max(1, self.encoder_image))))
 
@@ -147,11 +150,13 @@ def measure_needs(
     checkpointing: Checkpointing = False,
     shards: int = 1,
     waste: float | None = None,
+    pool: int = 0,
 ) -> Needs:
     """Trace the step of ``batch`` images a process. view_shapes: (pixels, how many such views).
 
     ``shards``: processes that share the blocks' weights (core.sharding). ``waste`` multiplies what the allocator places
-    anew every step; None: the device's own figures.
+    anew every step; None: the device's own figures. ``pool``: bytes of the view pool, which without frozen blocks is
+    gone when the encoder moves.
     """
     trained = refiner_like(refiner, checkpointing)
     views = sum(count for _, count in view_shapes)
@@ -170,9 +175,10 @@ def measure_needs(
     heads_peak = trained.heads(batch, views, precision)
     plain, cached = WASTE.get(trained.device.type, WASTE["cuda"]) if waste is None else (waste, waste)
     scratch = int(BF16_SCRATCH) if precision == "bf16" and trained.device.type == "cpu" and waste is None else 0
+    state = held + average + 3 * trainable + scratch - _elsewhere(trained.model, shards)
     return Needs(
         batch=batch,
-        state=held + average + 3 * trainable + scratch - _elsewhere(trained.model, shards),
+        state=state,
         images=sum(batch * count * channels * math.prod(height_width(size)) * 4 for size, count in view_shapes),
         features=2 * features,
         prefix=prefix if refiner.frozen_blocks else 0,
@@ -182,6 +188,8 @@ def measure_needs(
         encoder_image=int(cached * slopes[largest]),
         image_graphs=tuple(int(plain * slope) for slope in slopes),
         plain=int(plain * (bases[largest] + batch * sum(slopes) + heads_peak)),
+        view_pool=pool if refiner.frozen_blocks else 0,
+        warmup=state + pool + features + int(cached * heads_peak) if pool else 0,
     )
 
 
@@ -254,11 +262,12 @@ class refiner_like:  # noqa: N801  (reads as a function)
 
 
 def as_asked(
-    refiner: Refiner, recipe: RefineRecipe, batch: int, free: float, *, precision: str, shards: int = 1
+    refiner: Refiner, recipe: RefineRecipe, batch: int, free: float, *, precision: str, shards: int = 1, pool: int = 0
 ) -> Choice:
     """The recipe's own setting; graphs, where it leaves their number open, as ``free`` bytes allow."""
     options: dict[str, Any] = {"precision": precision, "checkpointing": recipe.checkpointing, "shards": shards}
-    needs, micro = measure_needs(refiner, recipe.views.shapes, batch, **options), recipe.micro_batch
+    needs = measure_needs(refiner, recipe.views.shapes, batch, pool=pool, **options)
+    micro = recipe.micro_batch
     if micro is None or micro >= batch:
         return Choice(needs, micro, 0, recipe.checkpointing, "as the recipe says")
     return _cached(needs, recipe, [micro], recipe.checkpointing, free * (1 - RESERVE), "as the recipe says: ")
@@ -273,6 +282,7 @@ def choose(
     precision: str,
     shards: int = 1,
     limit: str = "--memory-budget",
+    pool: int = 0,
 ) -> Choice:
     """The cheapest setting that fits into ``budget`` bytes: plain, plain with selective checkpointing, cached with as
     many graphs as fit, cached with checkpointing.
@@ -284,7 +294,7 @@ def choose(
 
     @cache
     def needs(kept: Checkpointing) -> Needs:
-        options: dict[str, Any] = {"precision": precision, "checkpointing": kept, "shards": shards}
+        options: dict[str, Any] = {"precision": precision, "checkpointing": kept, "shards": shards, "pool": pool}
         return measure_needs(refiner, recipe.views.shapes, batch, **options)
 
     if micro is None:
@@ -311,12 +321,13 @@ def choose(
             sizes = [size for size in sizes if needs(kept).cached(size, recipe.graphs) <= usable][:1]
         if sizes:
             return _cached(needs(kept), recipe, sizes[:3], kept, usable, f"for {format_bytes(budget)} the ")
+    beside = f", {format_bytes(pool)} the view pool (view_pool)" if pool else ""
     smallest = needs(True).cached(micro or 1, recipe.graphs)
     raise InputError(
         f"{limit} {format_bytes(budget)}: the step needs {format_bytes(smallest / (1 - RESERVE))} even with "
         f"micro_batch={micro or 1} and checkpointing ({format_bytes(needs(True).state)} of it weights, optimizer and "
-        f"queues, {format_bytes(needs(True).heads)} the heads on the whole batch); freeze blocks (frozen_blocks), use "
-        "fewer heads or a smaller batch_size, or more processes"
+        f"queues, {format_bytes(needs(True).heads)} the heads on the whole batch{beside}); freeze blocks "
+        "(frozen_blocks), use fewer heads or a smaller batch_size, or more processes"
     )
 
 

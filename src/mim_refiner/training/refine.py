@@ -238,12 +238,15 @@ def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool 
     recipe, refiner = refinement.recipe, refinement.refiner
     name, begin = (("warmup", begin_warmup), ("refinement", begin_refinement))[number]
     phase: Phase = getattr(recipe, name)
-    pool = pool if number == WARMUP or recipe.frozen_blocks else None
+    if pool and number == REFINEMENT and not recipe.frozen_blocks:  # it was the warm-up's
+        pool.release()
+        pool = None
     spent = fill(pool, refinement, loop, phase.max_seconds) if pool and not pool.full else 0.0
     optimizer = begin(refinement)
     loop.begin(number, name, phase, optimizer, moves_encoder=number == REFINEMENT, spent=spent)
     run, labels = refinement.run, refinement.labels
     graph = graphed(refiner, run, labels) if uses_graph(recipe, refiner, run) else None
+    parts = recipe.micro_batch, recipe.graphs
     with closing(loop.batches(pool)) as batches:
         for step, batch in batches:
             generator = loop.generator(step)  # of all the step's draws
@@ -252,7 +255,6 @@ def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool 
             if graph:
                 loss, metrics = graph(views, sample_ids, refiner.draw_choices(sample_ids, generator))
             else:
-                parts = recipe.micro_batch, recipe.graphs
                 output = forward_backward(refiner, views, sample_ids, generator, run, *parts)
                 loss, metrics = output.loss, metrics_of(output, sample_ids, labels)
             if number == REFINEMENT and refiner.anchor and carries_anchor(step, recipe.anchor.share):

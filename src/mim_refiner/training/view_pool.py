@@ -62,6 +62,10 @@ class ViewPool:
         self.steps, self.epochs = self._stored, self._stored // self.steps_per_epoch
         self.sample_ids = self.sample_ids[: self.steps * self.batch_size]
 
+    def release(self) -> None:
+        """Give the memory back: the pool is empty, as before its first batch."""
+        self._features, self._stored = [], 0
+
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[ViewBatch, None, None]:
         """Batches of features in place of images, from ``start_step`` on."""
         rows = self._rows(epoch)  # [V, images]
