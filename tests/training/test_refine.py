@@ -3,17 +3,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import PIL
 import pytest
 import torch
 
+from mim_refiner.commands.refine import settle
+from mim_refiner.core.run import Run
 from mim_refiner.errors import NonFiniteLossError
 from mim_refiner.training import loop
 from mim_refiner.training.loop import step_generator
 from mim_refiner.training.metric_log import MetricLog
-from mim_refiner.training.recipe import GuardSettings
+from mim_refiner.training.recipe import AnchorSettings, GuardSettings
 
 GOLDEN = Path(__file__).parent / "golden_curve.json"
 MakeRun = Callable[[], Any]
@@ -26,6 +29,16 @@ def platform() -> dict[str, str]:
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     model = " ".join(facts.get(key, "?") for key in ("vendor_id", "cpu family", "model"))
     return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "model": model}
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_sharding_in_one_process_is_said_to_do_nothing(tiny_run: MakeRun, asked: bool) -> None:
+    said: list[str] = []
+    run, made = Run(reporter=SimpleNamespace(message=said.append)), tiny_run()  # type: ignore[arg-type]
+    recipe = made.recipe.model_copy(update={"shard": asked, "anchor": AnchorSettings(weight=1.0)})
+    settle(recipe, recipe, made.refiner.backbone, (made.loader.images,) * 2, run, None, True)
+    assert len(said) == asked
+    assert not asked or said[0].startswith("shard: one process holds all weights; start several")
 
 
 def test_the_loss_curve_of_twenty_steps_is_bit_identical(tiny_run: MakeRun, tmp_path: Path) -> None:

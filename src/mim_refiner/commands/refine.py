@@ -48,6 +48,7 @@ from mim_refiner.commands.plan import plan as run_plan
 from mim_refiner.commands.plan import with_cost
 from mim_refiner.commands.report import finish_with_report, write_gallery
 from mim_refiner.commands.survey import thinned
+from mim_refiner.core.collectives import is_distributed
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import join_processes, together
@@ -230,6 +231,8 @@ def settle(
 ) -> tuple[RefineRecipe, dict[str, dict[str, Any]]]:
     """The recipe without "auto", and what was measured for it by the names of its files (nothing for a plan)."""
     check_guidance(recipe, images[0])
+    if recipe.shard and not is_distributed():
+        run.reporter.message("shard: one process holds all weights; start several (torchrun) to spread them")
     if recipe.normalization == "data":
         normalize_by(images[0], backbone)
     if plan:
