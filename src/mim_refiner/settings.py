@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterable
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -73,7 +73,7 @@ Rates = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_asc
 Files = Annotated[tuple[Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)], ...], Listed]
 S = TypeVar("S", bound="Settings")
 V = TypeVar("V")
-OneOrEach = V | list[V]
+OneOrEach: TypeAlias = V | list[V]
 
 
 class Settings(BaseModel):
@@ -155,21 +155,15 @@ def _ways(kind: Any) -> list[str]:
     arms, origin = get_args(kind), get_origin(kind)
     if origin is Annotated:
         limits = [limit for of in arms[1:] for limit in getattr(of, "metadata", [of])]
-        words = [
-            f" {word} {getattr(limit, key)}" for key, word in _BOUNDS.items() for limit in limits if hasattr(limit, key)
-        ]
+        words = [f" {_BOUNDS[key]} {getattr(limit, key)}" for key in _BOUNDS for limit in limits if hasattr(limit, key)]
         return [way + "".join(words) for way in _ways(arms[0])]
     if origin in (Union, UnionType):
         return [way for arm in arms if arm is not NoneType for way in _ways(arm)]
     if origin is Literal:
         return [str(value) for value in arms]
     if origin is list:
-        ways = _ways(arms[0])
-        return [
-            f"a list of {ways[0].removeprefix('a ').replace('number', 'numbers')}"
-            if len(ways) == 1
-            else "a list of such"
-        ]
+        way, *others = _ways(arms[0])
+        return ["a list of " + ("such" if others else way.removeprefix("a ").replace("number", "numbers"))]
     plain = {bool: ["true", "false"], int: ["a whole number"], float: ["a number"], tuple: ["HEIGHTxWIDTH"]}
     return plain.get(origin or kind, ["something else"])
 
