@@ -258,8 +258,7 @@ def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool 
                 output = forward_backward(refiner, views, sample_ids, generator, run, *parts)
                 loss, metrics = output.loss, metrics_of(output, sample_ids, labels)
             if number == REFINEMENT and refiner.anchor and carries_anchor(step, recipe.anchor.share):
-                anchored = recipe.anchor.weight, recipe.micro_batch
-                distance = anchor_backward(refiner, views[:NUM_GLOBAL], generator, run, *anchored)
+                distance = anchor_backward(refiner, views[:NUM_GLOBAL], generator, run, recipe.anchor.weight, parts[0])
                 metrics |= {"loss": loss.detach(), "anchor": distance}  # the logged loss is that of the heads
                 loss = loss + distance
             average_gradients(refiner.parameters())
