@@ -108,7 +108,7 @@ def train_diet(
         loss.backward()
         set_learning_rate(optimizer, learning_rate(phase, step, recipe.batch_size, steps))
         optimizer.step()
-        run.reporter.update(step + 1, {"loss": float(loss.detach())} if step % 10 == 0 else {})
+        run.reporter.progress(step + 1, {"loss": float(loss.detach())} if step % 10 == 0 else {})
     backbone.requires_grad_(True)
 
 
@@ -220,7 +220,7 @@ class Fungi:
                     raise DataError(f"{images.description}: FUNGI needs every image; leave out what cannot be read")
                 found.append(self.of_batch(self._normal(batch), torch.stack([self._normal(v) for v in cut.views], 1)))
                 seen.append(indices)
-                self.run.reporter.update(int(indices[-1]) + 1, {})
+                self.run.reporter.progress(int(indices[-1]) + 1, {})
         labels = None if images.labels is None else torch.from_numpy(images.labels)[torch.cat(seen)]
         depth = self.backbone.info.depth
         return Features({(depth - 1, KEY_POOLING): torch.cat(found)}, labels, torch.cat(seen), depth, norm=True)

@@ -47,7 +47,7 @@ from mim_refiner.export.timm import export_timm
 from mim_refiner.files import atomic_file, write_bytes, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.mae import MaskedAutoencoder
-from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipe import PretrainRecipe, RefineRecipe, override
 from mim_refiner.training.recipes import pretrain_recipe, refine_recipe
 from mim_refiner.training.refine import forward_backward, make_refiner, resolve, view_specs
@@ -63,7 +63,7 @@ class Study:
     data: Path
     out: Path
     device: str = "auto"
-    reporter: Reporter = field(default_factory=NullReporter)
+    reporter: Reporter = field(default_factory=Reporter)
 
     def path(self, key: str) -> str:
         return str(self.tree[key]).format(data=self.data)

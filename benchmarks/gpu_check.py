@@ -23,7 +23,7 @@ from mim_refiner.core.neighbors import NeighborQueue
 from mim_refiner.core.nna import multi_view_nna_loss
 from mim_refiner.data.photometric import BatchPhotometric, seeded_generator
 from mim_refiner.data.views import multi_crop_views
-from mim_refiner.reporting import NullReporter
+from mim_refiner.reporting import Reporter
 
 if TYPE_CHECKING:
     from gpu import Results
@@ -132,13 +132,13 @@ def check_step(checks: Checks, options: argparse.Namespace, device: torch.device
         checks.near(f"gradients, {name} against {other}", found[name][1], found[other][1], tolerance)
 
 
-class Interrupts(NullReporter):
+class Interrupts(Reporter):
     """Ctrl-C after so many reported steps."""
 
     def __init__(self, after: int) -> None:
         self.after = after
 
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+    def progress(self, step: int, metrics: Mapping[str, float]) -> None:
         self.after -= bool(metrics)
         if self.after == 0:
             signal.raise_signal(signal.SIGINT)

@@ -13,9 +13,9 @@ import mim_refiner
 
 PUBLIC = {
     "Backbone", "BackboneInfo", "BlockOutput", "CheckpointReport", "MimRefinerError", "NNAOutput", "NeighborQueue",
-    "NeighborResult", "__version__", "analyze", "clustering_accuracy", "doctor", "embed", "evaluate", "export",
-    "inspect_checkpoint", "knn_predict", "layer_decay_scales", "load_backbone", "multi_view_nna_loss", "nna_loss",
-    "pretrain", "refine", "report", "warmup_cosine",
+    "NeighborResult", "Reporter", "__version__", "analyze", "clustering_accuracy", "doctor", "embed", "evaluate",
+    "export", "inspect_checkpoint", "knn_predict", "layer_decay_scales", "load_backbone", "multi_view_nna_loss",
+    "nna_loss", "pretrain", "refine", "report", "warmup_cosine",
 }  # fmt: skip
 
 # Parameter names in order; a star stands for "keyword-only from here".

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mim_refiner.core.schedules import warmup_cosine
     from mim_refiner.errors import MimRefinerError
     from mim_refiner.models.backbone import Backbone
+    from mim_refiner.reporting import Reporter
     from mim_refiner.types import BackboneInfo, BlockOutput, CheckpointReport, NeighborResult, NNAOutput
 
 _HOME = {
@@ -46,6 +47,7 @@ _HOME = {
     "NNAOutput": "types",
     "NeighborQueue": "core.neighbors",
     "NeighborResult": "types",
+    "Reporter": "reporting",
     "analyze": "commands.analyze",
     "clustering_accuracy": "core.metrics",
     "doctor": "commands.doctor",
@@ -73,6 +75,7 @@ __all__ = [
     "NNAOutput",
     "NeighborQueue",
     "NeighborResult",
+    "Reporter",
     "__version__",
     "analyze",
     "clustering_accuracy",

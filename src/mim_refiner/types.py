@@ -6,9 +6,10 @@ Shape legend: B images, V views, G global views, D width, K heads, N patch token
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Pooling = Literal["cls", "mean"]
 Checkpointing = bool | Literal["selective"]  # what is computed again in the backward pass: models.recompute

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from mim_refiner.analysis.verdict import verdict
+from mim_refiner.analysis.verdict import verdict, what_next
 from mim_refiner.core.metrics import paired_interval
 from mim_refiner.errors import InputError
 
@@ -36,3 +38,31 @@ def test_small_samples_are_not_called_clear():
 def test_different_samples_are_refused():
     with pytest.raises(InputError, match="same samples"):
         verdict(hits(0, 0.5, 10), hits(0, 0.5, 11))
+
+
+RECIPE = {"refinement": {"epochs": 10, "base_lr": 1e-3}, "anchor": {"weight": 0.0}}
+
+
+def test_what_to_try_next_follows_from_the_evidence():
+    unclear = {"verdict": "no clear change", "ci95": [-0.03, 0.05]}
+    said = what_next(unclear, RECIPE, test_images=90, draws=5000, recommendation={"block": 8, "pooling": "mean"},
+                     last_block=11)  # fmt: skip
+    assert [line.partition(":")[0] for line in said] == [
+        "more images to measure on", "a longer run", "another block without any training",
+    ]  # fmt: skip
+    assert "90 tell no change below 4.0 points" in said[0]
+    assert "--set refinement.epochs=20" in said[1]
+    assert "block 8, mean pooling" in said[2]
+    narrow = {"verdict": "no clear change", "ci95": [-0.005, 0.005]}
+    enough: dict[str, Any] = {"test_images": 9000, "draws": 2_000_000, "last_block": 11}
+    assert what_next(narrow, RECIPE, recommendation={"block": 11}, **enough) == []
+
+    said = what_next({"verdict": "worse"}, RECIPE, test_images=90, draws=5000, knn=[0.3, 0.4, 0.35, 0.2])
+    assert "--set refinement.epochs=5" in said[0]
+    assert "best (40.0 %) after 50 %" in said[0]
+    assert "--set refinement.base_lr=0.0005" in said[1]
+    assert "anchor.weight=1" in said[2]
+    falling = what_next({"verdict": "worse"}, RECIPE, test_images=90, draws=5000, knn=[0.4, 0.3, 0.2])
+    assert not any("shorter" in line for line in falling)
+    for word in ("better", "no collapse seen", "not measured"):
+        assert what_next({"verdict": word}, RECIPE, test_images=90, draws=5000) == []

@@ -183,7 +183,7 @@ def test_diet_learns_which_image_is_which(baselines: Any, encoder: Backbone, pho
         def phase(self, name: str, total: int) -> None:
             assert (name, total) == ("DIET", 60)
 
-        def update(self, step: int, metrics: dict[str, float]) -> None:
+        def progress(self, step: int, metrics: dict[str, float]) -> None:
             seen.extend(metrics.values())
 
     settings = baselines.DietSettings(label_smoothing=0.1, lr=0.3)

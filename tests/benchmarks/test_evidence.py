@@ -124,7 +124,7 @@ def test_compute_of_the_control_is_the_full_recipes(evidence: Any, tmp_path: Pat
     tree = yaml.safe_load((BENCHMARKS / "studies" / "cifar10_cpu.yaml").read_text()) | {"train": "{data}/train"}
     tree["start"] = str(BENCHMARKS.parent / tree["start"])
     tree["settings"] = ["batch_size=16", "refinement.epochs=8"]
-    study = evidence.Study(tree, tmp_path, tmp_path, "cpu", evidence.NullReporter())
+    study = evidence.Study(tree, tmp_path, tmp_path, "cpu", evidence.Reporter())
     own = study.mae_recipe()
     spent = own.training.epochs * 32 * evidence.flops_of_autoencoder(study.start, own)
     asked = study.draws(study.recipe("full")) * evidence.flops_of_refinement(study.start, study.recipe("full"))

@@ -98,7 +98,7 @@ def test_without_labels_and_without_a_second_encoder(mae, unlabelled, cli, tmp_p
     outcome = cli.call(*words, "--parts", "verdict,atlas")
     assert outcome.code == 0, outcome.err
     assert "no labels: neighbour consistency stands in" in outcome.err
-    assert "label_free: neighbour consistency" in outcome.out
+    assert "label free: neighbour consistency" in outcome.out
     assert "features to use: " in outcome.out
     record = json.loads((tmp_path / "out" / "atlas-before.json").read_text())
     assert record["measure"] == "consistency"

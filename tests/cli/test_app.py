@@ -65,10 +65,14 @@ def assert_one_error_line(done: subprocess.CompletedProcess[str], *words: str) -
         assert word in lines[0]
 
 
-def test_help_lists_the_verbs_and_needs_no_torch():
+def test_verbs_without_a_model_need_no_torch(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"phase": "warmup", "step": 1, "total_step": 1, "loss": 1.0}\n')
     code = (
         "import sys\nfrom mim_refiner.cli.app import main\n"
-        "assert main(['--help']) == 0\nassert 'torch' not in sys.modules, 'torch was imported for --help'"
+        "for words in (['--version'], ['--help'], ['models'], ['models', 'mae_l16'], ['recipes', 'tiny'],\n"
+        f"              ['report', {str(tmp_path)!r}]):\n"
+        "    assert main(words) == 0\n"
+        "    assert 'torch' not in sys.modules and 'timm' not in sys.modules, f'torch was imported for {words}'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **PLAIN})
     assert done.returncode == 0, done.stderr

@@ -55,7 +55,7 @@ def test_json_keeps_stdout_pure(capsys):
 def test_quiet_silences_the_reporter_but_not_the_result(capsys):
     def verb(*, reporter):
         reporter.phase("refine", 3)
-        reporter.update(3, {"loss": 1.0})
+        reporter.progress(3, {"loss": 1.0})
         return {"out": "folder"}
 
     execute(verb, as_json=False, quiet=True)
@@ -76,7 +76,7 @@ def test_quiet_holds_for_one_command(capsys, caplog, quiet):
 def test_the_reporter_ends_when_the_verb_fails(capsys):
     def failing(*, reporter):
         reporter.phase("refine", 9)
-        reporter.update(1, {"loss": 1.0})
+        reporter.progress(1, {"loss": 1.0})
         raise InputError("no")
 
     with pytest.raises(InputError):
@@ -136,4 +136,4 @@ def test_nested_values_become_lines():
         "  no peak",
     ]
     assert lines_of("nothing", None) == []
-    assert lines_of("none_found", False) == ["none_found: False"]
+    assert lines_of("none_found", False) == ["none found: False"]

@@ -44,6 +44,11 @@ def test_a_suite_of_three_models_writes_numbers_and_tables(words, mae, refined, 
     same = [row for row in summary["change"] if row["model"] == str(other)]
     assert same
     assert all(row["difference"] == 0 and row["verdict"] == "no clear change" for row in same)
+    assert summary["verdict"]["reason"].startswith("k-NN accuracy of block 2 (cls) ")
+    assert summary["verdict"]["others"][str(other)]["verdict"] == "no clear change"
+    recorded = json.loads((out / "evaluation" / "comparison.json").read_text())
+    assert recorded["results"] == summary["results"]
+    assert recorded["verdict"] == summary["verdict"]
     assert set(summary["seconds"][str(other)]) == {"features", "knn", "linear", "low_shot", "clustering", "rank"}
     for name in ("", "compare-", "compare2-"):
         record = json.loads((out / "evaluation" / f"{name}low_shot_1_top1-block02-cls.json").read_text())

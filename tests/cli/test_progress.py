@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import io
+import re
+import sys
+from types import SimpleNamespace
 
 from rich.console import Console
 
-from mim_refiner.cli.progress import (
-    LiveReporter,
+from mim_refiner.cli.progress import LiveReporter, make_reporter, metric_table, sparkline
+from mim_refiner.reporting import (
+    LogFile,
     PlainReporter,
+    Reporter,
+    Tee,
     eta_parts,
     head_names,
-    make_reporter,
+    listener,
     memory_in_use,
     metric_parts,
-    metric_table,
-    sparkline,
 )
-from mim_refiner.reporting import NullReporter, Tee
 
 VALUES = {
     "loss": 9.0,
@@ -37,7 +40,7 @@ class Terminal(io.StringIO):
 
 
 def test_the_reporter_fits_the_stream():
-    assert isinstance(make_reporter(Terminal(), quiet=True), NullReporter)
+    assert type(make_reporter(Terminal(), quiet=True)) is Reporter
     assert isinstance(make_reporter(Terminal(), quiet=False), LiveReporter)
     assert isinstance(make_reporter(Terminal(), quiet=False, live=False), PlainReporter)
     assert isinstance(make_reporter(io.StringIO(), quiet=False), PlainReporter)
@@ -49,7 +52,7 @@ def test_plain_lines_come_at_the_interval_and_at_the_end():
     reporter.phase("refine", 100)
     for step in range(1, 26):  # one step a second
         now[0] += 1
-        reporter.update(step, {"loss": float(step)})
+        reporter.progress(step, {"loss": float(step)})
     reporter.done()
     reporter.done()
     lines = stream.getvalue().splitlines()
@@ -76,7 +79,7 @@ def test_metric_parts_name_every_quantity():
         "loss 9.000 (9:5.000 10:4.000)",
         "alignment 0.300",
         "neighbour similarity 0.600",
-        "knn_top1 37.5 %",
+        "k-NN accuracy 37.5 %",
         "120 images/s",
     ]
 
@@ -89,16 +92,16 @@ def test_metric_table_has_a_row_for_each_head():
         ["all", "heads", "9.000", "0.300", "0.600"],
         ["block", "9", "5.000", "0.200", "0.600"],
         ["block", "10", "4.000", "0.400", "-"],
-        ["knn_top1", "37.5", "%"],
+        ["k-NN", "accuracy", "37.5", "%"],
     ]
 
 
 def test_live_display_shows_phase_values_and_messages():
     stream = Terminal()
     reporter = LiveReporter(stream)
-    reporter.update(1, {"loss": 1.0})  # before any phase: nothing to draw, and no error
+    reporter.progress(1, {"loss": 1.0})  # before any phase: nothing to draw, and no error
     reporter.phase("warm-up", 10)
-    reporter.update(5, VALUES)
+    reporter.progress(5, VALUES)
     reporter.message("half [way]")
     reporter.phase("refine", 0)
     reporter.done()
@@ -123,8 +126,8 @@ def test_the_live_display_shows_every_quantity():
     reporter = LiveReporter(terminal)
     reporter.console.width = 120
     reporter.phase("refinement", 20)
-    reporter.update(10, {"loss": 3.0, "loss/9": 3.0, "alignment/9": 0.4, "images_per_s": 88.0, "knn_top1": 0.41})
-    reporter.update(20, {"loss": 2.0, "loss/9": 2.0, "knn_top1": 0.45})
+    reporter.progress(10, {"loss": 3.0, "loss/9": 3.0, "alignment/9": 0.4, "images_per_s": 88.0, "knn_top1": 0.41})
+    reporter.progress(20, {"loss": 2.0, "loss/9": 2.0, "knn_top1": 0.45})
     reporter.done()
     shown = terminal.getvalue()
     for words in (
@@ -145,9 +148,60 @@ def test_calls_reach_every_reporter():
     heard = [PlainReporter(io.StringIO(), memory=lambda: "") for _ in range(2)]
     tee = Tee(heard)
     tee.phase("a", 2)
-    tee.update(2, {"loss": 1.0})
+    tee.progress(2, {"loss": 1.0})
     tee.message("hello")
     tee.done()
     assert [reporter.stream.getvalue().splitlines() for reporter in heard] == [
         ["a: 2", "a 2/2  loss 1.000", "hello"]
     ] * 2
+
+
+def test_progress_moves_with_every_step_also_before_the_first_values_come():
+    stream, now = io.StringIO(), [0.0]
+    reporter = PlainReporter(stream, interval=10, clock=lambda: now[0], memory=lambda: "")
+    reporter.phase("warm-up", 4)
+    reporter.progress(0, {})
+    for step in (1, 2, 3):  # slow steps, no log line yet
+        now[0] += 15
+        reporter.progress(step, {})
+    assert stream.getvalue().splitlines()[1:] == [
+        "warm-up 1/4  ETA 0:00:45",
+        "warm-up 2/4  ETA 0:00:30",
+        "warm-up 3/4  ETA 0:00:15",
+    ]
+
+
+def test_a_log_file_waits_for_its_folder_and_is_added_to(tmp_path):
+    for begin in ("refine: version 1", "refine: version 2"):
+        log = LogFile(begin)
+        log.message("data: photos")
+        assert (tmp_path / "log.txt").exists() == (begin == "refine: version 2")
+        log.opened(tmp_path)
+        log.phase("warm-up", 2)
+        log.progress(2, {"loss": 1.0})
+        log.warning("one image is left out \ud800")
+        log.done()
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert len(lines) == 12
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  \S", line) for line in lines)
+    said = [line[21:] for line in lines[6:]]
+    assert said[:2] == ["refine: version 2", "data: photos"]
+    assert said[3:5] == ["warm-up: 2", said[4]]
+    assert said[4].startswith("warm-up 2/2  loss 1.000")
+    assert said[5] == "warning: one image is left out \\ud800"
+
+
+def test_a_log_that_cannot_be_written_costs_nothing_else(tmp_path):
+    log = LogFile("refine")
+    log.opened(tmp_path / "gone")
+    log.message("data: photos")
+
+
+def test_notebooks_hear_progress_and_programs_do_not(monkeypatch):
+    own = Reporter()
+    assert listener(own) is own
+    assert type(listener(None)) is Reporter
+    for kernel, heard in ((True, PlainReporter), (False, Reporter)):
+        shell = SimpleNamespace(kernel=None) if kernel else SimpleNamespace()
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda shell=shell: shell))
+        assert type(listener(None)) is heard

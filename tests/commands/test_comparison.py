@@ -18,11 +18,11 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError
 from mim_refiner.models.backbone import Backbone, create_vit
-from mim_refiner.reporting import NullReporter
+from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipes import tiny
 
 
-class Told(NullReporter):
+class Told(Reporter):
     def __init__(self):
         self.said = []
 

@@ -37,7 +37,7 @@ class Comparison:
             run.reporter.phase(stage, len(bank) + len(test))
             for done in range(100, len(bank) + len(test) + 1, 100):
                 self.now += 0.4 * self.slower(self.now)
-                run.reporter.update(done, {})
+                run.reporter.progress(done, {})
         return f"of {len(bank)} and {len(test)}"
 
     def run(self, bank: int = 3000, test: int = 10_000) -> str:

@@ -162,7 +162,7 @@ def test_nothing_but_true_pairs_is_found_in_the_cifar10_test_set(shared_dir, tmp
 
 def test_through_the_command_line_to_a_list_that_refine_takes(embedded, tmp_path, capsys):
     from mim_refiner.commands.inputs import open_images
-    from mim_refiner.reporting import NullReporter
+    from mim_refiner.reporting import Reporter
 
     images, labels, test, _ = embedded
     planted, places = plant(images[:120], test, 24)
@@ -178,7 +178,7 @@ def test_through_the_command_line_to_a_list_that_refine_takes(embedded, tmp_path
     assert result == json.loads((out / "doctor.json").read_text())
     assert result["model"]["estimated_hours"] >= 0
     assert result["model"]["training_memory_gb"] > 0
-    kept = open_images(str(data), NullReporter(), exclude=str(out / "exclude.txt"))
+    kept = open_images(str(data), Reporter(), exclude=str(out / "exclude.txt"))
     assert len(kept) == 120 - result["to_exclude"]
     assert kept.unreadable == []
     assert 0 < result["to_exclude"] <= len(places)

@@ -26,7 +26,7 @@ from mim_refiner.evaluation import embedding
 from mim_refiner.evaluation.features import extract_features
 from mim_refiner.export import export_timm
 from mim_refiner.models.backbone import Backbone, create_vit
-from mim_refiner.reporting import NullReporter
+from mim_refiner.reporting import Reporter
 
 COUNT = 43  # images; not a multiple of the batch
 
@@ -169,7 +169,7 @@ def test_unreadable_images_have_no_row_and_are_listed(model, damaged, tmp_path):
     out = tmp_path / "a.npy"
     said: list[str] = []
 
-    class Listener(NullReporter):
+    class Listener(Reporter):
         def message(self, text: str) -> None:
             said.append(text)
 
@@ -187,10 +187,10 @@ def test_unreadable_images_have_no_row_and_are_listed(model, damaged, tmp_path):
 KILLED = """
 import os, signal
 from mim_refiner.commands.embed import embed
-from mim_refiner.reporting import NullReporter
+from mim_refiner.reporting import Reporter
 
-class Kill(NullReporter):
-    def update(self, step, metrics):
+class Kill(Reporter):
+    def progress(self, step, metrics):
         if step >= 24:  # 16 images are noted as finished, more are computed
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -210,8 +210,8 @@ def test_killed_and_restarted_the_bytes_are_those_of_an_uninterrupted_run(model,
     assert not out.exists()
     seen: list[int] = []
 
-    class Steps(NullReporter):
-        def update(self, step: int, metrics: Any) -> None:
+    class Steps(Reporter):
+        def progress(self, step: int, metrics: Any) -> None:
             seen.append(step)
 
     embed(model=str(model), data=str(damaged), out=str(out), batch_size=2, device="cpu", reporter=Steps())
@@ -244,8 +244,8 @@ def test_a_finished_file_is_left_alone_and_other_settings_are_refused(model, dat
 def test_interrupted_parts_serve_the_same_settings_only(model, data, tmp_path):
     out = tmp_path / "a.safetensors"
 
-    class Stop(NullReporter):
-        def update(self, step: int, metrics: Any) -> None:
+    class Stop(Reporter):
+        def progress(self, step: int, metrics: Any) -> None:
             if step >= 24:
                 raise KeyboardInterrupt
 
@@ -264,8 +264,8 @@ def test_interrupted_parts_serve_the_same_settings_only(model, data, tmp_path):
 def test_damaged_rows_are_computed_again(model, data, tmp_path, damaged_file):
     arguments: dict[str, Any] = {"model": str(model), "data": str(data), "device": "cpu", "batch_size": 2}
 
-    class Stop(NullReporter):
-        def update(self, step: int, metrics: Any) -> None:
+    class Stop(Reporter):
+        def progress(self, step: int, metrics: Any) -> None:
             if step >= 40:
                 raise KeyboardInterrupt
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mim_refiner.commands.inputs import split_images, tell_trained_on
-from mim_refiner.reporting import NullReporter
+from mim_refiner.reporting import Reporter
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def labelled(tmp_path):
 
 
 def split(spec, share=0.1, seed=0):
-    return split_images(spec, share, NullReporter(), seed=seed, channels=3, exclude=None)
+    return split_images(spec, share, Reporter(), seed=seed, channels=3, exclude=None)
 
 
 def numbers(images):
@@ -70,8 +70,8 @@ def test_an_encoder_of_a_run_is_said_to_have_been_trained_on_its_data(tmp_path):
     (run / "export").mkdir(parents=True)
     (run / "recipe.yaml").write_text(f"data: {tmp_path}/photos\n")
     for model in (run, run / "export"):
-        said = tell_trained_on([str(model), "vit_base_patch16_224"], f"{tmp_path}/photos/", NullReporter())
+        said = tell_trained_on([str(model), "vit_base_patch16_224"], f"{tmp_path}/photos/", Reporter())
         assert [text.split(" ")[0] for text in said] == [str(model)]
-    assert tell_trained_on([str(run)], f"{tmp_path}/others", NullReporter()) == []
+    assert tell_trained_on([str(run)], f"{tmp_path}/others", Reporter()) == []
     (run / "recipe.yaml").write_text("]")
-    assert tell_trained_on([str(run)], f"{tmp_path}/photos", NullReporter()) == []
+    assert tell_trained_on([str(run)], f"{tmp_path}/photos", Reporter()) == []

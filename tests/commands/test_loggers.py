@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 
+from mim_refiner import __version__
 from mim_refiner.commands import loggers
 from mim_refiner.commands.loggers import logging_to
 from mim_refiner.errors import InputError
+from mim_refiner.reporting import Reporter
 
 
-class Heard:
+class Heard(Reporter):
     """Remembers what the display was told."""
 
     def __init__(self) -> None:
@@ -21,7 +24,7 @@ class Heard:
     def phase(self, name, total):
         self.calls.append(("phase", name, total))
 
-    def update(self, step, metrics):
+    def progress(self, step, metrics):
         self.calls.append(("update", step))
 
     def message(self, text):
@@ -34,37 +37,46 @@ class Heard:
 def pretend_run(name: str, out: Path) -> Heard:
     """Log a run of two records and a summary."""
     heard = Heard()
-    with logging_to([name], str(out), heard) as reporter:
+    with logging_to([name], heard, "refine") as reporter:
         reporter.phase("warmup", 2)
-        reporter.update(1, {})  # a display's update, not a record
+        reporter.progress(1, {})  # a display's update, not a record
         assert not out.exists()  # nothing is written before the run folder is there
         out.mkdir()
         (out / "recipe.yaml").write_text("name: tiny\nheads:\n  out_dim: 8\n")
+        reporter.opened(out)
         for step in (10, 20):
             record = {"phase": "warmup", "step": step, "total_step": step, "loss": 5.0 / step, "loss/2": 1.0}
-            reporter.update(step, record)
+            reporter.progress(step, record)
         reporter.done()
-        (out / "summary.json").write_text(json.dumps({"after": {"knn_top1": 0.5}, "verdict": {"verdict": "better"}}))
+        (out / "summary.json").write_text(
+            json.dumps({"after": {"knn_top1": 0.5}, "verdict": {"verdict": "better", "reason": "it rose"}})
+        )
     assert heard.calls == [("phase", "warmup", 2), ("update", 1), ("update", 10), ("update", 20), ("done",)]
+    log = (out / "log.txt").read_text()
+    assert f"refine: mim-refiner {__version__}, Python " in log
+    assert "warmup 1" not in log  # what came before the folder is kept, progress within a minute is not
+    assert log.rstrip().endswith("finished; verdict: better. it rose")
     return heard
 
 
-def test_without_names_the_reporter_is_handed_back(tmp_path):
+def test_without_a_run_folder_the_reporter_alone_hears(tmp_path):
     heard = Heard()
-    with logging_to([], str(tmp_path), heard) as reporter:
-        assert reporter is heard
+    with logging_to([], heard, "refine") as reporter:
+        reporter.message("data: photos")
+    assert heard.calls == [("message", "data: photos")]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_and_missing_loggers_are_refused_at_once(tmp_path, monkeypatch):
     with (
         pytest.raises(InputError, match=r"unknown logger; did you mean 'tensorboard'\?"),
-        logging_to(["tensorbord"], str(tmp_path / "run"), Heard()),
+        logging_to(["tensorbord"], Heard(), "refine"),
     ):
         pass
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     with (
         pytest.raises(InputError, match=r"not installed; pip install 'mim-refiner\[wandb\]'"),
-        logging_to(["wandb"], str(tmp_path / "run"), Heard()),
+        logging_to(["wandb"], Heard(), "refine"),
     ):
         pass
     assert not (tmp_path / "run").exists()
@@ -75,11 +87,11 @@ def test_the_file_of_mlflow_needs_more_than_mlflow(tmp_path, monkeypatch):
     monkeypatch.setattr(loggers, "find_spec", lambda name: None if name == "sqlalchemy" else object())
     with (
         pytest.raises(InputError, match=r"sqlalchemy is not installed; pip install 'mim-refiner\[mlflow\]'"),
-        logging_to(["mlflow"], str(tmp_path / "run"), Heard()),
+        logging_to(["mlflow"], Heard(), "refine"),
     ):
         pass
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # a server keeps the records itself
-    with logging_to(["mlflow"], str(tmp_path / "run"), Heard()):
+    with logging_to(["mlflow"], Heard(), "refine"):
         pass
 
 
@@ -122,3 +134,21 @@ def test_mlflow_in_a_local_file(tmp_path, monkeypatch):
         (10, 0.5),
         (20, 0.25),
     ]
+
+
+def test_the_log_has_remarks_and_how_a_run_ended(tmp_path):
+    for error, said in ((InputError("no such file"), "InputError: no such file"), (KeyboardInterrupt(), "interrupted")):
+
+        def run(error: BaseException = error) -> None:
+            with logging_to([], Heard(), "refine") as reporter:
+                reporter.opened(tmp_path)
+                logging.getLogger("mim_refiner").warning("note: heads guessed")
+                raise error
+
+        with pytest.raises(type(error)):
+            run()
+        lines = (tmp_path / "log.txt").read_text().splitlines()
+        assert lines[-2].endswith("  warning: note: heads guessed")
+        assert lines[-1].endswith(f"  {said}")
+    logging.getLogger("mim_refiner").warning("of no run")
+    assert (tmp_path / "log.txt").read_text().splitlines() == lines

@@ -14,6 +14,7 @@ import pytest
 from mim_refiner.cli.app import main
 from mim_refiner.errors import InputError
 from mim_refiner.report.page import write_report
+from mim_refiner.report.panels import comparison_panels, learning_panels, rates, run_colour
 from mim_refiner.report.run_files import read_run
 
 SECTIONS = ("verdict", "numbers", "blocks", "atlas", "learning", "neighbours", "clusters", "patches", "map", "run")
@@ -170,6 +171,107 @@ def test_several_runs_are_compared(make_run, tmp_path):
     assert len(ids) == len(set(ids))
 
 
+def folder(tmp_path: Path, **files: object) -> Path:
+    """A folder of result files, {name with _ for the place of a slash: record}."""
+    for name, record in files.items():
+        path = tmp_path / "folder" / (name.replace("__", "/") + (".yaml" if name == "recipe" else ".json"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record))
+    return tmp_path / "folder"
+
+
+COMPARISON = {
+    "kind": "comparison",
+    "results": [
+        {"model": f"runs/{name}", "metric": "knn_top1", "value": value, "ci95": [value - 0.05, value + 0.05],
+         "block": 11, "pooling": "cls"}
+        for name, value in (("mae", 0.4), ("refined", 0.55))
+    ],
+    "change": [{"model": "runs/refined", "metric": "knn_top1", "block": 11, "pooling": "cls", "difference": 0.15,
+                "ci95": [0.1, 0.2], "verdict": "better"}],
+    "verdict": {"verdict": "better", "reason": "k-NN accuracy of block 11 (cls) rose.", "ci95": [0.1, 0.2],
+                "knn_difference": 0.15},
+}  # fmt: skip
+
+
+def test_a_comparison_of_evaluate_shows_its_table_and_verdict(tmp_path):
+    page = Page(write_report([folder(tmp_path, evaluation__comparison=COMPARISON)]).read_text())
+    assert "Comparison of encoders: folder" in page.text
+    assert "The second encoder is better. k-NN accuracy of block 11 (cls) rose." in page.text
+    assert "metric block pooling mae refined" in page.text
+    assert "k-NN accuracy (%) 11 cls 40.0 [35.0, 45.0] 55.0 [50.0, 60.0] (+15.0*)" in page.text
+    assert "No neighbour gallery here." not in page.text  # nobody promised one
+
+
+@pytest.mark.parametrize(
+    ("files", "title", "headline"),
+    [
+        ({"recipe": {"command": "pretrain"}, "summary": {"after": {"knn_top1": 0.4}}},
+         "Pre-training report: folder", "The encoder is pre-trained. refine it next: mim-refiner refine --model"),
+        ({"evaluation__knn": {"metric": "knn_top1", "value": 0.5, "ci95": None, "block": 3, "pooling": "cls"}},
+         "Evaluation report: folder", "One encoder, measured."),
+        ({"regimes": {"kind": "regimes"}}, "Analysis report: folder", "One encoder, looked at."),
+        ({"verdict": {"kind": "verdict", "verdict": "worse", "reason": "It fell."}}, "Analysis report: folder",
+         "The second encoder is worse. It fell."),
+    ],
+)  # fmt: skip
+def test_a_folder_is_titled_as_what_it_is(tmp_path, files, title, headline):
+    page = Page(write_report([folder(tmp_path, **files)]).read_text())
+    assert title in page.text
+    assert headline in page.text
+    assert "Refinement" not in page.text
+
+
+def test_the_measures_behind_a_verdict_without_labels_are_on_the_page(make_run):
+    run = make_run()
+    summary = json.loads((run / "summary.json").read_text())
+    rows = [
+        {"measure": "neighbour consistency", "before": 0.3, "after": 0.35, "difference": 0.05, "ci95": [0.01, 0.09],
+         "change": "rose"},
+        {"measure": "effective rank", "before": 20.0, "after": 18.0, "difference": -2.0, "ci95": [-3, -1],
+         "change": "fell"},
+    ]  # fmt: skip
+    summary["verdict"] = {"verdict": "no clear change", "reason": "x", "measures": rows, "next": ["more images"]}
+    (run / "summary.json").write_text(json.dumps(summary))
+    text = Page(write_report([run]).read_text()).text
+    assert "neighbour consistency (%) 30.0 35.0 +5.0 (+1.0 to +9.0) rose" in text
+    assert "effective rank 20.00 18.00 -2.00 (-3.00 to -1.00) fell" in text
+    assert "What to try next more images" in text
+
+
+def test_the_atlas_has_a_scale_in_words_for_both_themes(page):
+    assert "The stronger the colour, the better: 30.0 40.0 . The framed cell" in page.text
+    assert "arker" not in page.text
+
+
+def test_a_run_has_one_colour_everywhere():
+    records = [{"phase": "refinement", "step": step, "total_step": step, "loss": 1.0} for step in (1, 2)]
+    logs = {"a": records, "b": [{**record, "knn_top1": 0.5} for record in records]}
+    loss, knn = comparison_panels(logs)
+    assert run_colour(0) in loss.inline
+    assert run_colour(0) not in knn.inline  # run a was not measured
+    assert run_colour(1) in knn.inline
+    assert ">b</text>" in knn.inline  # named also where it stands alone
+
+
+def test_the_rate_is_drawn_to_its_true_peak_between_two_log_lines():
+    recipe = {"batch_size": 256, "warmup": {"epochs": 3, "warmup_epochs": 1, "base_lr": 1e-3, "end_lr": 1e-6}}
+    records = [{"phase": "warmup", "step": s, "total_step": s, "epoch": s / 7, "lr": 5e-4} for s in (5, 10, 15, 20)]
+    steps, values = rates(records, recipe)
+    assert max(values) == 1e-3
+    assert steps[values.index(1e-3)] == 8  # after 7 of the rise
+    assert values[-1] < values[-2] < 1e-3
+    [panel] = learning_panels(records, "", recipe)
+    assert panel.title.endswith("peak 0.001")
+    assert rates(records, {}) is None  # an older folder: the log's lines are drawn
+
+
+def test_a_loss_of_several_heads_is_named_as_their_sum():
+    records = [{"phase": "r", "step": 1, "total_step": 1, "loss": 3.0, "loss/1": 1.0, "loss/2": 2.0}]
+    assert [panel.title for panel in learning_panels(records)] == ["loss of each head", "loss (sum over the heads)"]
+    assert [panel.title for panel in learning_panels([{"step": 1, "total_step": 1, "loss": 3.0}])] == ["loss"]
+
+
 def test_folders_without_results_are_refused(tmp_path, make_run):
     with pytest.raises(InputError, match="no such run folder; give"):
         read_run(tmp_path / "none")
@@ -197,6 +299,7 @@ window.addEventListener("load", () => {
   document.body.dataset.probe = JSON.stringify({
     here, card: card.textContent, hidden: card.hidden, dim, pressed: legend.getAttribute("aria-pressed"),
     wide: document.documentElement.scrollWidth > window.innerWidth + 1,
+    hiddenLinks: [...document.querySelectorAll("nav a")].some((a) => a.getBoundingClientRect().right > innerWidth),
     drawn: [...document.querySelectorAll(".drawing svg")].every((svg) => svg.getBoundingClientRect().height > 50),
   });
 });
@@ -223,4 +326,5 @@ def test_in_a_real_browser(written, tmp_path, width):
     assert seen["dim"] == 2 * (40 - 14)
     assert seen["pressed"] == "true"
     assert not seen["wide"]
+    assert not seen["hiddenLinks"]
     assert seen["drawn"]

@@ -99,8 +99,8 @@ def test_several_models_side_by_side(records):
     header, rows = results_rows(*records)
     assert header == ["metric", "block", "pooling", "a/export", "b/export"]
     assert rows == [
-        ["knn_top1", "11", "cls", "50.0 [48.0, 52.0]", "53.0 [51.0, 55.0] (+3.0*)"],
-        ["rank", "11", "cls", "40.25", "-"],
+        ["k-NN accuracy (%)", "11", "cls", "50.0 [48.0, 52.0]", "53.0 [51.0, 55.0] (+3.0*)"],
+        ["effective rank (RankMe)", "11", "cls", "40.25", "-"],
     ]
     records[1][0]["ci95"] = [-0.01, 0.05]
     assert results_rows(*records)[1][0][-1].endswith("(+3.0)")  # no star: the interval holds zero
@@ -121,5 +121,5 @@ def test_markdown_and_latex(records):
     assert len({line.count("|") for line in lines}) == 1
     text = latex_table(header, rows)
     assert text.startswith("\\begin{tabular}{lllrr}\n\\toprule\nmetric & block")
-    assert "knn\\_top1 & 11 & cls & 50.0 [48.0, 52.0]" in text
+    assert "k-NN accuracy (\\%) & 11 & cls & 50.0 [48.0, 52.0]" in text
     assert text.endswith("\\bottomrule\n\\end{tabular}\n")

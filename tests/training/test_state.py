@@ -216,3 +216,16 @@ def test_a_disk_that_refuses_is_one_clear_line_and_leaves_nothing(
         assert "\n" not in str(caught.value)
         assert sorted(path.name for path in run.checkpoints.iterdir()) == ["last", "step-000001"]
         assert run.last.resolve().name == "step-000001"
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_processes(tmp_path):
+    first = open_run(tmp_path / "run")
+    first.began -= 100  # as if it had begun then
+    first.save(Position(0, 1, 1), {"model": make_module(1.0)}, None)
+    assert first.seconds == pytest.approx(100, abs=5)
+    del first
+    second = open_run(tmp_path / "run")
+    second.began -= 10
+    for _ in range(2):  # going back to the checkpoint once more counts nothing twice
+        second.restore({"model": make_module(0.0)})
+        assert second.seconds == pytest.approx(110, abs=5)

@@ -61,7 +61,7 @@ def paired_views(
         chosen: dict[str, Any] = {} if transform is None else {"transform": transform}
         found.append(
             feature_sets(
-                backbone, images, run=run, progress=lambda done, _: run.reporter.update(done, {}), **chosen, **options
+                backbone, images, run=run, progress=lambda done, _: run.reporter.progress(done, {}), **chosen, **options
             )
         )
     return PairedViews(*found)

@@ -6,7 +6,7 @@ where k-NN stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ from mim_refiner.core.metrics import paired_interval
 from mim_refiner.errors import InputError
 
 BETTER, UNCLEAR, WORSE = "better", "no clear change", "worse"
+WIDE = 0.04  # an interval of more points hides what a short run can bring
+MANY_DRAWS = 1_000_000  # images, of the runs whose gain grew with every epoch (LOG.md, 2026-11-25)
 SOUND = "no collapse seen"  # all that is said for an encoder without labels
 
 
-def verdict(before_correct: ArrayLike, after_correct: ArrayLike) -> dict[str, Any]:
+def verdict(before_correct: ArrayLike, after_correct: ArrayLike, *, measure: str = "k-NN accuracy") -> dict[str, Any]:
     """Compare per-image correctness [N] of two encoders on the same N test images.
 
     Returns {"verdict": "better" | "no clear change" | "worse", "knn_difference" (after - before, in accuracy 0-1),
@@ -34,17 +36,68 @@ def verdict(before_correct: ArrayLike, after_correct: ArrayLike) -> dict[str, An
         "verdict": word,
         "knn_difference": difference,
         "ci95": [low, high],
-        "reason": _reason(word, difference, low, high),
+        "reason": _reason(word, difference, low, high, measure),
     }
 
 
-def _reason(word: str, difference: float, low: float, high: float) -> str:
+def what_next(
+    found: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    *,
+    test_images: int,
+    draws: int,
+    knn: Sequence[float] = (),
+    recommendation: Mapping[str, Any] | None = None,
+    last_block: int | None = None,
+) -> list[str]:
+    """What to try after "worse" and "no clear change", from the evidence of the run; nothing after other words.
+
+    ``found``: the verdict; ``recipe``: the settings; ``draws``: images drawn in training; ``knn``: online k-NN accuracy
+    of the last block in the order of training; ``recommendation``: the features to use by the atlas.
+    """
+    word, phase, lines = found.get("verdict"), recipe["refinement"], list[str]()
+    if word not in (WORSE, UNCLEAR):
+        return lines
+    best = max(range(len(knn)), key=knn.__getitem__) if knn else 0
+    if word == WORSE and 0 < best < len(knn) - 1 and knn[best] > knn[0]:
+        share = (best + 1) / len(knn)
+        lines.append(
+            f"a shorter run: online k-NN was best ({100 * knn[best]:.1f} %) after {100 * share:.0f} % of it: "
+            f"--set refinement.epochs={max(1, round(share * phase['epochs']))}"
+        )
+    if word == WORSE:
+        lines.append(f"smaller steps: --set refinement.base_lr={phase['base_lr'] / 2:.3g}")
+        if not recipe["anchor"]["weight"]:
+            lines.append("an anchor that holds the encoder near its start: --set anchor.weight=1")
+        if draws < MANY_DRAWS:
+            lines.append(f"more images: {draws:,} were drawn, and few images drawn often are learned by heart")
+    if word == UNCLEAR:
+        low, high = found.get("ci95") or (0.0, 0.0)
+        if high - low > WIDE:
+            lines.append(
+                f"more images to measure on: {test_images} tell no change below {50 * (high - low):.1f} points: "
+                "--eval-data and --eval-test"
+            )
+        if draws < MANY_DRAWS:
+            lines.append(
+                f"a longer run: {draws:,} images were drawn, and gains grew with every epoch up to a million: "
+                f"--set refinement.epochs={2 * phase['epochs']}"
+            )
+    if recommendation and last_block is not None and recommendation.get("block") not in (None, last_block):
+        lines.append(
+            f"another block without any training: block {recommendation['block']}, {recommendation['pooling']} pooling "
+            "has the better features (--block and --pooling of embed and export)"
+        )
+    return lines
+
+
+def _reason(word: str, difference: float, low: float, high: float, measure: str) -> str:
     change = "rose" if difference > 0 else "fell" if difference < 0 else "did not move"
     by = f" by {abs(100 * difference):.1f} points" if difference else ""
     interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
     if word == UNCLEAR:
-        return f"k-NN accuracy {change}{by} ({interval}): the interval includes zero, so this may be chance."
-    return f"k-NN accuracy {change}{by} on the same test images ({interval}): the interval leaves zero out."
+        return f"{measure} {change}{by} ({interval}): the interval includes zero, so this may be chance."
+    return f"{measure} {change}{by} on the same test images ({interval}): the interval leaves zero out."
 
 
 Rows = NDArray[np.int64]

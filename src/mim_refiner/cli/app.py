@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from mim_refiner._version import __version__
-from mim_refiner.cli.common import example
+from mim_refiner.cli.common import broken, example
 from mim_refiner.cli.doctor import doctor
 from mim_refiner.cli.inspect import inspect
 from mim_refiner.cli.models import models
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Ours in one line; those of libraries are no user's to mend (MIM_REFINER_DEBUG=1 shows them)."""
     if category.__module__.startswith("mim_refiner") or os.environ.get(DEBUG_VARIABLE):
-        print("warning:", " ".join(str(message).split()), file=sys.stderr)
+        print(broken(f"warning: {' '.join(str(message).split())}", sys.stderr), file=sys.stderr)
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -139,7 +139,7 @@ def _report(error: Exception) -> int:
     if os.environ.get(DEBUG_VARIABLE):
         traceback.print_exception(error, file=sys.stderr)
     code, text = _explain(error)
-    print("error:", " ".join(text.split()), file=sys.stderr)
+    print(broken(f"error: {' '.join(text.split())}", sys.stderr), file=sys.stderr)
     return code
 
 

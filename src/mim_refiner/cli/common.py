@@ -14,7 +14,9 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, TextIO
@@ -24,11 +26,20 @@ import typer
 from mim_refiner.cli.progress import make_reporter
 from mim_refiner.core.processes import started_as
 from mim_refiner.errors import InputError
+from mim_refiner.reporting import remarks
 
 IN_MANY_PROCESSES = ("demo", "evaluate", "pretrain", "refine")  # share their work; of another verb one process does all
 
 SOURCES = "folder, .txt/.csv list, .parquet file(s), .tar shards, .npz/.npy arrays, hf:owner/name; #split, \\[a:b]"
 MODELS = "checkpoint file, timm folder or timm model name"
+
+
+def broken(text: str, stream: TextIO) -> str:
+    """One line, broken at spaces where ``stream`` is a terminal."""
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False) if width > 0 else text
 
 
 def comma_list(text: str, option: str) -> tuple[str, ...]:
@@ -186,7 +197,8 @@ def silenced(quiet: bool) -> Iterator[None]:
     logger = logging.getLogger("mim_refiner")
     before, logger.disabled = logger.disabled, quiet or logger.disabled
     try:
-        yield
+        with remarks():  # of several loads of one encoder once
+            yield
     finally:
         logger.disabled = before
 

@@ -9,33 +9,37 @@ import typer
 
 from mim_refiner.cli.common import JsonOption, show
 
-_FILE_WIDTH = 400  # columns
 NameArgument = Annotated[str | None, typer.Argument(metavar="NAME", help="Show this model in full.")]
 
 
 def models(name: NameArgument = None, as_json: JsonOption = False) -> None:
-    """List published encoders that --model takes by name, with source, size and licence."""
+    """List published encoders that --model takes by name, with what they learned from and their licence."""
     from mim_refiner.commands.models import models as verb
 
     found = verb(name=name)
-    if as_json or name is not None:
-        show(found, as_json=as_json, file=sys.stdout)
+    if as_json:
+        show(found, as_json=True, file=sys.stdout)
+    elif name is not None:  # a size or hash that nobody states is not shown
+        known = {key: value for key, value in found.items() if value != "unknown" or key == "licence"}
+        show(known, as_json=False, file=sys.stdout)
     else:
         print_catalogue(found["models"], sys.stdout)
 
 
 def print_catalogue(entries: list[dict[str, Any]], file: TextIO) -> None:
-    """Print one line a model where the terminal is wide enough; a file or a pipe always is."""
-    from rich.console import Console
+    """Print what a choice needs, a model a line; NAME shows the rest."""
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(file=file, highlight=False, width=None if file.isatty() else _FILE_WIDTH)
-    table = Table(box=None, pad_edge=False)
-    columns = ("name", "family", "architecture", "image_size", "data", "size", "hash", "licence", "address")
-    for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold")
+    from mim_refiner.cli.tables import console_for
+
+    console, table = console_for(file), Table(box=None, pad_edge=False)
+    table.add_column("name", no_wrap=True, min_width=max(len(str(entry["name"])) for entry in entries))
+    for column in ("architecture", "px", "images", "licence"):
+        table.add_column(column)
     for entry in entries:
-        table.add_row(*(escape(str(entry[column])) for column in columns))
+        licence = str(entry["licence"]).partition(" (")[0].replace("unknown", "not stated")
+        row = (entry["name"], entry["architecture"], entry["image_size"], entry["data"], licence)
+        table.add_row(*(escape(str(each)) for each in row))
     console.print(table)
-    console.print(f"{len(entries)} models; mim-refiner models NAME shows all of one", markup=False)
+    console.print(f"{len(entries)} models; mim-refiner models NAME shows source, size and hash of one", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
@@ -15,10 +16,12 @@ from mim_refiner.report.tables import (
     demo_rows,
     demo_sentence,
     left_out_lines,
+    measures_rows,
     results_rows,
     stage_titles,
     text_table,
 )
+from mim_refiner.reporting import metric_title
 
 SHARES = ("top1", "accuracy", "nmi", "ami", "coverage")  # printed in percent
 
@@ -27,48 +30,66 @@ REASONED = {  # shown by their reason alone
     "head_placement": "head placement",
     "weights": "weights exported",
 }
+IN_FILES = ("curves", "regimes", "readout", "figures", "records")  # of analyze: arrays, which files and the report show
+LAST = ("verdict", "recommendation")
+FILE_WIDTH = 400  # columns: no line of a file or pipe is broken
+
+
+def console_for(file: TextIO) -> Console:
+    """Breaks lines at spaces on a terminal, and leaves them whole in a file or pipe."""
+    return Console(file=file, highlight=False, width=None if told_width(file) else FILE_WIDTH)
+
+
+def told_width(file: TextIO) -> bool:
+    """Whether the width of what is written to is known."""
+    return file.isatty() or bool(os.environ.get("COLUMNS"))
 
 
 def print_result(result: Any, file: TextIO) -> None:
-    """Print a verb's result: measured stages as one table, lists of records as tables, the rest as ``key: value``."""
-    console = Console(file=file, highlight=False, soft_wrap=True)
+    """Print a verb's result: measured stages as one table, lists of records as tables, the rest as ``key: value``; the
+    verdict and the features to use come last.
+    """
+    console = console_for(file)
     if not isinstance(result, Mapping):
         console.print(escape(str(result)))
         return
     stages = stage_titles(result)
     if stages:
         console.print(text_table(*comparison_rows(result)))
-    for key, value in result.items():
-        if key in stages:
-            continue
-        if key == "verdict" and isinstance(value, Mapping):
-            for line in verdict_lines(value):
-                console.print(escape(line))
-            for title, measured in measured_tables(value).items():
-                console.print(record_table(title, measured))
-        elif key == "data" and isinstance(value, Mapping):
-            for part, facts in value.items():
-                for line in left_out_lines(facts):
-                    console.print(escape(f"{part} images: {line}"))
-        elif key == "plan" and isinstance(value, Mapping) and "phases" in value:
-            console.print(plan_table(value))
-        elif key in REASONED and isinstance(value, Mapping) and "reason" in value:
-            console.print(escape(f"{REASONED[key]}: {value['reason']}"))
-        elif key in ("results", "transfer") and is_records(value) and "model" in value[0]:
-            change = result.get("change", ()) if key == "results" else ()
-            console.print(models_table(key, *results_rows(value, change)))
-        elif key == "change" and is_records(value) and "difference" in value[0]:
-            console.print("in brackets: difference to the first model; * marks a 95 % interval that leaves zero out")
-        elif is_records(value):
-            console.print(record_table(key, value))
-        else:
-            for line in lines_of(key, value):
-                console.print(escape(line))
+    left = {*stages, *(IN_FILES if "records" in result else ())}
+    for key in sorted(result, key=lambda key: LAST.index(key) if key in LAST else -1):
+        if key not in left:
+            for part in printed(key, result[key], result):
+                console.print(escape(part) if isinstance(part, str) else part)
+
+
+def printed(key: str, value: Any, result: Mapping[str, Any]) -> list[str | Table]:
+    """Lines and tables of one entry of ``result``."""
+    if key == "verdict" and isinstance(value, Mapping):
+        measures = value.get("measures") or value.get("label_free", {}).get("measures")
+        tables = [models_table("measures that need no labels", *measures_rows(measures))] if measures else []
+        return [*tables, *verdict_lines(value)]
+    if key == "data" and isinstance(value, Mapping):
+        return [f"{part} images: {line}" for part, facts in value.items() for line in left_out_lines(facts)]
+    if key == "plan" and isinstance(value, Mapping) and "phases" in value:
+        return [plan_table(value)]
+    if key in REASONED and isinstance(value, Mapping) and "reason" in value:
+        return [f"{REASONED[key]}: {value['reason']}"]
+    if key in ("results", "transfer") and is_records(value) and "model" in value[0]:
+        change = result.get("change", ()) if key == "results" else ()
+        return [models_table(key, *results_rows(value, change))]
+    if key == "change" and is_records(value) and "difference" in value[0]:
+        return ["in brackets: difference to the first model; * marks a 95 % interval that leaves zero out"]
+    if key == "change":  # of curves, in files
+        return []
+    if is_records(value):
+        return [record_table(key, value)]
+    return list(lines_of(key, value))
 
 
 def print_first_screen(result: Any, file: TextIO) -> None:
     """The demo's result: one sentence, one table; everything else is in the report."""
-    console = Console(file=file, highlight=False, soft_wrap=True)
+    console = console_for(file)
     console.print(escape(demo_sentence(result) or ""))
     console.print(text_table(*demo_rows(result)))
 
@@ -76,32 +97,31 @@ def print_first_screen(result: Any, file: TextIO) -> None:
 def lines_of(key: str, value: Any) -> list[str]:
     """Write a value as ``key: value`` lines: a nested mapping goes on one line each, a list of sentences one below the
     other; empty values are left out."""
+    title = key.replace("_", " ")
     if value is None or value in ("", [], {}):
         return []
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return [f"{key}:", *(f"  {item}" for item in value)]
+        return [f"{title}:", *(f"  {item}" for item in value)]
     if not isinstance(value, Mapping):
-        return [f"{key}: {format_value(key, value)}"]
+        return [f"{title}: {format_value(key, value)}"]
     nested = {name: item for name, item in value.items() if isinstance(item, Mapping | list)}
-    plain = ", ".join(f"{name} {format_value(name, item)}" for name, item in value.items() if name not in nested)
+    plain = ", ".join(
+        f"{metric_title(name)} {format_value(name, item)}" for name, item in value.items() if name not in nested
+    )
     inner = [line for name, item in nested.items() for line in lines_of(f"{key}.{name}", item)]
-    return ([f"{key}: {plain}"] if plain else []) + inner
+    return ([f"{title}: {plain}"] if plain else []) + inner
 
 
 def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
-    """The verdict, that of further encoders, and the statements about block curves, a line each."""
-    lines = [f"verdict: {verdict['verdict']}. {verdict['reason']}"]
-    further = {stage: value for stage, value in verdict.items() if stage in STAGES and isinstance(value, Mapping)}
-    lines += [f"{STAGES[stage]}: {value['verdict']}. {value['reason']}" for stage, value in further.items()]
+    """The statements about block curves, the verdict, that of further encoders, and what to try next, a line each."""
+    lines = [str(statement) for statement in verdict.get("statements", [])]
     if isinstance(value := verdict.get("label_free"), Mapping):
         lines.append(f"without labels: {value['verdict']}. {value['reason']}")
-    return lines + [str(statement) for statement in verdict.get("statements", [])]
-
-
-def measured_tables(verdict: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """The rows of label-free measures in a verdict, under the title that they are shown with."""
-    tables = {"label-free measures": verdict.get("measures") or verdict.get("label_free", {}).get("measures", [])}
-    return {title: rows for title, rows in tables.items() if rows}
+    further = {stage: value for stage, value in verdict.items() if stage in STAGES and isinstance(value, Mapping)}
+    lines += [f"{STAGES[stage]}: {value['verdict']}. {value['reason']}" for stage, value in further.items()]
+    lines += [f"{name}: {value['verdict']}. {value['reason']}" for name, value in verdict.get("others", {}).items()]
+    lines.append(f"verdict: {verdict['verdict']}. {verdict['reason']}")
+    return lines + [f"what to try: {advice}" for advice in verdict.get("next", [])]
 
 
 def record_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
@@ -118,11 +138,11 @@ def record_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def models_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A row a number, a column a model."""
+    """A row a number, a column a model; cells break at spaces where the terminal is narrow."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    names = header.index("pooling") + 1
+    names = header.index("pooling") + 1 if "pooling" in header else 1
     for position, column in enumerate(header):
-        table.add_column(escape(column), justify="left" if position < names else "right", no_wrap=True)
+        table.add_column(escape(column), justify="left" if position < names else "right")
     for row in rows:
         table.add_row(*map(escape, row))
     return table

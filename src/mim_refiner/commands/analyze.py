@@ -38,7 +38,7 @@ from mim_refiner.evaluation.features import Features
 from mim_refiner.files import name_of, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.figures import atlas_map, block_curves, head_behaviour, regimes_plot, similarity_map
-from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.reporting import Reporter, listener
 
 PARTS = ("atlas", "verdict", "readout", "similarity", "reconstruction", "heads")
 
@@ -65,7 +65,7 @@ def analyze(
     ``cache``: folder of the feature cache, or "off". Writes JSON and PNG files to ``out`` and returns the figures, the
     recommendation, the verdict, the sample sizes and the seconds of each part. Raises MimRefinerError on bad input.
     """
-    reporter = reporter or NullReporter()
+    reporter = listener(reporter)
     parts = PARTS if "all" in parts else parts
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
@@ -204,7 +204,7 @@ class _Analysis:
                 test_rows=rows[1],
                 settings=settings,
                 run=self.run,
-                progress=lambda done, _: self.run.reporter.update(done, {}),
+                progress=lambda done, _: self.run.reporter.progress(done, {}),
             )
         pooling = default_key(self.models["before"].info)[1]
         record = regimes_record(

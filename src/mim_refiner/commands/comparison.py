@@ -52,6 +52,13 @@ class Measured:
     k: int = KNN_K
     says: str = ""  # a sentence for the verdict: whether the test images were trained on
 
+    def facts(self) -> dict[str, str | None]:
+        """What they are known by."""
+        return {
+            "bank": self.bank.source.fingerprint(),
+            "test": None if self.test is None else self.test.source.fingerprint(),
+        }
+
 
 def said_of_training(images: ImageSet, on: Measured, *, held_out: bool) -> str:
     """Say whether the images to measure on are among the training ``images``, as far as samples of both tell."""
@@ -90,7 +97,7 @@ def measured(bank: ImageSet, test: ImageSet | None, *, given: bool, run: Run) ->
     except DataError as error:
         if given:
             raise DataError(f"--eval-data: {bank.description}: {error}") from None
-        run.reporter.message(f"the labels of {bank.description} are left aside: {error}; the verdict will need none")
+        run.reporter.warning(f"the labels of {bank.description} are left aside: {error}; the verdict will need none")
         return Measured(_without_labels(bank), None if test is None else _without_labels(test))
     return Measured(bank, test, min(KNN_K, len(labels)))
 

@@ -14,7 +14,7 @@ from mim_refiner.commands.survey import thinned
 from mim_refiner.core.run import Run
 from mim_refiner.core.threads import pace_of
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.reporting import Reporter
+from mim_refiner.reporting import Reporter, Tee
 
 T = TypeVar("T")
 
@@ -28,13 +28,14 @@ class OutOfTimeError(Exception):
     """What was begun would end too late."""
 
 
-class Deadline:
+class Deadline(Tee):
     """Passes progress on, and at every report of it looks at the clock: stops work whose time is up, and gives the rest
     the number of threads that it is fastest with.
     """
 
     def __init__(self, reporter: Reporter, seconds_left: Callable[[], float], device: torch.device) -> None:
-        self.reporter, self.seconds_left, self.device = reporter, seconds_left, device
+        super().__init__([reporter])
+        self.seconds_left, self.device = seconds_left, device
         self._pace, self._since = pace_of(0.0, device), monotonic()
 
     def _stop_if_late(self) -> None:
@@ -44,24 +45,16 @@ class Deadline:
     def phase(self, name: str, total: int) -> None:
         """Begin other work, at another pace."""
         self._stop_if_late()
-        self.reporter.phase(name, total)
+        super().phase(name, total)
         self._pace.end()
         self._pace, self._since = pace_of(0.0, self.device), monotonic()
 
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
         """A piece of the work is done."""
         self._stop_if_late()
-        self.reporter.update(step, metrics)
+        super().progress(step, values)
         self._pace.note(monotonic() - self._since)
         self._since = monotonic()
-
-    def message(self, text: str) -> None:
-        """Tell it."""
-        self.reporter.message(text)
-
-    def done(self) -> None:
-        """End the display."""
-        self.reporter.done()
 
 
 @dataclass

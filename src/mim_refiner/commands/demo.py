@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 from mim_refiner.commands.deadline import Box
+from mim_refiner.commands.loggers import logged
 from mim_refiner.commands.refine import refine_and_compare
 from mim_refiner.commands.time_box import Plan, fit, measure
 from mim_refiner.core.collectives import decide_on_rank_0, is_distributed
@@ -21,7 +22,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError
 from mim_refiner.report.numbers import duration
-from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.reporting import Reporter, listener
 from mim_refiner.training.recipe import RefineRecipe, override
 from mim_refiner.training.recipes import refine_recipe
 
@@ -30,6 +31,7 @@ LEAST_SHARE = 0.25
 SMOKE_SETTINGS = ["warmup.epochs=1", "refinement.epochs=1", "warmup.warmup_epochs=0", "refinement.warmup_epochs=0"]
 
 
+@logged
 def demo(
     *,
     out: str = "demo-out",
@@ -48,7 +50,7 @@ def demo(
     """
     if not 0 < minutes <= 24 * 60:  # NaN neither
         raise InputError(f"--minutes {minutes}: give the demo some minutes, such as 4 (at most a day)")
-    began, reporter = monotonic(), reporter or NullReporter()
+    began, reporter = monotonic(), listener(reporter)
     box = Box(lambda: 60 * minutes - (monotonic() - began))
     with threads_kept(), as_file(files("mim_refiner") / "assets") as assets:
         data, test = str(assets / "cifar10_train.parquet"), str(assets / "cifar10_test.parquet")

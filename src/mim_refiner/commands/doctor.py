@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.estimate import check_model
+from mim_refiner.commands.check_model import check_model
 from mim_refiner.commands.inputs import announce
 from mim_refiner.core.device import pick_device
 from mim_refiner.data.doctor import KINDS, Finding, Scan, scan
@@ -23,7 +23,7 @@ from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.labels import printable
 from mim_refiner.data.sources import ImageSource, open_source
 from mim_refiner.files import name_of, write_bytes, write_json
-from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.reporting import Reporter, listener
 from mim_refiner.training.domains import DOMAINS, suggest_domain
 
 LIST_NAME = "exclude.txt"
@@ -46,7 +46,7 @@ def doctor(
     ``refine --exclude`` takes. ``recipe``: the one to estimate cost by. Returns the findings with counts, classes,
     statistics and estimates. Raises DataError or CheckpointError when a source cannot be opened at all.
     """
-    reporter = reporter or NullReporter()
+    reporter = listener(reporter)
     started = time.perf_counter()
     target = pick_device(device)
     backbone = load_backbone(model) if model else None
@@ -89,7 +89,7 @@ def _scan(source: ImageSource, what: str, reporter: Reporter, channels: int) -> 
     announce(source, reporter)
     reporter.phase(what, len(source))
     source.stream()
-    return scan(source, lambda done: reporter.update(done, {}), channels=channels)
+    return scan(source, lambda done: reporter.progress(done, {}), channels=channels)
 
 
 def _duplicates(found: Scan, source: ImageSource) -> list[Finding]:

@@ -29,7 +29,7 @@ from mim_refiner.evaluation.embedding import (
 )
 from mim_refiner.files import json_value, name_of, read_json, write_json
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.reporting import Reporter, listener
 from mim_refiner.types import ImageSize, side_or_pair
 
 LISTED_UNREADABLE = 5  # in messages; the manifest has them all
@@ -68,7 +68,7 @@ def embed(
     Unreadable images have no row and are listed in the manifest. Returns what was written and images/s.
     Raises MimRefinerError in one line on bad input, or for an ``out`` of other settings (``overwrite`` replaces it).
     """
-    reporter = reporter or NullReporter()
+    reporter = listener(reporter)
     path = None if out is None else Path(out).expanduser()
     _check_arguments(path, precision)
     torch_device = pick_device(device)
@@ -195,7 +195,7 @@ def _tell_unreadable(unreadable: list[dict[str, Any]], manifest: Path, reporter:
     if unreadable:
         some = "; ".join(f"{item['name']}: {item['reason']}" for item in unreadable[:LISTED_UNREADABLE])
         more = ", ..." if len(unreadable) > LISTED_UNREADABLE else ""
-        reporter.message(f"{len(unreadable)} unreadable images have no row ({some}{more}); listed in {manifest}")
+        reporter.warning(f"{len(unreadable)} unreadable images have no row ({some}{more}); listed in {manifest}")
 
 
 def _result(path: Path, manifest_file: Path, manifest: dict[str, Any], *, images_per_s: float | None) -> dict[str, Any]:

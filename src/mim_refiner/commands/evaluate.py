@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mim_refiner.analysis.verdict import BETTER, UNCLEAR, WORSE
+from mim_refiner.analysis.verdict import BETTER, UNCLEAR, WORSE, verdict
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.inputs import check_pair, open_images, tell_trained_on, tell_unreadable
 from mim_refiner.core.collectives import rank
@@ -31,10 +31,10 @@ from mim_refiner.evaluation.suite import (
     suite_protocols,
     suite_settings,
 )
-from mim_refiner.files import dotted, name_of, read_regular, reading, write_bytes
+from mim_refiner.files import dotted, name_of, read_regular, reading, write_bytes, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.tables import latex_table, markdown_table, results_rows
-from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.reporting import Reporter, listener, metric_title
 
 TRANSFER_PROTOCOLS = ("knn", "linear")  # unless protocols are named
 
@@ -74,7 +74,7 @@ def evaluate(
     With ``out`` every number is a JSON file in evaluation/ there, beside results.md and results.tex.
     Raises MimRefinerError with one line on bad input.
     """
-    reporter = reporter or NullReporter()
+    reporter = listener(reporter)
     # first of all: what follows depends on the rank
     run = Run(join_processes(pick_device(device), reporter), seed=seed, reporter=reporter)
     how = EvaluationSettings.from_overrides(settings, suite_settings(suite))
@@ -192,7 +192,26 @@ def _summary(found: Mapping[str, Mapping[str, Result]]) -> dict[str, Any]:
             for name, result in found[first].items()
             if name in found[source] and (row := _change(source, result, found[source][name]))
         ]
+        verdicts = {source: _verdict(found[first], found[source]) for source in others}
+        for number, judged in enumerate(verdicts.values()):
+            if judged is not None and not number:
+                summary["verdict"] = judged
+            elif judged is not None and "verdict" in summary:
+                summary["verdict"].setdefault("others", {})[others[number]] = judged
     return summary
+
+
+def _verdict(before: Mapping[str, Result], after: Mapping[str, Result]) -> dict[str, Any] | None:
+    """On the k-NN accuracy of the last block where it was measured, else on the first measure that says which test
+    images were right; None without one.
+    """
+    judged = [(name, result) for name, result in before.items() if result.correct is not None and name in after]
+    for name, result in sorted(judged, key=lambda item: (item[1].metric != "knn_top1", -item[1].block)):
+        correct, theirs = result.correct, after[name].correct
+        if correct is not None and theirs is not None and len(correct) == len(theirs):
+            where = f"{metric_title(result.metric)} of block {result.block} ({result.pooling})"
+            return verdict(correct, theirs, measure=where)
+    return None
 
 
 def _row(model: str, result: Result) -> dict[str, Any]:
@@ -282,6 +301,9 @@ def _transfer_list(path: Path) -> list[tuple[str, str, str]]:
 
 
 def _write_tables(out: Path, summary: Mapping[str, Any]) -> None:
+    if "change" in summary:  # for the report
+        facts = {key: summary[key] for key in ("results", "change", "verdict", "measured_on") if key in summary}
+        write_json(out / "evaluation" / "comparison.json", {"kind": "comparison", **facts})
     tables = [("results", *results_rows(summary["results"], summary.get("change", ())))]
     if summary.get("transfer"):
         tables.append(("transfer", *results_rows(summary["transfer"], ())))

@@ -19,7 +19,7 @@ from mim_refiner.export.refiner import REFINER
 from mim_refiner.export.timm import TIMM
 from mim_refiner.export.writing import check_target, source_facts, write_export
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.reporting import Reporter, listener
 
 FORMATS = {format.name: format for format in (TIMM, HUGGING_FACE, ONNX, REFINER)}
 
@@ -54,7 +54,7 @@ def export(
     Returns the report with the largest difference. Raises MimRefinerError on bad input, and when the exported model
     differs by more than 1e-6 (timm, refiner), 1e-5 (hf) or 1e-4 (onnx) of the largest value; then nothing is written.
     """
-    reporter = reporter or NullReporter()
+    reporter = listener(reporter)
     if format not in FORMATS:
         raise InputError(f"--format {format}: unknown format; use {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
     if push_to_hub:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mim_refiner.checkpoints.options import bare_source
-from mim_refiner.core.collectives import from_ranks, is_distributed, rank, world_size
+from mim_refiner.core.collectives import decide_on_rank_0, from_ranks, is_distributed, rank, world_size
 from mim_refiner.core.device import free_memory
 from mim_refiner.core.launch import refuse_difference
 from mim_refiner.core.run import Run
@@ -29,14 +29,16 @@ from mim_refiner.data.workers import worker_count
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.evaluation.suite import class_numbers
-from mim_refiner.files import dotted, read_yaml, write_bytes
+from mim_refiner.files import dotted, read_json, read_yaml, write_bytes, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipe import Recipe
-from mim_refiner.training.state import RunFolder
+from mim_refiner.training.state import RunFolder, file_sha256
 
 MOMENT_IMAGES = 1000
 MOST_HELD_OUT = 5000  # more would narrow the intervals by little
+ENDED_FILE = "checkpoints/ended.json"
+ENDED = "this run is finished already; what it found stands in summary.json, --overwrite starts anew"
 SMALL_PIXELS = 64  # side in pixels up to which images count as small
 
 
@@ -80,9 +82,12 @@ def open_listed(spec: Any, exclude: str | None) -> ImageSource:
 
 def announce(source: ImageSource, reporter: Reporter) -> None:
     """Say what the data is, why it has no labels, and what in it is not read."""
-    classes = source.class_names
-    labels = f"no labels: {source.no_labels}" if classes is None else f"{len(classes)} classes"
-    reporter.message(f"data: {source.description}, {len(source)} images, {labels}")
+    classes, what = source.class_names, [source.description]
+    if f"({len(source)} images" not in source.description:
+        what.append(f"{len(source)} images")
+    if classes is None or f"{len(classes)} class" not in source.description:
+        what.append(f"no labels: {source.no_labels}" if classes is None else f"{len(classes)} classes")
+    reporter.message(f"data: {', '.join(what).replace(', no labels), no labels:', '); no labels:')}")
     for each in source.left_out:
         reporter.message(f"left out of {source.description}: {each}")
 
@@ -95,7 +100,7 @@ def check_pair(train: ImageSet, test: ImageSet, reporter: Reporter) -> None:
     class_numbers(train, test)
     shared = check_overlap(train.source, test.source)  # on every rank: all see the same, and raise the same
     if shared.count:
-        reporter.message(str(shared))
+        reporter.warning(str(shared))
 
 
 def tell_trained_on(models: Iterable[str], tested: Any, reporter: Reporter) -> list[str]:
@@ -111,7 +116,7 @@ def tell_trained_on(models: Iterable[str], tested: Any, reporter: Reporter) -> l
                 said.append(
                     f"{model} is measured on images it trained on ({file} names {tested}); give others by --test"
                 )
-                reporter.message(said[-1])
+                reporter.warning(said[-1])
                 break
     return said
 
@@ -121,7 +126,7 @@ def tell_unreadable(images: ImageSet, reporter: Reporter) -> None:
     if images.unreadable:
         some = "; ".join(f"{name}: {reason}" for name, reason in images.unreadable[:3])
         more = ", ..." if len(images.unreadable) > 3 else ""
-        reporter.message(f"{len(images.unreadable)} of {len(images)} images of {images.description} cannot be read and "
+        reporter.warning(f"{len(images.unreadable)} of {len(images)} images of {images.description} cannot be read and "
                          f"are left out ({some}{more})")  # fmt: skip
 
 
@@ -131,7 +136,8 @@ def evaluation_sets(
     """The labelled images to measure on: the ones given, else the training images themselves."""
     if eval_test is not None and eval_data is None:
         raise InputError("--eval-test needs --eval-data; give the labelled bank that the test images are compared with")
-    bank = images if eval_data is None else open_images(eval_data, reporter, channels=images.channels)
+    same = isinstance(eval_data, str) and images.source.fingerprint() == open_source(eval_data).fingerprint()
+    bank = images if eval_data is None or same else open_images(eval_data, reporter, channels=images.channels)
     test = None if eval_test is None else open_images(eval_test, reporter, channels=images.channels)
     for option, given in (("--eval-data", None if eval_data is None else bank), ("--eval-test", test)):
         if given is not None and given.labels is None:
@@ -221,11 +227,53 @@ def refuse_other_work(recipe: Recipe, run: Run, encoder: str | None, **images: I
     refuse_difference(facts)
 
 
-def open_run(out: str, asked: Mapping[str, Any], recipe: Recipe, images: ImageSet, *, overwrite: bool) -> RunFolder:
-    """Create or continue the run folder ``out`` of what was ``asked`` and the resolved recipe."""
+def open_run(
+    out: str,
+    asked: Mapping[str, Any],
+    recipe: Recipe,
+    images: ImageSet,
+    reporter: Reporter,
+    *,
+    overwrite: bool,
+    began: float,
+    ended: bool,
+) -> RunFolder:
+    """Create or continue the run folder ``out`` of what was ``asked`` and the resolved recipe.
+
+    ``began``: when, by ``time.perf_counter``; ``ended``: whether nothing is left to do, which is said.
+    """
     resolved = {key: value for key, value in asked.items() if value is not None} | recipe.model_dump(mode="json")
     resolved |= {"data_fingerprint": images.source.fingerprint(), "data_images": len(images)}
-    return RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=recipe.keep_checkpoints)
+    folder = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=recipe.keep_checkpoints)
+    folder.began = began
+    reporter.opened(folder.path)
+    if ended:
+        reporter.message(ENDED)
+    return folder
+
+
+def ended_run(out: str | Path, asked: Mapping[str, Any], files: Sequence[str]) -> dict[str, Any] | None:
+    """The summary of a run in ``out`` that ended, measured as ``asked`` and with all ``files``; else None.
+
+    The same run asked for again is then neither measured again nor counted anew.
+    """
+
+    def read() -> dict[str, Any] | None:
+        path = Path(out)
+        with contextlib.suppress(Exception):  # none yet, or a damaged one
+            summary = dict(read_json(path / "summary.json"))
+            known = read_json(path / ENDED_FILE) == {"asked": asked, "sha256": file_sha256(path / "summary.json")}
+            if known and all((path / name).exists() for name in files) and "stopped" not in summary:
+                return summary
+        return None
+
+    return decide_on_rank_0(read)
+
+
+def write_summary(path: Path, summary: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Write summary.json, and that the run measured what was ``asked`` for."""
+    file = write_json(path / "summary.json", summary)
+    write_json(path / ENDED_FILE, {"asked": asked, "sha256": file_sha256(file)})
 
 
 @contextlib.contextmanager
@@ -247,5 +295,5 @@ def list_skipped(images: ImageSet, folder: RunFolder, reporter: Reporter, alread
         if folder.writes:
             write_bytes(folder.path / "skipped_images.txt", list_lines(images.unreadable_items()))
         listed = f"{folder.path}/skipped_images.txt"
-        reporter.message(f"skipped {len(images.unreadable)} unreadable images; listed in {listed}")
+        reporter.warning(f"skipped {len(images.unreadable)} unreadable images; listed in {listed}")
     return len(images.unreadable)

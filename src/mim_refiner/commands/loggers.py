@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import platform
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +18,11 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import yaml
 
+from mim_refiner._version import __version__
 from mim_refiner.core.processes import started_as
 from mim_refiner.errors import InputError, RunFolderError, did_you_mean
 from mim_refiner.files import dotted, read_json, read_yaml, reading
-from mim_refiner.reporting import NullReporter, Reporter, Tee
+from mim_refiner.reporting import LogFile, Reporter, Tee, listener, remarks
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,11 +33,11 @@ Logger = tuple[Callable[[int, Numbers], None], Callable[[Numbers], None]]
 
 
 @contextlib.contextmanager
-def logging_to(names: Sequence[str], out: str, reporter: Reporter) -> Iterator[Reporter]:
-    """Give a reporter that feeds ``reporter`` and the named loggers of the run in ``out``.
+def logging_to(names: Sequence[str], reporter: Reporter, verb: str) -> Iterator[Reporter]:
+    """Give a reporter that feeds ``reporter``, the run folder's log.txt and the named loggers.
 
-    Loggers open at the first training record, when the run folder exists. Raises InputError at once for an unknown
-    name or a package that is not installed.
+    Files and loggers open with the run folder. Raises InputError at once for an unknown name or a package that is not
+    installed.
     """
     for name in names:
         if name not in LOGGERS:
@@ -43,49 +46,75 @@ def logging_to(names: Sequence[str], out: str, reporter: Reporter) -> Iterator[R
         for module in LOGGERS[name][1][: 1 if server else None]:
             if find_spec(module) is None:
                 raise InputError(f"--log {name}: {module} is not installed; pip install 'mim-refiner[{name}]'")
-    if not names or started_as().rank > 0:  # of several processes only the first one logs
+    if started_as().rank > 0:  # of several processes only the first one logs
         yield reporter
         return
-    final: Numbers = {}
-    recorder = _Recorder(list(dict.fromkeys(names)), Path(out))
+    log, recorder = LogFile(_began(verb)), _Recorder(list(dict.fromkeys(names)))
+    finished = False
     try:
-        yield Tee([reporter, recorder])
-        final = _summary(Path(out))
+        with remarks(log.warning):
+            yield Tee([reporter, log, recorder])
+        finished = True
+    except BaseException as error:
+        log.done()
+        log.message("interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}")
+        raise
     finally:
-        for _, end in recorder.loggers or ():
-            end(final)
+        summary = _summary(recorder.out) if finished and recorder.out is not None else {}
+        if finished:
+            log.done()
+            log.message("finished" + "".join(f"; {text}" for text in _words(summary)))
+        recorder.close(summary)
+
+
+def _began(verb: str) -> str:
+    """The first line of a run in its log."""
+    torch = getattr(sys.modules.get("torch"), "__version__", "none yet")
+    versions = f"mim-refiner {__version__}, Python {platform.python_version()}, torch {torch}"
+    return f"{verb}: {versions}, process {os.getpid()} on {platform.node()}"
 
 
 def logged(verb: Callable[P, T]) -> Callable[P, T]:
-    """For a verb with the arguments ``log``, ``out`` and ``reporter``: what it reports also reaches the loggers."""
+    """For a verb with a run folder: what it reports also reaches the folder's log.txt, and the loggers that ``log``
+    names.
+    """
 
     @functools.wraps(verb)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         given: dict[str, Any] = kwargs
-        names, out = given.get("log") or (), given.get("out", "")
-        with logging_to(names, out, given.get("reporter") or NullReporter()) as told:
+        names, reporter = given.get("log") or (), listener(given.get("reporter"))
+        with logging_to(names, reporter, verb.__name__) as told:
             return verb(*args, **given | {"reporter": told})
 
     return wrapped
 
 
-class _Recorder(NullReporter):
-    """A reporter that passes training records on; display-only updates (no total_step) are none of its business."""
+class _Recorder(Reporter):
+    """Passes training records on; display-only progress (no total_step) is none of its business."""
 
-    def __init__(self, names: Sequence[str], out: Path) -> None:
-        self.names, self.out = names, out
-        self.loggers: list[Logger] | None = None
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names, self.loggers = names, list[Logger]()
+        self.out: Path | None = None
 
-    def update(self, step: int, metrics: Numbers) -> None:
+    def opened(self, folder: Path) -> None:
+        """Open the loggers of the run in ``folder``."""
+        self.out = folder
+        self.loggers = [LOGGERS[name][0](folder, _recipe(folder)) for name in self.names]
+
+    def progress(self, step: int, values: Numbers) -> None:
         """Log a training record under its step over all phases."""
-        if "total_step" not in metrics:
+        if "total_step" not in values:
             return
-        if self.loggers is None:
-            self.loggers = [LOGGERS[name][0](self.out, _recipe(self.out)) for name in self.names]
-        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        values = {key: float(value) for key, value in numbers.items() if key not in ("step", "total_step")}
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        shown = {key: float(value) for key, value in numbers.items() if key not in ("step", "total_step")}
         for log, _ in self.loggers:
-            log(int(metrics["total_step"]), values)
+            log(int(values["total_step"]), shown)
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        """Hand the summary's numbers over and close."""
+        numbers = {key.replace(".", "/"): value for key, value in dotted(summary).items()}
+        for _, end in self.loggers:
+            end({key: float(value) for key, value in numbers.items() if type(value) in (int, float)})
 
 
 def _tensorboard(out: Path, recipe: Mapping[str, Any]) -> Logger:
@@ -166,10 +195,16 @@ def _recipe(out: Path) -> dict[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
-def _summary(out: Path) -> dict[str, float]:
-    """The plain numbers of summary.json by dotted name: before/knn_top1, after/knn_top1, seconds/total ..."""
+def _summary(out: Path) -> dict[str, Any]:
     try:
-        numbers = {key.replace(".", "/"): value for key, value in dotted(read_json(out / "summary.json")).items()}
-    except Exception:  # a damaged file costs its numbers
+        return dict(read_json(out / "summary.json"))
+    except Exception:  # a damaged file costs what it says
         return {}
-    return {key: float(value) for key, value in numbers.items() if type(value) in (int, float)}
+
+
+def _words(summary: Mapping[str, Any]) -> Iterator[str]:
+    """What the screen has from the result, after the verb."""
+    for key in ("verdict", "recommendation"):
+        found = summary.get(key)
+        if isinstance(found, Mapping) and found.get("reason"):
+            yield f"{key}: {found[key]}. {found['reason']}" if key in found else f"{key}: {found['reason']}"

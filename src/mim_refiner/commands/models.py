@@ -15,18 +15,10 @@ def models(*, name: str | None = None) -> dict[str, Any]:
     Size and hash are "unknown" where the publisher states none. Raises InputError for a name that is not there.
     """
     if name is None:
-        return {"models": [_listed(each) for each in CATALOGUE]}
+        return {"models": [record(entry) for entry in CATALOGUE.values()]}
     if name not in CATALOGUE:
         close = did_you_mean(name, CATALOGUE)
         raise InputError(f"no model '{name}' in the catalogue{close}; mim-refiner models lists them")
     entry = CATALOGUE[name]
     here = cached_path(entry) if entry.file_name else None
     return record(entry) | {"downloaded": str(here) if here is not None and here.is_file() else "no"}
-
-
-def _listed(name: str) -> dict[str, Any]:
-    facts = record(CATALOGUE[name])
-    told = f"sha256:{CATALOGUE[name].sha256[:8]}" if CATALOGUE[name].sha256 else CATALOGUE[name].hash_start
-    facts["hash"] = f"{told.replace(':', ' ')}..." if told else "unknown"
-    keys = ("name", "family", "architecture", "image_size", "data", "licence", "size", "hash", "sha256", "address")
-    return {key: facts[key] for key in keys}

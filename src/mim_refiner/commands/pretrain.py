@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.inputs import (
     common_image_size,
+    ended_run,
     list_skipped,
     open_images,
     open_run,
@@ -23,6 +24,7 @@ from mim_refiner.commands.inputs import (
     refuse_to_overwrite_inputs,
     run_fast,
     train_loader,
+    write_summary,
 )
 from mim_refiner.commands.loggers import logged
 from mim_refiner.commands.monitor import MIN_KNN_IMAGES, TRAINED_ON, OnlineKnn
@@ -32,19 +34,21 @@ from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import join_processes, together
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
+from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import InputError
 from mim_refiner.export.timm import export_timm
-from mim_refiner.files import name_of, write_json
+from mim_refiner.files import name_of
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.mae import MaskedAutoencoder
-from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.reporting import Reporter, listener
 from mim_refiner.training.estimate import pretrain_estimate
 from mim_refiner.training.pretrain import pretrain as train
 from mim_refiner.training.recipe import PretrainRecipe, override
 from mim_refiner.training.recipes import pretrain_recipe
 from mim_refiner.training.signals import stops_cleanly
+from mim_refiner.training.state import RunFolder
 from mim_refiner.types import ImageSize, height_width
 
 
@@ -78,7 +82,7 @@ def pretrain(
     Writes a run folder whose export/ is a timm folder. The same call on the same folder resumes. Returns the summary.
     Raises MimRefinerError with one line on bad input.
     """
-    reporter, settings = reporter or NullReporter(), settings or []
+    reporter, settings = listener(reporter), settings or []
     started = time.perf_counter()
     if (arch is None) == (model is None):
         raise InputError("pretrain needs --arch for a new encoder, or --model to go on from one; give one of them")
@@ -102,12 +106,18 @@ def pretrain(
     view = ViewSpec("mae", size, scale=chosen.crop_scale, jitter_prob=0.0, gray_prob=0.0)
     loader = train_loader(images, [view], chosen, run)
     photometric = BatchPhotometric(view, backbone.info.mean, backbone.info.std)
-    chosen, cost = pretrain_estimate(mae, chosen, loader, photometric, available_memory(memory_budget, run), run)
+    ended = None if overwrite or plan else ended_run(out, {}, ("export/config.json",))
+    if ended is None:
+        free = available_memory(memory_budget, run)
+        chosen, cost = pretrain_estimate(mae, chosen, loader, photometric, free, run)
     if plan:
         return {"plan": cost.record()}
     asked = {"command": "pretrain", "data": name_of(data), "arch": arch, "model": given, "model_sha256": weights,
              "seed": seed, "exclude": exclude}  # fmt: skip
-    folder = open_run(out, asked, chosen, images, overwrite=overwrite)
+    how: dict[str, Any] = {"overwrite": overwrite, "began": started, "ended": ended is not None}
+    folder = open_run(out, asked, chosen, images, reporter, **how)
+    if ended is not None:
+        return ended if folder.writes else {}
     skipped = list_skipped(images, folder, reporter)
     size_of = f"{arch or given}: {sum(map(torch.numel, backbone.model.parameters())) / 1e6:.1f} M parameters, {size} px"
     announce(f"{size_of}, {len(images)} images", chosen, loader.steps_per_epoch, run)
@@ -121,15 +131,27 @@ def pretrain(
     after = monitor() if monitor else None
     if not folder.writes:  # the rest is rank 0's
         return {}
+    base = Path(given).name if given else "trained from scratch"
+    recorded = {"base": base, "data": f"{Path(name_of(data)).name} ({len(images)} images)"}
+    return conclude(backbone, recorded, chosen, images, folder, after)
 
-    export, base = Path(out) / "export", Path(given).name if given else "trained from scratch"
-    described = f"{Path(name_of(data)).name} ({len(images)} images)"
-    card = {"base": base, "data": described, "recipe": chosen.model_dump(mode="json")}
-    export_timm(backbone.to("cpu"), export, card=card)
-    summary: dict[str, Any] = {"run": str(out), "export": str(export), "data": {"train": images.facts()}}
-    summary |= {"seconds": {"total": time.perf_counter() - started}}
+
+def conclude(
+    backbone: Backbone,
+    card: dict[str, Any],
+    recipe: PretrainRecipe,
+    images: ImageSet,
+    folder: RunFolder,
+    after: dict[str, float] | None,
+) -> dict[str, Any]:
+    """Export the encoder and write the summary, which is returned."""
+    export = folder.path / "export"
+    settings = recipe.model_dump(mode="json", exclude={"expected"})
+    export_timm(backbone.to("cpu"), export, card=card | {"recipe": settings})
+    summary: dict[str, Any] = {"run": str(folder.path), "export": str(export), "data": {"train": images.facts()}}
+    summary |= {"seconds": {"total": folder.seconds}}
     summary |= {} if after is None else {"after": after, "measured_on": TRAINED_ON}
-    write_json(Path(out) / "summary.json", summary)
+    write_summary(folder.path, summary, {})
     return summary
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from mim_refiner.analysis.verdict import what_next
+from mim_refiner.checkpoints.families.base import GUESS
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.comparison import (
     SUMMARY_TEST_LIMIT,
@@ -23,6 +25,7 @@ from mim_refiner.commands.comparison import (
 from mim_refiner.commands.deadline import REPORT, Box
 from mim_refiner.commands.dense import dense_change
 from mim_refiner.commands.inputs import (
+    ended_run,
     evaluation_sets,
     list_skipped,
     normalize_as,
@@ -34,6 +37,7 @@ from mim_refiner.commands.inputs import (
     run_fast,
     split_images,
     train_loader,
+    write_summary,
 )
 from mim_refiner.commands.loggers import logged
 from mim_refiner.commands.measured_settings import (
@@ -63,7 +67,8 @@ from mim_refiner.files import name_of, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.lora import adapted, lora_share, merge_lora
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.report.figures import read_metrics
+from mim_refiner.reporting import Reporter, listener, remarks
 from mim_refiner.training.guard import load_best
 from mim_refiner.training.guidance import check_guidance
 from mim_refiner.training.lora import adapt
@@ -118,22 +123,25 @@ def refine(
     "seconds"}, also in summary.json; export/ is a timm folder. Raises MimRefinerError with one line on bad input,
     GuardStopError when the guard stopped the run (export/ then holds the best state).
     """
-    return refine_and_compare(
-        data=data,
-        model=model,
-        out=out,
-        recipe=recipe,
-        eval_data=eval_data,
-        eval_test=eval_test,
-        settings=[*(settings or []), *head_block_settings(head_blocks)],
-        device=device,
-        seed=seed,
-        overwrite=overwrite,
-        memory_budget=memory_budget,
-        plan=plan,
-        exclude=exclude,
-        reporter=reporter or NullReporter(),
-    )
+    settings = [*(settings or []), *head_block_settings(head_blocks)]
+    own = override(refine_recipe(recipe, image_size=0), settings).normalization == "data"
+    with remarks(unless=f"{GUESS}mean" if own else ""):  # mean and std are then known
+        return refine_and_compare(
+            data=data,
+            model=model,
+            out=out,
+            recipe=recipe,
+            eval_data=eval_data,
+            eval_test=eval_test,
+            settings=settings,
+            device=device,
+            seed=seed,
+            overwrite=overwrite,
+            memory_budget=memory_budget,
+            plan=plan,
+            exclude=exclude,
+            reporter=listener(reporter),
+        )
 
 
 @stops_cleanly
@@ -180,12 +188,16 @@ def refine_and_compare(
     loader = train_loader(images, view_specs(chosen), chosen, run)
     chosen = choose_weights(chosen, loader.steps_per_epoch)
     refuse_pool(chosen, refiner, loader.steps_per_epoch * chosen.batch_size, run)
-    chosen, cost = with_cost(chosen, refiner, loader, memory_budget, run)
+    measuring = on.facts() | {"weights": chosen.export_weights, "others": dict(others or {})}
+    ended = None if overwrite or plan else ended_run(out, measuring, ("export/config.json", "evaluation/gallery.json"))
+    chosen, cost = with_cost(chosen, refiner, loader, memory_budget, run) if ended is None else (chosen, None)
     if plan:
         return run_plan(chosen, refiner, cost, run, memory_budget, loader.cut_where)
-    asked = {"command": "refine", "data": name_of(data), "model": name_of(model), "model_sha256": weights, "seed": seed,
-             "exclude": exclude}  # fmt: skip
-    folder = open_run(out, asked, chosen, images, overwrite=overwrite)
+    asked = {"command": "refine", "data": name_of(data), "model": name_of(model), "model_sha256": weights, "seed": seed}
+    how: dict[str, Any] = {"overwrite": overwrite, "began": started, "ended": ended is not None}
+    folder = open_run(out, asked | {"exclude": exclude}, chosen, images, reporter, **how)
+    if ended is not None:
+        return ended if folder.writes else {}
     for name, record in found.items() if folder.writes else ():
         write_json(folder.path / f"{name}.json", record)
     skipped = list_skipped(images, folder, reporter)
@@ -196,8 +208,7 @@ def refine_and_compare(
     with contextlib.closing(loader):
         after, stopped = trained(refinement, folder, online_knn(refinement, on.bank), model)
     list_skipped(images, folder, reporter, skipped)
-    seconds = time.perf_counter() - started
-
+    training = folder.seconds
     stages = {"before": load_backbone(model), **after}
     normalize_as(backbone, *stages.values())
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
@@ -206,13 +217,10 @@ def refine_and_compare(
         summary = conclude(stages, on, chosen, results, f"{Path(name_of(data)).name} ({len(images)} images)", run, box)
     if not folder.writes:  # the rest is rank 0's
         return {}
-    spent = {"training": seconds, "total": time.perf_counter() - started}
-    summary |= (
-        {"data": {"train": images.facts()}, "seconds": spent}
-        | found
-        | ({"stopped": str(stopped)} if stopped else {"weights": weights_taken(refinement)})
-    )
-    write_json(folder.path / "summary.json", summary)
+    seconds = {"training": training, "total": folder.seconds}
+    end = {"stopped": str(stopped)} if stopped else {"weights": weights_taken(refinement)}
+    summary |= {"data": {"train": images.facts()}, "seconds": seconds, **found, **end}
+    write_summary(folder.path, summary, measuring)
     finish_with_report(folder.path, reporter)
     reporter.done()
     if stopped:
@@ -330,7 +338,7 @@ def conclude(
     It is exported, without figures, where the comparison fails too.
     """
     pooling, run = recipe.heads.measured_pooling, replace(run, precision="fp32")
-    base, settings = Path(stages["before"].info.source).name, recipe.model_dump(mode="json")
+    base, settings = Path(stages["before"].info.source).name, recipe.model_dump(mode="json", exclude={"expected"})
     card: dict[str, Any] = {"base": base, "data": data, "recipe": settings}
     facts: dict[str, Any] = {}
     try:
@@ -353,6 +361,7 @@ def conclude(
         if recipe.anchor.weight:
             summary["dense"] = dense_change(stages, on.bank, on.test, run)
             summary["verdict"] = {**summary["verdict"], "dense": summary["dense"]["reason"]}
+        summary["verdict"] = {**summary["verdict"], "next": advice(summary, recipe, on, out, stages["before"])}
         facts = {key: found[key] for key in ("block", "pooling", "norm")} | {"recommendation": found["reason"]}
         pictured = {stage: encoder for stage, encoder in stages.items() if stage not in ("raw", "average")}
         if box is None or box.left(REPORT / 2) > 0:
@@ -360,6 +369,21 @@ def conclude(
     finally:
         export_timm(stages["after"].to("cpu"), out / "export", card=card, facts=facts)
     return summary
+
+
+def advice(summary: Mapping[str, Any], recipe: RefineRecipe, on: Measured, out: Path, before: Backbone) -> list[str]:
+    """What to try next, from the summary and the run's own log."""
+    log = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
+    tested = on.bank if on.test is None else on.test
+    return what_next(
+        summary["verdict"],
+        recipe.model_dump(),
+        test_images=len(tested),
+        draws=(int(log[-1]["total_step"]) if log else 0) * recipe.batch_size,
+        knn=[record["knn_top1"] for record in log if "knn_top1" in record],
+        recommendation=summary["recommendation"],
+        last_block=before.info.depth - 1,
+    )
 
 
 def announce(recipe: RefineRecipe, backbone: Backbone, images: int, steps_per_epoch: int, run: Run) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mim_refiner.analysis.gallery import make_gallery
-from mim_refiner.core.run import Run
-from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import InputError
 from mim_refiner.files import write_json
-from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.page import write_report
-from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.reporting import Reporter, listener
+
+if TYPE_CHECKING:
+    from mim_refiner.core.run import Run
+    from mim_refiner.data.decode import ImageSet
+    from mim_refiner.models.backbone import Backbone
 
 
 def report(*, runs: Sequence[str], out: str | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def report(*, runs: Sequence[str], out: str | None = None, reporter: Reporter | 
     ``out``: the HTML file (default: report.html in the run folder, in the current folder for several runs). Returns
     {"report", "runs", "bytes"}. Raises InputError for a folder without results.
     """
-    reporter = reporter or NullReporter()
+    reporter = listener(reporter)
     if not runs:
         raise InputError("no run given; name at least one run folder, as in: mim-refiner report runs/photos")
     path = Path(out).expanduser() if out is not None else None
@@ -35,6 +36,8 @@ def report(*, runs: Sequence[str], out: str | None = None, reporter: Reporter | 
 
 def write_gallery(stages: Mapping[str, Backbone], images: ImageSet, out: Path, *, pooling: str, run: Run) -> None:
     """Measure the report's pictures while the encoders are at hand: evaluation/gallery.json of the folder ``out``."""
+    from mim_refiner.analysis.gallery import make_gallery  # a report alone needs no torch
+
     run.reporter.message("gallery: neighbours, clusters and maps for the report")
     record = make_gallery(stages, images, pooling=pooling, run=run)
     write_json(out / "evaluation" / "gallery.json", record)
@@ -45,4 +48,4 @@ def finish_with_report(run: Path, reporter: Reporter) -> None:
     try:
         reporter.message(f"report: {write_report([run])}")
     except Exception as error:
-        reporter.message(f"no report was written ({error}); the run is complete, try: mim-refiner report {run}")
+        reporter.warning(f"no report was written ({error}); the run is complete, try: mim-refiner report {run}")

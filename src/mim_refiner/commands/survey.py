@@ -206,7 +206,7 @@ def _views(backbone: Backbone, samples: Samples, run: Run, name: str, **options:
 
 
 def _progress(reporter: Reporter) -> Any:
-    return lambda done, _: reporter.update(done, {})
+    return lambda done, _: reporter.progress(done, {})
 
 
 def _thinned(rows: NDArray[np.int64], limit: int) -> NDArray[np.int64]:

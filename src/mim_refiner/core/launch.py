@@ -23,7 +23,7 @@ from mim_refiner.core.collectives import from_ranks, is_distributed
 from mim_refiner.core.processes import TIMEOUT_VARIABLE, Place, silence_timeout, started_as
 from mim_refiner.core.watch import ANSWER, INTERRUPTED, Trouble, Watch, life
 from mim_refiner.errors import InputError, MimRefinerError, OtherProcessError
-from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.reporting import Reporter
 
 LISTED = 5  # differences named in a message
 STUCK = timedelta(minutes=30)  # an exchange among processes that are all alive
@@ -46,7 +46,7 @@ def join_processes(device: torch.device, reporter: Reporter | None = None) -> to
         return device
     if not dist.is_initialized():
         timeout = silence_timeout()
-        told = reporter or NullReporter()
+        told = reporter or Reporter()
         told.message(
             f"{place.world_size} processes: all are to join within {2 * timeout:g} s; then the run ends when one "
             f"gives no sign of life for {timeout:g} s ({TIMEOUT_VARIABLE})"

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mim_refiner.reporting import NullReporter, Reporter
+from mim_refiner.reporting import Reporter
 
 ONE_BY_ONE = {"cpu"}  # devices on which heads run one by one: to copy what they hold together costs more than it saves
 
@@ -22,7 +22,7 @@ class Run:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "fp32"
     seed: int = 0
-    reporter: Reporter = field(default_factory=NullReporter)
+    reporter: Reporter = field(default_factory=Reporter)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Mixed precision for a forward pass."""

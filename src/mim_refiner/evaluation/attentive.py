@@ -237,7 +237,7 @@ class _Encoder:
                         x = torch.cat([output.cls[:, None], x], dim=1)
                     tokens[block] = F.layer_norm(x.float(), x.shape[-1:])
                 seen += len(positions)
-                self.run.reporter.update(seen, {})
+                self.run.reporter.progress(seen, {})
                 yield tokens
         if seen != len(of.rows):
             raise DataError(f"{of.images.description}: {len(of.rows) - seen} images became unreadable; run again")
@@ -302,7 +302,7 @@ def _fit(
             loss = F.cross_entropy(logits.transpose(1, 2), y[:, None].expand(logits.shape[:2]), reduction="sum")
             (loss / size).backward()
         optimizer.step()
-        run.reporter.update(step + 1, {})
+        run.reporter.progress(step + 1, {})
 
 
 @torch.no_grad()

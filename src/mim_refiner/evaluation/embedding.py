@@ -133,7 +133,7 @@ def compute_features(
             done = min(total, (int(positions[0]) // spec.batch_size + 1) * spec.batch_size)
             if number % KEEP_EVERY == 0:
                 _keep(folder, rows, done, images)
-            run.reporter.update(done, {"images_per_s": (done - first) / (time.perf_counter() - started)})
+            run.reporter.progress(done, {"images_per_s": (done - first) / (time.perf_counter() - started)})
     if rows is None:
         raise DataError(f"{images.description}: no image could be read; give a source with whole images")
     _keep(folder, rows, total, images)

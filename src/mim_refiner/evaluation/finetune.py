@@ -192,7 +192,7 @@ def _train(
             loss.backward()
             optimizer.step()
             step += 1
-            run.reporter.update(step, {})
+            run.reporter.progress(step, {})
 
 
 def _groups(model: Classifier, settings: FinetuneSettings) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ class Job:
 
     def progress(self, done: int, total: int) -> None:
         """So much of the phase at hand is done."""
-        self.run.reporter.update(done, {})
+        self.run.reporter.progress(done, {})
 
     @property
     def main_key(self) -> FeatureKey:

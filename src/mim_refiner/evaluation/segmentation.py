@@ -167,7 +167,7 @@ class DenseProbe:
                 velocity.mul_(settings.momentum).add_(gradient)
                 parameter.sub_(rate * velocity)
             if windows.held is None:
-                self.run.reporter.update(step + 1, {})
+                self.run.reporter.progress(step + 1, {})
         self.norm.eval()
 
     @torch.no_grad()

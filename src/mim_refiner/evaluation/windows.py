@@ -115,7 +115,7 @@ class Windows:
             tokens = torch.empty(len(self), self.cutting.patches, self.encoder.width, dtype=torch.float16)
             for rows, fresh, counts in self._computed(torch.arange(len(self)).split(batch_size)):
                 tokens[rows], targets[rows] = fresh.cpu(), counts
-                self.encoder.run.reporter.update(int(rows[-1]) + 1, {})
+                self.encoder.run.reporter.progress(int(rows[-1]) + 1, {})
             if cache is not None:
                 cache.put(identity, {"tokens": tokens, "places": self.places})
         elif self.masks is not None:

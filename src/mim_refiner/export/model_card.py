@@ -14,18 +14,11 @@ from jinja2 import Environment
 
 from mim_refiner.export.parity import Parity
 from mim_refiner.files import dotted
+from mim_refiner.reporting import metric_title
 from mim_refiner.types import BackboneInfo
 
 # The front matter's library_name: who loads the folder.
 _LIBRARIES = {"timm": "timm", "hf": "transformers", "onnx": "onnx", "refiner": "mim-refiner"}
-_METRIC_NAMES = {
-    "knn_top1": "k-NN top-1",
-    "linear_top1": "linear probe top-1",
-    "cluster_accuracy": "clustering accuracy",
-    "nmi": "normalised mutual information",
-    "rank": "effective rank (RankMe)",
-    "rank_centred": "effective rank, centred",
-}
 _SHARES = {"knn_top1", "linear_top1", "cluster_accuracy", "nmi"}
 
 
@@ -97,7 +90,7 @@ def _figures(card: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(metric, before, after) of everything measured."""
     before, after = card.get("before") or {}, card.get("after") or {}
     names = [name for name, value in {**before, **after}.items() if isinstance(value, int | float)]
-    return [(_METRIC_NAMES.get(n, n), _value(n, before.get(n)), _value(n, after.get(n))) for n in names]
+    return [(metric_title(n), _value(n, before.get(n)), _value(n, after.get(n))) for n in names]
 
 
 def _value(name: str, value: Any) -> str:

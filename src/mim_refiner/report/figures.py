@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from mim_refiner.errors import InputError
 from mim_refiner.files import read_regular, reading, write_bytes
 from mim_refiner.report.tables import STAGES
+from mim_refiner.reporting import metric_title
 
 DPI = 150
 TEXT, AXIS = "#222222", "#8a8a8a"
@@ -27,19 +28,14 @@ SHADE = "#F0E442"
 LEGEND_LETTERS = 62  # a line of the legend, with about 6 for each mark
 LABEL_ROOM = 0.25  # share of the axis that the name of a phase takes
 REGIME_COLOURS = {"early": "#56B4E9", "middle": "#F0E442", "late": "#E69F00"}
-MEASURES = {
-    "knn_top1": "k-NN accuracy (%)",
-    "probe_top1": "ridge probe accuracy (%)",
-    "consistency": "neighbour consistency (%)",
-    "rank": "effective rank",
-}
+MEASURES = {name: metric_title(name, unit=True) for name in ("knn_top1", "probe_top1", "consistency", "rank")}
 HEAD_METRICS = {
     "alignment/": "alignment (cosine)",
     "neighbor_similarity/": "neighbour similarity (cosine)",
     "neighbor_age/": "neighbour age (samples)",
     "neighbor_accuracy/": "neighbour accuracy",
 }
-_LINES = [STYLES["after"], STYLES["full"], *MORE_STYLES, STYLES["before"]]
+LINES = [STYLES["after"], STYLES["full"], *MORE_STYLES, STYLES["before"]]
 Lines = Mapping[str, tuple[list[int], list[float]]]  # {name: (steps, values)}
 
 
@@ -96,11 +92,12 @@ def draw_band(
     axis.plot(blocks, percent, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
 
 
-def draw_log(axis: Axes, lines: Lines, starts: Mapping[str, int]) -> None:
-    """Lines over training steps; ``starts``: where phases begin, which are marked."""
+def draw_log(axis: Axes, lines: Lines, starts: Mapping[str, int], numbers: Mapping[str, int] | None = None) -> None:
+    """Lines over training steps; ``starts``: where phases begin, which are marked; ``numbers`` choose the colours."""
     for position, (name, (steps, values)) in enumerate(lines.items()):
-        colour, marker = _LINES[position % len(_LINES)]
-        dash = ("-", "--", ":")[position // len(_LINES) % 3]
+        position = position if numbers is None else numbers[name]
+        colour, marker = LINES[position % len(LINES)]
+        dash = ("-", "--", ":")[position // len(LINES) % 3]
         points = marker if len(steps) < 30 else ""
         axis.plot(steps, values, label=name, color=colour, linestyle=dash, linewidth=1.3, marker=points, ms=3)
     longest = max(steps[-1] for steps, _ in lines.values())

@@ -7,8 +7,25 @@ from typing import Any
 
 from mim_refiner.files import dotted
 from mim_refiner.report.run_files import RunFiles
-from mim_refiner.report.tables import METRICS, STAGES, demo_sentence, interval_text, paired_change, stage_titles
+from mim_refiner.report.tables import (
+    METRICS,
+    STAGES,
+    demo_sentence,
+    interval_text,
+    measures_rows,
+    paired_change,
+    results_rows,
+    stage_titles,
+)
+from mim_refiner.reporting import metric_title
 
+KINDS = {  # what a folder is: title of its page
+    "refinement": "Refinement report",
+    "pretraining": "Pre-training report",
+    "comparison": "Comparison of encoders",
+    "analysis": "Analysis report",
+    "evaluation": "Evaluation report",
+}
 HEADLINES = {  # of each verdict, and its tone
     "better": ("The refined encoder is better.", "good"),
     "no clear change": ("No clear change.", "open"),
@@ -18,19 +35,55 @@ HEADLINES = {  # of each verdict, and its tone
 }
 
 
+def kind_of(run: RunFiles) -> str:
+    """What the folder holds, a key of KINDS."""
+    if run.metrics or run.recipe or run.summary:
+        return "pretraining" if run.recipe.get("command") == "pretrain" else "refinement"
+    if run.of_kind("comparison"):
+        return "comparison"
+    return "analysis" if run.records.keys() - {"data"} else "evaluation"
+
+
+def verdict_of(run: RunFiles) -> Mapping[str, Any]:
+    """The verdict of a refinement, a comparison or an analysis; empty where there is none."""
+    for record in (run.summary, *run.of_kind("comparison").values()):
+        if isinstance(record.get("verdict"), Mapping):
+            return dict(record["verdict"])
+    return next(iter(run.of_kind("verdict").values()), {})
+
+
+def measures_of(run: RunFiles) -> tuple[list[str], list[list[str]]] | None:
+    """(header, rows) of the measures without labels that a verdict stands on, or that stand beside it."""
+    verdict = verdict_of(run)
+    measures = verdict.get("measures") or (verdict.get("label_free") or {}).get("measures")
+    return measures_rows(measures) if measures else None
+
+
+def _without_verdict(run: RunFiles) -> tuple[str, str]:
+    """(headline, reason) of a folder that compares nothing."""
+    kind = kind_of(run)
+    if run.metrics and not run.summary:
+        last = run.metrics[-1]
+        return "This run is not finished.", (
+            f"it stands at step {last.get('total_step', last.get('step'))} ({last.get('phase', 'training')}); "
+            "run the same command again to finish it"
+        )
+    if kind == "pretraining":
+        return "The encoder is pre-trained.", f"refine it next: mim-refiner refine --model {run.path} --data IMAGES"
+    if kind == "analysis":
+        advice = [table["advice"] for table in atlas_tables(run) if table["advice"]]
+        return "One encoder, looked at.", advice[-1] if advice else "analyze --compare sets a second one beside it"
+    if kind == "evaluation":
+        return "One encoder, measured.", "evaluate --compare sets a second one beside it and gives a verdict"
+    return "No verdict.", "no before and after here; refine measures both, evaluate --compare does for two encoders"
+
+
 def verdict_view(run: RunFiles) -> dict[str, Any]:
-    """{"headline", "tone" (good, bad, open), "reason", "further": [lines]}."""
-    verdict = run.summary.get("verdict")
-    if not isinstance(verdict, Mapping):
-        if run.metrics and not run.summary:
-            last = run.metrics[-1]
-            reason = (
-                f"it stands at step {last.get('total_step', last.get('step'))} ({last.get('phase', 'training')}); "
-                "run the same command again to finish it"
-            )
-            return {"headline": "This run is not finished.", "tone": "open", "reason": reason, "further": []}
-        reason = "no before and after here; refine measures both, evaluate --compare does so for two encoders"
-        return {"headline": "No verdict.", "tone": "open", "reason": reason, "further": []}
+    """{"headline", "tone" (good, bad, open), "reason", "further": [lines], "next": [what to try]}."""
+    verdict = verdict_of(run)
+    if not verdict.get("verdict"):
+        headline, reason = _without_verdict(run)
+        return {"headline": headline, "tone": "open", "reason": reason, "further": [], "next": []}
     word, sentence = str(verdict.get("verdict", "")), demo_sentence(run.summary)
     headline, tone = HEADLINES.get(word, (word[:1].upper() + word[1:] + ".", "open"))
     further = [
@@ -38,13 +91,22 @@ def verdict_view(run: RunFiles) -> dict[str, Any]:
         for stage, value in verdict.items()
         if stage in STAGES and isinstance(value, Mapping)
     ]
+    further += [f"{name}: {value['verdict']}. {value['reason']}" for name, value in verdict.get("others", {}).items()]
     further += [str(verdict["dense"])] if "dense" in verdict else []
     return {
-        "headline": headline,
+        "headline": headline if kind_of(run) == "refinement" else headline.replace("refined", "second"),
         "tone": tone,
         "reason": sentence or str(verdict.get("reason", "")),
         "further": [] if sentence else further,
+        "next": [str(line) for line in verdict.get("next", [])],
     }
+
+
+def compared_rows(run: RunFiles) -> tuple[list[str], list[list[str]]] | None:
+    """(header, rows) of what evaluate --compare measured: a row a number, a column an encoder."""
+    for record in run.of_kind("comparison").values():
+        return results_rows(record["results"], record.get("change", ()))
+    return None
 
 
 def metric_rows(run: RunFiles) -> dict[str, Any]:
@@ -116,11 +178,12 @@ def atlas_tables(run: RunFiles) -> list[dict[str, Any]]:
                     ],
                 }
             )
-        names = {"knn_top1": "k-NN accuracy (%)", "consistency": "neighbour consistency (%), no labels"}
         tables.append(
             {
                 "title": STAGES.get(where.removeprefix("atlas-"), where),
-                "measure": names.get(measure, measure),
+                "measure": metric_title(measure, unit=True),
+                "low": f"{100 * low:.1f}",
+                "high": f"{100 * high:.1f}",
                 "columns": [f"{pooling}, {'final norm' if norm else 'raw'}" for pooling, norm in columns],
                 "rows": rows,
                 "advice": str(advice.get("reason", "")),
@@ -181,7 +244,7 @@ def duration(seconds: float) -> str:
 
 def run_row(run: RunFiles, name: str) -> dict[str, Any]:
     """One line of the comparison of runs."""
-    verdict = run.summary.get("verdict") or {}
+    verdict = verdict_of(run)
     cells = []
     for metric, (title, factor, digits) in METRICS.items():
         before, after = ((run.summary.get(stage) or {}).get(metric) for stage in ("before", "after"))

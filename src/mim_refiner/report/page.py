@@ -17,17 +17,21 @@ from mim_refiner.errors import InputError
 from mim_refiner.files import dotted, reading, write_bytes
 from mim_refiner.report.gallery import gallery_view
 from mim_refiner.report.numbers import (
+    KINDS,
     atlas_tables,
+    compared_rows,
     cost_rows,
+    kind_of,
+    measures_of,
     metric_rows,
     readout_tables,
     recipe_differences,
     run_row,
     verdict_view,
 )
-from mim_refiner.report.panels import block_curve_panels, comparison_panels, learning_panels
+from mim_refiner.report.panels import block_curve_panels, comparison_panels, learning_panels, run_colour
 from mim_refiner.report.run_files import RunFiles, read_run
-from mim_refiner.report.tables import left_out_lines
+from mim_refiner.report.tables import left_out_lines, results_rows
 
 TEMPLATES = ("page.html.j2", "run.html.j2", "macros.html.j2", "style.css", "script.js")
 
@@ -60,12 +64,15 @@ def render(runs: Sequence[RunFiles]) -> str:
     comparison = None
     if len(runs) > 1:
         comparison = {
-            "rows": [run_row(run, name) for run, name in zip(runs, names, strict=True)],
+            "rows": [
+                {**run_row(run, name), "colour": run_colour(number)}
+                for number, (run, name) in enumerate(zip(runs, names, strict=True))
+            ],
             "recipe": recipe_differences(runs),
             "panels": comparison_panels({name: run.metrics for run, name in zip(runs, names, strict=True)}),
         }
     return environment.get_template("page.html.j2").render(
-        title="Comparison of " + ", ".join(names) if comparison else f"Refinement report: {names[0]}",
+        title="Comparison of " + ", ".join(names) if comparison else f"{KINDS[kind_of(runs[0])]}: {names[0]}",
         runs=views,
         comparison=comparison,
         style=texts["style.css"],
@@ -81,17 +88,20 @@ def run_view(run: RunFiles, number: int, *, compact: bool) -> dict[str, Any]:
     curves = run.of_kind("knn_by_block")
     galleries = {} if compact else run.of_kind("gallery")
     licence = run.config.get("mim_refiner", {}).get("licence")
-    return {
+    view: dict[str, Any] = {
         "id": prefix.rstrip("-"),
         "path": str(run.path),
         "finished": bool(run.summary),
+        "kind": kind_of(run),
         "verdict": verdict_view(run),
+        "measures": measures_of(run),
+        "compared": compared_rows(run),
         "metrics": metric_rows(run),
         "statements": [text for record in curves.values() for text in record.get("statements", [])],
         "block_panels": [panel for record in curves.values() for panel in block_curve_panels(record, prefix)],
         "curves": [record["curves"] for record in curves.values()],
         "atlases": atlas_tables(run),
-        "log_panels": learning_panels(run.metrics, prefix) if run.metrics else [],
+        "log_panels": learning_panels(run.metrics, prefix, run.recipe) if run.metrics else [],
         "gallery": gallery_view(next(iter(galleries.values()))) if galleries else None,
         "readouts": readout_tables(run),
         "attention": {} if compact else run.of_kind("attention"),
@@ -105,7 +115,23 @@ def run_view(run: RunFiles, number: int, *, compact: bool) -> dict[str, Any]:
         "damaged": run.damaged,
         "data": data_lines(run),
         "downloads": _downloads(run),
+        "results": None
+        if run.summary or not run.results
+        else results_rows(list(map(_named, run.results.values())), ()),
     }
+    return view | {"sections": sections(view)}
+
+
+def sections(view: Mapping[str, Any]) -> list[str]:
+    """Of a refinement all, with a word on what is missing; of other folders those that have something to show."""
+    pictures = [] if view["compact"] else ["neighbours", "clusters", "patches", "map"]
+    has = {"blocks": view["block_panels"], "atlas": view["atlases"], "learning": view["log_panels"]}
+    has |= dict.fromkeys(pictures, view["gallery"])
+    return ["verdict", "numbers", *(name for name in has if view["kind"] == "refinement" or has[name]), "run"]
+
+
+def _named(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"model": "encoder", **record}
 
 
 def data_lines(run: RunFiles) -> list[str]:

@@ -14,8 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
+from mim_refiner.errors import InputError
 from mim_refiner.report.figures import (
     AXIS,
+    LINES,
     MORE_STYLES,
     POOLINGS,
     SHADE,
@@ -73,20 +76,31 @@ def block_curve_panels(record: Mapping[str, Any], prefix: str = "") -> list[Pane
 
 LOG_GROUPS = (  # key of metrics.jsonl (with / for one a block), title
     ("loss/", "loss of each head"),
-    ("loss", "loss"),
+    ("loss", "loss (sum over the heads)"),
     ("alignment/", "alignment of each head (cosine)"),
     ("neighbor_similarity/", "neighbour similarity (cosine)"),
     ("knn_top1/", "online k-NN accuracy (%)"),
-    ("lr", "learning rate (peak of all groups)"),
+    ("lr", "learning rate (of the group with the highest)"),
 )
 
 
-def learning_panels(records: Sequence[Mapping[str, Any]], prefix: str = "") -> list[Panel]:
-    """Curves of a run's metrics.jsonl, one panel a quantity and one line a head; phases are marked."""
+def learning_panels(
+    records: Sequence[Mapping[str, Any]], prefix: str = "", recipe: Mapping[str, Any] | None = None
+) -> list[Panel]:
+    """Curves of a run's metrics.jsonl, one panel a quantity and one line a head; phases are marked.
+
+    The learning rate is that of every step, by the ``recipe``: its peak falls between two lines of the log.
+    """
     panels = []
+    heads = _series(records, "loss/")
     for key, title in LOG_GROUPS:
         lines = _series(records, key)
-        if lines and (key != "loss" or len(_series(records, "loss/")) != 1):  # the sum over one head is that head
+        if key == "loss" and not heads:
+            title = "loss"
+        if key == "lr" and (found := rates(records, recipe or {})):
+            lines = {"lr": found}
+            title += f", peak {max(found[1]):.3g}"
+        if lines and (key != "loss" or len(heads) != 1):  # the sum over one head is that head
             name = key.rstrip("/").replace("_", "-") + ("-by-head" if key.endswith("/") else "")
             panels.append(_log_panel(lines, phase_starts(records), f"{prefix}{name}", title, "by training step"))
     return panels
@@ -95,11 +109,12 @@ def learning_panels(records: Sequence[Mapping[str, Any]], prefix: str = "") -> l
 def comparison_panels(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Panel]:
     """Loss and online k-NN of several runs {name: records}, one line a run."""
     panels = []
-    for key, title in (("loss", "loss"), ("knn_top1", "online k-NN accuracy (%)")):
+    numbers = {name: number for number, name in enumerate(logs)}
+    for key, title in (("loss", "loss (sum over the heads)"), ("knn_top1", "online k-NN accuracy (%)")):
         found = {name: _series(records, key) for name, records in logs.items()}
         lines = {name: next(iter(each.values())) for name, each in found.items() if each}
         if lines:
-            panels.append(_log_panel(lines, {}, f"runs-{key}", title, "of the runs"))
+            panels.append(_log_panel(lines, {}, f"runs-{key}", title, "of the runs", numbers))
     return panels
 
 
@@ -108,10 +123,49 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> Lines:
     return series_of(records, key, "block " if key.endswith("/") else key, 100 if key.startswith("knn") else 1)
 
 
-def _log_panel(lines: Lines, starts: Mapping[str, int], name: str, title: str, how: str) -> Panel:
+def run_colour(number: int) -> str:
+    """The colour of a run, by its place among those compared, as the style sheet calls it."""
+    return THEMED[LINES[number % len(LINES)][0].lower()]
+
+
+def rates(records: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> tuple[list[int], list[float]] | None:
+    """(steps, learning rate) of up to 400 steps and every peak of the phases so far; None where it cannot be told."""
+    steps, values = list[int](), list[float]()
+    try:
+        for phase, start in phase_starts(records).items():
+            last = [record for record in records if record.get("phase") == phase][-1]
+            a_epoch = last["step"] / last["epoch"]
+            settings = recipe[{"warmup": "warmup", "pretrain": "training"}.get(phase, phase)]
+            total, rise = round(settings["epochs"] * a_epoch), round(settings["warmup_epochs"] * a_epoch)
+            shown = {*range(0, last["step"], max(1, last["step"] // 200)), min(rise, last["step"] - 1)}
+            for step in sorted(shown):
+                steps.append(start + step + 1)
+                values.append(
+                    warmup_cosine(
+                        step,
+                        total_steps=total,
+                        warmup_steps=min(rise, total),
+                        peak=peak_learning_rate(settings["base_lr"], recipe["batch_size"]),
+                        end=settings["end_lr"],
+                    )
+                )
+    except (KeyError, TypeError, ZeroDivisionError, InputError):  # an older or damaged folder
+        return None
+    return (steps, values) if steps else None
+
+
+def _log_panel(
+    lines: Lines,
+    starts: Mapping[str, int],
+    name: str,
+    title: str,
+    how: str,
+    numbers: Mapping[str, int] | None = None,
+) -> Panel:
     figure, axis = new_figure()
-    draw_log(axis, lines, starts)
-    if len(lines) > 1:
+    draw_log(axis, lines, starts, numbers)
+    axis.yaxis.set_major_formatter("{x:.4g}")  # no factor above the axis, where the phases are named
+    if len(lines) > 1 or numbers is not None:
         legend(axis)
     ends = "; ".join(f"{line} ends at {values[-1]:.3g}" for line, (_, values) in list(lines.items())[:12])
     return finish(figure, name, title, f"{title} {how}. {ends}")

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from mim_refiner.reporting import UNSCALED, metric_title
+
 STAGES = {
     "before": "before",
     "after": "after this run",
@@ -23,12 +25,8 @@ DEMO_METRICS = {
 }
 # (title, factor to the shown unit, digits)
 METRICS: dict[str, tuple[str, float, int]] = {
-    "knn_top1": ("k-NN accuracy (%)", 100, 1),
-    "linear_top1": ("linear probe accuracy (%)", 100, 1),
-    "cluster_accuracy": ("cluster accuracy (%)", 100, 1),
-    "nmi": ("cluster NMI (%)", 100, 1),
-    "rank": ("effective rank (RankMe)", 1, 1),
-    "rank_centred": ("effective rank, centred", 1, 1),
+    name: (metric_title(name, unit=True), 1 if name in UNSCALED else 100, 1)
+    for name in ("knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank", "rank_centred")
 }
 
 
@@ -56,9 +54,9 @@ def demo_sentence(summary: Mapping[str, Any]) -> str | None:
     return f"The live run changed k-NN accuracy by {by[0]}: {word}. The shipped full refinement changed it by {by[1]}."
 
 
-def interval_text(ci95: Sequence[float]) -> str:
+def interval_text(ci95: Sequence[float], factor: float = 100, digits: int = 1) -> str:
     """A 95 % interval of a difference: ``+0.6 to +3.3``."""
-    return " to ".join(f"{100 * bound:+.1f}" for bound in ci95)
+    return " to ".join(f"{factor * bound:+.{digits}f}" for bound in ci95)
 
 
 def comparison_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -99,13 +97,10 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Return a rich table for the terminal: names to the left, numbers to the right."""
     table = Table(box=None, pad_edge=False)
     for position, name in enumerate(header):
-        table.add_column(name, justify="right" if position else "left", no_wrap=True)
+        table.add_column(name, justify="right" if position else "left")
     for row in rows:
         table.add_row(*row)
     return table
-
-
-UNSCALED = ("rank", "rank_centred", "silhouette", "davies_bouldin")  # all other metrics are shares, shown in percent
 
 
 def results_rows(
@@ -124,9 +119,22 @@ def results_rows(
     rows = []
     for key in keys:
         cells = [_cell(key[1], values.get((model, key)), changes.get((model, key))) for model in models]
-        rows.append([*map(str, key if with_sets else key[1:]), *cells])
+        place = [*key[:1], metric_title(key[1], unit=True), *key[2:]]
+        rows.append([*map(str, place if with_sets else place[1:]), *cells])
     header = ["metric", "block", "pooling", *_short_names(models)]
     return (["set", *header] if with_sets else header), rows
+
+
+def measures_rows(measures: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows) of text for the measures behind a verdict without labels."""
+    rows = []
+    for row in measures:
+        unscaled = "rank" in row["measure"] or "drift" in row["measure"]
+        factor, digits = (1, 2) if unscaled else (100, 1)
+        numbers = [f"{factor * row[key]:.{digits}f}" for key in ("before", "after")]
+        change = f"{factor * row['difference']:+.{digits}f} ({interval_text(row['ci95'], factor, digits)})"
+        rows.append([row["measure"] + ("" if unscaled else " (%)"), *numbers, change, row["change"]])
+    return ["measure", "before", "after", "change (95 % interval)", "reading"], rows
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -89,7 +89,7 @@ class Loop:
         if self.guard:
             self.guard.begin(self.position.total_step)
         for note in (*notes, *self.folder.notes):
-            self.run.reporter.message(note)
+            self.run.reporter.warning(note)
         self.folder.notes.clear()
 
     def leave_out(self, error: NonFiniteLossError) -> None:
@@ -97,7 +97,7 @@ class Loop:
         if self.folder.skipped or error.batch is None:
             raise error
         self.folder.skip(*error.batch)
-        self.run.reporter.message(f"{error}; going back to the last checkpoint once, without this batch")
+        self.run.reporter.warning(f"{error}; going back to the last checkpoint once, without this batch")
 
     def finish(self) -> None:
         """End the run; raises KeyboardInterrupt when a signal came after the last step's checkpoint."""
@@ -139,8 +139,7 @@ class Loop:
         self.log = MetricLog(self.run.device)
         self.began, self.left_out = monotonic(), 0
         self.limit = None if phase.max_seconds is None else max(0.0, phase.max_seconds - spent)
-        if self.first:
-            self.run.reporter.update(self.first, {})
+        self.run.reporter.progress(self.first, {})  # the speed counts from here
 
     def batches(self, source: BatchSource | None = None) -> Generator[tuple[int, ViewBatch], None, None]:
         """(step, batch) of the rest of the phase, from ``source`` or else from the loader.
@@ -171,7 +170,7 @@ class Loop:
                     self.after_update(step)
         pace.end()
         if self.left_out:
-            self.run.reporter.message(
+            self.run.reporter.warning(
                 f"{self.name}: {self.left_out} of {self.steps - self.first} steps were left out to end within "
                 f"{self.phase.max_seconds:.0f} s: the machine is slower than planned"
             )
@@ -202,7 +201,7 @@ class Loop:
                 if restarts == WORKER_RESTARTS:
                     raise
                 restarts += 1
-                self.run.reporter.message(f"{error}; starting the loader anew")
+                self.run.reporter.warning(f"{error}; starting the loader anew")
                 self.loader.restart()
 
     def learning_rate(self, step: int) -> float:
@@ -245,6 +244,8 @@ class Loop:
         self.log.seen.update(seen)
         if self.logs or self.measures:
             self._write_line(step, total)
+        else:
+            self.run.reporter.progress(step + 1, {})
         if self.saves:
             self._save(Position(self.number + self.last, 0 if self.last else step + 1, total))
 
@@ -260,7 +261,7 @@ class Loop:
             **self.log.seen,
         }
         self.folder.log(record)
-        self.run.reporter.update(step + 1, record)
+        self.run.reporter.progress(step + 1, record)
         self.log.reset()
 
     def _save(self, position: Position) -> None:

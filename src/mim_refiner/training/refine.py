@@ -283,7 +283,7 @@ def fill(pool: ViewPool, refinement: Refinement, loop: Loop, limit: float | None
             place = (WARMUP, number) if number < warmup else (REFINEMENT, number - warmup)
             pool.add(*frozen_views(refinement, batch, step_generator(run.seed, *place)))
             loop.stop_if_asked()
-            run.reporter.update(number + 1, {})
+            run.reporter.progress(number + 1, {})
             if limit is not None and monotonic() - began > POOL_SHARE * limit and not pool.full:
                 pool.end()  # the loop with it
                 run.reporter.message(f"view pool: {pool.steps} of {wanted} batches, to end in time")

@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ class RunFolder:
         self.writes = rank() == 0
         self.notes: list[str] = []  # what was damaged and done without
         self.skipped: list[tuple[int, int]] = []  # (phase number, step) of batches left out after a loss of NaN
+        self.began = time.perf_counter()
+        self._before: float | None = None  # seconds that earlier processes spent, up to the checkpoint gone on from
 
     @classmethod
     def open(cls, path: str | Path, recipe: dict[str, Any], *, overwrite: bool, keep_checkpoints: int = 2) -> RunFolder:
@@ -140,6 +143,11 @@ class RunFolder:
             write_json(self.path / SKIPS, self.skipped)
 
     @property
+    def seconds(self) -> float:
+        """What the run took until now, in all processes one after the other."""
+        return (self._before or 0.0) + time.perf_counter() - self.began
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -172,7 +180,7 @@ class RunFolder:
     ) -> None:
         try:
             with writing, atomic_folder(target) as folder:
-                _fill(folder, position, states, optimizer_state)
+                _fill(folder, position, states, optimizer_state, self.seconds)
             link = self.checkpoints / ".last.tmp"
             link.unlink(missing_ok=True)
             link.symlink_to(target.name)
@@ -213,8 +221,11 @@ class RunFolder:
             if not problem:
                 state = read_json(folder / "state.json")
                 newest, position = folder, Position(state["phase"], state["step"], state["total_step"])
+                if self._before is None:
+                    self._before = float(state.get("seconds", 0.0))
                 break
             notes.append(f"{folder.name} is damaged ({problem}); using the checkpoint before it")
+        self._before = self._before or 0.0  # going back later adds nothing
         self._forget_metrics_after(position)
         return newest, position, notes
 
@@ -297,13 +308,15 @@ def _total_step(line: bytes) -> float | None:
         return None
 
 
-def _fill(folder: Path, position: Position, states: Mapping[str, State], optimizer_state: State | None) -> None:
+def _fill(
+    folder: Path, position: Position, states: Mapping[str, State], optimizer_state: State | None, seconds: float
+) -> None:
     for key, state in states.items():
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / f"{key}.safetensors")
     if optimizer_state is not None:
         torch.save(optimizer_state, folder / "optimizer.pt")
     hashes = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
-    stands = {**dataclasses.asdict(position), "sha256": hashes}
+    stands = {**dataclasses.asdict(position), "seconds": seconds, "sha256": hashes}
     write_json(folder / "state.json", {**stands, "digest": _digest(stands)})
 
 

@@ -98,7 +98,7 @@ def _trained(
             optimizer.step()
             if step >= steps // 2:
                 seen.append(_shares(outputs, ids, labels))
-            run.reporter.update(step + 1, {})
+            run.reporter.progress(step + 1, {})
     of_ranks = from_ranks(torch.stack(seen).mean(0).cpu())
     return torch.stack(list(of_ranks)).mean(0)
 
