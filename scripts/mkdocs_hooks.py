@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 OPTIONAL = ("scale.md", "benchmarks.md", "evaluation.md")
+COMMAND_LINE = "<!-- the verbs and their options -->"  # where docs/cli.md has them
 MARKS = re.compile(r"^(\s*```(?:bash|python))[^\S\n]+(?:no-run|extra=\w+)\b", re.MULTILINE)
 
 
@@ -17,9 +18,38 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def command_line() -> str:
+    """Every verb with what it does, an example and its options, from the command itself."""
+    from mim_refiner.cli.app import EXAMPLES, parser
+
+    examples = {verb.__name__: lines for verb, lines in EXAMPLES.items()}
+    parts = []
+    for name, command in sorted(parser().commands.items()):
+        rows = [_row(option) for option in command.params if option.name != "help"]
+        about = re.sub(r"\n(?!\n)[^\S\n]*", " ", (command.help or "").strip()).replace("\n ", "\n\n")
+        shown = "\n".join(examples[name])
+        table = "\n".join(["| option | what | default |", "|---|---|---|", *rows])
+        parts.append(f"## {name}\n\n{about}\n\n```text\n{shown}\n```\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def _row(option: Any) -> str:
+    """A row of the table of options."""
+    names = ", ".join(option.opts) if option.param_type_name == "option" else (option.metavar or option.name)
+    value = f" {option.metavar}".replace("|", "\\|") if option.param_type_name == "option" and option.metavar else ""
+    help_text = (getattr(option, "help", None) or "").replace("\\[", "[").replace("|", "\\|")
+    default = "needed" if option.required else option.default
+    plain = "" if default is None or default is False or callable(default) else str(default)
+    return f"| `{names}{value}` | {help_text} | {plain} |"
+
+
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Take the marks (no-run, extra=...) off code blocks, and links to absent optional pages off their words."""
+    """Write the page of the command line; take the marks (no-run, extra=...) off code blocks, and links to absent
+    optional pages off their words.
+    """
     markdown = MARKS.sub(r"\1", markdown)
+    if COMMAND_LINE in markdown:
+        markdown = markdown.replace(COMMAND_LINE, command_line())
     for name in OPTIONAL:
         if not (Path(config["docs_dir"]) / name).exists():
             markdown = re.sub(rf"\[([^\]]*)\]\((?:\.\./)*{re.escape(name)}\)", r"\1", markdown)

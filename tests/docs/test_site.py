@@ -52,3 +52,20 @@ def test_the_reference_has_signatures(site):
     for name in ("load_backbone", "nna_loss", "NeighborQueue", "refine", "doctor"):
         assert f'.{name}"' in text, name  # its anchor
     assert "temperature" in text
+
+
+def test_the_page_of_the_command_line_has_every_verb_and_option():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from mkdocs_hooks import COMMAND_LINE, command_line
+
+    sys.path.pop(0)
+    from mim_refiner.cli.app import parser
+
+    assert COMMAND_LINE in (ROOT / "docs" / "cli.md").read_text()
+    text = command_line()
+    for name, command in parser().commands.items():
+        section = text.split(f"## {name}\n")[1].split("\n## ")[0]
+        assert f"mim-refiner {name}" in section
+        for option in command.params:
+            assert f"`{(option.opts[0] if option.param_type_name == 'option' else option.metavar)}" in section
+    assert "| `--model SRC` | Encoder: checkpoint file, timm folder or timm model name. | needed |" in text

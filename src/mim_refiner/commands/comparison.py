@@ -11,7 +11,7 @@ import numpy as np
 
 from mim_refiner.analysis.blocks import curves_from_results
 from mim_refiner.analysis.label_free import MIN_IMAGES
-from mim_refiner.analysis.verdict import verdict
+from mim_refiner.analysis.verdict import verdict, what_next
 from mim_refiner.commands.deadline import REPORT, Box, OutOfTimeError
 from mim_refiner.commands.monitor import TRAINED_ON
 from mim_refiner.commands.survey import (
@@ -33,7 +33,8 @@ from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.evaluation.suite import evaluate_backbone, summary_metrics, write_results
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.report.figures import block_curves
+from mim_refiner.report.figures import block_curves, read_metrics
+from mim_refiner.training.recipe import RefineRecipe
 
 SUMMARY_TRAIN_LIMIT, SUMMARY_TEST_LIMIT = 10_000, 5_000  # evenly spaced images: quick, and stated in the JSON
 KNN_K = EvaluationSettings().knn_k
@@ -196,3 +197,18 @@ def _recommended(
             reason = "the usual features: there was no time to measure others"
     block, pooling, norm = default_key(backbone.info, pooling)
     return {"block": block, "pooling": pooling, "norm": norm, "reason": reason}
+
+
+def advice(summary: Mapping[str, Any], recipe: RefineRecipe, on: Measured, out: Path, before: Backbone) -> list[str]:
+    """What to try next, from the summary and the run's own log."""
+    log = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
+    tested = on.bank if on.test is None else on.test
+    return what_next(
+        summary["verdict"],
+        recipe.model_dump(),
+        test_images=len(tested),
+        draws=(int(log[-1]["total_step"]) if log else 0) * recipe.batch_size,
+        knn=[record["knn_top1"] for record in log if "knn_top1" in record],
+        recommendation=summary["recommendation"],
+        last_block=before.info.depth - 1,
+    )

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from mim_refiner.analysis.verdict import what_next
 from mim_refiner.checkpoints.families.base import GUESS
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.comparison import (
     SUMMARY_TEST_LIMIT,
     SUMMARY_TRAIN_LIMIT,
     Measured,
+    advice,
     compare,
     measured,
     said_of_training,
@@ -67,7 +67,6 @@ from mim_refiner.files import name_of, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.lora import adapted, lora_share, merge_lora
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.report.figures import read_metrics
 from mim_refiner.reporting import Reporter, listener, remarks
 from mim_refiner.training.guard import load_best
 from mim_refiner.training.guidance import check_guidance
@@ -369,21 +368,6 @@ def conclude(
     finally:
         export_timm(stages["after"].to("cpu"), out / "export", card=card, facts=facts)
     return summary
-
-
-def advice(summary: Mapping[str, Any], recipe: RefineRecipe, on: Measured, out: Path, before: Backbone) -> list[str]:
-    """What to try next, from the summary and the run's own log."""
-    log = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
-    tested = on.bank if on.test is None else on.test
-    return what_next(
-        summary["verdict"],
-        recipe.model_dump(),
-        test_images=len(tested),
-        draws=(int(log[-1]["total_step"]) if log else 0) * recipe.batch_size,
-        knn=[record["knn_top1"] for record in log if "knn_top1" in record],
-        recommendation=summary["recommendation"],
-        last_block=before.info.depth - 1,
-    )
 
 
 def announce(recipe: RefineRecipe, backbone: Backbone, images: int, steps_per_epoch: int, run: Run) -> None:
