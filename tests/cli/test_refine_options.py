@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from mim_refiner.checkpoints.load import load_backbone
+from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipes import REFINE_RECIPES
 from mim_refiner.training.refine import START_SHARE, start_share
 
@@ -44,14 +45,16 @@ def test_a_report_that_cannot_be_written_costs_no_run(refined, tmp_path, monkeyp
 
     said: list[str] = []
 
-    class Reporter:
+    class Listener(Reporter):
         def message(self, text):
             said.append(text)
 
     monkeypatch.setattr(report, "write_report", lambda runs: 1 / 0)
-    report.finish_with_report(tmp_path, Reporter())
+    report.finish_with_report(tmp_path, Listener())
     assert len(said) == 1
-    assert said[0].startswith("no report was written (division by zero); the run is complete, try: mim-refiner report")
+    assert said[0].startswith(
+        "warning: no report was written (division by zero); the run is complete, try: mim-refiner report"
+    )
 
 
 def test_a_logger_that_is_unknown_stops_before_anything_is_written(cli, mae, shapes, tmp_path):

@@ -67,7 +67,7 @@ def test_every_format_carries_card_and_recommendation_over(
         "| Base weights | mae_pretrain_vit_base.pth |",
         "| Training data | photos/ |",
         "| Recommended features | block 1, pooling mean, with the final norm |",
-        "| k-NN top-1 | 40.0 % | 50.0 % |",
+        "| k-NN accuracy | 40.0 % | 50.0 % |",
         "| name | tiny |",
     ):
         assert line in text.splitlines(), line
@@ -88,7 +88,7 @@ def test_the_difference_is_printed_and_measured_on_the_data_given(
     words = ("export", "--model", refined, "--data", tmp_path / "images.npy", "--out", tmp_path / "out")
     assert call(*words) == 0
     printed = capsys.readouterr().out
-    assert "max_abs_difference: 0" in printed
+    assert "max abs difference: 0" in printed
     assert "checked: largest difference to the encoder 0" in printed
     parity = json.loads((tmp_path / "out" / "config.json").read_text())["mim_refiner"]["parity"]
     assert (parity["images"], "images.npy" in parity["source"]) == (3, True)
