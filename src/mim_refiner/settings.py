@@ -6,7 +6,7 @@ Unknown keys are refused with the nearest valid name, values with what they shou
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
@@ -89,9 +89,20 @@ class Settings(BaseModel):
         kind = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and "on" in get_args(kind):  # YAML's on and off
             return "on" if value else "off"
-        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+        types = _plain_types(kind)
+        if bool not in types and {int, float} & types and _has_truth(value):  # pydantic would take it for 1 or 0
             raise ValueError("true and false are no numbers")
         return value
+
+
+def _plain_types(kind: Any) -> set[type]:
+    """What an annotation is made of."""
+    arms = () if get_origin(kind) is Literal else get_args(kind)
+    return {kind} if isinstance(kind, type) and not arms else {each for arm in arms for each in _plain_types(arm)}
+
+
+def _has_truth(value: Any) -> bool:
+    return any(map(_has_truth, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
 
 
 class FrozenSettings(Settings):
@@ -129,8 +140,14 @@ def changed(base: S, changes: Iterable[tuple[str, Any]], where: str = "--set ", 
     try:
         return type(base).model_validate(tree)
     except ValidationError as error:
-        problems = dict.fromkeys(_problem(type(base), tree, each) for each in error.errors())
+        problems = dict.fromkeys(_problem(type(base), tree, each) for each in _innermost(error.errors()))
         raise RecipeError(f"{base.noun}: {'; '.join([*problems][:5])}; correct by --set or in the file") from None
+
+
+def _innermost(errors: Sequence[Any]) -> list[Any]:
+    """Without those of lists that are only short by what is wrong in them."""
+    places = [each["loc"] for each in errors]
+    return [each for each in errors if not any(each["loc"] == other[: len(each["loc"])] != other for other in places)]
 
 
 _BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}

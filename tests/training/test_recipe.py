@@ -206,7 +206,7 @@ def test_defaults_fit_few_images_and_named_recipes_stay() -> None:
         "heads.projector_hidden=99999999", "views.global_size=10000000", "views.flip=2", "views.blur_prob=[1,1,7]",
         "ema_decay=1", "views.num_local=100000", "batch_size=" + "9" * 5000, "batch_size=[1,2]", "heads.blocks={a: 1}",
         "batch_size=" + "[" * 5000, "batch_size=&a [*a]", "batch_size=!!python/name:os.system", "batch_size=",
-        "guard.every=" + "1" * 30, "batch_size=2024-13-77", "betas=\0",
+        "guard.every=" + "1" * 30, "batch_size=2024-13-77", "betas=\0", "domain=[a]", "domain={a: 1}",
     ],
 )  # fmt: skip
 def test_values_out_of_range_name_the_key(setting):
@@ -216,6 +216,32 @@ def test_values_out_of_range_name_the_key(setting):
     assert setting.partition("=")[0] in text
     assert len(text) < 500
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "heads.blocks=[true]", "heads.temperature=[0.1,true]", "sweep.temperatures=[true]",
+        "views.global_size=[true,32]", "views.jitter=[0,0,0,false]", "views.global_scale=[0.1,true]", "betas=[false,0.9]", "kept_graphs=true",
+    ],
+)  # fmt: skip
+def test_truth_is_no_number_in_lists_either(setting):
+    with pytest.raises(RecipeError, match="true and false are no numbers"):
+        override(tiny(), [setting])
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("guidance=off", "'none', 'prefer' or 'restrict'"),
+        ("heads.pooling=true", "auto, cls, mean"),
+        ("heads.pooling=[true]", "auto, cls, mean"),
+        ("name=true", "valid string"),
+    ],
+)
+def test_truth_for_a_name_is_answered_with_the_names(setting, told):
+    with pytest.raises(RecipeError, match=told):
+        override(tiny(), [setting])
 
 
 BOMB = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" if i else "a0: &a0 [x]\n" for i in range(30))

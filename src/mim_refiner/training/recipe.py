@@ -237,11 +237,11 @@ def from_tree(base: R, tree: Any, where: str) -> R:
     if not isinstance(tree, dict):
         raise RecipeError(f"{where}: a recipe file is a mapping of keys to values; see recipe.yaml of any run folder")
     merged = base.model_dump()
-    _lay_domain(merged, [tree["domain"]] if isinstance(tree.get("domain"), str) else [])
+    _lay_domain(merged, [tree["domain"]] if "domain" in tree else [])
     return changed(base, dotted(tree).items(), f"{where}: ", tree=merged)
 
 
 def _lay_domain(tree: dict[str, Any], names: Sequence[Any]) -> None:
     """Lay a domain's augmentations over the recipe's views; what is set besides comes after."""
-    if names and names[-1] in DOMAINS and "views" in tree:
+    if names and isinstance(names[-1], str) and names[-1] in DOMAINS and "views" in tree:
         tree["views"] |= DOMAINS[names[-1]].views
