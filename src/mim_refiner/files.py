@@ -18,7 +18,7 @@ from mim_refiner.errors import DataError, MimRefinerError, RunFolderError, reaso
 
 CACHE_VARIABLE = "MIM_REFINER_CACHE"
 TEXT_BYTES = 2**20  # of a settings file; YAML is read slowly
-CACHE_OFF = ("off", "none", "0")  # instead of a folder
+CACHE_OFF = ("off", "none", "no", "false", "0")  # instead of a folder
 
 
 def cache_folder() -> Path:

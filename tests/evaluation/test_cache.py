@@ -174,7 +174,7 @@ def test_where_and_how_large(tmp_path, monkeypatch):
         parse_size("much")
 
 
-@pytest.mark.parametrize("word", ["off", " OFF", "none", "0"])
+@pytest.mark.parametrize("word", ["off", " OFF", "none", "0", "False", "no"])
 def test_a_cache_that_is_off_is_no_folder(word, monkeypatch, tmp_path):
     """Neither for features nor for downloads, which go to the user's own folder, as without the variable."""
     monkeypatch.setenv("MIM_REFINER_CACHE", word)
@@ -185,3 +185,5 @@ def test_a_cache_that_is_off_is_no_folder(word, monkeypatch, tmp_path):
     monkeypatch.setenv("MIM_REFINER_CACHE", str(tmp_path / "chosen"))
     assert cache_folder() == tmp_path / "chosen"
     assert not cache_is_off()
+    monkeypatch.setenv("MIM_REFINER_CACHE", "  ")
+    assert FeatureCache.open().folder == cache_folder() / "features" == tmp_path / "user" / "mim-refiner" / "features"

@@ -221,8 +221,9 @@ def test_values_out_of_range_name_the_key(setting):
 @pytest.mark.parametrize(
     "setting",
     [
-        "heads.blocks=[true]", "heads.temperature=[0.1,true]", "sweep.temperatures=[true]",
-        "views.global_size=[true,32]", "views.jitter=[0,0,0,false]", "views.global_scale=[0.1,true]", "betas=[false,0.9]", "kept_graphs=true",
+        "heads.blocks=[true]", "heads.temperature=[0.1,true]", "sweep.temperatures=[true]", "kept_graphs=true",
+        "views.global_size=[true,32]", "views.jitter=[0,0,0,false]", "views.global_scale=[0.1,true]",
+        "betas=[false,0.9]",
     ],
 )  # fmt: skip
 def test_truth_is_no_number_in_lists_either(setting):

@@ -61,7 +61,7 @@ class FeatureCache:
         ``size`` such as "5GB" or bytes; default $MIM_REFINER_CACHE_SIZE, else 5 GB. Raises InputError for a size that
         cannot be read.
         """
-        chosen = str(folder or os.environ.get(CACHE_VARIABLE) or cache_folder() / "features")
+        chosen = str(folder or os.environ.get(CACHE_VARIABLE, "").strip() or cache_folder() / "features")
         limit = parse_size(size if size is not None else os.environ.get("MIM_REFINER_CACHE_SIZE") or "5GB")
         return None if cache_is_off(chosen) or limit == 0 else cls(Path(chosen).expanduser(), limit)
 
