@@ -98,6 +98,16 @@ def test_folders_and_endings_tell_images_apart(image_folder: Callable[..., Path]
         assert len(found.rows) == 2
 
 
+def test_folders_above_those_of_the_source_are_left_out_where_all_names_share_them(
+    image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = open_source(image_folder(["a/x.png", "b/x.png", "b/z.png"]))
+    found = match_names(source, written(tmp_path, "imagenet/train/a/x.png", "/imagenet/train/b/x.JPEG"))
+    assert (found.rows.tolist(), found.missing) == ([0, 1], 0)
+    with pytest.raises(DataError, match=r"begins with 'train/a/x.png', the images with 'a/x.png'"):
+        match_names(source, written(tmp_path, "train/a/x.png", "val/b/x.png"))
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

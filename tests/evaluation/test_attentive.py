@@ -215,10 +215,13 @@ def test_mixtures_are_spread_over_the_depth():
     assert mixture_blocks(3, 4) == (0, 1, 2)
 
 
-def test_a_width_that_the_divisor_does_not_divide_is_refused(make_backbone, make_images):
-    settings = EvaluationSettings(attentive=QUICK.model_copy(update={"value_divisor": 5}))
+def test_a_width_that_the_divisor_does_not_divide_is_refused_before_a_token_is_computed(
+    make_backbone, make_images, monkeypatch
+):
+    monkeypatch.setattr(attentive, "_stored", None)
+    images, settings = rows(make_images(40)), QUICK.model_copy(update={"value_divisor": 5})
     with pytest.raises(InputError, match=r"value_divisor 5 does not divide the width 32"):
-        evaluate_backbone(make_backbone(), make_images(40), None, protocols=("attentive",), settings=settings)
+        attentive_protocol(make_backbone(), images, images, [(2,)], settings, image_size=32)
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(make_backbone, make_images, monkeypatch, tmp_path):

@@ -108,3 +108,10 @@ def test_bad_overrides_are_one_clear_line(item, words):
     with pytest.raises(RecipeError, match=words) as caught:
         EvaluationSettings.from_overrides([item])
     assert "\n" not in str(caught.value)
+
+
+def test_a_list_of_one_wrong_item_is_not_called_too_short():
+    for item in ("attentive.poolers=mean", "attentive.learning_rates=[0]", "low_shot.shots=0"):
+        with pytest.raises(RecipeError) as caught:
+            EvaluationSettings.from_overrides([item])
+        assert "at least" not in str(caught.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mim_refiner.errors import DataError
+from mim_refiner.errors import DataError, InputError
 from mim_refiner.training import refine
 from mim_refiner.training.guidance import check_guidance
 
@@ -41,6 +41,9 @@ def test_guidance_without_labels_is_refused(tiny_run, tiny_images) -> None:
     recipe = made.recipe.model_copy(update={"guidance": "prefer"})
     with pytest.raises(DataError, match=r"no labels .*guidance=prefer needs some; give labelled images"):
         check_guidance(recipe, images)
+    alone = recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"swap_positive": False})})
+    with pytest.raises(InputError, match=r"guidance=prefer chooses among neighbours.*leave one of them out"):
+        check_guidance(alone, tiny_images)
     made.loader.images = images
     with pytest.raises(DataError, match="guidance=prefer"):
         refine.build(recipe, made.refiner, made.loader, made.refinement.run)

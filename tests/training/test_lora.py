@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mim_refiner.checkpoints.load import load_backbone
@@ -135,6 +135,13 @@ def test_the_adapter_goes_out_in_pefts_layout_and_comes_back_on_its_base_alone(t
     for ours, theirs in zip(outputs(load_backbone(str(tmp_path / "adapter"))), outputs(adapter), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
+    half = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in half.items()}, tmp_path / "base" / "model.safetensors")
+    adapter = changed(load_backbone(tmp_path / "base"))
+    write_adapter(adapter, tmp_path / "adapter", str(tmp_path / "base"))
+    for ours, theirs in zip(outputs(load_backbone(tmp_path / "adapter")), outputs(adapter), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # the sum is not rounded as the stored base is
+
     with torch.no_grad():
         base.model.blocks[1].attn.qkv.weight.add_(0.01)
     export_timm(base, tmp_path / "other")
@@ -147,6 +154,11 @@ def test_the_adapter_goes_out_in_pefts_layout_and_comes_back_on_its_base_alone(t
 def test_what_cannot_be_adapted_is_said() -> None:
     with pytest.raises(InputError, match=r"no block has a linear layer 'query'; choose among qkv, proj, fc1"):
         add_lora(encoder(), ["query"], 2, 2.0)
+    with pytest.raises(InputError, match=r"no block from 3 on has a linear layer 'qkv'; freeze fewer blocks"):
+        add_lora(encoder(), ["qkv"], 2, 2.0, first_block=3)
+    twice = encoder()
+    add_lora(twice, ["qkv", "qkv"], 2, 2.0)
+    assert [len(parts) for parts in adapted(twice).values()] == [1, 1, 1]
     recipe = RefineRecipe(name="test", batch_size=4, adapter="lora", shard=True)
     with pytest.raises(InputError, match="adapter=lora goes neither with shard nor with compile"):
         adapt(encoder(), recipe)

@@ -114,6 +114,11 @@ def test_one_value_for_each_head_or_one_for_all(settings: list[str], message: st
         resolved(*settings)
 
 
+def test_a_temperature_is_swept_once() -> None:
+    with pytest.raises(RecipeError, match=r"sweep\.temperatures: .*must be different ones"):
+        resolved("sweep.temperatures=[0.1, 0.3, 0.1]")
+
+
 UNIONS = {
     "checkpointing": "true, false or selective",
     "kept_graphs": "a whole number from 0 to 1000000000 or auto",

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mim_refiner.checkpoints.averages import with_names
@@ -159,7 +158,7 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float, source: str) -> Ten
         change = (b.float().flatten(1) @ a.float().flatten(1)).reshape(weight.shape)
     except RuntimeError as error:
         raise _cannot(source, f"has LoRA layers of shapes {list(a.shape)} and {list(b.shape)}") from error
-    return (weight.to(torch.float32) + scale * change).to(weight.dtype)
+    return weight.float() + scale * change  # in half precision, as many bases are stored, small changes would be lost
 
 
 def _scale(config: Mapping[str, Any], layer: str, rank: int, where: str) -> float:

@@ -203,10 +203,14 @@ def _summary(found: Mapping[str, Mapping[str, Result]]) -> dict[str, Any]:
 
 def _verdict(before: Mapping[str, Result], after: Mapping[str, Result]) -> dict[str, Any] | None:
     """On the k-NN accuracy of the last block where it was measured, else on the first measure that says which test
-    images were right; None without one.
+    images were right, those chosen on the test images last; None without one.
     """
     judged = [(name, result) for name, result in before.items() if result.correct is not None and name in after]
-    for name, result in sorted(judged, key=lambda item: (item[1].metric != "knn_top1", -item[1].block)):
+
+    def rank(item: tuple[str, Result]) -> tuple[bool, bool, int]:
+        return item[1].metric != "knn_top1", item[1].metric.endswith("_best"), -item[1].block
+
+    for name, result in sorted(judged, key=rank):
         correct, theirs = result.correct, after[name].correct
         if correct is not None and theirs is not None and len(correct) == len(theirs):
             where = f"{metric_title(result.metric)} of block {result.block} ({result.pooling})"

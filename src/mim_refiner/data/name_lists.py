@@ -42,27 +42,29 @@ class NameList:
 def match_names(source: ImageSource, path: str | Path) -> NameList:
     """The images of ``source`` that the list names.
 
-    As many folders are compared as a name of the list has. Endings count where they are the same in both; else
+    As many folders are compared as a name of the list has, without those that all begin with and no image has
+    (``train/`` where the source is that folder). Endings count where they are the same in both; else
     ``a.JPEG`` or ``a`` is ``a.png`` too. Blank lines and those that begin with # are ignored. Raises DataError for a
     list that cannot be read or is empty, for names that fit several images, and where none is found or, with labels, a
     class of the source has none.
     """
-    names = _names(path)
+    listed, images = _names(path), source.file_names()
+    names = _below(listed, max(name.count("/") for name in images))
     wanted: dict[tuple[str, ...], list[int]] = {}
     for number, name in enumerate(names):
         wanted.setdefault(_key(name), []).append(number)
     lengths, found = sorted({len(key) for key in wanted}), [_Found() for _ in names]
-    for row, name in enumerate(source.file_names()):
+    for row, name in enumerate(images):
         parts, key = name.split("/"), _key(name)
         for length in lengths:
             for number in wanted.get(key[-length:], ()) if length <= len(key) else ():
                 found[number].add(row, exact=names[number].split("/") == parts[-length:])
-    _refuse_ambiguous(source, path, names, found)
-    lost = [name for name, each in zip(names, found, strict=True) if not each.rows]
+    _refuse_ambiguous(source, path, listed, found)
+    lost = [name for name, each in zip(listed, found, strict=True) if not each.rows]
     if len(lost) == len(names):
         raise DataError(
             f"{path}: none of its {len(names)} names is one of {source.description} (the list begins with "
-            f"'{names[0]}', the images with '{source.file_names()[0]}'); give the images that it was made for"
+            f"'{listed[0]}', the images with '{images[0]}'); give the images that it was made for"
         )
     rows = np.unique([each.rows[0] for each in found if each.rows])
     result = NameList(str(path), rows, len(names), len(lost), *lost[:1])
@@ -101,6 +103,14 @@ def _names(path: str | Path) -> list[str]:
     if not names:
         raise DataError(f"{path}: names no image; write the name of an image a line")
     return list(dict.fromkeys(name.lstrip("/") for name in names))
+
+
+def _below(names: list[str], folders: int) -> list[str]:
+    """``names`` without the first folders that all share, as long as all have more than ``folders``."""
+    parts = [name.split("/") for name in names]
+    while min(map(len, parts)) > folders + 1 and len({each[0] for each in parts}) == 1:
+        parts = [each[1:] for each in parts]
+    return ["/".join(each) for each in parts]
 
 
 def _key(name: str) -> tuple[str, ...]:

@@ -158,6 +158,11 @@ def attentive_protocol(
     those of the test images are read once and never stored. Raises InputError for a full disk.
     """
     settings, run = settings or AttentiveSettings(), run or Run()
+    for width in sorted({backbone.block_dims[block] for blocks in sources for block in blocks}):
+        if width % settings.value_divisor:
+            raise InputError(
+                f"attentive.value_divisor {settings.value_divisor} does not divide the width {width}; use 1"
+            )
     encode = _Encoder(backbone, sorted({block for blocks in sources for block in blocks}), settings.class_token,
                       image_size, batch_size, run)  # fmt: skip
     kept, held = np.arange(len(train.rows)), np.arange(0)
@@ -171,10 +176,6 @@ def attentive_protocol(
         for blocks in sources:
             for pooler in settings.poolers:
                 dim, queries = store[blocks[0]].shape[2], settings.queries if pooler == "ep" else 1
-                if dim % settings.value_divisor:
-                    raise InputError(
-                        f"attentive.value_divisor {settings.value_divisor} does not divide the width {dim}; use 1"
-                    )
                 made = AttentiveProbe(blocks, dim, classes, queries, settings, run.seed)
                 probes[blocks, pooler] = made.to(run.device)
         _fit(list(probes.values()), store, kept, labels, settings, run)

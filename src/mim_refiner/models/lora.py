@@ -44,12 +44,15 @@ def add_lora(backbone: Backbone, targets: Sequence[str], rank: int, alpha: float
         for name, module in backbone.model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith("blocks.") and int(name.split(".")[1]) >= first_block
     }
-    for target in targets:
+    for target in dict.fromkeys(targets):
         chosen = [module for name, module in layers.items() if name.split(".")[-1] == target]
         if not chosen:
             known = ", ".join(dict.fromkeys(name.split(".")[-1] for name in layers))
             hint = f"choose among {known}" if known else "this kind of encoder cannot be adapted, leave adapter out"
-            raise InputError(f"lora.targets: no block has a linear layer {target!r}; {hint}")
+            if first_block and not known:
+                hint = "freeze fewer blocks (frozen_blocks), or leave adapter out"
+            which = f"no block from {first_block} on" if first_block else "no block"
+            raise InputError(f"lora.targets: {which} has a linear layer {target!r}; {hint}")
         for module in chosen:
             register_parametrization(module, "weight", LowRankChange(module.weight, rank, alpha))
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 from mim_refiner.core.guidance import Guide, known_labels
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.errors import DataError
+from mim_refiner.errors import DataError, InputError
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.recipe import RefineRecipe
 
 
 def check_guidance(recipe: RefineRecipe, images: ImageSet) -> None:
-    """Raise DataError for guidance by labels that there are not."""
+    """Raise DataError for guidance by labels that there are not, InputError where no neighbours are taken."""
+    if recipe.guidance != "none" and not recipe.heads.swap_positive:
+        raise InputError(
+            f"guidance={recipe.guidance} chooses among neighbours, and heads.swap_positive=false takes none; leave one "
+            "of them out"
+        )
     if recipe.guidance != "none" and images.labels is None:
         raise DataError(
             f"{images.description}: no labels ({images.source.no_labels}), and guidance={recipe.guidance} needs some; "

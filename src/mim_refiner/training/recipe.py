@@ -130,6 +130,13 @@ class SweepSettings(Settings):
 
     temperatures: list[PositiveFloat] = Field(default=[])  # none: heads.temperature as it is
 
+    @field_validator("temperatures")
+    @classmethod
+    def _each_once(cls, value: list[float]) -> list[float]:
+        if len(set(value)) < len(value):
+            raise ValueError("must be different ones")
+        return value
+
 
 class LoraSettings(Settings):
     """Low-rank adapters (models/lora.py) with ``adapter=lora``; alpha / rank scales what they add."""
