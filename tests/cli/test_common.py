@@ -137,3 +137,4 @@ def test_nested_values_become_lines():
     ]
     assert lines_of("nothing", None) == []
     assert lines_of("none_found", False) == ["none found: False"]
+    assert lines_of("seconds_all", {"my_runs/mae": {"low_shot": 1.5}}) == ["seconds_all.my_runs/mae: low shot 1.5"]

@@ -97,7 +97,7 @@ def print_first_screen(result: Any, file: TextIO) -> None:
 def lines_of(key: str, value: Any) -> list[str]:
     """Write a value as ``key: value`` lines: a nested mapping goes on one line each, a list of sentences one below the
     other; empty values are left out."""
-    title = key.replace("_", " ")
+    title = key if "/" in key or "\\" in key else key.replace("_", " ")  # a path stays as it is
     if value is None or value in ("", [], {}):
         return []
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
