@@ -173,6 +173,11 @@ def _power_of_two(most: int) -> int:
     return 1 << max(0, most.bit_length() - 1)
 
 
+RUN_FACTS = {  # what recipe.yaml of a run folder has besides
+    "command", "data", "arch", "model", "model_sha256", "seed", "exclude", "data_fingerprint", "data_images",
+}  # fmt: skip
+
+
 def _lookup(name_or_file: str, recipes: dict[str, Callable[[], R]], base: R) -> R:
     if name_or_file in recipes:
         return recipes[name_or_file]()
@@ -180,6 +185,8 @@ def _lookup(name_or_file: str, recipes: dict[str, Callable[[], R]], base: R) -> 
     if path.suffix in (".yaml", ".yml") or os.path.exists(path):
         with reading(path, "give a recipe name, or a YAML file like recipe.yaml of any run folder", RecipeError):
             tree = read_yaml(path)
+            if isinstance(tree, dict) and "command" in tree:  # a run folder's: its recipe, for other data or models
+                tree = {key: value for key, value in tree.items() if key not in RUN_FACTS}
             name = tree.get("name") if isinstance(tree, dict) else None
             return from_tree(recipes.get(name, lambda: base)() if isinstance(name, str) else base, tree, str(path))
     raise RecipeError(
