@@ -8,8 +8,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy, scikit-learn and 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("MIM_REFINER_CACHE", "off")  # tests of the cache name a folder of their own
 
-os.environ.pop("COLUMNS", None)  # what is printed into a pipe is not broken, whatever the terminal of the tests
-
 import json
 import random
 import select
@@ -30,7 +28,6 @@ _TESTS = Path(__file__).resolve().parent
 def _reproducible() -> None:
     """One thread and the same seeds for every test: results do not depend on the order of tests or on the machine."""
     torch.set_num_threads(1)
-    os.environ.pop("COLUMNS", None)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -26,6 +26,11 @@ RESULTS = [
 ]  # fmt: skip
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_a_finished_run_asked_again_neither_measures_nor_changes_its_cost(refined, cli, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(refined.path, again, symlinks=True)
@@ -94,7 +99,8 @@ def test_the_verdict_and_the_features_to_use_come_last_and_arrays_stay_in_files(
 @pytest.mark.parametrize("columns", [80, 120])
 def test_tables_and_lines_fit_the_terminal_and_break_at_spaces(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
-    out = io.StringIO()
+    monkeypatch.setenv("TERM", "dumb")  # no styles between the words
+    out = Terminal()
     reason = " ".join(["uncommonly"] * 20)
     print_result({"results": RESULTS, "verdict": {"verdict": "worse", "reason": reason, "measures": MEASURES}}, out)
     lines = out.getvalue().splitlines()
@@ -105,18 +111,15 @@ def test_tables_and_lines_fit_the_terminal_and_break_at_spaces(monkeypatch, colu
     assert "top1" not in out.getvalue()
 
 
-def test_a_file_or_pipe_has_whole_lines(monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
+@pytest.mark.parametrize("columns", ["", "80"])  # 80: set by readline for whatever a notebook or a test starts
+def test_a_file_or_pipe_has_whole_lines(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
     out = io.StringIO()
     print_result({"verdict": {"verdict": "worse", "reason": "word " * 60}}, out)
     assert len(out.getvalue().splitlines()) == 1
 
 
 def test_an_error_on_a_terminal_breaks_at_spaces(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     monkeypatch.setenv("COLUMNS", "40")
     path = "/a/rather/long/path/that/is/longer/than/a/line.png"
     text = f"error: {path} cannot be read; give another file"

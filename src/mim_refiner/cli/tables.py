@@ -32,17 +32,23 @@ REASONED = {  # shown by their reason alone
 }
 IN_FILES = ("curves", "regimes", "readout", "figures", "records")  # of analyze: arrays, which files and the report show
 LAST = ("verdict", "recommendation")
-FILE_WIDTH = 400  # columns: no line of a file or pipe is broken
+FILE_WIDTH = 400  # columns of tables in a file or pipe
 
 
 def console_for(file: TextIO) -> Console:
-    """Breaks lines at spaces on a terminal, and leaves them whole in a file or pipe."""
-    return Console(file=file, highlight=False, width=None if told_width(file) else FILE_WIDTH)
+    """For tables as wide as the terminal, or as COLUMNS says."""
+    known = file.isatty() or os.environ.get("COLUMNS")
+    return Console(file=file, highlight=False, width=None if known else FILE_WIDTH)
 
 
-def told_width(file: TextIO) -> bool:
-    """Whether the width of what is written to is known."""
-    return file.isatty() or bool(os.environ.get("COLUMNS"))
+def write_part(console: Console, part: str | Table) -> None:
+    """A table, or a line: broken at spaces on a terminal, whole in a file or pipe whatever COLUMNS says, which Python
+    with readline (a notebook, pytest's workers) hands to what it starts.
+    """
+    if isinstance(part, str):
+        console.print(escape(part), soft_wrap=not console.is_terminal)
+    else:
+        console.print(part)
 
 
 def print_result(result: Any, file: TextIO) -> None:
@@ -51,7 +57,7 @@ def print_result(result: Any, file: TextIO) -> None:
     """
     console = console_for(file)
     if not isinstance(result, Mapping):
-        console.print(escape(str(result)))
+        write_part(console, str(result))
         return
     stages = stage_titles(result)
     if stages:
@@ -60,7 +66,7 @@ def print_result(result: Any, file: TextIO) -> None:
     for key in sorted(result, key=lambda key: LAST.index(key) if key in LAST else -1):
         if key not in left:
             for part in printed(key, result[key], result):
-                console.print(escape(part) if isinstance(part, str) else part)
+                write_part(console, part)
 
 
 def printed(key: str, value: Any, result: Mapping[str, Any]) -> list[str | Table]:
@@ -90,7 +96,7 @@ def printed(key: str, value: Any, result: Mapping[str, Any]) -> list[str | Table
 def print_first_screen(result: Any, file: TextIO) -> None:
     """The demo's result: one sentence, one table; everything else is in the report."""
     console = console_for(file)
-    console.print(escape(demo_sentence(result) or ""))
+    write_part(console, demo_sentence(result) or "")
     console.print(text_table(*demo_rows(result)))
 
 

@@ -23,7 +23,7 @@ class Pace:
     """Watches equal pieces of work and finds with how many threads they take least time.
 
     The threads meet after every operation. Where another process holds a core, all wait for the one that shares it, and
-    two can take ten times as long as one. Candidates are the present number of threads, one less, and half of it; the
+    two can take longer than one. Candidates are the present number of threads, one less, and half of it; the
     choice is made anew when the work becomes slow. Other numbers of threads round differently.
     """
 
