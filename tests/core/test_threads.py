@@ -9,7 +9,7 @@ import torch
 
 from mim_refiner.core.threads import CLEAR, RECENT, Pace, paced, threads_kept
 
-QUIET, BESIDE_A_BUSY_PROCESS = {1: 0.5, 2: 0.3}, {1: 0.5, 2: 3.7}  # seconds a step, as measured (LOG.md)
+QUIET, BESIDE_A_BUSY_PROCESS = {1: 0.5, 2: 0.32}, {1: 0.52, 2: 1.23}  # seconds a step, as measured (LOG.md)
 
 
 def worked(pieces: int, seconds: Callable[[int, int], float], most: int = 2) -> tuple[Pace, list[int]]:
