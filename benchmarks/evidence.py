@@ -7,7 +7,8 @@
 A study is one YAML file: data, start, recipe and the arms, each a change of the recipe, a control or a baseline
 (``kind``: more_mae; diet and fungi of baselines.py). The same command goes on where it was stopped. Every arm is
 trained by the package's own commands and measured in the same way (k-NN and linear probe of the last block, class and
-mean pooling); what was right for every test image is kept, so that any two X"""
+mean pooling; ``few_labels``: also from such shares of the labels); what was right for every test image is kept, so
+that any two X"""
 
 from __future__ import annotations
 
@@ -35,12 +36,16 @@ from mim_refiner.commands.inputs import open_images
 from mim_refiner.commands.pretrain import make_autoencoder, pretrain
 from mim_refiner.commands.refine import refine
 from mim_refiner.core.device import pick_device, resolve_precision
+from mim_refiner.core.guidance import known_labels
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.metrics import accuracy_interval, crossed_interval
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import ViewSpec
+from mim_refiner.evaluation.features import extract_features
+from mim_refiner.evaluation.knn import knn_protocol
+from mim_refiner.evaluation.low_shot import low_shot_protocol
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.suite import evaluate_backbone
 from mim_refiner.export.timm import export_timm
@@ -194,25 +199,51 @@ def random_start(study: Study, seed: int) -> str:
     return str(folder)
 
 
-def measure(study: Study, model: str, file: Path) -> Correct:
-    """What is right for every test image, computed once."""
-    if not file.exists():
-        backbone: Backbone = load_backbone(model)
-        bank, test = study.bank_and_test()
-        results = evaluate_backbone(
-            backbone,
-            bank,
-            test,
-            protocols=study.protocols,
-            poolings=("cls", "mean") if backbone.info.has_cls else ("mean",),
-            settings=EvaluationSettings.quick(),
-            run=Run(reporter=study.reporter),
-        )
-        last = backbone.info.depth - 1
-        kept = [result for result in results.values() if result.block == last and result.correct is not None]
-        store(file, {f"{result.metric} {result.pooling}": result.correct for result in kept})
-    with np.load(file) as stored:
-        return dict(stored)
+def measure(study: Study, model: str, file: Path, seed: int) -> None:
+    """What is right for every test image; what ``file`` has is not measured again."""
+    found: Correct = {}
+    if file.exists():
+        with np.load(file) as stored:
+            found = dict(stored)
+    else:
+        store(file, found := usual(study, load_backbone(model)))
+    for share in study.tree.get("few_labels", ()):
+        if not any(f"@{100 * share:g}%" in name for name in found):
+            store(file, found := found | with_few_labels(study, load_backbone(model), share, seed))
+
+
+def poolings(backbone: Backbone) -> tuple[str, ...]:
+    return ("cls", "mean") if backbone.info.has_cls else ("mean",)
+
+
+def usual(study: Study, backbone: Backbone) -> Correct:
+    """The study's protocols by the last block, with all labels of the bank."""
+    bank, test = study.bank_and_test()
+    results = evaluate_backbone(
+        backbone,
+        bank,
+        test,
+        protocols=study.protocols,
+        poolings=poolings(backbone),
+        settings=EvaluationSettings.quick(),
+        run=Run(reporter=study.reporter),
+    )
+    last = backbone.info.depth - 1
+    kept = [result for result in results.values() if result.block == last and result.correct is not None]
+    return {f"{result.metric} {result.pooling}": result.correct for result in kept if result.correct is not None}
+
+
+def with_few_labels(study: Study, backbone: Backbone, share: float, seed: int) -> Correct:
+    """k-NN and logistic regression from the very labels that a run with guidance_share=``share`` and ``seed`` uses."""
+    train, test = open_images(study.path("train"), study.reporter), study.bank_and_test()[1]
+    assert train.labels is not None
+    rows = (known_labels(train.labels, share, seed) >= 0).nonzero()[:, 0]
+    common = {"blocks": (-1,), "poolings": poolings(backbone), "run": Run(reporter=study.reporter)}
+    bank = extract_features(backbone, train, indices=rows.numpy(), **common)
+    tested = extract_features(backbone, test, **common)
+    found = {f"knn_top1@{100 * share:g}% {key[1]}": score.correct for key, score in knn_protocol(bank, tested).items()}
+    shots = low_shot_protocol(bank, tested, drawn={0: [np.arange(len(rows))]})
+    return found | {f"low_shot@{100 * share:g}% {key[1]}": score.correct[0] for (key, _), score in shots.items()}
 
 
 def measure_fungi(study: Study, arm: str, seed: int, file: Path) -> None:
@@ -271,8 +302,8 @@ def summarize(study: Study) -> dict[str, Any]:
             if change is not None:
                 word = "supported" if change[1] > 0 else "not supported" if change[2] < 0 else "not decidable here"
                 seeds = len(found[better]) if than == "start" else len(found[better].keys() & found[than].keys())
-                claims.append({**claim, "metric": metric, "difference": change[0], "ci95": change[1:],
-                               "seeds": seeds, "verdict": word})  # fmt: skip
+                claims.append({"by": study.tree["metric"], **claim, "metric": metric, "difference": change[0],
+                               "ci95": change[1:], "seeds": seeds, "verdict": word})  # fmt: skip
     untried = [arm["says"] for name, arm in study.tree["arms"].items() if name not in found]
     return {"title": study.tree["title"], "torch": torch.__version__, "metric": study.tree["metric"], "arms": arms,
             "claims": claims, "untried": untried}  # fmt: skip
@@ -351,14 +382,15 @@ def main(arguments: list[str] | None = None) -> None:
     print(plan(study, arms, seeds))
     if options.plan:
         return
-    measure(study, study.start, study.out / "start" / "seed0.npz")
+    measure(study, study.start, study.out / "start" / "seed0.npz", 0)
     for seed in seeds:  # the first seed of every arm before the second of any
         for arm in arms:
             file = study.out / arm / f"seed{seed}.npz"
-            if not file.exists() and study.tree["arms"][arm].get("kind") == "fungi":
-                measure_fungi(study, arm, seed, file)
+            if study.tree["arms"][arm].get("kind") != "fungi":
+                trained = study.out / arm / f"seed{seed}" / "export"
+                measure(study, str(trained) if file.exists() else train(study, arm, seed), file, seed)
             elif not file.exists():
-                measure(study, train(study, arm, seed), file)
+                measure_fungi(study, arm, seed, file)
             write_json(study.out / "results.json", summarize(study))
             write_bytes(study.out / "results.md", markdown(summarize(study)).encode())
     print((study.out / "results.md").read_text())

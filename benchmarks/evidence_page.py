@@ -13,7 +13,8 @@ from mim_refiner.files import read_json, write_bytes
 from mim_refiner.report.panels import finish, new_figure
 
 COLOURS = {"supported": "#0072b2", "not supported": "#d55e00", "not decidable here": "#555555"}
-METRICS = {"knn_top1": "k-NN", "linear_top1": "linear probe", "linear_top1_best": "linear probe, best on test"}
+METRICS = {"knn_top1": "k-NN", "linear_top1": "linear probe", "linear_top1_best": "linear probe, best on test",
+           "low_shot": "logistic regression"}  # fmt: skip
 POOLINGS = {"cls": "class token", "mean": "mean of patches"}
 HEAD = """# Evidence: which parts of the method carry the gain?
 
@@ -120,12 +121,14 @@ def interval(claim: Mapping[str, Any]) -> str:
 
 def named(metric: str) -> str:
     name, _, pooling = metric.partition(" ")
-    return f"{METRICS.get(name, name)}, {POOLINGS.get(pooling, pooling)}"
+    name, _, labels = name.partition("@")
+    few = f" from {labels} of the labels" if labels else ""
+    return f"{METRICS.get(name, name)}{few}, {POOLINGS.get(pooling, pooling)}"
 
 
 def primary(study: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The claims by the measure that was named before anything was measured."""
-    return [claim for claim in study["claims"] if claim["metric"] == study["metric"]]
+    return [claim for claim in study["claims"] if claim["metric"] == claim.get("by", study["metric"])]
 
 
 def figure(study: Mapping[str, Any]) -> bytes:

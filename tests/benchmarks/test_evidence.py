@@ -80,6 +80,16 @@ def test_a_study_from_start_to_table(evidence: Any, tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.npz")}
     evidence.main([*command, "--arms", "full", "--seeds", "0,1"])
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.npz")}
+
+    few = tmp_path / "few.yaml"  # a study that asks for more measures what is missing alone
+    few.write_text(yaml.safe_dump(study | {"few_labels": [0.2]}))
+    evidence.main([str(few), *command[1:], "--arms", "full", "--seeds", "0"])
+    added = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]["full"]
+    assert added["knn_top1 cls"] == full
+    assert {"knn_top1@20% cls", "low_shot@20% mean"} < added.keys()
+    toy = evidence.Study(study, tmp_path, tmp_path / "out", "cpu", evidence.Reporter())
+    again = evidence.with_few_labels(toy, evidence.load_backbone(str(tmp_path / "out/full/seed0/export")), 0.2, 0)
+    assert 100 * again["low_shot@20% mean"].mean() == pytest.approx(added["low_shot@20% mean"]["values"][0])
     page = tmp_path / "docs" / "evidence.md"
     earlier = {"paper": "p", "claim": "c", "result": "r", "seeds": 1, "size": "s", "verdict": "supported",
                "command": "true", "date": "today"}  # fmt: skip
