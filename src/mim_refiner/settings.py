@@ -150,6 +150,27 @@ def _innermost(errors: Sequence[Any]) -> list[Any]:
     return [each for each in errors if not any(each["loc"] == other[: len(each["loc"])] != other for other in places)]
 
 
+# pydantic's errors by their type, in the words of this package; its own speak of input, fields and items.
+_WHOLE, _NUMBER, _TRUTH, _LIST = "must be a whole number", "must be a number", "must be true or false", "must be a list"
+_MAPPING = "must be a mapping of names to values"
+_WORDS = {
+    "int_type": _WHOLE, "int_parsing": _WHOLE, "int_from_float": _WHOLE, "int_parsing_size": _WHOLE,
+    "float_type": _NUMBER, "float_parsing": _NUMBER, "finite_number": "must be a finite number",
+    "bool_type": _TRUTH, "bool_parsing": _TRUTH, "string_type": "must be text", "string_too_short": "must not be empty",
+    "list_type": _LIST, "tuple_type": _LIST, "dict_type": _MAPPING, "model_type": _MAPPING,
+    "greater_than": "must be above {gt:g}", "greater_than_equal": "must be {ge:g} or more",
+    "less_than": "must be below {lt:g}", "less_than_equal": "must be {le:g} or less",
+    "too_short": "must have {min_length} or more values", "too_long": "must have {max_length} or fewer values",
+    "missing": "is missing", "extra_forbidden": "is unknown", "literal_error": "must be {expected}",
+    "value_error": "{error}",
+}  # fmt: skip
+
+
+def said(error: Any) -> str:
+    """What is wrong with a value, of one of the ``errors()`` of pydantic."""
+    return _WORDS.get(error["type"], "cannot be used").format(**error.get("ctx", {}))
+
+
 _BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
 
 
@@ -164,7 +185,7 @@ def _problem(kind: Any, tree: Any, error: Any) -> str:
         if len(at) < len(error["loc"]) and len(ways := _ways(kind)) > 1:
             *others, last = ways
             return f"{'.'.join(at)}: must be {', '.join(others)} or {last} (got {_shown(tree)})"
-    return f"{'.'.join(at)}: {error['msg']} (got {_shown(error['input'])})"
+    return f"{'.'.join(at)}: {said(error)} (got {_shown(error['input'])})"
 
 
 def _ways(kind: Any) -> list[str]:

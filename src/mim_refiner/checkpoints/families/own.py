@@ -23,6 +23,7 @@ from mim_refiner.errors import CheckpointError, InputError, did_you_mean
 from mim_refiner.files import read_yaml
 from mim_refiner.models.mae import sincos_position_table
 from mim_refiner.models.positions import sinusoid_table
+from mim_refiner.settings import said
 
 _SIZED_BY_TENSORS = ("vit_postnorm", "vit_variant")  # beside timm's plain ViTs
 
@@ -72,7 +73,7 @@ def read_key_map(given: Mapping[str, Any] | str | Path) -> OwnKeyMap:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"] if not re.search(r"^constrained|\[|^(str|int)$", str(part)))
         hint = did_you_mean(name, OwnKeyMap.model_fields) if first["type"] == "extra_forbidden" else ""
-        raise InputError(f"{where}: {name}: {one_line(first['msg'])}{hint}") from error
+        raise InputError(f"{where}: {name}: {said(first)}{hint}") from error
 
 
 def own_family(given: Mapping[str, Any] | str | Path) -> Family:

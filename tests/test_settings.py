@@ -1,0 +1,47 @@
+"""Every setting refuses every kind of nonsense in words of this package, none of pydantic's."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from mim_refiner.checkpoints.families.own import OwnKeyMap, read_key_map
+from mim_refiner.errors import InputError, RecipeError
+from mim_refiner.evaluation.settings import EvaluationSettings
+from mim_refiner.settings import Settings, changed, known_keys
+from mim_refiner.training.recipes import pretrain_recipe, refine_recipe
+
+NONSENSE: list[Any] = [
+    "nonsense", "", None, True, -1, 0, 1.5, 10**12, 10**400, float("nan"), float("inf"), [], {}, [[]], ["x"], [0.5], [{}],
+    [True], {"a": 1}, {1: {}}, [1, 2, 3, 4, 5, 6, 7],
+]  # fmt: skip
+PYDANTICS = re.compile("[Ii]nput should|Extra inputs|permitted|Value error|Field required|[Vv]alid |validation|at least|item")
+
+
+@pytest.mark.parametrize(
+    "base", [refine_recipe("tiny", image_size=0), pretrain_recipe(None, image_size=0), EvaluationSettings()]
+)
+def test_no_value_of_any_setting_is_refused_in_other_words(base: Settings) -> None:
+    said = []
+    for key in known_keys(base):
+        for value in NONSENSE:
+            try:
+                changed(base, [(key, value)])
+            except RecipeError as error:
+                said.append(str(error))
+    assert len(said) > 300
+    assert [line for line in said if PYDANTICS.search(line) or "cannot be used" in line or "\n" in line] == []
+
+
+def test_no_key_map_is_refused_in_other_words() -> None:
+    said = []
+    for name in (*OwnKeyMap.model_fields, "kes"):
+        for value in NONSENSE:
+            try:
+                read_key_map({name: value})
+            except InputError as error:
+                said.append(str(error))
+    assert len(said) > 100
+    assert [line for line in said if PYDANTICS.search(line) or "cannot be used" in line or "\n" in line] == []
