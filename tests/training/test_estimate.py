@@ -59,6 +59,27 @@ def test_nothing_of_the_run_is_touched(parts):
     assert "of" not in cost.line.partition("memory:")[2]  # nobody knows what is free
 
 
+def test_one_thread_is_advised_where_several_wait_for_each_other(parts, monkeypatch):
+    """Seen beside a busy process: 39 hours told for 9 minutes. The threads of the run itself are left as they are."""
+    mae, recipe, loader, photometric = parts
+    now, before, first, slower = [0.0], torch.get_num_threads(), loader.first, 1.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def counted(images):
+        now[0] += 36 * images * (slower if torch.get_num_threads() > 1 else 1)
+        return first(images)
+
+    monkeypatch.setattr(loader, "first", counted)
+    try:
+        for threads, slower, told in ((2, 16.0, True), (2, 0.5, False), (1, 1.0, False)):  # noqa: B007
+            torch.set_num_threads(threads)
+            _, cost = pretrain_estimate(mae, recipe, loader, photometric, math.inf, Run())
+            assert ("on one thread about 32 hours, with OMP_NUM_THREADS=1" in cost.line) == told, cost.line
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_seconds_are_those_of_the_whole_batch(parts, monkeypatch):
     """From a batch of two, eight or sixteen images alike: with a clock that counts images, to the digit."""
     mae, recipe, loader, photometric = parts

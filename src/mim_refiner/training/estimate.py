@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mim_refiner.core.collectives import agree, process_rows, world_size
 from mim_refiner.core.device import eagerly
 from mim_refiner.core.run import Run
+from mim_refiner.core.threads import CLEAR, threads_kept
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.data.photometric import BatchPhotometric, augment
 from mim_refiner.errors import InputError
@@ -42,7 +43,9 @@ Step = Callable[[ViewBatch], None]
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """``setting``: the recipe's key of ``epochs``; ``seconds`` and ``operations`` are those of a step."""
+    """``setting``: the recipe's key of ``epochs``; ``seconds`` and ``operations`` are those of a step, ``alone`` its
+    seconds on one thread of the processor (infinite where that was not tried).
+    """
 
     setting: str
     limit: float  # seconds after which the phase ends anyhow
@@ -50,11 +53,17 @@ class PhaseCost:
     steps: int
     seconds: float
     operations: float
+    alone: float = math.inf
 
     @property
     def hours(self) -> float:
         """Of all its steps."""
         return min(self.limit, self.steps * self.seconds) / AN_HOUR
+
+    @property
+    def hours_alone(self) -> float:
+        """The same on one thread."""
+        return min(self.limit, self.steps * self.alone) / AN_HOUR
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,13 @@ class Estimate:
 
     @property
     def advice(self) -> str:
-        """The setting with which it ends within an hour; "" where it does anyhow."""
+        """One thread where several wait for another process, or the setting with which it ends within an hour."""
+        alone = sum(phase.hours_alone for phase in self.phases.values())
+        if self.hours > CLEAR * alone:
+            return (
+                f"other work holds this processor: on one thread about {format_hours(alone)}, with "
+                "OMP_NUM_THREADS=1 before the command"
+            )
         if self.hours <= 1:
             return ""
         *before, last = self.phases.values()
@@ -296,8 +311,10 @@ def traced(step: Step, module: nn.Module, loader: TrainLoader, run: Run) -> Byte
     return Bytes(held + 2 * gradients, gradients, max(0.0, waste * peaks[0] - FEW * image), image)
 
 
-def measured(step: Step, loader: TrainLoader, run: Run, most: int) -> tuple[float, float]:
-    """(seconds, operations) of a step of a process, from the smallest batch that takes long enough, at ``most``."""
+def measured(step: Step, loader: TrainLoader, run: Run, most: int) -> tuple[float, float, float]:
+    """(seconds, operations, seconds on one thread) of a step of a process, from the smallest batch that takes long
+    enough, at ``most``.
+    """
     batch = loader.batch_size // world_size()
     images, warm = min(FEW, most), False
     with eagerly():
@@ -308,8 +325,17 @@ def measured(step: Step, loader: TrainLoader, run: Run, most: int) -> tuple[floa
             seconds = agree(_seconds(step, loader, images, run))
             if (warm and images == most) or seconds >= (ENOUGH if warm else 20 * ENOUGH):
                 seconds = min(seconds, agree(_seconds(step, loader, images, run)))  # others may have held the machine
-                return seconds * batch / images, operations
+                return seconds * batch / images, operations, _alone(step, loader, images, run) * batch / images
             images, warm = (min(most, 4 * images) if warm else images), True
+
+
+def _alone(step: Step, loader: TrainLoader, images: int, run: Run) -> float:
+    """Seconds on one thread. Threads meet after each operation; where another process holds a core, all wait."""
+    if run.device.type != "cpu" or torch.get_num_threads() == 1:
+        return math.inf
+    with threads_kept():
+        torch.set_num_threads(1)
+        return agree(_seconds(step, loader, images, run))
 
 
 def _seconds(step: Step, loader: TrainLoader, images: int, run: Run) -> float:
