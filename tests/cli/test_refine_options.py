@@ -84,6 +84,8 @@ def test_the_average_is_exported_where_the_run_is_long_enough_and_both_are_measu
     assert summary["weights"]["exported"] == "average"
     assert summary["weights"]["both_measured"]
     assert summary["weights"]["start_share"] < 0.1
+    card = (out / "export" / "README.md").read_text()
+    assert "| Exported weights | average (export_weights=ema); " in card
     assert yaml.safe_load((out / "recipe.yaml").read_text())["export_weights"] == "ema"
     assert summary["after"].keys() == summary["raw"].keys()
     assert summary["verdict"]["raw"].keys() >= {"verdict", "reason"}

@@ -100,5 +100,5 @@ def test_the_export_is_written_when_measuring_fails(labelled, tmp_path, monkeypa
     recipe.heads.blocks = [1]
     on = SimpleNamespace(bank=labelled(4, 4), test=None, k=3, says="")
     with pytest.raises(DataError, match="the disk with the images is gone"):
-        refine.conclude({"before": encoder, "after": encoder}, on, recipe, tmp_path, "photos", run())
+        refine.conclude({"before": encoder, "after": encoder}, on, recipe, tmp_path, {"data": "photos"}, run())
     assert {path.name for path in (tmp_path / "export").iterdir()} >= {"config.json", "model.safetensors"}

@@ -43,6 +43,19 @@ def test_one_forward_for_all_blocks_and_poolings(make_backbone, make_images, mon
     assert seen == [(4, 10), (8, 10), (10, 10)]
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_patches_of_the_last_block_are_left_out_where_nobody_reads_them(make_backbone, make_images, norm):
+    backbone, images, tokens = make_backbone(), make_images(6), []
+    backbone.model.blocks[2].mlp.register_forward_pre_hook(lambda module, given: tokens.append(given[0].shape[1]))
+    whole = extract_features(backbone, images, norm=norm)
+    alone = extract_features(backbone, images, blocks="2,0", poolings=["cls"], norm=norm)
+    mixed = extract_features(backbone, images, blocks="2", norm=norm)
+    assert tokens == [17, 1, 17]
+    for features in (alone, mixed):
+        for key in features.keys:
+            torch.testing.assert_close(features[key], whole[key], rtol=1e-5, atol=1e-6)
+
+
 def test_deterministic_in_eval_mode_and_every_mode_restored(make_backbone, make_images):
     backbone = make_backbone(drop_path_rate=0.5, proj_drop_rate=0.5)
     backbone.train()

@@ -18,9 +18,9 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import normalize
 from mim_refiner.data.views import ViewSpec
-from mim_refiner.errors import GuardStopError
+from mim_refiner.errors import GuardStopError, RunFolderError
 from mim_refiner.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_vit
-from mim_refiner.training.guard import FeatureProbe, Guard, load_best
+from mim_refiner.training.guard import BEST, FeatureProbe, Guard, load_best
 from mim_refiner.training.recipe import GuardSettings
 from mim_refiner.training.state import RunFolder
 
@@ -223,6 +223,21 @@ def test_knn_decides_with_labels_and_few_test_images_are_noisy(tmp_path: Path) -
         else:
             guard.look(4, 0.50)
         assert guard.kept() == 1.0
+
+
+@pytest.mark.parametrize("damage", ["torn", "gone", "of another encoder"])
+def test_a_damaged_best_state_is_one_line(tmp_path: Path, damage: str) -> None:
+    guard = Scripted(tmp_path / "run", {"retrieval": 0.7})
+    guard.look(1)
+    best, fresh = tmp_path / "run" / "checkpoints" / BEST, nn.Linear(1, 1)
+    if damage == "torn":
+        best.write_bytes(best.read_bytes()[:20])
+    elif damage == "gone":
+        best.unlink()
+    else:
+        fresh = nn.Linear(2, 2)
+    with pytest.raises(RunFolderError, match=r"best: cannot be read .*--overwrite to start anew"):
+        load_best(guard.run, fresh)
 
 
 def test_a_resumed_run_remembers_what_was_seen_before_its_checkpoint(tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mim_refiner.core import neighbors, search
+from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.guidance import Guide
+from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
 from mim_refiner.core.run import Run
 from mim_refiner.core.search import Bank
 from mim_refiner.data import photometric
@@ -37,7 +39,7 @@ from mim_refiner.models.refiner import Refiner
 from mim_refiner.training import refine, sweep
 from mim_refiner.training.anchor import anchor_backward
 from mim_refiner.training.loop import step_generator
-from mim_refiner.training.metric_log import metrics_of
+from mim_refiner.training.metric_log import MetricLog, metrics_of
 from mim_refiner.training.view_pool import ViewPool
 
 CUDA = torch.device("cuda")
@@ -184,6 +186,28 @@ def test_the_anchors_part_of_a_step_neither_waits_nor_mixes_devices(
             distance = anchor_backward(refiner, views[:2], generator, run, 2.0, micro_batch)
             assert distance.device.type == "cuda"
     assert (seen.sent, seen.fetched) == (0, 0)
+
+
+def test_what_follows_the_gradients_waits_for_a_log_line_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    refiner, _, _ = made("tiny", frozen_blocks=1)
+    average = ExponentialMovingAverage(refiner.backbone)
+    with pretend_gpu(monkeypatch), Seen() as seen:
+        refiner = on_gpu(refiner)
+        refiner.unfreeze_encoder()
+        average, log = on_gpu(average), MetricLog(CUDA)
+        optimizer = adamw(parameter_groups(refiner.named_parameters(), weight_decay=0.1), (0.9, 0.95))
+        seen.sent = seen.fetched = 0
+        for step in range(2):
+            for parameter in refiner.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            log.add(step, torch.zeros((), device=CUDA), {"alignment/3": torch.zeros((), device=CUDA)}, 8)
+            set_learning_rate(optimizer, 1e-3)
+            optimizer.step()
+            average.update(refiner.backbone, 0.99)
+        assert (seen.sent, seen.fetched) == (0, 0)
+        with pytest.raises(DataDependentOutputException):  # its numbers
+            log.means()
+        assert seen.fetched == 1  # all at once
 
 
 def test_the_temperature_sweep_waits_once_and_mixes_no_devices(

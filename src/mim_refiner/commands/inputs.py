@@ -164,7 +164,7 @@ def channel_moments(images: ImageSet) -> tuple[tuple[float, ...], tuple[float, .
 
 def normalize_by(images: ImageSet, backbone: Backbone) -> None:
     """From now on the encoder, and what is exported of it, normalises by these images' channels."""
-    mean, std = channel_moments(images)
+    mean, std = decide_on_rank_0(lambda: channel_moments(images))  # what one process cannot read others may
     backbone.info = replace(backbone.info, mean=mean, std=std)
 
 

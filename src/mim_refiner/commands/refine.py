@@ -205,20 +205,20 @@ def refine_and_compare(
         reporter.message(cost.line)
     refinement = build(chosen, refiner, loader, run)
     with contextlib.closing(loader):
-        after, stopped = trained(refinement, folder, online_knn(refinement, on.bank), model)
+        after, taken, stopped = trained(refinement, folder, online_knn(refinement, on.bank), model)
     list_skipped(images, folder, reporter, skipped)
     training = folder.seconds
     stages = {"before": load_backbone(model), **after}
     normalize_as(backbone, *stages.values())
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
     on = on if on.test is None or box else replace(on, test=thinned(on.test, SUMMARY_TEST_LIMIT))
+    card = {"data": f"{Path(name_of(data)).name} ({len(images)} images)", "weights": taken["reason"]}
     with results_folder(folder.path) as results:
-        summary = conclude(stages, on, chosen, results, f"{Path(name_of(data)).name} ({len(images)} images)", run, box)
+        summary = conclude(stages, on, chosen, results, card, run, box)
     if not folder.writes:  # the rest is rank 0's
         return {}
-    seconds = {"training": training, "total": folder.seconds}
-    end = {"stopped": str(stopped)} if stopped else {"weights": weights_taken(refinement)}
-    summary |= {"data": {"train": images.facts()}, "seconds": seconds, **found, **end}
+    found |= {"weights": taken} | ({"stopped": str(stopped)} if stopped else {})
+    summary |= {"data": {"train": images.facts()}, "seconds": {"training": training, "total": folder.seconds}, **found}
     write_summary(folder.path, summary, measuring)
     finish_with_report(folder.path, reporter)
     reporter.done()
@@ -276,8 +276,9 @@ def online_knn(refinement: Refinement, bank: ImageSet) -> OnlineKnn | None:
 
 def trained(
     refinement: Refinement, folder: RunFolder, monitor: OnlineKnn | None, model: Any
-) -> tuple[dict[str, Backbone], GuardStopError | NonFiniteLossError | None]:
-    """Train. Returns the encoder to keep as "after", and the error when the guard or the loss stopped the run.
+) -> tuple[dict[str, Backbone], dict[str, Any], GuardStopError | NonFiniteLossError | None]:
+    """Train. Returns the encoder to keep as "after", which weights those are and why, and the error when the guard or
+    the loss stopped the run.
 
     After a run long enough for an average the weights that are not kept stand beside it, as "raw" or "average".
     """
@@ -288,7 +289,8 @@ def trained(
             raise
         best = load_backbone(model)
         adapt(best, refinement.recipe)
-        return unadapted({"after": load_best(folder, best)}, folder, model), error
+        taken = {"exported": "best", "reason": "best: the state that the guard found best, as the run was stopped"}
+        return unadapted({"after": load_best(folder, best)}, folder, model), taken, error
     average = refinement.ema.module
     assert isinstance(average, Backbone)
     weights, taken = {"raw": refinement.refiner.backbone, "average": average}, weights_taken(refinement)
@@ -297,7 +299,7 @@ def trained(
         if is_sharded(encoder):
             whole, stages[stage] = full_state(encoder), load_backbone(model)
             load_full_state(stages[stage], whole)
-    return unadapted(stages, folder, model), None
+    return unadapted(stages, folder, model), taken, None
 
 
 def unadapted(stages: dict[str, Backbone], folder: RunFolder, model: str) -> dict[str, Backbone]:
@@ -328,17 +330,17 @@ def conclude(
     on: Measured,
     recipe: RefineRecipe,
     out: Path,
-    data: str,
+    card: dict[str, Any],
     run: Run,
     box: Box | None = None,
 ) -> dict[str, Any]:
     """Compare before and after, and export the refined encoder with its figures, into the folder ``out``.
 
-    It is exported, without figures, where the comparison fails too.
+    ``card``: what its model card says beside them. It is exported, without figures, where the comparison fails too.
     """
     pooling, run = recipe.heads.measured_pooling, replace(run, precision="fp32")
     base, settings = Path(stages["before"].info.source).name, recipe.model_dump(mode="json", exclude={"expected"})
-    card: dict[str, Any] = {"base": base, "data": data, "recipe": settings}
+    card |= {"base": base, "recipe": settings}
     facts: dict[str, Any] = {}
     try:
         summary = compare(

@@ -200,6 +200,7 @@ def _forward(
 ) -> tuple[dict[_FullKey, Tensor], Tensor]:
     """One pass over the images for all ``keys``: {key: float32 [N, D]} and the positions of the rows [N]."""
     wanted = list(dict.fromkeys(key[0] for key in keys))
+    alone = all(pooling == "cls" for block, pooling, _ in keys if block == max(wanted))
     buffers: dict[_FullKey, Tensor] = {}
     seen: list[Tensor] = []
     done = 0
@@ -208,7 +209,8 @@ def _forward(
             inputs = normalize(batch.to(run.device, non_blocking=True), backbone.info.mean, backbone.info.std)
             rows = slice(done, done + len(positions))
             with run.autocast():
-                outputs = dict(zip(wanted, backbone.forward_blocks(inputs, wanted), strict=True))
+                found = backbone.forward_blocks(inputs, wanted, class_token_last=alone)
+                outputs = dict(zip(wanted, found, strict=True))
                 normed = {key[0]: _normed(backbone, outputs[key[0]]) for key in keys if key[2]}
             for block, pooling, norm in keys:
                 pooled = (normed if norm else outputs)[block].pooled(pooling).float().cpu()
@@ -244,7 +246,9 @@ def _identity(
     size: ImageSize,
     run: Run,
 ) -> dict[str, Any]:
-    """All that the features depend on but block, pooling and norm. The batch size is left out: it moves last bits."""
+    """All that the features depend on but block, pooling and norm. What moves last bits alone is left out: the batch
+    size, and whether the last block ran for the class token alone.
+    """
     return {
         "kind": "pooled",
         "model": model_identity(backbone),

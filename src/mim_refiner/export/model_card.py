@@ -25,9 +25,10 @@ _SHARES = {"knn_top1", "linear_top1", "cluster_accuracy", "nmi"}
 def model_card(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """Markdown text.
 
-    ``card`` keys, all optional: title, base (name of the starting weights), data, recipe (text or mapping), command,
-    before and after ({metric: value}, shares on 0-1), notes (text). ``facts`` is the "mim_refiner" part of
-    config.json: its format chooses the usage snippet; block, pooling and norm become the recommended features.
+    ``card`` keys, all optional: title, base (name of the starting weights), weights (which of a run's these are), data,
+    recipe (text or mapping), command, before and after ({metric: value}, shares on 0-1), notes (text). ``facts`` is the
+    "mim_refiner" part of config.json: its format chooses the usage snippet; block, pooling and norm become the
+    recommended features.
     """
     known = info.licence != "unknown" and re.fullmatch(r"[\w.-]+", info.licence)
     base, recipe = re.fullmatch(r"hf[-_]hub:([\w.-]+/[\w.-]+)", str(card.get("base") or "")), card.get("recipe")
@@ -60,6 +61,7 @@ def _rows(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, Any])
         "Input": _input(info, facts),
         "Normalisation": f"mean {mean}, std {std} on the 0-1 scale",
         "Base weights": card.get("base") or facts.get("base") or "not recorded",
+        "Exported weights": card.get("weights") or "",
         "Family": info.family,
         "Licence of the weights": _licence(info),
         "Training data": card.get("data") or "not recorded",

@@ -111,18 +111,25 @@ class Backbone(nn.Module):
         return tuple(int(stage["num_chs"]) for stage in self.model.feature_info)
 
     def forward_blocks(
-        self, images: Tensor, block_indices: Sequence[int] | None = None, *, norm: bool = False
+        self,
+        images: Tensor,
+        block_indices: Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        class_token_last: bool = False,
     ) -> list[BlockOutput]:
         """Tokens after the blocks asked for (all if None), in the order asked; ``images`` [B, C, H, W] normalised.
 
         Raw block outputs; ``norm=True`` applies the encoder's final norm to each (a model with none, or with its norm
-        after pooling, gives raw tokens). Blocks after the deepest one asked for do not run. H and W are any multiples
-        of the patch size. Raises InputError for an index out of range or an unusable image shape.
+        after pooling, gives raw tokens). Blocks after the deepest one asked for do not run. ``class_token_last``: the
+        deepest one's patches are not read, and may be none. H and W are any multiples of the patch size. Raises
+        InputError for an index out of range or an unusable image shape.
         """
         indices = self.resolve_blocks(block_indices)
         if not indices:
             return []
-        _, tokens = self.run_blocks(self.embed(images), 0, max(indices) + 1, indices, grid=self.grid(images))
+        way: dict[str, Any] = {"grid": self.grid(images), "class_token_last": class_token_last}
+        _, tokens = self.run_blocks(self.embed(images), 0, max(indices) + 1, indices, **way)
         return [self.split(self.final_norm(tokens[index]) if norm else tokens[index]) for index in indices]
 
     def resolve_blocks(self, block_indices: Sequence[int] | None) -> list[int]:

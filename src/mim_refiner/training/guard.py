@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mim_refiner.core.collectives import decide_on_rank_0, from_rank_0
@@ -32,7 +32,7 @@ from mim_refiner.errors import GuardStopError, RunFolderError, reason_of
 from mim_refiner.files import atomic_folder, read_json, reading, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.recipe import GuardSettings
-from mim_refiner.training.state import RunFolder
+from mim_refiner.training.state import RunFolder, load_state
 
 PROBE_BATCH = 64  # images a forward pass
 PROBE_PATCHES = 4  # of an image, evenly spaced, whose rank is measured
@@ -254,7 +254,7 @@ def load_best(folder: RunFolder, fresh: Encoder) -> Encoder:
             return read_json(folder.path / FILE)["best_step"]
 
     if decide_on_rank_0(later):
-        load_full_state(fresh, load_file(folder.checkpoints / BEST) if folder.writes else {})
+        load_full_state(fresh, load_state(folder.checkpoints / BEST, fresh) if folder.writes else {})
     return fresh
 
 

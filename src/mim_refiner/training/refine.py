@@ -41,7 +41,7 @@ from mim_refiner.training.head_settings import head_blocks, order_heads, resolve
 from mim_refiner.training.loop import Loop, Monitor, step_generator
 from mim_refiner.training.lora import adapt
 from mim_refiner.training.metric_log import metrics_of
-from mim_refiner.training.recipe import Phase, RefineRecipe, Views
+from mim_refiner.training.recipe import RefineRecipe, Views
 from mim_refiner.training.state import RunFolder
 from mim_refiner.training.view_pool import ViewPool, make_pool
 from mim_refiner.types import BackboneInfo, ImageSize, height_width, side_or_pair
@@ -100,50 +100,13 @@ def local_size(views: Views, patch_size: tuple[int, int]) -> ImageSize:
     """Three sevenths of the global size (96 of 224 px) in whole patches; the shorter axis whole where crops span it."""
     assert views.global_size is not None
     sides = height_width(views.global_size)
-    spanned = views.crop_axes == "longer"
-    shrunk = [max(1, round(side * 3 / 7 / patch)) * patch for side, patch in zip(sides, patch_size, strict=True)]
-    along_height = sides[0] > sides[1]
-    height, width = shrunk
-    if spanned:
-        height, width = (height, sides[1]) if along_height else (sides[0], width)
+    height, width = (max(1, round(side * 3 / 7 / patch)) * patch for side, patch in zip(sides, patch_size, strict=True))
+    if views.crop_axes == "longer":
+        height, width = (height, sides[1]) if sides[0] > sides[1] else (sides[0], width)
     return side_or_pair((height, width))
 
 
 # --- build
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """What a refinement is made of."""
-
-    recipe: RefineRecipe  # resolved
-    refiner: Refiner  # encoder and heads
-    ema: ExponentialMovingAverage  # of the encoder
-    loader: TrainLoader  # uint8 crops
-    photometrics: Sequence[BatchPhotometric]  # one a view
-    run: Run
-    labels: Tensor | None = None  # [images]; to measure with, and to train with by ``recipe.guidance`` alone
-
-
-def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run) -> Refinement:
-    """Average, photometrics and labels beside the refiner; spreads the encoder over the processes if asked."""
-    backbone = refiner.backbone
-    ema = ExponentialMovingAverage(backbone)
-    if recipe.shard and is_distributed():
-        start = [] if refiner.anchor is None else [refiner.anchor.start]
-        for encoder in (backbone, ema.module, *start):
-            encoder.shard_blocks(bf16=run.precision == "bf16")  # type: ignore[operator]
-    backbone.set_checkpointing(recipe.checkpointing)
-    photometrics = photometrics_of(recipe, backbone.info)
-    labels = loader.images.labels
-    on_device = None if labels is None else torch.as_tensor(labels, device=run.device)
-    guide_heads(refiner, loader.images, recipe, run)
-    return Refinement(recipe, refiner, ema, loader, photometrics, run, on_device)
-
-
-def photometrics_of(recipe: RefineRecipe, info: BackboneInfo) -> list[BatchPhotometric]:
-    """What colours the views, one a view."""
-    return [BatchPhotometric(view, info.mean, info.std) for view in view_specs(recipe) for _ in range(view.count)]
 
 
 def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
@@ -208,6 +171,40 @@ def view_specs(recipe: RefineRecipe) -> list[ViewSpec]:
     )
 
 
+def photometrics_of(recipe: RefineRecipe, info: BackboneInfo) -> list[BatchPhotometric]:
+    """What colours the views, one a view."""
+    return [BatchPhotometric(view, info.mean, info.std) for view in view_specs(recipe) for _ in range(view.count)]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What a refinement is made of."""
+
+    recipe: RefineRecipe  # resolved
+    refiner: Refiner  # encoder and heads
+    ema: ExponentialMovingAverage  # of the encoder
+    loader: TrainLoader  # uint8 crops
+    photometrics: Sequence[BatchPhotometric]  # one a view
+    run: Run
+    labels: Tensor | None = None  # [images]; to measure with, and to train with by ``recipe.guidance`` alone
+
+
+def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run) -> Refinement:
+    """Average, photometrics and labels beside the refiner; spreads the encoder over the processes if asked."""
+    backbone = refiner.backbone
+    ema = ExponentialMovingAverage(backbone)
+    if recipe.shard and is_distributed():
+        start = [] if refiner.anchor is None else [refiner.anchor.start]
+        for encoder in (backbone, ema.module, *start):
+            encoder.shard_blocks(bf16=run.precision == "bf16")  # type: ignore[operator]
+    backbone.set_checkpointing(recipe.checkpointing)
+    photometrics = photometrics_of(recipe, backbone.info)
+    labels = loader.images.labels
+    on_device = None if labels is None else torch.as_tensor(labels, device=run.device)
+    guide_heads(refiner, loader.images, recipe, run)
+    return Refinement(recipe, refiner, ema, loader, photometrics, run, on_device)
+
+
 # --- train
 
 
@@ -236,13 +233,14 @@ def train(refinement: Refinement, folder: RunFolder, monitor: Monitor | None = N
 def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool | None = None) -> None:
     """Head warm-up (number 0) or refinement (1), step by step; on frozen features where a pool has them."""
     recipe, refiner = refinement.recipe, refinement.refiner
-    name, begin = (("warmup", begin_warmup), ("refinement", begin_refinement))[number]
-    phase: Phase = getattr(recipe, name)
+    if number == WARMUP:
+        name, phase, optimizer = "warmup", recipe.warmup, begin_warmup(refinement)
+    else:
+        name, phase, optimizer = "refinement", recipe.refinement, begin_refinement(refinement)
     if pool and number == REFINEMENT and not recipe.frozen_blocks:  # it was the warm-up's
         pool.release()
         pool = None
     spent = fill(pool, refinement, loop, phase.max_seconds) if pool and not pool.full else 0.0
-    optimizer = begin(refinement)
     loop.begin(number, name, phase, optimizer, moves_encoder=number == REFINEMENT, spent=spent)
     run, labels = refinement.run, refinement.labels
     graph = graphed(refiner, run, labels) if uses_graph(recipe, refiner, run) else None

@@ -206,11 +206,11 @@ class RunFolder:
             broadcast_state(modules.values())
             return position, None, notes
         for key, module in modules.items():
-            load_full_state(module, _load(newest / f"{key}.safetensors", module) if self.writes else {})
+            load_full_state(module, load_state(newest / f"{key}.safetensors", module) if self.writes else {})
         optimizer_file = newest / "optimizer.pt"
         if not decide_on_rank_0(optimizer_file.exists):
             return position, None, notes
-        return position, _load(optimizer_file) if self.writes else {}, notes
+        return position, load_state(optimizer_file) if self.writes else {}, notes
 
     def _newest(self) -> tuple[Path | None, Position, list[str]]:
         """The newest whole checkpoint, its position, and notes on damaged ones; drops the log lines behind it."""
@@ -249,7 +249,7 @@ class RunFolder:
         return sorted(self.checkpoints.glob("step-*"), key=lambda folder: (len(folder.name), folder.name))
 
 
-def _load(path: Path, module: nn.Module | None = None) -> State:
+def load_state(path: Path, module: nn.Module | None = None) -> State:
     """The state in a file, of this module; saved on whatever device, every process moves its own part to its own."""
     with reading(path.parent, "remove this checkpoint, or use --overwrite to start anew", RunFolderError):
         if module is None:
