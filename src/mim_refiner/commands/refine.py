@@ -217,8 +217,8 @@ def refine_and_compare(
         summary = conclude(stages, on, chosen, results, card, run, box)
     if not folder.writes:  # the rest is rank 0's
         return {}
-    found |= {"weights": taken} | ({"stopped": str(stopped)} if stopped else {})
-    summary |= {"data": {"train": images.facts()}, "seconds": {"training": training, "total": folder.seconds}, **found}
+    summary |= {"data": {"train": images.facts()}, "seconds": {"training": training, "total": folder.seconds}}
+    summary |= {"weights": taken, **found} | ({"stopped": str(stopped)} if stopped else {})
     write_summary(folder.path, summary, measuring)
     finish_with_report(folder.path, reporter)
     reporter.done()
