@@ -138,7 +138,7 @@ def test_the_live_display_shows_every_quantity():
         "GB",
         "block 9",
         "alignment",
-        "k-NN so far",
+        "k-NN accuracy ",
         "41.0 to 45.0 %",
     ):
         assert words in shown, words

@@ -78,7 +78,7 @@ def blocks() -> dict[str, Any]:
         "kind": "knn_by_block",
         "head_blocks": [1, 2],
         "curves": {"before": {"cls": curve(0.3)}, "after": {"cls": curve(0.45)}},
-        "statements": ["before, cls pooling: k-NN peaks at block 1."],
+        "statements": ["before, cls pooling: k-NN accuracy is best at block 1."],
     }
 
 

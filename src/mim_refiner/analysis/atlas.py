@@ -27,6 +27,7 @@ KIND = "atlas"
 RANK_ROWS = 2000
 PROBE_ROWS = 4000
 COLLAPSE = 0.5  # cells with less than this share of the median effective rank are never recommended without labels
+MEASURED = {"knn_top1": "k-NN accuracy", "consistency": "neighbour consistency"}  # a measure in words
 _ALPHAS = tuple(10.0**power for power in range(-1, 6))
 Key = tuple[int, str, bool]  # block from 0; "cls", "mean" or "both"; final norm applied
 Progress = Callable[[int, int], None]
@@ -159,23 +160,20 @@ def chosen_on_halves(
 
 
 def name_of(key: Key) -> str:
-    """E.g. ``block 9, pooling both, final norm``."""
+    """E.g. ``block 9, cls pooling, final norm``, as the options of embed and export say it."""
     block, pooling, norm = key
-    return f"block {block}, pooling {pooling}, {'final norm' if norm else 'raw'}"
+    return f"block {block}, {pooling} pooling, {'final norm' if norm else 'no norm'}"
 
 
 def _reason(measure: str, key: Key, best: Key, default: Key, gain: tuple[float, float, float]) -> str:
-    what = "k-NN accuracy" if measure == "knn_top1" else "neighbour consistency (no labels)"
+    what = MEASURED[measure]
     value, low, high = (100 * number for number in gain)
-    interval = f"95 % interval {low:+.1f} to {high:+.1f}"
+    points = f"{value:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
     if best == default:
-        return f"{name_of(default)} has the best {what} of all blocks, poolings and norms."
+        return f"{name_of(default)}. No other block, pooling or norm has better {what}."
     if key == best:
-        return f"{what}: choosing it gains {value:+.1f} points over {name_of(default)} ({interval})."
-    return (
-        f"{name_of(default)} stays: {name_of(best)} is best by {what}, but choosing the best gains {value:+.1f} "
-        f"points on images it was not chosen on ({interval}): no clear gain."
-    )
+        return f"{name_of(key)}. Its {what} is better than that of {name_of(default)} ({points})."
+    return f"{name_of(default)}. The best {what} is that of {name_of(best)}, but it is not clearly better ({points})."
 
 
 def _atlas(
@@ -275,7 +273,7 @@ def _placed_because(
     scores: Sequence[NDArray[np.float64]],
     recipe: list[int],
 ) -> str:
-    what = "k-NN accuracy" if measure == "knn_top1" else "neighbour consistency (no labels)"
+    what = MEASURED[measure]
     found = f"best {what} at block {best} ({100 * scores[best].mean():.1f} %), as good from block {first} on"
     bound = ""
     if start != first:

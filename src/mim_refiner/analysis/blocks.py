@@ -123,14 +123,15 @@ def peak_statement(model: str, pooling: str, curve: Mapping[str, Any], measure: 
     """
     value, (low, high) = curve["peak_minus_last"]["value"], curve["peak_minus_last"]["ci95"]
     top, last, end = max(curve["value"]), curve["value"][-1], curve["blocks"][-1]
-    what = "k-NN" if measure == "knn_top1" else "neighbour consistency"
-    head = f"{model}, {pooling} pooling: {what} peaks at block {curve['peak_block']} ({100 * top:.1f} %)"
+    what = "k-NN accuracy" if measure == "knn_top1" else "neighbour consistency"
+    head = f"{model}, {pooling} pooling: {what} is best at block {curve['peak_block']} ({100 * top:.1f} %)"
     if curve["peak_block"] == end:
-        return f"{head}, which is the last block."
-    gap = f"{100 * value:.1f} points above the last block {end} ({100 * last:.1f} %)"
-    interval = f"95 % interval for the best of all blocks {100 * low:+.1f} to {100 * high:+.1f}"
-    clear = "the peak is before the last block" if curve["peak_before_last"] else "not clearly before the last block"
-    return f"{head}, {gap}; {interval}: {clear}."
+        return f"{head}, the last one."
+    clearly = "clearly" if curve["peak_before_last"] else "not clearly"
+    points = (
+        f"{100 * value:+.1f} points, 95 % interval for the best of all blocks {100 * low:+.1f} to {100 * high:+.1f}"
+    )
+    return f"{head}, {clearly} better than at the last block {end} ({100 * last:.1f} %; {points})."
 
 
 def _changes(curves: Mapping[str, Mapping[str, Any]], scores: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:

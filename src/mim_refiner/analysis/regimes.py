@@ -62,7 +62,7 @@ def regimes_record(
     reconstruction error of each block and image [depth, N]. Without labels the curves are of neighbour consistency
     (``measure``), which takes the place of k-NN. ``facts`` (pooling, settings, samples) are kept.
     """
-    what = "k-NN" if measure == "knn_top1" else "neighbour consistency"
+    what = "k-NN accuracy" if measure == "knn_top1" else "neighbour consistency"
     models = {}
     for name, curve in curves.items():
         error = errors[name].mean(1)

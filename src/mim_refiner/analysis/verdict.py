@@ -62,7 +62,7 @@ def what_next(
     if word == WORSE and 0 < best < len(knn) - 1 and knn[best] > knn[0]:
         share = (best + 1) / len(knn)
         lines.append(
-            f"a shorter run: online k-NN was best ({100 * knn[best]:.1f} %) after {100 * share:.0f} % of it: "
+            f"a shorter run: online k-NN accuracy was best ({100 * knn[best]:.1f} %) after {100 * share:.0f} % of it: "
             f"--set refinement.epochs={max(1, round(share * phase['epochs']))}"
         )
     if word == WORSE:

@@ -99,7 +99,7 @@ class LiveReporter(Reporter):
             view.add_row(self.bar)
         view.add_row(metric_table(self.values))
         if len(self.knn) > 1:
-            view.add_row(f"k-NN so far {sparkline(self.knn)}  {100 * self.knn[0]:.1f} to {100 * self.knn[-1]:.1f} %")
+            view.add_row(f"k-NN accuracy {sparkline(self.knn)}  {100 * self.knn[0]:.1f} to {100 * self.knn[-1]:.1f} %")
         return view
 
 

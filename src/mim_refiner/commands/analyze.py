@@ -134,7 +134,6 @@ class _Analysis:
             self._keep(f"atlas-{name}", atlas.record, atlas_map)
         last = list(self.atlases)[-1]
         self.result["recommendation"] = self.atlases[last].recommendation
-        self.result["statements"].append(f"recommended ({last}): {self.atlases[last].recommendation['reason']}")
         first = self.models["before"].info
         third = list(range(first.depth - max(1, first.depth // 3), first.depth))
         pooling = default_key(first)[1]

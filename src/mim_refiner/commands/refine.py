@@ -317,11 +317,12 @@ def weights_taken(refinement: Refinement) -> dict[str, Any]:
     recipe = refinement.recipe
     share = start_share(recipe, refinement.loader.steps_per_epoch)
     exported = "average" if recipe.export_weights == "ema" else "raw"
+    start = f"{100 * share:.1f} % of the averaged ones are the start"
     return {
         "exported": exported,
         "both_measured": share <= START_SHARE,
         "start_share": share,
-        "reason": f"{exported} (export_weights={recipe.export_weights}); the average holds {share:.1%} of the start",
+        "reason": f"{exported} (export_weights={recipe.export_weights}); {start}",
     }
 
 
