@@ -5,7 +5,7 @@ Shape legend: B images, V views, G global views, D width, K heads, N patch token
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -84,32 +84,14 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
-class CheckpointReport:
+class CheckpointReport(BackboneInfo):
     """Result of ``inspect_checkpoint``: what the file is, and the fate of every tensor."""
 
-    source: str
-    family: str
-    architecture: str
-    embed_dim: int
-    depth: int
-    num_heads: int
-    patch_size: tuple[int, int]
-    image_size: tuple[int, int]
-    num_prefix_tokens: int
-    licence: str
-    coverage: float
     tensors: tuple[TensorRecord, ...] = ()
     missing: tuple[str, ...] = ()  # encoder tensors the file does not provide
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     encoder: str = ""  # which of the file's encoders this is about
     encoders: tuple[str, ...] = ()  # all encoders in the file
-    in_chans: int = 3
-    has_cls: bool = True
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    position_rule: str = "timm"
-    norm_eps: float | None = None
-    pooling: Pooling = "cls"
     problem: str = ""  # the line that loading it as asked ends with; "" = it loads
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -213,9 +214,23 @@ def test_masks_in_parquet(tmp_path, values, name, kind):
     assert MaskSet(source).class_numbers().tolist() == np.unique(CLASSES[CLASSES < 255]).tolist()
 
 
+@pytest.mark.parametrize("place", ["{outside}/m.png", "../outside/m.png", "pipe"])
+def test_a_mask_outside_of_the_tables_folder_or_of_no_regular_file_is_not_read(tmp_path, place):
+    """Nobody knows who wrote the table."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "table").mkdir()
+    (tmp_path / "outside/m.png").write_bytes(encoded(CLASSES))
+    os.mkfifo(tmp_path / "table/pipe")
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    masks = pa.array([{"bytes": None, "path": place.format(outside=tmp_path / "outside")}], kind)
+    pq.write_table(pa.table({"image": [encoded(PICTURE)], "mask": masks}), tmp_path / "table/a.parquet")
+    with pytest.raises(DataError, match=r"mask of a.parquet\[0\]: .*(outside the table's folder|no regular file)"):
+        MaskSet(open_source(tmp_path / "table/a.parquet"))
+
+
 def test_rows_without_a_mask_and_odd_notes(tmp_path):
     for notes, values, reason in (
-        ({}, [None, None], "the row holds none"),
+        ({}, [None, None], "the row holds no image"),
         ({"ignore_index": "9" * 5000}, [encoded(CLASSES)] * 2, "correct the notes"),
         ({"class_names": "7"}, [encoded(CLASSES)] * 2, "correct the notes"),
     ):

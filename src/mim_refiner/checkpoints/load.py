@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +126,11 @@ def inspect_checkpoint(
     given = {"image_size": _pair(image_size), "num_heads": num_heads, "in_chans": in_chans, "encoder": encoder}
     bare, wishes, key_map = _merge(source, given, key_map)
     found = _examine(bare, wishes, key_map)
-    diagnosis, info = found.diagnosis, found.backbone.info
-    known_heads = diagnosis.converted.num_heads != 0
-    of_encoder = {f.name: getattr(info, f.name) for f in fields(CheckpointReport) if hasattr(info, f.name)}
+    diagnosis, facts = found.diagnosis, vars(found.backbone.info)
+    if diagnosis.converted.num_heads == 0:  # nobody tells
+        facts = facts | {"num_heads": 0, "architecture": facts["architecture"].replace("heads=1,", "heads=?,")}
     return CheckpointReport(
-        **of_encoder
-        | {
-            "architecture": info.architecture if known_heads else info.architecture.replace("heads=1,", "heads=?,"),
-            "num_heads": info.num_heads if known_heads else 0,
-            "image_size": wishes.image_size or info.image_size,
-        },
+        **facts | {"image_size": wishes.image_size or facts["image_size"]},
         tensors=tuple(found.records),
         missing=tuple(found.missing),
         notes=found.notes,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -17,9 +16,9 @@ from mim_refiner.data.arrays import NPY, read_npy
 from mim_refiner.data.image_files import SIDEWAYS, open_image, orientation, stored_bits, stored_size
 from mim_refiner.data.source_base import ConcatSource, ImageSource, Selection
 from mim_refiner.data.source_files import FileSource
-from mim_refiner.data.source_parquet import ParquetSource
+from mim_refiner.data.source_parquet import ParquetSource, holds_images
 from mim_refiner.errors import DataError
-from mim_refiner.files import reading
+from mim_refiner.files import read_regular, reading
 
 Mask = NDArray[np.uint8]  # [H, W] class numbers
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages")
@@ -41,11 +40,11 @@ class MaskSet:
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
-        self._columns: dict[Path, tuple[Any, dict[bytes, bytes]]] = {}
+        self._tables: dict[Path, tuple[ParquetSource, dict[bytes, bytes]]] = {}
         self._folders: dict[str, dict[str, str]] = {}
         self._dense: Mask | None = None
         leaf, _ = _leaf(source, 0)
-        metadata = self._column(leaf.path)[1] if isinstance(leaf, ParquetSource) else {}
+        metadata = self._table(leaf.path)[1] if isinstance(leaf, ParquetSource) else {}
         with reading(leaf.description, "correct the notes ignore_index and class_names of the file"):
             self.ignore_index = int(metadata.get(b"ignore_index", b"%d" % DEFAULT_IGNORE))
             names = metadata.get(b"class_names")
@@ -96,14 +95,8 @@ class MaskSet:
 
     def _read(self, leaf: ParquetSource | FileSource, position: int) -> bytes:
         if isinstance(leaf, FileSource):
-            return self._file(leaf, position).read_bytes()
-        value = self._column(leaf.path)[0][position].as_py()
-        if isinstance(value, dict):
-            path = value.get("path")
-            value = value.get("bytes") or (path and (leaf.path.parent / path).read_bytes())
-        if not value:
-            raise ValueError("the row holds none")
-        return bytes(value)
+            return read_regular(self._file(leaf, position))
+        return self._table(leaf.path)[0].read(position)
 
     def _file(self, leaf: FileSource, position: int) -> Path:
         name = os.path.basename(leaf.names[position])
@@ -117,17 +110,17 @@ class MaskSet:
                 return Path(folder, found)
         raise ValueError(f"no folder {', '.join(MASK_FOLDERS)} beside {' or '.join(IMAGE_FOLDERS[:2])} holds one")
 
-    def _column(self, path: Path) -> tuple[Any, dict[bytes, bytes]]:
-        if path not in self._columns:
+    def _table(self, path: Path) -> tuple[ParquetSource, dict[bytes, bytes]]:
+        """The masks of a parquet file, and its notes."""
+        if path not in self._tables:
             with reading(path, "download or write it again"):
                 schema = pq.read_schema(path)
                 name = _mask_column(schema)
                 if name is None:
                     found = ", ".join(schema.names)
                     raise DataError(f"{path}: no column 'mask' of images (found {found}); segmentation needs masks")
-                column = pq.read_table(path, columns=[name], use_threads=False).column(name)
-                self._columns[path] = column, dict(schema.metadata or {})
-        return self._columns[path]
+                self._tables[path] = ParquetSource(path, column=name), dict(schema.metadata or {})
+        return self._tables[path]
 
 
 def has_masks(source: ImageSource) -> bool:
@@ -160,12 +153,9 @@ def _leaf(source: ImageSource, index: int) -> tuple[ParquetSource | FileSource, 
     )
 
 
-def _mask_column(schema: pa.Schema) -> str | None:
-    def encoded(kind: pa.DataType) -> bool:
-        struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        return struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-    return next((name for name in MASK_COLUMNS if name in schema.names and encoded(schema.field(name).type)), None)
+def _mask_column(schema: Any) -> str | None:
+    columns = (name for name in MASK_COLUMNS if name in schema.names)
+    return next((name for name in columns if holds_images(schema.field(name).type)), None)
 
 
 def _mask_folders(source: FileSource, index: int) -> list[str]:

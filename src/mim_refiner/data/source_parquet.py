@@ -32,11 +32,18 @@ class ParquetSource(ImageSource):
 
     A file above ``whole_file_bytes`` is read by row group with the last few groups kept: in-order access is cheap,
     shuffled access reads a whole group for most images, so store such data in small row groups.
-    ``name``: how images are named, default the file's name. Raises DataError when the file is no whole parquet file, or
-    has no column of images.
+    ``name``: how images are named, default the file's name. ``column``: this one's pictures, without labels. Raises
+    DataError when the file is no whole parquet file, or has no column of images.
     """
 
-    def __init__(self, path: Path, *, name: str | None = None, whole_file_bytes: int = WHOLE_FILE_BYTES) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str | None = None,
+        column: str | None = None,
+        whole_file_bytes: int = WHOLE_FILE_BYTES,
+    ) -> None:
         self.path, self.base = path, path.parent
         self._name = printable(path.name if name is None else name)
         with reading(path, "download or write the parquet file again"):
@@ -47,15 +54,16 @@ class ParquetSource(ImageSource):
                 self._rows = int(meta.num_rows)
                 if self._rows != int(self.group_ends[-1] if len(self.group_ends) else 0) or self._rows > 8 * self.size:
                     raise pa.ArrowInvalid(f"it claims {self._rows} rows in {self.size} bytes")
-                self.column = _image_column(schema, path)
+                self.column = column or _image_column(schema, path)
                 self.mark = short_hash([meta.serialized_size, _footer(path, meta.serialized_size)])
-                self.read_labels(lambda: self._read_labels(file, schema))
+                if column is None:
+                    self.read_labels(lambda: self._read_labels(file, schema))
         more = [printable(each) for each in schema.names if each != self.column and each.lower() not in _OTHERS]
         if more:
             self.left_out = (LeftOut(len(more), "columns of the table", more[0]),)
         self.lazy = self.size > whole_file_bytes
-        column = "" if self.column == "image" else f", column {printable(self.column)}"
-        self.description = f"parquet {path} ({self._rows} images{column})"
+        which = "" if self.column == "image" else f", column {printable(self.column)}"
+        self.description = f"parquet {path} ({self._rows} images{which})"
         self._groups: OrderedDict[int, pa.Array] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -158,7 +166,7 @@ def _footer(path: Path, size: int) -> bytes:
 
 def _image_column(schema: pa.Schema, path: Path) -> str:
     """The column ``image`` or ``img``, else the only one that can hold encoded images."""
-    fit = [field.name for field in schema if _holds_images(field.type) and field.name.lower() not in _OTHERS]
+    fit = [field.name for field in schema if holds_images(field.type) and field.name.lower() not in _OTHERS]
     named = next((name for name in schema.names if name.lower() in _IMAGE_COLUMNS), None)
     if named is not None and (named in fit or pa.types.is_string(schema.field(named).type)):
         return named  # text: the paths of files beside the table
@@ -172,7 +180,8 @@ def _image_column(schema: pa.Schema, path: Path) -> str:
     raise DataError(f"{path}: no column 'image' (found {found}{several}); rename the image column")
 
 
-def _holds_images(kind: pa.DataType) -> bool:
+def holds_images(kind: pa.DataType) -> bool:
+    """Whether a column is of encoded pictures: bytes, or the Hugging Face struct."""
     binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
     return binary or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
