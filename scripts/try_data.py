@@ -7,6 +7,7 @@ picture that is not read is counted and named.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from mim_refiner.cli.app import main
 from mim_refiner.data.exclude import without_listed
@@ -181,6 +183,9 @@ CASES: dict[str, list[Trial]] = {
 }  # fmt: skip
 
 
+_read_once = functools.lru_cache(4)(pq.read_table)  # most cases are made of the same images
+
+
 def check(cases: Path, names: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     """Make every case in a temporary folder and try it; yields (case, what, fault or "")."""
     with (
@@ -284,7 +289,8 @@ def _make(script: Path, target: Path) -> None:
     sys.path.insert(0, str(script.parents[1]))
     sys.modules.pop("common", None)  # each part of the cases has its own
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        with quiet[0], quiet[1], mock.patch.object(pq, "read_table", _read_once):
             try:
                 runpy.run_path(str(script), run_name="__main__")
             except IndexError:  # five names of classes for pictures of ten

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from quick import quickly
 from safetensors.torch import load_file
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -24,11 +26,12 @@ MAE_SETTINGS = ["batch_size=8", "decoder_dim=16", "decoder_depth=1"]
 
 
 @pytest.fixture
-def evidence(monkeypatch: pytest.MonkeyPatch) -> Any:
+def evidence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import evidence
 
-    return evidence
+    with quickly():
+        yield evidence
 
 
 def images(folder: Path, count: int, seed: int) -> None:

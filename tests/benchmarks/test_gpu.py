@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from quick import HERE, quickly
 from safetensors.torch import load_file
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gpu
 
-    return gpu
+    with quickly():
+        yield gpu
 
 
 @pytest.fixture
@@ -27,6 +32,32 @@ def options(gpu: Any, tmp_path: Path) -> argparse.Namespace:
     parsed = gpu.parse(["--dry-run", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")])
     parsed.out.mkdir()
     return parsed
+
+
+@pytest.fixture
+def forked_commands(gpu: Any, forked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands that parts start are forks, one at a time."""
+    import gpu_train
+
+    def start(words: list[str], **_: object) -> Any:
+        assert words[1:3] == ["-m", "mim_refiner"]
+        return Waiting(forked(f"{HERE}import sys\nfrom mim_refiner.cli.app import main\nsys.exit(main({words[3:]!r}))"))
+
+    fake = SimpleNamespace(Popen=start, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(gpu_train, "subprocess", fake)
+
+
+class Waiting:
+    """A forked command with the one method that is called otherwise than Popen's."""
+
+    def __init__(self, started: Any) -> None:
+        self.started = started
+
+    def wait(self, seconds: float) -> int | None:
+        return self.started.returncode
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.started, name)
 
 
 def read(options: argparse.Namespace, part: str) -> dict[str, Any]:
@@ -100,19 +131,11 @@ def test_profile_tells_the_dearest_and_the_number_of_operators(gpu: Any, options
 
 
 @pytest.mark.slow
-def test_small_measures_the_command_with_its_data_in_its_own_process(gpu: Any, options: argparse.Namespace) -> None:
-    words = [
-        "--dry-run",
-        "--out",
-        str(options.out),
-        "--work",
-        str(options.work),
-        "--parts",
-        "small",
-        "--box",
-        "small=250",
-    ]
-    assert gpu.main(words) == 0
+@pytest.mark.usefixtures("forked_commands")
+def test_small_measures_the_command_with_its_data(gpu: Any, options: argparse.Namespace) -> None:
+    """As the process of the part itself is called."""
+    words = ["--dry-run", "--out", str(options.out), "--work", str(options.work), "--child", "small"]
+    assert gpu.main([*words, "--box", "small=250"]) == 0
     found = read(options, "small")
     assert found["finished"]
     assert found["steps"]["refine with data, 16"]["phase"] == "refinement"
@@ -121,6 +144,7 @@ def test_small_measures_the_command_with_its_data_in_its_own_process(gpu: Any, o
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("forked_commands")
 def test_training_goes_on_where_its_box_ended_and_its_weights_become_an_encoder(
     gpu: Any, options: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +210,17 @@ def test_a_part_that_outlives_its_box_is_ended(gpu: Any, options: argparse.Names
     words = ["--dry-run", "--out", str(options.out), "--work", str(options.work)]
     assert not gpu.run_apart("check", options, words, 0.05)
     assert "are over" in capfd.readouterr().err
+
+
+def test_whether_a_part_ended_well_is_told(
+    gpu: Any, options: argparse.Namespace, tmp_path: Path, monkeypatch: Any
+) -> None:
+    script = tmp_path / "part.py"
+    script.write_text("import sys; sys.exit(sys.argv[-4:] != ['--child', 'small', '--box', 'small=60'])")
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    words = ["--dry-run", "--out", str(options.out), "--work", str(options.work), "--parts"]
+    assert gpu.main([*words, "small"]) == 0
+    assert gpu.main([*words, "small,check"]) == 1
 
 
 def test_what_a_run_leaves_in_the_checkout_is_ignored_by_git(gpu: Any) -> None:

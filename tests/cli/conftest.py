@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from quick import HERE, quickly
 
 from mim_refiner.cli.app import main
-from mim_refiner.report import panels
 
 ARCH = "vit_w32_d3_h2_p8"
 SIDE = 16  # pixels
@@ -62,31 +61,18 @@ class Outcome:
         return json.loads(self.out)
 
 
-def blank(figure: object, name: str, title: str, alt: str) -> panels.Panel:
-    return panels.Panel(name, title, alt, "", "", "")
-
-
 def call(*arguments: object) -> Outcome:
-    """Call the command in this process, by the entry that turns errors into a line and an exit code.
-
-    Its report has no curves: half the time of a tiny run would go into them, and tests/report looks at them.
-    """
+    """Call the command in this process, by the entry that turns errors into a line and an exit code."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(panels, "finish", blank):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quickly():
         code = main([str(argument) for argument in arguments])
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
 def command(words: Sequence[object]) -> str:
-    """Python code that is the command line, without curves in its report as in :func:`call`."""
+    """Python code that is the command line, as quick as in :func:`call`."""
     words = [str(word) for word in words]
-    return f"""
-import sys
-from mim_refiner.cli.app import main
-from mim_refiner.report import panels
-panels.finish = lambda figure, name, title, alt: panels.Panel(name, title, alt, "", "", "")
-sys.exit(main({words!r}))
-"""
+    return f"{HERE}import sys\nfrom mim_refiner.cli.app import main\nsys.exit(main({words!r}))\n"
 
 
 def with_settings(settings: Sequence[str]) -> list[str]:
@@ -138,9 +124,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def cli(forked: Callable[..., Any]) -> SimpleNamespace:
     """The helpers above, under one name."""
 
-    def start(*words: object) -> Any:
+    def start(*words: object, **environment: object) -> Any:
         """Start the command as a process of its own."""
-        return forked(command(words))
+        return forked(command(words), **environment)
 
     def processes(words: Sequence[object], count: int = 2, *, code: str = "", **environment: object) -> list[Outcome]:
         """What became of the command in ``count`` processes; "{rank}" is theirs, ``code`` is run in each first."""

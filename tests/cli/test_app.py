@@ -1,4 +1,4 @@
-"""The command line as a user meets it, run as a process of its own."""
+"""The command line as a user meets it: processes of their own, forked where starting Python is not what is tested."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def forked(cli, *words: str) -> subprocess.CompletedProcess[str]:
-    """The same, without loading torch anew."""
-    started = cli.start(*words)
+    """The same, without loading everything anew."""
+    started = cli.start(*words, **PLAIN)
     out, err = started.communicate()
     return subprocess.CompletedProcess(words, started.returncode, out, err)
 
@@ -93,30 +93,34 @@ def test_version():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_each_help_shows_an_example(verb):
-    done = run(verb, "--help")
+def test_each_help_shows_an_example(verb, cli):
+    done = forked(cli, verb, "--help")
     assert done.returncode == 0, done.stderr
     assert f"mim-refiner {verb}" in done.stdout.split("Example:")[1]
 
 
-def test_mistyped_verb_names_the_nearest():
-    assert_one_error_line(run("refin"), "no verb 'refin'", "did you mean 'refine'?")
+def test_mistyped_verb_names_the_nearest(cli):
+    assert_one_error_line(forked(cli, "refin"), "no verb 'refin'", "did you mean 'refine'?")
 
 
-def test_mistyped_option_names_the_nearest():
-    assert_one_error_line(run("refine", "--dta", "x"), "no option '--dta'", "did you mean '--data'?")
+def test_mistyped_option_names_the_nearest(cli):
+    assert_one_error_line(forked(cli, "refine", "--dta", "x"), "no option '--dta'", "did you mean '--data'?")
 
 
-def test_missing_option_is_named():
-    assert_one_error_line(run("refine", "--data", "x", "--out", "y"), "missing option '--model'")
+def test_missing_option_is_named(cli):
+    assert_one_error_line(forked(cli, "refine", "--data", "x", "--out", "y"), "missing option '--model'")
 
 
-def test_unknown_device_lists_the_choices():
-    assert_one_error_line(run("demo", "--device", "gpu"), "--device 'gpu': unknown device; use auto, cpu, cuda, cuda:1")
+def test_unknown_device_lists_the_choices(cli):
+    assert_one_error_line(
+        forked(cli, "demo", "--device", "gpu"), "--device 'gpu': unknown device; use auto, cpu, cuda, cuda:1"
+    )
 
 
-def test_empty_name_in_a_comma_list():
-    assert_one_error_line(run("evaluate", "--model", "m", "--data", "d", "--protocols", "knn,,linear"), "--protocols")
+def test_empty_name_in_a_comma_list(cli):
+    assert_one_error_line(
+        forked(cli, "evaluate", "--model", "m", "--data", "d", "--protocols", "knn,,linear"), "--protocols"
+    )
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from quick import quickly
 
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.demo import demo
@@ -17,7 +18,8 @@ from mim_refiner.commands.demo import demo
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("demo") / "out"
-    demo(out=str(out), smoke=True)
+    with quickly():
+        demo(out=str(out), smoke=True)
     return out
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from quick import quickly
 
 sys.path.insert(0, str(Path(__file__).parent))
 from snippets import ARCHITECTURE, DOCS, blocks, commands, own_words, parse, shrunk
@@ -79,7 +80,7 @@ def quick_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(words: list[str]) -> None:
     """Run a command of ours in this process, made small."""
     output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), quickly():
         code = main(shrunk(words))
     assert code == 0, f"mim-refiner {' '.join(words)}\n{output.getvalue()[-2000:]}"
 
@@ -114,7 +115,7 @@ def test_snippets_run(page: Path, quick_start: Path, tmp_path: Path):
                     assert own is not None, f"{block.where}: a block that runs has our commands only: {words}"
                     run(own)
             elif block.language == "python":
-                with contextlib.redirect_stdout(io.StringIO()):
+                with contextlib.redirect_stdout(io.StringIO()), quickly():
                     exec(compile(block.body, block.where, "exec"), names)
 
 

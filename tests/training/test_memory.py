@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,12 +82,10 @@ def test_the_trace_leaves_the_model_as_it_is() -> None:
     ],
 )
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of resident memory from Linux")
-def test_expected_peaks_are_within_15_percent_of_measured_ones(shape: str) -> None:
-    script = Path(__file__).with_name("peak_memory.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script, *shape.split()], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+def test_expected_peaks_are_within_15_percent_of_measured_ones(shape: str, forked_file: Callable[..., Any]) -> None:
+    ((code, said, errors),) = forked_file(Path(__file__).with_name("peak_memory.py"), shape.split())
+    assert code == 0, errors
+    result = json.loads(said)
     assert result["expected"] == pytest.approx(result["measured"], rel=0.15), result
 
 
