@@ -184,13 +184,20 @@ def test_images_that_vanish_stop_the_run_with_a_checkpoint(mae, cli, tmp_path, m
     assert "resuming after step 5" in resumed.err
 
 
+TOGETHER = ("checkpoint_every=2", "keep_checkpoints=99", "log_every=1", "batch_size=16", "refinement.top_k=4")
+
+
+@pytest.fixture(scope="module")
+def single(mae, shapes, cli, finish, tmp_path_factory):
+    """What several processes do, done by one."""
+    return finish(cli.refine(shapes, mae.export, tmp_path_factory.mktemp("runs") / "single", *TOGETHER))
+
+
 @pytest.mark.slow
-def test_two_processes_refine_as_one_and_one_goes_on_for_two(mae, shapes, cli, finish, tmp_path):
+def test_two_processes_refine_as_one_and_one_goes_on_for_two(mae, shapes, cli, single, tmp_path):
     """The same losses and weights up to rounding; then a run of two processes is resumed by one, and the reverse."""
-    settings = ("checkpoint_every=2", "keep_checkpoints=99", "log_every=1", "batch_size=16", "refinement.top_k=4")
-    single = finish(cli.refine(shapes, mae.export, tmp_path / "one", *settings))
     out = tmp_path / "two"
-    words = [*cli.refine(shapes, mae.export, out, *settings, "micro_batch=3"), "--json"]
+    words = [*cli.refine(shapes, mae.export, out, *TOGETHER, "micro_batch=3"), "--json"]
     first, second = cli.processes(words)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert first.json.keys() >= {"before", "after", "verdict", "recommendation", "seconds"}
@@ -204,25 +211,23 @@ def test_two_processes_refine_as_one_and_one_goes_on_for_two(mae, shapes, cli, f
     compare_runs(single.path, elastic, mae.export)
 
     wider = cut_back(single.path, tmp_path / "wider")
-    first, second = cli.processes(cli.refine(shapes, mae.export, wider, *settings))
+    first, second = cli.processes(cli.refine(shapes, mae.export, wider, *TOGETHER))
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert "resuming after step 3" in first.err
     compare_runs(single.path, wider, mae.export)
 
 
 @pytest.mark.slow
-def test_sharded_weights_refine_as_whole_ones_and_their_checkpoints_are_whole(mae, shapes, cli, finish, tmp_path):
+def test_sharded_weights_refine_as_whole_ones_and_their_checkpoints_are_whole(mae, shapes, cli, single, tmp_path):
     """FSDP2: two processes that share the weights; another two that do not share them go on from the middle."""
-    settings = ("checkpoint_every=2", "keep_checkpoints=99", "log_every=1", "batch_size=16", "refinement.top_k=4")
-    single = finish(cli.refine(shapes, mae.export, tmp_path / "one", *settings))
-    words = cli.refine(shapes, mae.export, tmp_path / "shared", *settings, "shard=true", "guard.every=2")
+    words = cli.refine(shapes, mae.export, tmp_path / "shared", *TOGETHER, "shard=true", "guard.every=2")
     for outcome in cli.processes(words):
         assert outcome.code == 0, outcome.err
     compare_runs(single.path, tmp_path / "shared", mae.export)
     assert json.loads((tmp_path / "shared" / "guard.json").read_text())["history"]
 
     whole = cut_back(tmp_path / "shared", tmp_path / "whole")
-    words = cli.refine(shapes, mae.export, whole, *settings, "guard.every=2")
+    words = cli.refine(shapes, mae.export, whole, *TOGETHER, "guard.every=2")
     first, second = cli.processes(words)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert "resuming after step 3" in first.err

@@ -76,9 +76,9 @@ def test_the_trace_leaves_the_model_as_it_is() -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        "vit_w192_d12_h3_p4 32 16 16 0 fp32",
-        "vit_w192_d12_h3_p4 32 16 16 4 fp32",
-        "vit_w192_d12_h3_p4 32 16 16 4 fp32 --kept 5",
+        "vit_w192_d6_h3_p4 32 16 16 0 fp32",
+        "vit_w192_d6_h3_p4 32 16 16 4 fp32",
+        "vit_w192_d6_h3_p4 32 16 16 4 fp32 --kept 5",
     ],
 )
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of resident memory from Linux")
