@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -71,17 +71,33 @@ BatchSize = Annotated[int, Field(ge=2, le=10**9)]  # that BatchNorm or mixup can
 NonNegative = Annotated[float, Field(ge=0, le=1e9)]
 Rates = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_ascending), Listed]
 Files = Annotated[tuple[Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)], ...], Listed]
+_SET = "--set "
 S = TypeVar("S", bound="Settings")
 V = TypeVar("V")
 OneOrEach: TypeAlias = V | list[V]
 
 
+class Idle(NamedTuple):
+    """``keys`` (or groups of them) that say nothing where ``rests`` is true of the value of the setting ``switch``."""
+
+    switch: str
+    rests: Callable[[Any], bool]
+    keys: tuple[str, ...]
+    remedy: str  # what to set the switch to
+    beside: bool = False  # also where --set has both: they contradict each other (a file may list all settings)
+
+    def of(self, key: str) -> bool:
+        return key != self.switch and any(f"{key}.".startswith(f"{idle}.") for idle in self.keys)
+
+
 class Settings(BaseModel):
-    """Base of all settings; ``noun`` is what messages call them, ``listed`` where all keys stand."""
+    """Base of all settings; ``noun`` is what messages call them, ``listed`` where all keys stand, ``idle`` which say
+    nothing when."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
     noun: ClassVar[str] = "recipe"
     listed: ClassVar[str] = "recipe.yaml"
+    idle: ClassVar[tuple[Idle, ...]] = ()
 
     @field_validator("*", mode="before")
     @classmethod
@@ -121,11 +137,12 @@ def read_setting(setting: str) -> tuple[str, Any]:
     return key.strip(), value
 
 
-def changed(base: S, changes: Iterable[tuple[str, Any]], where: str = "--set ", *, tree: Any = None) -> S:
+def changed(base: S, changes: Iterable[tuple[str, Any]], where: str = _SET, *, tree: Any = None) -> S:
     """``base`` (or ``tree``, its values with others laid over) with other values for some dotted keys.
 
-    Raises RecipeError naming key, value and remedy; ``where`` stands before an unknown key.
+    Raises RecipeError naming key, value and remedy, for a setting without effect too; ``where`` stands before the key.
     """
+    changes = list(changes)
     tree, keys = base.model_dump() if tree is None else tree, known_keys(base)
     for key, value in changes:
         if key not in keys:
@@ -138,10 +155,25 @@ def changed(base: S, changes: Iterable[tuple[str, Any]], where: str = "--set ", 
             place = place[parent]
         place[leaf] = _as_number(value) if isinstance(value, str) else value  # YAML 1.1 reads 4e-4 as text
     try:
-        return type(base).model_validate(tree)
+        made = type(base).model_validate(tree)
+        _refuse_idle(made, [key for key, _ in changes], where)
+        return made
     except ValidationError as error:
         problems = dict.fromkeys(_problem(type(base), tree, each) for each in _innermost(error.errors()))
         raise RecipeError(f"{base.noun}: {'; '.join([*problems][:5])}; correct by --set or in the file") from None
+
+
+def _refuse_idle(made: Settings, given: Sequence[str], where: str) -> None:
+    """Refuse keys that were given to no effect; who turns something off beside them knows that they rest."""
+    values = dotted(made.model_dump())
+    for rule in made.idle:
+        value, known = values[rule.switch], rule.switch in given and not (rule.beside and where == _SET)
+        for key in filter(rule.of, given if rule.rests(value) and not known else ()):
+            shown = [*value] if isinstance(value, tuple) else str(value).lower()
+            raise RecipeError(
+                f"{where}{key} has no effect with {rule.switch}={shown}; set {rule.switch}{rule.remedy}, or leave "
+                f"{key} out"
+            )
 
 
 def _innermost(errors: Sequence[Any]) -> list[Any]:

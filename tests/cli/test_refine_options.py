@@ -140,7 +140,8 @@ def test_images_on_the_device_refine_as_others_do(mae, unlabelled, cli, tmp_path
 
 def test_anchor_adapter_guidance_and_temperatures_in_one_run(cli, mae, shapes, tmp_path):
     out = tmp_path / "run"
-    chosen = ("anchor.weight=10", "adapter=lora", "lora.rank=2", "guidance=restrict", "sweep.temperatures=[0.1,0.5]")
+    chosen = ("anchor.weight=10", "adapter=lora", "lora.rank=2", "guidance=restrict",
+              "sweep.temperatures=[0.1,0.5]", "sweep.poolings=[mean,cls]")  # fmt: skip
     arguments = [*cli.refine(shapes, mae.export, out), *(word for each in chosen for word in ("--set", each))]
     outcome = cli.call(*arguments)
     assert outcome.code == 0, outcome.err
@@ -148,10 +149,14 @@ def test_anchor_adapter_guidance_and_temperatures_in_one_run(cli, mae, shapes, t
     assert summary["dense"]["measure"] == "patch_agreement"
     assert summary["verdict"]["dense"] == summary["dense"]["reason"]
     assert summary["dense"]["reason"] in (out / "report.html").read_text()
-    sweep = summary["temperature_sweep"]
-    assert json.loads((out / "temperature_sweep.json").read_text()) == sweep
-    assert yaml.safe_load((out / "recipe.yaml").read_text())["heads"]["temperature"] == sweep["temperature"]
+    sweep = summary["head_sweep"]
+    assert json.loads((out / "head_sweep.json").read_text()) == sweep
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["heads"]["temperature"] == sweep["chosen"]["temperature"]
+    assert len(sweep["values"]) == 4
     assert sweep["reason"] in outcome.err
+    for line in (f"patch features: {summary['dense']['reason']}", f"head sweep: {sweep['reason']}"):
+        assert line in outcome.out.splitlines()
+    assert not [line for line in outcome.out.splitlines() if line.startswith(("dense:", "dense.", "head sweep."))]
     assert "adapter: LoRA of rank 2" in outcome.err
     merged = load_backbone(str(out / "export")).model.state_dict()
     for name, tensor in load_backbone(str(out / "adapter")).model.state_dict().items():

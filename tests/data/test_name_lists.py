@@ -138,3 +138,28 @@ def test_a_list_that_is_not_there(image_folder: Callable[..., Path], tmp_path: P
 def test_images_without_labels_need_no_classes(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     source = open_source(image_folder(["x.png", "y.png"]))
     assert match_names(source, written(tmp_path, "y.png")).rows.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["b/2.png 0", "a/1 3.png 1"],
+        ["b/2.png,0", "a/1 3.png,1"],
+        ["b/2.png ; 0", "a/1 3.png ; 1"],
+        ["b/2.png\t0", "a/1 3.png\t1"],
+        ["1,b/2.png", "2,a/1 3.png"],
+        ["1 b/2.png", "1 a/1_3"],  # the label 1 is no name, though an image is called so
+        ["path,label", "b/2.png,0", "a/1 3.png,1"],
+        ['"b/2.png",0', '"a/1 3.png",1'],
+        ["b/2.png", "a/1 3.png"],
+    ],
+)
+def test_a_label_may_stand_beside_the_name(image_folder: Callable[..., Path], tmp_path: Path, lines: list[str]) -> None:
+    source = open_source(image_folder(["a/1 3.png", "a/1_3.png", "b/2.png", "b/1.png"]))
+    found = match_names(source, written(tmp_path, *lines))
+    assert found.missing == 0
+    assert found.listed == 2
+    names = source.file_names()
+    assert {names[row] for row in found.rows} == {"b/2.png", "a/1_3.png" if "1_3" in lines[1] else "a/1 3.png"}
+    with pytest.raises(DataError, match=r"1 not found \(first: b/2\.png two words\): no image of 1 of the 2 classes"):
+        match_names(source, written(tmp_path, "b/2.png two words", "a/1_3.png"))

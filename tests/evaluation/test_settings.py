@@ -5,6 +5,7 @@ import pytest
 from mim_refiner.errors import RecipeError
 from mim_refiner.evaluation.linear_probe import LEARNING_RATES
 from mim_refiner.evaluation.settings import EvaluationSettings
+from mim_refiner.evaluation.suite import PROTOCOLS
 
 
 def test_defaults_are_those_of_the_method():
@@ -115,3 +116,45 @@ def test_a_list_of_one_wrong_item_is_not_called_too_short():
         with pytest.raises(RecipeError) as caught:
             EvaluationSettings.from_overrides([item])
         assert "or more values" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("off", "idle", "words"),
+    [
+        (["finetune.split_files=a.txt"], "finetune.shares=0.1", r"finetune\.shares has no effect with .*\['a.txt'\]"),
+        (["low_shot.split_files=a.txt"], "low_shot.shots=1", r"low_shot\.shots has no effect"),
+        (["low_shot.split_files=a.txt"], "low_shot.splits=5", r"low_shot\.splits has no effect"),
+        ([], "linear.crop_scale=[0.2, 1]", r"linear\.crop_scale has no effect with linear\.augment=false"),
+        (["attentive.poolers=single"], "attentive.queries=8", r"attentive\.queries has no effect with .*\['single'\]"),
+    ],
+)
+def test_settings_without_effect_are_refused(off, idle, words):
+    with pytest.raises(RecipeError, match=words):
+        EvaluationSettings.from_overrides([idle], EvaluationSettings.from_overrides(off))
+    if off:  # said in the same breath
+        EvaluationSettings.from_overrides([*off, idle])
+
+
+def test_a_setting_that_no_protocol_reads_is_named():
+    used = {
+        "knn": {"knn_k", "knn_temperature", "knn_last"},
+        "linear": {"linear.epochs"},
+        "attentive": {"attentive.epochs"},
+        "clustering": {"cluster_seeds", "cluster_bootstrap"},
+        "rank": set(),
+        "low_shot": {"low_shot.max_iter"},
+        "finetune": {"finetune.epochs"},
+        "long_tail": {"long_tail.many", "knn_k", "knn_temperature", "linear.epochs", "finetune.epochs"},
+        "robustness": {"robustness.images", "knn_k", "knn_temperature", "linear.epochs"},
+        "segmentation": {"segmentation.epochs"},
+    }
+    assert set(used) == set(PROTOCOLS)
+    everywhere = {"batch_size", "precision", "image_size", "test_share"}
+    for key in set().union(everywhere, *used.values()):
+        settings = EvaluationSettings()
+        settings._given = (key, "precision")
+        for protocol, reads in used.items():
+            assert settings.unread([protocol], test=False) == ([] if key in reads | everywhere else [key])
+    settings._given = ("test_share", "knn_k")
+    assert settings.unread(["rank", "linear"], test=True) == ["test_share", "knn_k"]
+    assert EvaluationSettings().unread(["rank"], test=True) == []

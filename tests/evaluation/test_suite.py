@@ -14,6 +14,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError, InputError, RunFolderError
+from mim_refiner.evaluation.attentive import AttentiveSettings
 from mim_refiner.evaluation.features import extract_features
 from mim_refiner.evaluation.finetune import FinetuneSettings
 from mim_refiner.evaluation.knn import knn_protocol
@@ -23,6 +24,7 @@ from mim_refiner.evaluation.results import CONTRACT_FIELDS, paired_change
 from mim_refiner.evaluation.robustness import RobustnessSettings
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.suite import evaluate_backbone, suite_protocols, suite_settings, summary_metrics
+from mim_refiner.models.backbone import Backbone
 
 QUICK = EvaluationSettings(knn_k=5, linear=LinearProbeSettings(epochs=3, batch_size=16), cluster_seeds=2)
 ALL = ("knn", "linear", "clustering", "rank")
@@ -250,3 +252,22 @@ def test_suites(make_images):
         suite_protocols("quik", labelled)
     assert suite_settings("paper").linear.augment
     assert suite_settings("quick").cluster_seeds == 10
+
+
+@pytest.mark.parametrize(("protocols", "passes"), [(("attentive",), 0), (("attentive", "rank"), 1)])
+def test_protocols_that_read_images_alone_cost_no_features(make_backbone, make_images, monkeypatch, protocols, passes):
+    """The images are still tried: unreadable ones are left out, and labels known, before anything is trained."""
+    train, test = make_images(20), make_images(10, seed=1)
+    train.add_unreadable([(3, "three", "torn")])
+    forward, looked = Backbone.forward_blocks, []
+
+    def counted(backbone, images, blocks=None, **options):
+        looked.append((len(images), options))
+        return forward(backbone, images, blocks, **options)
+
+    monkeypatch.setattr(Backbone, "forward_blocks", counted)
+    quick = AttentiveSettings(poolers=("single",), learning_rates=(0.01,), epochs=1, mixture=0, held_out=0, maps=0)
+    settings = EvaluationSettings(attentive=quick)
+    found = evaluate_backbone(make_backbone(), train, test, protocols=protocols, settings=settings)
+    assert len(found["attentive_top1_best-block02-single"].correct) == 10
+    assert [count for count, _ in looked] == [19, 10] * (passes + 1)

@@ -19,7 +19,7 @@ from mim_refiner.data.sources import open_source
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.training import refine
 from mim_refiner.training.loop import step_generator
-from mim_refiner.training.recipe import GuardSettings, Heads, Phase, RefineRecipe, Views
+from mim_refiner.training.recipe import EncoderPhase, GuardSettings, HeadPhase, Heads, RefineRecipe, Views
 from mim_refiner.training.state import RunFolder
 
 TINY = RefineRecipe(
@@ -27,8 +27,8 @@ TINY = RefineRecipe(
     batch_size=16,
     views=Views(global_size=16, local_size=8, num_local=2),
     heads=Heads(blocks=[1, 2], pooling="cls", projector_hidden=32, predictor_hidden=32, out_dim=16, queue_size=64),
-    warmup=Phase(epochs=2, base_lr=2e-3, warmup_epochs=1),
-    refinement=Phase(epochs=3, base_lr=2e-3, warmup_epochs=1, top_k=4, layer_decay=0.8),
+    warmup=HeadPhase(epochs=2, base_lr=2e-3, warmup_epochs=1),
+    refinement=EncoderPhase(epochs=3, base_lr=2e-3, warmup_epochs=1, top_k=4, layer_decay=0.8),
     ema_decay=0.9,
     log_every=1,
     guard=GuardSettings(enabled=False),

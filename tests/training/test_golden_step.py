@@ -18,7 +18,7 @@ from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadConfig, Objective
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.loop import learning_rate
-from mim_refiner.training.recipe import Heads, Phase, RefineRecipe
+from mim_refiner.training.recipe import EncoderPhase, HeadPhase, Heads, RefineRecipe
 from mim_refiner.training.refine import Refinement, begin_refinement, begin_warmup, forward_backward
 
 HEAD_OF_BLOCK = {3: "cls3", 4: "cls4", 5: "main"}
@@ -66,8 +66,8 @@ def golden_recipe(top_k: int) -> RefineRecipe:
         name="golden",
         batch_size=BATCH,
         heads=Heads(blocks=[3, 4, 5], temperature=0.2, view_pairing="reference"),
-        refinement=Phase(epochs=5, base_lr=4e-2, warmup_epochs=2, end_lr=1e-6, top_k=top_k, layer_decay=0.65),
-        warmup=Phase(epochs=5, base_lr=4e-2, warmup_epochs=2, end_lr=1e-6, top_k=top_k),
+        refinement=EncoderPhase(epochs=5, base_lr=4e-2, warmup_epochs=2, end_lr=1e-6, top_k=top_k, layer_decay=0.65),
+        warmup=HeadPhase(epochs=5, base_lr=4e-2, warmup_epochs=2, end_lr=1e-6, top_k=top_k),
     )
 
 

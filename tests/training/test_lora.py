@@ -154,6 +154,12 @@ def test_the_adapter_goes_out_in_pefts_layout_and_comes_back_on_its_base_alone(t
 def test_what_cannot_be_adapted_is_said() -> None:
     with pytest.raises(InputError, match=r"no block has a linear layer 'query'; choose among qkv, proj, fc1"):
         add_lora(encoder(), ["query"], 2, 2.0)
+    for rank, target, most in ((33, "qkv", 32), (4096, "fc1", 32)):
+        with pytest.raises(
+            InputError, match=rf"lora\.rank {rank}: .* '{target}' is {most}, .* set lora\.rank to {most} at"
+        ):
+            add_lora(encoder(), [target], rank, 1.0)
+    add_lora(encoder(), ["qkv"], 32, 1.0)
     with pytest.raises(InputError, match=r"no block from 3 on has a linear layer 'qkv'; freeze fewer blocks"):
         add_lora(encoder(), ["qkv"], 2, 2.0, first_block=3)
     twice = encoder()

@@ -210,18 +210,18 @@ def test_what_follows_the_gradients_waits_for_a_log_line_alone(monkeypatch: pyte
         assert seen.fetched == 1  # all at once
 
 
-def test_the_temperature_sweep_waits_once_and_mixes_no_devices(
+def test_the_sweep_waits_once_and_mixes_no_devices(
     tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = tiny_run(drop_path=0.0)
     several = [RefinerHead(32, HeadConfig(32, 32, 16, 64), top_k=3) for _ in range(3)]
-    one = Refiner(made.refiner.backbone, [2], HeadConfig(32, 32, 16, 64), pooling="cls")
+    one = Refiner(made.refiner.backbone, [2], HeadConfig(32, 32, 16, 64), pooling="cls+mean")
     one.freeze_encoder()
     with pretend_gpu(monkeypatch), Seen() as seen:
         one, several = on_gpu(one), [on_gpu(head) for head in several]
         labels = torch.zeros(64, dtype=torch.long, device=CUDA)
         seen.sent = seen.fetched = 0
-        shares = sweep._trained(made.recipe, one, several, made.loader, Run(CUDA), labels)
+        shares = sweep._trained(made.recipe, one, several, [0, 1, 1], made.loader, Run(CUDA), labels)
     assert shares.shape == (3,)
     views, steps = 4, 8
     assert seen.sent == steps * (views + 1 + 1 + 1)  # views, what they drew, ids, what the heads drew

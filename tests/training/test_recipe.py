@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -107,7 +108,6 @@ def test_what_the_recipe_says_of_each_head_follows_its_block() -> None:
         (["heads.blocks=[1, 2]", "heads.temperature=[0.1]"], r"heads\.temperature has 1 values for 2 heads"),
         (["heads.blocks=[2, 2]", "heads.pooling=[cls, mean]"], r"heads\.pooling has 2 values for 1 heads"),
         (["heads.pooling=[]"], r"heads\.pooling has 0 values for 1 heads"),
-        (["heads.temperature=[0.2]", "sweep.temperatures=[0.1, 0.3]"], r"sweep\.temperatures chooses one"),
     ],
 )
 def test_one_value_for_each_head_or_one_for_all(settings: list[str], message: str) -> None:
@@ -115,9 +115,102 @@ def test_one_value_for_each_head_or_one_for_all(settings: list[str], message: st
         resolved(*settings)
 
 
-def test_a_temperature_is_swept_once() -> None:
-    with pytest.raises(RecipeError, match=r"sweep\.temperatures: .*must be different ones"):
-        resolved("sweep.temperatures=[0.1, 0.3, 0.1]")
+@pytest.mark.parametrize(("name", "values"), [("temperature", [0.1, 0.3]), ("pooling", ["cls", "mean"])])
+def test_a_recipe_of_each_head_is_not_swept(name: str, values: list[Any]) -> None:
+    """A recipe that has one for each head, and a sweep laid over it."""
+    recipe = override(refine_recipe("tiny", image_size=32), ["heads.blocks=[1, 2]", f"heads.{name}={values}"])
+    recipe = override(recipe, [f"sweep.{name}s={values}"])
+    with pytest.raises(InputError, match=rf"sweep\.{name}s chooses one {name} for all heads"):
+        resolve(recipe, Backbone.wrap(create_vit("vit_w32_d4_h2_p8", image_size=16)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("sweep.temperatures=[0.1, 0.3, 0.1]", r"sweep\.temperatures: .*must be different ones"),
+        ("sweep.temperatures=[0.1]", r"sweep\.temperatures: .*one is no choice; set heads\.temperature=0\.1 instead"),
+        ("sweep.poolings=[mean]", r"sweep\.poolings: .*one is no choice; set heads\.pooling=mean instead"),
+        ("sweep.poolings=[cls, cls]", r"sweep\.poolings: .*must be different ones"),
+        ("sweep.poolings=[cls, max]", r"sweep\.poolings"),
+        ("refinement.layer_decay=1.5", r"refinement\.layer_decay"),
+        ("warmup.layer_decay=0.5", r"unknown recipe key 'warmup\.layer_decay'; did you mean 'refinement\.layer_decay'"),
+    ],
+)
+def test_what_is_no_choice_is_refused(setting: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        resolved(setting)
+
+
+OFF = {  # (what turns it off), what has no effect then
+    (): ["lora.rank=4", "lora.alpha=2", "lora.targets=[fc1]", "anchor.share=0.5", "anchor.blocks=heads",
+         "guidance_share=0.5", "views.blur_sigma=[1, 2]"],
+    ("guard.enabled=false",): ["guard.every=5", "guard.min_rank=0.5", "guard.max_knn_drop=0.1"],
+    ("heads.swap_positive=false",): ["warmup.top_k=2", "refinement.top_k=2", "heads.swap_negatives=true"],
+    ("knn_every=0",): ["guard.max_knn_drop=0.1"],
+    ("refinement.layer_decay=1",): ["freeze_below=0.1"],
+    ("views.jitter_prob=0",): ["views.jitter=[0, 0, 0, 0]", "views.jitter_strength=0.5"],
+    ("views.num_local=0",): ["views.local_size=8", "views.local_scale=[0.1, 0.2]"],
+    ("workers=0",): ["loader_timeout=5"],
+}  # fmt: skip
+OFF[("sweep.temperatures=[0.1, 0.3]",)] = ["heads.temperature=0.1", "heads.temperature=[0.2]"]
+OFF[("sweep.poolings=[cls, mean]",)] = ["heads.pooling=mean"]
+IDLE = [(list(off), idle) for off, settings in OFF.items() for idle in settings]
+ON = {"lora": "adapter=lora", "anchor": "anchor.weight=1", "guidance_share": "guidance=prefer",
+      "views.blur_sigma": "views.blur_prob=[1, 0, 0]"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("off", "idle"), IDLE)
+def test_a_setting_without_effect_is_refused(off: list[str], idle: str) -> None:
+    tiny, key = refine_recipe("tiny", image_size=32), idle.partition("=")[0]
+    message = rf"{re.escape(key)} has no effect with .*=.*; set .*, or leave {re.escape(key)} out"
+    with pytest.raises(RecipeError, match=f"--set {message}"):
+        override(override(tiny, off), [idle])
+    tree: dict[str, Any] = {}
+    *groups, leaf = key.split(".")
+    place = tree
+    for group in groups:
+        place = place.setdefault(group, {})
+    place[leaf] = yaml.safe_load(idle.partition("=")[2])
+    with pytest.raises(RecipeError, match=f"file: {message}"):
+        from_tree(override(tiny, off), tree, "file")
+    if off and "sweep" not in off[0]:  # said in the same breath
+        override(tiny, [*off, idle])
+    remedy = [on for part, on in ON.items() if key.startswith(part)] if not off else []
+    assert override(tiny, [*remedy, idle]) != tiny
+
+
+def test_a_temperature_beside_a_sweep_of_them_is_refused() -> None:
+    for settings in (["heads.temperature=[0.2]", "sweep.temperatures=[0.1, 0.3]"],
+                     ["sweep.poolings=[cls, mean]", "heads.pooling=cls"]):  # fmt: skip
+        with pytest.raises(
+            RecipeError, match=r"heads\.\w+ has no effect with sweep\.\w+=.*; set sweep\.\w+=\[\], or leave"
+        ):
+            resolved(*settings)
+
+
+def test_every_setting_that_rests_is_in_the_table() -> None:
+    tried = {idle.partition("=")[0] for _, idle in IDLE}
+    keys = known_keys(refine_recipe("tiny", image_size=32))
+    for rule in RefineRecipe.idle:
+        assert rule.switch in keys
+        for name in rule.keys:
+            assert {key for key in tried if rule.of(key) and f"{key}.".startswith(f"{name}.")}
+            assert any(rule.of(key) for key in keys if f"{key}.".startswith(f"{name}."))
+
+
+def test_a_recipe_that_lists_all_settings_is_taken_as_it_is(tmp_path: Path) -> None:
+    """As `mim-refiner recipes NAME` prints it, and as a run folder has it."""
+    for name in ("tiny", "demo", "mae_l16"):
+        recipe = refine_recipe(name, image_size=0)
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+        assert refine_recipe(str(file), image_size=0) == recipe
+    run = override(refine_recipe("tiny", image_size=0), ["views.num_local=0"])
+    run = resolve(run, Backbone.wrap(create_vit("vit_w32_d4_h2_p8", image_size=32)))
+    file.write_text(yaml.safe_dump({"command": "refine", **run.model_dump(mode="json")}))
+    assert refine_recipe(str(file), image_size=0) == run
+    with pytest.raises(RecipeError, match=r"views\.local_size has no effect"):
+        override(run, ["views.local_size=8"])
 
 
 UNIONS = {

@@ -1,4 +1,4 @@
-"""The temperature sweep: each head as if it learnt alone, and what is chosen."""
+"""The sweep: each head as if it learnt alone, and what is chosen."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import torch
 from mim_refiner.commands.measured_settings import SWEEP, sweep_in_recipe
 from mim_refiner.core.run import Run
 from mim_refiner.data.loaders import TrainLoader
+from mim_refiner.data.photometric import augment
+from mim_refiner.errors import InputError
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone, create_vit
-from mim_refiner.models.heads import draw_choices
+from mim_refiner.models.heads import RefinerHead, draw_choices
 from mim_refiner.training import sweep
+from mim_refiner.training.loop import step_generator
 from mim_refiner.training.recipe import SweepSettings, override
-from mim_refiner.training.refine import view_specs
-from mim_refiner.training.sweep import _shares, sweep_temperatures
+from mim_refiner.training.refine import photometrics_of, resolve, view_specs
+from mim_refiner.training.sweep import _shares, choices_of, sweep_heads
 
 
 @pytest.fixture
@@ -29,25 +32,60 @@ def given(tiny_run):
     return made.recipe, backbone, made.loader
 
 
-def swept(given, *temperatures, labels=True):
+def swept(given, *temperatures, poolings=(), labels=True):
     recipe, backbone, loader = given
-    recipe = recipe.model_copy(update={"sweep": SweepSettings(temperatures=list(temperatures))})
+    several = SweepSettings.model_construct(temperatures=list(temperatures), poolings=list(poolings))  # or one
+    recipe = recipe.model_copy(update={"sweep": several})
     if not labels:
         loader = copy.copy(loader)
         loader.images = copy.copy(loader.images)
         loader.images.labels = None
-    return sweep_temperatures(recipe, backbone, loader, Run())
+    return sweep_heads(recipe, backbone, loader, Run())
+
+
+def loader_views(recipe, backbone, loader):
+    """The views of the sweep's first step."""
+    batch = next(iter(loader.epoch(0)))
+    generator = step_generator(0, sweep.SWEEP, 0)
+    return augment(batch.views, photometrics_of(recipe, backbone.info), generator, torch.device("cpu"))
 
 
 def test_a_head_learns_beside_others_as_it_does_alone(given):
-    together = swept(given, 0.1, 0.3, 1.0)
-    assert list(together["values"]) == ["0.1", "0.3", "1.0"]
-    for temperature in (0.1, 0.3, 1.0):
-        assert swept(given, temperature)["values"][str(temperature)] == together["values"][str(temperature)]
+    together = swept(given, 0.1, 1.0, poolings=("mean", "cls"))
+    assert list(together["values"]) == [
+        "temperature 0.1, pooling mean", "temperature 0.1, pooling cls",
+        "temperature 1.0, pooling mean", "temperature 1.0, pooling cls",
+    ]  # fmt: skip
+    for pooling in ("cls", "mean"):
+        for temperature in (0.1, 1.0):
+            alone = swept(given, temperature, poolings=(pooling,))["values"]
+            [(name, share)] = alone.items()
+            assert together["values"][name] == pytest.approx(share, abs=1e-6)
+    assert len(set(together["values"].values())) > 1  # they are not all one head
     best = max(together["values"], key=together["values"].get)
-    assert together["temperature"] == float(best)
+    assert best == "temperature {temperature}, pooling {pooling}".format(**together["chosen"])
     assert together["measure"] == "neighbour accuracy"
-    assert together["reason"].startswith(f"temperature {best}: nearest neighbours of the same class in ")
+    assert together["reason"].startswith(f"{best}: nearest neighbours of the same class in ")
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_swept_head_reads_what_the_head_of_a_run_reads(given, monkeypatch, block):
+    """A block in the middle raw, the last one after the norm, and of the mean no prefix token."""
+    recipe, backbone, loader = given
+    seen = []
+    monkeypatch.setattr(RefinerHead, "forward", lambda head, features, *_, **__: seen.append(features) or 1 / 0)
+    recipe.heads.blocks = [block]
+    for poolings in (("cls", "mean"), ("cls",), ("mean",)):
+        with pytest.raises(ZeroDivisionError):
+            swept((recipe, backbone, loader), 0.1, poolings=poolings)
+    monkeypatch.undo()
+    both, cls, mean = seen
+    views = loader_views(recipe, backbone, loader)
+    with torch.no_grad():
+        for found, pooling in ((cls, "cls"), (mean, "mean")):
+            [output] = backbone.forward_blocks(views[0], [block], norm=block == 2)
+            torch.testing.assert_close(found[0], output.pooled(pooling))
+    torch.testing.assert_close(both, cls)
 
 
 def test_without_labels_the_two_views_have_to_agree(given):
@@ -70,8 +108,8 @@ def test_an_epoch_of_one_step_is_measured_on_queues_that_hold_images(given, monk
     assert one.steps_per_epoch == 1
     recipe = recipe.model_copy(update={"batch_size": 48})
     found = swept((recipe, backbone, one), 0.1, 0.5)
-    assert found["temperature"] in (0.1, 0.5)
-    assert list(found["values"]) == ["0.1", "0.5"]
+    assert found["chosen"]["temperature"] in (0.1, 0.5)
+    assert list(found["values"]) == ["temperature 0.1", "temperature 0.5"]
     assert len(seen) == sweep.STEPS // 2
     assert all((ids >= 0).float().mean() > 0.9 for ids in seen)  # not what the queue began with
 
@@ -88,19 +126,36 @@ def test_heads_draw_among_as_many_neighbours_as_in_the_warm_up(given, monkeypatc
 
     monkeypatch.setattr(sweep, "draw_choices", draw)
     together = swept(given, 0.1, 0.5)["values"]
-    assert swept(given, 0.5)["values"]["0.5"] == together["0.5"]
+    assert swept(given, 0.5)["values"]["temperature 0.5"] == together["temperature 0.5"]
     assert {int(value) for [choice] in drawn for value in choice} == {0, 1, 2}
 
 
-def test_the_run_takes_the_best_one_and_keeps_it(given, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        (["sweep.temperatures=[0.1, 0.5]"], {"temperature"}),
+        (["sweep.poolings=[cls, mean]"], {"pooling"}),
+        (["sweep.poolings=[cls, mean]", "heads.temperature=[0.1, 0.3]", "heads.blocks=[1, 2]"], {"pooling"}),
+    ],
+)
+def test_the_run_takes_the_best_one_and_keeps_it(given, tmp_path, settings, names):
     recipe, backbone, loader = given
     assert sweep_in_recipe(recipe, backbone, loader.images, Run(), None) is None
-    recipe = override(recipe, ["sweep.temperatures=[0.1, 0.5]", "workers=0"])
+    recipe = override(recipe, [*settings, "workers=0"])
     record = sweep_in_recipe(recipe, backbone, loader.images, Run(), None)
-    assert recipe.heads.temperature == record["temperature"]
-    other = 0.6 - record["temperature"]
-    write_json(tmp_path / f"{SWEEP}.json", record | {"temperature": other})
-    assert sweep_in_recipe(recipe, backbone, loader.images, Run(), tmp_path)["temperature"] == other
-    assert recipe.heads.temperature == other
-    write_json(tmp_path / f"{SWEEP}.json", record | {"temperature": 7.0})  # of another sweep: measured again
-    assert sweep_in_recipe(recipe, backbone, loader.images, Run(), tmp_path) == record
+    assert set(record["chosen"]) == names
+    for name, value in record["chosen"].items():
+        assert getattr(recipe.heads, name) == value
+    other = next(choice for choice in choices_of(recipe) if choice != record["chosen"])
+    write_json(tmp_path / f"{SWEEP}.json", record | {"chosen": other})
+    assert sweep_in_recipe(recipe, backbone, loader.images, Run(), tmp_path)["chosen"] == other
+    assert {name: getattr(recipe.heads, name) for name in names} == other
+    write_json(tmp_path / f"{SWEEP}.json", record | {"chosen": {"temperature": 7.0}})  # another sweep's: not taken
+    assert sweep_in_recipe(recipe, backbone, loader.images, Run(), tmp_path)["chosen"] == record["chosen"]
+
+
+def test_an_encoder_without_class_token_has_no_choice_of_poolings(given):
+    recipe = override(given[0], ["sweep.poolings=[cls, mean]"])
+    bare = Backbone.wrap(create_vit("vit_w32_d3_h2_p8", image_size=16, class_token=False, global_pool="avg"))
+    with pytest.raises(InputError, match=r"sweep\.poolings: this encoder has no class token"):
+        resolve(recipe, bare)

@@ -25,11 +25,7 @@ from mim_refiner.reporting import metric_title
 
 SHARES = ("top1", "accuracy", "nmi", "ami", "coverage")  # printed in percent
 
-REASONED = {  # shown by their reason alone
-    "recommendation": "features to use",
-    "head_placement": "head placement",
-    "weights": "weights exported",
-}
+TITLES = {"recommendation": "features to use", "weights": "weights exported", "dense": "patch features"}
 IN_FILES = ("curves", "regimes", "readout", "figures", "records")  # of analyze: arrays, which files and the report show
 LAST = ("verdict", "recommendation")
 FILE_WIDTH = 400  # columns of tables in a file or pipe
@@ -79,8 +75,8 @@ def printed(key: str, value: Any, result: Mapping[str, Any]) -> list[str | Table
         return [f"{part} images: {line}" for part, facts in value.items() for line in left_out_lines(facts)]
     if key == "plan" and isinstance(value, Mapping) and "phases" in value:
         return [plan_table(value)]
-    if key in REASONED and isinstance(value, Mapping) and "reason" in value:
-        return [f"{REASONED[key]}: {value['reason']}"]
+    if isinstance(value, Mapping) and "reason" in value:  # it says all in words
+        return [f"{TITLES.get(key, key.replace('_', ' '))}: {value['reason']}"]
     if key in ("results", "transfer") and is_records(value) and "model" in value[0]:
         change = result.get("change", ()) if key == "results" else ()
         return [models_table(key, *results_rows(value, change))]

@@ -50,13 +50,13 @@ def dense_change(models: Mapping[str, Backbone], bank: ImageSet, test: ImageSet 
         values = [float(each.mean()) for each in scores]
         change = paired_scores(*scores, seed=run.seed)
     word = BETTER if change[1] > 0 else WORSE if change[2] < 0 else UNCLEAR
-    what = "k-NN segmentation (mIoU)" if name == "knn_miou" else "patch-neighbour agreement"
+    what = "k-NN segmentation (mIoU)" if name == "knn_miou" else "patch-neighbour agreement (%)"
     return {
         "measure": name,
         **dict(zip(stages, values, strict=True)),
         "change": list(change),
         "verdict": word,
-        "reason": f"patch features: {what} {100 * values[0]:.1f} before, {100 * values[1]:.1f} after "
+        "reason": f"{word}: {what} {100 * values[0]:.1f} before, {100 * values[1]:.1f} after "
         f"({100 * change[0]:+.1f}, 95 % interval {100 * change[1]:+.1f} to {100 * change[2]:+.1f})",
     }
 

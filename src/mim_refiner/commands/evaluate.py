@@ -96,6 +96,9 @@ def evaluate(
     chosen = tuple(protocols) if protocols else suite_protocols(suite, train) if suite else NEEDS_LABELS
     sets = _shifted_sets(shifted or (), train.channels, run.reporter)
     further = _transfer_list(Path(transfer)) if transfer else []
+    transferred = (tuple(protocols) if protocols else TRANSFER_PROTOCOLS) if further else ()
+    if rest := how.unread({*chosen, *transferred}, test=held_out is not None and not further):
+        reporter.warning(f"--set {', '.join(rest)}: nothing that is measured here reads it")
     refuse_difference(lambda: options.facts(backbones, (train, held_out, *sets.values()), chosen, transfer))
     found = {source: options.one(backbones[source], source, number, chosen, train, held_out, sets)
              for number, source in enumerate(backbones)}  # fmt: skip
@@ -107,8 +110,7 @@ def evaluate(
         if images is not None:
             tell_unreadable(images, run.reporter)
     if further:
-        names = tuple(protocols) if protocols else TRANSFER_PROTOCOLS
-        summary["transfer"] = _transfer(options, backbones, further, names)
+        summary["transfer"] = _transfer(options, backbones, further, transferred)
     run.reporter.done()
     summary["seconds"] = options.seconds
     if (kept := options.cache) is not None:

@@ -1,4 +1,4 @@
-"""Settings of a recipe that are measured on the encoder before it is refined: where heads go, and their temperature.
+"""Settings of a recipe that are measured on the encoder before it is refined: where heads go, and what they are.
 
 What the run folder holds of it is used again, so that a run resumes with what it began with.
 """
@@ -22,9 +22,9 @@ from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.head_settings import head_blocks, resolved_pooling
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.refine import view_specs
-from mim_refiner.training.sweep import sweep_temperatures
+from mim_refiner.training.sweep import choices_of, sweep_heads
 
-PLACEMENT, SWEEP = "head_placement", "temperature_sweep"  # files of the run folder, entries of the summary
+PLACEMENT, SWEEP = "head_placement", "head_sweep"  # files of the run folder, entries of the summary
 Record = dict[str, Any]
 
 
@@ -69,14 +69,15 @@ def place_in_recipe(
 def sweep_in_recipe(
     recipe: RefineRecipe, backbone: Backbone, images: ImageSet, run: Run, out: Path | None
 ) -> Record | None:
-    """Set ``heads.temperature`` of the resolved ``recipe`` to the best of its sweep; None without one."""
-    if not recipe.sweep.temperatures:
+    """Set ``heads.temperature`` and ``heads.pooling`` of the resolved ``recipe`` to the best of its sweep, if any."""
+    if not recipe.sweep:
         return None
-    record = _kept(out, SWEEP, lambda found: found["temperature"] in recipe.sweep.temperatures)
+    record = _kept(out, SWEEP, lambda found: found["chosen"] in choices_of(recipe))
     if record is None:
         with closing(train_loader(images, view_specs(recipe), recipe, run)) as loader:
-            record = from_rank_0(sweep_temperatures(recipe, backbone, loader, run))
-    recipe.heads.temperature = record["temperature"]
+            record = from_rank_0(sweep_heads(recipe, backbone, loader, run))
+    for name, value in record["chosen"].items():
+        setattr(recipe.heads, name, value)
     run.reporter.message(record["reason"])
     return record
 

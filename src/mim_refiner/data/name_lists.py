@@ -1,7 +1,7 @@
 """Published splits: a text file with an image name a line, matched against the names of a source.
 
 So come the 1 % and 10 % of ImageNet-1K (SimCLR: ``n01440764_10043.JPEG``) and the sets of 1, 2 and 5 images a class
-(MSN); a name may have no ending, or folders before it.
+(MSN); a name may have no ending, or folders before it, and a label beside it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 
 from mim_refiner.data.labels import printable, shown_names
 from mim_refiner.data.source_base import ImageSource
-from mim_refiner.data.source_files import is_image_name
+from mim_refiner.data.source_files import PATH_NAMES, is_image_name
+from mim_refiner.data.source_list import SEPARATORS, cells_of
 from mim_refiner.errors import DataError
 from mim_refiner.files import read_regular, reading
 
 _CLASS_AGAIN = re.compile(r"(n\d{8})(_\d+)_\1$")  # Hugging Face's ImageNet: n01440764_10043_n01440764
+_SAMPLE = 200  # lines looked at to tell how the list is written
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,13 @@ def match_names(source: ImageSource, path: str | Path) -> NameList:
 
     As many folders are compared as a name of the list has, without those that all begin with and no image has
     (``train/`` where the source is that folder). Endings count where they are the same in both; else
-    ``a.JPEG`` or ``a`` is ``a.png`` too. Blank lines and those that begin with # are ignored. Raises DataError for a
-    list that cannot be read or is empty, for names that fit several images, and where none is found or, with labels, a
-    class of the source has none.
+    ``a.JPEG`` or ``a`` is ``a.png`` too. Blank lines and those that begin with # are ignored. Of several columns the
+    one whose names the source has is read, whichever of tabs, commas, semicolons or blanks part them; the labels are
+    the source's. Raises DataError for a list that cannot be read or is empty, for names that fit several images, and
+    where none is found or, with labels, a class of the source has none.
     """
-    listed, images = _names(path), source.file_names()
+    images = source.file_names()
+    listed = _names(Path(path).expanduser(), images)
     names = _below(listed, max(name.count("/") for name in images))
     wanted: dict[tuple[str, ...], list[int]] = {}
     for number, name in enumerate(names):
@@ -93,16 +98,54 @@ class _Found:
             self.rows.append(row)
 
 
-def _names(path: str | Path) -> list[str]:
+def _names(path: Path, images: Sequence[str]) -> list[str]:
+    """The names, from the column that names most of the ``images``."""
     with reading(path, "give a text file with the name of an image a line"):
-        text = read_regular(Path(path).expanduser()).decode("utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
         if "\0" in text:
             raise ValueError("is no text")
-    lines = (line.partition("\t")[0].strip() for line in text.splitlines())
-    names = [posixpath.normpath(printable(line).replace("\\", "/")) for line in lines if line and line[0] != "#"]
-    if not names:
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    lines = [(number, line) for number, line in lines if line and line[0] != "#"]
+    if not lines:
         raise DataError(f"{path}: names no image; write the name of an image a line")
-    return list(dict.fromkeys(name.lstrip("/") for name in names))
+
+    def columns(part: list[tuple[int, str]], separator: str) -> list[list[str]]:
+        try:
+            rows = [cells for _, cells in cells_of(part, separator, path)]
+        except DataError:  # a quote that opens and never ends: no table
+            return []
+        most = max(map(len, rows), default=0)
+        return [[_plain(row[place]) for row in rows if len(row) > place] for place in range(most)]
+
+    sample = lines[:: -(-len(lines) // _SAMPLE)]
+    found = {(each, place): names for each in SEPARATORS for place, names in enumerate(columns(sample, each))}
+    fit = _fitting({name for names in found.values() for name in names}, images)
+    separator, place = max(  # of equals the first: whole lines
+        found, key=lambda of: (sum(name in fit for name in found[of]), sum(map(is_image_name, found[of])))
+    )
+    names = columns(lines, separator)[place]
+    return list(dict.fromkeys(names[separator != "" and names[0].lower() in PATH_NAMES :]))
+
+
+def _fitting(names: Iterable[str], images: Sequence[str]) -> set[str]:
+    """Those of ``names`` that are the end of an image's, or end with one."""
+    ends: dict[tuple[str, ...], list[str]] = {}
+    longer: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        key = _key(name)
+        ends.setdefault(key, []).append(name)
+        for start in range(1, len(key)):
+            longer.setdefault(key[start:], []).append(name)
+    fit: set[str] = set()
+    for key in map(_key, images):
+        fit.update(longer.get(key, ()))
+        for start in range(len(key)):
+            fit.update(ends.get(key[start:], ()))
+    return fit
+
+
+def _plain(cell: str) -> str:
+    return posixpath.normpath(printable(cell).replace("\\", "/")).lstrip("/")
 
 
 def _below(names: list[str], folders: int) -> list[str]:

@@ -15,7 +15,7 @@ from mim_refiner.errors import DataError
 from mim_refiner.files import read_regular, reading
 
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
-_SEPARATORS = ("", ",", ";", "\t", " ")
+SEPARATORS = ("", ",", ";", "\t", " ")
 _SAMPLE = 50  # rows looked at to tell how the list is written
 Row = tuple[int, list[str]]  # line number, cells
 
@@ -30,7 +30,7 @@ def list_source(path: Path) -> FileSource:
     """
     lines = _lines(path)
     layout = _sniff(lines, path)
-    rows = _rows(lines, layout.separator, path)
+    rows = cells_of(lines, layout.separator, path)
     header = [cell.lower() for cell in rows.pop(0)[1]] if layout.header else None
     _check_widths(rows, layout.width, path)
     short = next((line for line, cells in rows if len(cells) <= layout.column or not cells[layout.column]), None)
@@ -73,11 +73,12 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 def _comment(line: str, path: Path) -> bool:
     if not line.startswith("#") or path.suffix.lower() != ".txt":
         return False
-    starts = (line.split(separator)[0].strip() if separator else line for separator in _SEPARATORS)
+    starts = (line.split(separator)[0].strip() if separator else line for separator in SEPARATORS)
     return not any(os.path.isfile(path.parent / start) for start in starts)  # a file may be named so
 
 
-def _rows(lines: list[tuple[int, str]], separator: str, path: Path) -> list[Row]:
+def cells_of(lines: list[tuple[int, str]], separator: str, path: Path) -> list[Row]:
+    """The cells of every numbered line; a blank as separator is the last one."""
     if separator in ("", " "):  # what is before the last blank may hold blanks
         split = (([line] if not separator else line.rsplit(None, 1)) for _, line in lines)
         return [(number, [cell.strip().strip('"') for cell in cells])
@@ -94,9 +95,9 @@ def _sniff(lines: list[tuple[int, str]], path: Path) -> _Layout:
     Of equals the one with the fewest columns wins, so that names may hold blanks and commas.
     """
     best: tuple[tuple[int, int, int], _Layout] | None = None
-    for separator in _SEPARATORS:
+    for separator in SEPARATORS:
         try:
-            rows = [cells for _, cells in _rows(lines[:_SAMPLE], separator, path)]
+            rows = [cells for _, cells in cells_of(lines[:_SAMPLE], separator, path)]
         except DataError:  # a quote that opens and never ends, for one
             continue
         columns = max(map(len, rows), default=1)

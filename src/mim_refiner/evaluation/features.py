@@ -113,7 +113,8 @@ def feature_sets(
     """Features of every block and pooling, for each of ``norms`` (False: raw tokens, True: the final norm applied).
 
     Images are resized and centre-cropped to ``image_size`` (the encoder's own when None) unless ``transform`` says
-    otherwise, and normalised as the encoder wants it. With ``cache`` every (block, pooling, norm) found there is read
+    otherwise, and normalised as the encoder wants it. Without any block they are only read: which can be, and their
+    labels. With ``cache`` every (block, pooling, norm) found there is read
     and only the rest is computed, in one forward pass. The backbone is moved to the device of ``run`` (None: stays
     where it is, float32), runs in eval mode, and gets every module's mode back.
     In a distributed run every process must call it: each computes a part (of centre crops), rank 0 keeps the cache, and
@@ -123,7 +124,7 @@ def feature_sets(
     keys = [
         (block, pooling, bool(norm))
         for norm in dict.fromkeys(norms)
-        for block in resolve_blocks(blocks, backbone.info.depth)
+        for block in (resolve_blocks(blocks, backbone.info.depth) if len(blocks) else ())
         for pooling in resolve_poolings(poolings, backbone.info)
     ]
     run = run or Run(device_of(backbone))
@@ -137,7 +138,7 @@ def feature_sets(
     missing = [key for key in keys if found.get(key) is None]
     values: dict[_FullKey, Tensor] = {}
     rows: Tensor | None = None
-    if missing:
+    if missing or not keys:
 
         def forward(part: NDArray[np.int64] | None) -> tuple[dict[_FullKey, Tensor], Tensor]:
             batches = transform.batches(images, size, batch_size, part)
@@ -206,12 +207,13 @@ def _forward(
     done = 0
     with evaluation_mode(backbone), torch.inference_mode():
         for batch, positions in batches:
-            inputs = normalize(batch.to(run.device, non_blocking=True), backbone.info.mean, backbone.info.std)
             rows = slice(done, done + len(positions))
-            with run.autocast():
-                found = backbone.forward_blocks(inputs, wanted, class_token_last=alone)
-                outputs = dict(zip(wanted, found, strict=True))
-                normed = {key[0]: _normed(backbone, outputs[key[0]]) for key in keys if key[2]}
+            if keys:
+                inputs = normalize(batch.to(run.device, non_blocking=True), backbone.info.mean, backbone.info.std)
+                with run.autocast():
+                    found = backbone.forward_blocks(inputs, wanted, class_token_last=alone)
+                    outputs = dict(zip(wanted, found, strict=True))
+                    normed = {key[0]: _normed(backbone, outputs[key[0]]) for key in keys if key[2]}
             for block, pooling, norm in keys:
                 pooled = (normed if norm else outputs)[block].pooled(pooling).float().cpu()
                 if (block, pooling, norm) not in buffers:

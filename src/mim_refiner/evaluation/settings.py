@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from operator import not_
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AllowInfNan, Field, field_validator
@@ -14,7 +15,27 @@ from mim_refiner.evaluation.long_tail import LongTailSettings
 from mim_refiner.evaluation.low_shot import LowShotSettings
 from mim_refiner.evaluation.robustness import RobustnessSettings
 from mim_refiner.evaluation.segmentation import SegmentationSettings
-from mim_refiner.settings import FrozenSettings, NonNegativeInt, PositiveInt, Precision, Size, changed, read_setting
+from mim_refiner.settings import (
+    FrozenSettings,
+    Idle,
+    NonNegativeInt,
+    PositiveInt,
+    Precision,
+    Size,
+    changed,
+    read_setting,
+)
+
+# the protocols that read a setting, where they are others than its name says
+_READERS = {
+    "knn_k": {"knn", "long_tail", "robustness"},
+    "knn_temperature": {"knn", "long_tail", "robustness"},
+    "knn_last": {"knn"},
+    "cluster_seeds": {"clustering"},
+    "cluster_bootstrap": {"clustering"},
+    "linear": {"linear", "long_tail", "robustness"},
+    "finetune": {"finetune", "long_tail"},
+}
 
 
 class EvaluationSettings(FrozenSettings):
@@ -25,6 +46,12 @@ class EvaluationSettings(FrozenSettings):
 
     noun: ClassVar[str] = "setting"
     listed: ClassVar[str] = "docs/evaluation.md"
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle("attentive.poolers", lambda names: "ep" not in names, ("attentive.queries",), "=ep"),
+        Idle("finetune.split_files", bool, ("finetune.shares",), "=[]"),
+        Idle("linear.augment", not_, ("linear.crop_scale",), "=true"),
+        Idle("low_shot.split_files", bool, ("low_shot.shots", "low_shot.splits"), "=[]"),
+    )
 
     knn_k: PositiveInt = 10
     knn_temperature: Annotated[float, Field(gt=0), AllowInfNan(True)] = 0.07
@@ -70,6 +97,15 @@ class EvaluationSettings(FrozenSettings):
         made = changed(base, changes)
         made._given = (*base._given, *(key for key, _ in changes))
         return made
+
+    def unread(self, protocols: Collection[str], *, test: bool) -> list[str]:
+        """The overrides that none of ``protocols`` reads, and what only matters without ``test`` images."""
+        rest = {"test_share"} if test else set()
+        for key in self._given:
+            name = key.partition(".")[0]
+            if not _READERS.get(name, {name} if "." in key else set(protocols)) & set(protocols):
+                rest.add(key)
+        return [key for key in dict.fromkeys(self._given) if key in rest]
 
     def given(self, group: str) -> set[str]:
         """Names of a protocol's settings that overrides have set."""

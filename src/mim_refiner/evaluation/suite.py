@@ -46,6 +46,7 @@ RUNNERS: dict[str, Callable[[Job], list[Result]]] = {
     "segmentation": retrained.segmentation,
 }
 NEEDS_LABELS = ("knn", "linear", "clustering")  # what runs unless protocols are named
+IMAGES_ALONE = {"attentive", "finetune"}  # and no pooled features
 PROTOCOLS = tuple(RUNNERS)
 SUITES: dict[str, tuple[str, ...]] = {
     "quick": ("knn", "linear", "low_shot", "clustering", "rank"),
@@ -111,12 +112,10 @@ def evaluate_backbone(
         lists=lists,
     )
     results: list[Result] = []
-    pooled = [protocol for protocol in dict.fromkeys(protocols) if protocol != "segmentation"]
-    if pooled:
+    used = [protocol for protocol in dict.fromkeys(protocols) if protocol != "segmentation"]
+    if used:
         started = time.perf_counter()
-        job = _with_features(
-            job, train, test, _blocks_needed(pooled, wanted, knn_wanted, settings, backbone.info.depth)
-        )
+        job = _with_features(job, train, test, _blocks_needed(used, wanted, knn_wanted, settings))
         seconds["features"] = time.perf_counter() - started
     for protocol in dict.fromkeys(protocols):
         started = time.perf_counter()
@@ -188,10 +187,9 @@ def _blocks_needed(
     wanted: tuple[int, ...],
     knn_wanted: tuple[int, ...],
     settings: EvaluationSettings,
-    depth: int,
 ) -> tuple[int, ...]:
-    """Every block that some protocol looks at, from one forward pass."""
-    needed = [*wanted, *(knn_wanted if "knn" in protocols else ())]
+    """Every block whose pooled features some protocol looks at, from one forward pass."""
+    needed = [*(wanted if set(protocols) - IMAGES_ALONE else ()), *(knn_wanted if "knn" in protocols else ())]
     for protocol, count in (("knn", settings.knn_last), ("linear", settings.linear.last)):
         if protocol in protocols and count > 1:
             needed += [block for block in range(max(wanted) - count + 1, max(wanted)) if block >= 0]

@@ -37,7 +37,7 @@ class LowRankChange(nn.Module):
 def add_lora(backbone: Backbone, targets: Sequence[str], rank: int, alpha: float, first_block: int = 0) -> None:
     """Adapt every linear layer of the blocks from ``first_block`` on whose name ends with one of ``targets``.
 
-    Raises InputError for a target that no block has.
+    Raises InputError for a target that no block has, and for a rank above what a layer's weight can have.
     """
     layers = {
         name: module
@@ -53,6 +53,12 @@ def add_lora(backbone: Backbone, targets: Sequence[str], rank: int, alpha: float
                 hint = "freeze fewer blocks (frozen_blocks), or leave adapter out"
             which = f"no block from {first_block} on" if first_block else "no block"
             raise InputError(f"lora.targets: {which} has a linear layer {target!r}; {hint}")
+        most = min(min(module.weight.shape) for module in chosen)
+        if rank > most:
+            raise InputError(
+                f"lora.rank {rank}: the smaller side of the linear layers {target!r} is {most}, and no change of them "
+                f"has a higher rank; set lora.rank to {most} at most (4 to 32 are usual)"
+            )
         for module in chosen:
             register_parametrization(module, "weight", LowRankChange(module.weight, rank, alpha))
 

@@ -155,7 +155,12 @@ class Refiner(nn.Module):
         last = self.backbone.info.depth - 1
         if last in outputs:
             outputs[last] = self.backbone.final_norm(outputs[last])
-        return {block: self.backbone.pool(tokens, self.poolings[block]) for block, tokens in outputs.items()}
+        return {block: self._pooled(tokens, self.poolings[block]) for block, tokens in outputs.items()}
+
+    def _pooled(self, tokens: Tensor, pooling: str) -> Tensor:
+        """[B, D]; of "cls+mean" both, one behind the other."""
+        parts = [self.backbone.pool(tokens, each) for each in pooling.split("+")]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def head_losses(
         self,

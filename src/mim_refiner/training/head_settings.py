@@ -26,13 +26,24 @@ def order_heads(recipe: RefineRecipe, blocks: list[int]) -> list[int]:
                     f"heads.{name} has {len(values)} values for {len(set(blocks))} heads (heads.blocks {blocks}); "
                     "give one value for all, or one for each block in the order of heads.blocks"
                 )
+            if getattr(recipe.sweep, f"{name}s"):
+                raise InputError(
+                    f"sweep.{name}s chooses one {name} for all heads, and heads.{name} has one for each; "
+                    "leave one of them out"
+                )
             setattr(heads, name, [values[place] for place in order])
-    if recipe.sweep.temperatures and isinstance(heads.temperature, list):
-        raise InputError(
-            "sweep.temperatures chooses one temperature for all heads, and heads.temperature has one for each; "
-            "leave one of them out"
-        )
     return sorted(set(blocks))
+
+
+def resolve_pooling(recipe: RefineRecipe, info: BackboneInfo) -> None:
+    """Replace every "auto"; raises InputError for a sweep of poolings that the encoder does not have."""
+    if "cls" in recipe.sweep.poolings and not info.has_cls:
+        raise InputError("sweep.poolings: this encoder has no class token, so there is no choice; leave it out")
+    asked = recipe.heads.pooling
+    if isinstance(asked, str):
+        recipe.heads.pooling = resolved_pooling(asked, info)
+    else:
+        recipe.heads.pooling = [resolved_pooling(each, info) for each in asked]
 
 
 def resolved_pooling(pooling: str, info: BackboneInfo) -> Pooling:

@@ -7,7 +7,8 @@ refused with the nearest valid name. ``resolved`` recipes contain no "auto": the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from operator import not_
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationInfo, field_validator
 
@@ -15,6 +16,7 @@ from mim_refiner.errors import RecipeError
 from mim_refiner.files import dotted
 from mim_refiner.settings import (
     Decay,
+    Idle,
     NonNegativeInt,
     OneOrEach,
     PositiveInt,
@@ -40,9 +42,19 @@ class Phase(Settings):
     base_lr: PositiveFloat  # learning rate at batch size 256
     warmup_epochs: NonNegativeFloat = 4  # in which the learning rate rises from zero
     end_lr: NonNegativeFloat = 1e-6  # where its cosine ends
-    top_k: PositiveInt = 1  # neighbours to draw from: 1 in head warm-up, 20 in refinement
-    layer_decay: PositiveFloat = 1.0  # learning rate of a block against that of the next one
     max_seconds: PositiveFloat | None = None  # the phase ends by then: on a slower machine it leaves out some steps
+
+
+class HeadPhase(Phase):
+    """A phase in which heads look up neighbours."""
+
+    top_k: PositiveInt = 1  # neighbours to draw from: 1 in head warm-up, 20 in refinement
+
+
+class EncoderPhase(HeadPhase):
+    """A phase in which the encoder learns too."""
+
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # learning rate of a block against that of the next one
 
 
 class Views(Settings):
@@ -126,16 +138,24 @@ class AnchorSettings(Settings):
 
 
 class SweepSettings(Settings):
-    """Heads of several temperatures learn for an epoch (eight steps at least) on the frozen encoder; the best stays."""
+    """Heads of several temperatures and poolings, each with each, learn for an epoch (eight steps at least) on the
+    frozen encoder; the best stays."""
 
     temperatures: list[PositiveFloat] = Field(default=[])  # none: heads.temperature as it is
+    poolings: list[Literal["cls", "mean"]] = Field(default=[])  # none: heads.pooling as it is
 
-    @field_validator("temperatures")
+    @field_validator("*")
     @classmethod
-    def _each_once(cls, value: list[float]) -> list[float]:
+    def _a_choice(cls, value: list[Any], info: ValidationInfo) -> list[Any]:
         if len(set(value)) < len(value):
             raise ValueError("must be different ones")
+        if len(value) == 1:
+            single = {"temperatures": "temperature", "poolings": "pooling"}[info.field_name or ""]
+            raise ValueError(f"one is no choice; set heads.{single}={value[0]} instead")
         return value
+
+    def __bool__(self) -> bool:
+        return bool(self.temperatures or self.poolings)
 
 
 class LoraSettings(Settings):
@@ -148,6 +168,8 @@ class LoraSettings(Settings):
 
 class Recipe(Settings):
     """What pre-training and refinement share."""
+
+    idle: ClassVar[tuple[Idle, ...]] = (Idle("workers", not_, ("loader_timeout",), " above 0"),)
 
     name: str  # what it is called
     expected: str = ""  # what this recipe is known to give, with where the figure comes from
@@ -169,13 +191,29 @@ class Recipe(Settings):
 class RefineRecipe(Recipe):
     """Both phases of MIM-Refiner (paper section 3.3 and appendix; ../docs recipes table)."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *Recipe.idle,
+        Idle("adapter", "none".__eq__, ("lora",), "=lora"),
+        Idle("anchor.weight", not_, ("anchor",), " above 0"),
+        Idle("guidance", "none".__eq__, ("guidance_share",), "=prefer or restrict"),
+        Idle("guard.enabled", not_, ("guard",), "=true"),
+        Idle("heads.swap_positive", not_, ("warmup.top_k", "refinement.top_k", "heads.swap_negatives"), "=true"),
+        Idle("knn_every", not_, ("guard.max_knn_drop",), " above 0"),
+        Idle("refinement.layer_decay", (1.0).__eq__, ("freeze_below",), " below 1"),
+        Idle("sweep.poolings", bool, ("heads.pooling",), "=[]", beside=True),
+        Idle("sweep.temperatures", bool, ("heads.temperature",), "=[]", beside=True),
+        Idle("views.blur_prob", lambda value: not any(value), ("views.blur_sigma",), " above 0"),
+        Idle("views.jitter_prob", not_, ("views.jitter", "views.jitter_strength"), " above 0"),
+        Idle("views.num_local", not_, ("views.local_size", "views.local_scale"), " above 0"),
+    )
+
     domain: Literal[tuple(DOMAINS)] = PHOTOGRAPHS  # type: ignore[valid-type]  # of augmentations (training/domains.py)
     normalization: Literal["encoder", "data"] = "encoder"  # data: mean and deviation of the images' channels
     hold_out: Decay = 0.1  # share of labelled images that is measured on, not trained on, where no others are given
     views: Views = Views()
     heads: Heads = Heads()
-    warmup: Phase = Phase(epochs=20, base_lr=2e-4)
-    refinement: Phase = Phase(epochs=30, base_lr=4e-4, top_k=20, layer_decay=0.65)
+    warmup: HeadPhase = HeadPhase(epochs=20, base_lr=2e-4)
+    refinement: EncoderPhase = EncoderPhase(epochs=30, base_lr=4e-4, top_k=20, layer_decay=0.65)
     frozen_blocks: NonNegativeInt = 0  # stem and first blocks stay as they are
     freeze_below: NonNegativeFloat = 0.0  # freezes also the first blocks whose layer-decay scale is below; 0: none
     # So many epochs of views are cut, and their frozen features kept; later epochs draw from them. 0: always new views.
@@ -219,6 +257,8 @@ class RefineRecipe(Recipe):
 
 class PretrainRecipe(Recipe):
     """Masked-autoencoder pre-training (arXiv 2111.06377, appendix A.1)."""
+
+    idle: ClassVar[tuple[Idle, ...]] = (*Recipe.idle, Idle("decoder_depth", not_, ("decoder_heads",), " above 0"))
 
     image_size: Size | None = None  # None: size of the images, or 224 for larger ones
     micro_batch: PositiveInt | None = None  # images a process holds activations of at a time; None: its whole batch

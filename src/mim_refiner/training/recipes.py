@@ -9,7 +9,16 @@ from typing import Literal, TypeVar
 
 from mim_refiner.errors import RecipeError, did_you_mean
 from mim_refiner.files import read_yaml, reading
-from mim_refiner.training.recipe import Heads, Phase, PretrainRecipe, RefineRecipe, Views, from_tree
+from mim_refiner.training.recipe import (
+    EncoderPhase,
+    HeadPhase,
+    Heads,
+    Phase,
+    PretrainRecipe,
+    RefineRecipe,
+    Views,
+    from_tree,
+)
 
 MIN_BATCHES = 4  # an epoch
 MIN_QUEUE = 32  # entries, above the recipes' top_k
@@ -27,7 +36,7 @@ def _large(
         batch_size=1024,
         views=Views(global_size=224, local_size=96),
         heads=Heads(blocks=list(range(16, 24)), pooling=pooling, temperature=0.2),
-        refinement=Phase(epochs=refine_epochs, base_lr=4e-4, top_k=20, layer_decay=0.65),
+        refinement=EncoderPhase(epochs=refine_epochs, base_lr=4e-4, top_k=20, layer_decay=0.65),
         export_weights="auto",
     )
 
@@ -40,7 +49,7 @@ def _huge(name: str, *, refine_epochs: int = 30, expected: str = "") -> RefineRe
         batch_size=512,
         views=Views(global_size=224, local_size=98),
         heads=Heads(blocks=list(range(20, 32)), pooling="cls", temperature=0.3),
-        refinement=Phase(epochs=refine_epochs, base_lr=4e-4, top_k=20, layer_decay=0.65),
+        refinement=EncoderPhase(epochs=refine_epochs, base_lr=4e-4, top_k=20, layer_decay=0.65),
         export_weights="auto",
     )
 
@@ -53,7 +62,7 @@ def mae_2b14() -> RefineRecipe:
         batch_size=512,
         views=Views(global_size=224, local_size=98),
         heads=Heads(blocks=list(range(16, 24)), pooling="cls", temperature=0.35),
-        refinement=Phase(epochs=20, base_lr=4e-4, top_k=20, layer_decay=0.65),
+        refinement=EncoderPhase(epochs=20, base_lr=4e-4, top_k=20, layer_decay=0.65),
         frozen_blocks=6,
         export_weights="auto",
     )
@@ -75,8 +84,8 @@ def tiny() -> RefineRecipe:
             solarize_prob=(0.0, 0.0, 0.0),
         ),
         heads=Heads(projector_hidden=512, predictor_hidden=1024, out_dim=128, queue_size=16_384),
-        warmup=Phase(epochs=1, base_lr=1e-3, warmup_epochs=0.2),
-        refinement=Phase(epochs=20, base_lr=2e-3, warmup_epochs=1, top_k=20, layer_decay=0.9),
+        warmup=HeadPhase(epochs=1, base_lr=1e-3, warmup_epochs=0.2),
+        refinement=EncoderPhase(epochs=20, base_lr=2e-3, warmup_epochs=1, top_k=20, layer_decay=0.9),
         ema_decay=0.999,
     )
 
@@ -87,8 +96,8 @@ def demo() -> RefineRecipe:
     recipe.batch_size = 128
     recipe.heads.queue_size = 2048
     recipe.frozen_blocks, recipe.view_pool = 8, 3
-    recipe.warmup = Phase(epochs=4, base_lr=2e-3, warmup_epochs=0.5)
-    recipe.refinement = Phase(epochs=6, base_lr=4e-3, warmup_epochs=1, top_k=20, layer_decay=0.9)
+    recipe.warmup = HeadPhase(epochs=4, base_lr=2e-3, warmup_epochs=0.5)
+    recipe.refinement = EncoderPhase(epochs=6, base_lr=4e-3, warmup_epochs=1, top_k=20, layer_decay=0.9)
     return recipe
 
 

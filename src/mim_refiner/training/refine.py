@@ -37,7 +37,7 @@ from mim_refiner.training.cached import cached_forward_backward, refuse_batch_de
 from mim_refiner.training.graphed import Graphed, uses_graph
 from mim_refiner.training.guard import FeatureProbe, Guard
 from mim_refiner.training.guidance import guide_heads
-from mim_refiner.training.head_settings import head_blocks, order_heads, resolved_pooling
+from mim_refiner.training.head_settings import head_blocks, order_heads, resolve_pooling
 from mim_refiner.training.loop import Loop, Monitor, step_generator
 from mim_refiner.training.lora import adapt
 from mim_refiner.training.metric_log import metrics_of
@@ -69,11 +69,7 @@ def resolve(recipe: RefineRecipe, backbone: Backbone) -> RefineRecipe:
     if recipe.freeze_below:
         still = negligible_blocks(info.depth, recipe.refinement.layer_decay, recipe.freeze_below)
         recipe.frozen_blocks = max(recipe.frozen_blocks, min(still, recipe.heads.blocks[0]))
-    asked = recipe.heads.pooling
-    if isinstance(asked, str):
-        recipe.heads.pooling = resolved_pooling(asked, info)
-    else:
-        recipe.heads.pooling = [resolved_pooling(each, info) for each in asked]
+    resolve_pooling(recipe, info)
     if recipe.views.global_size is None:
         recipe.views.global_size = side_or_pair(info.image_size)
     if recipe.views.local_size is None:

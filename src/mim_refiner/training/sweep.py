@@ -1,4 +1,4 @@
-"""Temperature sweep: heads of several temperatures learn side by side on the frozen encoder, and the best one stays.
+"""Sweep: heads of several temperatures and poolings learn side by side on the frozen encoder, and the best one stays.
 
 The encoder passes once for all of them, and their queues fill as in the head warm-up. What counts is seen before a
 batch is learnt from, in the first epoch that shows it, so it is held out: with labels, how often a head's nearest
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -32,47 +33,58 @@ STEPS = 8  # at least: the queues are random at first, so where an epoch has few
 SWEEP = 2  # number of the phase that its draws belong to; 0 and 1 are the run's own
 
 
-def sweep_temperatures(recipe: RefineRecipe, backbone: Backbone, loader: TrainLoader, run: Run) -> dict[str, Any]:
-    """{"temperature", "measure", "values": {temperature: share}, "reason"} of ``recipe.sweep``, on the last head block.
+def sweep_heads(recipe: RefineRecipe, backbone: Backbone, loader: TrainLoader, run: Run) -> dict[str, Any]:
+    """{"chosen": {"temperature", "pooling"}, "measure", "values": {choice: share}, "reason"} of ``recipe.sweep``.
 
-    The recipe must be resolved. One epoch of ``loader``, or as many as have ``STEPS`` steps; the share is over the
-    second half.
+    ``chosen`` holds what is swept. The recipe must be resolved. On the last head block: one epoch of ``loader``, or as
+    many as have ``STEPS`` steps; the share is over the second half.
     """
-    temperatures, block = recipe.sweep.temperatures, int(recipe.heads.blocks[-1])
+    choices, block = choices_of(recipe), int(recipe.heads.blocks[-1])
     config, objective = objective_of(recipe)
-    assert isinstance(objective, Objective)  # resolved recipes sweep one temperature
-    refiner = Refiner(backbone, [block], config, objective, pooling=recipe.heads.measured_pooling).to(run.device)
+    last = objective if isinstance(objective, Objective) else objective[-1]
+    poolings: list[str] = [*recipe.sweep.poolings] or [recipe.heads.measured_pooling]
+    refiner = Refiner(backbone, [block], config, last, pooling="+".join(poolings)).to(run.device)
     refiner.freeze_encoder()
     heads: list[RefinerHead] = []
-    for temperature in temperatures:
+    for choice in choices:
         torch.manual_seed(run.seed)  # the same start for each
-        own = replace(objective, temperature=temperature)
+        own = replace(last, temperature=choice.get("temperature", last.temperature))
         head = RefinerHead(backbone.block_dims[block], config, own, top_k=recipe.warmup.top_k)
         heads.append(head.to(run.device))
+    reads = [poolings.index(choice.get("pooling", poolings[0])) for choice in choices]
     labels = loader.images.labels
     known = None if labels is None else torch.as_tensor(labels, device=run.device)
-    shares = _trained(recipe, refiner, heads, loader, run, known)
+    shares = _trained(recipe, refiner, heads, reads, loader, run, known)
     best = int(shares.argmax())
-    values = dict(zip(map(str, temperatures), shares.tolist(), strict=True))
+    names = [", ".join(f"{name} {value}" for name, value in choice.items()) for choice in choices]
+    values = dict(zip(names, shares.tolist(), strict=True))
     what = "two views have the same nearest neighbour" if labels is None else "nearest neighbours of the same class"
-    others = ", ".join(f"{t}: {100 * share:.1f} %" for t, share in values.items() if t != str(temperatures[best]))
+    others = "; ".join(f"{name}: {100 * share:.1f} %" for name, share in values.items() if name != names[best])
     return {
-        "temperature": temperatures[best],
+        "chosen": choices[best],
         "measure": "view agreement" if labels is None else "neighbour accuracy",
         "values": values,
-        "reason": f"temperature {temperatures[best]}: {what} in {100 * float(shares[best]):.1f} % ({others})",
+        "reason": f"{names[best]}: {what} in {100 * float(shares[best]):.1f} % ({others})",
     }
+
+
+def choices_of(recipe: RefineRecipe) -> list[dict[str, Any]]:
+    """What a head is tried with: every temperature with every pooling of ``recipe.sweep``."""
+    both: dict[str, list[Any]] = {"temperature": [*recipe.sweep.temperatures], "pooling": [*recipe.sweep.poolings]}
+    swept = {name: values for name, values in both.items() if values}
+    return [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
 
 
 def _trained(
     recipe: RefineRecipe,
     refiner: Refiner,
     heads: Sequence[RefinerHead],
+    reads: Sequence[int],  # which of the poolings, one behind the other in the features, each head reads
     loader: TrainLoader,
     run: Run,
     labels: Tensor | None,
 ) -> Tensor:
-    """Train the heads; return the share [T] of each over the second half of the steps."""
+    """Train the heads; return the share [H] of each over the second half of the steps."""
     learnt = nn.ModuleList(heads)
     groups = parameter_groups(learnt.named_parameters(), weight_decay=recipe.head_weight_decay)
     optimizer = adamw(groups, recipe.betas)
@@ -80,7 +92,7 @@ def _trained(
     steps = epochs * loader.steps_per_epoch
     rise = min(recipe.warmup.warmup_epochs, 0.2 * epochs)
     phase = recipe.warmup.model_copy(update={"epochs": epochs, "warmup_epochs": rise})
-    run.reporter.phase("temperature sweep", steps)
+    run.reporter.phase("sweep of heads", steps)
     seen: list[Tensor] = []
     with closing(batch for epoch in range(epochs) for batch in loader.epoch(epoch)) as batches:
         for step, batch in enumerate(batches):
@@ -90,7 +102,9 @@ def _trained(
             with use_rows(rows), run.autocast():
                 [features] = refiner.features(views).values()
                 drawn = draw_choices(heads[:1], NUM_GLOBAL, len(ids), generator, run.device)  # alike for all
-                outputs = [head(features, ids, choice=drawn and drawn[0]) for head in heads]
+                parts = features.chunk(max(reads) + 1, dim=-1)
+                choice = drawn and drawn[0]
+                outputs = [head(parts[read], ids, choice=choice) for head, read in zip(heads, reads, strict=True)]
             optimizer.zero_grad(set_to_none=True)
             torch.stack([output.loss for output in outputs]).sum().backward()
             average_gradients(learnt.parameters())
