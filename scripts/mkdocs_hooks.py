@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 OPTIONAL = ("scale.md", "benchmarks.md", "evaluation.md")
 COMMAND_LINE = "<!-- the verbs and their options -->"  # where docs/cli.md has them
+PARAMETERS = re.compile(r"<!-- parameters of (\w+) -->")  # where docs/api.md has those of a verb
 MARKS = re.compile(r"^(\s*```(?:bash|python))[^\S\n]+(?:no-run|extra=\w+)\b", re.MULTILINE)
 
 
@@ -43,13 +45,30 @@ def _row(option: Any) -> str:
     return f"| `{names}{value}` | {help_text} | {plain} |"
 
 
+def parameters(verb: str) -> str:
+    """A verb's parameters from the signature of its function, in the words of the command's help."""
+    import mim_refiner
+    from mim_refiner.cli.app import parser
+
+    about = {option.name: getattr(option, "help", None) or "" for option in parser().commands[verb].params}
+    about["reporter"] = "Gets messages and progress; see below."
+    rows = []
+    for name, parameter in inspect.signature(getattr(mim_refiner, verb)).parameters.items():
+        default = "needed" if parameter.default is parameter.empty else f"`{parameter.default!r}`"
+        what = about[name].replace("\\[", "[")
+        cells = (f"`{name}`", f"`{parameter.annotation}`", default, what)
+        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(["| parameter | type | default | what |", "|---|---|---|---|", *rows])
+
+
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Write the page of the command line; take the marks (no-run, extra=...) off code blocks, and links to absent
-    optional pages off their words.
+    """Write the page of the command line and the tables of parameters; take the marks of the tests off code blocks,
+    and links to absent optional pages off their words.
     """
     markdown = MARKS.sub(r"\1", markdown)
     if COMMAND_LINE in markdown:
         markdown = markdown.replace(COMMAND_LINE, command_line())
+    markdown = PARAMETERS.sub(lambda found: parameters(found[1]), markdown)
     for name in OPTIONAL:
         if not (Path(config["docs_dir"]) / name).exists():
             markdown = re.sub(rf"\[([^\]]*)\]\((?:\.\./)*{re.escape(name)}\)", r"\1", markdown)

@@ -54,6 +54,23 @@ def test_the_reference_has_signatures(site):
     assert "temperature" in text
 
 
+def test_every_verb_has_a_table_of_its_parameters(site):
+    import inspect
+
+    import mim_refiner
+
+    text = (site / "api" / "index.html").read_text()
+    verbs = re.findall(r"<!-- parameters of (\w+) -->", (ROOT / "docs" / "api.md").read_text())
+    assert verbs == ["refine", "pretrain", "evaluate", "analyze", "embed", "export", "doctor", "report"]
+    tables = [part.split("</table>")[0] for part in text.split("<th>parameter</th>")[1:]]
+    assert len(tables) == len(verbs)
+    for verb, table in zip(verbs, tables, strict=True):
+        rows = [re.findall(r"<td>(.*?)</td>", row, re.DOTALL) for row in table.split("<tr>")[1:]]
+        named = [row[0] for row in rows if row]
+        assert named == [f"<code>{name}</code>" for name in inspect.signature(getattr(mim_refiner, verb)).parameters]
+        assert all(row[3] for row in rows if row), verb  # says what it is
+
+
 def test_the_page_of_the_command_line_has_every_verb_and_option():
     sys.path.insert(0, str(ROOT / "scripts"))
     from mkdocs_hooks import COMMAND_LINE, command_line
