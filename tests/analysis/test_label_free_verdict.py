@@ -35,7 +35,7 @@ def test_three_words(seed):
         "word": "high",
         "bootstrap_agreement": 1.0,
         "against": [],
-        "why": "100 % of resamples agree, and of the other measures none objects",
+        "why": "100 % of resamples agree, and no other measure objects",
     }
     assert all(row["difference"] == 0 for row in same["measures"])
 

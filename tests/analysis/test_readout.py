@@ -51,7 +51,7 @@ def test_the_sentence_compares_refining_with_the_best_read_out(attentive, refine
         row("usual feature", 0.5, 0), row("attentive", attentive, 1), row("refined", refined, 2, refined=True, knn=0.4)
     )
     assert found["sentence"].endswith(f": {word}.")
-    assert found["sentence"].startswith("Reading the START out by attentive gives ")
+    assert found["sentence"].startswith("Before refinement the best read-out (attentive) reaches ")
     assert [each["change"] is None for each in found["rows"]] == [True, False, False]
     assert found["rows"][2]["change"][0] == pytest.approx(found["rows"][2]["value"] - found["rows"][0]["value"])
     assert found["rows"][2]["knn_top1"] == 0.4
@@ -60,5 +60,5 @@ def test_the_sentence_compares_refining_with_the_best_read_out(attentive, refine
 
 def test_without_a_refined_encoder_it_says_what_is_not_measured():
     found = record(row("usual feature", 0.7, 0), row("attentive", 0.5, 1))
-    assert found["sentence"].startswith("The START's usual feature is its best read-out: ")
+    assert found["sentence"].startswith("Before refinement the best read-out (usual feature) reaches ")
     assert found["sentence"].endswith("give the refined encoder with --compare.")

@@ -68,5 +68,5 @@ def test_blocks_of_two_models():
     change = record["change"]["after"]
     assert change[0] == pytest.approx(0, abs=1e-6)
     assert change[0] < change[1] < change[2]
-    assert "block 2 changed most" in record["statements"][0]
+    assert "least alike at block 2" in record["statements"][0]
     assert cka_matrix(blocks, blocks).diagonal().tolist() == pytest.approx([1, 1, 1])

@@ -64,7 +64,7 @@ def test_sample_sizes_are_said(analysed):
     assert outcome.json["samples"] == {
         "bank": "39 of 48 images", "queries": "9 of 48 images", "label_free": "48 images", "labels": True,
     }  # fmt: skip
-    assert "looking at bank 39 of 48 images" in outcome.err
+    assert "looking at 9 of 48 images, with 39 of 48 images to find neighbours in" in outcome.err
 
 
 def test_the_verdict_by_labels_has_the_one_without_beside_it(analysed):

@@ -274,7 +274,7 @@ def _placed_because(
     recipe: list[int],
 ) -> str:
     what = MEASURED[measure]
-    found = f"best {what} at block {best} ({100 * scores[best].mean():.1f} %), as good from block {first} on"
+    found = f"best {what} at block {best} ({100 * scores[best].mean():.1f} %), not clearly worse from block {first} on"
     bound = ""
     if start != first:
         limit = "at least a quarter" if start < first else "at most half"

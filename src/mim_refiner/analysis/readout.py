@@ -86,17 +86,15 @@ def _shown(row: Row, change: tuple[float, float, float] | None) -> dict[str, Any
 
 
 def _sentence(usual: Row, best: Hits, names: Sequence[str], refined: Row | None) -> str:
-    way = " or ".join(names)
-    gain = _points(*paired_interval(usual.hits, best))
-    said = f"Reading the START out by {way} gives {100 * best.mean():.1f} %, {gain} over its usual feature"
-    if names == [usual.name]:
-        said = f"The START's usual feature is its best read-out: {100 * best.mean():.1f} %"
+    said = f"Before refinement the best read-out ({' or '.join(names)}) reaches {100 * best.mean():.1f} %"
+    if names != [usual.name]:
+        said += f", {_points(*paired_interval(usual.hits, best))} over the usual feature"
     if refined is None:
         return f"{said}. What refining would bring is not measured here: give the refined encoder with --compare."
     change = paired_interval(best, refined.hits)
     word = "refine" if change[1] > 0 else "read out" if change[2] < 0 else "no clear difference"
-    return f"{said}; refining gives {100 * refined.hits.mean():.1f} %, {_points(*change)} over that: {word}."
+    return f"{said}; after refinement {100 * refined.hits.mean():.1f} %, {_points(*change)} over that: {word}."
 
 
 def _points(value: float, low: float, high: float) -> str:
-    return f"{100 * value:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{100 * value:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"

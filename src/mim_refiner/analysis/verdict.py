@@ -254,12 +254,13 @@ def _confidence(word: str, rows: Mapping[str, _Row]) -> dict[str, Any]:
     }[word]
     against = [name for name, objects in objections.items() if objects]
     level = "high" if share >= 0.99 and not against else "medium" if share >= 0.9 and len(against) < 2 else "low"
-    objects = f"{' and '.join(against)} {'objects' if len(against) == 1 else 'object'}" if against else "none objects"
+    verb = "object" if len(against) > 1 else "objects"
+    objects = f"{' and '.join(against)} {verb}" if against else "no other measure objects"
     return {
         "word": level,
         "bootstrap_agreement": share,
         "against": against,
-        "why": f"{100 * share:.0f} % of resamples agree, and of the other measures {objects}",
+        "why": f"{100 * share:.0f} % of resamples agree, and {objects}",
     }
 
 

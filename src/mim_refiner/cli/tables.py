@@ -26,7 +26,8 @@ from mim_refiner.reporting import metric_title
 SHARES = ("top1", "accuracy", "nmi", "ami", "coverage")  # printed in percent
 
 TITLES = {"recommendation": "features to use", "weights": "weights exported", "dense": "patch features"}
-IN_FILES = ("curves", "regimes", "readout", "figures", "records")  # of analyze: arrays, which files and the report show
+# of analyze: arrays, which files and the report show, and what was said at the beginning
+IN_FILES = ("curves", "regimes", "readout", "figures", "records", "samples")
 LAST = ("verdict", "recommendation")
 FILE_WIDTH = 400  # columns of tables in a file or pipe
 

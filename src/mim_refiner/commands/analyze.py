@@ -80,10 +80,11 @@ def analyze(
     if held_out is not None:
         check_pair(train, held_out, reporter)
     samples = choose_samples(train, held_out, seed=seed, cache=FeatureCache.open(cache))
+    chosen = samples.described()
     reporter.message(
-        "looking at "
-        + ", ".join(f"{name} {text}" for name, text in samples.described().items() if name != "labels")
-        + ("" if samples.labelled else "; no labels: neighbour consistency stands in for k-NN accuracy")
+        f"looking at {chosen['queries']}, with {chosen['bank']} to find neighbours in; at "
+        f"{chosen['label_free']} where no labels are needed"
+        + ("" if samples.labelled else "; no labels: neighbour consistency is told, not k-NN accuracy")
     )
     origins = {"before": name_of(model), "after": "" if compare is None else name_of(compare)}
     analysis = _Analysis(models, origins, samples, run, Path(out))
