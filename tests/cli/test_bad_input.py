@@ -104,6 +104,15 @@ def test_an_output_folder_that_cannot_be(cli, mae, shapes, tmp_path):
     refused(cli.call(*cli.refine(shapes, mae.export, blocker / "run"), "--quiet"), blocker / "run", "cannot write")
 
 
+def test_a_folder_of_something_else_is_refused_before_anything_is_read(cli, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for words in (cli.refine("no-data", "no-model", tmp_path), cli.pretrain("no-data", tmp_path)):
+        outcome = cli.call(*words, "--quiet")
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert "not empty and not a run folder" in outcome.err
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_a_non_finite_loss_names_step_rate_and_checkpoint(cli, mae, shapes, tmp_path):
     settings = ("refinement.base_lr=1e30", "checkpoint_every=2", "precision=fp32", "refinement.epochs=3")
     outcome = cli.call(*cli.refine(shapes, mae.export, tmp_path / "run", *settings), "--quiet")

@@ -59,8 +59,11 @@ def test_it_leaves_a_run_folder_with_curves_and_an_encoder_for_timm(smoke: Path)
     torch.testing.assert_close(torch.cat([tokens.cls[:, None], tokens.patches], 1), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_another_demo_folder_is_refused_where_something_else_lies(tmp_path: Path) -> None:
+def test_another_demo_folder_is_refused_where_something_else_lies(tmp_path: Path, monkeypatch) -> None:
+    """Before anything is timed."""
     from mim_refiner.errors import RunFolderError
+
+    monkeypatch.setattr("mim_refiner.commands.demo.measure", lambda *_: pytest.fail("steps were timed"))
 
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="not a run folder"):

@@ -25,6 +25,7 @@ from mim_refiner.report.numbers import duration
 from mim_refiner.reporting import Reporter, listener
 from mim_refiner.training.recipe import RefineRecipe, override
 from mim_refiner.training.recipes import refine_recipe
+from mim_refiner.training.state import refuse_place
 
 MINUTES = 4.0
 LEAST_SHARE = 0.25
@@ -110,6 +111,7 @@ def plan_lines(plan: Plan, recipe: RefineRecipe, images: int, full_draws: int) -
 
 
 def _recipe_of(out: str) -> str | None:
-    """The recipe of a run that was begun in the folder, if there is one."""
+    """The recipe of a run that was begun in the folder, if there is one; RunFolderError where none can be."""
+    refuse_place(out)
     path = Path(out).expanduser() / "recipe.yaml"
     return str(path) if path.is_file() else None

@@ -14,8 +14,8 @@ import numpy as np
 
 from mim_refiner.checkpoints.options import bare_source
 from mim_refiner.core.collectives import decide_on_rank_0, from_ranks, is_distributed, rank, world_size
-from mim_refiner.core.device import free_memory
-from mim_refiner.core.launch import refuse_difference
+from mim_refiner.core.device import free_memory, pick_device
+from mim_refiner.core.launch import join_processes, refuse_difference
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.duplicates import check_overlap
@@ -33,13 +33,21 @@ from mim_refiner.files import dotted, read_json, read_yaml, write_bytes, write_j
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipe import Recipe
-from mim_refiner.training.state import RunFolder, file_sha256
+from mim_refiner.training.state import RunFolder, file_sha256, refuse_place
 
 MOMENT_IMAGES = 1000
 MOST_HELD_OUT = 5000  # more would narrow the intervals by little
 ENDED_FILE = "checkpoints/ended.json"
 ENDED = "this run is finished already; what it found stands in summary.json, --overwrite starts anew"
 SMALL_PIXELS = 64  # side in pixels up to which images count as small
+
+
+def join_training(out: str | None, device: str, seed: int, reporter: Reporter) -> Run:
+    """Join the processes that train; RunFolderError where ``out`` (None: nothing is written) can be no run folder."""
+    run = Run(join_processes(pick_device(device), reporter), seed=seed, reporter=reporter)
+    if out is not None:
+        decide_on_rank_0(lambda: refuse_place(out))
+    return run
 
 
 def open_images(spec: Any, reporter: Reporter, *, channels: int = 3, exclude: str | None = None) -> ImageSet:

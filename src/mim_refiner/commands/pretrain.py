@@ -17,6 +17,7 @@ from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.inputs import (
     common_image_size,
     ended_run,
+    join_training,
     list_skipped,
     open_images,
     open_run,
@@ -29,9 +30,9 @@ from mim_refiner.commands.inputs import (
 from mim_refiner.commands.loggers import logged
 from mim_refiner.commands.monitor import MIN_KNN_IMAGES, TRAINED_ON, OnlineKnn
 from mim_refiner.commands.plan import available_memory
-from mim_refiner.core.device import pick_device, resolve_precision
+from mim_refiner.core.device import resolve_precision
 from mim_refiner.core.identity import weights_sha256
-from mim_refiner.core.launch import join_processes, together
+from mim_refiner.core.launch import together
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.data.decode import ImageSet
@@ -87,7 +88,7 @@ def pretrain(
     if (arch is None) == (model is None):
         raise InputError("pretrain needs --arch for a new encoder, or --model to go on from one; give one of them")
     given = None if model is None else name_of(model)
-    run = Run(join_processes(pick_device(device), reporter), seed=seed, reporter=reporter)
+    run = join_training(None if plan else out, device, seed, reporter)
     images = open_images(data, reporter, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model)
     # the size decides which recipe is the default, and a setting or a named recipe may decide the size

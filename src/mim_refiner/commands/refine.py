@@ -27,6 +27,7 @@ from mim_refiner.commands.dense import dense_change
 from mim_refiner.commands.inputs import (
     ended_run,
     evaluation_sets,
+    join_training,
     list_skipped,
     normalize_as,
     normalize_by,
@@ -53,9 +54,9 @@ from mim_refiner.commands.plan import with_cost
 from mim_refiner.commands.report import finish_with_report, write_gallery
 from mim_refiner.commands.survey import thinned
 from mim_refiner.core.collectives import is_distributed
-from mim_refiner.core.device import pick_device, resolve_precision
+from mim_refiner.core.device import resolve_precision
 from mim_refiner.core.identity import weights_sha256
-from mim_refiner.core.launch import join_processes, together
+from mim_refiner.core.launch import together
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.core.sharding import full_state, is_sharded, load_full_state
@@ -169,7 +170,7 @@ def refine_and_compare(
     ``box``: the time that all may take; the comparison is on as many images as it leaves time for.
     """
     started = time.perf_counter()
-    run = Run(join_processes(pick_device(device), reporter), seed=seed, reporter=reporter)
+    run = join_training(None if plan else out, device, seed, reporter)
     torch.manual_seed(seed)  # of tensors that the checkpoint lacks: they are part of what the run is known by
     backbone = load_backbone(model)
     timm_config(backbone)  # what cannot be exported is not trained

@@ -6,6 +6,7 @@ written beside its final name, synced and renamed; the link ``checkpoints/last``
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -105,13 +106,10 @@ class RunFolder:
 
     def _prepare(self, recipe: dict[str, Any], overwrite: bool) -> None:
         path, recipe_file = self.path, self.path / "recipe.yaml"
-        if "\0" in str(path) or re.search("[\udc80-\udcff]", str(path.resolve())):  # safetensors takes no other
-            raise RunFolderError(f"{path}: the path is not valid UTF-8 text; choose another --out")
+        _check_place(path)
         there = recipe_file.exists()
         if there and not overwrite:
             _refuse_other_recipe(recipe_file, recipe)
-        elif not there and path.exists() and (not path.is_dir() or any(each.name != LOCK for each in path.iterdir())):
-            raise RunFolderError(f"{path}: not empty and not a run folder; choose a new --out folder")
         path.mkdir(parents=True, exist_ok=True)
         hold(path, self)
         if there and overwrite:
@@ -318,6 +316,23 @@ def _fill(
     hashes = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
     stands = {**dataclasses.asdict(position), "seconds": seconds, "sha256": hashes}
     write_json(folder / "state.json", {**stands, "digest": _digest(stands)})
+
+
+def refuse_place(out: str | Path) -> None:
+    """Raise RunFolderError where no run folder can be, before anything slow is done: a path that no file can have, or
+    a folder with the files of something else.
+    """
+    with contextlib.suppress(OSError):  # told when it is made
+        _check_place(Path(out))
+
+
+def _check_place(path: Path) -> None:
+    if "\0" in str(path) or re.search("[\udc80-\udcff]", str(path.resolve())):  # safetensors takes no other
+        raise RunFolderError(f"{path}: the path is not valid UTF-8 text; choose another --out")
+    if (path / "recipe.yaml").exists() or not path.exists():
+        return
+    if not path.is_dir() or any(each.name != LOCK for each in path.iterdir()):
+        raise RunFolderError(f"{path}: not empty and not a run folder; choose a new --out folder")
 
 
 def _refuse_other_recipe(recipe_file: Path, recipe: dict[str, Any]) -> None:
