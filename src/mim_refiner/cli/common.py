@@ -105,28 +105,39 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no messages.")]
 
 _OF_ENCODERS = {"encoder": EncoderOption, "num_heads": HeadsOption, "key_map": KeyMapOption}
+_OF_TRAINING = {
+    "recipe": RecipeOption, "settings": SetOption, "device": DeviceOption, "seed": SeedOption,
+    "overwrite": OverwriteOption, "exclude": ExcludeOption, "log": LogOption, "memory_budget": MemoryBudgetOption,
+    "plan": PlanOption,
+}  # fmt: skip
 _OF_ALL = {"as_json": JsonOption, "quiet": QuietOption}
+_DEFAULTS = {"device": "auto", "seed": 0, **dict.fromkeys(("overwrite", "plan", *_OF_ALL), False)}  # None for others
 
 Declared = Callable[..., None]
 
 
-def verb(printer: Callable[[Any, TextIO], None] | None = None) -> Callable[[Declared], Declared]:
+def verb(
+    printer: Callable[[Any, TextIO], None] | None = None, *, trains: bool = False
+) -> Callable[[Declared], Declared]:
     """Make a verb of a function that declares its options: it runs the function of the same name in ``commands``.
 
     The declaring function's own body comes first; it refuses what can be refused before anything slow is loaded.
-    Options that many verbs share are added: those of how an encoder is read, where ``model`` names one, and
-    those of all verbs. ``printer`` as of :func:`execute`.
+    Options that many verbs share are added: those of a training (``trains``), whose recipe is checked first, those of
+    how an encoder is read, where ``model`` names one, and those of all verbs. ``printer`` as of :func:`execute`.
     """
 
     def made(declared: Declared) -> Declared:
         name, signature = declared.__name__, inspect.signature(declared, eval_str=True)
         own = signature.parameters
+        shared = _OF_TRAINING if trains else {}
         reads = _OF_ENCODERS if "model" in own and own["model"].annotation == ModelOption else {}
 
         @functools.wraps(declared)
         def command(*, as_json: bool, quiet: bool, **given: Any) -> None:
-            arguments = {key: given[key] for key in own}
-            declared(**arguments)
+            arguments = {key: given[key] for key in (*own, *shared)}
+            declared(**{key: given[key] for key in own})
+            if trains:
+                check_recipe(name, given["recipe"], given["settings"])
             run = getattr(importlib.import_module(f"mim_refiner.commands.{name}"), name)
             if reads:
                 from mim_refiner.checkpoints.options import with_options
@@ -135,10 +146,8 @@ def verb(printer: Callable[[Any, TextIO], None] | None = None) -> Callable[[Decl
             execute(run, as_json=as_json, quiet=quiet, printer=printer, **arguments)
 
         added = [
-            inspect.Parameter(
-                key, inspect.Parameter.KEYWORD_ONLY, default=False if key in _OF_ALL else None, annotation=of
-            )
-            for key, of in {**reads, **_OF_ALL}.items()
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(key), annotation=of)
+            for key, of in {**shared, **reads, **_OF_ALL}.items()
         ]
         command.__signature__ = signature.replace(parameters=[*own.values(), *added])  # type: ignore[attr-defined]
         return command

@@ -10,20 +10,14 @@ from mim_refiner.cli.common import (
     CacheOption,
     DataOption,
     DeviceOption,
-    ExcludeOption,
-    LogOption,
-    MemoryBudgetOption,
     ModelOption,
     NormOption,
     OutOption,
     OverwriteOption,
-    PlanOption,
-    RecipeOption,
     RunFolderOption,
     SeedOption,
     SetOption,
     TestOption,
-    check_recipe,
     names,
     verb,
 )
@@ -48,32 +42,21 @@ def demo(
     """Refine a small masked autoencoder on real images in minutes, offline, and compare before and after."""
 
 
-@verb()
+@verb(trains=True)
 def pretrain(
     data: DataOption,
     out: RunFolderOption,
     arch: Annotated[str | None, typer.Option(metavar="TIMM_NAME", help="A new ViT of timm, by its model name.")] = None,
     model: Annotated[str | None, typer.Option(metavar="SRC", help="Go on from this ViT instead of a new one.")] = None,
-    recipe: RecipeOption = None,
-    settings: SetOption = None,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
-    overwrite: OverwriteOption = False,
-    exclude: ExcludeOption = None,
-    log: LogOption = None,
-    memory_budget: MemoryBudgetOption = None,
-    plan: PlanOption = False,
 ) -> None:
     """Pre-train a masked autoencoder on images without labels, to refine it afterwards."""
-    check_recipe("pretrain", recipe, settings)
 
 
-@verb()
+@verb(trains=True)
 def refine(
     data: DataOption,
     model: ModelOption,
     out: RunFolderOption,
-    recipe: RecipeOption = None,
     eval_data: Annotated[
         str | None,
         typer.Option(
@@ -90,17 +73,8 @@ def refine(
             help="Blocks that get a head; auto measures every block of the encoder first. Default: the recipe's.",
         ),
     ] = None,
-    settings: SetOption = None,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
-    overwrite: OverwriteOption = False,
-    exclude: ExcludeOption = None,
-    log: LogOption = None,
-    memory_budget: MemoryBudgetOption = None,
-    plan: PlanOption = False,
 ) -> None:
     """Refine an encoder: warm up the heads on the frozen encoder, then train everything."""
-    check_recipe("refine", recipe, settings)
 
 
 @verb()
