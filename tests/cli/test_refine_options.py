@@ -170,3 +170,24 @@ def test_guidance_without_labels_stops_before_anything_is_written(cli, mae, unla
     assert outcome.code == 2
     assert "guidance=prefer needs some; give labelled images, or leave guidance out" in outcome.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_may_end_after_the_warm_up_with_its_forecast(cli, mae, shapes, tmp_path):
+    out = tmp_path / "run"
+    settings = ("refinement.epochs=0", "warmup.epochs=2", "knn_every=5")
+    outcome = cli.call(*cli.refine(shapes, mae.export, out, *settings))
+    assert outcome.code == 0, outcome.err
+    [told] = [line for line in outcome.err.splitlines() if "forecast: " in line]
+    summary = json.loads((out / "summary.json").read_text())
+    found = summary["forecast"]
+    assert told.endswith(found["reason"])
+    assert (found["draws"], found["value"]) == (0, None)
+    assert f"forecast: {found['reason']}" in outcome.out.splitlines()
+    assert "forecast before it: ten times the draws gained" in (out / "report.html").read_text()
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    [measured] = [record for record in log if "knn_heads" in record]  # at the end of the warm-up, whatever knn_every
+    assert (measured["phase"], measured["epoch"]) == ("warmup", 2)
+    assert found["knn_heads"] == measured["knn_heads"]
+    before, after = (load_backbone(str(each)).model.state_dict() for each in (mae.export, out / "export"))
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=0, msg=name)

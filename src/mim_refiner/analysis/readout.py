@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim_refiner._version import __version__
+from mim_refiner.analysis.forecast import lead_forecast
 from mim_refiner.core.metrics import accuracy_interval, paired_interval
 
 KIND = "readout"
@@ -90,6 +91,8 @@ def _sentence(usual: Row, best: Hits, names: Sequence[str], refined: Row | None)
     if names != [usual.name]:
         said += f", {_points(*paired_interval(usual.hits, best))} over the usual feature"
     if refined is None:
+        if usual.knn is not None:
+            said += f". Forecast: {lead_forecast(usual.knn, float(usual.hits.mean()))['reason']}"
         return f"{said}. What refining would bring is not measured here: give the refined encoder with --compare."
     change = paired_interval(best, refined.hits)
     word = "refine" if change[1] > 0 else "read out" if change[2] < 0 else "no clear difference"

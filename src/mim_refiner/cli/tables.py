@@ -161,7 +161,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     table.add_row("in all", f"{plan['time']}, and what measuring the encoder takes")
     for name, size in plan["memory"].items():
         table.add_row(name, size)
-    for name in ("settings", "views are cut", "sent a step and process", "verdict", "to change"):
+    for name in ("settings", "views are cut", "sent a step and process", "forecast", "verdict", "to change"):
         if plan.get(name.replace(" ", "_")):
             table.add_row(name, escape(str(plan[name.replace(" ", "_")])))
     return table

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from mim_refiner.analysis.forecast import refinement_forecast
 from mim_refiner.core.collectives import agree, world_size
 from mim_refiner.core.device import free_memory
 from mim_refiner.core.run import Run
@@ -101,6 +102,9 @@ def plan(
         traffic = workload_of(recipe, refiner, run.precision).traffic()
         result["sent_a_step_and_process"] = {name: format_bytes(value) for name, value in traffic.items()}
     told = {} if cost is None else cost.record()
+    if told:
+        draws = told["phases"]["refinement"]["steps"] * recipe.batch_size
+        told["forecast"] = refinement_forecast(draws)["reason"]
     return {"plan": result | told | {"bytes": result["bytes"] | told.get("bytes", {})}}
 
 

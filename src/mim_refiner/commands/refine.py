@@ -48,7 +48,7 @@ from mim_refiner.commands.measured_settings import (
     place_in_recipe,
     sweep_in_recipe,
 )
-from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn
+from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn, Warming, draws_of, told_by_warmup
 from mim_refiner.commands.plan import plan as run_plan
 from mim_refiner.commands.plan import with_cost
 from mim_refiner.commands.report import finish_with_report, write_gallery
@@ -208,7 +208,7 @@ def refine_and_compare(
     with contextlib.closing(loader):
         after, taken, stopped = trained(refinement, folder, online_knn(refinement, on.bank), model)
     list_skipped(images, folder, reporter, skipped)
-    training = folder.seconds
+    training, told = folder.seconds, told_by_warmup(folder.path, draws_of(chosen, loader))
     stages = {"before": load_backbone(model), **after}
     normalize_as(backbone, *stages.values())
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
@@ -219,7 +219,7 @@ def refine_and_compare(
     if not folder.writes:  # the rest is rank 0's
         return {}
     summary |= {"data": {"train": images.facts()}, "seconds": {"training": training, "total": folder.seconds}}
-    summary |= {"weights": taken, **found} | ({"stopped": str(stopped)} if stopped else {})
+    summary |= {"weights": taken, **found, **told} | ({"stopped": str(stopped)} if stopped else {})
     write_summary(folder.path, summary, measuring)
     finish_with_report(folder.path, reporter)
     reporter.done()
@@ -272,7 +272,9 @@ def online_knn(refinement: Refinement, bank: ImageSet) -> OnlineKnn | None:
     if bank.labels is None or len(bank) < MIN_KNN_IMAGES or not recipe.knn_every:
         return None
     pooling = recipe.heads.measured_pooling
-    return OnlineKnn(refiner.backbone, bank, blocks=refiner.blocks, pooling=pooling, run=refinement.run)
+    warming = Warming(refiner, draws_of(recipe, refinement.loader))
+    how: dict[str, Any] = {"pooling": pooling, "run": refinement.run, "warming": warming}
+    return OnlineKnn(refiner.backbone, bank, blocks=refiner.blocks, **how)
 
 
 def trained(

@@ -92,6 +92,7 @@ def verdict_view(run: RunFiles) -> dict[str, Any]:
         if stage in STAGES and isinstance(value, Mapping)
     ]
     further += [f"{name}: {value['verdict']}. {value['reason']}" for name, value in verdict.get("others", {}).items()]
+    further += [f"forecast before it: {run.summary['forecast']['reason']}"] if "forecast" in run.summary else []
     further += [f"patch features: {verdict['dense']}"] if "dense" in verdict else []
     return {
         "headline": headline if kind_of(run) == "refinement" else headline.replace("refined", "second"),

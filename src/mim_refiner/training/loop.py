@@ -39,6 +39,8 @@ class Monitor(Protocol):
 
     def __call__(self) -> dict[str, float]: ...
 
+    def warmed_up(self) -> None: ...  # the heads are
+
 
 class BatchSource(Protocol):
     """Batches of an epoch from a step on."""
@@ -226,7 +228,7 @@ class Loop:
         self.logs = (step + 1) % self.recipe.log_every == 0 or self.last
         epoch, within = divmod(step + 1, self.loader.steps_per_epoch)
         every = self.recipe.knn_every
-        self.measures = self.monitor is not None and bool(every) and within == 0 and epoch % every == 0
+        self.measures = self.monitor is not None and bool(every) and within == 0 and (epoch % every == 0 or self.last)
         self.looks = self.watched is not None and (self.measures or self.watched.due(total, phase_end=self.last))
         if self.saves or self.logs or self.measures or self.looks:
             self._refuse_non_finite()

@@ -221,6 +221,8 @@ def train(refinement: Refinement, folder: RunFolder, monitor: Monitor | None = N
                 loop.resume()
                 for number in range(loop.position.phase, REFINEMENT + 1):
                     train_phase(refinement, loop, number, pool)
+                    if number == WARMUP and monitor:
+                        monitor.warmed_up()
                 loop.finish()
             except NonFiniteLossError as error:
                 loop.leave_out(error)

@@ -1,0 +1,119 @@
+"""Forecast: what refining would bring in k-NN accuracy, from what is known before, with its error on past runs.
+
+Calibrated on runs of small encoders that were measured; the error is that on an encoder whose runs are left out. What
+tells the gain there is how many images the encoder learns from. What k-NN of the heads gains in the head warm-up does
+not, nor the lead of a linear probe over k-NN, which does for the encoders that the paper refined
+(docs/guides/refine-or-read-out.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Past(NamedTuple):
+    """A refinement that was measured: ``draws`` are the images that the encoder learnt from, the rest is in points."""
+
+    encoder: str
+    draws: float
+    gain: float  # k-NN top-1, last block
+    lead: float  # of a linear probe over k-NN, before
+    heads: float = math.nan  # k-NN of what the last head makes of its block - k-NN of the block, after the warm-up
+
+
+OURS = (  # 4 to 12 blocks of width 48 to 128, 32 px, class token, one seed: LOG.md, 2026-11-28
+    Past("shipped", 7_168, 0.3, 1.7, -4.5),  # 1,000 images of Imagenette
+    Past("shipped", 9_216, 0.1, 3.4, -4.0),
+    Past("narrow", 9_216, 1.4, 7.2, -2.1),
+    Past("random", 9_216, 2.6, 7.5, -1.6),
+    Past("refined", 9_216, -1.4, 4.3, -1.8),
+    Past("mae96", 9_216, -1.2, 3.9, -3.6),
+    Past("shipped", 37_376, 4.0, 1.7, -1.2),  # all of Imagenette
+    Past("shipped", 49_664, 3.1, 3.4, -4.4),
+    Past("random", 49_664, 6.1, 7.5, -0.5),
+    Past("mae96", 399_360, 6.9, 3.9, -3.1),  # 8 epochs of 24
+    Past("shipped", 998_400, 15.9, 3.4, -4.4),
+)
+IMAGENET = 1_281_167
+PUBLISHED = (  # arXiv 2402.10093
+    Past("MAE L/16", 30 * IMAGENET, 81.5 - 60.6, 77.5 - 60.6),
+    Past("data2vec2 L/16", 20 * IMAGENET, 81.0 - 51.8, 78.2 - 51.8),
+    Past("MAE H/14", 30 * IMAGENET, 82.3 - 58.1, 78.2 - 58.1),
+    Past("data2vec2 H/14", 20 * IMAGENET, 82.3 - 48.0, 80.4 - 48.0),
+    Past("MAE 2B/14", 20 * IMAGENET, 83.2 - 67.1, 79.7 - 67.1),
+)
+Reading = Callable[[Past], list[float]]  # what a forecast looks at
+
+
+def by_draws(run: Past) -> list[float]:
+    return [1.0, math.log10(run.draws)]
+
+
+def by_draws_and_heads(run: Past) -> list[float]:
+    return [1.0, math.log10(run.draws), run.heads]
+
+
+def by_lead(run: Past) -> list[float]:
+    return [1.0, run.lead]
+
+
+def forecast(run: Past, runs: Sequence[Past], reading: Reading) -> float:
+    """The gain of ``run`` in points, by least squares of the gains of ``runs``."""
+    rows, gains = np.array([reading(of) for of in runs]), np.array([of.gain for of in runs])
+    return float(np.dot(reading(run), np.linalg.lstsq(rows, gains, rcond=None)[0]))
+
+
+def left_out_error(runs: Sequence[Past], reading: Reading) -> float:
+    """Mean distance of forecast and gain in points, each encoder's runs forecast by those of the others."""
+    return missed_by(runs, reading, [[other for other in runs if other.encoder != run.encoder] for run in runs])
+
+
+def missed_by(runs: Sequence[Past], reading: Reading, calibrated: Sequence[Sequence[Past]]) -> float:
+    """Mean distance of the gain of each of ``runs`` and its forecast by the runs that it is given."""
+    pairs = zip(runs, calibrated, strict=True)
+    return float(np.mean([abs(forecast(run, by, reading) - run.gain) for run, by in pairs]))
+
+
+def refinement_forecast(draws: int, knn: float | None = None, heads: float | None = None) -> dict[str, Any]:
+    """{"value", "error", "draws", "reason"} of a refinement of so many draws (None without any), in shares of 1.
+
+    ``knn`` and ``heads``, k-NN accuracy of the last head's block and of what the warmed-up head makes of it, are told.
+    """
+    error, most = left_out_error(OURS, by_draws), max(run.draws for run in OURS)
+    value = forecast(Past("", draws, 0, 0), OURS, by_draws) if draws else None
+    if value is None:
+        tenfold = forecast(Past("", 10, 0, 0), OURS, by_draws) - forecast(Past("", 1, 0, 0), OURS, by_draws)
+        said = f"ten times the draws gained {tenfold:.1f} points of k-NN"
+    else:
+        said = f"{value:+.1f} points of k-NN by {draws:,} draws"
+    published = missed_by(PUBLISHED, by_draws, [OURS] * len(PUBLISHED))
+    beyond = f"; beyond their {most:,.0f} draws it missed {len(PUBLISHED)} published ones by {published:.0f}"
+    beyond *= draws > most
+    said += f" (± {error:.1f} on an encoder left out of {len(OURS)} runs of small encoders{beyond})"
+    found = {"value": None if value is None else value / 100, "error": error / 100, "draws": draws}
+    if knn is not None and heads is not None:
+        found |= {"knn_top1": knn, "knn_heads": heads}
+        said += (
+            f". The warmed-up head's k-NN is {100 * heads:.1f} %, its block's {100 * knn:.1f} % "
+            f"({100 * (heads - knn):+.1f}): with that the forecast was no better (± "
+            f"{left_out_error(OURS, by_draws_and_heads):.1f})"
+        )
+    return {**found, "reason": said}
+
+
+def lead_forecast(knn: float, linear: float) -> dict[str, Any]:
+    """{"value", "error", "reason"}: the gain of a long refinement by the published ones, all in shares of 1."""
+    run, error = Past("", 0, 0, 100 * (linear - knn)), left_out_error(PUBLISHED, by_lead)
+    value = forecast(run, PUBLISHED, by_lead)
+    ours = missed_by(OURS, by_lead, [PUBLISHED] * len(OURS))
+    return {
+        "value": value / 100,
+        "error": error / 100,
+        "reason": f"its linear probe is {run.lead:.1f} points ahead of its k-NN; as for {len(PUBLISHED)} published "
+        f"encoders a long refinement on ImageNet-1K gains {value:+.0f} points of k-NN (± {error:.1f} on one left out), "
+        f"but {len(OURS)} short runs of small encoders were off that by {ours:.0f}",
+    }

@@ -1,0 +1,78 @@
+"""Forecasts against plain loops, and what they say of their error."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mim_refiner.analysis.forecast import (
+    OURS,
+    PUBLISHED,
+    Past,
+    by_draws,
+    by_draws_and_heads,
+    by_lead,
+    forecast,
+    lead_forecast,
+    left_out_error,
+    refinement_forecast,
+)
+
+
+def line(xs, ys):
+    """(intercept, slope) of the least squares, from the textbook."""
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    slope = sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+    return y - slope * x, slope
+
+
+@pytest.mark.parametrize(
+    ("runs", "reading", "x"),
+    [(OURS, by_draws, lambda run: math.log10(run.draws)), (PUBLISHED, by_lead, lambda run: run.lead)],
+)
+def test_a_forecast_is_a_line_through_the_runs_and_its_error_that_on_encoders_left_out(runs, reading, x):
+    intercept, slope = line([x(run) for run in runs], [run.gain for run in runs])
+    new = Past("new", 5e4, math.nan, 9.0)
+    assert forecast(new, runs, reading) == pytest.approx(intercept + slope * x(new))
+    missed = []
+    for run in runs:
+        others = [other for other in runs if other.encoder != run.encoder]
+        intercept, slope = line([x(other) for other in others], [other.gain for other in others])
+        missed.append(abs(intercept + slope * x(run) - run.gain))
+    assert left_out_error(runs, reading) == pytest.approx(sum(missed) / len(missed))
+
+
+def test_what_is_said_of_the_measures_holds_for_the_runs():
+    """The words of the module and of the guide: draws help, the warm-up does not help beside them."""
+    plain = left_out_error(OURS, lambda run: [1.0])
+    assert left_out_error(OURS, by_draws) < plain
+    assert left_out_error(OURS, by_draws_and_heads) > left_out_error(OURS, by_draws)
+    assert left_out_error(OURS, by_lead) > plain
+    assert left_out_error(PUBLISHED, by_lead) < 1 < left_out_error(PUBLISHED, lambda run: [1.0])
+
+
+def test_the_line_tells_value_error_and_what_the_warm_up_measured():
+    found = refinement_forecast(49_664, 0.447, 0.403)
+    error = left_out_error(OURS, by_draws)
+    assert found["value"] == pytest.approx(forecast(Past("", 49_664, 0, 0), OURS, by_draws) / 100)
+    assert found["error"] == pytest.approx(error / 100)
+    assert (found["draws"], found["knn_top1"], found["knn_heads"]) == (49_664, 0.447, 0.403)
+    assert found["reason"].startswith(
+        f"{100 * found['value']:+.1f} points of k-NN by 49,664 draws (± {error:.1f} on an "
+    )
+    assert "k-NN is 40.3 %, its block's 44.7 % (-4.4): with that the forecast was no better (± 2." in found["reason"]
+    assert "beyond" not in found["reason"]
+    more = refinement_forecast(38_000_000)
+    assert more["value"] > found["value"]
+    assert "beyond their 998,400 draws it missed 5 published ones by 6)" in more["reason"]
+    none = refinement_forecast(0, 0.4, 0.5)
+    assert none["value"] is None
+    assert none["reason"].startswith("ten times the draws gained ")
+
+
+def test_the_lead_of_the_probe_is_told_with_its_error_on_both_kinds_of_runs():
+    found = lead_forecast(0.606, 0.775)
+    assert found["value"] == pytest.approx(0.209, abs=0.01)  # MAE L/16
+    assert "16.9 points ahead of its k-NN; as for 5 published encoders" in found["reason"]
+    assert "(± 0.7 on one left out), but 11 short runs of small encoders were off that by 7" in found["reason"]
