@@ -15,22 +15,27 @@ A part is a process; when its box is over it is ended and keeps what it has writ
 measured speed of its matrix product, and the results so far; ``error`` says what went wrong. Nothing needs to be
 installed: this repository's src comes first on the path, beside it only the runtime dependencies are used.
 
-A machine without a network, lent for 15 minutes, that is sent at most 64 MiB a call. Before, where there is a network:
+A machine without a network, lent for 15 minutes, that is sent at most 64 MiB a call, starts in one or two of these
+minutes, and sends at most 8 files of 16 MiB back. Before, where there is a network, in the root of the checkout:
 
-    pip download -c constraints.txt --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-        --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64 -d .whl NAMES    (those that it lacks)
-    python benchmarks/gpu.py --pack 'cifar10_train-*.parquet' --to .gpu    (writes train-0.parquet and so on)
-    python benchmarks/gpu.py --pack cifar10_test.parquet --to .gpu
+    echo .whl/ >> .git/info/exclude; echo .gpu/ >> .git/info/exclude
+    python3 -m pip download -c constraints.txt --no-deps --only-binary=:all: --python-version 3.12 \
+        --implementation cp --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64 -d .whl \
+        pydantic pydantic-core annotated-types typing-inspection timm    (6 MB; and what else it lacks, but no torch)
+    python benchmarks/gpu.py --pack 'cifar10_train-*.parquet' --to .gpu  (writes train-0 to train-2, 30 MB each)
+    python benchmarks/gpu.py --pack cifar10_test.parquet --to .gpu       (writes test-0, 18 MB)
 
-Then there, one call after the other on the same machine, each with .whl and one piece beside the repository, each
-beginning with ``pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl; export PYTHONPATH=/tmp/site;``
+Then there, one call after the other on the same machine without a pause, each with .whl and one piece beside the
+repository (20 MB), each beginning with ``pip install -q --no-index --no-deps --upgrade --target /tmp/site .whl/*.whl;
+export PYTHONPATH=/tmp/site;`` and then ``python benchmarks/gpu.py --out $OUT --work /tmp/gpu --keep .gpu/*.parquet``
 (pieces are kept in --work, outside of what a call replaces; results leave by --out):
 
-    1. train-0   python benchmarks/gpu.py --out $OUT --work /tmp/gpu --keep .gpu/*.parquet --parts check,vit_l
-    2. train-1   python benchmarks/gpu.py --out $OUT --work /tmp/gpu --keep .gpu/*.parquet --parts small,profile
-    3. train-2   python benchmarks/gpu.py --out $OUT --work /tmp/gpu --keep .gpu/*.parquet --parts vit_b --box vit_b=40
-    4. test      python benchmarks/gpu.py --out $OUT --work /tmp/gpu --keep .gpu/*.parquet --parts train --box train=360
-    5. (none)    the fourth again, if it says "unfinished"
+    1. train-0   --parts check,vit_l              at most 210 s: is it right, and the goals of ViT-L/16
+    2. train-1   --parts small                    at most 90 s
+    3. train-2   --parts profile                  at most 60 s
+    4. test-0    --parts train --box train=SECONDS   what is left, less 40 s; two encoders and two refined ones, 11 MB
+                                                  each in bf16, and their scores
+    5. (none)    the fourth again without --keep, if it says "unfinished" and there is time; vit_b where there is more
 
 Afterwards ``python benchmarks/gpu.py --unpack results --to encoders`` makes timm folders of the trained weights.
 """
@@ -52,7 +57,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
-BOXES = {"check": 60, "vit_l": 150, "small": 60, "profile": 60, "vit_b": 60, "train": 360}  # seconds, in this order
+BOXES = {"check": 60, "vit_l": 150, "small": 90, "profile": 60, "vit_b": 60, "train": 360}  # seconds, in this order
 GRACE = 20  # seconds that a part gets to end by itself
 
 

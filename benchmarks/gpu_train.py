@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gpu import Results
 
 SHARES = {"mae": 0.5, "refined": 0.87, "evaluation": 1.0}  # of the box: when a stage is to be over
+AFTER = {"mae": 3.0, "refined": 15.0}  # seconds for what follows the last step: comparison, export, report
 TOY = {
     "workers": 0, "heads.queue_size": 64, "heads.projector_hidden": 32, "heads.predictor_hidden": 32,
     "heads.out_dim": 16, "refinement.top_k": 4, "views.num_local": 1, "guard.enabled": "false",
@@ -65,7 +66,9 @@ class Command:
 
     def check(self) -> None:
         """Raise RuntimeError with the end of its words if it failed."""
-        if self.process.poll() not in (None, 0, 130, -signal.SIGINT):
+        # what was stopped, or killed as it did not end in time, goes on from a checkpoint
+        ways = (130, -signal.SIGINT, -signal.SIGKILL) if self.interrupted else ()
+        if self.process.poll() not in (None, 0, *ways):
             words = self.log.read_text(errors="replace")[-3000:]
             raise RuntimeError(f"{' '.join(self.words[3:])}: exit code {self.process.poll()}\n{words}")
 
@@ -185,7 +188,7 @@ class Training:
         fits = asked
         if rate and run.running:
             done = run.metrics()[-1]["epoch"]
-            fits = int(done + 0.9 * (end - time.monotonic()) * rate / self.images)
+            fits = int(done + (0.9 * (end - time.monotonic()) - AFTER[name]) * rate / self.images)
         epochs = max(1, min(asked, fits))
         self.note(f"{name}-{key}", epochs)
         if epochs < asked:

@@ -19,18 +19,19 @@ from mim_refiner.training.recipes import tiny
 from mim_refiner.training.refine import view_specs
 
 MEAN, STD = (0.5, 0.4), (0.25, 0.2)
+MOMENTS = torch.tensor([MEAN, STD])[:, :, None, None]
 
 
 def normalised(*shape: int) -> tuple[Tensor, Tensor]:
     values = torch.rand(*shape, generator=torch.Generator().manual_seed(0))
-    mean, std = (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
+    mean, std = MOMENTS
     return values, (values - mean) / std
 
 
 def test_gain_is_of_the_values_before_normalisation() -> None:
     values, images = normalised(3, 2, 4, 5)
     drawn = draw(3, 2, torch.Generator().manual_seed(1))
-    got = apply(images, drawn, DomainSpec(gain=0.3), MEAN, STD)
+    got = apply(images, drawn, DomainSpec(gain=0.3), MOMENTS)
     for row in range(3):
         for channel in range(2):
             gain = 1 + 0.3 * (2 * float(drawn[row, 7 + channel]) - 1)
@@ -70,7 +71,7 @@ def test_noise_is_normal_and_depends_on_image_and_place_alone() -> None:
 def test_noise_has_the_asked_deviation() -> None:
     images = torch.zeros(64, 2, 16, 16)
     drawn = draw(64, 2, torch.Generator().manual_seed(0))
-    got = apply(images, drawn, DomainSpec(noise=0.1), MEAN, STD)
+    got = apply(images, drawn, DomainSpec(noise=0.1), MOMENTS)
     for channel in range(2):
         expected = 0.1 * drawn[:, 1] / STD[channel]
         torch.testing.assert_close(got[:, channel].std(dim=(1, 2)), expected, rtol=0.25, atol=1e-3)
@@ -79,7 +80,7 @@ def test_noise_has_the_asked_deviation() -> None:
 def test_masks_are_one_band_of_rows_and_one_of_columns_at_the_mean() -> None:
     images = torch.full((40, 1, 20, 30), 7.0)
     got = apply(images, draw(40, 1, torch.Generator().manual_seed(3)), DomainSpec(mask_rows=0.5, mask_columns=0.2),
-                (0.5,), (0.5,))  # fmt: skip
+                torch.full((2, 1, 1, 1), 0.5))  # fmt: skip
     longest_rows = longest_columns = 0
     for image in got[:, 0]:
         hidden_rows, hidden_columns = (image == 0).all(1), (image == 0).all(0)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -257,3 +258,10 @@ def test_normalize():
     torch.testing.assert_close(normalize(images, mean, std), expected)
     with pytest.raises(InputError, match="3 channels, 1 means"):
         normalize(images, (0.5,), (0.5,))
+
+
+def test_batches_of_the_loader_thread_are_page_locked_too(array_set, monkeypatch):
+    monkeypatch.setattr(loaders.ViewBatch, "pin_memory", lambda batch: replace(batch, skipped=[("pinned", "")]))
+    for pinned in (True, False):
+        loader = TrainLoader(array_set(), VIEWS, 6, seed=0, pin_memory=pinned)
+        assert [batch.skipped for batch in loader.epoch(0)] == [[("pinned", "")] if pinned else []] * 3

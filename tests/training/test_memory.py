@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,6 +48,19 @@ def make(arch: str = "vit_w64_d4_h2_p8", image: int = 32, **options: object) -> 
     refiner = Refiner(backbone, (2, 3), HeadConfig(64, 64, 32, 256), pooling="cls", **options)
     refiner.unfreeze_encoder()
     return refiner
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_trace_leaves_no_tables_without_numbers_behind(shared: bool) -> None:
+    tables = {"use_rel_pos_bias": not shared, "use_shared_rel_pos_bias": shared}
+    size = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 40, "num_classes": 0}
+    backbone = Backbone.wrap(timm.create_model("beit_base_patch16_224", **size, **tables))
+    refiner = Refiner(backbone, (1,), HeadConfig(16, 16, 8, 32), pooling="cls")
+    measure_needs(refiner, [(40, 2), (24, 2)], 4, precision="fp32")
+    [output] = backbone.forward_blocks(torch.zeros(1, 3, 24, 24), [-1])
+    assert output.cls is not None
+    assert type(output.cls) is torch.Tensor
+    assert bool(torch.isfinite(output.cls).all())
 
 
 def test_live_bytes_counts_what_is_alive_at_a_time() -> None:

@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
@@ -27,8 +28,8 @@ from mim_refiner.core.guidance import Guide
 from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
 from mim_refiner.core.run import Run
 from mim_refiner.core.search import Bank
-from mim_refiner.data import photometric
-from mim_refiner.data.domain import hashed_normal
+from mim_refiner.data import domain, photometric
+from mim_refiner.data.domain import DomainSpec, hashed_normal
 from mim_refiner.data.photometric import BatchPhotometric, augment
 from mim_refiner.data.views import multi_crop_views
 from mim_refiner.models import heads
@@ -143,6 +144,54 @@ def test_the_forward_pass_of_a_step_neither_waits_nor_mixes_devices(
     assert all(value.device.type == "cuda" for value in (output.loss, *metrics.values()))
     assert sent == len(crops) + 1 + 1 + 1  # the views, what they drew, the ids, what the heads drew
     assert (seen.sent, seen.fetched) == (0, 0)  # a CUDA graph could hold the rest
+
+
+def test_augmentations_of_every_domain_neither_wait_nor_mix_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = DomainSpec(rotate=10, gain=0.1, noise=0.1, mask_rows=0.2, mask_columns=0.2)
+    views = [view for view in multi_crop_views(16, 8, 2, domain=spec) for _ in range(view.count)]
+    photometrics = [BatchPhotometric(view, (0.5,) * 3, (0.2,) * 3) for view in views]
+    crops = [torch.zeros(4, 3, view.size, view.size, dtype=torch.uint8) for view in views]
+    draws = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(domain, "draw", really(domain.draw))
+    with pretend_gpu(monkeypatch), Seen() as seen:
+        made = augment(crops, photometrics, draws, CUDA)
+    assert all(view.device.type == "cuda" for view in made)
+    assert (seen.sent, seen.fetched) == (len(crops) + 2, 0)  # the views, what colours they drew, what the domain drew
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from the host to a device that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.count += args[0].device.type == "cpu" and result.device.type == "meta"
+        return result
+
+
+VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 32, "num_classes": 0}
+
+
+@pytest.mark.parametrize(("name", "options", "rule"), [
+    ("vit_tiny_patch16_224", {}, "timm"), ("vit_tiny_patch16_224", {}, "sincos"),
+    ("vit_tiny_patch16_224", {}, "sinusoid"), ("vit_tiny_patch16_224", {}, "dino"),
+    ("beit_base_patch16_224", {}, "timm"), ("beit_base_patch16_224", {}, "hf"),
+    ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}, "timm"),
+    ("eva02_tiny_patch14_224", {}, "timm"), ("vit_capi", {"reg_tokens": 4}, "timm"),
+    ("vit_small_patch16_dinov3", {}, "timm"), ("vit_small_patch16_rope_mixed_224", {}, "timm"),
+])  # fmt: skip
+def test_tables_of_positions_go_to_the_device_once(name: str, options: dict[str, Any], rule: str) -> None:
+    backbone = Backbone.wrap(timm.create_model(name, **VIT | options), position_rule=rule).to("meta")
+    for number in range(2):
+        with Copies() as copies:
+            for side in (32, 16):
+                images = torch.empty(2, 3, side, side, device="meta")
+                backbone.run_blocks(backbone.embed(images), 0, 2, (1,), class_token_last=True)
+        assert copies.count == 0 or number == 0, (number, copies.count)
 
 
 @pytest.mark.parametrize("frozen_blocks", [0, 2])

@@ -48,19 +48,20 @@ def draw(count: int, channels: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def apply(images: Tensor, drawn: Tensor, spec: DomainSpec, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Augment normalised float32 images [B, C, H, W] by their rows of ``drawn`` [B, 7 + C], on the same device."""
+def apply(images: Tensor, drawn: Tensor, spec: DomainSpec, moments: Tensor) -> Tensor:
+    """Augment normalised float32 images [B, C, H, W] by their rows of ``drawn`` [B, 7 + C]; ``moments`` [2, C, 1, 1]:
+    mean and standard deviation that they were normalised by. All on one device.
+    """
+    mean, std = moments
     angle, sigma, seed, rows_length, rows_start, columns_length, columns_start = drawn[:, :_DRAWS].unbind(1)
     if spec.rotate:
         images = rotated(images, (2 * angle - 1) * math.radians(spec.rotate))
     if spec.gain:  # of the values before normalisation
         gain = (1 + spec.gain * (2 * drawn[:, _DRAWS:] - 1))[:, :, None, None]
-        offset = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device)[:, None, None]
-        images = images * gain + (gain - 1) * offset
+        images = images * gain + (gain - 1) * (mean / std)
     if spec.noise:
-        deviation = torch.tensor([1 / s for s in std], device=images.device)[:, None, None]
         at_once = max(1, _NOISY_AT_ONCE // images[0].numel())
-        scale = (spec.noise * sigma)[:, None, None, None] * deviation
+        scale = (spec.noise * sigma)[:, None, None, None] / std
         numbers = (seed * 2**24).long()
         parts = [
             part + part_scale * hashed_normal(part_numbers, part.shape[1:])

@@ -216,11 +216,16 @@ class TrainLoader:
             yield from (self._assembler[key] for key in keys)
             return
         if self._loader is None:
-            with contextlib.closing(in_background((self._assembler[key] for key in keys), self._prefetch)) as stream:
+            items = (self._pinned(self._assembler[key]) for key in keys)
+            with contextlib.closing(in_background(items, self._prefetch)) as stream:
                 yield from stream
             return
         self._steps[:] = keys
         yield from begun(self._loader)
+
+    def _pinned(self, item: _Assembled) -> _Assembled:
+        """As what a DataLoader with processes gives: from other memory the host would wait for the copies."""
+        return item.pin_memory() if self._pin_memory else item
 
     def _accept(self, item: _Assembled) -> ViewBatch:
         """Record what the worker found unreadable and hand on the batch, or raise its error."""

@@ -142,17 +142,16 @@ def augment(
         for group in groups.values()
     ]
     tables = iter(send([table for _, tables in plans for table in tables], device))
-    output = list(views)
+    output, moments = list(views), {}
     for group, (chunks, _) in zip(groups.values(), plans, strict=True):
         own = _Tables(*(next(tables) for _ in _Tables._fields))
         pixels = torch.cat([views[number].to(device, non_blocking=True) for number in group])
         with torch.autocast(device.type, enabled=False):
             images = _augmented(pixels, photometrics[group[0]].view, chunks, own)
         for number, part in zip(group, images.split([len(views[number]) for number in group]), strict=True):
-            output[number] = part
+            output[number], moments[number] = part, own.moments
     for (number, _), table in zip(domains.items(), send(list(domains.values()), device), strict=True):
-        own_of = photometrics[number]
-        output[number] = domain.apply(output[number], table, own_of.view.domain, own_of.mean, own_of.std)
+        output[number] = domain.apply(output[number], table, photometrics[number].view.domain, moments[number])
     return output
 
 

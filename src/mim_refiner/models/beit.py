@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 from timm.models.beit import Attention, Beit, gen_relative_position_index
 from torch import Tensor
 
-from mim_refiner.models.positions import Grid, resize_relative
+from mim_refiner.models.positions import Grid, made_once, resize_relative
 
 
 class OwnTable(NamedTuple):
@@ -54,13 +52,12 @@ def shared_bias(model: Beit, grid: Grid, rule: str) -> Tensor | OwnTable | None:
 
 def relative_bias(table: Tensor, native: Grid, grid: Grid, rule: str) -> Tensor:
     """Bias of the attention [1, K, 1+N, 1+N] for ``grid`` from the table of grid ``native``."""
-    index = _index(grid).to(table.device)
+    index = _index(table, grid)
     bias = resize_relative(table, native, grid, rule=rule)[index.flatten()]
     return bias.view(*index.shape, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
 
 
-@lru_cache(maxsize=16)
+@made_once
 def _index(grid: Grid) -> Tensor:
-    with torch.inference_mode(False):
-        index: Tensor = gen_relative_position_index(grid)
+    index: Tensor = gen_relative_position_index(grid)
     return index

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mim_refiner.errors import InputError
 from mim_refiner.models.mae import sincos_position_table
@@ -29,6 +32,23 @@ RULES = {
 _CLASS_ENTRIES = 3  # of a relative table: class token to patch, patch to class token, class token to itself
 
 
+def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``make(*numbers)`` as a function of a tensor and these: the same table on the tensor's device, copied there once.
+
+    At every step the host would wait for the copy. What a trace on fake tensors makes is not kept.
+    """
+
+    @lru_cache(maxsize=32)
+    def kept(device: torch.device, *numbers: Any) -> Tensor:
+        with torch.inference_mode(False):
+            return make(*numbers).to(device)
+
+    def on_device_of(like: Tensor, *numbers: Any) -> Tensor:
+        return make(*numbers).to(like.device) if isinstance(like, FakeTensor) else kept(like.device, *numbers)
+
+    return on_device_of
+
+
 def resize_absolute(table: Tensor, old: Grid, new: Grid, *, num_prefix: int, rule: str) -> Tensor:
     """Table [1, P+N, D] of grid ``old`` for grid ``new``; the first ``num_prefix`` entries stay as they are."""
     if old == new:
@@ -39,9 +59,7 @@ def resize_absolute(table: Tensor, old: Grid, new: Grid, *, num_prefix: int, rul
         return resized
     prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
     if rule in ("sincos", "sinusoid"):
-        count, dim = new[0] * new[1], table.shape[-1]
-        computed = sinusoid_table(count, dim) if rule == "sinusoid" else sincos_position_table(dim, *new, num_prefix=0)
-        return torch.cat([prefix, computed.to(table)], dim=1)
+        return torch.cat([prefix, _computed(table, rule, table.shape[-1], new).to(table.dtype)], dim=1)
     image = patches.reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # float32 as in the published code and in timm
     if rule == "dino":
         factors = [(side + 0.1) / before for side, before in zip(new, old, strict=True)]
@@ -51,13 +69,16 @@ def resize_absolute(table: Tensor, old: Grid, new: Grid, *, num_prefix: int, rul
     return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2).to(table)], dim=1)
 
 
-@lru_cache(maxsize=16)
+@made_once
+def _computed(rule: str, dim: int, grid: Grid) -> Tensor:
+    return sinusoid_table(grid[0] * grid[1], dim) if rule == "sinusoid" else sincos_position_table(dim, *grid, 0)
+
+
 def sinusoid_table(count: int, dim: int) -> Tensor:
     """Fixed positions [1, count, dim] of tokens in a row: sine in even channels, cosine in odd ones."""
-    with torch.inference_mode(False):
-        channels = torch.arange(dim, dtype=torch.float64)
-        angles = torch.arange(count, dtype=torch.float64)[:, None] / 10000 ** (2 * (channels // 2) / dim)
-        return torch.where(channels % 2 == 0, angles.sin(), angles.cos()).float()[None]
+    channels = torch.arange(dim, dtype=torch.float64)
+    angles = torch.arange(count, dtype=torch.float64)[:, None] / 10000 ** (2 * (channels // 2) / dim)
+    return torch.where(channels % 2 == 0, angles.sin(), angles.cos()).float()[None]
 
 
 def resize_relative(table: Tensor, old: Grid, new: Grid, *, rule: str) -> Tensor:
@@ -70,18 +91,17 @@ def resize_relative(table: Tensor, old: Grid, new: Grid, *, rule: str) -> Tensor
         image = distances.reshape(1, *shape, -1).permute(0, 3, 1, 2)
         image = F.interpolate(image, size=_span(new), mode="bilinear")
         return torch.cat([image.permute(0, 2, 3, 1).flatten(0, 2), rest])
-    return _geometric(old, new).to(table) @ table
+    return _geometric(table, old, new).to(table.dtype) @ table
 
 
-@lru_cache(maxsize=16)
+@made_once
 def _geometric(old: Grid, new: Grid) -> Tensor:
     """BEiT's resizing of a relative table as a matrix [entries of new, entries of old].
 
     As a matrix it is fast, and gradients pass through it to the table.
     """
     rows, columns = (_interpolation(before, after) for before, after in zip(_span(old), _span(new), strict=True))
-    with torch.inference_mode(False):
-        return torch.block_diag(torch.kron(rows, columns), torch.eye(_CLASS_ENTRIES))
+    return torch.block_diag(torch.kron(rows, columns), torch.eye(_CLASS_ENTRIES))
 
 
 def _interpolation(before: int, after: int) -> Tensor:

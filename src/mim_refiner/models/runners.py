@@ -122,12 +122,21 @@ class EvaRunner(PlainRunner):
             model.rope._use_cached_embed = False  # computed for the grid asked for, not kept for one
 
     def context(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Any:
-        if model.rope is None:
+        rope = model.rope
+        if rope is None:
             return None
-        if hasattr(model.rope, "update_feat_shape"):
-            model.rope.update_feat_shape(list(grid))  # of kinds that keep the embedding of one grid
-        embedding = model.rope.get_embed(shape=list(grid))
-        return list(embedding) if model.rope_mixed else embedding
+        if model.rope_mixed:  # learned
+            if hasattr(rope, "update_feat_shape"):
+                rope.update_feat_shape(list(grid))  # of kinds that keep the embedding of one grid
+            return list(rope.get_embed(shape=list(grid)))
+        if rope.training and getattr(rope, "aug_active", False):
+            return rope.get_embed(shape=list(grid))
+        frequencies = next(rope.buffers())
+        known, key = rope.__dict__.setdefault("_known", {}), (grid, frequencies.device, frequencies.dtype)
+        if key not in known:  # timm makes it on the host, which would wait for the copy at every step
+            with torch.inference_mode(False):
+                known[key] = rope.get_embed(shape=list(grid))
+        return known[key]
 
     def arguments(self, context: Any, index: int) -> tuple[Any, ...]:
         return (context[index] if isinstance(context, list) else context,)

@@ -20,7 +20,7 @@ from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.layer_decay import layer_decay_scales, negligible_blocks
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
-from mim_refiner.core.run import Run
+from mim_refiner.core.run import Run, send
 from mim_refiner.core.threads import paced
 from mim_refiner.data.domain import DomainSpec
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
@@ -333,7 +333,7 @@ def make_views(refinement: Refinement, batch: ViewBatch, generator: torch.Genera
             photometric.draw(rows.total, generator)
         return batch.views, batch.sample_ids.to(device, non_blocking=True)
     views = augment(batch.views, refinement.photometrics, generator, device, rows)
-    return views, batch.sample_ids.to(device, non_blocking=True)
+    return views, send([batch.sample_ids], device)[0]
 
 
 def forward_backward(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mim_refiner.core.collectives import average_gradients, from_ranks, process_rows, use_rows
 from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
-from mim_refiner.core.run import Run
+from mim_refiner.core.run import Run, send
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.photometric import augment
 from mim_refiner.models.backbone import Backbone
@@ -98,7 +98,7 @@ def _trained(
         for step, batch in enumerate(batches):
             generator, rows = step_generator(run.seed, SWEEP, step), process_rows(len(batch.sample_ids))
             views = augment(batch.views, photometrics, generator, run.device, rows)
-            ids = batch.sample_ids.to(run.device)
+            [ids] = send([batch.sample_ids], run.device)
             with use_rows(rows), run.autocast():
                 [features] = refiner.features(views).values()
                 drawn = draw_choices(heads[:1], NUM_GLOBAL, len(ids), generator, run.device)  # alike for all
