@@ -182,6 +182,7 @@ def test_a_run_may_end_after_the_warm_up_with_its_forecast(cli, mae, shapes, tmp
     found = summary["forecast"]
     assert told.endswith(found["reason"])
     assert (found["draws"], found["value"]) == (0, None)
+    assert not [line for line in summary["verdict"]["next"] if "epochs=0" in line]
     assert f"forecast: {found['reason']}" in outcome.out.splitlines()
     assert "forecast before it: ten times the draws gained" in (out / "report.html").read_text()
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -336,7 +336,7 @@ def test_truth_is_no_number_in_lists_either(setting):
         ("guidance=off", "'none', 'prefer' or 'restrict'"),
         ("heads.pooling=true", "auto, cls, mean"),
         ("heads.pooling=[true]", "auto, cls, mean"),
-        ("name=true", "valid string"),
+        ("name=true", "must be text"),
     ],
 )
 def test_truth_for_a_name_is_answered_with_the_names(setting, told):

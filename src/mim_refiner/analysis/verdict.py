@@ -81,7 +81,7 @@ def what_next(
         if draws < MANY_DRAWS:
             lines.append(
                 f"a longer run: {draws:,} images were drawn, and gains grew with every epoch up to a million: "
-                f"--set refinement.epochs={2 * phase['epochs']}"
+                f"--set refinement.epochs={max(1, 2 * phase['epochs'])}"
             )
     if recommendation and last_block is not None and recommendation.get("block") not in (None, last_block):
         lines.append(
