@@ -97,7 +97,7 @@ def test_without_labels_and_without_a_second_encoder(mae, unlabelled, cli, tmp_p
     words = ("analyze", "--model", mae.export, "--data", unlabelled, "--out", tmp_path / "out")
     outcome = cli.call(*words, "--parts", "verdict,atlas")
     assert outcome.code == 0, outcome.err
-    assert "no labels: neighbour consistency stands in" in outcome.err
+    assert "no labels: neighbour consistency is told" in outcome.err
     assert "label free: neighbour consistency" in outcome.out
     assert "features to use: " in outcome.out
     record = json.loads((tmp_path / "out" / "atlas-before.json").read_text())
