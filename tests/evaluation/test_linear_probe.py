@@ -21,7 +21,7 @@ from mim_refiner.evaluation.linear_probe import (
     paper_sets,
     probe_sets,
 )
-from mim_refiner.training.memory import LiveBytes
+from mim_refiner.training.traces import LiveBytes
 
 QUICK = LinearProbeSettings(epochs=3, batch_size=32)
 

@@ -31,7 +31,7 @@ from mim_refiner.evaluation.segmentation import (
     segmentation_protocol,
 )
 from mim_refiner.evaluation.windows import Windows, patch_targets, window_places
-from mim_refiner.training.memory import LiveBytes
+from mim_refiner.training.traces import LiveBytes
 
 
 def png(array):

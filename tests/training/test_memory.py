@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,15 +18,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError, RecipeError
+from mim_refiner.models.anchor import DenseAnchor
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training import memory
+from mim_refiner.training.anchor import anchor_backward
 from mim_refiner.training.cost import EncoderShape, Workload
 from mim_refiner.training.memory import (
     RESERVE,
+    Beside,
     Choice,
-    LiveBytes,
     Needs,
     as_asked,
     choose,
@@ -33,10 +36,10 @@ from mim_refiner.training.memory import (
     format_bytes,
     measure_needs,
     parse_budget,
-    refiner_like,
 )
 from mim_refiner.training.recipe import RefineRecipe, Views, override
 from mim_refiner.training.refine import forward_backward
+from mim_refiner.training.traces import LiveBytes, refiner_like
 from mim_refiner.types import Checkpointing
 
 CPU = torch.device("cpu")
@@ -149,23 +152,58 @@ def test_what_a_view_pool_takes_is_not_free() -> None:
     needs = measure_needs(refiner, recipe.views.shapes, 32, **way)
     pool = needs.whole() - needs.cached(8)
     assert choose(refiner, recipe, 32, needs.whole() * ROOM, **way).micro_batch is None
-    beside = choose(refiner, recipe, 32, needs.whole() * ROOM, pool=pool, **way)
+    beside = choose(refiner, recipe, 32, needs.whole() * ROOM, beside=Beside(pool=pool), **way)
     assert beside.micro_batch is not None
     assert beside.needs.view_pool == pool < beside.peak <= needs.whole()
     free = needs.cached(16, 2) * ROOM
-    kept = [as_asked(refiner, asked(micro_batch=16), 32, free, pool=taken, **way).kept_graphs for taken in (0, pool)]
+    kept = [
+        as_asked(refiner, asked(micro_batch=16), 32, free, beside=Beside(pool=taken), **way).kept_graphs
+        for taken in (0, pool)
+    ]
     assert kept[1] < kept[0]
     with pytest.raises(InputError, match=r"MB the view pool \(view_pool\)") as caught:
-        choose(refiner, recipe, 32, needs.whole() * ROOM, pool=needs.whole(), **way)
+        choose(refiner, recipe, 32, needs.whole() * ROOM, beside=Beside(pool=needs.whole()), **way)
     assert "\n" not in str(caught.value)
 
 
 def test_a_view_pool_of_the_warm_up_alone_is_gone_when_the_encoder_moves() -> None:
     shapes, way = asked().views.shapes, {"precision": "fp32"}
-    needs, small, large = (measure_needs(make(), shapes, 32, pool=pool, **way) for pool in (0, 1000, 10**9))
+    needs, small, large = (
+        measure_needs(make(), shapes, 32, beside=Beside(pool=pool), **way) for pool in (0, 1000, 10**9)
+    )
     assert needs.whole() == small.whole() < large.whole()
     assert large.whole() == large.cached(1) == large.state + large.features // 2 + large.heads + 10**9
     assert large.largest_micro_batch(large.warmup - 1) == 0 < large.largest_micro_batch(large.warmup)
+
+
+def test_what_is_refused_names_settings_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both the budget and the batch that the line names are let in."""
+    refiner, way, made = make(), {"precision": "fp32", "beside": Beside(process=10**9)}, cache(measure_needs)
+    shapes = tuple(asked().views.shapes)
+    monkeypatch.setattr(memory, "measure_needs", lambda _, __, batch, **how: made(refiner, shapes, batch, **how))
+    smallest = made(refiner, shapes, 4, checkpointing=True, shards=1, **way).cached(1)
+    with pytest.raises(InputError, match=r"1\.0 GB Python, its libraries and the images") as caught:
+        choose(make(), asked(), 32, smallest * ROOM, **way)
+    line = str(caught.value)
+    size = int(re.search(r"--set batch_size=(\d+)", line)[1])
+    assert size == 4
+    assert choose(make(), asked(), size, smallest * ROOM, **way).peak <= smallest
+    budget = parse_budget(re.search(r"--memory-budget (\d+MB)", line)[1], CPU)
+    assert choose(make(), asked(), 32, budget, **way).peak <= budget
+    with pytest.raises(InputError, match="give --memory-budget") as caught:  # no batch is small enough
+        choose(make(), asked(), 32, 1e9, **way)
+
+
+def test_the_anchors_pass_is_counted_beside_the_gradients() -> None:
+    refiner = make()
+    refiner.anchor = DenseAnchor(refiner.backbone, [-1])
+    needs = measure_needs(refiner, [(32, 2)], 16, precision="fp32", waste=1.0)
+    views = [torch.randn(16, 3, 32, 32) for _ in range(2)]
+    with LiveBytes() as live:
+        anchor_backward(refiner, views, torch.Generator().manual_seed(0), Run(), 1.0)
+    gradients = sum(p.nbytes for p in refiner.backbone.parameters() if p.requires_grad)
+    assert 16 * needs.anchor_image == pytest.approx(live.peak - gradients, rel=0.25)
+    assert replace(needs, plain=0).whole() == needs.state + needs.images + 16 * needs.anchor_image
 
 
 def test_no_more_graphs_are_kept_than_there_are(traced: Callable[..., Needs]) -> None:
@@ -265,6 +303,8 @@ def test_small_helpers() -> None:
     assert [even_parts(m, 32) for m in (1, 5, 9, 16, 31, 32)] == [1, 5, 8, 16, 16, 32]
     assert [format_bytes(count) for count in (2.34e10, 5e6, 1e3, 3e12)] == ["23.4 GB", "5.0 MB", "1.0 KB", "3.0 TB"]
     needs = Needs(8, 10, 4, 1, 1, 0, 5, 2, 3, (3,), 50)
+    more = replace(needs, process=100)
+    assert (more.whole(), more.cached(2), more.largest_micro_batch(130)) == (157, needs.cached(2) + 100, 5)
     assert needs.largest_micro_batch(30) == 5
     assert needs.largest_micro_batch(10) == 0
     assert (needs.whole(), replace(needs, plain=2).whole()) == (57, 11)

@@ -53,6 +53,10 @@ class Measured:
     k: int = KNN_K
     says: str = ""  # a sentence for the verdict: whether the test images were trained on
 
+    def bytes_beside(self, images: ImageSet) -> int:
+        """What they take in memory beside the training ``images``."""
+        return sum(each.nbytes for each in (self.bank, self.test) if each is not None and each is not images)
+
     def facts(self) -> dict[str, str | None]:
         """What they are known by."""
         return {

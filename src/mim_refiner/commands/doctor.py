@@ -76,8 +76,7 @@ def doctor(
     }
     if model and backbone is not None:
         reporter.phase("model", 0)
-        left = len(source) - len(left_out)
-        result["model"] = check_model(model, backbone, source, found, left, recipe=recipe, device=target)
+        result["model"] = check_model(model, backbone, data, found, recipe=recipe, device=target)
     if out:
         result["exclude_list"] = str(write_bytes(Path(out) / LIST_NAME, _list_text(data, findings)))
         write_json(Path(out) / "doctor.json", result)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from mim_refiner.analysis.forecast import refinement_forecast
+from mim_refiner.commands.comparison import Measured
 from mim_refiner.core.collectives import agree, world_size
-from mim_refiner.core.device import free_memory
+from mim_refiner.core.device import free_memory, process_bytes
 from mim_refiner.core.run import Run
 from mim_refiner.core.sharding import processes_on_node, shard_count
 from mim_refiner.data.loaders import TrainLoader
@@ -16,32 +16,45 @@ from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.cost import EncoderShape, Workload
 from mim_refiner.training.estimate import Estimate, refine_estimate
 from mim_refiner.training.graphed import uses_graph
-from mim_refiner.training.memory import RESERVE, Choice, as_asked, choose, format_bytes, parse_budget
+from mim_refiner.training.memory import RESERVE, Beside, Choice, as_asked, choose, format_bytes, parse_budget
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.view_pool import pool_bytes
 
 
-def fit_into(recipe: RefineRecipe, refiner: Refiner, budget: str | None, run: Run, pool: int = 0) -> RefineRecipe:
-    """The recipe with what it leaves open of micro-batch, graphs and checkpointing; says what was picked.
+def with_cost(
+    recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, budget: str | None, run: Run, on: Measured
+) -> tuple[RefineRecipe, Estimate]:
+    """The recipe as it fits into the budget (None: what is free), and what it costs; says what was picked.
 
-    Raises InputError where nothing fits, or where steps that are to be CUDA graphs cannot.
+    ``on``: images in memory beside those to train on. Raises InputError where nothing fits, or where steps that are to
+    be CUDA graphs cannot.
     """
+    process = process_of(loader, run) + (on.bytes_beside(loader.images) if run.device.type == "cpu" else 0)
+    beside = Beside(process, pool_bytes(recipe, refiner, loader.steps_per_epoch * recipe.batch_size))
+    free = available_memory(budget, run)
+    picked = settle(recipe, refiner, budget, run, beside)
     settings: dict[str, Any] = {"kept_graphs": recipe.graphs}
+    if budget is None and picked.peak > free * (1 - RESERVE):
+        picked = settle(recipe, refiner, budget := "auto", run, beside)
     if budget is not None or _keeps_graphs(recipe, run):
-        picked = settle(recipe, refiner, budget, run, pool)
         settings = picked.settings
         words = ", ".join(f"{key}={str(value).lower()}" for key, value in settings.items())
         run.reporter.message(f"memory: {format_bytes(picked.peak)} expected; {words} ({picked.words})")
     chosen = recipe.model_copy(update=settings)
     uses_graph(chosen, refiner, run)
-    return chosen
+    return chosen, refine_estimate(refiner, chosen, loader, picked, free, run)
 
 
-def settle(recipe: RefineRecipe, refiner: Refiner, budget: str | None, run: Run, pool: int) -> Choice:
-    """What fits into the budget beside a view pool of so many bytes; without a budget, what the recipe says, with the
-    graphs that a GPU has memory for.
+def process_of(loader: TrainLoader, run: Run) -> int:
+    """Bytes beside a step: of the images, and on a CPU of Python with its libraries. On a GPU the allocator's count."""
+    return loader.held_bytes(run.device) + (process_bytes() if run.device.type == "cpu" else 0)
+
+
+def settle(recipe: RefineRecipe, refiner: Refiner, budget: str | None, run: Run, beside: Beside) -> Choice:
+    """What fits into the budget with what lies beside a step; without a budget, what the recipe says, with the graphs
+    that a GPU has memory for.
     """
-    way: dict[str, Any] = {"precision": run.precision, "shards": shards_of(recipe), "pool": pool}
+    way: dict[str, Any] = {"precision": run.precision, "shards": shards_of(recipe), "beside": beside}
     batch = recipe.batch_size // world_size()
     if budget is not None:
         limit = "free memory" if budget.strip().lower() == "auto" else "--memory-budget"
@@ -57,55 +70,22 @@ def _keeps_graphs(recipe: RefineRecipe, run: Run) -> bool:
     return cached and recipe.kept_graphs == "auto" and run.device.type == "cuda"
 
 
-def with_cost(
-    recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, budget: str | None, run: Run
-) -> tuple[RefineRecipe, Estimate | None]:
-    """The recipe as it fits into the budget (None: what is free), and what it costs. Raises InputError.
-
-    A run that shares its weights is not measured: no process may hold them whole.
-    """
-    pool = pool_bytes(recipe, refiner, loader.steps_per_epoch * recipe.batch_size)
-    recipe = fit_into(recipe, refiner, budget, run, pool)
-    if shards_of(recipe) > 1:
-        return recipe, None
-    free = available_memory(budget, run)
-    cost = priced(recipe, refiner, loader, free, run)
-    if budget is not None or cost.peak <= free * (1 - RESERVE):
-        return recipe, cost
-    recipe = fit_into(recipe, refiner, "auto", run, pool)
-    return recipe, priced(recipe, refiner, loader, free, run)
-
-
-def priced(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, free: float, run: Run) -> Estimate:
-    cost = refine_estimate(refiner, recipe, loader, free, run)
-    if recipe.micro_batch is None and not recipe.checkpointing:
-        return cost
-    return replace(cost, planned=settle(recipe, refiner, None, run, cost.pool).peak)
-
-
-def plan(
-    recipe: RefineRecipe, refiner: Refiner, cost: Estimate | None, run: Run, budget: str | None, views_are_cut: str
-) -> dict[str, Any]:
+def plan(recipe: RefineRecipe, refiner: Refiner, cost: Estimate, run: Run, views_are_cut: str) -> dict[str, Any]:
     """The cost of the run: hours and memory by part, and what processes send each other."""
-    picked = settle(recipe, refiner, budget, run, cost.pool if cost else 0)
-    needs = picked.needs
-    sizes = {key: value for key, value in vars(needs).items() if key not in ("batch", "image_graphs")}
-    sizes |= {"plain_step": needs.whole(), "one_image_at_a_time": needs.cached(1)}
+    picked = cost.picked
     result: dict[str, Any] = {
         "views_are_cut": views_are_cut,
         "setting": {**picked.settings, "peak": format_bytes(picked.peak), "why": picked.words},
-        "cuda_graph": uses_graph(recipe.model_copy(update=picked.settings), refiner, run),
-        "memory": {name: format_bytes(value) for name, value in sizes.items()},
-        "bytes": {"peak": picked.peak, **sizes},
+        "cuda_graph": uses_graph(recipe, refiner, run),
     }
     if refiner.backbone.is_plain_vit and world_size() > 1:
         traffic = workload_of(recipe, refiner, run.precision).traffic()
         result["sent_a_step_and_process"] = {name: format_bytes(value) for name, value in traffic.items()}
-    told = {} if cost is None else cost.record()
-    if told:
+    told = cost.record()
+    if told["phases"]:
         draws = told["phases"]["refinement"]["steps"] * recipe.batch_size
         told["forecast"] = refinement_forecast(draws)["reason"]
-    return {"plan": result | told | {"bytes": result["bytes"] | told.get("bytes", {})}}
+    return {"plan": result | told}
 
 
 def available_memory(budget: str | None, run: Run) -> float:
@@ -116,7 +96,7 @@ def available_memory(budget: str | None, run: Run) -> float:
         return math.inf
     found = parse_budget(budget or "auto", run.device)
     if run.device.type == "cpu" and (budget or "auto").strip().lower() == "auto":
-        found /= processes_on_node()
+        found = found / processes_on_node() + process_bytes()  # which is there already, and part of what is planned
     return agree(found, largest=False)
 
 

@@ -29,7 +29,7 @@ from mim_refiner.commands.inputs import (
 )
 from mim_refiner.commands.loggers import logged
 from mim_refiner.commands.monitor import MIN_KNN_IMAGES, TRAINED_ON, OnlineKnn
-from mim_refiner.commands.plan import available_memory
+from mim_refiner.commands.plan import available_memory, process_of
 from mim_refiner.core.device import resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import together
@@ -110,7 +110,8 @@ def pretrain(
     ended = None if overwrite or plan else ended_run(out, {}, ("export/config.json",))
     if ended is None:
         free = available_memory(memory_budget, run)
-        chosen, cost = pretrain_estimate(mae, chosen, loader, photometric, free, run)
+        process = process_of(loader, run)
+        chosen, cost = pretrain_estimate(mae, chosen, loader, photometric, free, run, process)
     if plan:
         return {"plan": cost.record()}
     asked = {"command": "pretrain", "data": name_of(data), "arch": arch, "model": given, "model_sha256": weights,

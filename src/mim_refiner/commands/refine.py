@@ -190,9 +190,9 @@ def refine_and_compare(
     refuse_pool(chosen, refiner, loader.steps_per_epoch * chosen.batch_size, run)
     measuring = on.facts() | {"weights": chosen.export_weights, "others": dict(others or {})}
     ended = None if overwrite or plan else ended_run(out, measuring, ("export/config.json", "evaluation/gallery.json"))
-    chosen, cost = with_cost(chosen, refiner, loader, memory_budget, run) if ended is None else (chosen, None)
-    if plan:
-        return run_plan(chosen, refiner, cost, run, memory_budget, loader.cut_where)
+    chosen, cost = with_cost(chosen, refiner, loader, memory_budget, run, on) if ended is None else (chosen, None)
+    if plan and cost:
+        return run_plan(chosen, refiner, cost, run, loader.cut_where)
     asked = {"command": "refine", "data": name_of(data), "model": name_of(model), "model_sha256": weights, "seed": seed}
     how: dict[str, Any] = {"overwrite": overwrite, "began": started, "ended": ended is not None}
     folder = open_run(out, asked | {"exclude": exclude}, chosen, images, reporter, **how)

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from mim_refiner.errors import InputError
+
+FIRST_STEPS = 1.4e8  # bytes: kernels and buffers, decoders, traces, gaps of the heap (measured: docs/scale.md)
 
 
 def pick_device(name: str) -> torch.device:
@@ -36,7 +39,20 @@ def pick_device(name: str) -> torch.device:
         torch.cuda.set_device(device)  # of what asks for no device
     if device.type == "cpu":
         keep_freed_memory()
+        process_bytes()
     return device
+
+
+@cache
+def process_bytes() -> int:
+    """What Python and its libraries take of the host in this process, in tenths of a GB: what is resident when a device
+    is first picked, and what the first steps load. 0 where the system does not tell.
+    """
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):  # not Linux
+        return 0
+    return round((pages * os.sysconf("SC_PAGE_SIZE") + FIRST_STEPS) / 1e8) * 10**8
 
 
 def keep_freed_memory() -> None:

@@ -71,6 +71,13 @@ class ImageSet:
         return self._array is not None or self._list is not None
 
     @property
+    def nbytes(self) -> int:
+        """Of the decoded images in memory."""
+        if self._array is not None:
+            return self._array.nbytes
+        return sum(pixels.nbytes for pixels in self._list or () if pixels is not None)
+
+    @property
     def array(self) -> Pixels | None:
         """All images uint8 [N, H, W, 3] when cached and of one size (unreadable ones are zero), else None."""
         return self._array

@@ -22,7 +22,7 @@ from mim_refiner.data.channels import common_type, resize
 from mim_refiner.data.decode import ImageSet, Loaded, Pixels
 from mim_refiner.data.resident import SHARE, ResidentImages
 from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order, scale_reduction
-from mim_refiner.data.workers import begun, decoding_threads, end_workers, in_background
+from mim_refiner.data.workers import WORKER_BYTES, begun, decoding_threads, end_workers, in_background
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.types import ImageSize, height_width
 
@@ -236,6 +236,19 @@ class TrainLoader:
         fresh = [(name, why) for index, name, why in self.images.unreadable_items() if index not in self._reported]
         self._reported.update(self.images.unreadable_indices)
         return replace(item.batch, skipped=fresh) if fresh else item.batch
+
+    def held_bytes(self, device: torch.device) -> int:
+        """What images take of the memory of ``device``: the decoded set, batches that wait, processes that make them;
+        on another device than the host, the set if it lies there.
+        """
+        resident = self._assembler.resident
+        there = 0 if resident is None else resident.pixels.nbytes
+        if device.type != "cpu":
+            return there
+        batch = self._assembler.local_size * self.images.channels
+        batch *= sum(math.prod(height_width(view.size)) for view in self._assembler.views)
+        waiting = 1 if resident else 1 + self._prefetch * max(1, self.workers)
+        return there + self.images.nbytes + waiting * batch + self.workers * WORKER_BYTES
 
     @property
     def cut_where(self) -> str:

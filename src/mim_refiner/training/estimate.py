@@ -1,7 +1,8 @@
 """What a training will cost, told before it starts: hours from a measured step of its own, bytes against what is free.
 
 The one model of cost, behind the line that a run begins with, ``--plan`` and ``doctor``. A step is taken on a few of
-the run's own images, in its own precision; time, operations and activations grow in step with the images.
+the run's own images, in its own precision; time and operations grow in step with the images. Bytes are the planner's
+(training/memory.py).
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim_refiner.core.collectives import agree, process_rows, world_size
 from mim_refiner.core.device import eagerly
+from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
+from mim_refiner.core.sharding import shard_count
 from mim_refiner.core.threads import CLEAR, threads_kept
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.data.photometric import BatchPhotometric, augment
@@ -28,11 +32,13 @@ from mim_refiner.errors import InputError
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.cached import refuse_batch_dependent
-from mim_refiner.training.memory import RESERVE, WASTE, LiveBytes, even_parts, format_bytes
+from mim_refiner.training.memory import RESERVE, WASTE, Choice, Needs, even_parts, format_bytes, scratch_bytes
 from mim_refiner.training.pretrain import forward_backward as pretrain_forward_backward
 from mim_refiner.training.recipe import Phase, PretrainRecipe, RefineRecipe
-from mim_refiner.training.refine import forward_backward, view_specs
-from mim_refiner.training.view_pool import pool_bytes
+from mim_refiner.training.refine import forward_backward, photometrics_of
+from mim_refiner.training.traces import LiveBytes, drop_gradients, fake_like
+from mim_refiner.training.view_pool import pooled_epochs
+from mim_refiner.types import ImageSize, height_width
 
 ENOUGH = 0.4  # seconds: a step that takes as long tells the speed of larger ones
 FEW = 2  # images of the first step
@@ -44,7 +50,7 @@ Step = Callable[[ViewBatch], None]
 @dataclass(frozen=True)
 class PhaseCost:
     """``setting``: the recipe's key of ``epochs``; ``seconds`` and ``operations`` are those of a step, ``alone`` its
-    seconds on one thread of the processor (infinite where that was not tried).
+    seconds on one thread of the processor (infinite where that was not tried), ``before`` those that a view pool takes.
     """
 
     setting: str
@@ -54,61 +60,28 @@ class PhaseCost:
     seconds: float
     operations: float
     alone: float = math.inf
+    before: float = 0.0
 
     @property
     def hours(self) -> float:
         """Of all its steps."""
-        return min(self.limit, self.steps * self.seconds) / AN_HOUR
+        return min(self.limit, self.before + self.steps * self.seconds) / AN_HOUR
 
     @property
     def hours_alone(self) -> float:
         """The same on one thread."""
-        return min(self.limit, self.steps * self.alone) / AN_HOUR
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """What a step holds: ``state`` is weights, moments, average and queues; gradients come as ``activations`` go; a
-    view pool lies beside them.
-    """
-
-    state: float
-    gradients: float
-    activations_base: float
-    activations_image: float
-    view_pool: float = 0.0
-
-    def peak(self, images: int) -> float:
-        """Of a step that holds the activations of so many images at a time."""
-        activations = self.activations_base + images * self.activations_image
-        return self.state + self.view_pool + max(activations, self.gradients)
-
-    def images_within(self, free: float) -> int:
-        """The most images whose step fits into so many bytes, with what is kept in reserve; below 1: none."""
-        room = free * (1 - RESERVE) - self.state - self.view_pool
-        if room < self.gradients:
-            return 0
-        return int(min(room - self.activations_base, 1e15) // max(1.0, self.activations_image))
+        return min(self.limit, self.before + self.steps * self.alone) / AN_HOUR
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a whole run; ``held``: images whose activations a pass holds, ``free``: bytes that the device has for it."""
+    """Of a whole run; ``picked``: its way through the memory, of which ``free`` bytes are there for it."""
 
     images: int
     batch: int
     phases: Mapping[str, PhaseCost]
-    needs: Bytes
-    held: int
+    picked: Choice
     free: float
-    planned: float | None = None  # peak of a cached step, as the planner has it
-    pool: int = 0  # bytes of the view pool
-
-    @property
-    def peak(self) -> float:
-        """Bytes that a step needs, in the warm-up beside the view pool."""
-        step = self.needs.peak(self.held) if self.planned is None else self.planned
-        return max(step, self.needs.state + self.pool)
 
     @property
     def hours(self) -> float:
@@ -116,15 +89,21 @@ class Estimate:
         return sum(phase.hours for phase in self.phases.values())
 
     @property
+    def time(self) -> str:
+        """In words; a run that shares its weights is not measured."""
+        return f"about {format_hours(self.hours)}" if self.phases else "time is not measured where weights are shared"
+
+    @property
+    def memory(self) -> str:
+        """``"2.7 GB of 8.0 GB free"``; of the second nothing where nobody knows."""
+        free = "" if self.free == math.inf else f" of {format_bytes(self.free)} free"
+        return format_bytes(self.picked.peak) + free
+
+    @property
     def line(self) -> str:
         """What a run begins with."""
         epochs = " and ".join(f"{phase.epochs} epochs of {name}" for name, phase in self.phases.items())
-        free = "" if self.free == math.inf else f" of {format_bytes(self.free)} free"
-        text = (
-            f"cost: {self.images} images, {epochs or 'no epochs'}: about {format_hours(self.hours)}; memory: about "
-            f"{format_bytes(self.peak)}{free}"
-        )
-        text += ", time without what the view pool saves" if self.pool else ""
+        text = f"cost: {self.images} images, {f'{epochs}: ' if epochs else ''}{self.time}; memory: about {self.memory}"
         return f"{text}; {self.advice}" if self.advice else text
 
     @property
@@ -144,29 +123,26 @@ class Estimate:
 
     def record(self) -> dict[str, Any]:
         """For ``--plan``: hours and bytes, as numbers and in words."""
-        peak, needs = self.peak, self.needs
+        needs, peak, held = self.picked.needs, self.picked.peak, self.picked.micro_batch or self.picked.needs.batch
         phases = {name: {**asdict(phase), "hours": phase.hours, "time": format_hours(phase.hours)}
                   for name, phase in self.phases.items()}  # fmt: skip
-        memory = {
-            "weights, gradients, moments": format_bytes(needs.state + needs.gradients),
-            f"activations of {self.held} images": format_bytes(
-                needs.activations_base + self.held * needs.activations_image
-            ),
-            "peak": f"{format_bytes(peak)} of {format_bytes(self.free)}"
-            if self.free < math.inf
-            else format_bytes(peak),
+        parts = {
+            "Python, its libraries and images": needs.process,
+            "weights, gradients, moments, queues": needs.state,
+            "view pool": needs.view_pool,
+            f"activations of {held} images": peak - needs.process - needs.state - needs.view_pool,
         }
+        sizes = {key: value for key, value in vars(needs).items() if key not in ("batch", "image_graphs")}
+        sizes |= {"plain_step": needs.whole(), "one_image_at_a_time": needs.cached(1)}
         return {
             "images": self.images,
             "batch": self.batch,
             "phases": phases,
             "hours": self.hours,
-            "time": format_hours(self.hours),
-            "memory": memory,
-            "bytes": {"peak": peak, "free": self.free, **asdict(needs)},
-            "settings": f"micro_batch={self.held}"
-            if self.held < self.batch // world_size()
-            else "the whole batch at once",
+            "time": self.time,
+            "memory": {name: format_bytes(size) for name, size in parts.items() if size} | {"peak": self.memory},
+            "bytes": {"peak": peak, "free": self.free if self.free < math.inf else None, **sizes},
+            "settings": f"micro_batch={held}" if held < needs.batch else "the whole batch at once",
             "verdict": "fits" if peak <= self.free else "does not fit",
             "to_change": self.advice,
         }
@@ -189,43 +165,56 @@ def format_hours(hours: float) -> str:
 # --- of a refinement
 
 
-def refine_estimate(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, free: float, run: Run) -> Estimate:
-    """What both phases cost. The refiner stays as it is, but for ``checkpointing``, which becomes the recipe's."""
-    step, phases = refine_step(refiner, recipe, run), {}
-    plain = refine_step(refiner, recipe.model_copy(update={"micro_batch": None}), run)
-    batch = loader.batch_size // world_size()
+def refine_estimate(
+    refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, picked: Choice, free: float, run: Run
+) -> Estimate:
+    """What both phases cost. The refiner stays as it is, but for ``checkpointing``, which becomes the recipe's.
+
+    A run that shares its weights is not measured: a process that held all gradients might not fit.
+    """
+    phases: dict[str, PhaseCost] = {}
+    if recipe.shard and shard_count() > 1:
+        return Estimate(len(loader.images), loader.batch_size, phases, picked, free)
+    step, on_pool, fill = refine_steps(refiner, recipe, run)
+    epochs, steps = pooled_epochs(recipe), loader.steps_per_epoch
     refiner.backbone.set_checkpointing(recipe.checkpointing)
     with unchanged(refiner):
-        refiner.unfreeze_encoder()
-        needs = traced(plain, refiner, loader, run)
-        average = sum(parameter.nbytes for parameter in refiner.backbone.parameters())
-        pool = pool_bytes(recipe, refiner, loader.steps_per_epoch * recipe.batch_size)
-        needs = replace(needs, state=needs.state + average, view_pool=pool if recipe.frozen_blocks else 0)
-        most = batch if recipe.micro_batch else max(FEW, min(batch, needs.images_within(free)))
+        before = epochs * steps * measured(fill, loader, run)[0] if epochs else 0.0
         for name, setting, phase, begin in (
             ("warm-up", "warmup.epochs", recipe.warmup, refiner.freeze_encoder),
             ("refinement", "refinement.epochs", recipe.refinement, refiner.unfreeze_encoder),
         ):
             begin()
+            pooled = bool(epochs and (refiner.encoder_frozen or recipe.frozen_blocks))
             if phase.epochs:
-                steps = phase.epochs * loader.steps_per_epoch
-                cost = measured(step, loader, run, most)
-                phases[name] = PhaseCost(setting, limit_of(phase), phase.epochs, steps, *cost)
-    return Estimate(len(loader.images), loader.batch_size, phases, needs, recipe.micro_batch or batch, free, pool=pool)
+                cost = measured(on_pool if pooled else step, loader, run, loads=not pooled)
+                phases[name] = PhaseCost(setting, limit_of(phase), phase.epochs, phase.epochs * steps, *cost, before)
+                before = 0.0
+    return Estimate(len(loader.images), loader.batch_size, phases, picked, free)
 
 
-def refine_step(refiner: Refiner, recipe: RefineRecipe, run: Run) -> Step:
-    """Augmentation, forward and backward pass of a batch."""
-    info = refiner.backbone.info
-    views = [view for view in view_specs(recipe) for _ in range(view.count)]
-    photometrics = [BatchPhotometric(view, info.mean, info.std) for view in views]
+def refine_steps(refiner: Refiner, recipe: RefineRecipe, run: Run) -> tuple[Step, Step, Step]:
+    """Augmentation, forward and backward pass of a batch; the same on features of a view pool; and what fills it."""
+    photometrics = photometrics_of(recipe, refiner.backbone.info)
+    generator, kept = torch.Generator().manual_seed(0), dict[int, list[Tensor]]()
 
-    def step(batch: ViewBatch) -> None:
-        generator, ids = torch.Generator().manual_seed(0), batch.sample_ids.to(run.device)
-        crops = augment(batch.views, photometrics, generator, run.device, process_rows(len(ids)))
-        forward_backward(refiner, crops, ids, generator, run, *parts_of(recipe, len(ids)))
+    def crops(batch: ViewBatch) -> list[Tensor]:
+        return augment(batch.views, photometrics, generator, run.device, process_rows(len(batch.sample_ids)))
 
-    return step
+    def learn(views: list[Tensor], batch: ViewBatch) -> None:
+        ids = batch.sample_ids.to(run.device)
+        forward_backward(refiner, views, ids, generator, run, *parts_of(recipe, len(ids)))
+
+    def fill(batch: ViewBatch) -> None:
+        with evaluation_mode(refiner.backbone), run.autocast():
+            kept[len(batch.sample_ids)] = refiner.frozen_features(crops(batch))
+
+    def on_pool(batch: ViewBatch) -> None:
+        if len(batch.sample_ids) not in kept:
+            fill(batch)
+        learn([feature.float() for feature in kept[len(batch.sample_ids)]], batch)
+
+    return lambda batch: learn(crops(batch), batch), on_pool, fill
 
 
 def parts_of(recipe: RefineRecipe, images: int) -> tuple[int | None, int]:
@@ -247,10 +236,11 @@ def pretrain_estimate(
     photometric: BatchPhotometric,
     free: float,
     run: Run,
+    process: int = 0,
 ) -> tuple[PretrainRecipe, Estimate]:
     """The recipe, with the micro-batch that fits if the whole batch does not, and what it costs. Raises InputError.
 
-    The autoencoder stays as it is.
+    The autoencoder stays as it is. ``process``: bytes that lie beside the step.
     """
 
     def step(batch: ViewBatch, micro_batch: int | None = None) -> None:
@@ -260,92 +250,116 @@ def pretrain_estimate(
 
     batch, epochs = loader.batch_size // world_size(), recipe.training.epochs
     refuse_batch_dependent(mae, recipe.micro_batch)
+    needs = pretrain_needs(mae, batch, loader.views[0].size, run, process)
+    micro = _fitting(needs, recipe.micro_batch, free)
+    refuse_batch_dependent(mae, micro)
     with unchanged(mae):
-        needs = traced(step, mae, loader, run)
-        micro = _fitting(needs, recipe.micro_batch, batch, free)
-        refuse_batch_dependent(mae, micro)
-        cost = measured(partial(step, micro_batch=micro), loader, run, batch)
+        cost = measured(partial(step, micro_batch=micro), loader, run)
     phases = {
         "pre-training": PhaseCost(
             "training.epochs", limit_of(recipe.training), epochs, epochs * loader.steps_per_epoch, *cost
         )
     }
-    estimate = Estimate(len(loader.images), loader.batch_size, phases, needs, micro or batch, free)
+    picked = Choice(needs, micro, 0, False, "the largest that fits")
+    estimate = Estimate(len(loader.images), loader.batch_size, phases, picked, free)
     return recipe.model_copy(update={"micro_batch": micro}), estimate
 
 
-def _fitting(needs: Bytes, micro_batch: int | None, batch: int, free: float) -> int | None:
+def pretrain_needs(mae: MaskedAutoencoder, batch: int, size: ImageSize, run: Run, process: int = 0) -> Needs:
+    """Trace the step of ``batch`` images a process, of so many pixels; ``process``: bytes beside it."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    traced = fake_like(mae, mode)
+    drop_gradients(traced)
+    shape = mae.encoder.patch_embed.proj.in_channels, *height_width(size)
+
+    def peak(images: int) -> int:
+        with mode:
+            pixels = torch.empty(images, *shape, device=run.device)
+            with LiveBytes() as live:
+                pretrain_forward_backward(traced, pixels, None, run)
+        return live.peak
+
+    one, whole = peak(1), peak(batch)
+    plain, parts = WASTE.get(run.device.type, WASTE["cuda"])
+    image = (whole - one) / max(1, batch - 1)
+    gradients = sum(parameter.nbytes for parameter in mae.parameters() if parameter.requires_grad)
+    held = sum(tensor.nbytes for tensor in (*mae.parameters(), *mae.buffers()))
+    return Needs(
+        batch=batch,
+        state=held + 3 * gradients + scratch_bytes(run.device, run.precision),
+        gradients=gradients,
+        images=4 * batch * math.prod(shape),
+        features=0,
+        prefix=0,
+        heads=0,
+        encoder_base=int(parts * max(0.0, one - image)),
+        encoder_image=int(parts * image),
+        image_graphs=(),
+        plain=int(plain * whole),
+        process=process,
+    )
+
+
+def _fitting(needs: Needs, micro_batch: int | None, free: float) -> int | None:
     """Images that a pass may hold: what the recipe says if that fits, else the most that do; None: the whole batch."""
-    most = needs.images_within(free)
-    if most >= (micro_batch or batch):
-        return micro_batch
+    usable = free * (1 - RESERVE)
+    if micro_batch is None and needs.whole() <= usable:
+        return None
+    most = min(needs.largest_micro_batch(usable), micro_batch or needs.batch - 1)
     if most < 1:
+        needed = needs.cached(1) / (1 - RESERVE)
         raise InputError(
-            f"this needs about {format_bytes(needs.peak(1) / (1 - RESERVE))} even for one image at a time, and "
-            f"{format_bytes(free)} are free; use a smaller --arch, smaller images (--set image_size=...) or a smaller "
-            "decoder (--set decoder_depth=... decoder_dim=...)"
+            f"this needs about {format_bytes(needed)} even for one image at a time, and {format_bytes(free)} are free; "
+            f"give --memory-budget {math.ceil(needed / 1e6)}MB if the machine has as much, a smaller --arch, smaller "
+            "images (--set image_size=...) or a smaller decoder (--set decoder_depth=... decoder_dim=...)"
         )
-    return even_parts(most, batch)
+    return micro_batch if most == micro_batch else even_parts(most, needs.batch)
 
 
 # --- measuring
 
 
-def traced(step: Step, module: nn.Module, loader: TrainLoader, run: Run) -> Bytes:
-    """Bytes of a step by its images, from the storages alive during two small ones."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    # Gradients are counted apart: with few images a trace that kept them would see their peak, not the activations'.
-    hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained]
-    peaks = []
-    for images in (FEW, 2 * FEW):
-        batch = loader.first(images)
-        with LiveBytes() as live:
-            step(batch)
-        peaks.append(live.peak)
-    for hook in hooks:
-        hook.remove()
-    waste = WASTE.get(run.device.type, WASTE["cuda"])[0]
-    image = waste * (peaks[1] - peaks[0]) / FEW
-    gradients = sum(parameter.nbytes for parameter in trained)
-    held = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    return Bytes(held + 2 * gradients, gradients, max(0.0, waste * peaks[0] - FEW * image), image)
-
-
-def measured(step: Step, loader: TrainLoader, run: Run, most: int) -> tuple[float, float, float]:
+def measured(step: Step, loader: TrainLoader, run: Run, *, loads: bool = True) -> tuple[float, float, float]:
     """(seconds, operations, seconds on one thread) of a step of a process, from the smallest batch that takes long
-    enough, at ``most``.
+    enough. ``loads``: that batches are made counts.
     """
     batch = loader.batch_size // world_size()
-    images, warm = min(FEW, most), False
+    images = min(FEW, batch)
+
+    def seconds() -> float:
+        return agree(_seconds(step, loader, images, run, loads))
+
     with eagerly():
+        cold = seconds()
         with FlopCounterMode(display=False) as counter:
             step(loader.first(images))
         operations = counter.get_total_flops() * batch / images
-        while True:
-            seconds = agree(_seconds(step, loader, images, run))
-            if (warm and images == most) or seconds >= (ENOUGH if warm else 20 * ENOUGH):
-                seconds = min(seconds, agree(_seconds(step, loader, images, run)))  # others may have held the machine
-                return seconds * batch / images, operations, _alone(step, loader, images, run) * batch / images
-            images, warm = (min(most, 4 * images) if warm else images), True
+        if cold >= 20 * ENOUGH:
+            found = min(cold, seconds())
+        else:
+            while (found := seconds()) < ENOUGH and images < batch:
+                images = min(batch, 4 * images)
+            found = min(found, seconds())  # others may have held the machine
+        return found * batch / images, operations, _alone(seconds, run) * batch / images
 
 
-def _alone(step: Step, loader: TrainLoader, images: int, run: Run) -> float:
+def _alone(seconds: Callable[[], float], run: Run) -> float:
     """Seconds on one thread. Threads meet after each operation; where another process holds a core, all wait."""
     if run.device.type != "cpu" or torch.get_num_threads() == 1:
         return math.inf
     with threads_kept():
         torch.set_num_threads(1)
-        return min(agree(_seconds(step, loader, images, run)) for _ in range(2))
+        return min(seconds() for _ in range(2))
 
 
-def _seconds(step: Step, loader: TrainLoader, images: int, run: Run) -> float:
+def _seconds(step: Step, loader: TrainLoader, images: int, run: Run, loads: bool) -> float:
     begun = time.perf_counter()
     batch = loader.first(images)
     loaded = time.perf_counter()
     step(batch)
     if run.device.type != "cpu":
         torch.accelerator.synchronize()
-    loading, computing = loaded - begun, time.perf_counter() - loaded
+    loading, computing = (loaded - begun) * loads, time.perf_counter() - loaded
     # loader processes work beside the step; without them loading adds to it
     return max(loading / loader.workers, computing) if loader.workers else loading + computing
 
@@ -366,7 +380,3 @@ def unchanged(module: nn.Module) -> Iterator[None]:
         parameter.grad = None
     for part, training in modes:
         part.training = training
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None

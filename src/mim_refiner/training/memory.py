@@ -1,71 +1,37 @@
-"""The memory planner: what a step will need, found by tracing it on tensors without data, and what then fits.
-
-The trace runs the real modules forward and backward on fake tensors and adds up the storages alive at a time: no
-formula to keep in step with the model, no memory, and only as much time as it takes to name every operation.
-"""
+"""The memory planner: what a step will need, found by tracing it (training/traces.py), and what then fits."""
 
 from __future__ import annotations
 
-import copy
 import math
 import re
-import weakref
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mim_refiner.core.device import free_memory
-from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.models.stochastic import batch_dependent_layer
 from mim_refiner.training.recipe import RefineRecipe
+from mim_refiner.training.traces import TRACED, refiner_like
 from mim_refiner.types import Checkpointing, ImageSize, height_width
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 RESERVE = 0.08  # of the budget, for what libraries keep
-TRACED = 8  # images; peaks are lines in their number but for transients of single layers
 # Activations and transients take more than their own bytes, by the gaps between blocks of changing size: in a plain
 # step, and in a cached one, whose passes follow each other. glibc's heap: measured (docs/scale.md); CUDA's: assumed.
 WASTE = {"cpu": (1.09, 1.3), "cuda": (1.1, 1.1)}
 BF16_SCRATCH = 80e6  # that products in bf16 keep on a CPU: measured, about the same for all sizes
 
 
-class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operations inside the block make, while they live; ``peak`` is the most at a time."""
+class Beside(NamedTuple):
+    """Bytes that lie beside a step: of the process, as Python, its libraries and images, and of a view pool."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.now, self.peak = 0, 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            # an output in a given storage is a view, for example of a weight
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
-                self._see(leaf.untyped_storage())
-        return result
-
-    def _see(self, storage: Any) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, key)
-
-    def _gone(self, key: int) -> None:
-        self.now -= self._sizes.pop(key, 0)
+    process: int = 0
+    pool: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +51,13 @@ class Needs:
     plain: int  # graph of everything at once
     view_pool: int = 0  # beside all of it
     warmup: int = 0  # peak of the warm-up on a view pool that goes with it
+    process: int = 0  # what Python, its libraries and the images take
+    anchor_image: int = 0  # an image's graph in the dense anchor's pass, when the gradients are there
+
+    @property
+    def kept(self) -> int:
+        """What a cached step holds all the time."""
+        return self.process + self.state + self.view_pool + self.images + self.features + self.prefix
 
     def graphs(self, micro_batch: int, count: int) -> int:
         """The graphs of the first ``count`` micro-batches."""
@@ -95,8 +68,9 @@ class Needs:
     def cached(self, micro_batch: int, kept_graphs: int = 0) -> int:
         """Peak of the cached step. Graphs that are kept stand beside the heads' and go before another is made."""
         kept = self.graphs(micro_batch, kept_graphs)
-        most = max(self.heads + kept, self.encoder_base + max(kept, micro_batch * self.encoder_image))
-        return max(self.warmup, self.state + self.view_pool + self.images + self.features + self.prefix + most)
+        image = max(self.encoder_image, self.anchor_image)
+        most = max(self.heads + kept, self.encoder_base + max(kept, micro_batch * image))
+        return max(self.warmup, self.kept + most)
 
     def most_graphs(self, micro_batch: int, budget: float) -> int:
         """How many micro-batches' graphs can be kept within ``budget``."""
@@ -107,15 +81,16 @@ class Needs:
 
     def whole(self) -> int:
         """Peak of the plain step."""
-        step = self.state - self.gradients + self.images + max(self.plain, self.gradients)
-        return max(self.warmup, step + self.view_pool)
+        most = max(self.plain, self.gradients + self.batch * self.anchor_image)
+        return max(self.warmup, self.process + self.state - self.gradients + self.view_pool + self.images + most)
 
     def largest_micro_batch(self, budget: float) -> int:
         """Images that fit into a pass of the cached step, 0 if not even one."""
-        room = budget - (self.state + self.view_pool + self.images + self.features + self.prefix)
+        room = budget - self.kept
         if room < self.heads or self.warmup > budget:
             return 0
-        return max(0, min(self.batch, int((room - self.encoder_base) // max(1, self.encoder_image))))
+        image = max(1, self.encoder_image, self.anchor_image)
+        return max(0, min(self.batch, int(min(room - self.encoder_base, 1e15) // image)))
 
 
 @dataclass(frozen=True)
@@ -150,32 +125,31 @@ def measure_needs(
     checkpointing: Checkpointing = False,
     shards: int = 1,
     waste: float | None = None,
-    pool: int = 0,
+    beside: Beside = Beside(),  # noqa: B008  (a tuple)
 ) -> Needs:
-    """Trace the step of ``batch`` images a process. view_shapes: (pixels, how many such views).
+    """Trace the step of ``batch`` images a process. view_shapes: (pixels, how many such views), global ones first.
 
     ``shards``: processes that share the blocks' weights (core.sharding). ``waste`` multiplies what the allocator places
-    anew every step; None: the device's own figures. ``pool``: bytes of the view pool, which without frozen blocks is
-    gone when the encoder moves.
+    anew every step; None: the device's own figures. A view pool without frozen blocks is gone when the encoder moves.
     """
-    trained = refiner_like(refiner, checkpointing)
+    traced = refiner_like(refiner, checkpointing)
     views = sum(count for _, count in view_shapes)
     dim, heads, channels = refiner.backbone.info.embed_dim, len(refiner.blocks), refiner.backbone.info.in_chans
-    trainable = sum(p.numel() * p.element_size() for p in trained.model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() * p.element_size() for p in traced.model.parameters() if p.requires_grad)
     held = sum(t.numel() * t.element_size() for t in (*refiner.parameters(), *refiner.buffers()))
     average = sum(p.numel() * p.element_size() for p in refiner.backbone.parameters())
-    sizes = [trained.encoder(shape, precision, 1) for shape in view_shapes]
-    several = [trained.encoder(shape, precision, TRACED) for shape in view_shapes]
-    slopes = [(many - one) / (TRACED - 1) for one, many in zip(sizes, several, strict=True)]
-    bases = [max(0.0, one - slope) for one, slope in zip(sizes, slopes, strict=True)]
-    largest = max(range(len(slopes)), key=slopes.__getitem__)
-    tokens = [trained.tokens(size) for size, _ in view_shapes]
+    tokens = [traced.tokens(size) for size, _ in view_shapes]
+    several = [traced.encoder(shape, precision, TRACED) for shape in view_shapes]
+    largest = max(range(len(several)), key=several.__getitem__)
+    one = traced.encoder(view_shapes[largest], precision, 1)  # base: largest transients of weights, and their casts
+    base = max(0.0, one - (several[largest] - one) / (TRACED - 1))
+    slopes = [(peak - base) / TRACED for peak in several]
     prefix = sum(batch * c * n * dim * 4 for (_, c), n in zip(view_shapes, tokens, strict=True))
     features = heads * batch * views * dim * 4
-    heads_peak = trained.heads(batch, views, precision)
-    plain, cached = WASTE.get(trained.device.type, WASTE["cuda"]) if waste is None else (waste, waste)
-    scratch = int(BF16_SCRATCH) if precision == "bf16" and trained.device.type == "cpu" and waste is None else 0
-    state = held + average + 3 * trainable + scratch - _elsewhere(trained.model, shards)
+    heads_peak = traced.heads(batch, views, precision)
+    plain, cached = WASTE.get(traced.device.type, WASTE["cuda"]) if waste is None else (waste, waste)
+    scratch = scratch_bytes(traced.device, precision) if waste is None else 0
+    state = held + average + 3 * trainable + scratch - _elsewhere(traced.model, shards)
     return Needs(
         batch=batch,
         state=state,
@@ -184,13 +158,20 @@ def measure_needs(
         prefix=prefix if refiner.frozen_blocks else 0,
         gradients=0 if shards > 1 else trainable,
         heads=int(cached * heads_peak),
-        encoder_base=int(cached * bases[largest]),
+        encoder_base=int(cached * base),
         encoder_image=int(cached * slopes[largest]),
         image_graphs=tuple(int(plain * slope) for slope in slopes),
-        plain=int(plain * (bases[largest] + batch * sum(slopes) + heads_peak)),
-        view_pool=pool if refiner.frozen_blocks else 0,
-        warmup=state + pool + features + int(cached * heads_peak) if pool else 0,
+        plain=int(plain * (base + batch * sum(slopes) + heads_peak)),
+        view_pool=beside.pool if refiner.frozen_blocks else 0,
+        warmup=beside.process + state + beside.pool + features + int(cached * heads_peak) if beside.pool else 0,
+        process=beside.process,
+        anchor_image=int(plain * traced.anchor(view_shapes[0][0], precision) / TRACED) if refiner.anchor else 0,
     )
+
+
+def scratch_bytes(device: torch.device, precision: str) -> int:
+    """What products keep for themselves."""
+    return int(BF16_SCRATCH) if precision == "bf16" and device.type == "cpu" else 0
 
 
 def _elsewhere(refiner: Refiner, shards: int) -> int:
@@ -205,68 +186,19 @@ def _elsewhere(refiner: Refiner, shards: int) -> int:
     return int(state * (1 - 1 / shards)) - 3 * max(sum(size for size, _ in block) for block in sizes)
 
 
-class refiner_like:  # noqa: N801  (reads as a function)
-    """A copy of a refiner made of fake tensors, whose passes can be traced."""
-
-    def __init__(self, refiner: Refiner, checkpointing: Checkpointing) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        memo: dict[int, Any] = {}
-        for parameter in refiner.parameters():
-            memo[id(parameter)] = nn.Parameter(self.mode.from_tensor(parameter.detach()), parameter.requires_grad)
-        for buffer in refiner.buffers():
-            memo[id(buffer)] = self.mode.from_tensor(buffer)
-        self.model: Refiner = copy.deepcopy(refiner, memo)
-        self.model.unfreeze_encoder()
-        self.model.backbone.set_checkpointing(checkpointing)
-        self.device = next(refiner.parameters()).device
-        # Gradients count as state. They are whole only when the activations are gone, so with few images a trace that
-        # kept them would see their peak and not that of the activations.
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
-
-    def tokens(self, size: ImageSize) -> int:
-        info = self.model.backbone.info
-        sides = zip(height_width(size), info.patch_size, strict=True)
-        return math.prod(side // patch for side, patch in sides) + info.num_prefix_tokens
-
-    def encoder(self, shape: tuple[ImageSize, int], precision: str, images: int) -> int:
-        """Peak bytes of forward and backward pass of the encoder on ``images`` images' views of one size."""
-        size, count = shape
-        with self.mode, LiveBytes() as live:
-            pixels = torch.empty(
-                images * count, self.model.backbone.info.in_chans, *height_width(size), device=self.device
-            )
-            with Run(self.device, precision).autocast():
-                outputs = self.model.pooled_blocks(self.model.frozen_prefix(pixels))
-            values = list(outputs.values())
-            torch.autograd.backward(values, [torch.empty_like(value) for value in values])
-            del outputs, values, pixels
-        return live.peak
-
-    def heads(self, batch: int, views: int, precision: str) -> int:
-        """Peak bytes of forward and backward pass of all heads on a batch."""
-        dim = self.model.backbone.info.embed_dim
-        with self.mode, nullcontext():
-            features = {
-                block: torch.empty(views, batch, dim, device=self.device, requires_grad=True)
-                for block in self.model.blocks
-            }
-            ids = torch.empty(batch, dtype=torch.long, device=self.device)
-            with LiveBytes() as live:
-                with Run(self.device, precision).autocast():
-                    output = self.model.head_losses(features, ids)
-                output.loss.backward()
-                del output
-        return live.peak
-
-
 def as_asked(
-    refiner: Refiner, recipe: RefineRecipe, batch: int, free: float, *, precision: str, shards: int = 1, pool: int = 0
+    refiner: Refiner,
+    recipe: RefineRecipe,
+    batch: int,
+    free: float,
+    *,
+    precision: str,
+    shards: int = 1,
+    beside: Beside = Beside(),  # noqa: B008
 ) -> Choice:
     """The recipe's own setting; graphs, where it leaves their number open, as ``free`` bytes allow."""
-    options: dict[str, Any] = {"precision": precision, "checkpointing": recipe.checkpointing, "shards": shards}
-    needs = measure_needs(refiner, recipe.views.shapes, batch, pool=pool, **options)
+    options: dict[str, Any] = {"precision": precision, "shards": shards, "beside": beside}
+    needs = measure_needs(refiner, recipe.views.shapes, batch, checkpointing=recipe.checkpointing, **options)
     micro = recipe.micro_batch
     if micro is None or micro >= batch:
         return Choice(needs, micro, 0, recipe.checkpointing, "as the recipe says")
@@ -282,7 +214,7 @@ def choose(
     precision: str,
     shards: int = 1,
     limit: str = "--memory-budget",
-    pool: int = 0,
+    beside: Beside = Beside(),  # noqa: B008
 ) -> Choice:
     """The cheapest setting that fits into ``budget`` bytes: plain, plain with selective checkpointing, cached with as
     many graphs as fit, cached with checkpointing.
@@ -293,8 +225,8 @@ def choose(
     layer = batch_dependent_layer(refiner.backbone)
 
     @cache
-    def needs(kept: Checkpointing) -> Needs:
-        options: dict[str, Any] = {"precision": precision, "checkpointing": kept, "shards": shards, "pool": pool}
+    def needs(kept: Checkpointing, batch: int = batch) -> Needs:
+        options: dict[str, Any] = {"precision": precision, "checkpointing": kept, "shards": shards, "beside": beside}
         return measure_needs(refiner, recipe.views.shapes, batch, **options)
 
     if micro is None:
@@ -321,13 +253,26 @@ def choose(
             sizes = [size for size in sizes if needs(kept).cached(size, recipe.graphs) <= usable][:1]
         if sizes:
             return _cached(needs(kept), recipe, sizes[:3], kept, usable, f"for {format_bytes(budget)} the ")
-    beside = f", {format_bytes(pool)} the view pool (view_pool)" if pool else ""
-    smallest = needs(True).cached(micro or 1, recipe.graphs)
-    raise InputError(
-        f"{limit} {format_bytes(budget)}: the step needs {format_bytes(smallest / (1 - RESERVE))} even with "
-        f"micro_batch={micro or 1} and checkpointing ({format_bytes(needs(True).state)} of it weights, optimizer and "
-        f"queues, {format_bytes(needs(True).heads)} the heads on the whole batch{beside}); freeze blocks "
-        "(frozen_blocks), use fewer heads or a smaller batch_size, or more processes"
+    raise _refused(needs, recipe, batch, budget, limit, beside.pool)
+
+
+def _refused(
+    needs: Callable[..., Needs], recipe: RefineRecipe, batch: int, budget: float, limit: str, pool: int
+) -> InputError:
+    """The line for what fits no way, with what would. ``needs`` of checkpointing and batch."""
+    least, usable, micro = needs(True), budget * (1 - RESERVE), recipe.micro_batch
+    smaller = (size for size in (batch >> halved for halved in range(1, batch.bit_length() - 1)) if batch % size == 0)
+    fitting = next((size for size in smaller if least.state + least.process < usable
+                    and needs(True, size).cached(min(micro or 1, size), recipe.graphs) <= usable), None)  # fmt: skip
+    other = f"--set batch_size={recipe.batch_size * fitting // batch}, " if fitting else ""
+    needed = least.cached(micro or 1, recipe.graphs) / (1 - RESERVE)
+    parts = {"weights, optimizer and queues": least.state, "the heads on the whole batch": least.heads}
+    parts |= {"the view pool (view_pool)": pool, "Python, its libraries and the images": least.process}
+    return InputError(
+        f"{limit} {format_bytes(budget)}: the step needs {format_bytes(needed)} even with micro_batch={micro or 1} and "
+        f"checkpointing ({', '.join(f'{format_bytes(size)} {name}' for name, size in parts.items() if size)}); give "
+        f"{other}--memory-budget {math.ceil(needed / 1e6)}MB if the machine has as much, or frozen_blocks, fewer heads "
+        "or more processes"
     )
 
 
@@ -359,7 +304,7 @@ def parse_budget(text: str, device: torch.device) -> float:
         free = free_memory(device)
         if free == math.inf:
             raise InputError("--memory-budget auto: this system does not tell its free memory; write an amount")
-        # what the weights take already is part of what is planned
+        # what is taken already is part of what is planned
         return free + (torch.cuda.memory_reserved(device) if device.type == "cuda" else 0)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)\s*", text.upper())
     if not match or float(match[1]) == 0:
@@ -373,7 +318,3 @@ def format_bytes(count: float) -> str:
         if count >= UNITS[unit]:
             return f"{count / UNITS[unit]:.1f} {unit}"
     return f"{count / 1e3:.1f} KB"
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None

@@ -110,6 +110,13 @@ class Heads(Settings):
     swap_negatives: bool = False  # True: the neighbour stands for the target in negatives too (NNCLR)
     swap_positive: bool = True  # False: no neighbours, plain contrastive learning (an ablation)
 
+    @field_validator("temperature", "pooling")
+    @classmethod
+    def _a_list_says_how_many(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, list) and info.data.get("blocks") == "auto":
+            raise ValueError("heads.blocks=auto chooses how many heads there are; list the blocks, or give one value")
+        return value
+
     @property
     def measured_pooling(self) -> str:
         """What the run is measured by: the last head's."""

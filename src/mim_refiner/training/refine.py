@@ -74,7 +74,7 @@ def resolve(recipe: RefineRecipe, backbone: Backbone) -> RefineRecipe:
         recipe.views.global_size = side_or_pair(info.image_size)
     if recipe.views.local_size is None:
         recipe.views.local_size = local_size(recipe.views, info.patch_size)
-    for size in (recipe.views.global_size, recipe.views.local_size):
+    for size, _ in recipe.views.shapes:
         check_image_size(height_width(size), info.patch_size)
     return recipe
 
