@@ -227,3 +227,22 @@ def test_few_images_go_in_parts_as_the_whole_batch_does():
                 parts = -(-images // own)
                 assert kept / parts == pytest.approx(graphs / -(-64 // micro_batch), abs=1 / parts)
                 assert images < 64 or (own, kept) == (micro_batch, graphs)
+
+
+def test_the_anchors_pass_and_the_view_pool_cost_time(tmp_path, monkeypatch):
+    np.savez(tmp_path / "noise.npz", images=np.zeros((8, 32, 32, 3), dtype=np.uint8))
+    monkeypatch.setattr(estimate, "ENOUGH", 0.0)  # two images are measured
+    found = {}
+    for name, settings in (("plain", []), ("anchor", ["anchor.weight=1"]), ("pool", ["view_pool=1"])):
+        backbone = Backbone.wrap(create_vit("vit_w32_d4_h2_p8", image_size=32))
+        recipe = override(refine_recipe(None, image_size=32, images=8), ["batch_size=8", *settings])
+        recipe = resolve(recipe, backbone)
+        refiner = make_refiner(backbone, recipe)
+        loader = TrainLoader(ImageSet(open_source(str(tmp_path / "noise.npz"))), view_specs(recipe), 8, 0)
+        found[name] = refine_estimate(refiner, recipe, loader, Choice(NEEDS, None, 0, False, ""), 1e9, Run()).phases
+    plain, anchor, pool = ([phase.operations for phase in phases.values()] for phases in found.values())
+    assert anchor[0] == plain[0]
+    assert anchor[1] > 1.1 * plain[1]
+    assert pool[0] < 0.9 * plain[0]  # the heads alone
+    assert pool[1] == plain[1]  # no block is frozen
+    assert found["pool"]["warm-up"].before > 0 == found["pool"]["refinement"].before

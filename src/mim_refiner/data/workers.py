@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 
 MOST_WORKERS, MOST_THREADS = 12, 32
-WORKER_BYTES = 40 * 10**6  # of a loader process that it does not share with the others (measured: docs/scale.md)
+WORKER_BYTES = 20 * 10**6  # of a loader process that it does not share with the others (measured: 16 MB)
 
 
 def own_cores() -> int:

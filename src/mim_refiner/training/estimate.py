@@ -31,11 +31,12 @@ from mim_refiner.data.photometric import BatchPhotometric, augment
 from mim_refiner.errors import InputError
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.models.refiner import Refiner
+from mim_refiner.training.anchor import anchor_backward
 from mim_refiner.training.cached import refuse_batch_dependent
 from mim_refiner.training.memory import RESERVE, WASTE, Choice, Needs, even_parts, format_bytes, scratch_bytes
 from mim_refiner.training.pretrain import forward_backward as pretrain_forward_backward
 from mim_refiner.training.recipe import Phase, PretrainRecipe, RefineRecipe
-from mim_refiner.training.refine import forward_backward, photometrics_of
+from mim_refiner.training.refine import NUM_GLOBAL, forward_backward, photometrics_of
 from mim_refiner.training.traces import LiveBytes, drop_gradients, fake_like
 from mim_refiner.training.view_pool import pooled_epochs
 from mim_refiner.types import ImageSize, height_width
@@ -203,7 +204,10 @@ def refine_steps(refiner: Refiner, recipe: RefineRecipe, run: Run) -> tuple[Step
 
     def learn(views: list[Tensor], batch: ViewBatch) -> None:
         ids = batch.sample_ids.to(run.device)
-        forward_backward(refiner, views, ids, generator, run, *parts_of(recipe, len(ids)))
+        parts = parts_of(recipe, len(ids))
+        forward_backward(refiner, views, ids, generator, run, *parts)
+        if refiner.anchor and not refiner.encoder_frozen:  # as in every step, whatever its share
+            anchor_backward(refiner, views[:NUM_GLOBAL], generator, run, recipe.anchor.weight, parts[0])
 
     def fill(batch: ViewBatch) -> None:
         with evaluation_mode(refiner.backbone), run.autocast():
