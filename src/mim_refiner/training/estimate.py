@@ -131,7 +131,7 @@ class Estimate:
             "Python, its libraries and images": needs.process,
             "weights, gradients, moments, queues": needs.state,
             "view pool": needs.view_pool,
-            f"activations of {held} images": peak - needs.process - needs.state - needs.view_pool,
+            f"activations of {held} images, beyond gradients": peak - needs.process - needs.state - needs.view_pool,
         }
         sizes = {key: value for key, value in vars(needs).items() if key not in ("batch", "image_graphs")}
         sizes |= {"plain_step": needs.whole(), "one_image_at_a_time": needs.cached(1)}
