@@ -69,6 +69,12 @@ def test_the_line_tells_value_error_and_what_the_warm_up_measured():
     none = refinement_forecast(0, 0.4, 0.5)
     assert none["value"] is None
     assert none["reason"].startswith("ten times the draws gained ")
+    few = refinement_forecast(192)  # the line through the runs would say -10
+    assert few["value"] is None
+    assert few["reason"].startswith(
+        "none for 192 draws, fewer than the 7,168 of the shortest run measured; from there ten "
+    )
+    assert refinement_forecast(7_168)["value"] == pytest.approx(forecast(OURS[0], OURS, by_draws) / 100)
 
 
 def test_the_lead_of_the_probe_is_told_with_its_error_on_both_kinds_of_runs():

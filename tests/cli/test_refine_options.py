@@ -175,6 +175,9 @@ def test_guidance_without_labels_stops_before_anything_is_written(cli, mae, unla
 def test_a_run_may_end_after_the_warm_up_with_its_forecast(cli, mae, shapes, tmp_path):
     out = tmp_path / "run"
     settings = ("refinement.epochs=0", "warmup.epochs=2", "knn_every=5")
+    planned = cli.call(*cli.refine(shapes, mae.export, out, *settings), "--plan", "--json")
+    assert planned.code == 0, planned.err
+    assert "forecast" not in json.loads(planned.out)["plan"]  # nothing is refined
     outcome = cli.call(*cli.refine(shapes, mae.export, out, *settings))
     assert outcome.code == 0, outcome.err
     [told] = [line for line in outcome.err.splitlines() if "forecast: " in line]

@@ -79,15 +79,20 @@ def missed_by(runs: Sequence[Past], reading: Reading, calibrated: Sequence[Seque
 
 
 def refinement_forecast(draws: int, knn: float | None = None, heads: float | None = None) -> dict[str, Any]:
-    """{"value", "error", "draws", "reason"} of a refinement of so many draws (None without any), in shares of 1.
+    """{"value", "error", "draws", "reason"} of a refinement of so many draws (None below all runs), in shares of 1.
 
     ``knn`` and ``heads``, k-NN accuracy of the last head's block and of what the warmed-up head makes of it, are told.
     """
-    error, most = left_out_error(OURS, by_draws), max(run.draws for run in OURS)
-    value = forecast(Past("", draws, 0, 0), OURS, by_draws) if draws else None
+    error, known = left_out_error(OURS, by_draws), [run.draws for run in OURS]
+    least, most = min(known), max(known)
+    value = forecast(Past("", draws, 0, 0), OURS, by_draws) if draws >= least else None
     if value is None:
         tenfold = forecast(Past("", 10, 0, 0), OURS, by_draws) - forecast(Past("", 1, 0, 0), OURS, by_draws)
-        said = f"ten times the draws gained {tenfold:.1f} points of k-NN"
+        said = (
+            f"none for {draws:,} draws, fewer than the {least:,.0f} of the shortest run measured; from there "
+            * bool(draws)
+        )
+        said += f"ten times the draws gained {tenfold:.1f} points of k-NN"
     else:
         said = f"{value:+.1f} points of k-NN by {draws:,} draws"
     published = missed_by(PUBLISHED, by_draws, [OURS] * len(PUBLISHED))

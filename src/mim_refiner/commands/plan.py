@@ -82,9 +82,8 @@ def plan(recipe: RefineRecipe, refiner: Refiner, cost: Estimate, run: Run, views
         traffic = workload_of(recipe, refiner, run.precision).traffic()
         result["sent_a_step_and_process"] = {name: format_bytes(value) for name, value in traffic.items()}
     told = cost.record()
-    if told["phases"]:
-        draws = told["phases"]["refinement"]["steps"] * recipe.batch_size
-        told["forecast"] = refinement_forecast(draws)["reason"]
+    if refinement := told["phases"].get("refinement"):
+        told["forecast"] = refinement_forecast(refinement["steps"] * recipe.batch_size)["reason"]
     return {"plan": result | told}
 
 
