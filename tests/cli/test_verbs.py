@@ -24,6 +24,7 @@ from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.training import loop
 from mim_refiner.training.signals import STOP_SIGNALS
 
+SUMMARY = {"before", "after", "recommendation", "verdict", "seconds", "weights", "data", "forecast"}
 SUMMARY_METRICS = {"knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank"}
 
 
@@ -124,7 +125,7 @@ def test_base_and_peak_learning_rate_are_printed(refined, mae):
 
 def test_summary_has_before_after_verdict_and_seconds(refined):
     summary = refined.summary()
-    assert summary.keys() == {"before", "after", "recommendation", "verdict", "seconds", "weights", "data"}
+    assert summary.keys() == SUMMARY
     for stage in ("before", "after"):
         assert summary[stage].keys() >= SUMMARY_METRICS
         assert all(isinstance(summary[stage][name], float) for name in SUMMARY_METRICS)
@@ -494,7 +495,7 @@ def test_as_a_process_stdout_holds_the_json_alone(mae, shapes, cli, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     stdout, stderr = done.stdout, done.stderr
     assert done.returncode == 0, stderr
-    assert json.loads(stdout).keys() == {"before", "after", "recommendation", "verdict", "seconds", "weights", "data"}
+    assert json.loads(stdout).keys() == SUMMARY
     assert stdout.count("\n") == 1
     assert "refinement 6/6" in stderr
     assert "Traceback" not in stderr
