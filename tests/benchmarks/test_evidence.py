@@ -15,7 +15,7 @@ from quick import quickly
 from safetensors.torch import load_file
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-STUDIES = sorted((BENCHMARKS / "studies").glob("[cs]*_*.yaml"))
+STUDIES = sorted((BENCHMARKS / "studies").glob("*_*.yaml"))
 SETTINGS = [
     "batch_size=8", "warmup.epochs=1", "refinement.epochs=1", "views.local_size=8", "views.num_local=2",
     "heads.projector_hidden=16", "heads.predictor_hidden=16", "heads.out_dim=8", "heads.queue_size=32",
