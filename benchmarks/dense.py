@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     start = load_backbone(arguments[2])
     for other in arguments[3:]:
         found = dense_change({"before": start, "after": load_backbone(other)}, bank, test, Run())
-        print(f"{other}: {found['verdict']}; {found['reason']}", flush=True)
+        print(f"{other}: {found['reason']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -137,10 +137,13 @@ def read_setting(setting: str) -> tuple[str, Any]:
     return key.strip(), value
 
 
-def changed(base: S, changes: Iterable[tuple[str, Any]], where: str = _SET, *, tree: Any = None) -> S:
+def changed(
+    base: S, changes: Iterable[tuple[str, Any]], where: str = _SET, *, tree: Any = None, judged: bool = True
+) -> S:
     """``base`` (or ``tree``, its values with others laid over) with other values for some dotted keys.
 
-    Raises RecipeError naming key, value and remedy, for a setting without effect too; ``where`` stands before the key.
+    Raises RecipeError naming key, value and remedy, and if ``judged`` for a setting without effect too; ``where``
+    stands before the key.
     """
     changes = list(changes)
     tree, keys = base.model_dump() if tree is None else tree, known_keys(base)
@@ -156,18 +159,21 @@ def changed(base: S, changes: Iterable[tuple[str, Any]], where: str = _SET, *, t
         place[leaf] = _as_number(value) if isinstance(value, str) else value  # YAML 1.1 reads 4e-4 as text
     try:
         made = type(base).model_validate(tree)
-        _refuse_idle(made, [key for key, _ in changes], where)
+        if judged:
+            refuse_idle(made, [key for key, _ in changes], where)
         return made
     except ValidationError as error:
         problems = dict.fromkeys(_problem(type(base), tree, each) for each in _innermost(error.errors()))
         raise RecipeError(f"{base.noun}: {'; '.join([*problems][:5])}; correct by --set or in the file") from None
 
 
-def _refuse_idle(made: Settings, given: Sequence[str], where: str) -> None:
-    """Refuse keys that were given to no effect; who turns something off beside them knows that they rest."""
+def refuse_idle(made: Settings, given: Sequence[str], where: str, later: Sequence[str] = ()) -> None:
+    """Refuse keys that were given to no effect; who turns something off beside them, or ``later``, knows that they
+    rest."""
     values = dotted(made.model_dump())
     for rule in made.idle:
-        value, known = values[rule.switch], rule.switch in given and not (rule.beside and where == _SET)
+        value = values[rule.switch]
+        known = rule.switch in (*given, *later) and not (rule.beside and where == _SET)
         for key in filter(rule.of, given if rule.rests(value) and not known else ()):
             shown = [*value] if isinstance(value, tuple) else str(value).lower()
             raise RecipeError(

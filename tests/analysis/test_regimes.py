@@ -51,9 +51,9 @@ def test_record_and_its_sentence():
     assert model["error"] == pytest.approx(ERROR)
     assert model["error_ci95"][0] == pytest.approx([0.9 - 1.96 * 0.1 / 2**0.5, 0.9 + 1.96 * 0.1 / 2**0.5])
     assert model["statement"] == (
-        "before, regimes by block: early 0 to 3 (k-NN +12.0 points, reconstruction error -0.300), "
-        "middle 4 to 5 (k-NN +38.0 points, reconstruction error -0.040), "
-        "late 6 to 7 (k-NN -10.0 points, reconstruction error -0.160)."
+        "before, regimes by block: early 0 to 3 (k-NN accuracy +12.0 points, reconstruction error -0.300), "
+        "middle 4 to 5 (k-NN accuracy +38.0 points, reconstruction error -0.040), "
+        "late 6 to 7 (k-NN accuracy -10.0 points, reconstruction error -0.160)."
     )
     rising = {**curve, "value": sorted(KNN), "peak_before_last": False}
     assert "no late regime" in regimes_record({"a": rising}, {"a": errors})["models"]["a"]["statement"]

@@ -76,7 +76,7 @@ def test_agreement_is_paired_and_falls_with_the_patches(encoder, blind, plain):
     found = dense_change({"before": encoder, "after": blind, "full": encoder}, plain, None, Run())
     assert found["verdict"] == "worse"
     assert found["change"][0] == pytest.approx(found["after"] - found["before"])
-    assert "worse" not in found["reason"]
+    assert found["reason"].startswith("worse: ")
     assert f"{100 * found['after']:.1f} after" in found["reason"]
 
 

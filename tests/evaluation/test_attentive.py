@@ -100,7 +100,7 @@ class Colours(nn.Module):
         self.info = BackboneInfo("made", "colours", block_dims[-1], 2, 1, (8, 8), 0, False, (32, 32), 3,
                                  (0.5,) * 3, (0.25,) * 3, "", 1.0)  # fmt: skip
 
-    def forward_blocks(self, images, blocks):
+    def forward_blocks(self, images, blocks, *, class_token_last=False):
         colours = F.avg_pool2d(images, 8).flatten(2).mT
         return [BlockOutput(None, colours @ self.maps[block]) for block in blocks]
 

@@ -119,7 +119,9 @@ def compute_features(
         for number, (batch, positions) in enumerate(batches, 1):
             inputs = normalize(batch.to(run.device, non_blocking=True), backbone.info.mean, backbone.info.std)
             with run.autocast():
-                [output] = backbone.forward_blocks(inputs, [spec.block], norm=spec.norm)
+                [output] = backbone.forward_blocks(
+                    inputs, [spec.block], norm=spec.norm, class_token_last=spec.pooling == "cls"
+                )
             found = spec.take(output)
             if not bool(torch.isfinite(found).all()):
                 raise DataError(

@@ -26,6 +26,7 @@ from mim_refiner.settings import (
     Size,
     changed,
     read_setting,
+    refuse_idle,
 )
 from mim_refiner.training.domains import DOMAINS, PHOTOGRAPHS
 from mim_refiner.types import Checkpointing, ImageSize
@@ -177,6 +178,7 @@ class Recipe(Settings):
     """What pre-training and refinement share."""
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle("workers", not_, ("loader_timeout",), " above 0"),)
+    _stated: tuple[str, tuple[str, ...]] = "", ()  # a recipe file and its keys
 
     name: str  # what it is called
     expected: str = ""  # what this recipe is known to give, with where the figure comes from
@@ -283,16 +285,24 @@ def override(recipe: R, settings: list[str]) -> R:
     tree = recipe.model_dump()
     changes = [read_setting(setting) for setting in settings]
     _lay_domain(tree, [value for key, value in changes if key == "domain"])
-    return changed(recipe, changes, tree=tree)
+    made = changed(recipe, changes, tree=tree)
+    file, stated = recipe._stated  # what a file says may have its effect by --set
+    refuse_idle(made, stated, file, [key for key, _ in changes])
+    return made
 
 
 def from_tree(base: R, tree: Any, where: str) -> R:
-    """Lay the (nested) mapping of a recipe file over ``base``; raises RecipeError."""
+    """Lay the (nested) mapping of a recipe file over ``base``; raises RecipeError.
+
+    Settings without effect are refused by :func:`override`, which knows of all.
+    """
     if not isinstance(tree, dict):
         raise RecipeError(f"{where}: a recipe file is a mapping of keys to values; see recipe.yaml of any run folder")
     merged = base.model_dump()
     _lay_domain(merged, [tree["domain"]] if "domain" in tree else [])
-    return changed(base, dotted(tree).items(), f"{where}: ", tree=merged)
+    made = changed(base, dotted(tree).items(), f"{where}: ", tree=merged, judged=False)
+    made._stated = f"{where}: ", tuple(dotted(tree))
+    return made
 
 
 def _lay_domain(tree: dict[str, Any], names: Sequence[Any]) -> None:
