@@ -206,11 +206,11 @@ def test_a_recipe_that_lists_all_settings_is_taken_as_it_is(tmp_path: Path) -> N
         recipe = refine_recipe(name, image_size=0)
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-        assert override(refine_recipe(str(file), image_size=0), []) == recipe
+        assert refine_recipe(str(file), image_size=0) == recipe
     run = override(refine_recipe("tiny", image_size=0), ["views.num_local=0"])
     run = resolve(run, Backbone.wrap(create_vit("vit_w32_d4_h2_p8", image_size=32)))
     file.write_text(yaml.safe_dump({"command": "refine", **run.model_dump(mode="json")}))
-    assert override(refine_recipe(str(file), image_size=0), []) == run
+    assert refine_recipe(str(file), image_size=0) == run
     with pytest.raises(RecipeError, match=r"views\.local_size has no effect"):
         override(run, ["views.local_size=8"])
 
@@ -277,7 +277,7 @@ def test_a_resolved_recipe_survives_yaml() -> None:
     for make in (*REFINE_RECIPES.values(), *PRETRAIN_RECIPES.values()):
         recipe = make()
         again = from_tree(recipe, yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json"))), "test")
-        assert override(again, []) == recipe
+        assert again == recipe
         assert "batch_size" in known_keys(recipe)
 
 
@@ -372,7 +372,7 @@ def test_recipe_yaml_of_a_run_folder_is_a_recipe_file(tmp_path):
     recipe = override(tiny(), ["heads.blocks=[1,3]", "heads.temperature=[0.1,0.3]", "domain=medical", "views.flip=0.1"])
     facts = {"command": "refine", "data": "images", "model": "m", "model_sha256": "0", "seed": 3, "exclude": "x.txt"}
     RunFolder.open(tmp_path / "run", facts | recipe.model_dump(mode="json"), overwrite=False)
-    assert override(refine_recipe(str(tmp_path / "run" / "recipe.yaml"), image_size=32), []) == recipe
+    assert refine_recipe(str(tmp_path / "run" / "recipe.yaml"), image_size=32) == recipe
 
 
 @pytest.mark.parametrize("name", ["x\0y.yaml", "x" * 5000, "x" * 5000 + ".yaml", "/dev/zero", "/", "."])

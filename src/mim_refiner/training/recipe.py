@@ -196,6 +196,10 @@ class Recipe(Settings):
     log_every: PositiveInt = 10  # steps
     knn_every: NonNegativeInt = 1  # epochs between online k-NN evaluations (0: never); needs labels
 
+    def __eq__(self, other: object) -> bool:
+        """By the settings, wherever they were read."""
+        return type(self) is type(other) and isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
 
 class RefineRecipe(Recipe):
     """Both phases of MIM-Refiner (paper section 3.3 and appendix; ../docs recipes table)."""
