@@ -212,10 +212,6 @@ def measure(study: Study, model: str, file: Path, seed: int) -> None:
             store(file, found := found | with_few_labels(study, load_backbone(model), share, seed))
 
 
-def poolings(backbone: Backbone) -> tuple[str, ...]:
-    return ("cls", "mean") if backbone.info.has_cls else ("mean",)
-
-
 def usual(study: Study, backbone: Backbone) -> Correct:
     """The study's protocols by the last block, with all labels of the bank."""
     bank, test = study.bank_and_test()
@@ -224,7 +220,6 @@ def usual(study: Study, backbone: Backbone) -> Correct:
         bank,
         test,
         protocols=study.protocols,
-        poolings=poolings(backbone),
         settings=EvaluationSettings.quick(),
         run=Run(reporter=study.reporter),
     )
@@ -238,7 +233,7 @@ def with_few_labels(study: Study, backbone: Backbone, share: float, seed: int) -
     train, test = open_images(study.path("train"), study.reporter), study.bank_and_test()[1]
     assert train.labels is not None
     rows = (known_labels(train.labels, share, seed) >= 0).nonzero()[:, 0]
-    common = {"blocks": (-1,), "poolings": poolings(backbone), "run": Run(reporter=study.reporter)}
+    common = {"blocks": (-1,), "run": Run(reporter=study.reporter)}
     bank = extract_features(backbone, train, indices=rows.numpy(), **common)
     tested = extract_features(backbone, test, **common)
     found = {f"knn_top1@{100 * share:g}% {key[1]}": score.correct for key, score in knn_protocol(bank, tested).items()}

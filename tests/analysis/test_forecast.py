@@ -59,9 +59,12 @@ def test_the_line_tells_value_error_and_what_the_warm_up_measured():
     assert found["error"] == pytest.approx(error / 100)
     assert (found["draws"], found["knn_top1"], found["knn_heads"]) == (49_664, 0.447, 0.403)
     assert found["reason"].startswith(
-        f"{100 * found['value']:+.1f} points of k-NN by 49,664 draws (± {error:.1f} on an "
+        f"{100 * found['value']:+.1f} points of k-NN accuracy by 49,664 draws (± {error:.1f} on an "
     )
-    assert "k-NN is 40.3 %, its block's 44.7 % (-4.4): with that the forecast was no better (± 2." in found["reason"]
+    assert (
+        "k-NN accuracy is 40.3 %, its block's 44.7 % (-4.4): with that the forecast was no better (± 2."
+        in found["reason"]
+    )
     assert "beyond" not in found["reason"]
     more = refinement_forecast(38_000_000)
     assert more["value"] > found["value"]
@@ -80,5 +83,5 @@ def test_the_line_tells_value_error_and_what_the_warm_up_measured():
 def test_the_lead_of_the_probe_is_told_with_its_error_on_both_kinds_of_runs():
     found = lead_forecast(0.606, 0.775)
     assert found["value"] == pytest.approx(0.209, abs=0.01)  # MAE L/16
-    assert "16.9 points ahead of its k-NN; as for 5 published encoders" in found["reason"]
+    assert "16.9 points ahead of its k-NN accuracy; as for 5 published encoders" in found["reason"]
     assert "(± 0.7 on one left out), but 11 short runs of small encoders were off that by 7" in found["reason"]

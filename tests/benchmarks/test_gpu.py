@@ -216,7 +216,8 @@ def test_whether_a_part_ended_well_is_told(
     gpu: Any, options: argparse.Namespace, tmp_path: Path, monkeypatch: Any
 ) -> None:
     script = tmp_path / "part.py"
-    script.write_text("import sys; sys.exit(sys.argv[-4:-1] != ['--child', 'small', '--box'])")
+    call = ["--child", "small", "--box", f"small={gpu.BOXES['small']}"]
+    script.write_text(f"import sys; sys.exit(sys.argv[-4:] != {call})")
     monkeypatch.setattr(gpu, "__file__", str(script))
     words = ["--dry-run", "--out", str(options.out), "--work", str(options.work), "--parts"]
     assert gpu.main([*words, "small"]) == 0

@@ -61,7 +61,7 @@ def test_features_of_a_frozen_encoder_are_computed_once_and_read_by_the_last_hea
     knn.warmed_up()
     [told] = heard.lines
     assert told.startswith("forecast: +")
-    assert f"k-NN is {100 * second['knn_heads']:.1f} %, its block's {100 * second['knn_top1']:.1f} %" in told
+    assert f"k-NN accuracy is {100 * second['knn_heads']:.1f} %, its block's {100 * second['knn_top1']:.1f} %" in told
     refiner.unfreeze_encoder()
     assert "knn_heads" not in knn()
     knn()

@@ -88,22 +88,23 @@ def refinement_forecast(draws: int, knn: float | None = None, heads: float | Non
     value = forecast(Past("", draws, 0, 0), OURS, by_draws) if draws >= least else None
     if value is None:
         tenfold = forecast(Past("", 10, 0, 0), OURS, by_draws) - forecast(Past("", 1, 0, 0), OURS, by_draws)
-        said = (
-            f"none for {draws:,} draws, fewer than the {least:,.0f} of the shortest run measured; from there "
-            * bool(draws)
-        )
-        said += f"ten times the draws gained {tenfold:.1f} points of k-NN"
+        said = f"ten times the draws gained {tenfold:.1f} points of k-NN accuracy"
+        if draws:
+            said = (
+                f"none for {draws:,} draws, fewer than the {least:,.0f} of the shortest run measured; from there {said}"
+            )
     else:
-        said = f"{value:+.1f} points of k-NN by {draws:,} draws"
-    published = missed_by(PUBLISHED, by_draws, [OURS] * len(PUBLISHED))
-    beyond = f"; beyond their {most:,.0f} draws it missed {len(PUBLISHED)} published ones by {published:.0f}"
-    beyond *= draws > most
+        said = f"{value:+.1f} points of k-NN accuracy by {draws:,} draws"
+    beyond = ""
+    if draws > most:
+        published = missed_by(PUBLISHED, by_draws, [OURS] * len(PUBLISHED))
+        beyond = f"; beyond their {most:,.0f} draws it missed {len(PUBLISHED)} published ones by {published:.0f}"
     said += f" (± {error:.1f} on an encoder left out of {len(OURS)} runs of small encoders{beyond})"
     found = {"value": None if value is None else value / 100, "error": error / 100, "draws": draws}
     if knn is not None and heads is not None:
         found |= {"knn_top1": knn, "knn_heads": heads}
         said += (
-            f". The warmed-up head's k-NN is {100 * heads:.1f} %, its block's {100 * knn:.1f} % "
+            f". The warmed-up head's k-NN accuracy is {100 * heads:.1f} %, its block's {100 * knn:.1f} % "
             f"({100 * (heads - knn):+.1f}): with that the forecast was no better (± "
             f"{left_out_error(OURS, by_draws_and_heads):.1f})"
         )
@@ -118,7 +119,7 @@ def lead_forecast(knn: float, linear: float) -> dict[str, Any]:
     return {
         "value": value / 100,
         "error": error / 100,
-        "reason": f"its linear probe is {run.lead:.1f} points ahead of its k-NN; as for {len(PUBLISHED)} published "
-        f"encoders a long refinement on ImageNet-1K gains {value:+.0f} points of k-NN (± {error:.1f} on one left out), "
-        f"but {len(OURS)} short runs of small encoders were off that by {ours:.0f}",
+        "reason": f"its linear probe is {run.lead:.1f} points ahead of its k-NN accuracy; as for {len(PUBLISHED)} "
+        f"published encoders a long refinement on ImageNet-1K gains {value:+.0f} points of it (± {error:.1f} on one "
+        f"left out), but {len(OURS)} short runs of small encoders were off that by {ours:.0f}",
     }
