@@ -40,7 +40,7 @@ class TinyRun:
 
     def __init__(self, images: ImageSet, *, drop_path: float = 0.1, **settings: Any) -> None:
         torch.manual_seed(0)
-        self.recipe = TINY.model_copy(update=settings)
+        self.recipe = TINY.model_copy(update=settings, deep=True)  # tests may change parts of it
         backbone = Backbone.wrap(create_vit("vit_w32_d3_h2_p8", image_size=16, drop_path_rate=drop_path))
         self.refiner = refine.make_refiner(backbone, self.recipe)
         self.loader = TrainLoader(images, refine.view_specs(TINY), TINY.batch_size, seed=0)
