@@ -294,7 +294,7 @@ def fungi_correct(
     train, queries = reduced(fungi.features(bank), fungi.features(test), backbone.info.embed_dim)
     found: dict[str, NDArray[np.bool_]] = {}
     if "knn" in protocols:
-        [score] = knn_protocol(train, queries, standardize=False, device=run.device).values()
+        [score] = knn_protocol(train, queries, run, standardize=False).values()
         found[f"knn_top1 {KEY_POOLING}"] = score.correct
     if "linear" in protocols:
         [probe] = linear_probe(train, queries, EvaluationSettings.quick().linear, device=run.device).values()

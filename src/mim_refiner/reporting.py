@@ -50,6 +50,11 @@ def metric_title(metric: str, *, unit: bool = False) -> str:
     return TITLES.get(metric, metric.replace("_", " "))
 
 
+def in_points(value: float, low: float, high: float) -> str:
+    """A difference of shares with its 95 % interval: "+1.2 points (95 % interval +0.3 to +2.1)"."""
+    return f"{100 * value:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+
+
 class Reporter:
     """Receives what a job has to say; this one says nothing. Overwrite what you want to hear.
 

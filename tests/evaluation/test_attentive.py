@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from mim_refiner.evaluation.attentive import (
     AttentiveProbe,
     AttentiveSettings,
     attentive_protocol,
-    mixture_blocks,
+    sources_of,
 )
 from mim_refiner.evaluation.finetune import LabelledRows
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings
@@ -209,10 +210,11 @@ def test_more_queries_than_the_width_divides_are_lowered_and_widths_that_differ_
     assert {result.settings["blocks"] == [1] for result in found.values()} == {True}
 
 
-def test_mixtures_are_spread_over_the_depth():
-    assert mixture_blocks(12, 4) == (2, 5, 8, 11)
-    assert mixture_blocks(24, 4) == (5, 11, 17, 23)
-    assert mixture_blocks(3, 4) == (0, 1, 2)
+@pytest.mark.parametrize(("depth", "mixed"), [(12, (2, 5, 8, 11)), (24, (5, 11, 17, 23)), (3, (0, 1, 2)), (1, None)])
+def test_mixtures_are_spread_over_the_depth(depth, mixed):
+    encoder = SimpleNamespace(info=SimpleNamespace(depth=depth), block_dims=[8] * depth)
+    assert sources_of(encoder, [0], 4) == [(0,), *([mixed] if mixed else [])]
+    assert sources_of(encoder, [0], 0) == [(0,)]
 
 
 def test_a_width_that_the_divisor_does_not_divide_is_refused_before_a_token_is_computed(

@@ -13,6 +13,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.features import extract_features, resolve_blocks, resolve_poolings
+from mim_refiner.reporting import Reporter
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -33,14 +34,29 @@ def test_features_equal_one_image_at_a_time(make_backbone, make_images, norm):
                 torch.testing.assert_close(features[block, "mean"][row], shown[0, 1:].mean(0), rtol=1e-4, atol=1e-5)
 
 
+class Told(Reporter):
+    """Remembers what it was told."""
+
+    def __init__(self, divisor=1):
+        self.seen, self.divisor = [], divisor
+
+    def phase(self, name, total):
+        self.seen.append((name, total))
+
+    def progress(self, step, values):
+        self.seen.append(step // self.divisor)
+
+
 def test_one_forward_for_all_blocks_and_poolings(make_backbone, make_images, monkeypatch):
     backbone, calls = make_backbone(), []
     forward = backbone.forward_blocks
     monkeypatch.setattr(backbone, "forward_blocks", lambda x, *a, **k: calls.append(len(x)) or forward(x, *a, **k))
-    seen = []
-    extract_features(backbone, make_images(10), batch_size=4, progress=lambda *step: seen.append(step))
+    told = Told()
+    extract_features(backbone, make_images(10), batch_size=4, run=Run(reporter=told), phase="features")
     assert calls == [4, 4, 2]
-    assert seen == [(4, 10), (8, 10), (10, 10)]
+    assert told.seen == [("features", 10), 4, 8, 10]
+    extract_features(backbone, make_images(10), run=Run(reporter=told))
+    assert len(told.seen) == 4  # nothing without a phase
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -65,7 +81,7 @@ def test_deterministic_in_eval_mode_and_every_mode_restored(make_backbone, make_
     assert all(torch.equal(first[key], second[key]) for key in first.keys)
     assert [module.training for module in backbone.modules()] == before
     with pytest.raises(ZeroDivisionError):  # restored after an error as well
-        extract_features(backbone, make_images(12), progress=lambda done, total: done // 0)
+        extract_features(backbone, make_images(12), run=Run(reporter=Told(0)), phase="features")
     assert [module.training for module in backbone.modules()] == before
 
 

@@ -15,13 +15,13 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError, InputError, RunFolderError
 from mim_refiner.evaluation.attentive import AttentiveSettings
+from mim_refiner.evaluation.corruptions import RobustnessSettings
 from mim_refiner.evaluation.features import extract_features
 from mim_refiner.evaluation.finetune import FinetuneSettings
 from mim_refiner.evaluation.knn import knn_protocol
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings
 from mim_refiner.evaluation.long_tail import LongTailSettings
 from mim_refiner.evaluation.results import CONTRACT_FIELDS, paired_change
-from mim_refiner.evaluation.robustness import RobustnessSettings
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.suite import evaluate_backbone, suite_protocols, suite_settings, summary_metrics
 from mim_refiner.models.backbone import Backbone

@@ -82,6 +82,12 @@ def test_the_verdict_and_the_numbers_are_said(page):
     assert "keeps 25 % of the neighbours from before" in page.text
 
 
+def test_no_line_breaks_at_the_hyphen_of_k_nn(written):
+    assert '<span class="one">k-NN accuracy (%)</span></th>' in written
+    assert not re.search(r"<(?:p|h2|th|td|caption|li)\b[^>]*>[^<]*k-NN", written)
+    assert ".one { white-space: nowrap; }" in written
+
+
 def test_nothing_is_fetched(written):
     named = set(re.findall(r"""(?:https?:)?//[\w.-]+""", re.sub(r"base64,[\w+/=]+", "", written)))
     assert named <= {"http://www.w3.org", "//www.w3.org"}  # names of SVG, never fetched

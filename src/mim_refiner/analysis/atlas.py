@@ -19,30 +19,31 @@ from mim_refiner._version import __version__
 from mim_refiner.analysis.augmented import PairedViews
 from mim_refiner.analysis.label_free import neighbor_consistency, paired_scores, rank_of_rows, score_interval
 from mim_refiner.core.knn import knn_predict
+from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.features import Features
 from mim_refiner.evaluation.knn import required_labels
+from mim_refiner.reporting import TITLES, in_points
 
 KIND = "atlas"
 RANK_ROWS = 2000
 PROBE_ROWS = 4000
 COLLAPSE = 0.5  # cells with less than this share of the median effective rank are never recommended without labels
-MEASURED = {"knn_top1": "k-NN accuracy", "consistency": "neighbour consistency"}  # a measure in words
 _ALPHAS = tuple(10.0**power for power in range(-1, 6))
 Key = tuple[int, str, bool]  # block from 0; "cls", "mean" or "both"; final norm applied
-Progress = Callable[[int, int], None]
+Scores = NDArray[np.float64]  # [N], of each image
 
 
 @dataclass(frozen=True)
 class Atlas:
-    """``record`` is the JSON form; ``scores`` holds per-image scores [N] of each cell, for paired comparisons."""
+    """``record`` is the JSON form; ``scores`` of each cell are for paired comparisons."""
 
     record: dict[str, Any]
-    scores: dict[Key, NDArray[np.float64]]
+    scores: dict[Key, Scores]
 
-    def curves(self) -> dict[str, dict[int, NDArray[np.float64]]]:
-        """Per-image scores by pooling and block, {pooling: {block: [N]}}, of raw features and single poolings."""
-        found: dict[str, dict[int, NDArray[np.float64]]] = {}
+    def curves(self) -> dict[str, dict[int, Scores]]:
+        """Scores by pooling and block, {pooling: {block: [N]}}, of raw features and single poolings."""
+        found: dict[str, dict[int, Scores]] = {}
         for (block, pooling, normed), score in self.scores.items():
             if not normed and pooling != "both":
                 found.setdefault(pooling, {})[block] = score
@@ -62,8 +63,7 @@ def labelled_atlas(
     default: Key,
     probe: bool = True,
     both: bool = True,
-    seed: int = 0,
-    progress: Progress | None = None,
+    run: Run | None = None,
 ) -> Atlas:
     """Measure every cell: k-NN top-1, ridge probe top-1 (``probe``), effective rank of the bank.
 
@@ -73,37 +73,27 @@ def labelled_atlas(
     """
     train_y = required_labels(next(iter(bank.values())), "bank")
     test_y = required_labels(next(iter(queries.values())), "query")
-    cells, scores = [], {}
-    pairs = list(zip(_cells(bank, both), _cells(queries, both), strict=True))
-    for done, ((key, train_x), (_, test_x)) in enumerate(pairs, 1):
+
+    def measured(train_x: Tensor, test_x: Tensor) -> tuple[Scores, dict[str, float]]:
         hits = (knn_predict(train_x, train_y, test_x, k=min(10, len(train_y))) == test_y).numpy().astype(np.float64)
-        cell = _cell(key, train_x) | {"knn_top1": float(hits.mean()), "ci95": list(score_interval(hits))}
-        if probe:
-            cell["probe_top1"] = ridge_probe(train_x[:PROBE_ROWS], train_y[:PROBE_ROWS], test_x, test_y)
-        cells.append(cell)
-        scores[key] = hits
-        if progress:
-            progress(done, len(pairs))
+        if not probe:
+            return hits, {}
+        return hits, {"probe_top1": ridge_probe(train_x[:PROBE_ROWS], train_y[:PROBE_ROWS], test_x, test_y)}
+
     samples = {"bank": len(train_y), "queries": len(test_y), "rank_rows": min(RANK_ROWS, len(train_y))}
     samples |= {"probe_rows": min(PROBE_ROWS, len(train_y))} if probe else {}
-    return _atlas("knn_top1", cells, scores, default, samples, seed)
+    return _atlas("knn_top1", measured, (bank, queries), default, both, samples, run or Run())
 
 
-def label_free_atlas(
-    views: PairedViews, *, default: Key, both: bool = True, seed: int = 0, progress: Progress | None = None
-) -> Atlas:
+def label_free_atlas(views: PairedViews, *, default: Key, both: bool = True, run: Run | None = None) -> Atlas:
     """Measure every cell without labels: neighbour consistency of two views, and effective rank."""
-    cells, scores = [], {}
-    triples = list(zip(*(_cells(part, both) for part in (views.clean, views.first, views.second)), strict=True))
-    for done, ((key, clean), (_, first), (_, second)) in enumerate(triples, 1):
-        shares = neighbor_consistency(clean, first, second)
-        cells.append(_cell(key, clean) | {"consistency": float(shares.mean()), "ci95": list(score_interval(shares))})
-        scores[key] = shares
-        if progress:
-            progress(done, len(triples))
     count = len(next(iter(views.clean.values())))
     samples = {"images": count, "rank_rows": min(RANK_ROWS, count)}
-    return _atlas("consistency", cells, scores, default, samples, seed)
+
+    def measured(clean: Tensor, first: Tensor, second: Tensor) -> tuple[Scores, dict[str, float]]:
+        return neighbor_consistency(clean, first, second), {}
+
+    return _atlas("consistency", measured, views, default, both, samples, run or Run())
 
 
 def ridge_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
@@ -119,7 +109,7 @@ def ridge_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
 
 
 def recommend(
-    measure: str, cells: Sequence[Mapping[str, Any]], scores: Mapping[Key, NDArray[np.float64]], default: Key, seed: int
+    measure: str, cells: Sequence[Mapping[str, Any]], scores: Mapping[Key, Scores], default: Key, seed: int
 ) -> dict[str, Any]:
     """The cell to use: the best one, if cells chosen on one half of the images beat ``default`` on the other half.
 
@@ -150,7 +140,7 @@ def recommend(
 
 
 def chosen_on_halves(
-    scores: Mapping[Key, NDArray[np.float64]], keys: Sequence[Key], seed: int
+    scores: Mapping[Key, Scores], keys: Sequence[Key], seed: int
 ) -> list[tuple[NDArray[np.int64], Key]]:
     """[(rows of one half of the images, the cell that is best on the other half)], both ways round."""
     table = np.stack([scores[key] for key in keys])
@@ -166,31 +156,39 @@ def name_of(key: Key) -> str:
 
 
 def _reason(measure: str, key: Key, best: Key, default: Key, gain: tuple[float, float, float]) -> str:
-    what = MEASURED[measure]
-    value, low, high = (100 * number for number in gain)
-    points = f"{value:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+    what, points = TITLES[measure], in_points(*gain)
     if best == default:
         return f"{name_of(default)}. No other block, pooling or norm has better {what}."
     if key == best:
-        return f"{name_of(key)}. Its {what} is better than that of {name_of(default)} ({points})."
-    return f"{name_of(default)}. The best {what} is that of {name_of(best)}, but it is not clearly better ({points})."
+        return f"{name_of(key)}. Its {what} is better than that of {name_of(default)}: {points}."
+    return f"{name_of(default)}. The best {what} is that of {name_of(best)}, but it is not clearly better: {points}."
 
 
 def _atlas(
     measure: str,
-    cells: list[dict[str, Any]],
-    scores: dict[Key, NDArray[np.float64]],
+    measured: Callable[..., tuple[Scores, dict[str, float]]],
+    features: Sequence[Mapping[bool, Features]],
     default: Key,
+    both: bool,
     samples: Mapping[str, int],
-    seed: int,
+    run: Run,
 ) -> Atlas:
+    """``measured`` of the ``features`` of each cell gives the scores of the images, and what else the cell shows."""
+    cells, scores = list[dict[str, Any]](), dict[Key, Scores]()
+    for done, row in enumerate(zip(*(_cells(part, both) for part in features), strict=True), 1):
+        (key, x), *_ = row
+        scores[key], more = measured(*(part for _, part in row))
+        shown = {"dimensions": x.shape[1], "rank": rank_of_rows(x[:RANK_ROWS])(np.arange(min(RANK_ROWS, len(x))))}
+        shown |= {measure: float(scores[key].mean()), "ci95": list(score_interval(scores[key]))}
+        cells.append(_named(key) | shown | more)
+        run.reporter.progress(done, {})
     record = {
         "kind": KIND,
         "measure": measure,
         "cells": cells,
-        "recommendation": recommend(measure, cells, scores, default, seed),
+        "recommendation": recommend(measure, cells, scores, default, run.seed),
         "samples": dict(samples),
-        "seed": seed,
+        "seed": run.seed,
         "version": __version__,
     }
     return Atlas(record, scores)
@@ -205,11 +203,6 @@ def _cells(features: Mapping[bool, Features], both: bool) -> Iterator[tuple[Key,
                 yield (block, pooling, norm), found[block, pooling]
             if both and len(poolings) > 1:
                 yield (block, "both", norm), torch.cat([found[block, pooling] for pooling in poolings], dim=1)
-
-
-def _cell(key: Key, x: Tensor) -> dict[str, Any]:
-    rank = rank_of_rows(x[:RANK_ROWS])(np.arange(min(RANK_ROWS, len(x))))
-    return {**_named(key), "dimensions": x.shape[1], "rank": rank}
 
 
 def _named(key: Key) -> dict[str, Any]:
@@ -243,6 +236,12 @@ def place_heads(atlas: Atlas, *, pooling: str, recipe_blocks: Sequence[int]) -> 
     depth = len(scores)
     start = min(max(first, depth - depth // 2), depth - max(1, depth // 4))
     blocks = list(range(start, depth))
+    told = f"best {TITLES[measure]} at block {best} ({100 * scores[best].mean():.1f} %), not clearly worse from block "
+    told += f"{first} on"
+    if start != first:
+        limit = "at least a quarter" if start < first else "at most half"
+        told += f"; moved to {start}, so that {limit} of the blocks have heads"
+    usual = f"{recipe_blocks[0]} to {recipe_blocks[-1]}" if recipe_blocks else "none"
     return {
         "blocks": blocks,
         "recipe_blocks": list(recipe_blocks),
@@ -253,31 +252,12 @@ def place_heads(atlas: Atlas, *, pooling: str, recipe_blocks: Sequence[int]) -> 
         "first_good_block": first,
         "scores": [float(score.mean()) for score in scores],
         "samples": atlas.record["samples"],
-        "reason": _placed_because(measure, best, first, start, depth, scores, list(recipe_blocks)),
+        "reason": f"heads on blocks {start} to {depth - 1}: {told} (the recipe's choice: {usual}).",
     }
 
 
-def first_as_good_as_best(scores: Sequence[NDArray[np.float64]]) -> tuple[int, int]:
+def first_as_good_as_best(scores: Sequence[Scores]) -> tuple[int, int]:
     """(best block, first block whose score is not clearly below it) from per-image scores of each block."""
     best = int(np.argmax([score.mean() for score in scores]))
     first = next(block for block in range(best + 1) if paired_scores(scores[block], scores[best])[1] <= 0)
     return best, first
-
-
-def _placed_because(
-    measure: str,
-    best: int,
-    first: int,
-    start: int,
-    depth: int,
-    scores: Sequence[NDArray[np.float64]],
-    recipe: list[int],
-) -> str:
-    what = MEASURED[measure]
-    found = f"best {what} at block {best} ({100 * scores[best].mean():.1f} %), not clearly worse from block {first} on"
-    bound = ""
-    if start != first:
-        limit = "at least a quarter" if start < first else "at most half"
-        bound = f"; moved to {start}, so that {limit} of the blocks have heads"
-    recipe_text = f"{recipe[0]} to {recipe[-1]}" if recipe else "none"
-    return f"heads on blocks {start} to {depth - 1}: {found}{bound} (the recipe's choice: {recipe_text})."

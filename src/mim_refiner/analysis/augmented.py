@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.domain import DomainSpec
 from mim_refiner.data.photometric import BatchPhotometric, seeded_generator
 from mim_refiner.data.views import ViewSpec, crop_batch
-from mim_refiner.evaluation.features import Features, ImageTransform, feature_sets
+from mim_refiner.evaluation.features import CENTRE_CROP, Features, ImageTransform, feature_sets
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.types import ImageSize, height_width
 
@@ -33,8 +33,7 @@ DISJOINT = ViewSpec("disjoint", 1, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0,
 BLUR_REFERENCE = 32  # pixels; the blur grows with the image
 
 
-@dataclass(frozen=True)
-class PairedViews:
+class PairedViews(NamedTuple):
     """Features of the images as they are, and of two random views of each; rows correspond. Keys: norm applied?"""
 
     clean: Mapping[bool, Features]
@@ -50,21 +49,17 @@ def paired_views(
     ``options`` go to ``feature_sets`` (blocks, poolings, norms, indices, image_size, cache). The
     draws depend on (seed, view, position) alone: every encoder sees the same views, and so comparisons are paired.
     """
-    count = len(images) if options.get("indices") is None else len(options["indices"])
-    found = []
-    for name, transform in (
-        ("images", None),
-        ("first views", augmented_view(run.seed, 0, view)),
-        ("second views", augmented_view(run.seed, 1, view)),
-    ):
-        run.reporter.phase(f"features of the {name}{what}", count)
-        chosen: dict[str, Any] = {} if transform is None else {"transform": transform}
-        found.append(
-            feature_sets(
-                backbone, images, run=run, progress=lambda done, _: run.reporter.progress(done, {}), **chosen, **options
-            )
+    transforms = {
+        "images": CENTRE_CROP,
+        "first views": augmented_view(run.seed, 0, view),
+        "second views": augmented_view(run.seed, 1, view),
+    }
+    return PairedViews(
+        *(
+            feature_sets(backbone, images, run=run, transform=how, phase=f"features of the {name}{what}", **options)
+            for name, how in transforms.items()
         )
-    return PairedViews(*found)
+    )
 
 
 def augmented_view(seed: int, number: int, view: ViewSpec = VIEW) -> ImageTransform:
@@ -87,14 +82,9 @@ def augmented_view(seed: int, number: int, view: ViewSpec = VIEW) -> ImageTransf
                 # random numbers belong to the position in the set asked for, whether or not others are readable
                 whole = [pixels if pixels is not None else loaded[kept[0]] for pixels in loaded]
                 crops = crop_batch(whole, spec, seed=seed, epoch=0, position=start, view=number)
-                channels = crops.shape[-1]
-                photometric = BatchPhotometric(
-                    spec, (0.0,) * channels, (1.0,) * channels
-                )  # normalised after the rounding
-                views = photometric(
-                    torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2))),
-                    seeded_generator(seed, number, start),
-                )
+                channels, stacked = crops.shape[-1], torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2)))
+                photometric = BatchPhotometric(spec, (0.0,) * channels, (1.0,) * channels)  # normalised after rounding
+                views = photometric(stacked, seeded_generator(seed, number, start))
                 pixels = views.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
                 yield pixels[kept], torch.from_numpy(rows[kept])
 
@@ -105,5 +95,4 @@ def scaled_view(size: ImageSize, view: ViewSpec = VIEW) -> ViewSpec:
     """The view at ``size`` pixels, its blur as wide in proportion."""
     low, high = view.blur_sigma
     factor = max(1.0, max(height_width(size)) / BLUR_REFERENCE)
-    shown = {**view.__dict__, "size": size, "blur_sigma": (low, high * factor)}
-    return ViewSpec(**shown)
+    return replace(view, size=size, blur_sigma=(low, high * factor))

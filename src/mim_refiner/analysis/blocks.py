@@ -20,6 +20,7 @@ from mim_refiner.core.metrics import best_of_many_interval
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.results import Result
 from mim_refiner.files import write_bytes, write_json
+from mim_refiner.reporting import TITLES
 
 KIND = "knn_by_block"  # names the JSON form for readers such as report.figures
 
@@ -46,23 +47,16 @@ def curves_from_results(results: Mapping[str, Mapping[str, Result]], *, head_blo
     Raises InputError when a model has no k-NN result.
     """
     scores: dict[str, dict[str, dict[int, NDArray[np.float64]]]] = {}
-    measured: list[Result] = []
+    facts: dict[str, Any] = {}
     for model, found in results.items():
         knn = sorted((r for r in found.values() if r.metric == "knn_top1"), key=lambda r: r.block)
         if not knn:
             raise InputError(f"block curves of {model!r}: no k-NN result; evaluate with protocol knn and blocks all")
-        measured += knn
+        facts = facts or {name: getattr(knn[0], name) for name in ("norm", "settings", "data", "seed")}
         scores[model] = {}
         for result in knn:
             if result.correct is not None:
                 scores[model].setdefault(result.pooling, {})[result.block] = result.correct.astype(np.float64)
-    first = measured[0]
-    facts: dict[str, Any] = {
-        "norm": first.norm,
-        "settings": dict(first.settings),
-        "data": dict(first.data),
-        "seed": first.seed,
-    }
     return curves_from_scores(scores, head_blocks=head_blocks, **facts)
 
 
@@ -123,7 +117,7 @@ def peak_statement(model: str, pooling: str, curve: Mapping[str, Any], measure: 
     """
     value, (low, high) = curve["peak_minus_last"]["value"], curve["peak_minus_last"]["ci95"]
     top, last, end = max(curve["value"]), curve["value"][-1], curve["blocks"][-1]
-    what = "k-NN accuracy" if measure == "knn_top1" else "neighbour consistency"
+    what = TITLES[measure]
     head = f"{model}, {pooling} pooling: {what} is best at block {curve['peak_block']} ({100 * top:.1f} %)"
     if curve["peak_block"] == end:
         return f"{head}, the last one."

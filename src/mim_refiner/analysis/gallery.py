@@ -25,12 +25,11 @@ from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
-from mim_refiner.data.photometric import normalize
 from mim_refiner.data.thumbnails import encode, thumbnail_sheet
 from mim_refiner.errors import DataError
-from mim_refiner.evaluation.features import extract_features, own_image_size
+from mim_refiner.evaluation.features import block_outputs, extract_features, own_image_size, patch_grid
+from mim_refiner.evaluation.splits import evenly
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.types import height_width
 
 KIND = "gallery"
 Points = NDArray[np.float64]  # [N, 2]
@@ -65,12 +64,12 @@ def make_gallery(
     ``neighbors`` are rows of ``items``. Raises DataError with fewer than three readable images.
     """
     settings, run = settings or GallerySettings(), run or Run()
-    wanted = np.unique(np.linspace(0, len(images) - 1, min(settings.images, len(images))).astype(int))
-    rows = np.array([index for index in wanted if images.try_load(int(index)) is not None], dtype=np.int64)
+    wanted = evenly(len(images), settings.images).tolist()
+    rows = np.array([index for index in wanted if images.try_load(index) is not None], dtype=np.int64)
     if len(rows) < 3:
         raise DataError(f"{images.description}: {len(rows)} readable images are too few to compare; give at least 3")
     labels = None if images.labels is None else images.labels[rows]
-    shown = np.unique(np.linspace(0, len(rows) - 1, min(settings.queries, len(rows))).astype(int))
+    shown = evenly(len(rows), settings.queries)
     patch_rows = shown[: settings.patch_images]
     found: dict[str, dict[str, Any]] = {}
     first_map: Points | None = None
@@ -82,7 +81,7 @@ def make_gallery(
         found[name] = {
             **neighbor_lists(prepared, labels, settings.neighbors),
             "clusters": cluster_images(prepared, labels, settings, run.seed),
-            "maps": {key: {**value, "points": _rounded(value["points"])} for key, value in maps.items()},
+            "maps": {key: {**value, "points": np.round(value["points"], 4).tolist()} for key, value in maps.items()},
             "patches": patch_maps(backbone, images, rows[patch_rows], block, run),
         }
     return {
@@ -122,17 +121,12 @@ def neighbor_lists(features: NDArray[np.float64], labels: NDArray[np.int64] | No
 def _kept(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Share of the first model's neighbours that each later model keeps."""
     (_, first), *others = found.items()
-    return {
-        name: float(
-            np.mean(
-                [
-                    len(set(a) & set(b)) / max(1, len(a))
-                    for a, b in zip(first["neighbors"], other["neighbors"], strict=True)
-                ]
-            )
-        )
-        for name, other in others
-    }
+
+    def share(other: Mapping[str, Any]) -> float:
+        pairs = zip(first["neighbors"], other["neighbors"], strict=True)
+        return float(np.mean([len(set(a) & set(b)) / max(1, len(a)) for a, b in pairs]))
+
+    return {name: share(other) for name, other in others}
 
 
 def cluster_images(
@@ -196,10 +190,6 @@ def _mirrored(points: Points, like: Points | None) -> Points:
     return points * signs
 
 
-def _rounded(points: Points) -> list[list[float]]:
-    return np.round(points, 4).tolist()
-
-
 def patch_maps(
     backbone: Backbone, images: ImageSet, indices: Sequence[int] | NDArray[np.int64], block: int, run: Run
 ) -> dict[str, Any]:
@@ -208,15 +198,10 @@ def patch_maps(
     The components are those of all these images' tokens together; each is scaled to its 2nd and 98th percentile.
     Colours mean nothing across models. Returns {"grid": [rows, columns], "png": [base64], "explained": [3 shares]}.
     """
-    size = own_image_size(backbone.info)
-    height, width = height_width(size)
-    grid = (height // backbone.info.patch_size[0], width // backbone.info.patch_size[1])
-    tokens: list[Tensor] = []
+    size, tokens = own_image_size(backbone.info), list[Tensor]()
     with evaluation_mode(backbone), torch.inference_mode():
         for batch, _ in eval_batches(images, size, 8, indices=indices):
-            inputs = normalize(batch.to(run.device), backbone.info.mean, backbone.info.std)
-            with run.autocast():
-                tokens.append(backbone.forward_blocks(inputs, [block])[0].patches.float().cpu())
+            tokens.append(block_outputs(backbone, batch, [block], run)[0].patches.float().cpu())
     values = torch.cat(tokens).double().numpy()
     count, patches, width = values.shape
     flat = values.reshape(-1, width)
@@ -228,9 +213,7 @@ def patch_maps(
     pixels = (255 * scaled).round().astype(np.uint8).reshape(count, patches, -1)
     if pixels.shape[2] < 3:
         pixels = np.pad(pixels, ((0, 0), (0, 0), (0, 3 - pixels.shape[2])))
-    if grid[0] * grid[1] != patches:  # hierarchical encoders end on a coarser grid
-        side = round(patches**0.5)
-        grid = (side, patches // side)
+    grid = patch_grid(backbone.info, size, patches)
     explained = spread[::-1][:3] / max(float(spread.sum()), 1e-12)
     return {
         "grid": list(grid),

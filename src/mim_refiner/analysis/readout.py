@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mim_refiner._version import __version__
 from mim_refiner.analysis.forecast import lead_forecast
 from mim_refiner.core.metrics import accuracy_interval, paired_interval
+from mim_refiner.reporting import in_points
 
 KIND = "readout"
 Hits = NDArray[np.bool_]  # per query image
@@ -89,15 +90,11 @@ def _shown(row: Row, change: tuple[float, float, float] | None) -> dict[str, Any
 def _sentence(usual: Row, best: Hits, names: Sequence[str], refined: Row | None) -> str:
     said = f"Before refinement the best read-out ({' or '.join(names)}) reaches {100 * best.mean():.1f} %"
     if names != [usual.name]:
-        said += f", {_points(*paired_interval(usual.hits, best))} over the usual feature"
+        said += f", {in_points(*paired_interval(usual.hits, best))} over the usual feature"
     if refined is None:
         if usual.knn is not None:
             said += f". Forecast: {lead_forecast(usual.knn, float(usual.hits.mean()))['reason']}"
         return f"{said}. What refining would bring is not measured here: give the refined encoder with --compare."
     change = paired_interval(best, refined.hits)
     word = "refine" if change[1] > 0 else "read out" if change[2] < 0 else "no clear difference"
-    return f"{said}; after refinement {100 * refined.hits.mean():.1f} %, {_points(*change)} over that: {word}."
-
-
-def _points(value: float, low: float, high: float) -> str:
-    return f"{100 * value:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{said}; after refinement {100 * refined.hits.mean():.1f} %, {in_points(*change)} over that: {word}."

@@ -8,7 +8,6 @@ frozen encoder serves the decoders of all blocks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mim_refiner.core.modules import evaluation_mode
+from mim_refiner.core.optim import set_learning_rate
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import warmup_cosine
 from mim_refiner.data.decode import ImageSet
@@ -25,11 +25,10 @@ from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize, seeded_generator
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.features import own_image_size
+from mim_refiner.evaluation.linear_probe import shuffled
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.mae import patchify, sincos_position_table
 from mim_refiner.types import BackboneInfo, ImageSize
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ def reconstruction_by_block(
     test_rows: NDArray[np.int64],
     settings: ReconstructionSettings | None = None,
     run: Run | None = None,
-    progress: Progress | None = None,
 ) -> NDArray[np.float64]:
     """Train a decoder per block on ``train`` and return the masked error of each image of ``test``: [depth, N].
 
@@ -80,30 +78,18 @@ def reconstruction_by_block(
     decoders = BlockDecoders(backbone, settings, run.seed).to(run.device)
     optimizer = torch.optim.AdamW(decoders.parameters(), weight_decay=settings.weight_decay, betas=(0.9, 0.95))
     pixels = _pixels(train, size, train_rows)
-    batch = min(settings.batch_size, len(pixels))
-    steps = len(pixels) // batch
-    total = settings.steps(len(pixels))
+    batch, total = min(settings.batch_size, len(pixels)), settings.steps(len(pixels))
+    how = {"total_steps": total, "warmup_steps": round(settings.warmup * total)}
     with evaluation_mode(backbone):
-        for step in range(total):
-            if step % steps == 0:
-                order = torch.randperm(len(pixels), generator=seeded_generator(run.seed, 1, step // steps))
-            rows = order[(step % steps) * batch : (step % steps + 1) * batch]
-            for group in optimizer.param_groups:
-                group["lr"] = warmup_cosine(
-                    step,
-                    total_steps=total,
-                    warmup_steps=round(settings.warmup * total),
-                    peak=settings.learning_rate,
-                    end=0.0,
-                )
+        for step, rows in enumerate(shuffled(len(pixels), batch, settings.epochs, run.seed)):
+            set_learning_rate(optimizer, warmup_cosine(step, peak=settings.learning_rate, end=0.0, **how))
             noise = decoders.noise(len(rows), seeded_generator(run.seed, 2, step))
             with run.autocast():
                 errors = decoders(_inputs(pixels[rows], backbone, run.device), noise)
             optimizer.zero_grad(set_to_none=True)
             errors.mean(1).sum().backward()
             optimizer.step()
-            if progress:
-                progress(step + 1, total)
+            run.reporter.progress(step + 1, {})
         return _evaluate(decoders, backbone, test, size, test_rows, run)
 
 
@@ -148,9 +134,8 @@ class BlockDecoders(nn.Module):
             width = tokens.shape[2]
             patches = tokens[:, prefix:].gather(1, shown[..., None].expand(-1, -1, width))
             blocks = range(backbone.info.depth)
-            _, outputs = backbone.run_blocks(
-                torch.cat([tokens[:, :prefix], patches], dim=1), 0, len(blocks), list(blocks)
-            )
+            visible = torch.cat([tokens[:, :prefix], patches], dim=1)
+            _, outputs = backbone.run_blocks(visible, 0, len(blocks), list(blocks))
             target = patchify(images, backbone.info.patch_size)
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
             target = target.gather(1, hidden[..., None].expand(-1, -1, target.shape[2]))

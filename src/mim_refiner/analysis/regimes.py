@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mim_refiner._version import __version__
 from mim_refiner.errors import InputError
+from mim_refiner.reporting import TITLES
 
 KIND = "regimes"
 
@@ -62,7 +63,7 @@ def regimes_record(
     reconstruction error of each block and image [depth, N]. Without labels the curves are of neighbour consistency
     (``measure``), which takes the place of k-NN. ``facts`` (pooling, settings, samples) are kept.
     """
-    what = "k-NN accuracy" if measure == "knn_top1" else "neighbour consistency"
+    what = TITLES[measure]
     models = {}
     for name, curve in curves.items():
         error = errors[name].mean(1)

@@ -6,7 +6,7 @@ where k-NN stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ def verdict(before_correct: ArrayLike, after_correct: ArrayLike, *, measure: str
     Raises InputError when the two do not cover the same samples.
     """
     difference, low, high = paired_interval(before_correct, after_correct)
-    word = BETTER if low > 0 else WORSE if high < 0 else UNCLEAR
+    word = word_of(low, high)
     return {
         "verdict": word,
         "knn_difference": difference,
@@ -91,6 +91,11 @@ def what_next(
     return lines
 
 
+def word_of(low: float, high: float) -> str:
+    """What the 95 % interval of a difference says."""
+    return BETTER if low > 0 else WORSE if high < 0 else UNCLEAR
+
+
 def _reason(word: str, difference: float, low: float, high: float, measure: str) -> str:
     change = "rose" if difference > 0 else "fell" if difference < 0 else "did not move"
     by = f" by {abs(100 * difference):.1f} points" if difference else ""
@@ -98,9 +103,6 @@ def _reason(word: str, difference: float, low: float, high: float, measure: str)
     if word == UNCLEAR:
         return f"{measure} {change}{by} ({interval}): the interval includes zero, so this may be chance."
     return f"{measure} {change}{by} on the same test images ({interval}): the interval leaves zero out."
-
-
-Rows = NDArray[np.int64]
 
 
 # Smaller changes of neighbour consistency (a share, 0-1) are no clear change, however certain.
@@ -136,8 +138,9 @@ def label_free_verdict(
     }
     word, why = _decide(rows["neighbour consistency"], rows["effective rank"])
     measures = [{"measure": name, **row.shown()} for name, row in rows.items()]
-    if drift is not None:
-        measures.append(_drift_row(drift, seed))
+    if drift is not None:  # how far the dense features moved; no part of the rule
+        moved = _row(np.zeros_like(drift), drift, seed=seed).shown() | {"change": "shown only"}
+        measures.append({"measure": "drift of patch features", **moved})
     confidence = _confidence(word, rows)
     return {
         "verdict": word,
@@ -186,45 +189,33 @@ def _rank_row(
     An effective rank of a resample is lower than that of as many different images, about alike for both encoders; the
     interval is moved so that its centre is the measured difference.
     """
-    ranks: tuple[Callable[[Rows], float], ...] = tuple(
-        rank_of_rows(x.features, centred=centred) for x in (before, after)
-    )
+    old, new = (rank_of_rows(x.features, centred=centred) for x in (before, after))
     every = np.arange(len(before.features))
-    values = [rank(every) for rank in ranks]
     difference, low, high, drawn = bootstrap_interval(
-        lambda rows: ranks[1](rows) - ranks[0](rows), len(every), replicates=replicates, seed=seed
+        lambda rows: new(rows) - old(rows), len(every), replicates=replicates, seed=seed
     )
     shift = difference - float(np.median(drawn))
-    return _Row(values[0], values[1], difference, low + shift, high + shift, drawn + shift)
+    return _Row(old(every), new(every), difference, low + shift, high + shift, drawn + shift)
 
 
 def _decide(consistency: _Row, rank: _Row) -> tuple[str, str]:
+    fell = f"from {rank.before:.1f} to {rank.after:.1f}"
     if rank.after < COLLAPSE * rank.before and rank.high < 0:
-        return WORSE, (
-            f"The effective rank of the features collapsed from {rank.before:.1f} to {rank.after:.1f}: "
-            "images are no longer told apart."
-        )
-    word = SOUND if consistency.low > MIN_CHANGE else WORSE if consistency.high < -MIN_CHANGE else UNCLEAR
+        return WORSE, f"The effective rank of the features collapsed {fell}: images are no longer told apart."
     interval = f"95 % interval {100 * consistency.low:+.1f} to {100 * consistency.high:+.1f}"
     moved = f"{100 * consistency.before:.1f} to {100 * consistency.after:.1f} % ({interval})"
-    if word == UNCLEAR:
-        limit = f"{100 * MIN_CHANGE:.0f} points"
-        return (
-            word,
-            f"Two views of an image share {moved} of their neighbours: not clearly more than {limit} of change.",
-        )
-    kind = "more" if word == SOUND else "less"
-    found = f"Two views of an image share {kind} of their neighbours than before: {moved}"
-    if word == SOUND and _rank_lost(rank):
+    said = "Two views of an image share {} of their neighbours than before: " + moved
+    if consistency.high < -MIN_CHANGE:
+        return WORSE, f"{said.format('less')}."
+    if consistency.low <= MIN_CHANGE:
+        limit = f"not clearly more than {100 * MIN_CHANGE:.0f} points of change"
+        return UNCLEAR, f"Two views of an image share {moved} of their neighbours: {limit}."
+    if rank.after < RANK_KEPT * rank.before and rank.high < 0:
         return UNCLEAR, (
-            f"{found}, but the effective rank of the features fell from {rank.before:.1f} to {rank.after:.1f}: "
-            "features on fewer directions agree more without telling more apart."
+            f"{said.format('more')}, but the effective rank of the features fell {fell}: features on fewer directions "
+            "agree more without telling more apart."
         )
-    return word, f"{found}." + (" That shows no harm and proves no gain." if word == SOUND else "")
-
-
-def _rank_lost(rank: _Row) -> bool:
-    return rank.after < RANK_KEPT * rank.before and rank.high < 0
+    return SOUND, f"{said.format('more')}. That shows no harm and proves no gain."
 
 
 def _confidence(word: str, rows: Mapping[str, _Row]) -> dict[str, Any]:
@@ -261,17 +252,4 @@ def _confidence(word: str, rows: Mapping[str, _Row]) -> dict[str, Any]:
         "bootstrap_agreement": share,
         "against": against,
         "why": f"{100 * share:.0f} % of resamples agree, and {objects}",
-    }
-
-
-def _drift_row(drift: NDArray[np.float64], seed: int) -> dict[str, Any]:
-    """1 - cosine of the patch features of before and after: how far the dense features moved; no part of the rule."""
-    value, low, high, _ = bootstrap_interval(lambda rows: float(drift[rows].mean()), len(drift), seed=seed)
-    return {
-        "measure": "drift of patch features",
-        "before": 0.0,
-        "after": value,
-        "difference": value,
-        "ci95": [low, high],
-        "change": "shown only",
     }

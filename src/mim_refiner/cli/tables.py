@@ -17,9 +17,9 @@ from mim_refiner.report.tables import (
     demo_sentence,
     left_out_lines,
     measures_rows,
+    name_columns,
     results_rows,
     stage_titles,
-    text_table,
 )
 from mim_refiner.reporting import metric_title
 
@@ -58,7 +58,7 @@ def print_result(result: Any, file: TextIO) -> None:
         return
     stages = stage_titles(result)
     if stages:
-        console.print(text_table(*comparison_rows(result)))
+        console.print(text_table("", *comparison_rows(result)))
     left = {*stages, *(IN_FILES if "records" in result else ())}
     for key in sorted(result, key=lambda key: LAST.index(key) if key in LAST else -1):
         if key not in left:
@@ -70,7 +70,7 @@ def printed(key: str, value: Any, result: Mapping[str, Any]) -> list[str | Table
     """Lines and tables of one entry of ``result``."""
     if key == "verdict" and isinstance(value, Mapping):
         measures = value.get("measures") or value.get("label_free", {}).get("measures")
-        tables = [models_table("measures that need no labels", *measures_rows(measures))] if measures else []
+        tables = [text_table("measures that need no labels", *measures_rows(measures))] if measures else []
         return [*tables, *verdict_lines(value)]
     if key == "data" and isinstance(value, Mapping):
         return [f"{part} images: {line}" for part, facts in value.items() for line in left_out_lines(facts)]
@@ -80,13 +80,16 @@ def printed(key: str, value: Any, result: Mapping[str, Any]) -> list[str | Table
         return [f"{TITLES.get(key, key.replace('_', ' '))}: {value['reason']}"]
     if key in ("results", "transfer") and is_records(value) and "model" in value[0]:
         change = result.get("change", ()) if key == "results" else ()
-        return [models_table(key, *results_rows(value, change))]
+        return [text_table(key, *results_rows(value, change))]
     if key == "change" and is_records(value) and "difference" in value[0]:
         return ["in brackets: difference to the first model; * marks a 95 % interval that leaves zero out"]
     if key == "change":  # of curves, in files
         return []
     if is_records(value):
-        return [record_table(key, value)]
+        columns = dict.fromkeys(name for record in value for name, item in record.items()
+                                if not isinstance(item, Mapping) and item != "")  # fmt: skip
+        rows = [[format_value(name, record.get(name)) for name in columns] for record in value]
+        return [text_table(key, list(columns), rows, names=len(columns))]
     return list(lines_of(key, value))
 
 
@@ -94,7 +97,7 @@ def print_first_screen(result: Any, file: TextIO) -> None:
     """The demo's result: one sentence, one table; everything else is in the report."""
     console = console_for(file)
     write_part(console, demo_sentence(result) or "")
-    console.print(text_table(*demo_rows(result)))
+    console.print(text_table("", *demo_rows(result)))
 
 
 def lines_of(key: str, value: Any) -> list[str]:
@@ -127,25 +130,12 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
     return lines + [f"what to try: {advice}" for advice in verdict.get("next", [])]
 
 
-def record_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a record; columns in the order in which they first occur, nested values left to the JSON."""
-    columns = dict.fromkeys(
-        key for record in records for key, value in record.items() if not isinstance(value, Mapping) and value != ""
-    )
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column)
-    for record in records:
-        table.add_row(*(escape(format_value(column, record.get(column))) for column in columns))
-    return table
-
-
-def models_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A row a number, a column a model; cells break at spaces where the terminal is narrow."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    names = header.index("pooling") + 1 if "pooling" in header else 1
+def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], names: int | None = None) -> Table:
+    """Names to the left, numbers to the right; cells break at spaces where the terminal is narrow."""
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     for position, column in enumerate(header):
-        table.add_column(escape(column), justify="left" if position < names else "right")
+        left = position < (name_columns(header) if names is None else names)
+        table.add_column(escape(column), justify="left" if left else "right")
     for row in rows:
         table.add_row(*map(escape, row))
     return table
@@ -174,7 +164,7 @@ def is_records(value: Any) -> bool:
 def format_value(name: str, value: Any) -> str:
     """Format one value: shares in percent, other floats with four digits, lists in one line."""
     if value is None:
-        return "-"
+        return "–"
     if isinstance(value, list | tuple):
         return " ".join(format_value(name, item) for item in value)
     if isinstance(value, float) and 0 <= value <= 1 and any(word in name for word in SHARES):

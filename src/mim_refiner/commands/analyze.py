@@ -21,7 +21,7 @@ from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.inputs import check_pair, open_images, tell_trained_on, tell_unreadable
 from mim_refiner.commands.readout import measured_readouts
 from mim_refiner.commands.survey import (
-    Limits,
+    SIMILARITY_IMAGES,
     Samples,
     atlas_of,
     choose_samples,
@@ -178,8 +178,8 @@ class _Analysis:
         """CKA between blocks, within and across the models."""
         self._measure_blocks()
         pooling = default_key(self.models["before"].info)[1]
-        most = Limits().similarity
-        chosen = {name: found.select(np.arange(min(len(found), most))) for name, found in self.features.items()}
+        most = slice(SIMILARITY_IMAGES)
+        chosen = {name: found.select(np.arange(len(found))[most]) for name, found in self.features.items()}
         record = block_similarity(chosen, pooling)
         self.result["statements"] += record["statements"]
         self._keep("similarity", record, similarity_map)
@@ -204,7 +204,6 @@ class _Analysis:
                 test_rows=rows[1],
                 settings=settings,
                 run=self.run,
-                progress=lambda done, _: self.run.reporter.progress(done, {}),
             )
         pooling = default_key(self.models["before"].info)[1]
         record = regimes_record(

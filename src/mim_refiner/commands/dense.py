@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mim_refiner.analysis.label_free import neighbor_consistency, paired_scores
-from mim_refiner.analysis.verdict import BETTER, UNCLEAR, WORSE
+from mim_refiner.analysis.verdict import word_of
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.metrics import mean_iou, mean_iou_interval
 from mim_refiner.core.modules import evaluation_mode
@@ -27,8 +27,10 @@ from mim_refiner.data.photometric import BatchPhotometric, normalize, seeded_gen
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.evaluation.features import own_image_size
 from mim_refiner.evaluation.segmentation import SegmentationSettings, check_segmentation, same_classes
+from mim_refiner.evaluation.splits import evenly
 from mim_refiner.evaluation.windows import Cutting, Encoder, Windows
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.reporting import in_points
 
 IMAGES, PATCHES = 256, 16  # images looked at, and patches of each
 BANK_PATCHES = 20_000
@@ -49,15 +51,14 @@ def dense_change(models: Mapping[str, Backbone], bank: ImageSet, test: ImageSet 
         scores = [patch_agreement(models[stage], bank if test is None else test, run) for stage in stages]
         values = [float(each.mean()) for each in scores]
         change = paired_scores(*scores, seed=run.seed)
-    word = BETTER if change[1] > 0 else WORSE if change[2] < 0 else UNCLEAR
+    word = word_of(*change[1:])
     what = "k-NN segmentation (mIoU)" if name == "knn_miou" else "patch-neighbour agreement (%)"
     return {
         "measure": name,
         **dict(zip(stages, values, strict=True)),
         "change": list(change),
         "verdict": word,
-        "reason": f"{word}: {what} {100 * values[0]:.1f} before, {100 * values[1]:.1f} after "
-        f"({100 * change[0]:+.1f}, 95 % interval {100 * change[1]:+.1f} to {100 * change[2]:+.1f})",
+        "reason": f"{word}: {what} {100 * values[0]:.1f} before, {100 * values[1]:.1f} after: {in_points(*change)}",
     }
 
 
@@ -71,7 +72,7 @@ def patch_agreement(backbone: Backbone, images: ImageSet, run: Run) -> NDArray[n
     """
     info, size = backbone.info, own_image_size(backbone.info)
     colours = BatchPhotometric(ViewSpec("dense", size, scale=(1.0, 1.0), flip=0.0), info.mean, info.std)
-    rows = np.unique(np.linspace(0, len(images) - 1, min(IMAGES, len(images))).astype(np.int64))
+    rows = evenly(len(images), IMAGES)
     seen: list[tuple[Tensor, ...]] = []
     of_place: Tensor | float = 0.0
     backbone.to(run.device)

@@ -27,7 +27,7 @@ from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.data.workers import worker_count
 from mim_refiner.errors import DataError, InputError
-from mim_refiner.evaluation.splits import stratified_split
+from mim_refiner.evaluation.splits import evenly, stratified_split
 from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.files import dotted, read_json, read_yaml, write_bytes, write_json
 from mim_refiner.models.backbone import Backbone
@@ -160,8 +160,8 @@ def evaluation_sets(
 
 def channel_moments(images: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of every channel on the 0-1 scale, of at most 1,000 evenly spaced images."""
-    rows = np.linspace(0, len(images) - 1, min(MOMENT_IMAGES, len(images))).astype(int)
-    loaded = [pixels for row in rows if (pixels := images.try_load(int(row))) is not None]
+    rows = evenly(len(images), MOMENT_IMAGES).tolist()
+    loaded = [pixels for row in rows if (pixels := images.try_load(row)) is not None]
     images.raise_if_too_many_unreadable()
     scaled = [pixels / np.float64(np.iinfo(pixels.dtype).max) for pixels in loaded]
     mean = np.mean([pixels.mean((0, 1)) for pixels in scaled], axis=0)
@@ -203,8 +203,7 @@ def refuse_to_overwrite_inputs(out: str, overwrite: bool, **sources: Any) -> Non
 
 def common_image_size(images: ImageSet) -> int:
     """Side of the (small) images when all probed ones agree, else the field's usual 224 px."""
-    probes = np.linspace(0, len(images) - 1, min(8, len(images))).astype(int)
-    sides = {side for index in probes for side in images.load(int(index)).shape[:2]}
+    sides = {side for index in evenly(len(images), 8).tolist() for side in images.load(index).shape[:2]}
     return sides.pop() if len(sides) == 1 and max(sides) <= SMALL_PIXELS else 224
 
 

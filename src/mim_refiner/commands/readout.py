@@ -13,7 +13,7 @@ from mim_refiner.analysis.atlas import Atlas, Key, chosen_on_halves, name_of
 from mim_refiner.analysis.readout import Cost, Hits, Row, readout_record
 from mim_refiner.commands.survey import Samples, bank_and_queries, default_key
 from mim_refiner.core.run import Run
-from mim_refiner.evaluation.attentive import AttentiveSettings, Blocks, alike, attentive_protocol, mixture_blocks
+from mim_refiner.evaluation.attentive import AttentiveSettings, Blocks, attentive_protocol, sources_of
 from mim_refiner.evaluation.features import Features, own_image_size
 from mim_refiner.evaluation.finetune import LabelledRows
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings, linear_probe
@@ -83,17 +83,13 @@ def _of(features: Features, block: int, pooling: str) -> torch.Tensor:
 def _attentive(backbone: Backbone, bank: Features, queries: Features, samples: Samples, run: Run) -> list[Row]:
     """Efficient probing of the last block, and of a mixture of four."""
     depth, size = backbone.info.depth, own_image_size(backbone.info)
-    sources: list[Blocks] = [(depth - 1,)]
-    mixture = mixture_blocks(depth, ATTENTIVE.mixture)
-    if len(mixture) > 1 and alike(backbone, mixture):
-        sources.append(mixture)
     assert bank.labels is not None
     assert queries.labels is not None
     scores = attentive_protocol(
         backbone,
         LabelledRows(samples.bank, bank.indices.numpy(), bank.labels.numpy()),
         LabelledRows(samples.queries, queries.indices.numpy(), queries.labels.numpy()),
-        sources,
+        sources_of(backbone, [depth - 1], ATTENTIVE.mixture),
         ATTENTIVE,
         image_size=size,
         run=run,

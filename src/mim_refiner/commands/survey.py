@@ -20,28 +20,17 @@ from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
-from mim_refiner.data.photometric import normalize
 from mim_refiner.data.source_base import sliced
 from mim_refiner.evaluation.cache import FeatureCache
-from mim_refiner.evaluation.features import Features, feature_sets, own_image_size
-from mim_refiner.evaluation.splits import stratified_split
+from mim_refiner.evaluation.features import Features, block_outputs, feature_sets, own_image_size
+from mim_refiner.evaluation.splits import evenly, stratified_split
 from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.reporting import Reporter
 from mim_refiner.types import BackboneInfo
 
 HELD_OUT = 0.2  # of the images, when there is no test set
-DRIFT_IMAGES = 256
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Most images that each part looks at; more are thinned out evenly."""
-
-    bank: int = 5000
-    queries: int = 2000
-    views: int = 2000  # label-free measures
-    similarity: int = 1000
+# Most images that each part looks at; more are thinned out evenly.
+BANK_IMAGES, QUERY_IMAGES, VIEW_IMAGES, SIMILARITY_IMAGES, DRIFT_IMAGES = 5000, 2000, 2000, 1000, 256
 
 
 @dataclass(frozen=True)
@@ -67,7 +56,6 @@ class Samples:
 
 def choose_samples(train: ImageSet, test: ImageSet | None, *, seed: int, cache: FeatureCache | None = None) -> Samples:
     """Thin bank and queries to the limits; without ``test`` a fifth of ``train`` is held out, stratified by class."""
-    limits = Limits()
     labelled = train.labels is not None and (test is None or test.labels is not None)
     if test is None:
         labels = np.zeros(len(train), dtype=np.int64) if train.labels is None else train.labels
@@ -75,9 +63,9 @@ def choose_samples(train: ImageSet, test: ImageSet | None, *, seed: int, cache: 
         queries = train
     else:
         kept, held, queries = np.arange(len(train)), np.arange(len(test)), test
-    views = np.arange(len(queries))  # nothing is learnt from them, so nothing has to be held out
-    bank, rows = _thinned(kept, limits.bank), _thinned(held, limits.queries)
-    return Samples(train, bank, queries, rows, _thinned(views, limits.views), labelled, cache)
+    views = evenly(len(queries), VIEW_IMAGES)  # nothing is learnt from them, so nothing has to be held out
+    bank, rows = kept[evenly(len(kept), BANK_IMAGES)], held[evenly(len(held), QUERY_IMAGES)]
+    return Samples(train, bank, queries, rows, views, labelled, cache)
 
 
 def thinned(images: ImageSet, limit: int) -> ImageSet:
@@ -112,15 +100,10 @@ def atlas_of(
     if not samples.labelled:
         views = _views(backbone, samples, run, name)
         run.reporter.phase(f"atlas: {name}", 0)
-        progress = _progress(run.reporter)
-        atlas = label_free_atlas(views, default=default, both=both, seed=run.seed, progress=progress)
-        return atlas, dict(views.clean)
+        return label_free_atlas(views, default=default, both=both, run=run), dict(views.clean)
     bank, queries = bank_and_queries(backbone, samples, run, name)
     run.reporter.phase(f"atlas: {name}", 0)
-    progress = _progress(run.reporter)
-    return labelled_atlas(
-        bank, queries, default=default, probe=probe, both=both, seed=run.seed, progress=progress
-    ), queries
+    return labelled_atlas(bank, queries, default=default, probe=probe, both=both, run=run), queries
 
 
 def knn_hits(backbone: Backbone, samples: Samples, run: Run, *, key: Key, name: str) -> NDArray[np.float64]:
@@ -128,14 +111,14 @@ def knn_hits(backbone: Backbone, samples: Samples, run: Run, *, key: Key, name: 
     block, pooling, norm = key
     options = {"blocks": (block,), "poolings": (pooling,), "norms": (norm,)}
     bank, queries = bank_and_queries(backbone, samples, run, name, **options)
-    return labelled_atlas(bank, queries, default=key, probe=False, both=False, seed=run.seed).scores[key]
+    return labelled_atlas(bank, queries, default=key, probe=False, both=False, run=run).scores[key]
 
 
 def measures_of(backbone: Backbone, samples: Samples, run: Run, *, key: Key, name: str) -> LabelFreeMeasures:
     """Label-free measures of one block, pooling and norm."""
     views = _views(backbone, samples, run, name, blocks=(key[0],), poolings=(key[1],), norms=(key[2],))
     run.reporter.phase(f"label-free measures: {name}", 0)
-    found = [part[key[2]][key[0], key[1]] for part in (views.clean, views.first, views.second)]
+    found = [part[key[2]][key[0], key[1]] for part in views]
     return label_free_measures(*found, seed=run.seed)
 
 
@@ -160,16 +143,12 @@ def drift_of(before: Backbone, after: Backbone, samples: Samples, run: Run) -> N
     old, new = before.info, after.info
     if (old.embed_dim, old.patch_size, old.image_size) != (new.embed_dim, new.patch_size, new.image_size):
         return None
-    rows = _thinned(samples.view_rows, DRIFT_IMAGES)
+    rows, pair = samples.view_rows[evenly(len(samples.view_rows), DRIFT_IMAGES)], (before, after)
     parts = []
     with torch.inference_mode(), evaluation_mode(before), evaluation_mode(after):
         for pixels, _ in eval_batches(samples.queries, own_image_size(old), 64, indices=rows):
-            patches = []
-            for backbone in (before, after):
-                inputs = normalize(pixels.to(run.device), backbone.info.mean, backbone.info.std)
-                with run.autocast():
-                    patches.append(backbone.to(run.device).forward_blocks(inputs, [-1])[0].patches.float())
-            parts.append(dense_drift(*patches))
+            outputs = [block_outputs(backbone.to(run.device), pixels, [-1], run)[0] for backbone in pair]
+            parts.append(dense_drift(*(output.patches.float() for output in outputs)))
     return np.concatenate(parts)
 
 
@@ -180,9 +159,21 @@ def bank_and_queries(
 
     ``options`` go to ``feature_sets``: everything unless blocks, poolings or norms are named.
     """
-    options["cache"] = samples.cache
-    bank = _features(backbone, samples.bank, samples.bank_rows, run, f"bank images, {name}", options)
-    queries = _features(backbone, samples.queries, samples.query_rows, run, f"query images, {name}", options)
+    bank, queries = (
+        feature_sets(
+            backbone,
+            images,
+            run=run,
+            indices=rows,
+            cache=samples.cache,
+            phase=f"features of the {what} images, {name}",
+            **options,
+        )
+        for what, images, rows in (
+            ("bank", samples.bank, samples.bank_rows),
+            ("query", samples.queries, samples.query_rows),
+        )
+    )
     number = class_numbers(samples.bank, samples.queries)
     if number is not None:
         queries = {
@@ -192,25 +183,7 @@ def bank_and_queries(
     return bank, queries
 
 
-def _features(
-    backbone: Backbone, images: ImageSet, rows: NDArray[np.int64], run: Run, what: str, options: Mapping[str, Any]
-) -> dict[bool, Features]:
-    run.reporter.phase(f"features of the {what}", len(rows))
-    return feature_sets(backbone, images, run=run, indices=rows, progress=_progress(run.reporter), **options)
-
-
 def _views(backbone: Backbone, samples: Samples, run: Run, name: str, **options: Any) -> PairedViews:
     """The images for the label-free measures, twice augmented; ``options`` as of :func:`bank_and_queries`."""
     options |= {"indices": samples.view_rows, "what": f", {name}", "cache": samples.cache}
     return paired_views(backbone, samples.queries, run, **options)
-
-
-def _progress(reporter: Reporter) -> Any:
-    return lambda done, _: reporter.progress(done, {})
-
-
-def _thinned(rows: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
-    """At most ``limit`` rows, evenly spaced (even over sorted class folders)."""
-    if len(rows) <= limit:
-        return rows
-    return rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]

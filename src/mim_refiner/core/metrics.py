@@ -35,13 +35,20 @@ def clustering_accuracy(y_true: ArrayLike | Tensor, y_pred: ArrayLike | Tensor) 
     Labels may be any integers; with more clusters than classes the surplus clusters count as wrong.
     Raises InputError when the two have no samples or different lengths.
     """
+    return float(clustering_hits(y_true, y_pred).mean())
+
+
+def clustering_hits(y_true: ArrayLike | Tensor, y_pred: ArrayLike | Tensor) -> NDArray[np.bool_]:
+    """Which samples [N] are right under that map."""
     truth, predicted = _same_length(y_true, y_pred)
     classes, truth = np.unique(truth, return_inverse=True)
     clusters, predicted = np.unique(predicted, return_inverse=True)
     counts = np.zeros((len(clusters), len(classes)), dtype=np.int64)
     np.add.at(counts, (predicted, truth), 1)
     rows, columns = linear_sum_assignment(counts, maximize=True)
-    return float(counts[rows, columns].sum() / len(truth))
+    mapped = np.full(len(clusters), -1)
+    mapped[rows] = columns
+    return np.equal(mapped[predicted], truth)
 
 
 def normalized_mutual_information(y_true: ArrayLike | Tensor, y_pred: ArrayLike | Tensor) -> float:

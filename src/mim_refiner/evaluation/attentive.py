@@ -30,24 +30,21 @@ from torch import Tensor, nn
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.optim import adamw, set_learning_rate
 from mim_refiner.core.run import Run
-from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.data.loaders import eval_batches
-from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import DataError, InputError
+from mim_refiner.evaluation.features import block_outputs
 from mim_refiner.evaluation.finetune import LabelledRows
-from mim_refiner.evaluation.linear_probe import LinearProbeScore, score_rates
+from mim_refiner.evaluation.linear_probe import LinearProbeScore, ProbeSettings, score_rates, shuffled
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.settings import (
     BatchSize,
     Decay,
-    FrozenSettings,
     Listed,
     NonNegative,
     NonNegativeInt,
     PositiveInt,
     Rates,
-    Share,
 )
 from mim_refiner.types import ImageSize
 
@@ -55,7 +52,7 @@ Blocks = tuple[int, ...]  # whose tokens a probe reads; more than one: a mixture
 Tokens = Mapping[int, Tensor]  # by block, normalised [B, N, D]
 
 
-class AttentiveSettings(FrozenSettings):
+class AttentiveSettings(ProbeSettings):
     """``queries`` M and ``value_divisor`` d (values are D / d wide) as published; M is lowered to what divides D / d.
 
     AdamW trains every probe at every one of ``learning_rates`` (for 256 images a step) on tokens computed once, from
@@ -73,10 +70,7 @@ class AttentiveSettings(FrozenSettings):
     epochs: PositiveInt = 30
     batch_size: BatchSize = 256
     weight_decay: NonNegative = 0.0
-    warmup: Share = 0.1  # share of all steps
-    end_rate: NonNegative = 1e-6
     query_std: NonNegative = 0.02
-    init_std: NonNegative = 0.01
     held_out: Decay = 0.1
     maps: NonNegativeInt = 8
 
@@ -158,20 +152,21 @@ def attentive_protocol(
     those of the test images are read once and never stored. Raises InputError for a full disk.
     """
     settings, run = settings or AttentiveSettings(), run or Run()
-    for width in sorted({backbone.block_dims[block] for blocks in sources for block in blocks}):
+    read = sorted({block for blocks in sources for block in blocks})
+    for width in sorted({backbone.block_dims[block] for block in read}):
         if width % settings.value_divisor:
             raise InputError(
                 f"attentive.value_divisor {settings.value_divisor} does not divide the width {width}; use 1"
             )
-    encode = _Encoder(backbone, sorted({block for blocks in sources for block in blocks}), settings.class_token,
-                      image_size, batch_size, run)  # fmt: skip
-    kept, held = np.arange(len(train.rows)), np.arange(0)
-    if settings.held_out > 0:
-        kept, held = stratified_split(train.labels, settings.held_out, run.seed)
+
+    def encode(of: LabelledRows) -> Iterator[Tokens]:
+        return _tokens(backbone, of, read, settings.class_token, image_size, batch_size, run)
+
+    kept, held = stratified_split(train.labels, settings.held_out, run.seed)
     classes = int(max(train.labels.max(), test.labels.max())) + 1
     labels = torch.from_numpy(train.labels)
     with tempfile.TemporaryDirectory(prefix="mim-refiner-tokens-", dir=folder) as place:
-        store = _stored(encode, train, Path(place))
+        store = _stored(encode(train), len(train.rows), Path(place))
         probes = {}
         for blocks in sources:
             for pooler in settings.poolers:
@@ -185,7 +180,7 @@ def attentive_protocol(
     on_test = _hits(probes.values(), encode(test), torch.from_numpy(test.labels), attention, settings.maps)
     scores: dict[tuple[Blocks, str], AttentiveScore] = {}
     for number, (key, probe) in enumerate(probes.items()):
-        score = score_rates(on_test[number], on_held[number] if len(held) else None, settings.learning_rates)
+        score = score_rates(on_test[number], on_held[number], settings.learning_rates)
         rate = list(settings.learning_rates).index(score.selected_rate or score.best_rate)
         maps = torch.cat(attention[number])[:, rate] if attention[number] else torch.empty(0)
         parts = dict(probe.rates[rate].items())  # type: ignore[operator]
@@ -199,58 +194,53 @@ def attentive_protocol(
     return scores
 
 
-def mixture_blocks(depth: int, count: int) -> Blocks:
-    """``count`` block numbers, evenly spaced, the last one among them: 2, 5, 8, 11 of 12."""
-    count = min(count, depth)
-    return tuple(depth * (number + 1) // count - 1 for number in range(count))
+def sources_of(backbone: Backbone, blocks: Sequence[int], mixture: int) -> list[Blocks]:
+    """Each of ``blocks`` alone, then a mixture of so many, evenly spaced to the last: 2, 5, 8, 11 of 12.
+
+    No mixture where there is nothing to mix: hierarchical encoders change width and number of tokens on the way.
+    """
+    depth = backbone.info.depth
+    count = min(mixture, depth)
+    mixed = tuple(depth * (number + 1) // count - 1 for number in range(count))
+    mixable = count > 1 and len({backbone.block_dims[block] for block in mixed}) == 1
+    return [*((block,) for block in blocks), *([mixed] if mixable else [])]
 
 
-def alike(backbone: Backbone, blocks: Blocks) -> bool:
-    """Whether tokens of these blocks can be mixed: hierarchical encoders change width and number on the way."""
-    return len({backbone.block_dims[block] for block in blocks}) == 1
+def _tokens(
+    backbone: Backbone,
+    of: LabelledRows,
+    blocks: Sequence[int],
+    class_token: bool,
+    image_size: ImageSize,
+    batch_size: int,
+    run: Run,
+) -> Iterator[Tokens]:
+    """The normalised tokens of the images, batch by batch."""
+    backbone.to(run.device)
+    run.reporter.phase(f"attentive: tokens of {len(of.rows)} images", len(of.rows))
+    seen = 0
+    with evaluation_mode(backbone), torch.inference_mode():
+        for batch, positions in eval_batches(of.images, image_size, batch_size, indices=of.rows):
+            tokens = {}
+            for block, output in zip(blocks, block_outputs(backbone, batch, blocks, run), strict=True):
+                x = output.patches
+                if class_token and output.cls is not None:
+                    x = torch.cat([output.cls[:, None], x], dim=1)
+                tokens[block] = F.layer_norm(x.float(), x.shape[-1:])
+            seen += len(positions)
+            run.reporter.progress(seen, {})
+            yield tokens
+    if seen != len(of.rows):
+        raise DataError(f"{of.images.description}: {len(of.rows) - seen} images became unreadable; run again")
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    """Gives the normalised tokens of images, batch by batch."""
-
-    backbone: Backbone
-    blocks: Sequence[int]
-    class_token: bool
-    image_size: ImageSize
-    batch_size: int
-    run: Run
-
-    def __call__(self, of: LabelledRows) -> Iterator[Tokens]:
-        info, device = self.backbone.info, self.run.device
-        self.backbone.to(device)
-        self.run.reporter.phase(f"attentive: tokens of {len(of.rows)} images", len(of.rows))
-        seen = 0
-        with evaluation_mode(self.backbone), torch.inference_mode():
-            for batch, positions in eval_batches(of.images, self.image_size, self.batch_size, indices=of.rows):
-                inputs = normalize(batch.to(device, non_blocking=True), info.mean, info.std)
-                with self.run.autocast():
-                    outputs = self.backbone.forward_blocks(inputs, self.blocks)
-                tokens = {}
-                for block, output in zip(self.blocks, outputs, strict=True):
-                    x = output.patches
-                    if self.class_token and output.cls is not None:
-                        x = torch.cat([output.cls[:, None], x], dim=1)
-                    tokens[block] = F.layer_norm(x.float(), x.shape[-1:])
-                seen += len(positions)
-                self.run.reporter.progress(seen, {})
-                yield tokens
-        if seen != len(of.rows):
-            raise DataError(f"{of.images.description}: {len(of.rows) - seen} images became unreadable; run again")
-
-
-def _stored(encode: _Encoder, of: LabelledRows, place: Path) -> dict[int, NDArray[np.float16]]:
-    """Tokens of all images by block, float16 [images, N, D], in files that are mapped into memory."""
+def _stored(batches: Iterator[Tokens], count: int, place: Path) -> dict[int, NDArray[np.float16]]:
+    """Tokens of all ``count`` images by block, float16 [images, N, D], in files that are mapped into memory."""
     store: dict[int, NDArray[np.float16]] = {}
     done = 0
-    for tokens in encode(of):
+    for tokens in batches:
         if not store:
-            shapes = {block: (len(of.rows), *x.shape[1:]) for block, x in tokens.items()}
+            shapes = {block: (count, *x.shape[1:]) for block, x in tokens.items()}
             needed, free = 2 * sum(map(math.prod, shapes.values())), shutil.disk_usage(place).free
             if needed > free:
                 raise InputError(
@@ -285,18 +275,12 @@ def _fit(
     ]
     optimizer = adamw(groups, (0.9, 0.999))
     size = min(settings.batch_size, len(kept))
-    steps = len(kept) // size
-    total, generator = settings.epochs * steps, torch.Generator().manual_seed(run.seed)
+    total = settings.epochs * (len(kept) // size)
     run.reporter.phase("attentive: training the probes", total)
-    for step in range(total):
-        if step % steps == 0:
-            order = kept[torch.randperm(len(kept), generator=generator).numpy()]
-        rows = np.sort(order[step % steps * size :][:size])  # in the order of the file
+    for step, chosen in enumerate(shuffled(len(kept), size, settings.epochs, run.seed)):
+        rows = np.sort(kept[chosen.numpy()])  # in the order of the file
         tokens, y = _taken(store, rows, run.device), labels[rows].to(run.device)
-        set_learning_rate(optimizer, warmup_cosine(
-            step, total_steps=total, warmup_steps=round(settings.warmup * total), peak=peak_learning_rate(1.0, size),
-            end=settings.end_rate,
-        ))  # fmt: skip
+        set_learning_rate(optimizer, settings.rate(step, total, 1.0, size))
         optimizer.zero_grad(set_to_none=True)
         for probe in probes:  # one after the other, so that one graph is held at a time
             logits = probe(tokens)

@@ -31,6 +31,7 @@ from mim_refiner._version import __version__
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import InputError, reason_of
+from mim_refiner.evaluation.splits import evenly
 from mim_refiner.files import CACHE_VARIABLE, cache_folder, cache_is_off
 from mim_refiner.models.backbone import Backbone
 
@@ -188,9 +189,9 @@ def _hash_images(images: ImageSet) -> str:
                 digest.update(f"{index} {pixels.shape}".encode() + pixels.tobytes())
     else:
         digest.update(images.source.fingerprint().encode())
-        for index in np.linspace(0, len(images) - 1, min(_SAMPLED_IMAGES, len(images))).astype(int):
+        for index in evenly(len(images), _SAMPLED_IMAGES).tolist():
             with contextlib.suppress(Exception):  # an unreadable image has no row in the features either
-                data = images.source.read(int(index))
+                data = images.source.read(index)
                 digest.update(data if isinstance(data, bytes) else data.tobytes())
     return digest.hexdigest()
 

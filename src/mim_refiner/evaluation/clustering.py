@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, davies_bouldin_score, silhouette_score
 
-from mim_refiner.core.metrics import accuracy_interval, normalized_mutual_information, standardized
+from mim_refiner.core.metrics import accuracy_interval, clustering_hits, normalized_mutual_information, standardized
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import required_labels
 
@@ -97,7 +96,7 @@ def score_clusters(
     separation: tuple[float, float] = (np.nan, np.nan),
 ) -> ClusteringScore:
     """Compare clusters [N] with classes [N]."""
-    correct = _correct_under_best_map(labels, clusters)
+    correct = clustering_hits(labels, clusters)
     nmi = normalized_mutual_information(labels, clusters)
     ami, ari = (float(f(labels, clusters)) for f in (adjusted_mutual_info_score, adjusted_rand_score))
     return ClusteringScore(float(correct.mean()), nmi, ami, ari, *separation, inertia, clusters, correct)
@@ -111,15 +110,3 @@ def _best_kmeans(x: NDArray[np.float32], k: int, num_seeds: int, seed: int) -> t
         fitted = (MiniBatchKMeans(k, random_state=seed + number, **how).fit(x) for number in range(num_seeds))
         best = min(fitted, key=lambda found: found.inertia_)  # of all images, not of the last mini-batch
     return best.labels_.astype(np.int64), float(best.inertia_)
-
-
-def _correct_under_best_map(labels: NDArray[np.int64], clusters: NDArray[np.int64]) -> NDArray[np.bool_]:
-    classes, truth = np.unique(labels, return_inverse=True)
-    found, assigned = np.unique(clusters, return_inverse=True)
-    counts = np.zeros((len(found), len(classes)), dtype=np.int64)
-    np.add.at(counts, (assigned, truth), 1)
-    rows, columns = linear_sum_assignment(counts, maximize=True)
-    mapped = np.full(len(found), -1)
-    mapped[rows] = columns
-    correct: NDArray[np.bool_] = mapped[assigned] == truth
-    return correct

@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import seeded_generator
 from mim_refiner.errors import InputError
+from mim_refiner.evaluation.features import ImageTransform
+from mim_refiner.settings import FrozenSettings, Listed, PositiveInt, one_of
 
 SEVERITIES = (1, 2, 3, 4, 5)
 Draw = Callable[..., Tensor]  # shape -> standard normal numbers, one generator an image
@@ -160,3 +167,27 @@ CORRUPTIONS: dict[str, Callable[[Tensor, int, Draw], Tensor]] = {
     "pixelate": _pixelate,
     "jpeg": _jpeg,
 }
+
+_Kind = Annotated[str, AfterValidator(one_of(CORRUPTIONS))]
+_Severity = Annotated[int, Field(ge=min(SEVERITIES), le=max(SEVERITIES))]
+
+
+class RobustnessSettings(FrozenSettings):
+    """``images``: at most so many test images, evenly spaced (None: all). ``classifiers``: knn, linear or both."""
+
+    kinds: Annotated[tuple[_Kind, ...], Field(min_length=1), Listed] = tuple(CORRUPTIONS)
+    severities: Annotated[tuple[_Severity, ...], Field(min_length=1), Listed] = SEVERITIES
+    classifiers: Annotated[tuple[Literal["knn", "linear"], ...], Field(min_length=1), Listed] = ("knn", "linear")
+    images: PositiveInt | None = None
+
+
+def corrupted(kind: str, severity: int, seed: int) -> ImageTransform:
+    """Centre crops with one corruption."""
+
+    def batches(
+        images: ImageSet, size: int, batch_size: int, indices: NDArray[np.int64] | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, positions in eval_batches(images, size, batch_size, indices=indices):
+            yield corrupt(batch, positions, kind, severity, seed), positions
+
+    return ImageTransform(f"corruption {kind} {severity} seed {seed}", batches)

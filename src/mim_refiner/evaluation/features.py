@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +21,10 @@ from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.cache import FeatureCache, data_identity, model_identity, rows_identity
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.types import BackboneInfo, BlockOutput, ImageSize, side_or_pair
+from mim_refiner.types import BackboneInfo, BlockOutput, ImageSize, height_width, side_or_pair
 
 POOLINGS = ("cls", "mean")
 FeatureKey = tuple[int, str]  # (block, counted from 0; pooling)
-Progress = Callable[[int, int], None]  # called with (images done, images in all)
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,8 @@ def extract_features(
 ) -> Features:
     """Pool the tokens after each of ``blocks`` by each of ``poolings``, in one forward pass, images in order.
 
-    ``norm`` applies the final norm to every block output. ``options``: image_size, batch_size, run, indices,
-    transform, cache, progress as in :func:`feature_sets`, which gives features with and without the norm at
-    once. Same inputs, same bits on one machine.
+    ``norm`` applies the final norm to every block output; ``options`` as of :func:`feature_sets`, which gives features
+    with and without it at once. Same inputs, same bits on one machine.
     """
     return feature_sets(backbone, images, blocks=blocks, poolings=poolings, norms=(norm,), **options)[norm]
 
@@ -108,15 +107,15 @@ def feature_sets(
     indices: Sequence[int] | NDArray[np.int64] | Tensor | None = None,
     transform: ImageTransform = CENTRE_CROP,
     cache: FeatureCache | None = None,
-    progress: Progress | None = None,
+    phase: str = "",
 ) -> dict[bool, Features]:
     """Features of every block and pooling, for each of ``norms`` (False: raw tokens, True: the final norm applied).
 
     Images are resized and centre-cropped to ``image_size`` (the encoder's own when None) unless ``transform`` says
     otherwise, and normalised as the encoder wants it. Without any block they are only read: which can be, and their
-    labels. With ``cache`` every (block, pooling, norm) found there is read
-    and only the rest is computed, in one forward pass. The backbone is moved to the device of ``run`` (None: stays
-    where it is, float32), runs in eval mode, and gets every module's mode back.
+    labels. With ``cache`` every (block, pooling, norm) found there is read and only the rest is computed, in one
+    forward pass. The backbone is moved to the device of ``run`` (None: stays where it is, float32), runs in eval mode,
+    and gets every module's mode back. ``phase`` is what the run's reporter is told, "": nothing.
     In a distributed run every process must call it: each computes a part (of centre crops), rank 0 keeps the cache, and
     all get the whole. Raises InputError for an unknown block or pooling, DataError for non-finite features or > 10 %
     unreadable images.
@@ -131,6 +130,9 @@ def feature_sets(
     backbone.to(run.device)
     size = image_size or own_image_size(backbone.info)
     chosen = None if indices is None else np.asarray(indices, dtype=np.int64)
+    wanted = np.arange(len(images)) if chosen is None else chosen
+    if phase:
+        run.reporter.phase(phase, len(wanted))
     identity = {} if cache is None else _identity(backbone, images, chosen, transform, size, run)
     cache = cache if rank() == 0 else None
     found = {} if cache is None else {key: cache.get({**identity, **_key_identity(key)}) for key in keys}
@@ -142,12 +144,11 @@ def feature_sets(
 
         def forward(part: NDArray[np.int64] | None) -> tuple[dict[_FullKey, Tensor], Tensor]:
             batches = transform.batches(images, size, batch_size, part)
-            total = len(images) if part is None else len(part)
-            return _forward(backbone, batches, missing, total, run, progress)
+            return _forward(backbone, batches, missing, len(wanted if part is None else part), run, bool(phase))
 
         # other transforms draw by an image's place in the call
         spread = is_distributed() and transform is CENTRE_CROP
-        values, rows = _spread(forward, images, chosen) if spread else forward(chosen)
+        values, rows = _spread(forward, images, wanted) if spread else forward(chosen)
         if cache is not None:
             for key in missing:
                 cache.put({**identity, **_key_identity(key)}, {"features": values[key], "rows": rows})
@@ -156,7 +157,6 @@ def feature_sets(
             values[key], rows = entry["features"], entry["rows"]
     values = {key: values[key] for key in keys}  # in the order of extraction
     assert rows is not None  # every key was found or computed
-    wanted = np.arange(len(images)) if chosen is None else chosen
     lost = np.setdiff1d(wanted, rows.numpy()).tolist()  # found in the cache: nobody has tried to read them now
     images.add_unreadable((index, images.source.name(index), "could not be read before") for index in lost)
     labels = None if images.labels is None else torch.from_numpy(images.labels[rows.numpy()])
@@ -172,12 +172,11 @@ _FullKey = tuple[int, str, bool]  # block, pooling, norm
 def _spread(
     forward: Callable[[NDArray[np.int64]], tuple[dict[_FullKey, Tensor], Tensor]],
     images: ImageSet,
-    chosen: NDArray[np.int64] | None,
+    wanted: NDArray[np.int64],
 ) -> tuple[dict[_FullKey, Tensor], Tensor]:
     """Let every rank compute its part of the (different) images; all get the whole, or the same error."""
-    everything = np.arange(len(images)) if chosen is None else chosen
-    share = -(-len(everything) // world_size())
-    part = np.resize(everything, (world_size(), share))[rank()]  # equal: the ranks of a sharded encoder stay abreast
+    share = -(-len(wanted) // world_size())
+    part = np.resize(wanted, (world_size(), share))[rank()]  # equal: the ranks of a sharded encoder stay abreast
     try:
         values, rows, problem = *forward(part), ""
     except DataError as error:
@@ -197,7 +196,7 @@ def _forward(
     keys: Sequence[_FullKey],
     total: int,
     run: Run,
-    progress: Progress | None,
+    told: bool,
 ) -> tuple[dict[_FullKey, Tensor], Tensor]:
     """One pass over the images for all ``keys``: {key: float32 [N, D]} and the positions of the rows [N]."""
     wanted = list(dict.fromkeys(key[0] for key in keys))
@@ -209,10 +208,10 @@ def _forward(
         for batch, positions in batches:
             rows = slice(done, done + len(positions))
             if keys:
-                inputs = normalize(batch.to(run.device, non_blocking=True), backbone.info.mean, backbone.info.std)
+                outputs = dict(
+                    zip(wanted, block_outputs(backbone, batch, wanted, run, class_token_last=alone), strict=True)
+                )
                 with run.autocast():
-                    found = backbone.forward_blocks(inputs, wanted, class_token_last=alone)
-                    outputs = dict(zip(wanted, found, strict=True))
                     normed = {key[0]: _normed(backbone, outputs[key[0]]) for key in keys if key[2]}
             for block, pooling, norm in keys:
                 pooled = (normed if norm else outputs)[block].pooled(pooling).float().cpu()
@@ -222,8 +221,8 @@ def _forward(
                 buffers[block, pooling, norm][rows] = pooled
             seen.append(positions)
             done = rows.stop
-            if progress:
-                progress(done, total)
+            if told:
+                run.reporter.progress(done, {})
     if not seen:
         raise DataError("no image to compute features of; give at least one readable image")
     values = {key: buffer[:done] for key, buffer in buffers.items()}  # unreadable images have no row
@@ -233,6 +232,15 @@ def _forward(
                 f"{pooling} features of block {block} hold NaN or infinity; check the checkpoint, or use fp32 precision"
             )
     return values, torch.cat(seen)
+
+
+def block_outputs(
+    backbone: Backbone, pixels: Tensor, blocks: Sequence[int], run: Run, **how: bool
+) -> list[BlockOutput]:
+    """``forward_blocks`` of images [B, C, H, W] as they were read, normalised on the run's device, in its precision."""
+    inputs = normalize(pixels.to(run.device, non_blocking=True), backbone.info.mean, backbone.info.std)
+    with run.autocast():
+        return backbone.forward_blocks(inputs, blocks, **how)
 
 
 def _normed(backbone: Backbone, output: BlockOutput) -> BlockOutput:
@@ -290,6 +298,13 @@ def resolve_poolings(poolings: Sequence[str] | None, info: BackboneInfo) -> tupl
     if "cls" in names and not info.has_cls:
         raise InputError(f"pooling 'cls': {info.architecture} has no class token; use pooling mean")
     return names
+
+
+def patch_grid(info: BackboneInfo, size: ImageSize, patches: int) -> tuple[int, int]:
+    """Rows and columns of so many patches of an image; hierarchical encoders end on a coarser grid."""
+    rows, columns = (side // patch for side, patch in zip(height_width(size), info.patch_size, strict=True))
+    side = math.isqrt(patches)
+    return (rows, columns) if rows * columns == patches else (side, patches // side)
 
 
 def own_image_size(info: BackboneInfo) -> ImageSize:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import default_crop_ratio
 from mim_refiner.data.name_lists import NameList
 from mim_refiner.evaluation.cache import FeatureCache
-from mim_refiner.evaluation.features import CENTRE_CROP, FeatureKey, Features, ImageTransform, extract_features
+from mim_refiner.evaluation.features import FeatureKey, Features, extract_features
 from mim_refiner.evaluation.finetune import LabelledRows
 from mim_refiner.evaluation.knn import AccuracyScore
 from mim_refiner.evaluation.results import Result
@@ -56,42 +56,22 @@ class Job:
         """The deepest ``count`` blocks that there are features of."""
         return tuple(sorted({key[0] for key in self.train.keys})[-count:])
 
-    def progress(self, done: int, total: int) -> None:
-        """So much of the phase at hand is done."""
-        self.run.reporter.progress(done, {})
-
     @property
     def main_key(self) -> FeatureKey:
         """The deepest block to report and the first pooling: where a protocol that measures one thing looks."""
         return max(self.blocks), self.poolings[0]
 
-    def features_of(
-        self,
-        images: ImageSet,
-        rows: NDArray[np.int64] | torch.Tensor | None,
-        *,
-        blocks: Sequence[int],
-        poolings: Sequence[str],
-        transform: ImageTransform = CENTRE_CROP,
-        what: str = "",
-        cached: bool = True,
-    ) -> Features:
-        """Extract (or find) features with this job's settings; ``what`` names the phase shown to the user."""
-        if what:
-            self.run.reporter.phase(what, len(images) if rows is None else len(rows))
+    def features_of(self, images: ImageSet, rows: NDArray[np.int64] | torch.Tensor | None, **options: Any) -> Features:
+        """Extract (or find) features with this job's settings; ``options`` as of ``extract_features``."""
         return extract_features(
             self.backbone,
             images,
-            blocks=blocks,
-            poolings=poolings,
             norm=self.norm,
             image_size=self.settings.image_size,
             batch_size=self.settings.batch_size,
             run=self.run,
             indices=rows,
-            transform=transform,
-            cache=self.cache if cached else None,
-            progress=self.progress if what else None,
+            **{"poolings": self.poolings, "cache": self.cache, **options},
         )
 
     def listed(self, path: str) -> NDArray[np.int64]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.metrics import accuracy_interval
+from mim_refiner.core.run import Run
 from mim_refiner.errors import DataError
 from mim_refiner.evaluation.features import FeatureKey, Features
 
@@ -33,29 +33,20 @@ class AccuracyScore:
 
 
 def knn_protocol(
-    train: Features,
-    test: Features,
-    *,
-    k: int = 10,
-    temperature: float = 0.07,
-    standardize: bool = True,
-    chunk_size: int = 16384,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    train: Features, test: Features, run: Run | None = None, **how: Any
 ) -> dict[FeatureKey, AccuracyScore]:
     """Score every (block, pooling) of ``train`` (the bank) by the paper's settings (method section 6).
 
-    ``progress`` is called with (done, all of them).
-    Raises DataError without labels, InputError when k exceeds the bank.
+    ``how``: k, temperature, standardize of ``knn_predict``. Raises DataError without labels, InputError when k exceeds
+    the bank.
     """
-    train_y, test_y = required_labels(train, "train").to(device), required_labels(test, "test")
+    run = run or Run()
+    train_y, test_y = required_labels(train, "train").to(run.device), required_labels(test, "test")
     scores = {}
     for done, key in enumerate(train.keys, 1):
-        how = {"k": k, "temperature": temperature, "standardize": standardize, "chunk_size": chunk_size}
-        predicted = knn_predict(train[key].to(device), train_y, test[key].to(device), **how)  # type: ignore[arg-type]
+        predicted = knn_predict(train[key].to(run.device), train_y, test[key].to(run.device), **how)
         scores[key] = AccuracyScore.of(predicted.cpu() == test_y)
-        if progress:
-            progress(done, len(train.keys))
+        run.reporter.progress(done, {})
     return scores
 
 

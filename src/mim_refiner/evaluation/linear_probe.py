@@ -7,9 +7,9 @@ several sets share are normalised once). The weights of all learning rates on on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +39,22 @@ EpochFeatures = Callable[[int], Features]  # the train features of an epoch, in 
 Take = Callable[[Tensor], Tensor]  # row numbers on the CPU -> features [rows, D] on the device
 
 
-class LinearProbeSettings(FrozenSettings):
+class ProbeSettings(FrozenSettings):
+    """What the training of every probe has: a linear warm-up, then half a cosine, over all epochs."""
+
+    epochs: PositiveInt = 50
+    warmup: Share = 0.1  # share of all steps
+    end_rate: NonNegative = 1e-6
+    init_std: NonNegative = 0.01
+
+    def rate(self, step: int, total: int, base: float, batch_size: int) -> float:
+        """Learning rate of one of ``total`` steps; ``base`` is for 256 samples a step."""
+        peak = peak_learning_rate(base, batch_size)
+        warmup = round(self.warmup * total)
+        return warmup_cosine(step, total_steps=total, warmup_steps=warmup, peak=peak, end=self.end_rate)
+
+
+class LinearProbeSettings(ProbeSettings):
     """The paper's values, except that by default features are computed once, from centre crops.
 
     With ``augment`` every epoch sees new crops (of ``crop_scale`` of the image's area) and flips, as in the paper: one
@@ -50,12 +65,8 @@ class LinearProbeSettings(FrozenSettings):
     """
 
     learning_rates: Rates = LEARNING_RATES
-    epochs: PositiveInt = 50
     batch_size: BatchSize = 1024  # or the whole train set when that is smaller
     momentum: Decay = 0.9
-    warmup: Share = 0.1  # share of all steps
-    end_rate: NonNegative = 1e-6
-    init_std: NonNegative = 0.01
     held_out: Decay = 0.1
     last: NonNegativeInt = 4
     concatenate: bool = True
@@ -103,33 +114,36 @@ def probe_sets(
     ``epoch_features`` gives the training features of an epoch (augmented); by default they are ``train`` throughout.
     Raises DataError without labels.
     """
-    settings = settings or LinearProbeSettings()
-    labels, test_y = required_labels(train, "train"), required_labels(test, "test")
-    kept, held = _split(labels, settings, seed)
-    layout = Layout.of(sets, {key: train[key].shape[1] for feature_set in sets for key in feature_set})
-    grid = ProbeGrid(layout, int(torch.cat([labels, test_y]).max()) + 1, settings, seed=seed, device=device)
-    fixed = layout.rows(train, kept, grid.device) if epoch_features is None else None
-
-    def features(epoch: int) -> Take:
-        return layout.rows(epoch_features(epoch), kept, grid.device) if epoch_features else cast(Take, fixed)
-
-    grid.fit(features, labels[kept])
+    settings, test_y = settings or LinearProbeSettings(), required_labels(test, "test")
+    grid, labels, _, held = _fitted(train, sets, settings, int(test_y.max()) + 1, seed, device, epoch_features)
     on_test = _correct(grid, test, torch.arange(len(test)), test_y)
-    on_held = _correct(grid, train, held, labels) if len(held) else None
+    on_held = _correct(grid, train, held, labels)
     return {
-        feature_set: score_rates(
-            on_test[:, number], None if on_held is None else on_held[:, number], settings.learning_rates
-        )
+        feature_set: score_rates(on_test[:, number], on_held[:, number], settings.learning_rates)
         for number, feature_set in enumerate(sets)
     }
 
 
-def _split(labels: Tensor, settings: LinearProbeSettings, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows to select on."""
-    if settings.held_out == 0:
-        return torch.arange(len(labels)), torch.arange(0)
-    kept, held = stratified_split(labels.numpy(), settings.held_out, seed)
-    return torch.from_numpy(kept), torch.from_numpy(held)
+def _fitted(
+    train: Features,
+    sets: Sequence[FeatureSet],
+    settings: LinearProbeSettings,
+    classes: int,
+    seed: int,
+    device: torch.device | str,
+    epoch_features: EpochFeatures | None = None,
+) -> tuple[ProbeGrid, Tensor, Tensor, Tensor]:
+    """(the grid for ``classes`` or more, labels of train, rows that it trained on, rows held out)."""
+    labels = required_labels(train, "train")
+    kept, held = map(torch.from_numpy, stratified_split(labels.numpy(), settings.held_out, seed))
+    layout = Layout.of(sets, {key: train[key].shape[1] for feature_set in sets for key in feature_set})
+    grid = ProbeGrid(layout, max(classes, int(labels.max()) + 1), settings, seed=seed, device=device)
+    if epoch_features:
+        grid.fit(lambda epoch: layout.rows(epoch_features(epoch), kept, grid.device), labels[kept])
+    else:
+        take = layout.rows(train, kept, grid.device)
+        grid.fit(lambda _: take, labels[kept])
+    return grid, labels, kept, held
 
 
 def fitted_probe(
@@ -139,12 +153,7 @@ def fitted_probe(
 
     The rate is the one that is best on the held-out part of train, on train itself when nothing is held out.
     """
-    labels = required_labels(train, "train")
-    kept, held = _split(labels, settings, seed)
-    layout = Layout.of([(key,)], {key: train[key].shape[1]})
-    grid = ProbeGrid(layout, int(labels.max()) + 1, settings, seed=seed, device=device)
-    fixed = layout.rows(train, kept, grid.device)
-    grid.fit(lambda _: fixed, labels[kept])
+    grid, labels, kept, held = _fitted(train, [(key,)], settings, 0, seed, device)
     rate = int(_correct(grid, train, held if len(held) else kept, labels)[:, 0].float().mean(0).argmax())
     return lambda x, present: grid.predict(x, classes=present)[:, 0, rate]
 
@@ -223,20 +232,18 @@ class ProbeGrid:
         settings, y = self.settings, y.to(self.device)
         batch_size = min(settings.batch_size, len(y))
         steps = len(y) // batch_size
-        total = settings.epochs * steps
         pairs = zip(self.weights, self.biases, strict=True)
         velocities = [(torch.zeros_like(weight), torch.zeros_like(bias)) for weight, bias in pairs]
-        generator = torch.Generator().manual_seed(self.seed)
         self.norm.train()
-        for step in range(total):
+        for step, rows in enumerate(shuffled(len(y), batch_size, settings.epochs, self.seed)):
             if step % steps == 0:
                 take = features(step // steps)
-                order = torch.randperm(len(y), generator=generator)
-            rows = order[(step % steps) * batch_size : (step % steps + 1) * batch_size]
-            normed, rates = self.norm(take(rows)), self._rates(step, total, batch_size)
+            rates = [settings.rate(step, settings.epochs * steps, rate, batch_size) for rate in settings.learning_rates]
+            columns = torch.tensor(rates, device=self.device).repeat_interleave(self.num_classes)  # [R * C]
+            normed = self.norm(take(rows))
             targets = y[rows.to(self.device)]
             for number, velocity in enumerate(velocities):
-                self._step(number, normed[:, self.columns[number]], targets, rates, velocity)
+                self._step(number, normed[:, self.columns[number]], targets, columns, velocity)
 
     def _step(self, number: int, normed: Tensor, y: Tensor, rates: Tensor, velocity: tuple[Tensor, Tensor]) -> None:
         weight, bias = self.weights[number], self.biases[number]
@@ -248,14 +255,6 @@ class ProbeGrid:
         for parameter, gradient, moving in zip((weight, bias), (normed.T @ error, error.sum(0)), velocity, strict=True):
             moving.mul_(self.settings.momentum).add_(gradient)
             parameter.addcmul_(moving, rates, value=-1)
-
-    def _rates(self, step: int, total: int, batch_size: int) -> Tensor:
-        """Learning rate of every column of the weights, [R * C]."""
-        settings, warmup = self.settings, round(self.settings.warmup * total)
-        peaks = [peak_learning_rate(rate, batch_size) for rate in settings.learning_rates]
-        how: dict[str, Any] = {"total_steps": total, "warmup_steps": warmup, "end": settings.end_rate}
-        rates = [warmup_cosine(step, peak=peak, **how) for peak in peaks]
-        return torch.tensor(rates, device=self.device).repeat_interleave(self.num_classes)
 
     @torch.no_grad()
     def predict(self, x: Tensor, *, classes: Tensor | None = None, chunk_size: int = _PREDICTED_ROWS) -> Tensor:
@@ -295,16 +294,22 @@ def _correct(grid: ProbeGrid, features: Features, rows: Tensor, labels: Tensor) 
     return torch.cat([grid.predict(take(part)) == labels[rows[part]][:, None, None] for part in parts])
 
 
-def score_rates(on_test: Tensor, on_held_out: Tensor | None, rates: Sequence[float]) -> LinearProbeScore:
+def score_rates(on_test: Tensor, on_held_out: Tensor, rates: Sequence[float]) -> LinearProbeScore:
     """Pick columns of [N, R] booleans; among equals the smallest rate wins."""
-    accuracy = on_test.float().mean(0)
-    best = int(np.argmax(accuracy.numpy()))
-    score = LinearProbeScore(
-        AccuracyScore.of(on_test[:, best]), rates[best], None, None, tuple(on_test.double().mean(0).tolist())
-    )
-    if on_held_out is None:
+    by_rate = on_test.double().mean(0).tolist()
+    best = int(np.argmax(by_rate))
+    score = LinearProbeScore(AccuracyScore.of(on_test[:, best]), rates[best], None, None, tuple(by_rate))
+    if not len(on_held_out):
         return score
-    held = on_held_out.float().mean(0).numpy()
+    held = on_held_out.double().mean(0).tolist()
     chosen = int(np.argmax(held))
-    return replace(score, selected=AccuracyScore.of(on_test[:, chosen]), selected_rate=rates[chosen],
-                   held_out_accuracy=float(held[chosen]))  # fmt: skip
+    selected = AccuracyScore.of(on_test[:, chosen])
+    return replace(score, selected=selected, selected_rate=rates[chosen], held_out_accuracy=held[chosen])
+
+
+def shuffled(count: int, batch_size: int, epochs: int, seed: int) -> Iterator[Tensor]:
+    """Row numbers of every batch of every epoch; an incomplete last one is dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        order = torch.randperm(count, generator=generator)
+        yield from order[: count // batch_size * batch_size].split(batch_size)

@@ -72,25 +72,25 @@ def low_shot_protocol(
         for shots, splits in drawn.items():
             correct = []
             for rows in splits:
-                weights = fit_logistic(prepared[rows].numpy(), labels[rows], settings)
-                correct.append(weights.classes[(queries.numpy() @ weights.matrix).argmax(1)] == truth)
-            scores[key, shots] = _score(np.stack(correct))
+                weights, classes = fit_logistic(prepared[rows].numpy(), labels[rows], settings)
+                correct.append(classes[(queries.numpy() @ weights).argmax(1)] == truth)
+            hits = np.stack(correct)
+            accuracy, low, high = crossed_interval(hits)
+            ci95 = max(0.0, low), min(1.0, high)
+            scores[key, shots] = LowShotScore(accuracy, ci95, hits, tuple(hits.mean(1).tolist()))
     return scores
 
 
-@dataclass(frozen=True)
-class LinearWeights:
-    """One column of ``matrix`` [D, C] a class of ``classes`` [C]."""
+def fit_logistic(
+    x: NDArray[np.float64], y: NDArray[np.int64], settings: LowShotSettings
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """(weights [D, C], the classes [C] of their columns): the least mean cross-entropy + lambda / 2 ||W||².
 
-    matrix: NDArray[np.float64]
-    classes: NDArray[np.int64]
-
-
-def fit_logistic(x: NDArray[np.float64], y: NDArray[np.int64], settings: LowShotSettings) -> LinearWeights:
-    """Minimise mean cross-entropy + lambda / 2 ||W||², lambda = penalty / N, without an intercept (L-BFGS)."""
+    lambda = penalty / N; without an intercept, by L-BFGS.
+    """
     classes = np.unique(y)
     if len(classes) == 1:
-        return LinearWeights(np.zeros((x.shape[1], 1)), classes)
+        return np.zeros((x.shape[1], 1)), classes
     # scikit-learn weighs the sum of losses with C = 1 / (N lambda). For two classes it fits one vector, the
     # difference of two opposite ones: its squared length is twice the sum of theirs.
     strength = (2 if len(classes) == 2 else 1) / settings.penalty
@@ -100,7 +100,7 @@ def fit_logistic(x: NDArray[np.float64], y: NDArray[np.int64], settings: LowShot
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x, y)
     matrix = np.vstack([-model.coef_, model.coef_]) / 2 if len(classes) == 2 else model.coef_
-    return LinearWeights(matrix.T.astype(np.float64), classes)
+    return matrix.T.astype(np.float64), classes
 
 
 def row_normalized(x: Tensor) -> Tensor:
@@ -115,8 +115,3 @@ def draw_shots(labels: NDArray[np.int64], shots: int, *, seed: int, split: int) 
     order = np.random.default_rng([seed, split]).permutation(len(labels))
     chosen = [order[labels[order] == name][:shots] for name in np.unique(labels)]
     return np.sort(np.concatenate(chosen))
-
-
-def _score(correct: NDArray[np.bool_]) -> LowShotScore:
-    accuracy, low, high = crossed_interval(correct)
-    return LowShotScore(accuracy, (max(0.0, low), min(1.0, high)), correct, tuple(correct.mean(1).tolist()))

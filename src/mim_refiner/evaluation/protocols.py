@@ -30,11 +30,11 @@ def knn(job: Job) -> list[Result]:
     """k-NN of every block and pooling, and of the last few blocks concatenated."""
     how: dict[str, Any] = {"k": job.settings.knn_k, "temperature": job.settings.knn_temperature, "standardize": True}
     pair = job.of_blocks(job.train), job.of_blocks(job.test)
-    found = [("knn_top1", how, knn_protocol(*pair, device=job.run.device, progress=job.progress, **how))]
+    found = [("knn_top1", how, knn_protocol(*pair, job.run, **how))]
     together = job.last_blocks(job.settings.knn_last)
     if len(together) > 1:
         train, test = (_concatenated(features, together, job.poolings) for features in (job.train, job.test))
-        scores = knn_protocol(train, test, device=job.run.device, **how)
+        scores = knn_protocol(train, test, job.run, **how)
         found.append((f"knn_top1_last{len(together)}", {**how, "blocks": list(together)}, scores))
     return [job.accuracy("knn", name, score, shown, key) for name, shown, by in found for key, score in by.items()]
 
@@ -43,7 +43,8 @@ def linear(job: Job) -> list[Result]:
     """The linear probe of every block and pooling, and the paper's grid over feature sets, in one pass."""
     settings = job.settings.linear
     singles: list[FeatureSet] = [(key,) for key in job.of_blocks(job.train).keys]
-    grid = paper_sets(job.last_blocks(max(1, settings.last)), job.poolings, settings) if _concatenates(job) else []
+    concatenates = settings.last > 1 or (settings.concatenate and len(job.poolings) > 1)
+    grid = paper_sets(job.last_blocks(max(1, settings.last)), job.poolings, settings) if concatenates else []
     sets = list(dict.fromkeys(singles + grid))
     scores = probe_sets(
         job.train,
@@ -105,10 +106,8 @@ def clustering(job: Job) -> list[Result]:
             else "Wilson, of the images under the clustering found: not of the clustering",
         }
         for metric in ("accuracy", "nmi", "ami", "ari", "silhouette", "davies_bouldin"):
-            found: dict[str, Any] = {"ci95": score.interval(metric), "drawn": score.drawn.get(metric)}
-            if metric == "accuracy":
-                found["correct"] = score.correct
-            name = "cluster_accuracy" if metric == "accuracy" else metric
+            name, correct = ("cluster_accuracy", score.correct) if metric == "accuracy" else (metric, None)
+            found = {"ci95": score.interval(metric), "drawn": score.drawn.get(metric), "correct": correct}
             results.append(job.result("clustering", name, key, getattr(score, metric), settings=options, **found))
     return results
 
@@ -122,11 +121,6 @@ def rank(job: Job) -> list[Result]:
         for key in job.of_blocks(job.train).keys
         for name, centred in (("rank", False), ("rank_centred", True))
     ]
-
-
-def _concatenates(job: Job) -> bool:
-    settings = job.settings.linear
-    return settings.last > 1 or (settings.concatenate and len(job.poolings) > 1)
 
 
 def selections(
@@ -154,10 +148,8 @@ def _grid_results(job: Job, scores: dict[FeatureSet, LinearProbeScore]) -> list[
     (_, accuracy, shown), *_ = selections(scores[best], options)
     results = [one(best, "linear_top1_grid_best", accuracy, shown)]
     chosen = max(scores, key=lambda feature_set: scores[feature_set].held_out_accuracy or 0.0)
-    for suffix, accuracy, shown in selections(scores[chosen], options):
-        if not suffix:
-            results.append(one(chosen, "linear_top1_grid", accuracy, shown))
-    return results
+    return results + [one(chosen, "linear_top1_grid", accuracy, shown)
+                      for suffix, accuracy, shown in selections(scores[chosen], options) if not suffix]  # fmt: skip
 
 
 def _augmented(job: Job, sets: list[FeatureSet]) -> Any:
@@ -172,10 +164,9 @@ def _augmented(job: Job, sets: list[FeatureSet]) -> Any:
             job.train_images,
             job.train.indices,
             blocks=blocks,
-            poolings=job.poolings,
             transform=crops.of_epoch(epoch),
-            what=f"linear: augmented epoch {epoch + 1} of {job.settings.linear.epochs}",
-            cached=False,
+            phase=f"linear: augmented epoch {epoch + 1} of {job.settings.linear.epochs}",
+            cache=None,
         )
 
     return features

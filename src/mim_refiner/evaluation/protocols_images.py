@@ -3,45 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from mim_refiner.core.knn import knn_predict
+from mim_refiner.core.metrics import class_iou, mean_iou_interval
+from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.thumbnails import encode, thumbnail_sheet
-from mim_refiner.evaluation.attentive import AttentiveScore, Blocks, alike, attentive_protocol, mixture_blocks
-from mim_refiner.evaluation.features import Features
+from mim_refiner.evaluation.attentive import AttentiveScore, Blocks, attentive_protocol, sources_of
+from mim_refiner.evaluation.corruptions import corrupted
+from mim_refiner.evaluation.features import Features, patch_grid
 from mim_refiner.evaluation.finetune import FinetuneSettings, LabelledRows, finetune, share_of
 from mim_refiner.evaluation.jobs import Job
-from mim_refiner.evaluation.knn import AccuracyScore, knn_protocol
-from mim_refiner.evaluation.linear_probe import linear_probe
+from mim_refiner.evaluation.knn import AccuracyScore, knn_protocol, required_labels
+from mim_refiner.evaluation.linear_probe import fitted_probe, linear_probe
 from mim_refiner.evaluation.long_tail import class_groups, imbalanced_subset
 from mim_refiner.evaluation.protocols import selections
 from mim_refiner.evaluation.published import published
 from mim_refiner.evaluation.results import Result
-from mim_refiner.evaluation.robustness import classifiers, corrupted, score_sets
-from mim_refiner.evaluation.segmentation import segmentation_protocol
-from mim_refiner.evaluation.splits import list_name
-from mim_refiner.types import height_width
+from mim_refiner.evaluation.segmentation import check_segmentation, segmentation_blocks, segmentation_protocol
+from mim_refiner.evaluation.splits import evenly, list_name
 
 SHOWN_QUERIES = 3  # of a probe with several, beside their mean
+Predict = Callable[[Tensor, Tensor | None], Tensor]  # (features [N, D], classes that may occur or None) -> classes [N]
 
 
 def attentive(job: Job) -> list[Result]:
     """Probes that attend to the patch tokens of every block to report, and of a learned mixture of blocks."""
     settings, size = job.settings.attentive, job.settings.image_size
     assert size is not None
-    sources: list[Blocks] = [(block,) for block in job.blocks]
-    mixture = mixture_blocks(job.backbone.info.depth, settings.mixture) if settings.mixture else ()
-    if len(mixture) > 1 and alike(job.backbone, mixture):
-        sources.append(mixture)
     scores = attentive_protocol(
         job.backbone,
         job.labelled(job.train, job.train_images),
         job.labelled(job.test, job.test_images),
-        sources,
+        sources_of(job.backbone, job.blocks, settings.mixture),
         settings,
         image_size=size,
         batch_size=job.settings.batch_size,
@@ -68,7 +67,7 @@ def _attention(job: Job, scores: Mapping[tuple[Blocks, str], AttentiveScore]) ->
     probes = []
     for (blocks, pooler), score in scores.items():
         maps = score.attention[:, :, job.settings.attentive.class_token and job.backbone.info.has_cls :]
-        grid = _grid(job, maps.shape[2])
+        grid = patch_grid(job.backbone.info, job.settings.image_size or 0, maps.shape[2])
         several = score.queries > 1
         named = {f"mean of {score.queries} queries" if several else "its query": maps.mean(1)}
         named |= {f"query {number + 1}": maps[:, number] for number in range(SHOWN_QUERIES * several)}
@@ -81,16 +80,6 @@ def _attention(job: Job, scores: Mapping[tuple[Blocks, str], AttentiveScore]) ->
         "images": [{"name": images.source.name(row), "jpeg": thumbnail_sheet(images, [row])["jpeg"]} for row in rows],
         "probes": probes,
     }
-
-
-def _grid(job: Job, patches: int) -> tuple[int, int]:
-    """Rows and columns of the patches; hierarchical encoders end on a coarser grid."""
-    sides, patch = height_width(job.settings.image_size or 0), job.backbone.info.patch_size
-    height, width = sides[0] // patch[0], sides[1] // patch[1]
-    if height * width == patches:
-        return height, width
-    side = math.isqrt(patches)
-    return side, patches // side
 
 
 def _picture(attention: np.ndarray[Any, Any], grid: tuple[int, int]) -> str:
@@ -138,8 +127,7 @@ def long_tail(job: Job) -> list[Result]:
     for method in settings.methods:
         if method == "knn":
             k = min(job.settings.knn_k, len(subset))
-            how: dict[str, Any] = {"temperature": job.settings.knn_temperature, "device": job.run.device}
-            score = knn_protocol(subset, test, k=k, **how)[key]
+            score = knn_protocol(subset, test, job.run, k=k, temperature=job.settings.knn_temperature)[key]
         elif method == "linear":
             probe = linear_probe(subset, test, job.settings.linear, seed=job.run.seed, device=job.run.device)[key]
             score = probe.selected or probe.best
@@ -163,79 +151,90 @@ def long_tail(job: Job) -> list[Result]:
 
 def robustness(job: Job) -> list[Result]:
     """Accuracy under common corruptions, mean over kinds and severities, and on shifted sets."""
-    settings, key = job.settings.robustness, job.main_key
-    made = classifiers(
-        job.train,
-        key,
-        settings.classifiers,
-        k=job.settings.knn_k,
-        temperature=job.settings.knn_temperature,
-        linear=job.settings.linear,
-        seed=job.run.seed,
-        device=job.run.device,
-    )
-    clean = job.test.select(_spaced(len(job.test), settings.images))
+    settings, predictors, results = job.settings.robustness, _classifiers(job), []
+    clean = job.test.select(evenly(len(job.test), settings.images))
     shown = {
         **settings.model_dump(),
         "images": len(clean),
         "k": job.settings.knn_k,
         "probe": {"epochs": job.settings.linear.epochs, "selection": "best rate on a held-out part of train"},
     }
-    scored = score_sets(made, key, _corrupted_sets(job, clean), job.run.device)
-    results = []
-    for name, by_set in scored.items():
+    hits: dict[str, dict[str, np.ndarray[Any, Any]]] = {name: {} for name in predictors}
+    for set_name, features in _corrupted_sets(job, clean):
+        for name, predict in predictors.items():
+            hits[name][set_name] = _correct(job, predict, features, set_name).numpy()
+    for name, by_set in hits.items():
         sets = {set_name: float(correct.mean()) for set_name, correct in by_set.items()}
-        undisturbed = by_set.pop("clean")
-        together = np.stack(list(by_set.values()))
-        details = {**shown, "classifier": name, "accuracy_by_set": sets, "clean": float(undisturbed.mean())}
+        together = np.stack([correct for set_name, correct in by_set.items() if set_name != "clean"])
+        details = {**shown, "classifier": name, "accuracy_by_set": sets, "clean": sets["clean"]}
         results.append(job.accuracy("robustness", f"robustness_{name}_top1", _mean_over_sets(together), details))
-    return results + _shifted_results(job, made, shown)
+    for set_name, (images, numbers) in (job.shifted or {}).items():
+        found = _main_features(job, images, None, phase=f"robustness: {set_name} ({len(images)} images)")
+        if numbers is not None and found.labels is not None:
+            found = dataclasses.replace(found, labels=numbers[found.labels])
+        for name, predict in predictors.items():
+            score = AccuracyScore.of(_correct(job, predict, found, set_name))
+            details = {**shown, "classifier": name, "set": images.description, "images": len(found)}
+            slug = "".join(letter if letter.isalnum() else "-" for letter in set_name).strip("-")
+            results.append(job.accuracy("robustness", f"shift_{slug}_{name}_top1", score, details))
+    return results
 
 
 def segmentation(job: Job) -> list[Result]:
     """The two numbers of the segmentation probe."""
     settings, images = job.settings.segmentation, (job.train_images, job.test_images)
-    score = segmentation_protocol(job.backbone, *images, settings, run=job.run, cache=job.cache)
+    confusions = segmentation_protocol(job.backbone, *images, settings, run=job.run, cache=job.cache)
+    value, low, high = mean_iou_interval(confusions, seed=job.run.seed)
+    whole, blocks = confusions.sum(0), segmentation_blocks(job.backbone.info.depth, settings)
     shown = {
         **settings.model_dump(),
-        "window": score.window,
-        "blocks": list(score.blocks),
-        "iou_by_class": [None if np.isnan(value) else value for value in score.by_class],
+        "window": check_segmentation(settings, job.backbone),
+        "blocks": list(blocks),
+        "iou_by_class": [None if np.isnan(value) else value for value in class_iou(confusions).tolist()],
     }
-    key, known = (score.blocks[-1], "patches"), {"settings": shown, "norm": settings.norm}
-    miou = {"ci95": score.ci95, "confusions": score.confusions, **known}
+    key, known = (blocks[-1], "patches"), {"settings": shown, "norm": settings.norm}
+    miou = {"ci95": (min(low, value), max(high, value)), "confusions": confusions, **known}
+    right = float(np.trace(whole) / max(1, whole.sum()))
     return [
-        job.result("segmentation", "miou", key, score.mean_iou, **miou),
-        job.result("segmentation", "pixel_accuracy", key, score.pixel_accuracy, **known),
+        job.result("segmentation", "miou", key, value, **miou),
+        job.result("segmentation", "pixel_accuracy", key, right, **known),
     ]
 
 
-def _corrupted_sets(job: Job, clean: Features) -> Iterator[tuple[str, Features]]:
+def _classifiers(job: Job) -> dict[str, Predict]:
+    """Fitted on the clean train features. Told which classes occur (ImageNet-A holds 200 of 1000) they choose among
+    those."""
+    settings, key, device = job.settings, job.main_key, job.run.device
+    bank, labels = job.train[key].to(device), required_labels(job.train, "train").to(device)
+
+    def knn(x: Tensor, present: Tensor | None) -> Tensor:
+        kept = torch.ones_like(labels, dtype=torch.bool) if present is None else torch.isin(labels, present.to(device))
+        near = min(settings.knn_k, int(kept.sum()))
+        return knn_predict(bank[kept], labels[kept], x, k=near, temperature=settings.knn_temperature)
+
+    made: dict[str, Predict] = {"knn": knn} if "knn" in settings.robustness.classifiers else {}
+    if "linear" in settings.robustness.classifiers:
+        made["linear"] = fitted_probe(job.train, key, settings.linear, seed=job.run.seed, device=device)
+    return made
+
+
+def _correct(job: Job, predict: Predict, features: Features, what: str) -> Tensor:
+    truth = required_labels(features, what)
+    return predict(features[job.main_key].to(job.run.device), truth.unique()).cpu() == truth
+
+
+def _main_features(job: Job, images: ImageSet, rows: Tensor | None, **how: Any) -> Features:
     block, pooling = job.main_key
+    return job.features_of(images, rows, blocks=(block,), poolings=(pooling,), **how)
+
+
+def _corrupted_sets(job: Job, clean: Features) -> Iterator[tuple[str, Features]]:
     yield "clean", clean
     for kind in job.settings.robustness.kinds:
         for severity in job.settings.robustness.severities:
-            transform, what = corrupted(kind, severity, job.run.seed), f"robustness: {kind} {severity}"
-            how: dict[str, Any] = {"blocks": (block,), "poolings": (pooling,), "transform": transform, "what": what}
-            found = job.features_of(job.test_images, clean.indices, **how)
+            transform, phase = corrupted(kind, severity, job.run.seed), f"robustness: {kind} {severity}"
+            found = _main_features(job, job.test_images, clean.indices, transform=transform, phase=phase)
             yield f"{kind}/{severity}", dataclasses.replace(found, labels=clean.labels)
-
-
-def _shifted_results(job: Job, made: Any, shown: dict[str, Any]) -> list[Result]:
-    block, pooling = job.main_key
-    results = []
-    for set_name, (images, numbers) in (job.shifted or {}).items():
-        found = job.features_of(
-            images, None, blocks=(block,), poolings=(pooling,), what=f"robustness: {set_name} ({len(images)} images)"
-        )
-        if numbers is not None and found.labels is not None:
-            found = dataclasses.replace(found, labels=numbers[found.labels])
-        for name, by_set in score_sets(made, job.main_key, [(set_name, found)], job.run.device).items():
-            score = AccuracyScore.of(torch.from_numpy(by_set[set_name]))
-            details = {**shown, "classifier": name, "set": images.description, "images": len(found)}
-            slug = "".join(letter if letter.isalnum() else "-" for letter in set_name).strip("-")
-            results.append(job.accuracy("robustness", f"shift_{slug}_{name}_top1", score, details))
-    return results
 
 
 def _mean_over_sets(correct: np.ndarray[Any, Any]) -> AccuracyScore:
@@ -251,7 +250,3 @@ def _tuned(job: Job, train: LabelledRows, test: LabelledRows, what: str, setting
     size = job.settings.image_size
     assert size is not None
     return finetune(job.backbone, train, test, settings, image_size=size, run=job.run)
-
-
-def _spaced(count: int, limit: int | None) -> np.ndarray[Any, Any]:
-    return np.arange(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).astype(int)

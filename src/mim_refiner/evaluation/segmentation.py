@@ -8,8 +8,6 @@ logits repeated over the patch); for scoring the logits are upsampled bilinearly
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -20,19 +18,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mim_refiner.core.device import free_memory
-from mim_refiner.core.metrics import class_iou, mean_iou_interval
 from mim_refiner.core.run import Run
-from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.masks import Mask, MaskSet
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.cache import FeatureCache
+from mim_refiner.evaluation.linear_probe import ProbeSettings, shuffled
 from mim_refiner.evaluation.windows import Cutting, Encoder, Windows
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.settings import Decay, FrozenSettings, NonNegative, Positive, PositiveInt, Share, Side
+from mim_refiner.settings import Decay, NonNegative, Positive, PositiveInt, Side
 
 
-class SegmentationSettings(FrozenSettings):
+class SegmentationSettings(ProbeSettings):
     """``window`` (pixels, None: the encoder's image size) and ``stride`` (share of it) of the sliding window.
 
     ``short_side`` resizes images and masks first (None: as they are, at least a window). ``count`` blocks, every
@@ -46,27 +43,10 @@ class SegmentationSettings(FrozenSettings):
     every: PositiveInt = 4
     count: PositiveInt = 4
     norm: bool = False
-    epochs: PositiveInt = 50
     batch_size: PositiveInt = 64  # windows
     lr: Positive = 0.1  # for 256 windows a step
     momentum: Decay = 0.9
-    warmup: Share = 0.1
-    end_rate: NonNegative = 1e-6
-    init_std: NonNegative = 0.01
     memory_gb: NonNegative | None = None
-
-
-@dataclass(frozen=True)
-class SegmentationScore:
-    """mIoU with its bootstrap interval over test images; ``confusions`` [N, C (truth), C (predicted)]: pixels."""
-
-    mean_iou: float
-    ci95: tuple[float, float]
-    pixel_accuracy: float
-    by_class: tuple[float, ...]
-    confusions: NDArray[np.int64]
-    blocks: tuple[int, ...]
-    window: int
 
 
 def segmentation_blocks(depth: int, settings: SegmentationSettings) -> tuple[int, ...]:
@@ -83,8 +63,8 @@ def segmentation_protocol(
     batch_size: int = 64,
     run: Run | None = None,
     cache: FeatureCache | None = None,
-) -> SegmentationScore:
-    """Train the probe on ``train`` and score it on ``test`` (both with masks).
+) -> NDArray[np.int64]:
+    """Train the probe on ``train`` and count the pixels of ``test`` (both with masks): [N, C (truth), C (predicted)].
 
     Raises DataError for missing masks, InputError for a window that the patch size does not divide.
     """
@@ -92,8 +72,7 @@ def segmentation_protocol(
     window = check_segmentation(settings, backbone)
     train_masks, test_masks = MaskSet(train.source), MaskSet(test.source)
     classes = same_classes(train_masks, test_masks)
-    blocks = segmentation_blocks(backbone.info.depth, settings)
-    encoder = Encoder(backbone.to(run.device), blocks, settings.norm, run)
+    encoder = Encoder(backbone.to(run.device), segmentation_blocks(backbone.info.depth, settings), settings.norm, run)
     stride = max(1, round(settings.stride * window))
     cutting = Cutting(window, stride, settings.short_side, backbone.info.patch_size)
     room = 0.5 * free_memory(torch.device("cpu")) if settings.memory_gb is None else settings.memory_gb * 1e9
@@ -106,18 +85,7 @@ def segmentation_protocol(
 
     probe = DenseProbe(encoder.width, classes, settings, run)
     probe.fit(windows(train, masks=train_masks, classes=classes))
-    confusions = _score(probe, windows(test), test_masks, classes, batch_size)
-    value, low, high = mean_iou_interval(confusions, seed=run.seed)
-    whole = confusions.sum(0)
-    return SegmentationScore(
-        mean_iou=value,
-        ci95=(min(low, value), max(high, value)),
-        pixel_accuracy=float(np.trace(whole) / max(1, whole.sum())),
-        by_class=tuple(class_iou(confusions).tolist()),
-        confusions=confusions,
-        blocks=blocks,
-        window=window,
-    )
+    return _confusions(probe, windows(test), test_masks, classes, batch_size)
 
 
 def same_classes(train: MaskSet, test: MaskSet) -> int:
@@ -149,19 +117,17 @@ class DenseProbe:
         """SGD over batches of windows, an incomplete last one of an epoch is dropped."""
         settings, count = self.settings, len(windows)
         batch_size = min(settings.batch_size, count)
-        total, peak = settings.epochs * (count // batch_size), peak_learning_rate(settings.lr, batch_size)
+        total = settings.epochs * (count // batch_size)
         moving = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         self.norm.train()
-        batches = windows.batches(_shuffled(count, batch_size, settings.epochs, self.run.seed))
+        batches = windows.batches(shuffled(count, batch_size, settings.epochs, self.run.seed))
         for step, (_, tokens, targets) in enumerate(batches):
             normed = self.norm(tokens.float().flatten(0, 1))
             counts = targets.to(self.run.device).float().flatten(0, 1)
             pixels = counts.sum().clamp_min(1)
             # gradient of the pixels' mean cross-entropy
             error = ((normed @ self.weight + self.bias).softmax(1) * counts.sum(1, keepdim=True) - counts) / pixels
-            rate = warmup_cosine(
-                step, total_steps=total, warmup_steps=round(settings.warmup * total), peak=peak, end=settings.end_rate
-            )
+            rate = settings.rate(step, total, settings.lr, batch_size)
             gradients = normed.T @ error, error.sum(0)
             for parameter, gradient, velocity in zip((self.weight, self.bias), gradients, moving, strict=True):
                 velocity.mul_(settings.momentum).add_(gradient)
@@ -177,15 +143,9 @@ class DenseProbe:
         return flat.view(*tokens.shape[:2], -1).cpu()
 
 
-def _shuffled(count: int, batch_size: int, epochs: int, seed: int) -> Iterator[Tensor]:
-    """Rows of every batch of every epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        order = torch.randperm(count, generator=generator)
-        yield from order[: count // batch_size * batch_size].split(batch_size)
-
-
-def _score(probe: DenseProbe, windows: Windows, masks: MaskSet, classes: int, batch_size: int) -> NDArray[np.int64]:
+def _confusions(
+    probe: DenseProbe, windows: Windows, masks: MaskSet, classes: int, batch_size: int
+) -> NDArray[np.int64]:
     """Pixel counts [N, C, C] of every test image, at the size of its own mask."""
     confusions: list[NDArray[np.int64]] = []
     cutting = windows.cutting

@@ -14,9 +14,11 @@ from mim_refiner.errors import DataError
 def stratified_split(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (kept, held out) row numbers, sorted; ``share`` of the rows of every class (within one row) is held out.
 
-    Depends on the labels, the share and the seed alone. A class with a single row keeps it.
-    Raises DataError when either part would be empty.
+    Depends on the labels, the share and the seed alone. A class with a single row keeps it; a share of 0 holds nothing
+    out. Raises DataError when either part would be empty.
     """
+    if not share:
+        return np.arange(len(labels)), np.arange(0)
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
@@ -29,6 +31,11 @@ def stratified_split(labels: NDArray[np.int64], share: float, seed: int) -> tupl
     if not len(kept) or not len(held):
         raise DataError(f"{len(labels)} images are too few to hold out a share of {share:g}; give more, or a test set")
     return kept, np.sort(held)
+
+
+def evenly(count: int, limit: int | None) -> NDArray[np.int64]:
+    """At most ``limit`` of ``count`` row numbers, evenly spaced (even over sorted class folders); None: all."""
+    return np.linspace(0, count - 1, count if limit is None else min(limit, count)).astype(np.int64)
 
 
 def list_name(path: str, among: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,13 @@ def evaluate_backbone(
     seconds = {} if seconds is None else seconds
     check_protocols(protocols)
     _check_data(protocols, train, test)
-    _check_settings(protocols, settings, backbone)
-    lists = published_lists(protocols, settings, train, test, run)
+    if "segmentation" in protocols:
+        check_segmentation(settings.segmentation, backbone)
+    if "finetune" in protocols:
+        row_of(settings.finetune.recipe, backbone.info.embed_dim)
     wanted = resolve_blocks(blocks, backbone.info.depth)
     knn_wanted = resolve_blocks(blocks if knn_blocks is None else knn_blocks, backbone.info.depth)
+    held_out = {"share_of_train": settings.test_share, "split_seed": run.seed, "stratified": train.labels is not None}
     job = Job(
         backbone=backbone,
         train_images=train,
@@ -105,16 +108,16 @@ def evaluate_backbone(
         norm=norm,
         settings=settings.model_copy(update={"image_size": settings.image_size or own_image_size(backbone.info)}),
         run=run,
-        data=_describe(train, test, settings, run.seed),
+        data={"train": train.facts(), "test": held_out if test is None else test.facts()},
         model_sha256=model_sha256,
         cache=cache,
         shifted={name: (images, class_numbers(train, images)) for name, images in (shifted or {}).items()},
-        lists=lists,
+        lists=published_lists(protocols, settings, train, test, run),
     )
     results: list[Result] = []
-    used = [protocol for protocol in dict.fromkeys(protocols) if protocol != "segmentation"]
+    used = set(protocols) - {"segmentation"}
+    started = time.perf_counter()
     if used:
-        started = time.perf_counter()
         job = _with_features(job, train, test, _blocks_needed(used, wanted, knn_wanted, settings))
         seconds["features"] = time.perf_counter() - started
     for protocol in dict.fromkeys(protocols):
@@ -183,24 +186,21 @@ _NOTHING = Features({}, None, torch.arange(0), 0)
 
 
 def _blocks_needed(
-    protocols: Sequence[str],
-    wanted: tuple[int, ...],
-    knn_wanted: tuple[int, ...],
-    settings: EvaluationSettings,
+    protocols: Set[str], wanted: tuple[int, ...], knn_wanted: tuple[int, ...], settings: EvaluationSettings
 ) -> tuple[int, ...]:
     """Every block whose pooled features some protocol looks at, from one forward pass."""
-    needed = [*(wanted if set(protocols) - IMAGES_ALONE else ()), *(knn_wanted if "knn" in protocols else ())]
+    needed = {*(wanted if protocols - IMAGES_ALONE else ()), *(knn_wanted if "knn" in protocols else ())}
     for protocol, count in (("knn", settings.knn_last), ("linear", settings.linear.last)):
-        if protocol in protocols and count > 1:
-            needed += [block for block in range(max(wanted) - count + 1, max(wanted)) if block >= 0]
-    return tuple(sorted(dict.fromkeys(needed)))
+        if protocol in protocols:
+            needed |= {*range(max(0, max(wanted) - count + 1), max(wanted))}
+    return tuple(sorted(needed))
 
 
 def _with_features(job: Job, train: ImageSet, test: ImageSet | None, blocks: tuple[int, ...]) -> Job:
     """Add the features of the train and test images; without a test set, two parts of the train images' features."""
-    bank = job.features_of(train, None, blocks=blocks, poolings=job.poolings, what="features of the train images")
+    bank = job.features_of(train, None, blocks=blocks, phase="features of the train images")
     if test is not None:
-        queries = job.features_of(test, None, blocks=blocks, poolings=job.poolings, what="features of the test images")
+        queries = job.features_of(test, None, blocks=blocks, phase="features of the test images")
         number = class_numbers(train, test)  # two folders may hold different subsets of classes
         if queries.labels is not None and number is not None:
             queries = dataclasses.replace(queries, labels=number[queries.labels])
@@ -225,11 +225,6 @@ def class_numbers(train: ImageSet | ImageSource, test: ImageSet | ImageSource) -
             f"{shown_names(train.classes.names)}); use the same class names in both, or leave those images out"
         )
     return torch.from_numpy(numbers)
-
-
-def _describe(train: ImageSet, test: ImageSet | None, settings: EvaluationSettings, seed: int) -> dict[str, Any]:
-    held_out = {"share_of_train": settings.test_share, "split_seed": seed, "stratified": train.labels is not None}
-    return {"train": train.facts(), "test": held_out if test is None else test.facts()}
 
 
 def published_lists(
@@ -266,14 +261,6 @@ def check_protocols(protocols: Sequence[str]) -> None:
             )
     if not protocols:
         raise InputError(f"no protocol named; choose from {', '.join(PROTOCOLS)}")
-
-
-def _check_settings(protocols: Sequence[str], settings: EvaluationSettings, backbone: Backbone) -> None:
-    """Raise InputError before any work for settings that do not suit the encoder."""
-    if "segmentation" in protocols:
-        check_segmentation(settings.segmentation, backbone)
-    if "finetune" in protocols:
-        row_of(settings.finetune.recipe, backbone.info.embed_dim)
 
 
 NEEDS_RGB = ("finetune", "long_tail", "robustness", "segmentation")  # their image operations are made for photographs

@@ -21,9 +21,9 @@ from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.masks import Mask, MaskSet
-from mim_refiner.data.photometric import normalize
 from mim_refiner.data.workers import decoding_threads, in_background
 from mim_refiner.evaluation.cache import FeatureCache, data_identity, model_identity
+from mim_refiner.evaluation.features import block_outputs
 from mim_refiner.models.backbone import Backbone
 
 
@@ -42,11 +42,8 @@ class Encoder:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """float16 [B, P, D] on the device of uint8 windows [B, 3, window, window]."""
-        info = self.backbone.info
         with evaluation_mode(self.backbone), torch.inference_mode():
-            inputs = normalize(pixels.to(self.run.device), info.mean, info.std)
-            with self.run.autocast():
-                outputs = self.backbone.forward_blocks(inputs, self.blocks, norm=self.norm)
+            outputs = block_outputs(self.backbone, pixels, self.blocks, self.run, norm=self.norm)
             return torch.cat([output.patches for output in outputs], dim=2).to(torch.float16)
 
 
@@ -149,17 +146,8 @@ class Windows:
                 counts = torch.empty(len(rows), self.cutting.patches, 0, dtype=torch.int16)
                 if self.masks is not None:
                     masks = dict(zip(chosen, pool.map(self._mask, chosen), strict=True))
-                    counts = torch.stack(
-                        [
-                            patch_targets(
-                                self.cutting.cut(masks[index], place),
-                                self.cutting.patch,
-                                self.classes,
-                                self.masks.ignore_index,
-                            )
-                            for index, *place in places
-                        ]
-                    )
+                    how, cut_mask = (self.cutting.patch, self.classes, self.masks.ignore_index), self.cutting.cut
+                    counts = torch.stack([patch_targets(cut_mask(masks[i], place), *how) for i, *place in places])
                 stacked = np.stack(cut).transpose(0, 3, 1, 2) if cut else np.empty(0, np.uint8)
                 yield rows, torch.from_numpy(np.ascontiguousarray(stacked)), counts
 

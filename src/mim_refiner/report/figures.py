@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from mim_refiner.errors import InputError
@@ -19,7 +21,7 @@ from mim_refiner.report.tables import STAGES
 from mim_refiner.reporting import metric_title
 
 DPI = 150
-TEXT, AXIS = "#222222", "#8a8a8a"
+TEXT, AXIS, GRID = "#222222", "#8a8a8a", "#dddddd"
 # Okabe-Ito colours: told apart with colour-blind eyes; markers tell them apart in grey print
 STYLES = {"before": ("#555555", "o"), "after": ("#0072B2", "s"), "full": ("#D55E00", "^")}
 MORE_STYLES = (("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"))
@@ -59,7 +61,7 @@ def poolings_of(record: Mapping[str, Any]) -> list[str]:
 
 def measure_of(record: Mapping[str, Any]) -> str:
     """What the curves of a record are of."""
-    return "neighbour consistency" if record.get("measure") == "consistency" else "k-NN accuracy"
+    return metric_title(record.get("measure", "knn_top1"))
 
 
 def draw_curves(axis: Axes, record: Mapping[str, Any], pooling: str) -> list[str]:
@@ -127,13 +129,16 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         lines = read_regular(path).split(b"\n")
     by_step: dict[int, dict[str, Any]] = {}
     for line in lines:
-        try:
+        with contextlib.suppress(Exception):  # a crashed file system leaves anything
             record = json.loads(line)
             step, *_ = [int(record[key]) for key in ("total_step", "step") if key in record]
             by_step[step] = record
-        except Exception:  # a crashed file system leaves anything
-            continue
     return [by_step[step] for step in sorted(by_step)]
+
+
+def step_of(record: Mapping[str, Any]) -> int:
+    """The step of a record of metrics.jsonl, counted over all phases."""
+    return int(record.get("total_step", record.get("step") or 0))
 
 
 def series_of(records: Sequence[Mapping[str, Any]], key: str, label: str, factor: float = 1) -> Lines:
@@ -144,7 +149,7 @@ def series_of(records: Sequence[Mapping[str, Any]], key: str, label: str, factor
             matches = name.startswith(key) if key.endswith("/") else name == key
             if matches and isinstance(value, int | float):
                 steps, values = series.setdefault(label + name[len(key) :], ([], []))
-                steps.append(int(record.get("total_step", record.get("step", 0))))
+                steps.append(step_of(record))
                 values.append(factor * float(value))
     return series
 
@@ -153,23 +158,25 @@ def phase_starts(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """{phase: step at which it begins}, on the axis of all steps."""
     starts: dict[str, int] = {}
     for record in records:
-        step = int(record.get("total_step", record.get("step", 0)))
-        starts.setdefault(str(record.get("phase", "")), step - int(record.get("step", step)))
+        starts.setdefault(str(record.get("phase", "")), step_of(record) - int(record.get("step", step_of(record))))
     starts.pop("", None)
     return starts
 
 
-def panels(count: int, *, columns: int, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with ``count`` axes in rows of ``columns``."""
+def panels(
+    count: int, *, columns: int, share_y: bool = False, size: tuple[float, float] = (4.6, 3.4)
+) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` axes of ``size`` (inches) in rows of ``columns``."""
     rows = -(-count // columns)
-    figure = Figure(figsize=(4.6 * columns + 0.4, 3.4 * rows + 0.5), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(size[0] * columns + 0.4, size[1] * rows + 0.5), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, sharey=share_y, squeeze=False)
     axes = list(grid.flat)
     for axis in axes[count:]:
         axis.set_visible(False)
     for axis in axes[:count]:
-        axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+        axis.grid(axis="y", color=GRID, linewidth=0.6)
+        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes[:count]
 
@@ -194,16 +201,15 @@ def atlas_map(record: Mapping[str, Any], path: str | Path) -> Path:
         values = {(cell["norm"], cell["pooling"], cell["block"]): scale * cell[measure] for cell in cells}
         table = [[values[(*row, block)] for block in blocks] for row in rows]
         axis.grid(False)
-        image = axis.imshow(
-            table, aspect="auto", cmap="viridis", extent=(-0.5, len(blocks) - 0.5, len(rows) - 0.5, -0.5)
-        )
+        image = axis.imshow(table, aspect="auto", cmap="viridis")
         figure.colorbar(image, ax=axis, location="bottom", shrink=0.8).set_label(MEASURES[measure], fontsize=8)
         axis.set_yticks(range(len(rows)), [f"{pooling}, {'final norm' if norm else 'raw'}" for norm, pooling in rows])
         axis.set_xticks(range(len(blocks)), [str(block) for block in blocks], fontsize=7 if len(blocks) > 14 else 9)
         axis.set_xlabel("encoder block (from 0)")
         if len(blocks) <= 12:
             _write_values(axis, table)
-        _frame(axis, blocks.index(chosen["block"]), rows.index((chosen["norm"], chosen["pooling"])))
+        corner = blocks.index(chosen["block"]) - 0.5, rows.index((chosen["norm"], chosen["pooling"])) - 0.5
+        axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#D55E00", linewidth=2.5, clip_on=False))
     figure.suptitle("Atlas: which block, pooling and norm (frame: recommended)", fontsize=11)
     return save_figure(figure, path)
 
@@ -281,15 +287,8 @@ def _write_values(axis: Axes, table: Sequence[Sequence[float]]) -> None:
     low, high = min(map(min, table)), max(map(max, table))
     for row, values in enumerate(table):
         for column, value in enumerate(values):
-            dark = value < low + 0.6 * (high - low)
-            axis.text(
-                column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if dark else "black"
-            )
-
-
-def _frame(axis: Axes, column: int, row: int) -> None:
-    left, right, top, bottom = column - 0.5, column + 0.5, row - 0.5, row + 0.5
-    axis.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="#D55E00", linewidth=2.5)
+            colour = "white" if value < low + 0.6 * (high - low) else "black"
+            axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
 
 
 def _shade_regimes(axis: Axes, regimes: Mapping[str, Sequence[int]]) -> None:

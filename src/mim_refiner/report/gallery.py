@@ -68,7 +68,12 @@ def gallery_view(record: Mapping[str, Any]) -> dict[str, Any]:
                 for name, model in models.items()
             ],
         },
-        "maps": _maps(models, labels, colour),
+        "maps": [
+            _map(method, STAGES.get(name, name), model["maps"][method], labels, colour)
+            for method in ("pca", "umap")
+            for name, model in models.items()
+            if method in model["maps"]
+        ],
     }
 
 
@@ -114,30 +119,17 @@ def _clusters(model: str, clusters: Mapping[str, Any], names: Sequence[str] | No
     return {"model": STAGES.get(model, model), "groups": groups, "confusion": table}
 
 
-def _maps(models: Mapping[str, Any], labels: Sequence[int] | None, colour: Mapping[int, int]) -> list[dict[str, Any]]:
-    """One entry a method and model; points in SVG units, the same image at the same position of every list."""
-    found = []
-    for method in ("pca", "umap"):
-        for name, model in models.items():
-            if method not in model["maps"]:
-                continue
-            entry = model["maps"][method]
-            explained = entry.get("explained")
-            note = "" if not explained else f"two components hold {100 * sum(explained):.0f} % of the variance"
-            points = _scaled(entry["points"])
-            found.append(
-                {
-                    "method": method.upper(),
-                    "model": STAGES.get(name, name),
-                    "note": note,
-                    "points": [
-                        {"x": x, "y": y, "row": row, "number": number, "colour": class_colour(number)}
-                        for row, (x, y) in enumerate(points)
-                        for number in [0 if labels is None else colour[labels[row]]]
-                    ],
-                }
-            )
-    return found
+def _map(
+    method: str, model: str, entry: Mapping[str, Any], labels: Sequence[int] | None, colour: Mapping[int, int]
+) -> dict[str, Any]:
+    """Points in SVG units, the same image at the same position of every map."""
+    explained = entry.get("explained")
+    points = []
+    for row, (x, y) in enumerate(_scaled(entry["points"])):
+        number = 0 if labels is None else colour[labels[row]]
+        points.append({"x": x, "y": y, "row": row, "number": number, "colour": class_colour(number)})
+    note = f"two components hold {100 * sum(explained):.0f} % of the variance" if explained else ""
+    return {"method": method.upper(), "model": model, "note": note, "points": points}
 
 
 def _scaled(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
@@ -145,6 +137,5 @@ def _scaled(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     span = max(max(xs) - min(xs), max(ys) - min(ys), 1e-12)
     factor = (MAP_SIZE - 2 * MARGIN) / span
-    middle_x, middle_y = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
-    half = MAP_SIZE / 2
+    middle_x, middle_y, half = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2, MAP_SIZE / 2
     return [(round(half + factor * (x - middle_x), 1), round(half - factor * (y - middle_y), 1)) for x, y in points]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mim_refiner.files import dotted
+from mim_refiner.report.figures import step_of
 from mim_refiner.report.run_files import RunFiles
 from mim_refiner.report.tables import (
     METRICS,
@@ -15,6 +16,8 @@ from mim_refiner.report.tables import (
     measures_rows,
     paired_change,
     results_rows,
+    shown,
+    stage_cell,
     stage_titles,
 )
 from mim_refiner.reporting import metric_title
@@ -117,22 +120,24 @@ def metric_rows(run: RunFiles) -> dict[str, Any]:
     """
     stages = stage_titles(run.summary)
     rows = []
-    for metric, (title, factor, digits) in METRICS.items():
-        values = [run.summary[stage].get(metric) for stage in stages]
-        if all(value is None for value in values):
-            continue
+    for metric in METRICS:
+        values = {stage: run.summary[stage].get(metric) for stage in stages}
         cells: list[dict[str, Any]] = []
-        for stage, value in zip(stages, values, strict=True):
-            cell: dict[str, Any] = {"value": None, "interval": None, "change": None, "change_interval": None}
-            if value is not None:
-                cell["value"] = f"{factor * value:.{digits}f}"
-                cell["interval"] = _interval(_ci95(run, stage, metric, value), factor, digits)
-            if cells and value is not None and values[0] is not None:
-                cell["change"] = f"{factor * (value - values[0]):+.{digits}f}"
-                paired = paired_change(run.summary, stage) if metric == "knn_top1" else None
-                cell["change_interval"] = interval_text(paired["ci95"]) if paired else None
-            cells.append(cell)
-        rows.append({"title": title, "cells": cells})
+        for stage, value in values.items():
+            first = values[next(iter(stages))]
+            known = bool(cells) and None not in (value, first)
+            ci95 = None if value is None else _ci95(run, stage, metric, value)
+            paired = paired_change(run.summary, stage) if known and metric == "knn_top1" else None
+            cells.append(
+                {
+                    "value": None if value is None else shown(metric, value),
+                    "interval": interval_text(ci95, metric, "") if ci95 else None,
+                    "change": shown(metric, value - first, "+") if known else None,
+                    "change_interval": interval_text(paired["ci95"]) if paired else None,
+                }
+            )
+        if {*values.values()} - {None}:
+            rows.append({"title": metric_title(metric, unit=True), "cells": cells})
     return {"stages": list(stages.items()), "rows": rows}
 
 
@@ -144,10 +149,6 @@ def _ci95(run: RunFiles, stage: str, metric: str, value: float) -> Sequence[floa
             interval: Sequence[float] = record["ci95"]
             return interval
     return None
-
-
-def _interval(pair: Sequence[float] | None, factor: float, digits: int) -> str | None:
-    return None if pair is None else " to ".join(f"{factor * bound:.{digits}f}" for bound in pair)
 
 
 def atlas_tables(run: RunFiles) -> list[dict[str, Any]]:
@@ -165,17 +166,17 @@ def atlas_tables(run: RunFiles) -> list[dict[str, Any]]:
         chosen = (advice.get("block"), advice.get("pooling"), advice.get("norm"))
         rows = []
         for block in sorted({cell["block"] for cell in cells}):
-            shown = [value.get((block, *column)) for column in columns]
+            numbers = [value.get((block, *column)) for column in columns]
             rows.append(
                 {
                     "block": block,
                     "cells": [
                         {
-                            "text": "–" if number is None else f"{100 * number:.1f}",
+                            "text": shown(measure, number),
                             "heat": 0 if number is None else round(100 * (number - low) / max(high - low, 1e-12)),
                             "chosen": (block, *column) == chosen,
                         }
-                        for number, column in zip(shown, columns, strict=True)
+                        for number, column in zip(numbers, columns, strict=True)
                     ],
                 }
             )
@@ -203,9 +204,9 @@ def readout_tables(run: RunFiles) -> list[dict[str, Any]]:
             extra = "" if not cost["extra"] else f" + {100 * cost['extra']:.1f} %"
             learned = f", {cost['parameters']:,} learned weights" if cost["parameters"] else ""
             cells = [
-                f"{100 * row['value']:.1f} ({_interval(row['ci95'], 100, 1)})",
-                "–" if change is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * each for each in change)),
-                "–" if knn is None else f"{100 * knn:.1f}",
+                f"{shown('knn_top1', row['value'])} ({interval_text(row['ci95'], sign='')})",
+                "–" if change is None else f"{shown('knn_top1', change[0], '+')} ({interval_text(change[1:])})",
+                shown("knn_top1", knn),
                 f"{cost['blocks']} of {cost['depth']} blocks{extra}{learned}",
             ]
             rows.append({"name": row["name"], "cells": cells})
@@ -217,14 +218,12 @@ def cost_rows(run: RunFiles) -> dict[str, str]:
     """Seconds and speed, in words."""
     rows: dict[str, str] = {}
     for name, seconds in (run.summary.get("seconds") or {}).items():
-        if isinstance(seconds, int | float):
-            rows[f"{name} time"] = duration(seconds)
+        rows |= {f"{name} time": duration(seconds)} if isinstance(seconds, int | float) else {}
     speeds = [record["images_per_s"] for record in run.metrics if isinstance(record.get("images_per_s"), int | float)]
     if speeds:
         rows["speed (median)"] = f"{sorted(speeds)[len(speeds) // 2]:.0f} images/s"
     if run.metrics:
-        last = run.metrics[-1]
-        steps = int(last["total_step"] if "total_step" in last else last.get("step") or 0)
+        steps = step_of(run.metrics[-1])
         rows["training steps"] = str(steps)
         batch = run.recipe.get("batch_size")
         if isinstance(batch, int):
@@ -246,13 +245,6 @@ def duration(seconds: float) -> str:
 def run_row(run: RunFiles, name: str) -> dict[str, Any]:
     """One line of the comparison of runs."""
     verdict = verdict_of(run)
-    cells = []
-    for metric, (title, factor, digits) in METRICS.items():
-        before, after = ((run.summary.get(stage) or {}).get(metric) for stage in ("before", "after"))
-        text = "–" if after is None else f"{factor * after:.{digits}f}"
-        if before is not None and after is not None:
-            text += f" ({factor * (after - before):+.{digits}f})"
-        cells.append({"title": title, "text": text})
     word = str(verdict.get("verdict", "no verdict"))
     seconds = (run.summary.get("seconds") or {}).get("total")
     return {
@@ -260,7 +252,10 @@ def run_row(run: RunFiles, name: str) -> dict[str, Any]:
         "verdict": word,
         "tone": HEADLINES.get(word, ("", "open"))[1],
         "interval": interval_text(verdict["ci95"]) if verdict.get("ci95") else None,
-        "cells": cells,
+        "cells": [
+            {"title": metric_title(metric, unit=True), "text": stage_cell(run.summary, metric, "after", "before")}
+            for metric in METRICS
+        ],
         "time": "–" if seconds is None else duration(seconds),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -33,6 +34,9 @@ from mim_refiner.report.panels import block_curve_panels, comparison_panels, lea
 from mim_refiner.report.run_files import RunFiles, read_run
 from mim_refiner.report.tables import left_out_lines, results_rows
 
+# On a narrow screen a line must not break at the hyphen of k-NN.
+TEXT = re.compile(r"(<(?:p|h2|h3|th|td|caption|li|summary|figcaption)\b[^>]*>)([^<]*k-NN[^<]*)")
+TERM = re.compile(r"k-NN(?: accuracy(?: \(%\))?)?[.,:;]?")
 TEMPLATES = ("page.html.j2", "run.html.j2", "macros.html.j2", "style.css", "script.js")
 
 
@@ -61,17 +65,15 @@ def render(runs: Sequence[RunFiles]) -> str:
     names = _unique_names(runs)
     for view, name in zip(views, names, strict=True):
         view["name"] = name
+    named = list(zip(names, runs, strict=True))
     comparison = None
     if len(runs) > 1:
         comparison = {
-            "rows": [
-                {**run_row(run, name), "colour": run_colour(number)}
-                for number, (run, name) in enumerate(zip(runs, names, strict=True))
-            ],
+            "rows": [run_row(run, name) | {"colour": run_colour(n)} for n, (name, run) in enumerate(named)],
             "recipe": recipe_differences(runs),
-            "panels": comparison_panels({name: run.metrics for run, name in zip(runs, names, strict=True)}),
+            "panels": comparison_panels({name: run.metrics for name, run in named}),
         }
-    return environment.get_template("page.html.j2").render(
+    page = environment.get_template("page.html.j2").render(
         title="Comparison of " + ", ".join(names) if comparison else f"{KINDS[kind_of(runs[0])]}: {names[0]}",
         runs=views,
         comparison=comparison,
@@ -80,6 +82,7 @@ def render(runs: Sequence[RunFiles]) -> str:
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
+    return TEXT.sub(lambda found: found[1] + TERM.sub(r'<span class="one">\g<0></span>', found[2]), page)
 
 
 def run_view(run: RunFiles, number: int, *, compact: bool) -> dict[str, Any]:
@@ -87,7 +90,9 @@ def run_view(run: RunFiles, number: int, *, compact: bool) -> dict[str, Any]:
     prefix = f"run{number}-"
     curves = run.of_kind("knn_by_block")
     galleries = {} if compact else run.of_kind("gallery")
-    licence = run.config.get("mim_refiner", {}).get("licence")
+    facts = run.config.get("mim_refiner", {})
+    numbers = [{"model": "encoder", **record} for record in run.results.values()]
+    files = {"summary.json": run.summary, "recipe.json": run.recipe, "evaluation.json": run.results}
     view: dict[str, Any] = {
         "id": prefix.rstrip("-"),
         "path": str(run.path),
@@ -108,16 +113,14 @@ def run_view(run: RunFiles, number: int, *, compact: bool) -> dict[str, Any]:
         "compact": compact,
         "recipe": dotted(run.recipe),
         "environment": dotted(run.environment),
-        "licence": licence,
-        "architecture": run.config.get("mim_refiner", {}).get("architecture") or run.config.get("architecture"),
+        "licence": facts.get("licence"),
+        "architecture": facts.get("architecture") or run.config.get("architecture"),
         "cost": cost_rows(run),
         "skipped": run.skipped,
         "damaged": run.damaged,
         "data": data_lines(run),
-        "downloads": _downloads(run),
-        "results": None
-        if run.summary or not run.results
-        else results_rows(list(map(_named, run.results.values())), ()),
+        "downloads": [{"name": name, "uri": _data_uri(value)} for name, value in files.items() if value],
+        "results": results_rows(numbers, ()) if numbers and not run.summary else None,
     }
     return view | {"sections": sections(view)}
 
@@ -130,30 +133,21 @@ def sections(view: Mapping[str, Any]) -> list[str]:
     return ["verdict", "numbers", *(name for name in has if view["kind"] == "refinement" or has[name]), "run"]
 
 
-def _named(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"model": "encoder", **record}
-
-
 def data_lines(run: RunFiles) -> list[str]:
     """Which images were trained on and measured on, in words."""
     lines = []
     if run.recipe.get("data"):
-        lines.append(
-            f"trained on {run.recipe['data']} (fingerprint {run.recipe.get('data_fingerprint', 'not recorded')})"
-        )
+        known = run.recipe.get("data_fingerprint", "not recorded")
+        lines.append(f"trained on {run.recipe['data']} (fingerprint {known})")
         lines += [f"training images: {line}" for line in left_out_lines((run.summary.get("data") or {}).get("train"))]
-    measured: dict[str, None] = {}
     for facts in [*(record.get("data") or {} for record in run.results.values()), *run.of_kind("data").values()]:
-        for part in ("train", "test"):
+        for part, name in (("train", "bank"), ("test", "test images")):
             source = facts.get(part) or {}
             if source.get("source"):
-                name = "bank" if part == "train" else "test images"
-                measured[f"{name}: {source['source']}"] = None
-                for line in left_out_lines(source):
-                    measured[f"{name}: {line}"] = None
+                lines += [f"{name}: {line}" for line in (source["source"], *left_out_lines(source))]
             elif source.get("share_of_train"):
-                measured[f"test images: {100 * source['share_of_train']:.0f} % of the bank, held out"] = None
-    return [*lines, *measured]
+                lines.append(f"test images: {100 * source['share_of_train']:.0f} % of the bank, held out")
+    return list(dict.fromkeys(lines))
 
 
 def text_of(value: Any) -> str:
@@ -165,12 +159,6 @@ def text_of(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(text_of(item) for item in value)
     return str(value)
-
-
-def _downloads(run: RunFiles) -> list[dict[str, str]]:
-    """The small result files, to take away with the page."""
-    found = {"summary.json": run.summary, "recipe.json": run.recipe, "evaluation.json": run.results}
-    return [{"name": name, "uri": _data_uri(value)} for name, value in found.items() if value]
 
 
 def _data_uri(value: Mapping[str, Any]) -> str:

@@ -11,13 +11,13 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.errors import InputError
 from mim_refiner.report.figures import (
     AXIS,
+    GRID,
     LINES,
     MORE_STYLES,
     POOLINGS,
@@ -29,12 +29,12 @@ from mim_refiner.report.figures import (
     draw_log,
     legend,
     measure_of,
+    panels,
     phase_starts,
     poolings_of,
     series_of,
 )
 
-GRID = "#dddddd"
 # What the light figure's colours are called in the page's style sheet, which has a dark value for each.
 THEMED = {
     TEXT: "var(--ink)",
@@ -44,7 +44,6 @@ THEMED = {
     **{colour.lower(): f"var(--{name})" for name, (colour, _) in STYLES.items()},
     **{colour.lower(): f"var(--more-{number})" for number, (colour, _) in enumerate(MORE_STYLES)},
 }
-WIDTH, HEIGHT = 4.8, 3.3  # inches
 PNG_DPI = 130
 
 
@@ -62,7 +61,7 @@ class Panel:
 
 def block_curve_panels(record: Mapping[str, Any], prefix: str = "") -> list[Panel]:
     """k-NN accuracy by block with 95 % bands, a panel for each pooling; ``record`` is of kind knn_by_block."""
-    panels = []
+    found = []
     for pooling in poolings_of(record):
         figure, axis = new_figure()
         said = draw_curves(axis, record, pooling)
@@ -70,8 +69,8 @@ def block_curve_panels(record: Mapping[str, Any], prefix: str = "") -> list[Pane
         legend(axis)
         title = POOLINGS.get(pooling, pooling)
         alt = f"{measure_of(record)} by block, {title}. {'; '.join(said)}"
-        panels.append(finish(figure, f"{prefix}block-curves-{pooling}", title, alt))
-    return panels
+        found.append(finish(figure, f"{prefix}block-curves-{pooling}", title, alt))
+    return found
 
 
 LOG_GROUPS = (  # key of metrics.jsonl (with / for one a block), title
@@ -91,31 +90,29 @@ def learning_panels(
 
     The learning rate is that of every step, by the ``recipe``: its peak falls between two lines of the log.
     """
-    panels = []
-    heads = _series(records, "loss/")
+    drawn, heads = [], _series(records, "loss/")
     for key, title in LOG_GROUPS:
         lines = _series(records, key)
         if key == "loss" and not heads:
             title = "loss"
         if key == "lr" and (found := rates(records, recipe or {})):
-            lines = {"lr": found}
-            title += f", peak {max(found[1]):.3g}"
+            lines, title = {"lr": found}, f"{title}, peak {max(found[1]):.3g}"
         if lines and (key != "loss" or len(heads) != 1):  # the sum over one head is that head
             name = key.rstrip("/").replace("_", "-") + ("-by-head" if key.endswith("/") else "")
-            panels.append(_log_panel(lines, phase_starts(records), f"{prefix}{name}", title, "by training step"))
-    return panels
+            drawn.append(_log_panel(lines, phase_starts(records), f"{prefix}{name}", title, "by training step"))
+    return drawn
 
 
 def comparison_panels(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Panel]:
     """Loss and online k-NN of several runs {name: records}, one line a run."""
-    panels = []
+    drawn = []
     numbers = {name: number for number, name in enumerate(logs)}
     for key, title in (("loss", "loss (sum over the heads)"), ("knn_top1", "online k-NN accuracy (%)")):
         found = {name: _series(records, key) for name, records in logs.items()}
         lines = {name: next(iter(each.values())) for name, each in found.items() if each}
         if lines:
-            panels.append(_log_panel(lines, {}, f"runs-{key}", title, "of the runs", numbers))
-    return panels
+            drawn.append(_log_panel(lines, {}, f"runs-{key}", title, "of the runs", numbers))
+    return drawn
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> Lines:
@@ -138,17 +135,11 @@ def rates(records: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> tu
             settings = recipe[{"warmup": "warmup", "pretrain": "training"}.get(phase, phase)]
             total, rise = round(settings["epochs"] * a_epoch), round(settings["warmup_epochs"] * a_epoch)
             shown = {*range(0, last["step"], max(1, last["step"] // 200)), min(rise, last["step"] - 1)}
+            peak = peak_learning_rate(settings["base_lr"], recipe["batch_size"])
+            how = {"total_steps": total, "warmup_steps": min(rise, total), "peak": peak, "end": settings["end_lr"]}
             for step in sorted(shown):
                 steps.append(start + step + 1)
-                values.append(
-                    warmup_cosine(
-                        step,
-                        total_steps=total,
-                        warmup_steps=min(rise, total),
-                        peak=peak_learning_rate(settings["base_lr"], recipe["batch_size"]),
-                        end=settings["end_lr"],
-                    )
-                )
+                values.append(warmup_cosine(step, **how))
     except (KeyError, TypeError, ZeroDivisionError, InputError):  # an older or damaged folder
         return None
     return (steps, values) if steps else None
@@ -173,15 +164,10 @@ def _log_panel(
 
 def new_figure() -> tuple[Figure, Axes]:
     """One axis in the colours that the page themes."""
-    colours: Any = {"text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": AXIS, "xtick.color": TEXT,
-               "ytick.color": TEXT, "xtick.labelcolor": TEXT, "ytick.labelcolor": TEXT}  # fmt: skip
+    of_text = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "xtick.labelcolor", "ytick.labelcolor")
+    colours: Any = dict.fromkeys(of_text, TEXT) | {"axes.edgecolor": AXIS}
     with mpl.rc_context(colours):
-        figure = Figure(figsize=(WIDTH, HEIGHT), dpi=PNG_DPI, layout="constrained")
-        FigureCanvasAgg(figure)
-        axis = figure.subplots()
-    axis.grid(axis="y", color=GRID, linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+        figure, [axis] = panels(1, columns=1, size=(4.4, 2.8))
     return figure, axis
 
 

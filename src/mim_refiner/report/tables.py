@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from rich.table import Table
-
-from mim_refiner.reporting import UNSCALED, metric_title
+from mim_refiner.reporting import UNSCALED, in_points, metric_title
 
 STAGES = {
     "before": "before",
@@ -18,11 +16,19 @@ STAGES = {
     "full": "after the full recipe",
 }
 DEMO_STAGES = {"before": "start", "after": "live run", "full": "full refinement"}
-# (title, factor to the shown unit, digits)
-METRICS: dict[str, tuple[str, float, int]] = {
-    name: (metric_title(name, unit=True), 1 if name in UNSCALED else 100, 1)
-    for name in ("knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank", "rank_centred")
-}
+METRICS = ("knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank", "rank_centred")  # of summary.json
+
+
+def shown(metric: str, value: float | None, sign: str = "", fine: int = 1) -> str:
+    """A value or, with ``sign`` "+", a difference of a metric: shares in percent; ``fine`` digits of others."""
+    if value is None:
+        return "–"
+    return f"{value:{sign}.{fine}f}" if metric in UNSCALED else f"{100 * value:{sign}.1f}"
+
+
+def interval_text(ci95: Sequence[float], metric: str = "knn_top1", sign: str = "+", fine: int = 1) -> str:
+    """A 95 % interval, of a difference ``+0.6 to +3.3``."""
+    return " to ".join(shown(metric, bound, sign, fine) for bound in ci95)
 
 
 def stage_titles(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -43,15 +49,9 @@ def demo_sentence(summary: Mapping[str, Any]) -> str | None:
     live, full = paired_change(summary, "after"), paired_change(summary, "full")
     if live is None or full is None:
         return None
-    by = [f"{100 * part['knn_difference']:+.1f} points (95 % interval {interval_text(part['ci95'])})"
-          for part in (live, full)]  # fmt: skip
+    by = [in_points(part["knn_difference"], *part["ci95"]) for part in (live, full)]
     word = "no clear change: the interval holds zero" if live["verdict"] == "no clear change" else live["verdict"]
     return f"The live run changed k-NN accuracy by {by[0]}: {word}. The shipped full refinement changed it by {by[1]}."
-
-
-def interval_text(ci95: Sequence[float], factor: float = 100, digits: int = 1) -> str:
-    """A 95 % interval of a difference: ``+0.6 to +3.3``."""
-    return " to ".join(f"{factor * bound:+.{digits}f}" for bound in ci95)
 
 
 def comparison_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -60,11 +60,8 @@ def comparison_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[st
     A cell after the first stage shows its difference to it.
     """
     titles = stage_titles(summary)
-    rows = []
-    for metric, (title, _, _) in METRICS.items():
-        cells = [_stage_cell(summary, metric, stage, next(iter(titles))) for stage in titles]
-        if any(cell != "-" for cell in cells):
-            rows.append([title, *cells])
+    found = {metric: [stage_cell(summary, metric, stage, next(iter(titles))) for stage in titles] for metric in METRICS}
+    rows = [[metric_title(metric, unit=True), *cells] for metric, cells in found.items() if {*cells} != {"–"}]
     return ["metric", *titles.values()], rows
 
 
@@ -80,30 +77,19 @@ def demo_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return (header, rows) of the demo's first screen: a row an encoder, k-NN with its paired 95 % interval."""
     rows = []
     for stage, title in stage_titles(summary).items():
-        cells = [_stage_cell(summary, metric, stage, "before") for metric in DEMO_METRICS]
+        cells = [stage_cell(summary, metric, stage, "before") for metric in DEMO_METRICS]
         if paired := paired_change(summary, stage):
             cells[0] = f"{cells[0][:-1]}; {interval_text(paired['ci95'])})"
         rows.append([title, *cells])
     return ["encoder", *DEMO_METRICS.values()], rows
 
 
-def _stage_cell(summary: Mapping[str, Any], metric: str, stage: str, first: str) -> str:
-    _, factor, digits = METRICS[metric]
-    value, start = summary[stage].get(metric), summary[first].get(metric)
-    if value is None:
-        return "-"
-    change = f" ({factor * (value - start):+.{digits}f})" if stage != first and start is not None else ""
-    return f"{factor * value:.{digits}f}{change}"
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a rich table for the terminal: names to the left, numbers to the right."""
-    table = Table(box=None, pad_edge=False)
-    for position, name in enumerate(header):
-        table.add_column(name, justify="right" if position else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def stage_cell(summary: Mapping[str, Any], metric: str, stage: str, first: str) -> str:
+    """The value of a stage, in brackets its difference to the ``first`` one."""
+    value, start = ((summary.get(name) or {}).get(metric) for name in (stage, first))
+    if value is None or start is None or stage == first:
+        return shown(metric, value)
+    return f"{shown(metric, value)} ({shown(metric, value - start, '+')})"
 
 
 def results_rows(
@@ -133,31 +119,34 @@ def measures_rows(measures: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
     rows = []
     for row in measures:
         unscaled = "rank" in row["measure"] or "drift" in row["measure"]
-        factor, digits = (1, 2) if unscaled else (100, 1)
-        numbers = [f"{factor * row[key]:.{digits}f}" for key in ("before", "after")]
-        change = f"{factor * row['difference']:+.{digits}f} ({interval_text(row['ci95'], factor, digits)})"
-        rows.append([row["measure"] + ("" if unscaled else " (%)"), *numbers, change, row["change"]])
+        metric, title = ("rank", row["measure"]) if unscaled else ("consistency", f"{row['measure']} (%)")
+        numbers = [shown(metric, row[key], fine=2) for key in ("before", "after")]
+        change = f"{shown(metric, row['difference'], '+', 2)} ({interval_text(row['ci95'], metric, fine=2)})"
+        rows.append([title, *numbers, change, row["change"]])
     return ["measure", "before", "after", "change (95 % interval)", "reading"], rows
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A GitHub table; numbers are right-aligned by their first occurrence in the header after the names."""
+    """A GitHub table."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-    names = header.index("pooling") + 1
-    rule = ["---"] * names + ["---:"] * (len(header) - names)
+    rule = ["---"] * name_columns(header) + ["---:"] * (len(header) - name_columns(header))
     return "\n".join([line(header), line(rule), *map(line, rows)]) + "\n"
 
 
 def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A tabular with the rules of the package booktabs."""
-    names = header.index("pooling") + 1
-    columns = "l" * names + "r" * (len(header) - names)
+    columns = "l" * name_columns(header) + "r" * (len(header) - name_columns(header))
     body = [" & ".join(_latex(cell) for cell in row) + " \\\\" for row in (header, *rows)]
     lines = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", body[0], "\\midrule", *body[1:], "\\bottomrule"]
     return "\n".join([*lines, "\\end{tabular}"]) + "\n"
+
+
+def name_columns(header: Sequence[str]) -> int:
+    """How many columns are names, which stand to the left; the others are numbers, which stand to the right."""
+    return header.index("pooling") + 1 if "pooling" in header else 1
 
 
 def _row_key(record: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -166,15 +155,13 @@ def _row_key(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _cell(metric: str, record: Mapping[str, Any] | None, change: Mapping[str, Any] | None) -> str:
     if record is None or record.get("value") is None:
-        return "-"
-    factor, digits = (1, 2) if metric in UNSCALED else (100, 1)
-    text = f"{factor * record['value']:.{digits}f}"
+        return "–"
+    text = shown(metric, record["value"], fine=2)
     if record.get("ci95"):
-        low, high = record["ci95"]
-        text += f" [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
+        text += f" [{', '.join(shown(metric, bound, fine=2) for bound in record['ci95'])}]"
     if change:
         low, high = change["ci95"]
-        text += f" ({factor * change['difference']:+.{digits}f}{'*' if low > 0 or high < 0 else ''})"
+        text += f" ({shown(metric, change['difference'], '+', 2)}{'*' if low > 0 or high < 0 else ''})"
     return text
 
 
