@@ -58,7 +58,7 @@ def mae_2b14() -> RefineRecipe:
     """MAE 2B/14 (24 blocks, width 2560): stem and first 6 blocks frozen."""
     return RefineRecipe(
         name="mae_2b14",
-        expected="k-NN accuracy 67.1 -> 83.2, linear 79.7 -> 84.5 on ImageNet-1K (paper)",
+        expected="k-NN accuracy 67.1 -> 83.2, linear 79.7 -> 84.5 (paper, ImageNet-1K)",
         batch_size=512,
         views=Views(global_size=224, local_size=98),
         heads=Heads(blocks=list(range(16, 24)), pooling="cls", temperature=0.35),
@@ -102,16 +102,24 @@ def demo() -> RefineRecipe:
 
 
 REFINE_RECIPES: dict[str, Callable[[], RefineRecipe]] = {
-    "mae_l16": lambda: _large("mae_l16", expected="k-NN accuracy 60.6 -> 81.5, linear 77.5 -> 82.8 on ImageNet-1K (paper)"),
+    "mae_l16": lambda: _large(
+        "mae_l16", expected="k-NN accuracy 60.6 -> 81.5, linear 77.5 -> 82.8 (paper, ImageNet-1K)"
+    ),
     "dbot_l16": lambda: _large("dbot_l16"),
     "data2vec2_l16": lambda: _large(
-        "data2vec2_l16", refine_epochs=20, expected="k-NN accuracy 51.8 -> 81.0, linear 78.2 -> 83.5 on ImageNet-1K (paper)"
+        "data2vec2_l16",
+        refine_epochs=20,
+        expected="k-NN accuracy 51.8 -> 81.0, linear 78.2 -> 83.5 (paper, ImageNet-1K)",
     ),
     "crossmae_l16": lambda: _large("crossmae_l16", pooling="mean"),
-    "mae_h14": lambda: _huge("mae_h14", expected="k-NN accuracy 58.1 -> 82.3, linear 78.2 -> 83.7 on ImageNet-1K (paper)"),
+    "mae_h14": lambda: _huge(
+        "mae_h14", expected="k-NN accuracy 58.1 -> 82.3, linear 78.2 -> 83.7 (paper, ImageNet-1K)"
+    ),
     "dbot_h14": lambda: _huge("dbot_h14"),
     "data2vec2_h14": lambda: _huge(
-        "data2vec2_h14", refine_epochs=20, expected="k-NN accuracy 48.0 -> 82.3, linear 80.4 -> 84.7 on ImageNet-1K (paper)"
+        "data2vec2_h14",
+        refine_epochs=20,
+        expected="k-NN accuracy 48.0 -> 82.3, linear 80.4 -> 84.7 (paper, ImageNet-1K)",
     ),
     "mae_2b14": mae_2b14,
     "tiny": tiny,
