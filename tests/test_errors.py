@@ -26,7 +26,6 @@ PASSED_ON = {
     "{cause.text}",
     # texts that end in advice where they are made
     "{contents.source}: is {what}",
-    "{view.where}: is {reason}",
     "{source}: {heads_question(converted.arguments)}",
     "{gap}",
     "{path}: {_what_it_is(path)}",
@@ -79,6 +78,9 @@ def messages() -> Iterator[tuple[str, str]]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ERRORS and node.args:
                 yield f"{path.relative_to(PACKAGE)}:{node.lineno}", text_of(node.args[0], constants)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "errors_as":
+                problem, remedy = (text_of(part, constants) for part in node.args[1:3])
+                yield f"{path.relative_to(PACKAGE)}:{node.lineno}", f"{problem}; {remedy}"
 
 
 def test_every_message_says_what_to_do():

@@ -65,13 +65,18 @@ class NonFiniteLossError(MimRefinerError):
         self.batch = batch
 
 
+def one_line(text: object, limit: int = 160) -> str:
+    """The start of a text or of an error's, on one line."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
 def reason_of(error: Exception) -> str:
     """What went wrong, in a few words of one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     known = {MemoryError: "needs more memory than there is", RecursionError: "nested too deeply"}
-    text = known.get(type(error)) or " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else f"{text[:160]}..."
+    return known.get(type(error)) or one_line(error) or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -83,17 +83,24 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 @contextlib.contextmanager
-def reading(what: object, remedy: str, kind: type[MimRefinerError] = DataError) -> Iterator[None]:
+def errors_as(kind: type[MimRefinerError], problem: str, remedy: str, *errors: type[Exception]) -> Iterator[None]:
+    """Any of ``errors`` (none named: any but our own) inside becomes ``kind``, in one line with its reason."""
+    try:
+        yield
+    except errors or Exception as error:  # noqa: B030 - one class or a tuple of them
+        if not errors and isinstance(error, MimRefinerError):
+            raise
+        raise kind(f"{problem} ({reason_of(error)}); {remedy}") from error
+
+
+def reading(
+    what: object, remedy: str, kind: type[MimRefinerError] = DataError
+) -> contextlib.AbstractContextManager[None]:
     """The one boundary for foreign input and run folders: any error inside becomes one line, ``kind``, that names it.
 
     Readers of damaged or hostile files raise almost anything, MemoryError and RecursionError among it.
     """
-    try:
-        yield
-    except MimRefinerError:
-        raise
-    except Exception as error:
-        raise kind(f"{what}: cannot be read ({reason_of(error)}); {remedy}") from error
+    return errors_as(kind, f"{what}: cannot be read", remedy)
 
 
 def cache_is_off(chosen: str | None = None) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
-from mim_refiner.checkpoints.families import FAMILY_BY_NAME
+from mim_refiner.checkpoints.families import hf
 
 transformers = pytest.importorskip("transformers")
 SHARED, OWN = {"use_shared_relative_position_bias": True}, {"use_relative_position_bias": True}
@@ -103,9 +103,8 @@ def test_every_block_and_back(
     again = load_backbone(tmp_path / "memory.pth", num_heads=heads, image_size=None if square else size)
     assert same_tensors(again.model.state_dict(), backbone.model.state_dict())
     written = load_file(tmp_path / "hf" / "model.safetensors")
-    to_source = FAMILY_BY_NAME[family].to_source
-    assert to_source is not None
-    back = to_source(backbone.model.state_dict(), info)
+    keys = hf.VIT_KEYS if family in ("hf_ijepa", "hf_vitmae") else hf.BEIT_KEYS
+    back = keys.from_timm(backbone.model.state_dict())
     prefix = next(iter(written)).split(".")[0] + "." if config.lower() in next(iter(written)) else ""
     for name, tensor in back.items():
         place = next(start + name for start in (prefix, "beit.", "data2vec_vision.", "") if start + name in written)

@@ -49,19 +49,11 @@ def fates(diagnosis: Diagnosis, model: nn.Module) -> tuple[list[TensorRecord], l
                 "the file does not fit its config or arguments (patch size, image size, channels)"
             )
         records += [_placed(name, target, tuple(section[name].shape), shape, len(names)) for name in names]
-    for name, reason in converted.dropped.items():
+    for name, reason in (converted.dropped | dict.fromkeys(unplaced, "no place in the encoder")).items():
         records.append(TensorRecord(name, tuple(section[name].shape), "dropped", reason=reason))
-    for name in unplaced:
-        records.append(TensorRecord(name, tuple(section[name].shape), "dropped", reason="no place in the encoder"))
     records.extend(_other_sections(diagnosis))
     missing = [name for name in expected if name not in converted.tensors]
     return records, missing, unplaced
-
-
-def coverage(model: nn.Module, missing: list[str]) -> float:
-    """Share of the model's tensors that the file provides, 0-1."""
-    total = len(model.state_dict())
-    return (total - len(missing)) / total
 
 
 def _placed(name: str, target: str, in_file: tuple[int, ...], shape: tuple[int, ...], parts: int) -> TensorRecord:

@@ -1,4 +1,4 @@
-"""LoRA adapters are merged into the weights they adapt; quantised weights are recognised and refused."""
+"""Sections of a file made plain: LoRA adapters merged, averages without names named; quantised weights are refused."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.averages import with_names
 from mim_refiner.checkpoints.families.hf import VIT_KEYS
 from mim_refiner.checkpoints.store import Contents
 from mim_refiner.core.identity import tensors_sha256
 from mim_refiner.errors import CheckpointError
+from mim_refiner.files import errors_as
 
 _START = "base_model.model."  # PEFT's wrapper
 SAVED_HEAD = "modules_to_save"  # section of a classifier that was trained with an adapter
+_LIST = "shadow_params"  # running averages that torch_ema and diffusers save as a list of tensors without names
+_NO_PARAMETERS = ("running_mean", "running_var")  # buffers of floats
+_FIXED = ("pos_embed",)  # tables that some encoders do not train
 _PART = re.compile(r"(.+)\.lora_([AB])(?:\.(\w+))?\.weight")  # with the adapter's name, in files of one model
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that also alter the base model
 _QUANTISED = (  # endings of names beside weights that are no floats
@@ -35,7 +38,36 @@ def plain_weights(contents: Contents) -> Contents:
     """
     _refuse_quantised(contents)
     sections = {path: _merged(contents, names) for path, names in contents.sections.items()}
-    return replace(contents, sections=with_names(sections))
+    models = [held for path, held in sections.items() if not path.startswith("opt") and not _is_list(path, held)]
+    for path, held in sections.items():
+        if _is_list(path, held):
+            sections[path] = next((placed for model in models if (placed := _placed(model, held))), held)
+    return replace(contents, sections=sections)
+
+
+def refuse_lists(contents: Contents) -> None:
+    """CheckpointError for a list that fits no model: what it averages would be passed over in silence."""
+    for path, held in contents.sections.items():
+        if _is_list(path, held):
+            raise CheckpointError(
+                f"{contents.source}: {path} is a running average without names (torch_ema) whose {len(held)} tensors "
+                "do not fit a model's in order; copy it into the model (copy_to) and save that, or pass encoder=model "
+                "(--encoder) for the weights that are not averaged"
+            )
+
+
+def _is_list(path: str, held: Mapping[str, Tensor]) -> bool:
+    return path.rpartition(".")[2] == _LIST and all(name.isdecimal() for name in held)
+
+
+def _placed(model: dict[str, Tensor], average: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """``model`` with its parameters' values from ``average``; fixed tables count only where the list has them."""
+    names = [n for n, tensor in model.items() if tensor.is_floating_point() and not n.endswith(_NO_PARAMETERS)]
+    values = list(average.values())
+    for trained in (names, [name for name in names if not name.endswith(_FIXED)]):
+        if [model[name].shape for name in trained] == [value.shape for value in values]:
+            return model | dict(zip(trained, values, strict=True))
+    return None
 
 
 def with_adapter(base: Contents, adapter: Contents) -> Contents:
@@ -163,13 +195,13 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float, source: str) -> Ten
 
 def _scale(config: Mapping[str, Any], layer: str, rank: int, where: str) -> float:
     """alpha / rank of a layer; the first entry of alpha_pattern that the layer's name ends with says its alpha."""
-    patterns = {"alpha_pattern": config.get("alpha_pattern") or {}, "rank_pattern": config.get("rank_pattern") or {}}
-    alpha, said = config.get("lora_alpha", 8), config.get("r", 8)
-    for entry, found in patterns.items():
-        if not isinstance(found, Mapping) or not all(isinstance(v, int | float) and v > 0 for v in found.values()):
+    found = {"alpha_pattern": config.get("lora_alpha", 8), "rank_pattern": config.get("r", 8)}
+    for entry, usual in found.items():
+        pattern = config.get(entry) or {}
+        if not isinstance(pattern, Mapping) or not all(isinstance(v, int | float) and v > 0 for v in pattern.values()):
             raise CheckpointError(f"{where}: {entry} must be an object of layers and numbers; correct it")
-    alpha = next((v for key, v in patterns["alpha_pattern"].items() if _speaks_of(key, layer, where)), alpha)
-    said = next((v for key, v in patterns["rank_pattern"].items() if _speaks_of(key, layer, where)), said)
+        found[entry] = next((v for key, v in pattern.items() if _speaks_of(key, layer, where)), usual)
+    alpha, said = found.values()
     if alpha is None:
         raise _cannot(where, "holds LoRA layers whose scale (lora_alpha) it does not tell")
     if not isinstance(alpha, int | float) or not isinstance(said, int | None):
@@ -185,10 +217,8 @@ def _speaks_of(pattern: str, layer: str, where: str) -> bool:
     """Whether an entry of PEFT's patterns is about ``layer``: an expression for its name or the end of it."""
     if len(pattern) > 200 or re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:  # may never end
         raise CheckpointError(f"{where}: the pattern {ascii(pattern)[:80]} is too involved; name the layers in it")
-    try:
+    with errors_as(CheckpointError, f"{where}: {ascii(pattern)[:80]} is no pattern", "correct it"):
         return re.match(rf"(?:.*\.)?(?:{pattern})$", layer) is not None
-    except re.error as error:
-        raise CheckpointError(f"{where}: {ascii(pattern)[:80]} is no pattern ({error}); correct it") from error
 
 
 def _target(weights: Mapping[str, Tensor], name: str, adapter: Contents) -> str:

@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from mim_refiner.checkpoints.families import Converted
 from mim_refiner.checkpoints.families.base import LAYER_SCALE
-from mim_refiner.checkpoints.store import one_line
 from mim_refiner.errors import CheckpointError, InputError
+from mim_refiner.files import errors_as
 from mim_refiner.models import capi, kinds  # noqa: F401  (registers their architectures with timm)
 from mim_refiner.models.vit import create_vit
 
@@ -43,19 +43,17 @@ def build(converted: Converted, where: str) -> Any:
             "model, and was not followed; correct its config.json"
         )
     _check_arguments(arguments, where)
-    try:
+    remedy = "correct its config.json, or take the files from their source again"
+    problem = f"{where}: timm cannot build '{converted.architecture}' as described"
+    with errors_as(CheckpointError, problem, remedy, Exception):  # raised is almost anything for what does not fit
         if is_model_in_modules(converted.architecture.partition(".")[0], _VIT_MODULES):
             model: Any = create_vit(converted.architecture, **arguments)
         else:
             model = timm.create_model(converted.architecture, pretrained=False, num_classes=0, **arguments)
-    except Exception as error:  # timm's constructors raise almost anything for arguments that do not fit
-        raise CheckpointError(
-            f"{where}: timm cannot build '{converted.architecture}' as described ({one_line(error)}); correct its "
-            "config.json, or take the files from their source again"
-        ) from error
     for name in converted.without:
-        if name == LAYER_SCALE:
-            _without_layer_scale(model)
+        if name == LAYER_SCALE:  # timm's constructors of some always give it
+            for block in (module for module in model.modules() if hasattr(module, "gamma_1")):
+                block.gamma_1 = block.gamma_2 = None
             continue
         if not isinstance(getattr(model, name, None), nn.LayerNorm | nn.RMSNorm | nn.Identity):
             raise CheckpointError(
@@ -86,14 +84,6 @@ def _check_arguments(arguments: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _without_layer_scale(model: nn.Module) -> None:
-    """For timm's constructors that always give it."""
-    for module in model.modules():
-        for name in ("gamma_1", "gamma_2"):
-            if hasattr(module, name):
-                setattr(module, name, None)
-
-
 def adapt_channels(converted: Converted, in_chans: int) -> Converted:
     """Patch projection for another number of input channels, as timm does it.
 
@@ -110,10 +100,9 @@ def adapt_channels(converted: Converted, in_chans: int) -> Converted:
     channels = weight.shape[1]
     if channels == in_chans:
         return converted
+    adapted = weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
     if in_chans == 1:
         adapted = weight.sum(dim=1, keepdim=True)
-    else:
-        adapted = weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
     return replace(
         converted,
         arguments=converted.arguments | {"in_chans": in_chans},
@@ -144,11 +133,4 @@ class _NoDraws(TorchFunctionMode):
 def shapes_only() -> Iterator[None]:
     """Modules made inside have shapes and no memory."""
     with torch.device("meta"), _NoDraws():
-        yield
-
-
-@contextmanager
-def untouched_random_state() -> Iterator[None]:
-    """The caller's random state stays as it is although timm draws initial weights."""
-    with torch.random.fork_rng(devices=[]):
         yield

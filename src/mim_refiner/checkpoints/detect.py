@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from mim_refiner.checkpoints.averages import refuse_lists
+from mim_refiner.checkpoints.adapters import refuse_lists
 from mim_refiner.checkpoints.families import FAMILIES, Family, View, Wishes
 from mim_refiner.checkpoints.families.base import GUESS
 from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES
 from mim_refiner.checkpoints.families.timm_format import FAMILY as TIMM
+from mim_refiner.checkpoints.refused import looks_like, refuse_by_name
 from mim_refiner.checkpoints.store import Contents, some, strip_wrappers, words
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean
 
@@ -21,39 +22,6 @@ _AVERAGES = (
 _NO_AVERAGE = {"gram", "student", "online"}  # a Gram teacher is an old state, only there to regularise
 # Parts of paths and prefixes that do not tell encoders apart.
 _UNTELLING = {"", "model", "state_dict", "backbone", "net", "network", "vit", "beit", "trunk", "visual"}
-
-# Telling parts of names in files that are recognised but not loadable here; first match wins. The first ones have names
-# that are partly those of a family: they would be mistaken.
-_MISTAKEN = (
-    ("hiera.encoder.", "a Hiera of transformers; load timm's conversion, for example hiera_tiny_224.mae"),
-    ("swin.encoder.", "a Swin Transformer of transformers; load timm's conversion of it"),
-    ("swinv2.encoder.", "a Swin Transformer V2 of transformers; load timm's conversion of it"),
-    (
-        "embeddings.distillation_token",
-        "a DeiT of transformers (load timm's deit_base_distilled_patch16_224) or an Audio Spectrogram Transformer "
-        "(its two class tokens are not read)",
-    ),
-    ("encoder.stages.0.layers.0.attn.", "a Hiera of transformers; load timm's conversion, such as hiera_tiny_224.mae"),
-    ("encoder.layers.0.blocks.0.attention.self.", "a Swin Transformer of transformers; load timm's conversion of it"),
-)
-_KNOWN_OTHERS = (
-    *_MISTAKEN,
-    ("layer1.0.conv1.weight", "a ResNet"),
-    ("encoder.stages.0.layers.0.pwconv1.", "a ConvNeXt of transformers; load timm's conversion of it"),
-    ("embeddings.class_embedding", "a CLIP of transformers; load timm's conversion of it"),
-    ("layer.0.attention.o_proj.", "a DINOv3 of transformers; load timm's conversion of it"),
-    ("embeddings.cls_token_distill", "a DeiT of transformers; load timm's conversion of it"),
-    ("convnextv2.", "a ConvNeXt V2 of transformers; load timm's conversion of it"),
-    ("vision_model.encoder.layers.", "a CLIP or SigLIP of transformers; load timm's conversion of it"),
-    ("stages.0.", "a hierarchical network (ConvNeXt or Swin)"),
-    ("layers.0.blocks.", "a Swin Transformer"),
-    ("w12.weight", "a ViT with SwiGLU (DINOv2 giant)"),
-    ("relative_position_bias_table", "a BEiT with parts missing"),
-    ("alibi", "another modality of data2vec 2.0"),
-    ("embeddings.patch_embeddings", "another Hugging Face transformers model"),
-    ("lora_A", "a LoRA adapter without its base model"),
-    ("_flat_param", "flat parameters of FSDP; save the full state dict (FULL_STATE_DICT)"),
-)
 
 
 @dataclass(frozen=True)
@@ -66,20 +34,18 @@ class Detected:
     note: str = ""  # on the choice, where names do not tell it or tell it wrongly
 
 
-def detect(contents: Contents, wishes: Wishes, families: Sequence[Family] = FAMILIES) -> Detected:
-    """The first family that claims an encoder of the file, and the encoder to take.
+def detect(contents: Contents, wishes: Wishes, own: Family | None = None) -> Detected:
+    """The first family that claims an encoder of the file, or the caller's ``own``; and the encoder to take.
 
     That is the one ``wishes.encoder`` names, else the running average, whatever its tool calls it, unless the family
     prefers another. Raises CheckpointError for a file that no family claims, with a guess at what it is, and InputError
     for an encoder that is not there.
     """
-    names = [strip_wrappers(name) for held in contents.sections.values() for name in held]
-    for part, what in _MISTAKEN:
-        if any(name.startswith(part) or f".{part}" in name for name in names):
-            raise CheckpointError(f"{contents.source}: is {what}")
+    if own is None:
+        refuse_by_name(contents)
     if wishes.encoder is None:
         refuse_lists(contents)
-    for family in families:
+    for family in FAMILIES if own is None else (own,):
         views = list(_views(contents, family))
         found = [view for view in views if family.matches(view)]
         if found:
@@ -223,7 +189,7 @@ def _unknown(contents: Contents) -> CheckpointError:
         )
     kind = None if contents.config is None else contents.config.get("model_type")
     guess = f"a Hugging Face model of type '{kind}'" if kind else None
-    guess = guess or next((what for part, what in _KNOWN_OTHERS if any(part in name for name in names)), None)
+    guess = guess or looks_like(names)
     if guess is None and (strange := _strange_parts(contents)):
         return CheckpointError(
             f"{contents.source}: {len(strange)} tensors in its blocks are none of a plain ViT's: {some(strange)}; "

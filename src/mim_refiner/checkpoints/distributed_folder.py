@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim_refiner.checkpoints.held import BrokenPickleError, Stub, held_tensor
-from mim_refiner.checkpoints.pickles import UnsafePickleError, read_pickle
+from mim_refiner.checkpoints.held import Stub, held_tensor
+from mim_refiner.checkpoints.pickles import read_pickle
 from mim_refiner.checkpoints.store import Contents, check_inside, check_regular, contents_of
 from mim_refiner.checkpoints.torch_files import read_torch
 from mim_refiner.errors import CheckpointError
+from mim_refiner.files import errors_as
 
 METADATA = ".metadata"
 Place = tuple[str, tuple[int, ...]]  # name of a tensor, where a chunk of it begins
@@ -28,7 +29,9 @@ def read_distributed(folder: Path) -> Contents:
     """
     check_inside(folder, folder / METADATA)
     check_regular(folder / METADATA)
-    try:
+    module = "torch.distributed.checkpoint"
+    remedy = f"copy it again, or turn it into a file: python -m {module}.format_utils dcp_to_torch FOLDER FILE"
+    with errors_as(CheckpointError, f"{folder}: is a damaged folder of {module}", remedy):
         fields = _fields(read_pickle((folder / METADATA).read_bytes())[0])
         tensors, places = _fields(fields.get("state_dict_metadata")), dict(_places(fields.get("storage_data")))
         paths = _fields(fields.get("planner_data"))
@@ -43,11 +46,6 @@ def read_distributed(folder: Path) -> Contents:
             for part in section:
                 holder = holder.setdefault(str(part), {})
             holder[str(last)] = _joined(folder, name, _fields(about).get("size"), chunks, places)
-    except (BrokenPickleError, UnsafePickleError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder}: is a damaged folder of torch.distributed.checkpoint ({str(error)[:100]}); copy it again, or "
-            "turn it into a file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
-        ) from error
     return contents_of(found, folder)
 
 

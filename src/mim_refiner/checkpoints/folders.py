@@ -14,11 +14,10 @@ from mim_refiner.checkpoints.store import (
     Contents,
     check_inside,
     leaves,
-    one_line,
     read_checkpoint,
     read_config,
 )
-from mim_refiner.errors import CheckpointError
+from mim_refiner.errors import CheckpointError, one_line
 
 CONFIG, PREPROCESSOR, ADAPTER = "config.json", "preprocessor_config.json", "adapter_config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
@@ -49,33 +48,7 @@ def _read_model(folder: Path) -> Contents:
     for states in (_DEEPSPEED, _ZERO3):
         if (folder / states).exists():
             return replace(plain_weights(read_checkpoint(folder / states)), source=str(folder))
-    if not (folder / CONFIG).exists() and not (folder / CONFIG).is_symlink() and not _index(folder):
-        if len(_weights(folder)) != 1:
-            raise _no_model(folder)
-        return replace(plain_weights(read_checkpoint(_weight_file(folder), config={})), source=str(folder), config=None)
-    contents = _with_configs(folder, _read_weights)
-    return replace(contents, source=str(folder))
-
-
-def _no_model(folder: Path) -> CheckpointError:
-    """What a folder holds instead of a model."""
-    files = _weights(folder)
-    if any("-of-" in path.name for path in files):
-        return CheckpointError(
-            f"{folder}: holds shards of a model without their index; download its model.safetensors.index.json "
-            "(pytorch_model.bin.index.json for .bin files) into the folder"
-        )
-    below = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
-    if files or not below:
-        named = f"several weight files ({', '.join(path.name for path in files[:4])})" if files else "no weights"
-        return CheckpointError(
-            f"{folder}: the folder has no config.json and {named}; give a timm folder, a finished run, or the "
-            "weight file"
-        )
-    listed = one_line(", ".join(below[:4]), 160)
-    return CheckpointError(
-        f"{folder}: the folder has no config.json and no weights, only folders ({listed}); give the one with the model"
-    )
+    return replace(_with_configs(folder, _read_weights), source=str(folder))
 
 
 def read_file(path: Path, read_base: Base) -> Contents:
@@ -85,17 +58,14 @@ def read_file(path: Path, read_base: Base) -> Contents:
         return read_folder(folder, read_base)
     if path.name in (*_ADAPTER_FILES, *WEIGHT_FILES) and (folder / ADAPTER).is_file():
         return _read_adapter(folder, read_base)
-    if path.name.endswith(_INDEX):
-        return replace(_with_configs(folder, lambda place, _: _read_shards(path)), source=str(path))
-    index = (
-        _index(folder) if path.name.partition("-")[0] in ("model", "pytorch_model") and "-of-" in path.name else None
-    )
+    is_shard = path.name.partition("-")[0] in ("model", "pytorch_model") and "-of-" in path.name
+    index = path if path.name.endswith(_INDEX) else _index(folder) if is_shard else None
     if index is not None:
-        return replace(_with_configs(folder, lambda place, _: _read_shards(index)), source=str(path))
+        return replace(_with_configs(folder, lambda *_: _read_shards(index)), source=str(path))
     own = (folder / CONFIG).is_file() and (path.name in WEIGHT_FILES or _weights(folder) == [path])
     if not own:
         return plain_weights(read_checkpoint(path))
-    return replace(_with_configs(folder, lambda place, config: read_checkpoint(path, config=config)), source=str(path))
+    return replace(_with_configs(folder, lambda _, config: read_checkpoint(path, config=config)), source=str(path))
 
 
 def _with_configs(folder: Path, read: Callable[[Path, Mapping[str, Any]], Contents]) -> Contents:
@@ -168,18 +138,27 @@ def _has_model(folder: Path) -> bool:
 
 
 def _weight_file(folder: Path) -> Path:
+    """The only file of weights; CheckpointError that says what the folder holds instead."""
     found = _weights(folder)
     if len(found) == 1:
         return found[0]
-    if found:
-        names = ", ".join(path.name for path in found[:4])
-        raise CheckpointError(f"{folder}: holds several weight files ({names}); give the path of the one you mean")
-    for name, (tool, option) in _OTHER_TOOLS.items():
-        if (folder / name).exists():
-            raise CheckpointError(
-                f"{folder}: holds weights of {tool} only ({name}); load it with {option}=True and save it again"
-            )
-    raise CheckpointError(f"{folder}: has a config.json but no weights; put model.safetensors beside it")
+    names = ", ".join(path.name for path in found[:4])
+    below = ", ".join(path.name for path in sorted(folder.iterdir()) if path.is_dir())
+    other = next((what for name, what in _OTHER_TOOLS.items() if (folder / name).exists()), None)
+    if any("-of-" in path.name for path in found):
+        problem = "holds shards of a model without their index"
+        remedy = "download its model.safetensors.index.json (pytorch_model.bin.index.json) into the folder"
+    elif found:
+        problem, remedy = f"holds several weight files ({names})", "give the path of the one you mean"
+    elif other:
+        problem, remedy = f"holds weights of {other[0]} only", f"load it with {other[1]}=True and save it again"
+    elif (folder / CONFIG).exists():
+        problem, remedy = "has a config.json but no weights", "put model.safetensors beside it"
+    elif below:
+        problem, remedy = f"has no weights, only folders ({one_line(below)})", "give the one with the model"
+    else:
+        problem, remedy = "has no config.json and no weights", "give a timm folder, a finished run, or the weight file"
+    raise CheckpointError(f"{folder}: {problem}; {remedy}")
 
 
 def _index(folder: Path) -> Path | None:

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mim_refiner.checkpoints.accounting import Diagnosis, coverage, fates
-from mim_refiner.checkpoints.build import MAX_PIXELS, adapt_channels, build, shapes_only, untouched_random_state
+from mim_refiner.checkpoints.accounting import Diagnosis, fates
+from mim_refiner.checkpoints.build import MAX_PIXELS, adapt_channels, build, shapes_only
 from mim_refiner.checkpoints.catalog import UNKNOWN_LICENCE, family_licence
 from mim_refiner.checkpoints.detect import detect
-from mim_refiner.checkpoints.families import ASKED, Converted, Wishes
+from mim_refiner.checkpoints.families import Converted, Wishes
 from mim_refiner.checkpoints.families.base import GUESS
 from mim_refiner.checkpoints.families.own import own_family
 from mim_refiner.checkpoints.families.plain_vit import heads_question
 from mim_refiner.checkpoints.options import split_options
 from mim_refiner.checkpoints.resolve import read_source
-from mim_refiner.checkpoints.store import one_line, some
+from mim_refiner.checkpoints.store import some
 from mim_refiner.checkpoints.told import guesses, told, with_own_facts
-from mim_refiner.errors import CheckpointError, InputError, MimRefinerError
-from mim_refiner.files import name_of, reading
+from mim_refiner.errors import CheckpointError, InputError, MimRefinerError, one_line
+from mim_refiner.files import errors_as, name_of, reading
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import RULES
 from mim_refiner.types import BackboneInfo, CheckpointReport, TensorRecord
@@ -68,9 +68,8 @@ def load_backbone(
     """
     if isinstance(source, nn.Module):
         return _held(source, _pair(image_size))
-    given = {"image_size": _pair(image_size), "num_heads": num_heads, "in_chans": in_chans, "encoder": encoder}
-    bare, wishes, key_map = _merge(source, given, key_map)
-    found = _examine(bare, wishes, key_map)
+    found = _examine(source, key_map, image_size=image_size, num_heads=num_heads, in_chans=in_chans, encoder=encoder)
+    bare, wishes = found.source, found.wishes
     if found.problem is not None and (strict or not found.is_gap):
         raise found.problem
     if found.is_gap:
@@ -81,12 +80,12 @@ def load_backbone(
             raise wrong
     diagnosis = found.diagnosis
     _check_size(found.sketch, diagnosis, bare)
-    with untouched_random_state():
+    with torch.random.fork_rng(devices=[]):  # timm draws initial weights
         model = build(diagnosis.converted, diagnosis.contents.source)
     expected = found.sketch.state_dict()
     tensors = {name: tensor for name, tensor in diagnosis.converted.tensors.items() if name in expected}
     model.load_state_dict(tensors, strict=False)
-    backbone = _wrap(diagnosis, model, source=bare, coverage=coverage(model, found.missing))
+    backbone = _wrap(diagnosis, model, bare, found.missing)
     if wishes.image_size is not None:
         backbone.set_image_size(wishes.image_size)
     for note in found.notes:
@@ -123,14 +122,12 @@ def inspect_checkpoint(
     unknown) is reported: ``problem`` is the line that loading ends with. Raises CheckpointError if it cannot be read
     safely or is of no known family, InputError for an unusable option.
     """
-    given = {"image_size": _pair(image_size), "num_heads": num_heads, "in_chans": in_chans, "encoder": encoder}
-    bare, wishes, key_map = _merge(source, given, key_map)
-    found = _examine(bare, wishes, key_map)
+    found = _examine(source, key_map, image_size=image_size, num_heads=num_heads, in_chans=in_chans, encoder=encoder)
     diagnosis, facts = found.diagnosis, vars(found.backbone.info)
     if diagnosis.converted.num_heads == 0:  # nobody tells
         facts = facts | {"num_heads": 0, "architecture": facts["architecture"].replace("heads=1,", "heads=?,")}
     return CheckpointReport(
-        **facts | {"image_size": wishes.image_size or facts["image_size"]},
+        **facts | {"image_size": found.wishes.image_size or facts["image_size"]},
         tensors=tuple(found.records),
         missing=tuple(found.missing),
         notes=found.notes,
@@ -144,6 +141,8 @@ def inspect_checkpoint(
 class _Examined:
     """A source as far as it can be judged without building weights; ``problem``: the error that loading ends with."""
 
+    source: str  # without options
+    wishes: Wishes
     diagnosis: Diagnosis
     backbone: Backbone  # without memory for its weights
     records: list[TensorRecord]
@@ -157,33 +156,28 @@ class _Examined:
         return self.backbone.model
 
 
-def _examine(source: str, wishes: Wishes, key_map: KeyMapLike) -> _Examined:
+def _examine(given: str | Path, key_map: KeyMapLike, **options: Any) -> _Examined:
+    source, wishes, key_map = _merge(given, options, key_map)
     diagnosis = _diagnose(source, wishes, key_map)
     converted = diagnosis.converted
     known_heads = converted.num_heads != 0
     with shapes_only():  # they are compared before any memory is taken
         sketch = build(converted if known_heads else replace(converted, num_heads=1), diagnosis.contents.source)
     records, missing, unplaced = fates(diagnosis, sketch)
-    backbone = _wrap(diagnosis, sketch, source=source, coverage=coverage(sketch, missing))
+    backbone = _wrap(diagnosis, sketch, source, missing)
     problem: MimRefinerError | None = None
     gap = _gap(source, len(sketch.state_dict()), missing, unplaced)
     if not known_heads:
         problem = InputError(f"{source}: {heads_question(converted.arguments)}")
     elif gap:
         problem = CheckpointError(gap)
-    else:
-        problem = _wrong_numbers(converted.tensors, sketch, source) or _wrong_size(backbone, wishes)
-    notes = _notes(diagnosis, backbone.info, unplaced)
-    return _Examined(diagnosis, backbone, records, missing, notes, problem, is_gap=known_heads and bool(gap))
-
-
-def _wrong_size(backbone: Backbone, wishes: Wishes) -> MimRefinerError | None:
-    try:
-        if wishes.image_size is not None:
+    elif (problem := _wrong_numbers(converted.tensors, sketch, source)) is None and wishes.image_size is not None:
+        try:
             backbone.check_new_size(wishes.image_size)
-    except InputError as error:
-        return error
-    return None
+        except InputError as error:
+            problem = error
+    notes, is_gap = _notes(diagnosis, backbone.info, unplaced), known_heads and bool(gap)
+    return _Examined(source, wishes, diagnosis, backbone, records, missing, notes, problem, is_gap)
 
 
 def _check_size(sketch: Any, diagnosis: Diagnosis, source: str) -> None:
@@ -201,50 +195,42 @@ def _merge(source: str | Path, given: Mapping[str, Any], key_map: KeyMapLike) ->
     """(source, wishes, key map) with the options that stand in the source; arguments win over them."""
     bare, options = split_options(source)
     in_source = options.pop("key_map", None)
-    wishes = Wishes(**options | {name: value for name, value in given.items() if value is not None})
-    size = wishes.image_size
+    options |= {name: value for name, value in given.items() if value is not None}
+    size = options["image_size"] = _pair(options.get("image_size"))
     if size is not None and (min(size) < 1 or size[0] * size[1] > MAX_PIXELS):
         raise InputError(f"image_size {size[0]}x{size[1]} is no image size that an encoder takes; correct it")
-    return bare, wishes, in_source if key_map is None else key_map
+    return bare, Wishes(**options), in_source if key_map is None else key_map
 
 
 def _diagnose(source: str, wishes: Wishes, key_map: KeyMapLike) -> Diagnosis:
     with reading(one_line(source, 300), "check it, or take the file from its source again", CheckpointError):
         contents = read_source(source)
-    families = ASKED if key_map is None else (own_family(key_map),)
+    own = None if key_map is None else own_family(key_map)
     wishes = told(wishes, contents)
-    family = "config.json"
-    try:
-        detected = detect(contents, wishes, families)
-        family = f"family '{detected.family.name}'"
+    remedy = "take the files from their source again"
+    # Shapes and config entries of a damaged file can fail anywhere; all mean the same to the user.
+    with errors_as(CheckpointError, f"{contents.source}: its tensors or its config.json are of no encoder", remedy):
+        detected = detect(contents, wishes, own)
         converted = detected.family.convert(detected.view, wishes)
         converted = with_own_facts(converted, contents, by_key_map=key_map is not None)
         if detected.note:
             converted = replace(converted, notes=(*converted.notes, detected.note))
         if wishes.in_chans is not None:
             converted = adapt_channels(converted, wishes.in_chans)
-    except MimRefinerError:
-        raise
-    except Exception as error:
-        # Shapes and config entries of a damaged file can fail anywhere; all mean the same to the user.
-        raise CheckpointError(
-            f"{contents.source}: its tensors or its config.json do not fit the {family} "
-            f"({type(error).__name__}: {one_line(error, 100)}); take the files from their source again"
-        ) from error
     name = converted.family or detected.family.name
     licence = converted.licence or family_licence(name)
     return Diagnosis(contents, detected.view, name, converted, licence, detected.encoders)
 
 
-def _wrap(diagnosis: Diagnosis, model: Any, *, source: str, coverage: float) -> Backbone:
-    converted = diagnosis.converted
+def _wrap(diagnosis: Diagnosis, model: Any, source: str, missing: list[str]) -> Backbone:
+    converted, total = diagnosis.converted, len(model.state_dict())
     return Backbone.wrap(
         model,
         family=diagnosis.family,
         mean=_per_channel(converted, converted.mean),
         std=_per_channel(converted, converted.std),
         licence=diagnosis.licence,
-        coverage=coverage,
+        coverage=(total - len(missing)) / total,
         source=source,
         position_rule=converted.position_rule,
         pooling=converted.pooling,

@@ -20,8 +20,9 @@ from mim_refiner.checkpoints.folders import (
     read_file,
     read_folder,
 )
-from mim_refiner.checkpoints.store import Contents, one_line, read_checkpoint
+from mim_refiner.checkpoints.store import Contents, read_checkpoint
 from mim_refiner.errors import CheckpointError, did_you_mean, nearest_path
+from mim_refiner.files import errors_as
 
 _HUB_FILES = [
     CONFIG, PREPROCESSOR, ADAPTER, *WEIGHT_FILES, "*.index.json", "model-*-of-*.safetensors",
@@ -77,10 +78,7 @@ def _read_timm_name(name: str) -> Contents:
 
 
 def _download(repository: str, revision: str | None, source: str) -> Path:
-    try:
+    remedy = "check name and network, or download the folder elsewhere and pass its path"
+    # the hub's client raises its own, httpx's and OSError; all mean: not available
+    with errors_as(CheckpointError, f"'{source}': cannot be downloaded", remedy):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub's client raises its own, httpx's and OSError; all mean: not available
-        raise CheckpointError(
-            f"'{source}': cannot be downloaded ({type(error).__name__}: {one_line(error, 100)}); "
-            "check name and network, or download the folder elsewhere and pass its path"
-        ) from error

@@ -7,18 +7,19 @@ import re
 import stat
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mim_refiner.checkpoints.held import NO_DENSE, BrokenPickleError, HeldTensor, Stub, held_tensor
 from mim_refiner.checkpoints.torch_files import PICKLE, ZIP, read_torch_file
-from mim_refiner.errors import CheckpointError
+from mim_refiner.errors import CheckpointError, one_line
+from mim_refiner.files import errors_as, read_regular, reading
 
 # Parts of names that DDP, torch.compile, FSDP and activation checkpointing put in.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -57,15 +58,15 @@ class Contents:
     def fact(self, *names: str) -> Any:
         """What the file's own arguments, else the config beside it, say under the first of ``names`` that they have.
 
-        None where nothing is said, or several things that differ; what stands below an entry of a decoder, predictor
-        or teacher (decoder_cfg, mask_decoder) is about that.
+        A name is the end of a path. None where nothing is said, or several things that differ; what stands below an
+        entry of a decoder, predictor or teacher (decoder_cfg, mask_decoder) is about that.
         """
         for facts in (self.facts, leaves(self.config or {})):
             for name in names:
                 found = {
                     value
                     for path, value in facts.items()
-                    if path.rpartition(".")[2].lower() == name and not is_elsewhere(path)
+                    if f".{path.lower()}".endswith(f".{name}") and not is_elsewhere(path)
                 }
                 if len(found) == 1:
                     return found.pop()
@@ -93,11 +94,8 @@ def read_checkpoint(path: Path, *, config: Mapping[str, Any] | None = None) -> C
     if config is not None:
         check_inside(path.parent, path)
     check_regular(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    with _readable(path), path.open("rb") as file:
+        start = file.read(9)
     if not start:
         raise CheckpointError(f"{path}: the file is empty; copy or download it again")
     # The length of a safetensors header may begin with a pickle's first byte, so the brace after it is looked at first.
@@ -117,28 +115,20 @@ def contents_of(payload: Any, path: Path, config: Mapping[str, Any] | None = Non
             facts |= _plain_values(where, held)
     if not sections:
         raise CheckpointError(f"{path}: holds no tensors; give a file with a model's weights")
-    if isinstance(payload, Mapping) and "param_shapes" in payload:
-        _check_deepspeed(path, sections)
-    _check_tensors(path, sections)
-    return Contents(source=str(path), sections=sections, config=config, facts=facts)
-
-
-def _check_deepspeed(path: Path, sections: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """CheckpointError where DeepSpeed's file of the model has no weights: ZeRO 3 keeps them in parts elsewhere."""
-    weights = sections.get("module", {})
-    if not any(tensor.numel() for tensor in weights.values()):
+    zero = isinstance(payload, Mapping) and "param_shapes" in payload
+    if zero and not any(tensor.numel() for tensor in sections.get("module", {}).values()):
         raise CheckpointError(
             f"{path}: is of DeepSpeed ZeRO 3, whose weights lie in parts in the other files; in the folder that holds "
             "the file 'latest' run 'python zero_to_fp32.py . whole', and give what it writes"
         )
+    _check_tensors(path, sections)
+    return Contents(source=str(path), sections=sections, config=config, facts=facts)
 
 
 def check_regular(path: Path) -> None:
     """CheckpointError unless ``path`` (links followed) is a regular file: a pipe would block, a device never end."""
-    try:
+    with _readable(path):
         mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise _unreadable(path, error) from error
     if stat.S_ISDIR(mode):
         raise CheckpointError(f"{path}: is a folder, not a file; give the weight file, or a folder with a config.json")
     if not stat.S_ISREG(mode):
@@ -150,15 +140,10 @@ def check_inside(folder: Path, path: Path) -> None:
 
     The hub's cache is the exception: what lies in a snapshot, at any depth, links to the blobs beside the snapshots.
     """
-    try:
-        target = path.resolve(strict=True)
-        roots = [folder.resolve(strict=True)]
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise CheckpointError(f"{path}: is a link to nothing; copy the file into the folder") from None
-        return  # a missing file is reported by who needs it
-    except (OSError, RuntimeError) as error:
-        raise _unreadable(path, error) from error
+    with _readable(path):
+        if not path.exists() and not path.is_symlink():
+            return  # a missing file is reported by who needs it
+        target, roots = path.resolve(strict=True), [folder.resolve(strict=True)]
     roots += [
         place.parent.parent / "blobs" for place in (roots[0], *roots[0].parents) if place.parent.name == "snapshots"
     ]
@@ -169,29 +154,20 @@ def check_inside(folder: Path, path: Path) -> None:
         )
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = getattr(error, "strerror", None) or one_line(error, 80)
-    return CheckpointError(f"{one_line(path, 400)}: cannot be read ({reason}); check path and permissions")
+def _readable(path: Path) -> AbstractContextManager[None]:
+    return reading(one_line(path, 400), "check path and permissions", CheckpointError)
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """The config.json of ``folder`` as a dict; CheckpointError if missing or no JSON object."""
     path = folder / name
     check_inside(folder, path)
-    try:
-        if path.exists():
-            check_regular(path)
-            if path.stat().st_size > _MAX_CONFIG_BYTES:
-                raise CheckpointError(f"{path}: is larger than any config.json; download it again")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder}: the folder has no config.json; give a timm folder, a finished run, or the weight file"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        if path.is_file() and path.read_bytes()[:64].lstrip().startswith((_LFS, b"<")):
-            raise CheckpointError(f"{path}: {_what_it_is(path)}") from error
-        raise CheckpointError(f"{path}: is no readable JSON ({one_line(error)}); download it again") from error
+    check_regular(path)
+    with errors_as(CheckpointError, f"{path}: is no readable JSON", "download it again"):
+        content = read_regular(path, most=_MAX_CONFIG_BYTES)
+        if content[:64].lstrip().startswith((_LFS, b"<")):
+            raise CheckpointError(f"{path}: {_what_it_is(path)}")
+        config = json.loads(content)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: must hold a JSON object with an 'architecture'; write or download it again")
     return config
@@ -200,12 +176,6 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 def strip_wrappers(name: str) -> str:
     """``name`` without the parts that DDP, torch.compile, FSDP and activation checkpointing put in."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def one_line(error: object, limit: int = 160) -> str:
-    """The start of an error's text on one line."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def some(names: Iterable[str], limit: int = 4) -> str:
@@ -221,13 +191,12 @@ def _read_safetensors(path: Path, start: bytes) -> Any:
         raise CheckpointError(f"{path}: is packed with {packed}; unpack it first")
     if not (len(start) == 9 and start[8:9] == b"{"):
         raise CheckpointError(f"{path}: {_what_it_is(path)}")
-    try:
-        _check_header(path, int.from_bytes(start[:8], "little"))
+    problem = f"{path}: is a damaged or truncated safetensors file"
+    with errors_as(CheckpointError, problem, "copy or download it again"), path.open("rb") as file:
+        file.seek(8)
+        header = file.read(min(int.from_bytes(start[:8], "little"), path.stat().st_size, _MAX_HEADER_BYTES))
+        json.loads(header, object_pairs_hook=_unique_keys)  # the library takes the last of two tensors of one name
         return load_file(path)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: is a damaged or truncated safetensors file ({one_line(error)}); copy or download it again"
-        ) from error
 
 
 def _what_it_is(path: Path) -> str:
@@ -248,16 +217,6 @@ def _what_it_is(path: Path) -> str:
     if tarfile.is_tarfile(path):
         return "is a tar archive; unpack it, and give the checkpoint inside (save that of torch before 0.1.10 again)"
     return "is not a checkpoint; give a .safetensors file, or a .pth/.pt/.bin file written by torch.save"
-
-
-def _check_header(path: Path, length: int) -> None:
-    """ValueError when the header is longer than the file or names a tensor twice; the library checks the rest."""
-    size = path.stat().st_size
-    if length > min(size - 8, _MAX_HEADER_BYTES):
-        raise ValueError(f"its header claims {length} bytes, the file has {size}")
-    with path.open("rb") as file:
-        file.seek(8)
-        json.loads(file.read(length), object_pairs_hook=_unique_keys)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

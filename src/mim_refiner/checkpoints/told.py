@@ -12,7 +12,7 @@ import timm
 
 from mim_refiner.checkpoints.families import Converted, Wishes
 from mim_refiner.checkpoints.families.base import GUESS
-from mim_refiner.checkpoints.store import OWN_FACTS, Contents, is_elsewhere
+from mim_refiner.checkpoints.store import OWN_FACTS, Contents
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.positions import RULES
 
@@ -29,6 +29,8 @@ _NAMED = {  # size in a ViT's name: width and heads
 _DOUBTFUL = re.compile(r"mae_.*(tiny|small).*|(vit|deit)_tiny_.*|(vit|deit)_small")
 _SIZES = ("input_size", "img_size", "image_size", "input_resolution", "imgsz", "global_crops_size")
 _PAIRS = [
+    *(((f"{size}.{height}",), (f"{size}.{width}",)) for size in _SIZES
+      for height, width in (("height", "width"), ("h", "w"))),
     *(((f"{start}{height}",), (f"{start}{width}",)) for start in ("img_", "image_", "input_")
       for height, width in (("height", "width"), ("h", "w"))),
     (("imgh",), ("imgw",)),
@@ -39,14 +41,11 @@ _MEANS, _STDS = ("image_mean", "img_mean", "pixel_mean", "mean"), ("image_std", 
 
 def told(wishes: Wishes, contents: Contents) -> Wishes:
     """``wishes`` with heads and image size of the file's own arguments."""
-    heads, per_head = contents.fact(*_HEADS), contents.fact("head_dim", "dim_head")
-    name = contents.fact(*_MODELS)
-    width, named = _named(name) if isinstance(name, str) else (0, 0)
     return replace(
         wishes,
-        told_heads=_count(heads),
-        told_head_dim=_count(per_head),
-        told_model=(width, named),
+        told_heads=_count(contents.fact(*_HEADS)),
+        told_head_dim=_count(contents.fact("head_dim", "dim_head")),
+        told_model=_named(contents.fact(*_MODELS)),
         told_size=_size(contents),
     )
 
@@ -74,9 +73,9 @@ def _listed(values: Any) -> Any:
     return values if None in parts else parts
 
 
-def _named(model: str) -> tuple[int, int]:
+def _named(model: Any) -> tuple[int, int]:
     """Width and heads of the plain ViT of that name; (0, 0) for others, and for names of several encoders."""
-    name = model.partition(".")[0].lower()
+    name = str(model).partition(".")[0].lower()
     match = re.fullmatch(r"(?:mae_)?(?:vit|deit|deit3)_([a-z]+)(?:_.*)?", name)
     if match is None or (_DOUBTFUL.fullmatch(name) and not timm.is_model(name)):
         return 0, 0
@@ -85,11 +84,10 @@ def _named(model: str) -> tuple[int, int]:
 
 def _size(contents: Contents) -> tuple[int, int] | None:
     """Image size (height, width) in training; a spectrogram's is frames x mel bands, as AudioMAE lays it out."""
-    size = contents.fact(*_SIZES) or _two_sides(contents)
-    for rows, columns in _PAIRS:
-        if size is None:
-            size = (contents.fact(*rows), contents.fact(*columns))
-            size = None if None in size else size
+    size: Any = contents.fact(*_SIZES)
+    for rows, columns in _PAIRS if size is None else ():
+        pair = (contents.fact(*rows), contents.fact(*columns))
+        size = pair if size is None and None not in pair else size
     if isinstance(size, str):
         match = re.fullmatch(r"[(\[]?(\d{1,6})(?:\s*[x,]\s*(\d{1,6}))?[)\]]?", size, re.ASCII)
         size = tuple(int(side) for side in match.groups(match[1])) if match else None
@@ -97,21 +95,6 @@ def _size(contents: Contents) -> tuple[int, int] | None:
     if len(sides) == 3:  # channels first, as timm writes it
         sides = sides[1:]
     return (sides[0], sides[1]) if len(sides) == 2 and all(type(n) is int and n > 0 for n in sides) else None
-
-
-def _two_sides(contents: Contents) -> tuple[Any, Any] | None:
-    """A size that is told as a mapping: {height: 32, width: 128}."""
-    for name in _SIZES:
-        for row, column in (("height", "width"), ("h", "w")):
-            sides = {path.lower(): side for path, side in contents.facts.items() if not is_elsewhere(path)}
-            found = {
-                (side, sides.get(f"{path.removesuffix(row)}{column}"))
-                for path, side in sides.items()
-                if f".{path}".endswith(f".{name}.{row}")
-            }
-            if len(found) == 1:
-                return found.pop()
-    return None
 
 
 def with_own_facts(converted: Converted, contents: Contents, *, by_key_map: bool = False) -> Converted:

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from mim_refiner.checkpoints.held import BrokenPickleError, HeldTensor, Stub
 from mim_refiner.checkpoints.pickles import MAX_PICKLE_BYTES, UnsafePickleError, read_legacy, read_pickle
-from mim_refiner.errors import CheckpointError
+from mim_refiner.errors import CheckpointError, one_line
 
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"  # first byte of pickle protocol 2 and later
@@ -19,6 +19,11 @@ _MAX_MEMBERS = 200_000
 _SAVE_AGAIN = "save its tensors alone (a state dict, or safetensors)"
 _QUANTISED = re.compile(r"torchao\.[\w.]+|torch\.[\w.]*(\.quantized\.|\bQU?Int\d)[\w.]*")
 _DOWNLOAD = "copy or download it again"
+_PROGRAMS = (  # endings of members -> what the file is, how its tensors are taken out of it
+    (("/constants.pkl",), "a TorchScript program", "torch.jit.load({!r}, 'cpu').state_dict()"),
+    (("/archive_format", "serialized_exported_program.json"), "a program of torch.export (.pt2)",
+     "torch.export.load({!r}).state_dict"),
+)  # fmt: skip
 
 
 def read_torch_file(path: Path, start: bytes) -> Any:
@@ -50,7 +55,7 @@ def read_torch(file: IO[bytes], data: memoryview, where: str, start: bytes) -> A
     except BrokenPickleError as error:
         raise CheckpointError(f"{where}: is damaged or no torch checkpoint ({error}); {_DOWNLOAD}") from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = one_line(error, 100)
         raise CheckpointError(
             f"{where}: is damaged, truncated or no torch checkpoint ({reason}); {_DOWNLOAD}"
         ) from error
@@ -89,16 +94,12 @@ def _read_zip(file: IO[bytes], data: memoryview, where: str) -> Any:
     if len(members) > _MAX_MEMBERS:
         raise CheckpointError(f"{where}: has {len(members)} members, no checkpoint has so many; {_DOWNLOAD}")
     names = [member.filename for member in members]
-    if any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in names):
-        raise CheckpointError(
-            f'{where}: is a TorchScript program, not weights; save its tensors alone: python -c "import torch; '
-            f"torch.save(torch.jit.load({where!r}, 'cpu').state_dict(), 'weights.pth')\""
-        )
-    if any(name.endswith(("/archive_format", "serialized_exported_program.json")) for name in names):
-        raise CheckpointError(
-            f'{where}: is a program of torch.export (.pt2), not weights; save its tensors alone: python -c "import '
-            f"torch; torch.save(torch.export.load({where!r}).state_dict, 'weights.pth')\""
-        )
+    for endings, kind, tensors in _PROGRAMS:
+        if any(name.endswith(endings) for name in names):
+            raise CheckpointError(
+                f'{where}: is {kind}, not weights; save its tensors alone: python -c "import torch; '
+                f"torch.save({tensors.format(where)}, 'weights.pth')\""
+            )
     found: dict[str, memoryview] = {}
     for member in members:
         _check_member(where, member, found)

@@ -164,7 +164,8 @@ def _dinov2_state(backbone: Backbone) -> dict[str, Tensor]:
         for number in range(backbone.info.depth):
             for part in (1, 2):
                 state[f"blocks.{number}.ls{part}.gamma"] = torch.ones(backbone.info.embed_dim)
-    return hf.to_dinov2(state, backbone.info)
+    mask = torch.zeros(1, backbone.info.embed_dim)  # the model has it and does not use it
+    return {**hf.DINOV2_KEYS.from_timm(state), "embeddings.mask_token": mask}
 
 
 def _preprocessing(backbone: Backbone) -> dict[str, Any]:

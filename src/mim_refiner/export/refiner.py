@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim_refiner.checkpoints.families import mim_refiner_format
+from mim_refiner.checkpoints.families.renamed import to_mim_refiner
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.export.writing import Format, Pairs
@@ -22,7 +22,7 @@ def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str,
     if extras:
         raise InputError(f"--format refiner: the format has no {extras[0]} in its blocks; use --format timm or onnx")
     try:
-        state = mim_refiner_format.to_source(backbone.model.state_dict(), backbone.info)
+        state = to_mim_refiner(backbone.model.state_dict(), backbone.info)
     except InputError as error:
         raise InputError(f"--format refiner: {error}") from error
     torch.save({"state_dict": {name: tensor.detach().clone() for name, tensor in state.items()}}, folder / _FILE)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mim_refiner.checkpoints.families.keymap import Mapped
 from mim_refiner.checkpoints.store import Contents
-from mim_refiner.types import BackboneInfo, Pooling
+from mim_refiner.types import Pooling
 
 # Start of a name -> why no encoder takes it; what a family says beside it counts first.
 DROPPED = {
@@ -83,7 +83,7 @@ class View:
 
     @property
     def model_type(self) -> str | None:
-        return None if self.config is None else self.config.get("model_type")
+        return (self.config or {}).get("model_type")
 
 
 @dataclass(frozen=True)
@@ -116,18 +116,15 @@ class Converted:
 
 @dataclass(frozen=True)
 class Family:
-    """A source format: how to recognise it by keys and shapes, and its tensors in timm's terms and back.
+    """A source format: how to recognise it by keys and shapes, and its tensors in timm's terms.
 
     ``anchor``: name of the patch projection's weight; whatever stands before it in a file is the prefix of an encoder.
-    ``to_source`` (formats that we write): state dict of a timm model -> state dict of the format, bit for bit what
-    ``convert`` would read back.
     """
 
     name: str
     anchor: str
     matches: Callable[[View], bool]
     convert: Callable[[View, Wishes], Converted]
-    to_source: Callable[[Mapping[str, Tensor], BackboneInfo], dict[str, Tensor]] | None = None
     reads_config: bool = False  # a config.json tells the architecture, so the tensors may have other names
     any_names: bool = False  # the anchor may be missing: a key map says what the names mean
     default_encoder: tuple[str, ...] = ()  # labels to prefer before the usual ones (teacher, EMA)
@@ -138,21 +135,14 @@ def account(view: View, mapped: Mapped, reasons: Mapping[str, str]) -> dict[str,
 
     ``reasons``: start of a short name -> why it is left out. What lies outside the encoder is left out in any case.
     """
-    dropped, unplaced = {}, []
-    for short in mapped.rest:
-        reason = _reason(short, reasons)
-        if reason is None:
-            unplaced.append(view.names[short])
-        else:
-            dropped[view.names[short]] = reason
-    elsewhere = f"outside the encoder, whose names start with '{view.prefix}'"
-    dropped |= dict.fromkeys(view.outside.values(), elsewhere)
-    dropped |= {name: reason for short, name in view.beside.items() if (reason := _reason(short, reasons))}
+    rest = {view.names[short]: _reason(short, reasons) for short in mapped.rest}
+    outside = dict.fromkeys(view.outside.values(), f"outside the encoder, whose names start with '{view.prefix}'")
+    outside |= {name: reason for short, name in view.beside.items() if (reason := _reason(short, reasons))}
     return {
         "tensors": mapped.tensors,
         "origin": {view.names[short]: target for short, target in mapped.origin.items()},
-        "dropped": dropped,
-        "unplaced": tuple(unplaced),
+        "dropped": {name: reason for name, reason in rest.items() if reason} | outside,
+        "unplaced": tuple(name for name, reason in rest.items() if reason is None),
     }
 
 

@@ -19,15 +19,7 @@ from torch import Tensor
 from mim_refiner.checkpoints.families.base import DROPPED, GUESS, PROJECTION, Converted, Family, View, Wishes, account
 from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.checkpoints.families.mae import has_decoder
-from mim_refiner.checkpoints.families.plain_vit import (
-    Structure,
-    choose_heads,
-    count_blocks,
-    has_any,
-    mlp_ratio,
-    projection_sizes,
-    table_grid,
-)
+from mim_refiner.checkpoints.families.plain_vit import Structure, choose_heads, has_any, size_arguments, table_grid
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
@@ -61,27 +53,24 @@ def infer_beit(
     ``known_size`` come from a config. The number of heads is that of the relative table where there is one.
     Raises CheckpointError for a table whose grid nothing tells.
     """
-    width, in_chans, patch = projection_sizes(tensors, where)
+    sizes, patch = size_arguments(tensors, where)
+    width, depth = sizes["embed_dim"], sizes["depth"]
     relative = tensors.get(SHARED_TABLE, tensors.get(OWN_TABLE))
     if relative is not None:
-        sizes = (known_size, wishes.told_size, wishes.image_size)
-        grid, grid_notes = _relative_grid(relative, index, patch, sizes, where)
+        told = (known_size, wishes.told_size, wishes.image_size)
+        grid, grid_notes = _relative_grid(relative, index, patch, told, where)
     else:
-        grid, _, grid_notes = table_grid(tensors.get("pos_embed"), 1, (patch, in_chans), known_size, wishes, where)
-    depth, fc_norm = count_blocks(tensors), "fc_norm.weight" in tensors
+        pixels = (patch, sizes["in_chans"])
+        grid, _, grid_notes = table_grid(tensors.get("pos_embed"), 1, pixels, known_size, wishes, where)
+    fc_norm = "fc_norm.weight" in tensors
     heads, notes = choose_heads(width, depth, known_heads if relative is None else relative.shape[1], wishes, where)
     if relative is not None and heads != relative.shape[1]:
         raise CheckpointError(
             f"{where}: num_heads={heads}, but its tables of relative positions are for {relative.shape[1]} heads; "
             "leave num_heads out"
         )
-    arguments = {
+    arguments = sizes | {
         "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
-        "patch_size": patch[0] if patch[0] == patch[1] else patch,
-        "in_chans": in_chans,
-        "embed_dim": width,
-        "depth": depth,
-        "mlp_ratio": mlp_ratio(tensors, width),
         "qkv_bias": has_any(tensors, "attn.q_bias"),
         # Only switches layer scale on; timm would drop None and take the name's own value.
         "init_values": 0.1 if has_any(tensors, "gamma_1") else 0.0,
@@ -179,7 +168,7 @@ def _convert(view: View, wishes: Wishes) -> Converted:
     return convert_as(view, wishes, "beit", imagenet=False, notes=(_ALIKE,) if fine_tuned else ())
 
 
-BEIT = Family("beit", PROJECTION, has_beit, _convert, lambda state, _: BEIT_NAMES.from_timm(state))
+BEIT = Family("beit", PROJECTION, has_beit, _convert)
 
 # --- BEiT v2 (arXiv 2208.06366; microsoft/unilm, beit2): pre-training files have a shallow head on the class token; its
 # fine-tuned files are BEiT's. SimMIM with a ViT (arXiv 2111.09886; microsoft/SimMIM): a decoder of one layer. CAE
@@ -199,10 +188,6 @@ def _family(name: str, is_it: Callable[[View], bool], *, kind: str = "beit", **f
     return replace(BEIT, name=name, matches=lambda view: has_beit(view) and is_it(view), convert=convert)
 
 
-def _is_simmim(view: View) -> bool:
-    return "encoder" in view.prefix.split(".") and "decoder.0.weight" in view.beside
-
-
 def _is_eva01(view: View) -> bool:
     """Absolute positions only, and no layer scale or a head of the width of features.
 
@@ -217,7 +202,7 @@ def _is_eva01(view: View) -> bool:
 
 
 BEIT2 = _family("beit2", lambda view: any(name.startswith("cls_pt_layers.") for name in view.tensors), kind="beitv2")
-SIMMIM = _family("simmim", _is_simmim)
+SIMMIM = _family("simmim", lambda view: "encoder" in view.prefix.split(".") and "decoder.0.weight" in view.beside)
 CAE = replace(
     _family("cae", lambda view: any(name.startswith("pretext_neck.") for name in view.beside)),
     default_encoder=("encoder",),

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import View, Wishes
-from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, has_plain_vit, vit_family
+from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, has_plain_vit, is_bare_vit, vit_family
 
 # --- iBOT and DINO (arXiv 2111.07832, 2104.14294; github.com/bytedance/ibot, facebookresearch/dino): training
 # checkpoints {"student": ..., "teacher": ...}, and iBOT's extracted teacher, a plain ViT alone under "state_dict". The
@@ -17,7 +17,7 @@ from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, has_plain_vit,
 def _is_ibot(view: View) -> bool:
     """A ViT with class token called student or teacher, or alone in the file under "state_dict" without classifier."""
     names = view.tensors
-    if view.config is not None or not has_plain_vit(names) or "cls_token" not in names:
+    if not is_bare_vit(view) or "cls_token" not in names:
         return False
     if {"student", "teacher"} & {*view.section.split("."), *view.prefix.split(".")}:
         return True
@@ -45,7 +45,7 @@ IBOT = vit_family("ibot", _is_ibot, prepare=_prepare_ibot, final_norm=True, posi
 def _is_dinov2(view: View) -> bool:
     """A ViT with class token and registers, a mask token of two dimensions, or blocks in chunks."""
     names = view.tensors
-    if view.config is not None or not has_plain_vit(names) or "cls_token" not in names:
+    if not is_bare_vit(view) or "cls_token" not in names:
         return False
     mask, chunked = names.get("mask_token"), any(n.split(".")[2].isdigit() for n in names if n[:7] == "blocks.")
     return "register_tokens" in names or chunked or (mask is not None and mask.ndim == 2)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mim_refiner.checkpoints.families import base
@@ -17,7 +16,6 @@ from mim_refiner.checkpoints.families.keymap import KeyMap, Template
 from mim_refiner.checkpoints.families.plain_vit import vit_family
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
-from mim_refiner.types import BackboneInfo
 
 ANCHOR = "embeddings.patch_embeddings.projection.weight"
 NORM_EPS = 1e-12  # default of every transformers ViT; 4e-6 off in the features with timm's 1e-6
@@ -116,13 +114,9 @@ def check_activation(view: View) -> None:
 
 
 def _family(name: str, matches: Callable[[View], bool], keys: KeyMap = VIT_KEYS, **options: Any) -> Family:
-    """A family of plain ViTs; ``options`` as of :func:`vit_family`. What we write is of the bare model (no prefix)."""
-    given: dict[str, Any] = {
-        "prepare": said,
-        "position_rule": "hf",
-        "to_source": lambda state, _: keys.from_timm(state),
-    }
-    return vit_family(name, matches, keys=keys, anchor=ANCHOR, dropped=DROPPED, final_norm=True, **given | options)
+    """A family of plain ViTs; ``options`` as of :func:`vit_family`."""
+    given: dict[str, Any] = {"prepare": said, "position_rule": "hf"} | options
+    return vit_family(name, matches, keys=keys, anchor=ANCHOR, dropped=DROPPED, final_norm=True, **given)
 
 
 # --- ViTMAE, and ViT and ViTMSN, which have the same encoder, encoder only or with decoder; I-JEPA, without class token
@@ -146,7 +140,7 @@ IJEPA = _family(
 
 # --- DINOv2, with and without registers (our exports of ViTs with layer scale or registers)
 
-_DINOV2_KEYS = KeyMap(
+DINOV2_KEYS = KeyMap(
     [
         *_COMMON[:4],
         ("embeddings.register_tokens", "reg_token"),
@@ -174,13 +168,7 @@ def _prepare_dinov2(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> d
     return said(view, default_eps=1e-6) | {"position_rule": "timm" if "reg_token" in tensors else "hf"}
 
 
-def to_dinov2(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tensor]:
-    """The table of ``state`` counts the class token."""
-    mask = torch.zeros(1, info.embed_dim)  # the model has it and does not use it
-    return {**_DINOV2_KEYS.from_timm(state), "embeddings.mask_token": mask}
-
-
-DINOV2 = _family("hf_dinov2", _is_dinov2, _DINOV2_KEYS, prepare=_prepare_dinov2, to_source=to_dinov2)
+DINOV2 = _family("hf_dinov2", _is_dinov2, DINOV2_KEYS, prepare=_prepare_dinov2)
 
 # --- BEiT with relative tables shared or per block, or absolute positions; Data2VecVision, the first data2vec, has
 # BEiT's architecture and names
@@ -236,6 +224,5 @@ BEIT = Family(
     ANCHOR,
     lambda view: is_kind(view, "beit") and has_query_bias_only(view),
     _convert_beit,
-    lambda state, _: BEIT_KEYS.from_timm(state),
 )
 DATA2VEC = replace(BEIT, name="hf_data2vec_vision", matches=_is_data2vec)

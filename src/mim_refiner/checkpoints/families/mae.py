@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, View, Wishes
-from mim_refiner.checkpoints.families.plain_vit import TIMM_NAMES, count_blocks, has_plain_vit, vit_family
+from mim_refiner.checkpoints.families.plain_vit import (
+    count_blocks,
+    has_plain_vit,
+    is_bare_vit,
+    is_square,
+    vit_family,
+)
 from mim_refiner.errors import InputError
 from mim_refiner.models.positions import sinusoid_table
-from mim_refiner.types import BackboneInfo
 
 
 def has_decoder(view: View) -> bool:
-    """Whether a reconstructing decoder with a mask token lies beside a plain ViT."""
+    """Whether a reconstructing decoder with a mask token lies beside a plain ViT, and no config."""
     names = view.tensors
     decoder = any(name.startswith(("decoder_blocks.", "decoder_embed.", "decoder_pos_embed")) for name in names)
-    return has_plain_vit(names) and any(name.startswith("mask_token") for name in names) and decoder
+    return is_bare_vit(view) and any(name.startswith("mask_token") for name in names) and decoder
 
 
 def _norm_of_file(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
@@ -40,18 +43,14 @@ def _is_mae(view: View) -> bool:
     A ViT under "model" with a classifier of one layer but without ``fc_norm`` is not MAE's (DeiT's files look so).
     """
     names = view.tensors
-    if view.config is not None or not has_plain_vit(names):
+    if not is_bare_vit(view):
         return False
     plain = "cls_token" in names and "reg_token" not in names and "blocks.0.ls1.gamma" not in names
     published = view.section == "model" and plain
     return has_decoder(view) or (published and ("head.weight" not in names or "fc_norm.weight" in names))
 
 
-def _to_mae(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tensor]:
-    return TIMM_NAMES.from_timm(state)  # under "model" in the published files
-
-
-MAE = vit_family("mae", _is_mae, prepare=_norm_of_file, to_source=_to_mae)
+MAE = vit_family("mae", _is_mae, prepare=_norm_of_file)
 
 # --- dBOT (Liu et al., arXiv 2209.03917; github.com/liuxingbin/dbot): MAE's layout with a last layer of its own that
 # predicts features. An encoder-only file cannot be told from MAE's and is taken for one; both load alike.
@@ -59,25 +58,18 @@ MAE = vit_family("mae", _is_mae, prepare=_norm_of_file, to_source=_to_mae)
 DBOT = replace(
     MAE,
     name="dbot",
-    matches=lambda view: view.config is None and has_decoder(view) and "decoder_predp.weight" in view.tensors,
+    matches=lambda view: has_decoder(view) and "decoder_predp.weight" in view.tensors,
 )
 
 # --- CrossMAE (Fu et al., arXiv 2401.14391; github.com/TonyLianLong/CrossMAE): MAE's layout with a decoder that attends
 # to the encoder's tokens. It reads a weighted sum of all blocks, so the encoder has no final norm; where it reads the
 # last block only, there is one. Features are pooled by the mean of the patch tokens.
 
-
-def _is_crossmae(view: View) -> bool:
-    crossing = any(name.startswith("decoder_blocks.") and ".cross_attn." in name for name in view.tensors)
-    return view.config is None and crossing and has_decoder(view)
-
-
 CROSSMAE = vit_family(
     "crossmae",
-    _is_crossmae,
+    lambda view: has_decoder(view) and any(".cross_attn." in name for name in view.tensors),
     dropped={"dec_norms.": "norms of the decoder's inputs", "wfm.": "weights of the sum over blocks for the decoder"},
     prepare=lambda view, *_: {"final_norm": None if any(name.startswith("wfm.") for name in view.tensors) else True},
-    to_source=_to_mae,
     pooling="mean",
     heads={384: 6},
 )
@@ -89,13 +81,9 @@ CROSSMAE = vit_family(
 _SCALE_HEADS = ("fpn.", "fcn.", "fcn_high.", "fcn_low.")
 
 
-def _is_scale_mae(view: View) -> bool:
-    return view.config is None and has_plain_vit(view.tensors) and any(n.startswith(_SCALE_HEADS) for n in view.tensors)
-
-
 SCALE_MAE = vit_family(
     "scale_mae",
-    _is_scale_mae,
+    lambda view: is_bare_vit(view) and any(name.startswith(_SCALE_HEADS) for name in view.tensors),
     dropped=dict.fromkeys((*_SCALE_HEADS, "pos_emb_projection."), "head of the decoder"),
     prepare=_norm_of_file,
     position_rule="sincos",
@@ -112,7 +100,7 @@ def _is_mae_ct(view: View) -> bool:
     if not view.alone or not has_plain_vit(names) or not {"cls_token", "pos_embed"} <= names.keys():
         return False
     entries = names["pos_embed"].shape[1]
-    free = math.isqrt(entries) ** 2 == entries and math.isqrt(entries - 1) ** 2 != entries - 1
+    free = is_square(entries) and not is_square(entries - 1)
     return free or any(path.startswith("ctor_kwargs.") for path in view.contents.facts)
 
 
@@ -131,9 +119,9 @@ MAE_CT = vit_family(
 def _is_mae_pytorch(view: View) -> bool:
     """A ViT without class token, with BEiT's biases, and without a table or with a decoder of this code beside it."""
     names = view.tensors
-    if view.config is not None or "cls_token" in names or "blocks.0.attn.q_bias" not in names:
+    if "cls_token" in names or "blocks.0.attn.q_bias" not in names:
         return False
-    return has_plain_vit(names) and ("pos_embed" not in names or "encoder_to_decoder.weight" in view.beside)
+    return is_bare_vit(view) and ("pos_embed" not in names or "encoder_to_decoder.weight" in view.beside)
 
 
 def _prepare_pytorch(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
@@ -162,11 +150,6 @@ _TINY_HEADS = {"tiny": (6, 12), "small": (6, 12), "base": (12, 16)}  # size -> h
 _TINY_NOTE = "the last block has {} heads, the others {}; only its attention was trained, so take an earlier block"
 
 
-def _is_tinymim(view: View) -> bool:
-    named = str(view.contents.fact("model")).startswith("tinymim")
-    return named and view.config is None and has_plain_vit(view.tensors) and not has_decoder(view)
-
-
 def _prepare_tinymim(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
     model = str(view.contents.fact("model"))
     asked = (wishes.num_heads, wishes.num_heads)
@@ -177,7 +160,13 @@ def _prepare_tinymim(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> 
     return {"known_heads": heads, "arguments": arguments, "notes": (_TINY_NOTE.format(last, heads),)}
 
 
-TINYMIM = vit_family("tinymim", _is_tinymim, prepare=_prepare_tinymim, final_norm=True, architecture="vit_variant")
+TINYMIM = vit_family(
+    "tinymim",
+    lambda view: str(view.contents.fact("model")).startswith("tinymim") and is_bare_vit(view) and not has_decoder(view),
+    prepare=_prepare_tinymim,
+    final_norm=True,
+    architecture="vit_variant",
+)
 
 # --- Bird-MAE (Rauch et al., arXiv 2504.12880; github.com/DBD-research-group/Bird-MAE and its hub): spectrograms of one
 # channel. The hub's files have a norm after pooling beside the final one, which the authors' forward pass leaves out;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +16,8 @@ from torch import Tensor
 from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account
 from mim_refiner.checkpoints.families.distilled import free_registers
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
-from mim_refiner.checkpoints.families.plain_vit import infer_structure
-from mim_refiner.checkpoints.store import one_line
-from mim_refiner.errors import CheckpointError, InputError, did_you_mean
+from mim_refiner.checkpoints.families.plain_vit import infer_structure, is_square
+from mim_refiner.errors import CheckpointError, InputError, did_you_mean, one_line
 from mim_refiner.files import read_yaml
 from mim_refiner.models.mae import sincos_position_table
 from mim_refiner.models.positions import sinusoid_table
@@ -179,7 +177,7 @@ def _complete_table(tensors: dict[str, Tensor], positions: str, size: tuple[int,
             tensors["pos_embed"] = sinusoid_table(rows * columns, weight.shape[0])
     elif table is not None and table.ndim == 3 and "reg_token" in tensors:
         lengths = {table.shape[1] - rest for rest in (0, 1 + tensors["reg_token"].shape[1])}
-        if not any(math.isqrt(length) ** 2 == length for length in lengths if length > 0):
+        if not any(map(is_square, lengths)):
             free_registers(tensors)
 
 

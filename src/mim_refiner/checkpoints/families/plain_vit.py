@@ -22,9 +22,7 @@ from mim_refiner.checkpoints.families.base import (
 )
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
 from mim_refiner.errors import CheckpointError, InputError
-from mim_refiner.models.vit import BASE_ARCHITECTURE, IMAGENET_MEAN, IMAGENET_STD, standard_name
-from mim_refiner.models.vit import mlp_ratio as ratio_of
-from mim_refiner.types import BackboneInfo
+from mim_refiner.models.vit import BASE_ARCHITECTURE, IMAGENET_MEAN, IMAGENET_STD, mlp_ratio, standard_name
 
 _BLOCK_PARTS = (
     r"norm[12]\.(weight|bias)|attn\.(qkv|proj)\.(weight|bias)|attn\.[qk]_norm\.(weight|bias)"
@@ -57,15 +55,8 @@ _PARTS: list[tuple[Template, str]] = [
     ("mlp.w12.{p}", "mlp.fc1.{p}"), ("mlp.w3.{p}", "mlp.fc2.{p}"),
 ]  # fmt: skip
 PARTS = (
-    "norm1.{p}",
-    "norm2.{p}",
-    "attn.qkv.{p}",
-    "attn.proj.{p}",
-    "mlp.fc1.{p}",
-    "mlp.fc2.{p}",
-    "ls1.gamma",
-    "ls2.gamma",
-)
+    "norm1.{p}", "norm2.{p}", "attn.qkv.{p}", "attn.proj.{p}", "mlp.fc1.{p}", "mlp.fc2.{p}", "ls1.gamma", "ls2.gamma",
+)  # fmt: skip
 
 
 def _in_blocks(start: str, parts: list[tuple[Template, str]]) -> list[tuple[Template, str]]:
@@ -77,8 +68,7 @@ def _in_blocks(start: str, parts: list[tuple[Template, str]]) -> list[tuple[Temp
     return [(place(source), "blocks.{i}." + target) for source, target in parts]
 
 
-TIMM_NAMES = KeyMap(same=is_encoder_name)  # of formats that name an encoder's tensors as timm does
-VIT_NAMES = KeyMap(  # the same, in every spelling
+VIT_NAMES = KeyMap(  # timm's names, and other spellings of them
     [
         ("register_tokens", "reg_token"),
         ("dist_token", "reg_token"),  # DeiT's distillation token, with an entry in the table of positions
@@ -97,6 +87,11 @@ def has_plain_vit(names: Collection[str]) -> bool:
         and any(name.endswith(".attn.qkv.weight") for name in in_blocks)
         and all(VIT_NAMES.knows(name) for name in in_blocks)
     )
+
+
+def is_bare_vit(view: View) -> bool:
+    """Whether a plain ViT comes without a config.json."""
+    return view.config is None and has_plain_vit(view.tensors)
 
 
 @dataclass(frozen=True)
@@ -125,15 +120,14 @@ def infer_structure(
     What the caller and the file's own arguments say (``wishes``) counts before any guess.
     Raises CheckpointError (naming ``where``) for shapes that no ViT has and for a table of unknown grid.
     """
-    width, in_chans, patch = projection_sizes(tensors, where)
-    pre_norm, fc_norm = "norm_pre.weight" in tensors, "fc_norm.weight" in tensors
-    registers = tensors.get("reg_token")
-    num_registers = 0 if registers is None else registers.shape[1]
+    sizes, patch = size_arguments(tensors, where)
+    width, depth, in_chans = sizes["embed_dim"], sizes["depth"], sizes["in_chans"]
+    fc_norm = "fc_norm.weight" in tensors
+    num_registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     class_token = "cls_token" in tensors or _table_counts_a_class_token(tensors)
     grid, prefix_in_table, grid_notes = table_grid(
         tensors.get("pos_embed"), int(class_token) + num_registers, (patch, in_chans), known_size, wishes, where
     )
-    depth = count_blocks(tensors)
     if depth == 0:
         others = [name for name in tensors if not is_encoder_name(name)] or list(tensors)
         raise CheckpointError(
@@ -143,27 +137,23 @@ def infer_structure(
     told = final_norm is not None
     if final_norm is None:
         final_norm = fc_norm or "norm.weight" in tensors or "norm.bias" in tensors
-    arguments: dict[str, Any] = {
+    arguments = sizes | {
         "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
-        "patch_size": patch[0] if patch[0] == patch[1] else patch,
-        "in_chans": in_chans,
-        "embed_dim": width,
-        "depth": depth,
-        "mlp_ratio": mlp_ratio(tensors, width),
         "qkv_bias": has_any(tensors, "attn.qkv.bias"),
         "proj_bias": has_any(tensors, "attn.proj.bias"),
         "qk_norm": has_any(tensors, "attn.q_norm.weight"),
         "class_token": class_token,
         "reg_tokens": num_registers,
         "no_embed_class": prefix_in_table == 0,
-        "pre_norm": pre_norm,
+        "pre_norm": "norm_pre.weight" in tensors,
         "final_norm": final_norm,
         "fc_norm": fc_norm,
         "global_pool": "avg" if fc_norm or not class_token else "token",
     }
     if has_any(tensors, "ls1.gamma"):
         arguments["init_values"] = 1e-5  # only switches layer scale on; the weights replace the value
-    gated = _is_gated(tensors)
+    mlp = {end: t.shape for n, t in tensors.items() for end in ("fc1", "fc2") if n.endswith(f"mlp.{end}.weight")}
+    gated = len(mlp) == 2 and mlp["fc1"][0] == 2 * mlp["fc2"][-1]  # SwiGLU: half of fc1's outputs gate the others
     if gated:  # timm's name brings the kind of MLP; a value of None would be dropped, and the name's own used
         arguments["init_values"] = arguments.get("init_values", 0.0)
     from_norm = next((width // t.shape[0] for n, t in tensors.items() if n.endswith("attn.q_norm.weight")), 0)
@@ -184,6 +174,19 @@ def projection_sizes(tensors: Mapping[str, Tensor], where: str) -> tuple[int, in
             "dimensions [width, channels, patch, patch]; convert it first"
         )
     return shape[0], shape[1], (shape[2], shape[3])
+
+
+def size_arguments(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Any], tuple[int, int]]:
+    """The constructor's arguments that shapes tell, all but the image size; and the patch."""
+    width, in_chans, patch = projection_sizes(tensors, where)
+    rows = next((t.shape[0] for n, t in tensors.items() if n.endswith("mlp.fc1.weight")), 4 * width)
+    return {
+        "patch_size": patch[0] if patch[0] == patch[1] else patch,
+        "in_chans": in_chans,
+        "embed_dim": width,
+        "depth": count_blocks(tensors),
+        "mlp_ratio": mlp_ratio(rows, width),
+    }, patch
 
 
 def count_blocks(tensors: Mapping[str, Tensor]) -> int:
@@ -248,24 +251,25 @@ def table_grid(
             f"{where}: the position table has shape {list(table.shape)}, not [1, entries, width]; save it in that shape"
         )
     length = table.shape[1]
-    squares = [p for p in (num_prefix, 0) if length > p and math.isqrt(length - p) ** 2 == length - p]
+    squares = [p for p in (num_prefix, 0) if is_square(length - p)]
     for grid in (known, told, wished):
         # A size that is only asked for may be one to resize to: it says nothing against a square of another number.
         for prefix in (num_prefix, 0) if grid is not wished or not squares else squares[:1]:
             if grid and 0 not in grid and grid[0] * grid[1] == length - prefix:
                 return grid, prefix, []
-    for prefix in squares[:1]:
-        side = math.isqrt(length - prefix)
-        if side:
-            size = f"{side * patch[0]}x{side * patch[1]}"
-            if _is_doubtful(side, patch, in_chans):
-                raise CheckpointError(
-                    f"{where}: {side * side} positions may be {side}x{side} ({size} px) or "
-                    f"{_other_grids(side, patch)}; pass image_size=HEIGHTxWIDTH of its training (behind the file: "
-                    "FILE::image_size=32x128)"
-                )
-            note = f"{GUESS}images of {size} px in training, since {side * side} positions make a square; pass "
-            return (side, side), prefix, [f"{note}image_size= if not"] if side > 1 else []
+    if squares:
+        side = math.isqrt(length - squares[0])
+        size = f"{side * patch[0]}x{side * patch[1]}"
+        # many positions that make a square which is no usual image: text lines of 32x128 px, spectrograms
+        small = side * max(patch) < _USUAL_SIDE and side >= 12
+        if small or (in_chans == 1 and side >= 16 and side % 8 == 0):
+            raise CheckpointError(
+                f"{where}: {side * side} positions may be {side}x{side} ({size} px) or "
+                f"{_other_grid(side, patch)}; pass image_size=HEIGHTxWIDTH of its training (behind the file: "
+                "FILE::image_size=32x128)"
+            )
+        note = f"{GUESS}images of {size} px in training, since {side * side} positions make a square; pass "
+        return (side, side), squares[0], [f"{note}image_size= if not"] if side > 1 else []
     for pixels_told in filter(None, (known_size, wishes.told_size)):
         if stride := _overlap(pixels_told, patch, length - num_prefix):
             shown = f"{pixels_told[0]}x{pixels_told[1]} px, every {stride} px"
@@ -289,32 +293,20 @@ def _overlap(size: tuple[int, int], patch: tuple[int, int], positions: int) -> i
     return 0
 
 
-def _is_doubtful(side: int, patch: tuple[int, int], in_chans: int) -> bool:
-    """Whether many positions make a square that is no usual image: text lines of 32x128 px, spectrograms."""
-    small = side * max(patch) < _USUAL_SIDE and side >= 12
-    return small or (in_chans == 1 and side >= 16 and side % 8 == 0)
-
-
-def _other_grids(side: int, patch: tuple[int, int]) -> str:
+def _other_grid(side: int, patch: tuple[int, int]) -> str:
     rows = next((rows for rows in (side // 2, side // 4) if rows and side * side % rows == 0), 1)
     columns = side * side // rows
     return f"{rows}x{columns} ({rows * patch[0]}x{columns * patch[1]} px)"
 
 
+def is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
+
+
 def _table_counts_a_class_token(tensors: Mapping[str, Tensor]) -> bool:
     """True for a table of rows * rows + 1 entries: then a file without ``cls_token`` is incomplete, not another ViT."""
     length = tensors["pos_embed"].shape[1] if "pos_embed" in tensors and tensors["pos_embed"].ndim == 3 else 0
-    return length > 1 and math.isqrt(length) ** 2 != length and math.isqrt(length - 1) ** 2 == length - 1
-
-
-def mlp_ratio(tensors: Mapping[str, Tensor], width: int) -> float:
-    return ratio_of(next((t.shape[0] for n, t in tensors.items() if n.endswith("mlp.fc1.weight")), 4 * width), width)
-
-
-def _is_gated(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the MLP is a SwiGLU: half of fc1's outputs gate the others."""
-    rows = {end: t.shape for n, t in tensors.items() for end in ("fc1", "fc2") if n.endswith(f"mlp.{end}.weight")}
-    return len(rows) == 2 and rows["fc1"][0] == 2 * rows["fc2"][-1]
+    return is_square(length - 1) and not is_square(length)
 
 
 def has_any(tensors: Mapping[str, Tensor], ending: str) -> bool:
@@ -336,7 +328,6 @@ def vit_family(
     anchor: str = PROJECTION,
     dropped: Mapping[str, str] | None = None,
     prepare: Prepare | None = None,
-    to_source: Callable[[Mapping[str, Tensor], BackboneInfo], dict[str, Tensor]] | None = None,
     default_encoder: tuple[str, ...] = (),
     heads: Mapping[int, int] | None = None,
     **facts: Any,
@@ -371,4 +362,4 @@ def vit_family(
             notes=notes,
         )
 
-    return Family(name, anchor, matches, convert, to_source, default_encoder=default_encoder)
+    return Family(name, anchor, matches, convert, default_encoder=default_encoder)

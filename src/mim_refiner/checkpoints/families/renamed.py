@@ -3,16 +3,83 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mim_refiner.checkpoints.families import hf
-from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, View, Wishes
+from mim_refiner.checkpoints.families.base import DROPPED, GUESS, PROJECTION, Converted, Family, View, Wishes, account
 from mim_refiner.checkpoints.families.keymap import KeyMap
-from mim_refiner.checkpoints.families.plain_vit import PARTS, has_plain_vit, is_encoder_name, vit_family
-from mim_refiner.errors import CheckpointError
+from mim_refiner.checkpoints.families.plain_vit import (
+    PARTS,
+    choose_heads,
+    has_plain_vit,
+    is_encoder_name,
+    size_arguments,
+    vit_family,
+)
+from mim_refiner.errors import CheckpointError, InputError
+from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from mim_refiner.types import BackboneInfo
+
+# --- Released MIM-Refiner files (layout of github.com/ml-jku/MIM-Refiner): {"state_dict": ...}, pre- or post-norm.
+# The position table is a buffer [1, rows, columns, width] without an entry for the class token; at other resolutions it
+# is resized bicubically without antialiasing.
+
+_RENAMED = {"cls_token": "cls_tokens.tokens", "pos_embed": "pos_embed.embed"}
+_REFINER_KEYS = KeyMap(
+    [*((source, timm) for timm, source in _RENAMED.items()), ("embed_norm.{p}", "norm_pre.{p}")],
+    same=lambda name: is_encoder_name(name) and name not in _RENAMED and not name.startswith("norm_pre."),
+)
+
+
+def _prepare_refiner(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    table = tensors["pos_embed"]
+    if table.ndim != 4:
+        raise CheckpointError(
+            f"{view.where}: pos_embed.embed has shape {list(table.shape)}, not [1, rows, columns, width]; "
+            "save the encoder with the published code again"
+        )
+    patch, post_norm = tensors[PROJECTION].shape[2:], "norm_pre.weight" in tensors
+    tensors["pos_embed"] = table.flatten(1, 2)
+    return {
+        "final_norm": not post_norm,
+        "known_heads": (view.config or {}).get("num_heads", 0),  # of our exports; a bare file does not tell
+        "known_size": (table.shape[1] * patch[0], table.shape[2] * patch[1]),
+        **({"architecture": "vit_postnorm"} if post_norm else {}),
+    }
+
+
+def to_mim_refiner(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tensor]:
+    """The state dict of a released file; InputError for an encoder that the format cannot hold.
+
+    The format keeps no entry of the table for the class token: one that is there is added to the token, which gives
+    the same tokens.
+    """
+    tensors = dict(state)
+    rows, columns = (side // patch for side, patch in zip(info.image_size, info.patch_size, strict=True))
+    table, token = tensors.get("pos_embed"), tensors.get("cls_token")
+    if table is None or token is None or info.num_prefix_tokens != 1:
+        raise InputError(
+            "the MIM-Refiner format holds encoders with a class token, a position table and no registers only; "
+            "choose --format timm"
+        )
+    if not {"norm.weight", "fc_norm.weight", "norm_pre.weight"} & tensors.keys():
+        raise InputError("the MIM-Refiner format has no encoders without final norm; choose --format timm")
+    if table.shape[1] == rows * columns + 1:
+        tensors["cls_token"], table = token + table[:, :1], table[:, 1:]
+    tensors["pos_embed"] = table.reshape(1, rows, columns, -1)
+    return _REFINER_KEYS.from_timm(tensors)
+
+
+MIM_REFINER = vit_family(
+    "mim_refiner",
+    lambda view: {"pos_embed.embed", "cls_tokens.tokens", "blocks.0.attn.qkv.weight"} <= view.tensors.keys(),
+    keys=_REFINER_KEYS,
+    prepare=_prepare_refiner,
+)
 
 # --- data2vec 2.0 (Baevski et al., arXiv 2212.07525; layout of fairseq examples/data2vec), images only.
 # Post-norm blocks, a norm after the embedding, none at the end. Pre-training files hold the student and, as a nested
@@ -206,4 +273,55 @@ HF_VITPOSE = vit_family(
     dropped=hf.DROPPED,
     prepare=_prepare_hf_vitpose,
     **_VITPOSE,
+)
+
+# --- CAPI (Darcet et al., arXiv 2502.08769; layout of github.com/facebookresearch/capi): no class token; registers
+# first; rotary positions with frequencies in every block; RMSNorm; no biases; separate projections for query, key and
+# value, which are joined here; a final norm without parameters.
+
+_BLOCK = "encoder.blocks.{i}."
+_ATTENTION = f"{_BLOCK}residual1.fn."
+CAPI_KEYS = KeyMap(
+    [
+        ("patch_embed.{p}", "patch_embed.proj.{p}"),
+        ("registers", "reg_token"),
+        (f"{_BLOCK}residual1.norm.weight", "blocks.{i}.norm1.weight"),
+        (tuple(f"{_ATTENTION}{name}_proj.weight" for name in "qkv"), "blocks.{i}.attn.qkv.weight"),
+        (f"{_ATTENTION}proj.weight", "blocks.{i}.attn.proj.weight"),
+        (f"{_ATTENTION}rope.freqs", "blocks.{i}.attn.freqs"),
+        (f"{_BLOCK}residual2.norm.weight", "blocks.{i}.norm2.weight"),
+        (f"{_BLOCK}residual2.fn.fc1.weight", "blocks.{i}.mlp.fc1.weight"),
+        (f"{_BLOCK}residual2.fn.fc2.weight", "blocks.{i}.mlp.fc2.weight"),
+    ]
+)
+
+
+def _convert_capi(view: View, wishes: Wishes) -> Converted:
+    mapped = CAPI_KEYS.to_timm(view.tensors)
+    tensors = mapped.tensors
+    # Positions are relative to the image, so the file has no size: 224 px with patches of 14.
+    sizes, patch = size_arguments(tensors, view.where)
+    if patch[0] != patch[1] or tensors["reg_token"].shape[1] % 4:
+        raise CheckpointError(
+            f"{view.where}: CAPI has square patches and a multiple of 4 registers; the file has not; download it again"
+        )
+    width, per_head = sizes["embed_dim"], tensors["blocks.0.attn.freqs"].shape[1]
+    heads, notes = choose_heads(width, sizes["depth"], width // per_head, wishes, view.where)
+    return Converted(
+        "vit_capi",
+        sizes | {"img_size": wishes.image_size or 16 * patch[0], "reg_tokens": tensors["reg_token"].shape[1]},
+        heads,
+        **account(view, mapped, DROPPED),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        pooling="mean",
+        notes=tuple(notes),
+    )
+
+
+CAPI = Family(
+    "capi",
+    "patch_embed.weight",
+    lambda view: {"registers", "encoder.blocks.0.residual1.fn.rope.freqs"} <= view.tensors.keys(),
+    _convert_capi,
 )

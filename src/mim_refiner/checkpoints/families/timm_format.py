@@ -106,4 +106,4 @@ def _floats(values: Any) -> tuple[float, ...] | None:
     return tuple(float(value) for value in values) if values else None
 
 
-FAMILY = Family("timm", PROJECTION, matches, convert, lambda state, _: dict(state), reads_config=True)
+FAMILY = Family("timm", PROJECTION, matches, convert, reads_config=True)
