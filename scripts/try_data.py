@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from mim_refiner.cli.app import main
-from mim_refiner.data.exclude import without_listed
+from mim_refiner.data.name_lists import without_listed
 from mim_refiner.data.sources import open_source
 
 EVALUATE = "evaluate --model {encoder} --protocols knn --pooling cls --cache off --device cpu"

@@ -31,7 +31,6 @@ PASSED_ON = {
     "{path}: {_what_it_is(path)}",
     "{report.problem}",
     "--eval-data: {bank.description}: {error}",
-    "--format refiner: {error}",
 }
 
 # What to do: an instruction after a semicolon, or the allowed values. Words that an instruction begins with.

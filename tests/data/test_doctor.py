@@ -10,7 +10,7 @@ from PIL import Image
 
 from mim_refiner.data.doctor import HUGE_PIXELS, KINDS, known_signature, scan
 from mim_refiner.data.duplicates import exact_duplicates, exact_matches, near_duplicates, near_matches
-from mim_refiner.data.exclude import list_lines, without_listed
+from mim_refiner.data.name_lists import list_lines, without_listed
 from mim_refiner.data.source_base import ImageSource
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.exclude import without_listed
 from mim_refiner.data.masks import MaskSet
+from mim_refiner.data.name_lists import without_listed
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import MimRefinerError
 

@@ -18,9 +18,9 @@ from mim_refiner.commands.inputs import announce
 from mim_refiner.core.device import pick_device
 from mim_refiner.data.doctor import KINDS, Finding, Scan, scan
 from mim_refiner.data.duplicates import exact_duplicates, exact_matches, near_duplicates, near_matches
-from mim_refiner.data.exclude import list_lines
 from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.labels import printable
+from mim_refiner.data.name_lists import list_lines
 from mim_refiner.data.sources import ImageSource, open_source
 from mim_refiner.files import name_of, write_bytes, write_json
 from mim_refiner.reporting import Reporter, listener

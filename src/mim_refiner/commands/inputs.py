@@ -19,8 +19,8 @@ from mim_refiner.core.launch import join_processes, refuse_difference
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.duplicates import check_overlap
-from mim_refiner.data.exclude import list_lines, without_listed
 from mim_refiner.data.loaders import TrainLoader
+from mim_refiner.data.name_lists import list_lines, without_listed
 from mim_refiner.data.resident import held_on_device
 from mim_refiner.data.source_base import ImageSource, Selection
 from mim_refiner.data.sources import open_source

@@ -67,6 +67,13 @@ class Arrays(Mapping[str, NDArray[Any]]):
         return 1 if self.single else len(self._members)
 
 
+def array_in(data: bytes | NDArray[Any]) -> NDArray[Any] | None:
+    """``data`` where it is an array or a .npy file's content; None for an encoded picture."""
+    if isinstance(data, np.ndarray):
+        return data
+    return read_npy(data) if data[:6] == NPY else None
+
+
 def read_npy(data: bytes) -> NDArray[Any]:
     """The array in the bytes of a .npy file, without copying; ValueError for objects and for a size that lies."""
     file = io.BytesIO(data)

@@ -50,9 +50,7 @@ class ImageSet:
     def __init__(self, source: ImageSource, cache: Literal["auto"] | bool = "auto", *, channels: int = 3) -> None:
         self.source = source
         self.channels = channels
-        self.classes = source.classes
-        self.labels = source.labels
-        self.class_names = source.class_names
+        self.classes, self.labels, self.class_names = source.classes, source.labels, source.class_names
         self.description = source.description
         self._length = len(source)
         self._bad: dict[int, tuple[str, str]] = {}
@@ -85,7 +83,7 @@ class ImageSet:
     @property
     def unreadable(self) -> list[tuple[str, str]]:
         """(name, reason) of every image found unreadable so far, in index order."""
-        return [self._bad[index] for index in sorted(self._bad)]
+        return [(name, reason) for _, name, reason in self.unreadable_items()]
 
     @property
     def unreadable_indices(self) -> list[int]:
@@ -193,10 +191,9 @@ class ImageSet:
         self.source.close()
 
     def _decode_all(self) -> Iterator[Pixels | None]:
-        threads = min(8, os.cpu_count() or 1)
         if self._length:
             self._decode(0)  # opens the source once, before the threads share it
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for start in range(0, self._length, _CHUNK):
                 chunk = pool.map(self._decode, range(start, min(start + _CHUNK, self._length)))
                 yield from (None if loaded is None else loaded.pixels for loaded in chunk)

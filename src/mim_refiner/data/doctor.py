@@ -10,12 +10,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mim_refiner.data.arrays import NPY, read_npy
+from mim_refiner.data.arrays import array_in
 from mim_refiner.data.channels import (
     Raw,
     TooLargeError,
@@ -71,17 +72,18 @@ class Finding:
         return KINDS[self.kind][0]
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What one image showed; ``digest`` and the rest are None when it could not be (or was not) decoded."""
+class Seen(NamedTuple):
+    """What the pixels of one image showed."""
 
-    kinds: tuple[tuple[str, str], ...]  # (kind, detail)
-    size: tuple[int, int] | None = None  # width, height
-    digest: bytes | None = None
-    thumb: NDArray[np.uint8] | None = None  # [THUMB, THUMB, 3]
-    mean: NDArray[np.float64] | None = None  # [C], 0-255
-    square: NDArray[np.float64] | None = None  # [C], mean of squares
-    gray: bool = False
+    size: tuple[int, int]  # width, height
+    digest: bytes
+    thumb: NDArray[np.uint8]  # [THUMB, THUMB, 3]
+    mean: NDArray[np.float64]  # [C], 0-255
+    square: NDArray[np.float64]  # [C], mean of squares
+    gray: bool
+
+
+Probe = tuple[list[tuple[str, str]], Seen | None]  # (kind, detail) of what was found; None: not decoded
 
 
 @dataclass
@@ -109,25 +111,23 @@ def scan(source: ImageSource, progress: Callable[[int], None] | None = None, *, 
         if progress and (done % 256 == 0 or done == len(source)):
             progress(done)
     source.close()
-    result = Scan()
-    tiny = _tiny_side([min(probe.size) for probe in probes if probe.size])
-    for index, probe in enumerate(probes):
-        kinds = list(probe.kinds)
-        if probe.size and min(probe.size) < tiny:
-            kinds.append(("tiny", f"{probe.size[0]}x{probe.size[1]} px"))
-        result.findings += [Finding(kind, index, source.name(index), detail) for kind, detail in kinds]
-    decoded = [(index, probe) for index, probe in enumerate(probes) if probe.digest is not None]
-    result.rows = np.array([index for index, _ in decoded], dtype=np.int64)
-    result.digests = [probe.digest for _, probe in decoded if probe.digest is not None]
-    result.gray = sum(probe.gray for _, probe in decoded)
-    if decoded:
-        result.thumbs = np.stack([probe.thumb for _, probe in decoded if probe.thumb is not None])
-        result.sizes = np.array([probe.size for _, probe in decoded], dtype=np.int64)
-        mean = np.mean([probe.mean for _, probe in decoded if probe.mean is not None], axis=0)
-        square = np.mean([probe.square for _, probe in decoded if probe.square is not None], axis=0)
-        result.mean = tuple((mean / 255).tolist())
-        result.std = tuple((np.sqrt(np.maximum(square - mean**2, 0)) / 255).tolist())
-    return result
+    seen = {index: each for index, (_, each) in enumerate(probes) if each is not None}
+    tiny = 0.0
+    if seen:
+        median = float(np.median([min(each.size) for each in seen.values()]))
+        tiny = max(min(TINY_SIDE, median / 2), median / 8)
+    findings = []
+    for index, (kinds, each) in enumerate(probes):
+        if each is not None and min(each.size) < tiny:
+            kinds.append(("tiny", f"{each.size[0]}x{each.size[1]} px"))
+        findings += [Finding(kind, index, source.name(index), detail) for kind, detail in kinds]
+    if not seen:
+        return Scan(findings)
+    sizes, digests, thumbs, means, squares, gray = zip(*seen.values(), strict=True)
+    mean, square = np.mean(means, axis=0), np.mean(squares, axis=0)
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    shares = tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+    return Scan(findings, np.array(list(seen)), list(digests), np.stack(thumbs), np.array(sizes), *shares, sum(gray))
 
 
 def _probe_all(source: ImageSource, channels: int) -> Iterator[Probe]:
@@ -138,40 +138,27 @@ def _probe_all(source: ImageSource, channels: int) -> Iterator[Probe]:
             yield from pool.map(lambda index: _probe(source, index, channels), chunk)
 
 
-def _tiny_side(sides: Sequence[int]) -> float:
-    if not sides:
-        return 0.0
-    median = float(np.median(sides))
-    return max(min(TINY_SIDE, median / 2), median / 8)
-
-
 def _probe(source: ImageSource, index: int, channels: int) -> Probe:
     try:
         raw = source.read(index)
     except Exception as error:  # a missing file, or a row without an image
-        return Probe((("unreadable", _short(error)),))
+        return [("unreadable", _short(error))], None
     if not len(raw):
-        return Probe((("empty", ""),))
+        return [("empty", "")], None
     try:
         if channels != 3:
             return _measured(decode_image(raw, channels)[0], [])
-        if isinstance(raw, np.ndarray) or raw[:6] == NPY:
-            return _probe_array(as_channels_last(raw if isinstance(raw, np.ndarray) else read_npy(raw)))
-        return _probe_encoded(raw)
-    except WrongChannelsError as error:
-        return Probe((("channels", _short(error)),))
-    except TooLargeError as error:
-        return Probe((("huge", _short(error)),))
-    except UnusableImageError as error:
-        return Probe((("unusable", _short(error)),))
+        if (array := array_in(raw)) is None:
+            return _probe_encoded(bytes(raw))
+        pixels = as_channels_last(array)
+        kinds = [("16-bit", "numbers")] if pixels.dtype == np.uint16 else []
+        return _measured(decode_image(pixels)[0], kinds, gray=pixels.shape[2] == 1)
     except Exception as error:  # decoders raise almost anything on damaged input
-        kind = "truncated" if isinstance(raw, bytes) and known_signature(raw) else "unreadable"
-        return Probe(((kind, _short(error)),))
-
-
-def _probe_array(pixels: Raw) -> Probe:
-    kinds = [("16-bit", "numbers")] if pixels.dtype == np.uint16 else []
-    return _measured(decode_image(pixels)[0], kinds, gray=pixels.shape[2] == 1)
+        named: dict[type[Exception], str] = {
+            WrongChannelsError: "channels", TooLargeError: "huge", UnusableImageError: "unusable",
+        }  # fmt: skip
+        broken = "truncated" if isinstance(raw, bytes) and known_signature(raw) else "unreadable"
+        return [(named.get(type(error), broken), _short(error))], None
 
 
 def _probe_encoded(raw: bytes) -> Probe:
@@ -179,7 +166,7 @@ def _probe_encoded(raw: bytes) -> Probe:
         width, height = image.size
         kinds = _kinds_of_header(image, raw)
         if width * height > HUGE_PIXELS:
-            return Probe((*kinds, ("huge", f"{width}x{height} px")))
+            return [*kinds, ("huge", f"{width}x{height} px")], None
         if max(width, height) > 2 * DRAFT_SIDE:
             image.draft("RGB", (DRAFT_SIDE, DRAFT_SIDE))  # a JPEG of this size is decoded at a fraction of the cost
         image.load()
@@ -221,7 +208,7 @@ def _measured(
     if max(size) > LONG_ASPECT * min(size):
         found.append(("elongated", f"{size[0]}x{size[1]} px"))
     thumb = np.asarray(Image.fromarray(for_display(pixels)).resize((THUMB, THUMB), Image.Resampling.BOX))
-    return Probe(tuple(found), size, digest.digest(), thumb, mean, square, gray)
+    return found, Seen(size, digest.digest(), thumb, mean, square, gray)
 
 
 def known_signature(raw: bytes) -> bool:

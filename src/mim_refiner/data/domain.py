@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mim_refiner.core.device import in_float64
-from mim_refiner.errors import InputError
 
 _DRAWS = 7  # angle, noise, its seed, length and place of both bands; then a gain a channel
 _NOISY_AT_ONCE = 2**22  # values
@@ -28,7 +27,7 @@ class DomainSpec:
 
     rotate: largest turn in degrees, either way; the border is mirrored. gain: every channel times 1 - gain to 1 + gain.
     noise: largest standard deviation of Gaussian noise, on the 0-1 scale. mask_rows, mask_columns: largest share of one
-    band set to the mean (SpecAugment, arXiv 1904.08779). Raises InputError for values out of range.
+    band set to the mean (SpecAugment, arXiv 1904.08779).
     """
 
     rotate: float = 0.0
@@ -36,10 +35,6 @@ class DomainSpec:
     noise: float = 0.0
     mask_rows: float = 0.0
     mask_columns: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.rotate <= 180 and all(0 <= share < 1 for share in astuple(self)[1:])):
-            raise InputError(f"{self}: rotate lies between 0 and 180, the others between 0 and 1; choose others")
 
 
 def draw(count: int, channels: int, generator: torch.Generator) -> Tensor:

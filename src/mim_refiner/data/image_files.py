@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from mim_refiner.data.arrays import NPY, read_npy
+from mim_refiner.data.arrays import array_in
 from mim_refiner.data.channels import (
     MAX_CHANNELS,
     MAX_PIXELS,
@@ -93,9 +93,10 @@ def decode_image(
     CMYK are converted, transparency is shown on white, 16 bits keep their upper 8. For others the bands as stored,
     uint8 or uint16; a TIFF may have a band a page. Of an animation the first frame. Raises as :func:`open_image`.
     """
-    if isinstance(data, np.ndarray) or data[:6] == NPY:
-        pixels = as_channels_last(data if isinstance(data, np.ndarray) else read_npy(data))
+    if (array := array_in(data)) is not None:
+        pixels = as_channels_last(array)
         return _fitting(pixels, channels), pixels.shape[:2]
+    assert isinstance(data, bytes)
     try:
         with open_image(data) as image:
             pages = _pages(image)

@@ -8,9 +8,9 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mim_refiner.data.channels import common_type, resize
-from mim_refiner.data.decode import ImageSet, Loaded, Pixels
+from mim_refiner.data.decode import ImageSet, Pixels
 from mim_refiner.data.resident import SHARE, ResidentImages
 from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order, scale_reduction
 from mim_refiner.data.workers import WORKER_BYTES, begun, decoding_threads, end_workers, in_background
@@ -29,44 +29,37 @@ from mim_refiner.types import ImageSize, height_width
 _ELONGATED = 4  # times longer than wide: the view is resized alone, or the cost would grow with the length
 
 
-@dataclass(frozen=True)
-class ViewBatch:
+class ViewBatch(NamedTuple):
     """One training batch: ``views[v]`` [B, C, size, size], uint8 or, from 16-bit images, uint16.
 
-    A damaged image is replaced by another of the set.
-
-    ``sample_ids`` and ``labels`` are those of the images really shown; ``skipped`` lists (name, reason) of images found
-    unreadable since the previous batch (the first batch of a loader lists all that are known).
+    A damaged image is replaced by another of the set. ``sample_ids`` and ``labels`` are those of the images really
+    shown; ``skipped`` lists (name, reason) of images found unreadable since the previous batch (the first batch of a
+    loader lists all that are known).
     """
 
     views: list[Tensor]
     sample_ids: Tensor  # int64 [B]
     labels: Tensor | None  # int64 [B]
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-
-    def pin_memory(self) -> ViewBatch:
-        """Return the batch in page-locked memory."""
-        labels = None if self.labels is None else self.labels.pin_memory()
-        views = [view.pin_memory() for view in self.views]
-        return ViewBatch(views, self.sample_ids.pin_memory(), labels, self.skipped)
-
-    def to(self, device: torch.device | str) -> ViewBatch:
-        """Return the batch on ``device``."""
-        views = [view.to(device, non_blocking=True) for view in self.views]
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        return ViewBatch(views, self.sample_ids.to(device, non_blocking=True), labels, self.skipped)
+    skipped: Sequence[tuple[str, str]] = ()
 
 
-@dataclass(frozen=True)
-class _Assembled:
+class _Assembled(NamedTuple):
     """What a worker sends: the batch, the failures it knows, or the one-line error that ends the run."""
 
     batch: ViewBatch | None
     unreadable: list[tuple[int, str, str]]
     error: str = ""
 
-    def pin_memory(self) -> _Assembled:
-        return self if self.batch is None else _Assembled(self.batch.pin_memory(), self.unreadable)
+
+def _pinned(item: _Assembled) -> _Assembled:
+    """In page-locked memory, as what a DataLoader with processes gives: else the host would wait for the copies."""
+    if (batch := item.batch) is None:
+        return item
+    views, labels = (
+        [view.pin_memory() for view in batch.views],
+        None if batch.labels is None else batch.labels.pin_memory(),
+    )
+    return item._replace(batch=ViewBatch(views, batch.sample_ids.pin_memory(), labels))
 
 
 @dataclass
@@ -96,7 +89,10 @@ class _Assembler(Dataset[_Assembled]):
             self._order = (epoch, order)
         position = step * self.batch_size + self.offset
         chosen = self._order[1][position : position + self.local_size]
-        loaded = [self._load(int(index), epoch, position + row) for row, index in enumerate(chosen)]
+        loaded = []
+        for row, index in enumerate(chosen.tolist(), position):
+            reduction = partial(scale_reduction, self.views, seed=self.seed, epoch=epoch, position=row)
+            loaded.append(self.images.load_resolved(index, reduction if self.reduced_decode else None))
         ids = np.array([image.index for image in loaded], dtype=np.int64)
         labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[ids])
         place = {"seed": self.seed, "epoch": epoch, "position": position}
@@ -109,12 +105,6 @@ class _Assembler(Dataset[_Assembled]):
                 for number, spec in enumerate(self.views)
             ]
         return ViewBatch(views, torch.from_numpy(ids), labels)
-
-    def _load(self, index: int, epoch: int, position: int) -> Loaded:
-        if not self.reduced_decode:
-            return self.images.load_resolved(index)
-        reduction = partial(scale_reduction, self.views, seed=self.seed, epoch=epoch, position=position)
-        return self.images.load_resolved(index, reduction)
 
 
 def _channels_first(pixels: NDArray[Any]) -> Tensor:
@@ -164,9 +154,7 @@ class TrainLoader:
                 f"set batch_size to {len(images)} or less"
             )
         images.raise_if_too_many_unreadable()
-        self.images = images
-        self.views = list(views)
-        self.batch_size = batch_size
+        self.images, self.views, self.batch_size = images, list(views), batch_size
         self.steps_per_epoch = len(images) // batch_size if rows is None else -(-len(rows) // batch_size)
         each, local = [spec for spec in views for _ in range(spec.count)], batch_size // world_size
         self._assembler = _Assembler(
@@ -216,16 +204,12 @@ class TrainLoader:
             yield from (self._assembler[key] for key in keys)
             return
         if self._loader is None:
-            items = (self._pinned(self._assembler[key]) for key in keys)
+            items = (_pinned(self._assembler[key]) if self._pin_memory else self._assembler[key] for key in keys)
             with contextlib.closing(in_background(items, self._prefetch)) as stream:
                 yield from stream
             return
         self._steps[:] = keys
         yield from begun(self._loader)
-
-    def _pinned(self, item: _Assembled) -> _Assembled:
-        """As what a DataLoader with processes gives: from other memory the host would wait for the copies."""
-        return item.pin_memory() if self._pin_memory else item
 
     def _accept(self, item: _Assembled) -> ViewBatch:
         """Record what the worker found unreadable and hand on the batch, or raise its error."""
@@ -235,7 +219,7 @@ class TrainLoader:
         self.images.raise_if_too_many_unreadable()
         fresh = [(name, why) for index, name, why in self.images.unreadable_items() if index not in self._reported]
         self._reported.update(self.images.unreadable_indices)
-        return replace(item.batch, skipped=fresh) if fresh else item.batch
+        return item.batch._replace(skipped=fresh)
 
     def held_bytes(self, device: torch.device) -> int:
         """What images take of the memory of ``device``: the decoded set, batches that wait, processes that make them;
@@ -285,15 +269,14 @@ def resize_center_crop(pixels: Pixels, image_size: ImageSize, crop_ratio: float)
         same = (height, width) == image_size
         return pixels if same else resize(pixels, image_size[1], image_size[0])
     short = round(image_size / crop_ratio)
-    long = int(short * max(height, width) / min(height, width))
-    if min(height, width) == short:
-        new_height, new_width = height, width
-    else:
-        new_height, new_width = (long, short) if width <= height else (short, long)
-    top, left = round((new_height - image_size) / 2), round((new_width - image_size) / 2)
-    if max(height, width) > _ELONGATED * min(height, width) and min(height, width) != short:
-        return _view_of(pixels, top, left, image_size, (new_height, new_width))
-    pixels = pixels if min(height, width) == short else resize(pixels, new_width, new_height)
+    if min(height, width) != short:
+        elongated = max(height, width) > _ELONGATED * min(height, width)
+        long = int(short * max(height, width) / min(height, width))
+        height, width = (long, short) if width <= height else (short, long)
+        pixels = pixels if elongated else resize(pixels, width, height)
+    top, left = round((height - image_size) / 2), round((width - image_size) / 2)
+    if pixels.shape[:2] != (height, width):
+        return _view_of(pixels, top, left, image_size, (height, width))
     return pixels[top : top + image_size, left : left + image_size]
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from mim_refiner.data.arrays import NPY, read_npy
+from mim_refiner.data.arrays import array_in
 from mim_refiner.data.image_files import SIDEWAYS, open_image, orientation, stored_bits, stored_size
 from mim_refiner.data.source_base import ConcatSource, ImageSource, Selection
 from mim_refiner.data.source_files import FileSource
@@ -145,7 +145,7 @@ def _leaf(source: ImageSource, index: int) -> tuple[ParquetSource | FileSource, 
         return _leaf(source.source, int(source.indices[index]))
     if isinstance(source, ConcatSource):
         part, position = source.locate(index)
-        return _leaf(part, position)
+        return _leaf(source.parts[part], position)
     if isinstance(source, ParquetSource | FileSource):
         return source, index
     raise DataError(
@@ -234,10 +234,9 @@ def _fitted(mask: Mask, turned: bool, leaf: ImageSource, position: int) -> Mask:
 
 def _size_and_way(data: bytes | NDArray[Any]) -> tuple[tuple[int, int], int]:
     """Height and width as stored, and the EXIF orientation."""
-    if isinstance(data, np.ndarray) or data[:6] == NPY:
-        shape = (data if isinstance(data, np.ndarray) else read_npy(data)).shape
-        return (shape[0], shape[1]), 1
-    with open_image(data) as image:
+    if (array := array_in(data)) is not None:
+        return (array.shape[0], array.shape[1]), 1
+    with open_image(bytes(data)) as image:
         return stored_size(image), orientation(image)
 
 

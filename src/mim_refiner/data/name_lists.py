@@ -1,7 +1,8 @@
-"""Published splits: a text file with an image name a line, matched against the names of a source.
+"""Lists of images by name: published splits, and what is to be left out.
 
-So come the 1 % and 10 % of ImageNet-1K (SimCLR: ``n01440764_10043.JPEG``) and the sets of 1, 2 and 5 images a class
-(MSN); a name may have no ending, or folders before it, and a label beside it.
+A split is a text file with an image name a line, matched against the names of a source: so come the 1 % and 10 % of
+ImageNet-1K (SimCLR: ``n01440764_10043.JPEG``) and the sets of 1, 2 and 5 images a class (MSN). A name may have no
+ending, or folders before it, and a label beside it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim_refiner.data.labels import printable, shown_names
-from mim_refiner.data.source_base import ImageSource
+from mim_refiner.data.source_base import ImageSource, Selection
 from mim_refiner.data.source_files import PATH_NAMES, is_image_name
 from mim_refiner.data.source_list import SEPARATORS, cells_of
-from mim_refiner.errors import DataError
+from mim_refiner.errors import DataError, did_you_mean
 from mim_refiner.files import read_regular, reading
 
 _CLASS_AGAIN = re.compile(r"(n\d{8})(_\d+)_\1$")  # Hugging Face's ImageNet: n01440764_10043_n01440764
@@ -58,20 +59,22 @@ def match_names(source: ImageSource, path: str | Path) -> NameList:
     wanted: dict[tuple[str, ...], list[int]] = {}
     for number, name in enumerate(names):
         wanted.setdefault(_key(name), []).append(number)
-    lengths, found = sorted({len(key) for key in wanted}), [_Found() for _ in names]
+    lengths = sorted({len(key) for key in wanted})
+    fits: list[tuple[list[int], list[int]]] = [([], []) for _ in names]  # rows of another ending, of the same
     for row, name in enumerate(images):
         parts, key = name.split("/"), _key(name)
         for length in lengths:
             for number in wanted.get(key[-length:], ()) if length <= len(key) else ():
-                found[number].add(row, exact=names[number].split("/") == parts[-length:])
+                fits[number][names[number].split("/") == parts[-length:]].append(row)
+    found = [same or other for other, same in fits]
     _refuse_ambiguous(source, path, listed, found)
-    lost = [name for name, each in zip(listed, found, strict=True) if not each.rows]
+    lost = [name for name, rows in zip(listed, found, strict=True) if not rows]
     if len(lost) == len(names):
         raise DataError(
             f"{path}: none of its {len(names)} names is one of {source.description} (the list begins with "
             f"'{listed[0]}', the images with '{images[0]}'); give the images that it was made for"
         )
-    rows = np.unique([each.rows[0] for each in found if each.rows])
+    rows = np.unique([each[0] for each in found if each])
     result = NameList(str(path), rows, len(names), len(lost), *lost[:1])
     if source.classes is not None:
         absent = np.setdiff1d(np.arange(len(source.classes.names)), source.classes.numbers[rows])
@@ -82,20 +85,6 @@ def match_names(source: ImageSource, path: str | Path) -> NameList:
                 f"{source.description} ({which}); give the images that the list was made for"
             )
     return result
-
-
-class _Found:
-    """The rows that a name fits: those that have its ending too, if any."""
-
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-        self.exact = False
-
-    def add(self, row: int, *, exact: bool) -> None:
-        if exact and not self.exact:
-            self.rows, self.exact = [], True
-        if exact == self.exact:
-            self.rows.append(row)
 
 
 def _names(path: Path, images: Sequence[str]) -> list[str]:
@@ -163,12 +152,75 @@ def _key(name: str) -> tuple[str, ...]:
     return *folders, _CLASS_AGAIN.sub(r"\1\2", stem)
 
 
-def _refuse_ambiguous(source: ImageSource, path: str | Path, names: list[str], found: list[_Found]) -> None:
-    several = [number for number, each in enumerate(found) if len(each.rows) > 1]
+def _refuse_ambiguous(source: ImageSource, path: str | Path, names: list[str], found: list[list[int]]) -> None:
+    several = [number for number, rows in enumerate(found) if len(rows) > 1]
     if several:
         whole, first = source.file_names(), several[0]
-        fits = shown_names([whole[row] for row in found[first].rows])
+        fits = shown_names([whole[row] for row in found[first]])
         raise DataError(
             f"{path}: {len(several)} of its {len(names)} names fit several images of {source.description} (first: "
             f"'{names[first]}' fits {fits}); write their folders before the names"
         )
+
+
+# --- images to leave out: the file that doctor writes, or any list of names or numbers
+
+
+def list_lines(items: Iterable[tuple[int, str, str]]) -> bytes:
+    """A line for each (number in the source, name, reason), as :func:`without_listed` reads them.
+
+    The number comes first, so that a name may begin with anything, or occur twice.
+    """
+    lines = [f"{number}\t{name}\t{printable(reason)}\n" for number, name, reason in items]
+    return "".join(lines).encode()
+
+
+def without_listed(source: ImageSource, path: str | Path) -> Selection:
+    """Return ``source`` without the images named in the text file ``path``.
+
+    One image a line: number, name and reason with tabs between, as doctor and skipped_images.txt write them, or a name
+    or a number alone (text after a tab is a comment). A name that is no longer at its number is looked for. Lines that
+    begin with # and empty lines are ignored. Names of images that the source does not hold are allowed (a list may
+    serve several sources), but at least one line must match. Raises DataError for an unreadable list, a list that
+    matches nothing, or one that leaves nothing.
+    """
+    entries = _entries(Path(path).expanduser())
+    rows: dict[str, list[int]] = {}
+    for index in range(len(source)):
+        rows.setdefault(source.name(index), []).append(index)
+    dropped: set[int] = set()
+    lost = 0
+    for number, name in entries:
+        if number is not None and number < len(source) and name in ("", source.name(number)):
+            dropped.add(number)
+        elif name in rows:
+            dropped.update(rows[name])
+        else:
+            lost += 1
+    if entries and not dropped:
+        first = entries[0][1] or str(entries[0][0])
+        raise DataError(
+            f"{path}: none of its {len(entries)} lines names an image of {source.description} (first: "
+            f"'{first}'{did_you_mean(first, list(rows)[:10_000])}); give the list that doctor wrote for this --data"
+        )
+    if len(dropped) == len(source):
+        raise DataError(f"{path}: leaves none of the {len(source)} images of {source.description}; shorten the list")
+    kept = np.array([index for index in range(len(source)) if index not in dropped], dtype=np.int64)
+    missing = f", {lost} of its lines name none" if lost else ""
+    description = f"{source.description} without {len(dropped)} of {Path(path).name}{missing}"
+    return Selection(source, kept, description)
+
+
+def _entries(path: Path) -> list[tuple[int | None, str]]:
+    """(number or None, name or "") of every line."""
+    with reading(path, "give the list of images to leave out that doctor wrote"):
+        text = read_regular(path).decode("utf-8-sig", "surrogateescape")
+    entries: list[tuple[int | None, str]] = []
+    for line in text.split("\n"):
+        cells = line.rstrip("\r").split("\t", 2)
+        plain = cells[0].strip()
+        if plain.isascii() and plain.isdecimal() and len(plain) < 19:
+            entries.append((int(plain), printable(cells[1]) if len(cells) == 3 else ""))
+        elif plain and not plain.startswith("#"):
+            entries.append((None, printable(plain)))
+    return entries

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -57,8 +57,7 @@ def _moments(mean: Sequence[float], std: Sequence[float], channels: int) -> Tens
     return torch.tensor([tuple(mean), tuple(std)], dtype=torch.float32)[:, :, None, None]
 
 
-@dataclass(frozen=True)
-class PhotometricParams:
+class PhotometricParams(NamedTuple):
     """Drawn parameters of a batch, on the CPU. A row of ``order`` lists operation numbers in the order of their use."""
 
     jitter: Tensor  # bool [B]
@@ -71,7 +70,7 @@ class PhotometricParams:
 
     def of(self, rows: Rows) -> PhotometricParams:
         """Those of some rows, from parameters drawn for ``rows.total`` images."""
-        return PhotometricParams(*(getattr(self, item.name)[rows.start : rows.stop] for item in fields(self)))
+        return PhotometricParams(*(drawn[rows.start : rows.stop] for drawn in self))
 
 
 def draw_params(spec: ViewSpec, count: int, generator: torch.Generator) -> PhotometricParams:
@@ -182,16 +181,16 @@ def _plan(
     Within a chunk the hue has its turn at the same time, and those to blur, make gray or solarise lie in few runs (a
     Gray code sorts them): nothing need be picked out and put back.
     """
-    params = {item.name: torch.cat([getattr(part, item.name) for part in drawn]) for item in fields(drawn[0])}
+    params = PhotometricParams(*map(torch.cat, zip(*drawn, strict=True)))
     colour = images.shape[1] == 3
     usable = {BRIGHTNESS, CONTRAST, SATURATION, HUE} if colour else {BRIGHTNESS, CONTRAST}
-    turn = (params["order"] == HUE).int().argmax(1) * colour
-    turn[~params["jitter"]] = 4
-    blur, gray, solar = params["blur"], params["gray"] & colour, params["solarize"] & colour
+    turn = (params.order == HUE).int().argmax(1) * colour
+    turn[~params.jitter] = 4
+    blur, gray, solar = params.blur, params.gray & colour, params.solarize & colour
     code = blur * 4 + (blur ^ gray) * 2 + (gray ^ solar)
-    order = ((turn * 8 + code) * 64 + params["order"] @ torch.tensor([16, 4, 1, 0])).argsort(stable=True)
-    kind = params["order"][order]
-    factor = params["factors"][order].gather(1, kind)
+    order = ((turn * 8 + code) * 64 + params.order @ torch.tensor([16, 4, 1, 0])).argsort(stable=True)
+    kind = params.order[order]
+    factor = params.factors[order].gather(1, kind)
     own = torch.where(kind <= max(usable), factor, 1.0)
     weights = torch.stack([own, (1 - factor) * (kind == SATURATION), (1 - factor) * (kind == CONTRAST)])
 
@@ -211,8 +210,8 @@ def _plan(
         order,
         order.argsort(),
         weights.movedim(2, 0)[..., None, None, None],
-        params["factors"][order, HUE],
-        params["sigma"][order],
+        params.factors[order, HUE],
+        params.sigma[order],
         _moments(photometric.mean, photometric.std, images.shape[1]),
     )
     return chunks, tables

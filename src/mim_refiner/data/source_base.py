@@ -110,20 +110,20 @@ class ImageSource(ABC):
 
     def facts(self) -> dict[str, Any]:
         """What results and reports record of the data."""
-        classes: dict[str, Any] = {"classes": 0, "no_labels": self.no_labels}
-        if self.classes is not None:
-            classes = {"classes": len(self.classes.names)}
-        left_out = {"left_out": [asdict(each) for each in self.left_out]}
-        shared = {} if self.shared is None else {"also_in_train": asdict(self.shared)}
         whole = {"source": self.description, "images": len(self), "fingerprint": self.fingerprint()}
-        return whole | classes | left_out | shared
+        whole |= {"classes": len(self.class_names or ())} | (
+            {"no_labels": self.no_labels} if self.classes is None else {}
+        )
+        shared = {} if self.shared is None else {"also_in_train": asdict(self.shared)}
+        return whole | {"left_out": [asdict(each) for each in self.left_out]} | shared
 
 
 def short_hash(parts: Iterable[object]) -> str:
-    """Hash a sequence of strings, numbers and arrays to 16 hexadecimal digits."""
+    """Hash a sequence of strings, bytes, numbers and arrays to 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for part in parts:
-        raw = part.tobytes() if isinstance(part, np.ndarray) else str(part).encode("utf-8", "surrogateescape")
+        raw = part.tobytes() if isinstance(part, np.ndarray) else part
+        raw = raw if isinstance(raw, bytes) else str(raw).encode("utf-8", "surrogateescape")
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return digest.hexdigest()[:16]
 
@@ -182,7 +182,8 @@ class ConcatSource(ImageSource):
         self.description = f"{description} ({int(self.ends[-1])} images)"
         self.left_out = tuple(each for part in parts for each in part.left_out)
         self.base = Path(os.path.commonpath([os.path.abspath(part.base) for part in parts]))
-        self._prefixes = [_prefix(part.base, self.base) for part in parts]
+        between = [os.path.relpath(part.base, self.base) for part in parts]
+        self._prefixes = ["" if folder == "." else f"{printable(folder)}/" for folder in between]  # names differ so
         self.read_labels(self._joined)
         for part in self.parts:
             part.classes = None  # one copy of the labels is enough
@@ -201,17 +202,14 @@ class ConcatSource(ImageSource):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def _place(self, index: int) -> tuple[int, int]:
+    def locate(self, index: int) -> tuple[int, int]:
+        """The number of the part that image ``index`` comes from, and the image's number there."""
         part = int(np.searchsorted(self.ends, index, side="right"))
         return part, index - (int(self.ends[part - 1]) if part else 0)
 
-    def locate(self, index: int) -> tuple[ImageSource, int]:
-        """The part that image ``index`` comes from, and its number there."""
-        part, local = self._place(index)
-        return self.parts[part], local
-
     def read(self, index: int) -> bytes | NDArray[Any]:
-        part, local = self.locate(index)
+        number, local = self.locate(index)
+        part = self.parts[number]
         if self._recent is not None and part not in self._recent:
             self._recent.append(part)
             if len(self._recent) > 2:  # another thread may still read the one before
@@ -219,7 +217,7 @@ class ConcatSource(ImageSource):
         return part.read(local)
 
     def name(self, index: int) -> str:
-        part, local = self._place(index)
+        part, local = self.locate(index)
         return self._prefixes[part] + self.parts[part].name(local)
 
     def file_names(self) -> Sequence[str]:
@@ -237,9 +235,3 @@ class ConcatSource(ImageSource):
         self._recent = []
         for part in self.parts:
             part.stream()
-
-
-def _prefix(base: Path, common: Path) -> str:
-    """What a part's names begin with, so that they differ from those of the other parts."""
-    between = os.path.relpath(base, common)
-    return "" if between == "." else printable(between) + "/"

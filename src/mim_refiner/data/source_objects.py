@@ -109,7 +109,7 @@ class ObjectSource(ImageSource):
     def fingerprint(self) -> str:
         rows = np.unique(np.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).astype(int))
         images = (self.read(int(row)) for row in rows)
-        return short_hash(["objects", len(self), *label_parts(self.classes), *map(_array, images)])
+        return short_hash(["objects", len(self), *label_parts(self.classes), *images])
 
     def _raw_labels(self, first: Any) -> Sequence[Any]:
         """From the object where it has them all, else item by item."""
@@ -146,7 +146,3 @@ def _labels(values: Sequence[Any], count: int) -> Labels:
 
 def _found(item: dict[str, Any], keys: Sequence[str]) -> str | None:
     return next((key for key in keys if key in item), None)
-
-
-def _array(image: NDArray[Any] | bytes) -> NDArray[Any]:
-    return np.frombuffer(image, np.uint8) if isinstance(image, bytes) else image

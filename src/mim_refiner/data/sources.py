@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,22 @@ from mim_refiner.data.labels import printable, shown_names
 from mim_refiner.data.source_arrays import ArraySource
 from mim_refiner.data.source_base import ConcatSource, ImageSource, sliced
 from mim_refiner.data.source_files import IMAGE_SUFFIXES, TABLE_SUFFIXES, FileSource, Walk, folder_source, image_files
-from mim_refiner.data.source_hub import PREFIX, download_dataset
 from mim_refiner.data.source_list import LIST_SUFFIXES, list_source
 from mim_refiner.data.source_objects import object_source
 from mim_refiner.data.source_parquet import ParquetSource, parquet_folder
 from mim_refiner.data.source_tar import TarSource
-from mim_refiner.errors import DataError, nearest_path
+from mim_refiner.errors import DataError, nearest_path, reason_of
 
 __all__ = ["ImageSource", "open_source"]
 
 _SLICE = re.compile(r"^(?P<path>.+?)(?P<text>\[(?P<start>-?\d*):(?P<stop>-?\d*)(?::(?P<step>\d*))?\])$")
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|test|val|valid|validation)(?=[^a-z]|$)")
 _BRACES = re.compile(r"\{([^{}]+)\}")
+_COMMA = re.compile(r",(?![^{}]*\})")  # outside of braces
+_HUB = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_HUB_KINDS = (".parquet", ".tar")
+_HUB_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+_CONVERTED = "refs/convert/parquet"  # the hub's own conversion of most data sets to parquet
 _COUNT = re.compile(r"[0-9]{1,18}")
 _KINDS = "a folder, .txt, .csv, .tsv, .parquet, .tar, .npz, .npy or hf:owner/name"
 _PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -74,9 +78,8 @@ def _open_part(text: str) -> ImageSource:
         path, split = text, ""
     if mark and path != text and not (path and split):
         raise DataError(f"{text}: write the split behind the data, as in folder#train")
-    if path.startswith(PREFIX):
-        folder = download_dataset(path, split or None)
-        return _open_folder(folder, split or None, path)
+    if path.startswith("hf:"):
+        return _open_folder(_download(path, split), split or None, path)
     if not split:
         return _open_whole(path)
     root = Path(os.path.expanduser(path))
@@ -85,9 +88,44 @@ def _open_part(text: str) -> ImageSource:
     return _open_folder(root, split, path)
 
 
+def _download(text: str, split: str) -> Path:
+    """Folder with the data files of ``hf:owner/name[@revision]``, in the hub's cache; with ``split`` only that part.
+
+    They are read like local ones, so no data set script ever runs. Raises DataError for a malformed name, a data set
+    that is not there or not public or without files that can be read, and without network where nothing is cached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    match = _HUB.fullmatch(text)
+    if match is None:
+        raise DataError(f"{text[:200]}: is no data set name; write hf:owner/name, with @revision and #split if needed")
+    patterns = [f"*{kind}" for kind in (*_HUB_KINDS, *_HUB_IMAGES)]
+    if split:
+        patterns = [*(f"*{split}*{kind}" for kind in _HUB_KINDS), f"{split}/*", f"*/{split}/*"]
+    for revision in [match["revision"]] if match["revision"] else [None, _CONVERTED]:
+        wanted: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
+        try:
+            folder = Path(snapshot_download(match["repository"], **wanted))
+        except RevisionNotFoundError:
+            continue
+        except Exception as error:  # the hub's client raises its own, httpx's and OSError; all mean: not available
+            if revision == _CONVERTED:
+                continue
+            raise DataError(
+                f"{text}: cannot be downloaded ({reason_of(error)}); check name and network, or download the data set "
+                "elsewhere and give its folder"
+            ) from None
+        if any(path.suffix.lower() in (*_HUB_KINDS, *_HUB_IMAGES) for path in folder.rglob("*")):
+            return folder
+    part = f" for the split '{split}'" if split else ""
+    raise DataError(f"{text}: has no parquet, tar or image files{part}; download it by another way and give the folder")
+
+
 def _open_whole(text: str) -> ImageSource:
     paths = [Path(name) for name in _matches(os.path.expanduser(text))]  # its commas and braces may be part of names
-    for part in itertools.chain.from_iterable(map(_expand_braces, _pieces(text))) if not paths else ():
+    pieces = [] if paths else _COMMA.split(text)
+    for part in itertools.chain.from_iterable(_expand_braces(piece.strip()) for piece in pieces):
         found = _matches(os.path.expanduser(part))
         if not found:
             advice = nearest_path(part) or "; check the path given as data"
@@ -138,19 +176,6 @@ def _refuse_twice(paths: list[Path], text: str) -> None:
     for path in seen:  # a folder named after what lies in it
         if not seen.isdisjoint(path.parents):
             raise DataError(f"{text}: names {path} twice, alone and with its folder; name every file once")
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Split at commas, but not inside braces."""
-    depth, piece = 0, ""
-    for letter in text:
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        if letter == "," and depth <= 0:
-            yield piece.strip()
-            piece = ""
-        else:
-            piece += letter
-    yield piece.strip()
 
 
 def _expand_braces(text: str) -> list[str]:

@@ -65,22 +65,14 @@ class ViewSpec:
     def width(self) -> int:
         return height_width(self.size)[1]
 
-    def __post_init__(self) -> None:
-        problems = []
-        if min(self.height, self.width, self.count) < 1:
-            problems.append(f"size {self.size} and count {self.count} must be at least 1")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            problems.append(f"scale {self.scale} must be low <= high within (0, 1]")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            problems.append(f"ratio {self.ratio} must be low <= high, above 0")
-        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
-            problems.append(f"blur_sigma {self.blur_sigma} must be low <= high, above 0")
-        for key in ("flip", "vflip", "jitter_prob", "blur_prob", "gray_prob", "solarize_prob"):
-            if not 0 <= getattr(self, key) <= 1:
-                problems.append(f"{key} {getattr(self, key)} must be between 0 and 1")
-        if min(self.brightness, self.contrast, self.saturation) < 0 or not 0 <= self.hue <= 0.5:
-            problems.append("brightness, contrast and saturation must be at least 0 and hue between 0 and 0.5")
-        if problems:
+    def __post_init__(self) -> None:  # of what recipes do not check themselves
+        right = {
+            f"scale {self.scale} must be low <= high within (0, 1]": 0 < self.scale[0] <= self.scale[1] <= 1,
+            f"blur_sigma {self.blur_sigma} must be low <= high, above 0": 0 < self.blur_sigma[0] <= self.blur_sigma[1],
+            f"hue {self.hue} must be at most 0.5": self.hue <= 0.5,
+        }
+        if not all(right.values()):
+            problems = [text for text, holds in right.items() if not holds]
             raise InputError(f"view '{self.name}': {'; '.join(problems)}")
 
 
@@ -100,12 +92,15 @@ def multi_crop_views(
     ``blur_prob`` and ``solarize_prob`` hold one value each for global0, global1 and local; ``same``: further fields of
     ViewSpec, alike in all views.
     """
-    groups = [("global0", global_size, 1, global_scale), ("global1", global_size, 1, global_scale)]
-    if num_local:
-        groups.append(("local", local_size, num_local, local_scale))
+    groups = [
+        ("global0", global_size, 1, global_scale),
+        ("global1", global_size, 1, global_scale),
+        ("local", local_size, num_local, local_scale),
+    ]
     return [
-        ViewSpec(name, size, count, scale, blur_prob=blur_prob[position], solarize_prob=solarize_prob[position], **same)
-        for position, (name, size, count, scale) in enumerate(groups)
+        ViewSpec(*group, blur_prob=blur, solarize_prob=solarize, **same)
+        for group, blur, solarize in zip(groups, blur_prob, solarize_prob, strict=True)
+        if group[2]
     ]
 
 
@@ -115,8 +110,7 @@ def _uniforms(seed: int, epoch: int, stream: int, start: int, count: int) -> NDA
 
 
 def _philox(seed: int, epoch: int, stream: int) -> np.random.Philox:
-    entropy = [seed % 2**64, epoch, stream]
-    return np.random.Philox(key=np.random.SeedSequence(entropy).generate_state(2, np.uint64))
+    return np.random.Philox(key=np.random.SeedSequence([seed % 2**64, epoch, stream]).generate_state(2, np.uint64))
 
 
 def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
@@ -133,7 +127,6 @@ def crop_boxes(
 
     The distribution is that of torchvision's ``RandomResizedCrop.get_params``.
     """
-    count = len(uniforms)
     if spec.crop_axes == "longer":
         return _spanning_boxes(uniforms, heights, widths, spec), uniforms[:, 22] < spec.flip
     low, high = (bound * spec.width / spec.height for bound in spec.ratio)
@@ -143,7 +136,7 @@ def crop_boxes(
     crop_h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (crop_w > 0) & (crop_w <= widths[:, None]) & (crop_h > 0) & (crop_h <= heights[:, None])
     first = fits.argmax(axis=1)
-    rows = np.arange(count)
+    rows = np.arange(len(uniforms))
     height, width = crop_h[rows, first], crop_w[rows, first]
     top = (uniforms[:, 20] * (heights - height + 1)).astype(np.int64)
     left = (uniforms[:, 21] * (widths - width + 1)).astype(np.int64)

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from mim_refiner.errors import InputError
+from mim_refiner.errors import InputError, reason_of
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -49,5 +49,4 @@ def _reason(error: Exception) -> str:
         status = error.response.status_code
         advice = "; set HF_TOKEN to one that may write there, or log in with: hf auth login"
         return f"the hub refused with status {status}{advice if status in (401, 403) else ''}"
-    text = " ".join(str(error).split())[:120] or "no reason given"
-    return f"the hub cannot be reached or failed ({type(error).__name__}: {text})"
+    return f"the hub cannot be reached or failed ({type(error).__name__}: {reason_of(error)})"

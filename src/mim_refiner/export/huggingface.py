@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mim_refiner.checkpoints.families import hf
+from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.data.loaders import default_crop_ratio
 from mim_refiner.errors import InputError
-from mim_refiner.export.writing import Format, Pairs
+from mim_refiner.export.writing import Format, Pairs, every_block
+from mim_refiner.files import errors_as
 from mim_refiner.models.backbone import Backbone
 
 _NEEDS = "--format hf needs transformers; install mim-refiner[hf]"
@@ -31,8 +33,7 @@ _NEEDS = "--format hf needs transformers; install mim-refiner[hf]"
 
 def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     kind = architecture(backbone)
-    state = _CONVERTERS[kind](backbone)
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in _KINDS[kind][1](backbone).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     preprocessing = json.dumps(_preprocessing(backbone), indent=2)
     (folder / "preprocessor_config.json").write_text(preprocessing + "\n", encoding="utf-8")
@@ -43,14 +44,14 @@ def architecture(backbone: Backbone) -> str:
     """``model_type`` of the transformers model that computes what the encoder computes; InputError if none does."""
     model = backbone.model
     if type(model) is Beit:
-        _check_blocks(model, (nn.LayerNorm,))
+        _check_blocks(model)
         # The same network twice; of the two, AutoModel gives only BeitModel the norm after pooling.
         pooled_norm, norm = not isinstance(model.fc_norm, nn.Identity), not isinstance(model.norm, nn.Identity)
         plain = not pooled_norm and (not norm or "data2vec" in backbone.info.family)
         return "data2vec-vision" if plain else "beit"
     if type(model) is not VisionTransformer:
         raise _refusal(backbone, f"a {type(model).__name__}")
-    _check_blocks(model, (nn.LayerNorm,))
+    _check_blocks(model)
     block = model.blocks[0]
     missing = {
         "normalises its tokens before block 0": not isinstance(model.norm_pre, nn.Identity),
@@ -73,12 +74,12 @@ def architecture(backbone: Backbone) -> str:
     return "dinov2" if layer_scale else "vit"
 
 
-def _check_blocks(model: Any, norms: tuple[type, ...]) -> None:
+def _check_blocks(model: Any) -> None:
     """Refuse blocks of other parts than those of the transformers ViTs: LayerNorm, and an MLP with exact GELU."""
     for block in model.blocks:
         activation = getattr(block.mlp, "act", None)
         exact = isinstance(activation, nn.GELU) and activation.approximate == "none"
-        if type(block.mlp) is not Mlp or not exact or not isinstance(block.norm1, norms):
+        if type(block.mlp) is not Mlp or not exact or not isinstance(block.norm1, nn.LayerNorm):
             raise InputError(
                 f"--format hf: {type(model).__name__} with {type(block.mlp).__name__}, {type(activation).__name__} and "
                 f"{type(block.norm1).__name__} has no counterpart in transformers; use --format timm or onnx"
@@ -97,7 +98,7 @@ def _config(backbone: Backbone, kind: str) -> dict[str, Any]:
     block = model.blocks[0]
     config: dict[str, Any] = {
         "model_type": kind,
-        "architectures": [_CLASSES[kind]],
+        "architectures": [_KINDS[kind][0]],
         "hidden_size": info.embed_dim,
         "num_hidden_layers": info.depth,
         "num_attention_heads": info.num_heads,
@@ -122,17 +123,13 @@ def _config(backbone: Backbone, kind: str) -> dict[str, Any]:
         }
     config["qkv_bias"] = block.attn.qkv.bias is not None
     if kind.startswith("dinov2"):
-        more = {"num_register_tokens": info.num_prefix_tokens - 1} if kind == "dinov2_with_registers" else {}
-        return (
-            config
-            | more
-            | {
-                "mlp_ratio": block.mlp.fc1.out_features // info.embed_dim,
-                "layerscale_value": 1.0,
-                "use_swiglu_ffn": False,
-                "drop_path_rate": 0.0,
-            }
-        )
+        config |= {"num_register_tokens": info.num_prefix_tokens - 1} if kind == "dinov2_with_registers" else {}
+        return config | {
+            "mlp_ratio": block.mlp.fc1.out_features // info.embed_dim,
+            "layerscale_value": 1.0,
+            "use_swiglu_ffn": False,
+            "drop_path_rate": 0.0,
+        }
     config["intermediate_size"] = block.mlp.fc1.out_features
     # The pooler is the identity, so that pooler_output is the class token and not a random projection of it.
     return config | ({"pooler_output_size": info.embed_dim, "pooler_act": "linear"} if kind == "vit" else {})
@@ -196,16 +193,10 @@ def _square(size: tuple[int, int]) -> int | list[int]:
 def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, Any]) -> Pairs:
     """Every block's tokens and those after the final norm."""
     theirs = _load(folder)
-    tokens, blocks = backbone.run_blocks(backbone.embed(images), 0, backbone.info.depth, range(backbone.info.depth))
-    try:
+    with errors_as(InputError, "export: transformers cannot run the exported model", "choose --format timm"):
         output = theirs(pixel_values=images, output_hidden_states=True)
-    except Exception as error:  # whatever transformers raises for a configuration that it cannot run
-        raise InputError(
-            f"export: transformers cannot run the exported model ({_line(error)}); choose --format timm"
-        ) from error
-    for number in range(backbone.info.depth):
-        yield blocks[number], output.hidden_states[number + 1]
-    yield backbone.final_norm(tokens), output.last_hidden_state
+    tokens = [*output.hidden_states[1:], output.last_hidden_state]
+    return zip(every_block(backbone, images), tokens, strict=True)
 
 
 def _load(folder: Path) -> Any:
@@ -215,21 +206,13 @@ def _load(folder: Path) -> Any:
             from transformers import AutoModel
     except ImportError as error:
         raise InputError(f"{_NEEDS} (missing: {error.name})") from error
-    try:
-        with _quiet():
-            model, report = AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
-    except Exception as error:  # see above
-        raise InputError(
-            f"export: transformers cannot load the exported model ({_line(error)}); choose --format timm"
-        ) from error
+    problem = "export: transformers cannot load the exported model"
+    with errors_as(InputError, problem, "choose --format timm"), _quiet():
+        model, report = AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     problems = {key: sorted(map(str, value)) for key, value in report.items() if key.endswith("_keys") and value}
     if problems:
         raise InputError(f"export: transformers reads the exported weights in part ({problems}); choose --format timm")
     return model.eval()
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 @contextlib.contextmanager
@@ -250,27 +233,17 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-_CLASSES = {
-    "vit": "ViTModel",
-    "ijepa": "IJepaModel",
-    "dinov2": "Dinov2Model",
-    "dinov2_with_registers": "Dinov2WithRegistersModel",
-    "beit": "BeitModel",
-    "data2vec-vision": "Data2VecVisionModel",
-}
+def _renamed(keys: KeyMap) -> Callable[[Backbone], dict[str, Tensor]]:
+    return lambda backbone: keys.from_timm(backbone.model.state_dict())
 
 
-def _beit_state(backbone: Backbone) -> dict[str, Tensor]:
-    return hf.BEIT_KEYS.from_timm(backbone.model.state_dict())
-
-
-_CONVERTERS = {
-    "vit": _vit_state,
-    "ijepa": lambda backbone: hf.VIT_KEYS.from_timm(backbone.model.state_dict()),
-    "dinov2": _dinov2_state,
-    "dinov2_with_registers": _dinov2_state,
-    "beit": _beit_state,
-    "data2vec-vision": _beit_state,
+_KINDS: dict[str, tuple[str, Callable[[Backbone], dict[str, Tensor]]]] = {  # model_type -> class, tensors
+    "vit": ("ViTModel", _vit_state),
+    "ijepa": ("IJepaModel", _renamed(hf.VIT_KEYS)),
+    "dinov2": ("Dinov2Model", _dinov2_state),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", _dinov2_state),
+    "beit": ("BeitModel", _renamed(hf.BEIT_KEYS)),
+    "data2vec-vision": ("Data2VecVisionModel", _renamed(hf.BEIT_KEYS)),
 }
 
 HUGGING_FACE = Format("hf", 1e-5, "transformers", "every block and the final tokens", _write, _pairs)

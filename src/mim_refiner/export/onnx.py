@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mim_refiner.errors import InputError
+from mim_refiner.errors import InputError, one_line
 from mim_refiner.export.writing import Format, Pairs
+from mim_refiner.files import errors_as
 from mim_refiner.models.backbone import Backbone
 
 POOLINGS = ("cls", "mean", "tokens")
 _FILE = "model.onnx"
 _OPSET = 18
 _EXTERNAL_BYTES = 1_500_000_000  # a protobuf file ends at 2 GB; larger weights go to model.onnx.data
-_NEEDS = "ONNX export needs onnx, onnxscript and onnxruntime; install mim-refiner[onnx]"
 
 
 class Features(nn.Module):
@@ -82,7 +82,7 @@ def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str,
         while cause.__cause__ is not None:  # the outer ones only say which step failed
             cause = cause.__cause__
         plain = re.sub(r"\x1b\[[\d;]*m", "", str(cause)).strip()  # torch.export colours its texts
-        reason = (plain.splitlines() or [type(cause).__name__])[0][:160]
+        reason = one_line((plain or type(cause).__name__).partition("\n")[0])
         raise InputError(
             f"export: torch cannot turn {info.architecture} into an ONNX graph ({reason}); choose --format timm"
         ) from error
@@ -119,23 +119,18 @@ def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, An
         repeated = images.repeat(-(-batch // len(images)), 1, 1, 1)
         batches = list(repeated[: max(batch, len(images) // batch * batch)].split(batch))
     for some in batches:
-        try:
+        problem = f"export: onnxruntime cannot run the graph on {len(some)} images"
+        with errors_as(InputError, problem, "try another --batch"):
             [got] = session.run(["features"], {"images": some.numpy()})
-        except Exception as error:  # onnxruntime has its own kinds
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"export: onnxruntime cannot run the graph on {len(some)} images ({reason}); try another --batch"
-            ) from error
         yield module(some), torch.from_numpy(got)
 
 
 def _libraries() -> tuple[Any, Any]:
-    try:
+    remedy = "install mim-refiner[onnx]"
+    with errors_as(InputError, "ONNX export needs onnx, onnxscript and onnxruntime", remedy, ImportError):
         import onnx
         import onnxruntime
         import onnxscript  # noqa: F401 - torch's exporter needs it
-    except ImportError as error:
-        raise InputError(f"{_NEEDS} (missing: {error.name})") from error
     return onnx, onnxruntime
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import as_file, files
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +47,6 @@ class Parity:
             f"{self.source}"
         )
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
-
 
 def check_images(info: BackboneInfo, images: ImageSet | None = None, source: str | None = None) -> CheckImages:
     """The first images of ``images`` as the encoder wants them; those embedded in the package when None.
@@ -77,13 +73,12 @@ def compare(
     """
     worst, largest = 0.0, 0.0
     for expected, got in pairs:
-        scale = float(expected.abs().max())
-        difference = float((expected - got).abs().max()) if expected.shape == got.shape else float("inf")
+        same, scale = expected.shape == got.shape, float(expected.abs().max())
+        difference = float((expected - got).abs().max()) if same else float("inf")
         allowed = tolerance * max(1.0, scale)
         if not difference <= allowed:
             found = f"differs by {difference:.2g} (allowed {allowed:.2g})"
-            if expected.shape != got.shape:
-                found = f"gives shape {list(got.shape)} instead of {list(expected.shape)}"
+            found = found if same else f"gives shape {list(got.shape)} instead of {list(expected.shape)}"
             raise InputError(
                 f"export: {what} {found}, so nothing was written; this encoder has parts that the format does not "
                 "describe, choose another --format"

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mim_refiner.data.loaders import default_crop_ratio
 from mim_refiner.errors import InputError
 from mim_refiner.export.parity import CheckImages
-from mim_refiner.export.writing import Format, Pairs, write_export
+from mim_refiner.export.writing import Format, Pairs, every_block, write_export
+from mim_refiner.files import errors_as
 from mim_refiner.models.backbone import Backbone, norm_eps
 from mim_refiner.models.capi import CapiVisionTransformer
 from mim_refiner.models.vit import BASE_ARCHITECTURE, registered_name, standard_name, vit_arguments
@@ -53,19 +54,15 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
     if type(model) is VisionTransformer and architecture in (None, BASE_ARCHITECTURE):
         # The name is free here, since every argument is written; take the one that tells the size.
         architecture = standard_name(info.embed_dim, info.depth, info.num_heads, info.patch_size) or BASE_ARCHITECTURE
-    try:
+    problem = f"{type(model).__name__} was made by timm.create_model with an argument that no config.json can hold"
+    with errors_as(InputError, problem, "name it in plain values", TypeError):
         json.dumps(arguments)
-    except TypeError as error:
-        raise InputError(
-            f"{type(model).__name__} was made by timm.create_model with an argument that no config.json can hold "
-            f"({error}); name it in plain values"
-        ) from error
     if architecture is None:
         raise InputError(
             f"{type(model).__name__} was not made by timm.create_model, so timm cannot rebuild it; "
             "load it by load_backbone"
         )
-    pool = getattr(model, "global_pool", "")
+    pool, known = getattr(model, "global_pool", ""), getattr(model, "pretrained_cfg", None) or {}
     return {
         "architecture": architecture,
         "num_classes": int(getattr(model, "num_classes", 0)),
@@ -83,8 +80,8 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
             "std": list(info.std),
             "num_classes": int(getattr(model, "num_classes", 0)),
             "pool_size": None,
-            "first_conv": _default(model, "first_conv", "patch_embed.proj"),
-            "classifier": _default(model, "classifier", "head"),
+            "first_conv": known.get("first_conv", "patch_embed.proj"),
+            "classifier": known.get("classifier", "head"),
             "license": info.licence,
         },
     }
@@ -116,13 +113,9 @@ def _build(config: Mapping[str, Any]) -> Any:
 
 def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, Any]) -> Pairs:
     """Every block's output and the final tokens, as timm itself gives them after the lines of the card's snippet."""
-    try:
+    problem = f"--format timm: timm cannot rebuild {backbone.info.architecture}"
+    with errors_as(InputError, problem, "keep its run folder instead"):  # whatever timm raises for weights that misfit
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except Exception as error:  # whatever timm raises for weights that do not fit the model it builds
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"--format timm: timm cannot rebuild {backbone.info.architecture} ({reason}); keep its run folder instead"
-        ) from error
     reloaded = Backbone.wrap(model) if isinstance(model, CapiVisionTransformer) else Backbone(model, backbone.info)
     reloaded.use_math_attention()  # the same kernel on both sides
     ours = _outputs(backbone, images)
@@ -137,16 +130,9 @@ def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, An
 
 def _outputs(backbone: Backbone, images: Tensor) -> list[Tensor]:
     if isinstance(backbone.model, CapiVisionTransformer):  # its blocks need positions, which timm's loop does not give
-        depth = backbone.info.depth
-        final, blocks = backbone.run_blocks(backbone.embed(images), 0, depth, range(depth))
-        return [*blocks.values(), backbone.final_norm(final)]
+        return every_block(backbone, images)
     final, intermediates = backbone.model.forward_intermediates(images, output_fmt="NCHW")
     return [*intermediates, final]
-
-
-def _default(model: Any, key: str, otherwise: str) -> Any:
-    config = getattr(model, "pretrained_cfg", None)
-    return config.get(key, otherwise) if isinstance(config, dict) else otherwise
 
 
 TIMM = Format("timm", 1e-6, "timm", "every block and the final tokens", _write, _pairs)

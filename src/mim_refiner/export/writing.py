@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from mim_refiner._version import __version__
 from mim_refiner.checkpoints.store import OWN_FACTS
 from mim_refiner.errors import InputError
 from mim_refiner.export.model_card import model_card
-from mim_refiner.export.parity import CheckImages, Parity, check_images, compare
-from mim_refiner.files import atomic_folder, read_json
+from mim_refiner.export.parity import CheckImages, check_images, compare
+from mim_refiner.files import atomic_folder, errors_as, read_json
 from mim_refiner.models.backbone import Backbone
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -55,14 +55,18 @@ def write_export(
     if the format cannot express the encoder, the exported model differs, or the folder is not ours or not writable.
     """
     out = Path(out_dir).absolute()
-    backbone = _on_cpu(backbone)
+    backbone = copy.deepcopy(backbone).cpu().float().eval()  # the caller's keeps device and mode
+    backbone.use_math_attention()
     own = _own_facts(backbone, format, card or {}, facts or {})
     with new_folder(out) as folder:
         config = format.write(backbone, folder, own)
         _write_config(folder, config, own)
         images = images or check_images(backbone.info)
-        parity = _check(format, backbone, folder, images, own)
-        own["parity"] = parity.to_json()
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():  # libraries draw weights before they load them
+            pairs = format.pairs(backbone, folder, images.pixels, own)
+            what = f"the model as {format.reader} loads it"
+            parity = compare(pairs, format.tolerance, images, what=what, compared=format.compared)
+        own["parity"] = asdict(parity)
         _write_config(folder, config, own)
         text = model_card(backbone.info, card or {}, own)
         (folder / "README.md").write_text(text, encoding="utf-8")
@@ -78,18 +82,11 @@ def write_export(
     }
 
 
-def _check(format: Format, backbone: Backbone, folder: Path, images: CheckImages, own: dict[str, Any]) -> Parity:
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():  # libraries draw weights before they load them
-        pairs = format.pairs(backbone, folder, images.pixels, own)
-        what = f"the model as {format.reader} loads it"
-        return compare(pairs, format.tolerance, images, what=what, compared=format.compared)
-
-
-def _on_cpu(backbone: Backbone) -> Backbone:
-    """The encoder on the CPU in float32 and eval mode, with plain attention; the caller's keeps device and mode."""
-    ours = copy.deepcopy(backbone).cpu().float().eval()
-    ours.use_math_attention()
-    return ours
+def every_block(backbone: Backbone, images: Tensor) -> list[Tensor]:
+    """The tokens after every block, and those after the final norm."""
+    depth = backbone.info.depth
+    last, blocks = backbone.run_blocks(backbone.embed(images), 0, depth, range(depth))
+    return [*(blocks[number] for number in range(depth)), backbone.final_norm(last)]
 
 
 def _own_facts(backbone: Backbone, format: Format, card: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,10 +110,8 @@ def _own_facts(backbone: Backbone, format: Format, card: Mapping[str, Any], fact
 
 
 def _write_config(folder: Path, config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    try:
+    with errors_as(InputError, "export card, facts or model arguments are not plain JSON", "give others", TypeError):
         text = json.dumps({**config, OWN_FACTS: own}, indent=2)
-    except TypeError as error:
-        raise InputError(f"export card, facts and model arguments must be plain JSON values: {error}") from error
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -127,13 +122,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises InputError when ``out`` holds anything but an earlier export of ours, or cannot be written.
     """
     check_target(out)
-    try:
-        with atomic_folder(out) as folder:
-            yield folder
-            for path in folder.iterdir():
-                path.chmod(0o644)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}); free space or choose another --out") from error
+    remedy = "free space or choose another --out"
+    with errors_as(InputError, f"{out}: cannot be written", remedy, OSError), atomic_folder(out) as folder:
+        yield folder
+        for path in folder.iterdir():
+            path.chmod(0o644)
 
 
 def check_target(out: Path) -> None:

@@ -63,11 +63,11 @@ def to_mim_refiner(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str,
     table, token = tensors.get("pos_embed"), tensors.get("cls_token")
     if table is None or token is None or info.num_prefix_tokens != 1:
         raise InputError(
-            "the MIM-Refiner format holds encoders with a class token, a position table and no registers only; "
+            "--format refiner: the format holds encoders with a class token, a position table and no registers only; "
             "choose --format timm"
         )
     if not {"norm.weight", "fc_norm.weight", "norm_pre.weight"} & tensors.keys():
-        raise InputError("the MIM-Refiner format has no encoders without final norm; choose --format timm")
+        raise InputError("--format refiner: the format has no encoders without final norm; choose --format timm")
     if table.shape[1] == rows * columns + 1:
         tensors["cls_token"], table = token + table[:, :1], table[:, 1:]
     tensors["pos_embed"] = table.reshape(1, rows, columns, -1)
