@@ -81,18 +81,14 @@ def _cost(backbone: Backbone, images: ImageSet, on: Measured, recipe: RefineReci
 
 
 def _fit_notes(backbone: Backbone, found: Scan, images: int, recipe: RefineRecipe) -> list[str]:
-    notes = []
-    if len(found.sizes):
-        shares = np.median((found.sizes / backbone.info.image_size[::-1]).min(axis=1))  # width to width
-        if shares < 0.5:
-            size = "x".join(map(str, backbone.info.image_size))
-            notes.append(
-                f"images are enlarged {1 / shares:.1f} times to {size} px: they show less than the encoder expects"
-            )
+    notes, size = [], backbone.info.image_size
+    share = np.median((found.sizes / size[::-1]).min(axis=1)) if len(found.sizes) else 1.0  # width to width
+    if share < 0.5:
+        enlarged = f"images are enlarged {1 / share:.1f} times to {size[0]}x{size[1]} px"
+        notes.append(f"{enlarged}: they show less than the encoder expects")
     if images < recipe.batch_size:
         notes.append(f"batch_size {recipe.batch_size} is larger than the {images} images; set a smaller one")
     elif images < 10 * recipe.batch_size:
-        notes.append(
-            f"{images} images are {images // recipe.batch_size} steps an epoch; a smaller batch_size learns more"
-        )
+        steps = images // recipe.batch_size
+        notes.append(f"{images} images are {steps} steps an epoch; a smaller batch_size learns more")
     return notes

@@ -27,7 +27,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.duplicates import compare_images
 from mim_refiner.errors import DataError
-from mim_refiner.evaluation.results import Result, result_name
+from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.evaluation.suite import evaluate_backbone, summary_metrics, write_results
@@ -53,6 +53,11 @@ class Measured:
     k: int = KNN_K
     says: str = ""  # a sentence for the verdict: whether the test images were trained on
 
+    @property
+    def tested(self) -> ImageSet:
+        """The images that accuracies are of."""
+        return self.bank if self.test is None else self.test
+
     def bytes_beside(self, images: ImageSet) -> int:
         """What they take in memory beside the training ``images``."""
         return sum(each.nbytes for each in (self.bank, self.test) if each is not None and each is not images)
@@ -67,15 +72,15 @@ class Measured:
 
 def said_of_training(images: ImageSet, on: Measured, *, held_out: bool) -> str:
     """Say whether the images to measure on are among the training ``images``, as far as samples of both tell."""
-    tested = on.bank if on.test is None else on.test
     if held_out:
-        return f"Measured on {len(tested)} images that were held out of training."
-    if tested.source is images.source:
+        return f"Measured on {len(on.tested)} images that were held out of training."
+    tested = on.tested.source
+    if tested is images.source:
         return TRAINED_ON
     if on.test is not None and on.bank.source.fingerprint() == images.source.fingerprint():
-        shared = tested.source.shared  # compared already
+        shared = tested.shared  # compared already
     else:
-        shared = compare_images(images.source, tested.source)[0]
+        shared = compare_images(images.source, tested)[0]
     if shared is None or not shared.count:
         return ""
     return f"{TRAINED_ON[:-1]}: at least {shared.count} of the {shared.compared} compared."
@@ -174,16 +179,9 @@ def compare(
     curves = curves_from_results(results, head_blocks=head_blocks)
     curves.write(out / "evaluation")
     block_curves(curves.record, out / "block_curves.png")
-    key = result_name("knn_top1", last, pooling)
-    before, after = results["before"][key].correct, results["after"][key].correct
-    assert before is not None  # k-NN results carry them
-    assert after is not None
-    summary["verdict"] = verdict(before, after)
-    for stage in list(stages)[2:]:
-        further = results[stage][key].correct
-        assert further is not None
-        summary["verdict"][stage] = verdict(before, further)
-    summary["verdict"]["statements"] = curves.record["statements"]
+    before, after, *others = (curves.correct[f"{stage}/{pooling}"][-1] for stage in stages)
+    further = {stage: verdict(before, other) for stage, other in zip(list(stages)[2:], others, strict=True)}
+    summary["verdict"] = verdict(before, after) | further | {"statements": curves.record["statements"]}
     return summary
 
 
@@ -206,11 +204,10 @@ def _recommended(
 def advice(summary: Mapping[str, Any], recipe: RefineRecipe, on: Measured, out: Path, before: Backbone) -> list[str]:
     """What to try next, from the summary and the run's own log."""
     log = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
-    tested = on.bank if on.test is None else on.test
     return what_next(
         summary["verdict"],
         recipe.model_dump(),
-        test_images=len(tested),
+        test_images=len(on.tested),
         draws=(int(log[-1]["total_step"]) if log else 0) * recipe.batch_size,
         knn=[record["knn_top1"] for record in log if "knn_top1" in record],
         recommendation=summary["recommendation"],

@@ -94,16 +94,16 @@ def _scan(source: ImageSource, what: str, reporter: Reporter, channels: int) -> 
 def _duplicates(found: Scan, source: ImageSource) -> list[Finding]:
     """Exact duplicates, and near ones among the images that are not constant and not exact duplicates."""
     exact = exact_duplicates(found.digests)
-    copies = {row for _, row in exact}
-    singles = np.array([row for row in _structured(found) if row not in copies], dtype=np.int64)
+    singles = np.setdiff1d(_structured(found), [row for _, row in exact]).astype(np.int64)
     near = [(int(singles[a]), int(singles[b])) for a, b in near_duplicates(found.thumbs[singles])]
-    constant = _constant(found)
-    findings = []
+    findings, labels, constant = [], source.labels, _constant(found)
     for kind, pairs in (("exact duplicate", exact), ("near duplicate", near)):
         for first, row in pairs:
             index, other = int(found.rows[row]), int(found.rows[first])
             if index not in constant:  # one finding is enough
-                findings.append(Finding(kind, index, source.name(index), _pair_detail(source, index, source, other)))
+                relabelled = labels is not None and labels[index] != labels[other]
+                detail = f"of {source.name(other)}{', with another label' if relabelled else ''}"
+                findings.append(Finding(kind, index, source.name(index), detail))
     return findings
 
 
@@ -129,13 +129,6 @@ def _constant(found: Scan) -> set[int]:
 def _structured(found: Scan) -> NDArray[np.int64]:
     """Rows to compare: a one-coloured image would be near to every picture of about its tint."""
     return np.flatnonzero(~np.isin(found.rows, list(_constant(found))))
-
-
-def _pair_detail(source: ImageSource, index: int, other_source: ImageSource, other: int) -> str:
-    text = f"of {other_source.name(other)}"
-    if source.labels is not None and source.labels[index] != source.labels[other]:
-        text += ", with another label"
-    return text
 
 
 def _pixels(found: Scan) -> dict[str, Any]:
@@ -171,22 +164,18 @@ def _classes(source: ImageSource) -> dict[str, Any] | None:
     """Balance of the classes; None without labels."""
     if source.classes is None:
         return None
-    names, counts = source.classes.names, np.bincount(source.classes.numbers)
-    smallest, largest = int(counts.argmin()), int(counts.argmax())
-    notes = []
-    if counts.max() >= 10 * counts.min():
+    names, counts, notes = source.classes.names, np.bincount(source.classes.numbers), []
+    least, most = int(counts.min()), int(counts.max())
+    sizes: dict[str, Any] = {"images_of_each": least}
+    if least < most:
+        sizes = {"smallest": f"{names[counts.argmin()]} ({least})", "largest": f"{names[counts.argmax()]} ({most})"}
+    if most >= 10 * least:
         notes.append("unbalanced: accuracy will mostly tell of the large classes")
     if source.classes.absent:
         notes.append(f"{source.classes.absent} class names have no image")
     if (counts < 5).any():
         notes.append(f"{int((counts < 5).sum())} classes have fewer than 5 images: too few to measure on")
-    return {
-        "classes": len(names),
-        "smallest": f"{names[smallest]} ({int(counts.min())})",
-        "largest": f"{names[largest]} ({int(counts.max())})",
-        "ratio": round(float(counts.max() / counts.min()), 2),
-        "notes": notes,
-    }
+    return {"classes": len(names), **sizes, "ratio": round(most / least, 2), "notes": notes}
 
 
 def _list_text(data: object, findings: Sequence[Finding]) -> bytes:

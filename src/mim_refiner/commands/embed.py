@@ -11,7 +11,7 @@ from typing import Any
 from mim_refiner._version import __version__
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.checkpoints.options import parse_size
-from mim_refiner.commands.inputs import announce
+from mim_refiner.commands.inputs import announce, tell_unreadable
 from mim_refiner.core.device import pick_device, resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.run import Run
@@ -19,7 +19,6 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError, RunFolderError
 from mim_refiner.evaluation.embedding import (
-    Embedding,
     FeatureSpec,
     check_ending,
     class_list,
@@ -31,8 +30,6 @@ from mim_refiner.files import json_value, name_of, read_json, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import Reporter, listener
 from mim_refiner.types import ImageSize, side_or_pair
-
-LISTED_UNREADABLE = 5  # in messages; the manifest has them all
 
 
 def embed(
@@ -70,7 +67,12 @@ def embed(
     """
     reporter = listener(reporter)
     path = None if out is None else Path(out).expanduser()
-    _check_arguments(path, precision)
+    if path is not None:
+        check_ending(path)
+        if path.is_dir():
+            raise InputError(f"--out {path}: is a folder; name a file in it")
+    if precision not in ("fp32", "bf16", "auto"):
+        raise InputError(f"--precision {precision}: unknown; use fp32, bf16 or auto")
     torch_device = pick_device(device)
     backbone = load_backbone(model)
     size = side_or_pair(parse_size(image_size)) if isinstance(image_size, str) else image_size
@@ -82,31 +84,66 @@ def embed(
     images = ImageSet(source, cache=False, channels=backbone.info.in_chans)
     announce(source, reporter)
     if path is None:
-        return _in_memory(compute_features(backbone, images, spec, run), spec, images, reporter)
-    settings = _settings(spec, backbone, images, torch_device.type)
+        features = compute_features(backbone, images, spec, run)
+        reporter.done()
+        return {
+            "features": features.features,
+            "indices": features.indices,
+            "labels": None if images.labels is None else images.labels[features.indices],
+            "class_names": images.class_names,
+            "block": spec.block,
+            "pooling": spec.pooling,
+            "norm": spec.norm,
+            "unreadable": images.unreadable,
+            "images_per_s": features.images_per_s,
+        }
+    names = {"model": name_of(model), "data": name_of(data)}
+    return _to_file(path, backbone, images, spec, run, names, overwrite=overwrite)
+
+
+def _to_file(
+    path: Path,
+    backbone: Backbone,
+    images: ImageSet,
+    spec: FeatureSpec,
+    run: Run,
+    names: Mapping[str, str],
+    *,
+    overwrite: bool,
+) -> dict[str, Any]:
+    settings = _settings(spec, backbone, images, run.device.type)
     manifest_file, parts = (path.with_name(path.name + ending) for ending in (".manifest.json", ".parts"))
     if path.exists() and not overwrite:
         stored = _object(manifest_file)
         _refuse_difference(path, stored if stored or not parts.exists() else settings, settings)
         if stored is not None and stored.get("bytes") == path.stat().st_size:
             shutil.rmtree(parts, ignore_errors=True)
-            reporter.message(f"{path} is complete already")
+            run.reporter.message(f"{path} is complete already")
             return _result(path, manifest_file, stored, images_per_s=None)
     if overwrite:
         shutil.rmtree(parts, ignore_errors=True)
     if parts.exists() and any(parts.iterdir()):
         _refuse_difference(parts, _object(parts / "settings.json"), settings)
-        reporter.message(f"going on with what is finished in {parts}")
+        run.reporter.message(f"going on with what is finished in {parts}")
     write_json(parts / "settings.json", settings)
     try:
         found = compute_features(backbone, images, spec, run, parts)
     finally:
         if not (parts / "done.json").exists():  # nothing to go on with
             shutil.rmtree(parts, ignore_errors=True)
-    reporter.done()
-    unreadable = [{"index": index, "name": name, "reason": why} for index, name, why in images.unreadable_items()]
-    _tell_unreadable(unreadable, manifest_file, reporter)
-    manifest = settings | _facts(backbone, model, data, images) | {"unreadable": unreadable}
+    run.reporter.done()
+    tell_unreadable(images, run.reporter, f"they have no row, and are listed in {manifest_file}")
+    info, classes = backbone.info, images.classes
+    manifest = settings | {
+        **names,
+        "family": info.family,
+        "licence": info.licence,
+        "depth": info.depth,
+        "data_description": images.description,
+        "data_facts": images.facts(),
+        "classes": None if classes is None else class_list(classes),
+        "unreadable": [{"index": row, "name": name, "reason": why} for row, name, why in images.unreadable_items()],
+    }
     write_features(path, found, images, manifest)
     shape = list(found.features.shape)
     manifest |= {"rows": shape[0], "shape": shape, "file": path.name, "bytes": path.stat().st_size}
@@ -115,21 +152,6 @@ def embed(
     write_json(manifest_file, manifest)
     shutil.rmtree(parts, ignore_errors=True)
     return _result(path, manifest_file, manifest, images_per_s=found.images_per_s)
-
-
-def _in_memory(found: Embedding, spec: FeatureSpec, images: ImageSet, reporter: Reporter) -> dict[str, Any]:
-    reporter.done()
-    return {
-        "features": found.features,
-        "indices": found.indices,
-        "labels": None if images.labels is None else images.labels[found.indices],
-        "class_names": images.class_names,
-        "block": spec.block,
-        "pooling": spec.pooling,
-        "norm": spec.norm,
-        "unreadable": images.unreadable,
-        "images_per_s": found.images_per_s,
-    }
 
 
 def _object(path: Path) -> dict[str, Any] | None:
@@ -154,15 +176,6 @@ def _refuse_difference(path: Path, stored: Mapping[str, Any] | None, settings: M
         )
 
 
-def _check_arguments(path: Path | None, precision: str) -> None:
-    if path is not None:
-        check_ending(path)
-        if path.is_dir():
-            raise InputError(f"--out {path}: is a folder; name a file in it")
-    if precision not in ("fp32", "bf16", "auto"):
-        raise InputError(f"--precision {precision}: unknown; use fp32, bf16 or auto")
-
-
 def _settings(spec: FeatureSpec, backbone: Backbone, images: ImageSet, device: str) -> dict[str, Any]:
     """Everything that decides the bytes of the features; two runs of equal settings may share parts."""
     return {
@@ -175,27 +188,6 @@ def _settings(spec: FeatureSpec, backbone: Backbone, images: ImageSet, device: s
         "data_fingerprint": images.source.fingerprint(),
         "images": len(images),
     }
-
-
-def _facts(backbone: Backbone, model: object, data: object, images: ImageSet) -> dict[str, Any]:
-    info = backbone.info
-    return {
-        "model": name_of(model),
-        "family": info.family,
-        "licence": info.licence,
-        "depth": info.depth,
-        "data": name_of(data),
-        "data_description": images.description,
-        "data_facts": images.facts(),
-        "classes": None if images.classes is None else class_list(images.classes),
-    }
-
-
-def _tell_unreadable(unreadable: list[dict[str, Any]], manifest: Path, reporter: Reporter) -> None:
-    if unreadable:
-        some = "; ".join(f"{item['name']}: {item['reason']}" for item in unreadable[:LISTED_UNREADABLE])
-        more = ", ..." if len(unreadable) > LISTED_UNREADABLE else ""
-        reporter.warning(f"{len(unreadable)} unreadable images have no row ({some}{more}); listed in {manifest}")
 
 
 def _result(path: Path, manifest_file: Path, manifest: dict[str, Any], *, images_per_s: float | None) -> dict[str, Any]:

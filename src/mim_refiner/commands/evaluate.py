@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mim_refiner.analysis.verdict import BETTER, UNCLEAR, WORSE, verdict
+from mim_refiner.analysis.verdict import verdict, word_of
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.inputs import check_pair, open_images, tell_trained_on, tell_unreadable
 from mim_refiner.core.collectives import rank
@@ -79,9 +78,51 @@ def evaluate(
     run = Run(join_processes(pick_device(device), reporter), seed=seed, reporter=reporter)
     how = EvaluationSettings.from_overrides(settings, suite_settings(suite))
     kept = FeatureCache.open(cache, cache_size)
-    options = _Options(blocks, pooling, norm, how, out if rank() == 0 else None, run, kept)
     if protocols is not None:
         check_protocols(protocols)
+    backbones = _loaded(model, compare)
+    train, held_out = _opened(data, test, next(iter(backbones.values())).info.in_chans, run.reporter)
+    chosen = tuple(protocols) if protocols else suite_protocols(suite, train) if suite else NEEDS_LABELS
+    sets = _shifted_sets(shifted or (), train.channels, run.reporter)
+    further = _transfer_list(Path(transfer)) if transfer else []
+    transferred = (tuple(protocols) if protocols else TRANSFER_PROTOCOLS) if further else ()
+    if rest := how.unread({*chosen, *transferred}, test=held_out is not None and not further):
+        reporter.warning(f"--set {', '.join(rest)}: nothing that is measured here reads it")
+    opened = [images for images in (train, held_out, *sets.values()) if images is not None]
+    place = {"blocks": blocks, "poolings": pooling, "norm": norm}
+    refuse_difference(lambda: {
+        **place, **dotted(how.model_dump()), "seed": seed, "protocols": chosen, "transfer": transfer,
+        "models": [weights_sha256(backbone.model) for backbone in backbones.values()],
+        "data": [images.source.fingerprint() for images in opened],
+    })  # fmt: skip
+    written, seconds = out if rank() == 0 else None, dict[str, dict[str, float]]()
+    options: dict[str, Any] = {**place, "settings": how, "out_dir": written, "run": run, "cache": kept}
+    summary = _summary(_measured(backbones, chosen, train, held_out, seconds, shifted=sets, **options))
+    if said := tell_trained_on(backbones, data if test is None else test, run.reporter):
+        summary["measured_on"] = said
+    summary["data"] = {name: images.facts() for name, images in (("train", train), ("test", held_out)) if images}
+    for images in opened:
+        tell_unreadable(images, run.reporter)
+    rows = []
+    for name, source, tests in further:
+        pair = _opened(source, tests, train.channels, run.reporter)
+        found = _measured(backbones, transferred, *pair, seconds, prefix=f"transfer-{name}-", **options)
+        rows += [{"set": name, **_row(who, result)} for who, results in found.items() for result in results.values()]
+    if further:
+        summary["transfer"] = rows + _means(rows, len(further))
+    run.reporter.done()
+    summary["seconds"] = seconds
+    if kept is not None:
+        summary["feature_cache"] = kept.summary()
+        run.reporter.message(f"feature cache: {kept.hits} found, {kept.misses} computed ({kept.folder})")
+    if written:
+        _write_tables(Path(written), summary)
+        summary["out"] = str(Path(written) / "evaluation")
+    return summary
+
+
+def _loaded(model: Any, compare: Any) -> dict[str, Backbone]:
+    """The encoders by the names of their sources."""
     others = list(compare) if isinstance(compare, list | tuple) else [] if compare is None else [compare]
     backbones: dict[str, Backbone] = {}
     for number, source in enumerate((model, *others)):
@@ -89,97 +130,45 @@ def evaluate(
         if name in backbones and isinstance(source, str):
             raise InputError("--compare names a model twice (or --model again); give different ones")
         backbones[f"{name} {number}" if name in backbones else name] = load_backbone(source)
-    train = open_images(data, run.reporter, channels=backbones[name_of(model)].info.in_chans)
-    held_out = open_images(test, run.reporter, channels=train.channels) if test else None
-    if held_out is not None:
-        check_pair(train, held_out, run.reporter)
-    chosen = tuple(protocols) if protocols else suite_protocols(suite, train) if suite else NEEDS_LABELS
-    sets = _shifted_sets(shifted or (), train.channels, run.reporter)
-    further = _transfer_list(Path(transfer)) if transfer else []
-    transferred = (tuple(protocols) if protocols else TRANSFER_PROTOCOLS) if further else ()
-    if rest := how.unread({*chosen, *transferred}, test=held_out is not None and not further):
-        reporter.warning(f"--set {', '.join(rest)}: nothing that is measured here reads it")
-    refuse_difference(lambda: options.facts(backbones, (train, held_out, *sets.values()), chosen, transfer))
-    found = {source: options.one(backbones[source], source, number, chosen, train, held_out, sets)
-             for number, source in enumerate(backbones)}  # fmt: skip
-    summary = _summary(found)
-    if said := tell_trained_on(backbones, data if test is None else test, run.reporter):
-        summary["measured_on"] = said
-    summary["data"] = {name: images.facts() for name, images in (("train", train), ("test", held_out)) if images}
-    for images in (train, held_out, *sets.values()):
-        if images is not None:
-            tell_unreadable(images, run.reporter)
-    if further:
-        summary["transfer"] = _transfer(options, backbones, further, transferred)
-    run.reporter.done()
-    summary["seconds"] = options.seconds
-    if (kept := options.cache) is not None:
-        summary["feature_cache"] = kept.summary()
-        run.reporter.message(f"feature cache: {kept.hits} found, {kept.misses} computed ({kept.folder})")
-    if options.out:
-        _write_tables(Path(options.out), summary)
-        summary["out"] = str(Path(options.out) / "evaluation")
-    return summary
+    return backbones
 
 
-@dataclass
-class _Options:
-    """The options that all models and data sets share."""
-
-    blocks: str
-    poolings: Sequence[str] | None
-    norm: bool
-    settings: EvaluationSettings
-    out: str | None
-    run: Run
-    cache: FeatureCache | None
-    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def facts(
-        self,
-        backbones: Mapping[str, Backbone],
-        sets: Sequence[ImageSet | None],
-        protocols: Sequence[str],
-        transfer: str | None,
-    ) -> dict[str, Any]:
-        """What must be the same in all processes that evaluate together."""
-        options = {"blocks": self.blocks, "pooling": self.poolings, "norm": self.norm, "seed": self.run.seed}
-        models = {f"model {source}": weights_sha256(backbone.model) for source, backbone in backbones.items()}
-        data = [None if images is None else images.source.fingerprint() for images in sets]
-        more = {"data": data, "protocols": protocols, "transfer": transfer}
-        return options | dotted(self.settings.model_dump()) | models | more
-
-    def one(
-        self,
-        backbone: Backbone,
-        source: str,
-        number: int,
-        protocols: Sequence[str],
-        train: ImageSet,
-        test: ImageSet | None,
-        shifted: Mapping[str, ImageSet] | None = None,
-        prefix: str = "",
-    ) -> dict[str, Result]:
-        """Evaluate one model; the first has file names without a prefix, the others compare-, compare2-, ..."""
-        self.run.reporter.message(f"evaluating {source}: {', '.join(protocols)}")
+def _measured(
+    backbones: Mapping[str, Backbone],
+    protocols: Sequence[str],
+    train: ImageSet,
+    test: ImageSet | None,
+    seconds: dict[str, dict[str, float]],
+    *,
+    prefix: str = "",
+    run: Run,
+    **options: Any,
+) -> dict[str, dict[str, Result]]:
+    """Of every model; the first has file names without a prefix, the others compare-, compare2-, ..."""
+    results = {}
+    for number, (name, backbone) in enumerate(backbones.items()):
+        run.reporter.message(f"evaluating {name}: {', '.join(protocols)}")
         position = "" if number == 0 else "compare-" if number == 1 else f"compare{number}-"
-        return evaluate_backbone(
+        results[name] = evaluate_backbone(
             backbone,
             train,
             test,
             protocols=protocols,
-            blocks=self.blocks,
-            poolings=self.poolings,
-            norm=self.norm,
-            settings=self.settings,
-            out_dir=self.out,
             name_prefix=position + prefix,
             model_sha256=weights_sha256(backbone.model),
-            run=self.run,
-            cache=self.cache,
-            shifted=shifted,
-            seconds=self.seconds.setdefault(source + (f" ({prefix.rstrip('-')})" if prefix else ""), {}),
+            run=run,
+            seconds=seconds.setdefault(name + (f" ({prefix.rstrip('-')})" if prefix else ""), {}),
+            **options,
         )
+    return results
+
+
+def _opened(data: Any, test: Any, channels: int, reporter: Reporter) -> tuple[ImageSet, ImageSet | None]:
+    train = open_images(data, reporter, channels=channels)
+    held_out = open_images(test, reporter, channels=channels) if test else None
+    if held_out is not None:
+        check_pair(train, held_out, reporter)
+    return train, held_out
 
 
 def _summary(found: Mapping[str, Mapping[str, Result]]) -> dict[str, Any]:
@@ -194,12 +183,9 @@ def _summary(found: Mapping[str, Mapping[str, Result]]) -> dict[str, Any]:
             for name, result in found[first].items()
             if name in found[source] and (row := _change(source, result, found[source][name]))
         ]
-        verdicts = {source: _verdict(found[first], found[source]) for source in others}
-        for number, judged in enumerate(verdicts.values()):
-            if judged is not None and not number:
-                summary["verdict"] = judged
-            elif judged is not None and "verdict" in summary:
-                summary["verdict"].setdefault("others", {})[others[number]] = judged
+        judged = {source: said for source in others if (said := _verdict(found[first], found[source]))}
+        if others[0] in judged:
+            summary["verdict"] = judged.pop(others[0]) | ({"others": judged} if judged else {})
     return summary
 
 
@@ -231,9 +217,8 @@ def _change(source: str, before: Result, after: Result) -> dict[str, Any] | None
     if interval is None:
         return None
     difference, low, high = interval
-    word = BETTER if low > 0 else WORSE if high < 0 else UNCLEAR
     place = {"model": source, "metric": before.metric, "block": before.block, "pooling": before.pooling}
-    return place | {"difference": difference, "ci95": [low, high], "verdict": word}
+    return place | {"difference": difference, "ci95": [low, high], "verdict": word_of(low, high)}
 
 
 def _shifted_sets(specs: Sequence[str], channels: int, reporter: Reporter) -> dict[str, ImageSet]:
@@ -257,31 +242,17 @@ def _shifted_sets(specs: Sequence[str], channels: int, reporter: Reporter) -> di
     return sets
 
 
-def _transfer(
-    options: _Options, backbones: Mapping[str, Backbone], sets: Sequence[tuple[str, str, str]], protocols: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Evaluate every model on every data set of the list; a record a set, model and metric, and their means."""
-    rows: list[dict[str, Any]] = []
-    for name, train_spec, test_spec in sets:
-        channels = next(iter(backbones.values())).info.in_chans
-        train = open_images(train_spec, options.run.reporter, channels=channels)
-        test = open_images(test_spec, options.run.reporter, channels=channels) if test_spec else None
-        if test is not None:
-            check_pair(train, test, options.run.reporter)
-        for number, (source, backbone) in enumerate(backbones.items()):
-            found = options.one(backbone, source, number, protocols, train, test, prefix=f"transfer-{name}-")
-            rows += [{"set": name, **_row(source, result)} for result in found.values()]
-    groups: dict[tuple[Any, ...], list[float]] = {}
+def _means(rows: Sequence[Mapping[str, Any]], sets: int) -> list[dict[str, Any]]:
+    """Of every number that all data sets have."""
+    names, groups = ("model", "metric", "block", "pooling"), dict[tuple[Any, ...], list[float]]()
     for row in rows:
         if row["value"] is not None:
-            groups.setdefault((row["model"], row["metric"], row["block"], row["pooling"]), []).append(row["value"])
-    names = ("model", "metric", "block", "pooling")
-    means = [
-        {"set": "mean", **dict(zip(names, key, strict=True)), "value": sum(values) / len(values), "ci95": None}
+            groups.setdefault(tuple(row[name] for name in names), []).append(row["value"])
+    return [
+        {"set": "mean", **dict(zip(names, key, strict=True)), "value": sum(values) / sets, "ci95": None}
         for key, values in groups.items()
-        if len(values) == len(sets)
+        if len(values) == sets
     ]
-    return rows + means
 
 
 def _transfer_list(path: Path) -> list[tuple[str, str, str]]:

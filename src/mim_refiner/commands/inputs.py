@@ -129,13 +129,12 @@ def tell_trained_on(models: Iterable[str], tested: Any, reporter: Reporter) -> l
     return said
 
 
-def tell_unreadable(images: ImageSet, reporter: Reporter) -> None:
-    """Say how many images could not be read, and which."""
+def tell_unreadable(images: ImageSet, reporter: Reporter, so: str = "left out") -> None:
+    """Say how many images could not be read, which, and what comes of it."""
     if images.unreadable:
-        some = "; ".join(f"{name}: {reason}" for name, reason in images.unreadable[:3])
-        more = ", ..." if len(images.unreadable) > 3 else ""
-        reporter.warning(f"{len(images.unreadable)} of {len(images)} images of {images.description} cannot be read and "
-                         f"are left out ({some}{more})")  # fmt: skip
+        count, some = len(images.unreadable), "; ".join(f"{name}: {reason}" for name, reason in images.unreadable[:3])
+        more = ", ..." if count > 3 else ""
+        reporter.warning(f"{count} of {len(images)} images of {images.description} cannot be read ({some}{more}): {so}")
 
 
 def evaluation_sets(

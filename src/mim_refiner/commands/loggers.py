@@ -49,29 +49,23 @@ def logging_to(names: Sequence[str], reporter: Reporter, verb: str) -> Iterator[
     if started_as().rank > 0:  # of several processes only the first one logs
         yield reporter
         return
-    log, recorder = LogFile(_began(verb)), _Recorder(list(dict.fromkeys(names)))
-    finished = False
+    torch = getattr(sys.modules.get("torch"), "__version__", "none yet")
+    versions = f"mim-refiner {__version__}, Python {platform.python_version()}, torch {torch}"
+    log = LogFile(f"{verb}: {versions}, process {os.getpid()} on {platform.node()}")
+    recorder, summary = _Recorder(list(dict.fromkeys(names))), dict[str, Any]()
     try:
         with remarks(log.warning):
             yield Tee([reporter, log, recorder])
-        finished = True
+        with contextlib.suppress(Exception):  # none, or a damaged one, which costs what it says
+            summary = dict(read_json(recorder.out / "summary.json")) if recorder.out else {}
+        ended = "finished" + "".join(f"; {text}" for text in _words(summary))
     except BaseException as error:
-        log.done()
-        log.message("interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}")
+        ended = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
         raise
     finally:
-        summary = _summary(recorder.out) if finished and recorder.out is not None else {}
-        if finished:
-            log.done()
-            log.message("finished" + "".join(f"; {text}" for text in _words(summary)))
+        log.done()
+        log.message(ended)
         recorder.close(summary)
-
-
-def _began(verb: str) -> str:
-    """The first line of a run in its log."""
-    torch = getattr(sys.modules.get("torch"), "__version__", "none yet")
-    versions = f"mim-refiner {__version__}, Python {platform.python_version()}, torch {torch}"
-    return f"{verb}: {versions}, process {os.getpid()} on {platform.node()}"
 
 
 def logged(verb: Callable[P, T]) -> Callable[P, T]:
@@ -99,14 +93,16 @@ class _Recorder(Reporter):
     def opened(self, folder: Path) -> None:
         """Open the loggers of the run in ``folder``."""
         self.out = folder
-        self.loggers = [LOGGERS[name][0](folder, _recipe(folder)) for name in self.names]
+        with reading(folder / "recipe.yaml", "use --overwrite to start anew", RunFolderError):
+            recipe = dict(read_yaml(folder / "recipe.yaml"))
+        self.loggers = [LOGGERS[name][0](folder, recipe) for name in self.names]
 
     def progress(self, step: int, values: Numbers) -> None:
         """Log a training record under its step over all phases."""
         if "total_step" not in values:
             return
-        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-        shown = {key: float(value) for key, value in numbers.items() if key not in ("step", "total_step")}
+        shown = {key: float(value) for key, value in values.items()
+                 if isinstance(value, int | float) and key not in ("step", "total_step")}  # fmt: skip
         for log, _ in self.loggers:
             log(int(values["total_step"]), shown)
 
@@ -187,19 +183,6 @@ LOGGERS: dict[str, tuple[Callable[[Path, Mapping[str, Any]], Logger], tuple[str,
     "wandb": (_weights_and_biases, ("wandb",)),
     "mlflow": (_mlflow, ("mlflow", "sqlalchemy", "alembic")),  # the last two for a file; a server needs mlflow alone
 }
-
-
-def _recipe(out: Path) -> dict[str, Any]:
-    with reading(out / "recipe.yaml", "use --overwrite to start anew", RunFolderError):
-        recipe = read_yaml(out / "recipe.yaml")
-    return recipe if isinstance(recipe, dict) else {}
-
-
-def _summary(out: Path) -> dict[str, Any]:
-    try:
-        return dict(read_json(out / "summary.json"))
-    except Exception:  # a damaged file costs what it says
-        return {}
 
 
 def _words(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -370,7 +370,7 @@ def conclude(
         facts = {key: found[key] for key in ("block", "pooling", "norm")} | {"recommendation": found["reason"]}
         pictured = {stage: encoder for stage, encoder in stages.items() if stage not in ("raw", "average")}
         if box is None or box.left(REPORT / 2) > 0:
-            write_gallery(pictured, on.bank if on.test is None else on.test, out, pooling=pooling, run=run)
+            write_gallery(pictured, on.tested, out, pooling=pooling, run=run)
     finally:
         export_timm(stages["after"].to("cpu"), out / "export", card=card, facts=facts)
     return summary

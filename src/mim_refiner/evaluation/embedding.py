@@ -26,9 +26,8 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.labels import Labels
 from mim_refiner.data.loaders import default_crop_ratio, eval_batches
-from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import DataError, InputError, RunFolderError
-from mim_refiner.evaluation.features import own_image_size, resolve_blocks, resolve_poolings
+from mim_refiner.evaluation.features import block_outputs, own_image_size, resolve_blocks, resolve_poolings
 from mim_refiner.files import atomic_file, read_json, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import check_image_size
@@ -117,12 +116,8 @@ def compute_features(
     batches = eval_batches(images, size, spec.batch_size, indices=np.arange(first, total))
     with evaluation_mode(backbone), torch.inference_mode():
         for number, (batch, positions) in enumerate(batches, 1):
-            inputs = normalize(batch.to(run.device, non_blocking=True), backbone.info.mean, backbone.info.std)
-            with run.autocast():
-                [output] = backbone.forward_blocks(
-                    inputs, [spec.block], norm=spec.norm, class_token_last=spec.pooling == "cls"
-                )
-            found = spec.take(output)
+            how = {"norm": spec.norm, "class_token_last": spec.pooling == "cls"}
+            found = spec.take(*block_outputs(backbone, batch, [spec.block], run, **how))
             if not bool(torch.isfinite(found).all()):
                 raise DataError(
                     f"{images.description}: {spec.pooling} features of block {spec.block} hold NaN or infinity near "
@@ -205,18 +200,19 @@ def write_features(path: Path, found: Embedding, images: ImageSet, manifest: Map
     features alone. safetensors: features, index[, label], and the manifest in the header. Beside the latter two a table
     ``<path>.rows.csv`` gives index, name[, label] of each row.
     """
-    labels = None if images.classes is None else _written(images.classes)[images.classes.numbers][found.indices]
+    columns = {"index": found.indices}
+    if images.classes is not None:
+        columns["label"] = _written(images.classes)[images.classes.numbers][found.indices]
     beside = rows_file(path)
     if beside is not None:
-        _write_rows(beside, found.indices, labels, images)
+        _write_rows(beside, columns, images)
     with atomic_file(path) as file:
         if path.suffix == ".npy":
             np.lib.format.write_array(file, found.features, allow_pickle=False)
         elif path.suffix == ".safetensors":
-            columns = {"index": found.indices} | ({} if labels is None else {"label": labels})
             save_file({**columns, "features": found.features}, file.name, {"mim_refiner": json.dumps(manifest)})
         else:
-            _write_parquet(file, found, labels, images, manifest)
+            _write_parquet(file, found.features, columns, images, manifest)
 
 
 def class_list(classes: Labels) -> list[dict[str, Any]]:
@@ -231,36 +227,38 @@ def _written(classes: Labels) -> NDArray[np.int64]:
 
 
 def _write_parquet(
-    file: Any, found: Embedding, labels: NDArray[np.int64] | None, images: ImageSet, manifest: Mapping[str, Any]
+    file: Any,
+    features: NDArray[Any],
+    columns: Mapping[str, NDArray[np.int64]],
+    images: ImageSet,
+    manifest: Mapping[str, Any],
 ) -> None:
-    kind = pa.from_numpy_dtype(found.features.dtype)
-    for length in reversed(found.features.shape[1:]):
-        kind = pa.list_(kind, length)
-    fields = [("index", pa.int64()), ("name", pa.string()), *([] if labels is None else [("label", pa.int64())])]
     metadata = {"mim_refiner": json.dumps(manifest)}
     if images.classes is not None:
         metadata["classes"] = json.dumps(class_list(images.classes))
-    schema = pa.schema([*fields, ("features", kind)], metadata=metadata)
-    compression = {name: "zstd" for name, _ in fields}  # float features do not get smaller
-    step = max(1, _GROUP_BYTES // found.features[0].nbytes)
+
+    def table(rows: slice) -> pa.Table:
+        values = pa.array(features[rows].reshape(-1))
+        for length in reversed(features.shape[1:]):
+            values = pa.FixedSizeListArray.from_arrays(values, length)
+        names = pa.array([images.source.name(index) for index in columns["index"][rows].tolist()], pa.string())
+        labels = {"label": columns["label"][rows]} if "label" in columns else {}
+        found = pa.table({"index": columns["index"][rows], "name": names, **labels, "features": values})
+        return found.replace_schema_metadata(metadata)
+
+    step, schema = max(1, _GROUP_BYTES // features[0].nbytes), table(slice(0)).schema
+    compression = dict.fromkeys(schema.names[:-1], "zstd")  # float features do not get smaller
     with pq.ParquetWriter(file, schema, compression=compression, use_dictionary=False, write_statistics=False) as out:
-        for start in range(0, len(found.indices), step):
-            rows = slice(start, start + step)
-            indices = found.indices[rows]
-            columns = [pa.array(indices), pa.array([images.source.name(index) for index in indices.tolist()])]
-            columns += [] if labels is None else [pa.array(labels[rows])]
-            features = pa.array(found.features[rows].reshape(-1))
-            for length in reversed(found.features.shape[1:]):
-                features = pa.FixedSizeListArray.from_arrays(features, length)
-            out.write_table(pa.table([*columns, features], schema=schema), row_group_size=len(indices))
+        for start in range(0, len(features), step):
+            out.write_table(table(slice(start, start + step)), row_group_size=step)
 
 
-def _write_rows(path: Path, indices: NDArray[np.int64], labels: NDArray[np.int64] | None, images: ImageSet) -> None:
+def _write_rows(path: Path, columns: Mapping[str, NDArray[np.int64]], images: ImageSet) -> None:
+    index, *labels = (values.tolist() for values in columns.values())
     with atomic_file(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
         table = csv.writer(text, lineterminator="\n")
-        table.writerow(["row", "index", "name"] + ([] if labels is None else ["label"]))
-        for row, index in enumerate(indices.tolist()):
-            label = [] if labels is None else [int(labels[row])]
-            table.writerow([row, index, images.source.name(index), *label])
+        table.writerow(["row", "index", "name", *list(columns)[1:]])
+        for row, (number, *label) in enumerate(zip(index, *labels, strict=True)):
+            table.writerow([row, number, images.source.name(number), *label])
         text.detach().flush()
