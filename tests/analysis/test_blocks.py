@@ -9,7 +9,6 @@ import pytest
 
 from mim_refiner.analysis.blocks import curves_from_results, curves_from_scores
 from mim_refiner.core.metrics import accuracy_interval, best_of_many_interval, paired_interval
-from mim_refiner.errors import InputError
 from mim_refiner.evaluation.results import Result
 
 
@@ -86,11 +85,6 @@ def test_models_of_different_depth_get_curves_but_no_differences():
     curves = curves_from_results({"before": results([0.2, 0.4]), "after": results([0.2, 0.3, 0.4])})
     assert curves.record["change"] == {}
     assert len(curves.record["curves"]["after"]["cls"]["value"]) == 3
-
-
-def test_results_without_k_nn_are_refused():
-    with pytest.raises(InputError, match="no k-NN result"):
-        curves_from_results({"before": {}})
 
 
 def test_curves_from_scores_are_written_and_read_back(tmp_path):

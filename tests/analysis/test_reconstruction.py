@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
@@ -12,7 +11,6 @@ from mim_refiner.analysis.reconstruction import BlockDecoders, ReconstructionSet
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
-from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone
 
 SETTINGS = ReconstructionSettings(dim=16, depth=1, head_dim=8, epochs=12, batch_size=16, learning_rate=5e-3)
@@ -81,11 +79,3 @@ def test_decoders_learn_and_the_encoder_stays(backbone, images):
     assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
     assert (measure(backbone, images) == trained).all()  # same seed, same bits
     assert not (measure(backbone, images, seed=1) == trained).all()
-
-
-def test_other_architectures_are_refused(images):
-    model = timm.create_model(
-        "swin_tiny_patch4_window7_224", pretrained=False, img_size=64, depths=(1, 1), embed_dim=8, num_heads=(1, 1)
-    )
-    with pytest.raises(InputError, match="plain ViT"):
-        measure(Backbone.wrap(model), images)

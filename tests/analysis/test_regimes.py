@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from mim_refiner.analysis.regimes import find_regimes, improvement_shares, regimes_record
-from mim_refiner.errors import InputError
 
 KNN = [0.10, 0.14, 0.18, 0.22, 0.40, 0.60, 0.55, 0.50]
 ERROR = [0.90, 0.80, 0.70, 0.60, 0.58, 0.56, 0.50, 0.40]
@@ -61,8 +60,3 @@ def test_record_and_its_sentence():
         "within chance"
         in regimes_record({"a": {**curve, "peak_before_last": False}}, {"a": errors})["models"]["a"]["statement"]
     )
-
-
-def test_other_lengths_are_refused():
-    with pytest.raises(InputError, match="same blocks"):
-        find_regimes(KNN, ERROR[:3])

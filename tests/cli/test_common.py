@@ -7,12 +7,13 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from mim_refiner.cli.common import comma_list, execute, to_jsonable
+from mim_refiner.cli.common import execute, names, to_jsonable
 from mim_refiner.cli.tables import format_value, lines_of, print_result
 from mim_refiner.errors import InputError
 
@@ -85,9 +86,11 @@ def test_the_reporter_ends_when_the_verb_fails(capsys):
 
 
 def test_comma_list():
-    assert comma_list("knn, linear", "--protocols") == ("knn", "linear")
+    option = SimpleNamespace(opts=["--protocols"])
+    assert names(option, "knn, linear") == ("knn", "linear")
+    assert names(option, None) is None
     with pytest.raises(InputError, match="--protocols"):
-        comma_list("knn,", "--protocols")
+        names(option, "knn,")
 
 
 def test_stages_stand_side_by_side():
@@ -110,7 +113,7 @@ def test_records_become_rows():
     assert [line.split() for line in file.getvalue().splitlines()] == [
         ["results"],
         ["protocol", "value", "ci95"],
-        ["knn", "0.5", "-"],
+        ["knn", "0.5", "–"],
         ["linear", "0.25", "0.2", "0.3"],
     ]
 

@@ -15,7 +15,7 @@ def test_the_list_has_every_recipe_with_its_command(cli):
     assert listed == dict.fromkeys(REFINE_RECIPES, "refine") | dict.fromkeys(PRETRAIN_RECIPES, "pretrain")
     shown = cli.call("recipes")
     assert shown.code == 0, shown.err
-    assert "k-NN 42.5 -> 58.0" in shown.out
+    assert "k-NN accuracy 42.5 -> 58.0" in shown.out
 
 
 def test_what_is_printed_is_a_recipe_file(cli, tmp_path):

@@ -13,7 +13,6 @@ from PIL import Image
 from timm.layers import DropPath
 
 from mim_refiner.core.run import Run
-from mim_refiner.errors import InputError
 from mim_refiner.evaluation.corruptions import CORRUPTIONS, corrupt
 from mim_refiner.evaluation.finetune import (
     Classifier,
@@ -171,8 +170,6 @@ def test_a_long_tail_falls_exponentially():
     assert not np.array_equal(chosen, imbalanced_subset(labels, imbalance=100, seed=2))
     assert np.array_equal(imbalanced_subset(labels, imbalance=1), np.arange(500))
     assert np.bincount(labels[imbalanced_subset(labels, imbalance=1, largest=7)]).tolist() == [7] * 5
-    with pytest.raises(InputError, match="at least 1"):
-        imbalanced_subset(labels, imbalance=0.5)
 
 
 def test_groups_follow_the_training_counts():
@@ -199,9 +196,3 @@ def test_corruptions_grow_and_depend_on_the_image_alone(kind):
     assert all(later >= 0.7 * earlier for earlier, later in itertools.pairwise(errors))
     alone = corrupt(images[2:3], rows[2:3], kind, 3, seed=0)
     assert (alone.int() - corrupt(images, rows, kind, 3, seed=0)[2:3].int()).abs().max() <= 1
-
-
-def test_unknown_corruptions_are_refused():
-    for kind, severity in (("rain", 1), ("fog", 0), ("fog", 6)):
-        with pytest.raises(InputError, match="corruption"):
-            corrupt(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1), kind, severity, 0)

@@ -5,7 +5,7 @@ With labels the measure is k-NN accuracy, without labels the neighbour consisten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from mim_refiner.analysis.augmented import PairedViews
 from mim_refiner.analysis.label_free import neighbor_consistency, paired_scores, rank_of_rows, score_interval
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.run import Run
-from mim_refiner.errors import InputError
 from mim_refiner.evaluation.features import Features
 from mim_refiner.evaluation.knn import required_labels
 from mim_refiner.reporting import TITLES, in_points
@@ -119,12 +118,12 @@ def recommend(
     # Features on few directions agree with each other and tell nothing apart: neighbour consistency is blind to that.
     floor = COLLAPSE * float(np.median([cell["rank"] for cell in cells]))
     sound = {_key_of(cell) for cell in cells if measure == "knn_top1" or cell["rank"] >= floor}
-    keys = [key for key in scores if key in sound]
+    keys = plainest_first(sound & scores.keys())
     table = np.stack([scores[key] for key in keys])  # [cells, N]
-    best = keys[_first_best(table.mean(1), keys)]
+    best = keys[int(table.mean(1).argmax())]
     chosen = np.empty(table.shape[1])
-    for rows, key in chosen_on_halves(scores, keys, seed):
-        chosen[rows] = scores[key][rows]
+    for rows, number in chosen_on_halves(table, seed):
+        chosen[rows] = table[number, rows]
     value, low, high = paired_scores(scores[default], chosen, seed=seed)
     key = best if low > 0 else default
     cell = next(cell for cell in cells if _key_of(cell) == key)
@@ -139,14 +138,20 @@ def recommend(
     }
 
 
-def chosen_on_halves(
-    scores: Mapping[Key, Scores], keys: Sequence[Key], seed: int
-) -> list[tuple[NDArray[np.int64], Key]]:
-    """[(rows of one half of the images, the cell that is best on the other half)], both ways round."""
-    table = np.stack([scores[key] for key in keys])
+def plainest_first(keys: Iterable[Key]) -> list[Key]:
+    """Cells in the order in which they are taken among equals: one pooling before both, raw before normed, later
+    blocks first."""
+    return sorted(keys, key=lambda key: (key[1] == "both", key[2], -key[0], key[1]))
+
+
+def chosen_on_halves(table: NDArray[Any], seed: int) -> list[tuple[NDArray[np.int64], int]]:
+    """[(one half of the N images, which row of ``table`` [R, N] is best on the other half)], both ways round.
+
+    Among equals the first row.
+    """
     order = np.random.default_rng(seed).permutation(table.shape[1])
-    halves = ((order[::2], order[1::2]), (order[1::2], order[::2]))
-    return [(mine, keys[_first_best(table[:, other].mean(1), keys)]) for mine, other in halves]
+    halves = order[::2], order[1::2]
+    return [(mine, int(table[:, other].mean(1).argmax())) for mine, other in (halves, halves[::-1])]
 
 
 def name_of(key: Key) -> str:
@@ -213,11 +218,6 @@ def _key_of(cell: Mapping[str, Any]) -> Key:
     return cell["block"], cell["pooling"], cell["norm"]
 
 
-def _first_best(values: NDArray[np.float64], keys: Sequence[Key]) -> int:
-    """Among equals the plainer cell: one pooling before both, raw before normed, later blocks first."""
-    return min(range(len(keys)), key=lambda row: (-values[row], keys[row][1] == "both", keys[row][2], -keys[row][0]))
-
-
 def place_heads(atlas: Atlas, *, pooling: str, recipe_blocks: Sequence[int]) -> dict[str, Any]:
     """Choose head blocks by the raw cells of ``pooling`` (what the heads see) in the atlas of the encoder.
 
@@ -228,9 +228,7 @@ def place_heads(atlas: Atlas, *, pooling: str, recipe_blocks: Sequence[int]) -> 
 
     Returns {"blocks", "recipe_blocks", "measure", "best_block", "first_good_block", "scores" [depth], "reason"}.
     """
-    scores = list(atlas.curves().get(pooling, {}).values())
-    if not scores:
-        raise InputError(f"head placement: the atlas has no raw features of pooling {pooling!r}; use cls or mean")
+    scores = list(atlas.curves()[pooling].values())
     measure = atlas.record["measure"]
     best, first = first_as_good_as_best(scores)
     depth = len(scores)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from mim_refiner._version import __version__
 from mim_refiner.analysis.label_free import paired_scores, score_interval
 from mim_refiner.core.metrics import best_of_many_interval
-from mim_refiner.errors import InputError
 from mim_refiner.evaluation.results import Result
 from mim_refiner.files import write_bytes, write_json
 from mim_refiner.reporting import TITLES
@@ -44,14 +43,11 @@ def curves_from_results(results: Mapping[str, Mapping[str, Result]], *, head_blo
     """Collect the ``knn_top1`` results of {model: evaluate_backbone(...)} into curves and statements.
 
     With several models the first is the baseline, and ``change`` holds paired differences to it where blocks agree.
-    Raises InputError when a model has no k-NN result.
     """
     scores: dict[str, dict[str, dict[int, NDArray[np.float64]]]] = {}
     facts: dict[str, Any] = {}
     for model, found in results.items():
         knn = sorted((r for r in found.values() if r.metric == "knn_top1"), key=lambda r: r.block)
-        if not knn:
-            raise InputError(f"block curves of {model!r}: no k-NN result; evaluate with protocol knn and blocks all")
         facts = facts or {name: getattr(knn[0], name) for name in ("norm", "settings", "data", "seed")}
         scores[model] = {}
         for result in knn:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from mim_refiner.core.device import in_float64
 from mim_refiner.core.metrics import accuracy_interval, effective_rank, paired_interval, standardized
-from mim_refiner.errors import InputError
 
 _ROWS = 1024  # rows of one similarity product
 
@@ -50,10 +49,8 @@ def label_free_measures(
 ) -> LabelFreeMeasures:
     """Measure features [N, D] of the images as they are and of two random views of each.
 
-    ``neighbors`` and ``clusters`` shrink for few images. Raises InputError for fewer than 20 images.
+    ``neighbors`` and ``clusters`` shrink for few images; below ``MIN_IMAGES`` they say nothing.
     """
-    if len(clean) < MIN_IMAGES:
-        raise InputError(f"label-free measures need at least {MIN_IMAGES} images, got {len(clean)}; give more")
     return LabelFreeMeasures(
         consistency=neighbor_consistency(clean, first, second, neighbors=neighbors),
         retrieval=view_retrieval(clean, first, second),
@@ -116,15 +113,7 @@ def cluster_stability(x: Tensor, *, clusters: int = 20, pairs: int = 10, seed: i
 
 
 def dense_drift(before: Tensor, after: Tensor) -> NDArray[np.float64]:
-    """[B]: 1 - mean cosine of the patch features [B, N, D] of two encoders; 0 for the same, about 1 for unrelated ones.
-
-    Raises InputError when the encoders give other numbers of patches or other widths.
-    """
-    if before.shape != after.shape:
-        raise InputError(
-            f"drift compares patch features of one shape, got {list(before.shape)}, {list(after.shape)}; "
-            "give the same images to encoders of one size"
-        )
+    """[B]: 1 - mean cosine of the patch features [B, N, D] of two encoders; 0 for the same, about 1 for unrelated."""
     return (1 - F.cosine_similarity(in_float64(before), in_float64(after), dim=2).mean(1)).cpu().numpy()
 
 
@@ -173,11 +162,8 @@ def rank_of_rows(x: Tensor, *, centred: bool = False) -> Callable[[NDArray[np.in
         mean = weights @ x / weights.sum()
         product = x.T @ (weights[:, None] * x) - centred * weights.sum() * torch.outer(mean, mean)
         squares = torch.linalg.eigvalsh(product).clamp(min=0)
-        singular = squares.sqrt()
-        if float(singular.sum()) == 0:
-            return 0.0
-        share = singular / singular.sum()
-        return float(torch.exp(-torch.xlogy(share, share).sum()))
+        share = squares.sqrt() / squares.sqrt().sum()
+        return float(torch.exp(-torch.xlogy(share, share).sum())) if squares.any() else 0.0
 
     return rank
 

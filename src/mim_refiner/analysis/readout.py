@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim_refiner._version import __version__
+from mim_refiner.analysis.atlas import chosen_on_halves
 from mim_refiner.analysis.forecast import lead_forecast
 from mim_refiner.core.metrics import accuracy_interval, paired_interval
 from mim_refiner.reporting import in_points
@@ -65,13 +66,11 @@ def readout_record(rows: Sequence[Row], *, samples: dict[str, Any], seed: int) -
 
 def best_on_halves(rows: Sequence[Row], seed: int) -> tuple[Hits, list[str]]:
     """(hits of each half by the row that is best on the other half, the names of both); ties go to the cheaper row."""
-    order = np.random.default_rng(seed).permutation(len(rows[0].hits))
-    hits, names = np.zeros(len(order), dtype=bool), []
-    for mine, other in ((order[::2], order[1::2]), (order[1::2], order[::2])):
-        chosen = max(rows, key=lambda row, on=other: float(row.hits[on].mean()))  # type: ignore[misc]
-        hits[mine] = chosen.hits[mine]
-        names.append(chosen.name)
-    return hits, list(dict.fromkeys(names))
+    table = np.stack([row.hits for row in rows])
+    hits, halves = np.zeros_like(table[0]), chosen_on_halves(table, seed)
+    for mine, number in halves:
+        hits[mine] = table[number, mine]
+    return hits, list(dict.fromkeys(rows[number].name for _, number in halves))
 
 
 def _shown(row: Row, change: tuple[float, float, float] | None) -> dict[str, Any]:

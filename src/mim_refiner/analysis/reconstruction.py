@@ -23,7 +23,7 @@ from mim_refiner.core.schedules import warmup_cosine
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize, seeded_generator
-from mim_refiner.errors import DataError, InputError
+from mim_refiner.errors import DataError
 from mim_refiner.evaluation.features import own_image_size
 from mim_refiner.evaluation.linear_probe import shuffled
 from mim_refiner.models.backbone import Backbone
@@ -65,12 +65,9 @@ def reconstruction_by_block(
     """Train a decoder per block on ``train`` and return the masked error of each image of ``test``: [depth, N].
 
     Mean squared error of normalised pixels (1 = predicting the mean of each patch). Start weights, image order and
-    masks depend on the run's seed alone, so two encoders of one size are compared in pairs.
-    Raises InputError for an encoder that is not a plain ViT.
+    masks depend on the run's seed alone, so two encoders of one size are compared in pairs. For plain ViTs.
     """
     settings, run = settings or ReconstructionSettings(), run or Run()
-    if not backbone.is_plain_vit:
-        raise InputError(f"{backbone.info.architecture} is not a plain ViT; reconstruction by block needs one")
     if len(train_rows) < 2:
         raise DataError(f"{train.description}: too few images to train decoders on; give more")
     backbone.to(run.device)

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim_refiner._version import __version__
-from mim_refiner.errors import InputError
 from mim_refiner.reporting import TITLES
 
 KIND = "regimes"
@@ -39,8 +38,6 @@ def find_regimes(
     Late begins after the block of the best k-NN accuracy. Middle is the run of blocks up to that one over which k-NN
     gains most beyond reconstruction, in shares; early is what lies before it. Block 0 gains nothing and is early.
     """
-    if len(knn) != len(error) or not len(knn):
-        raise InputError(f"regimes need k-NN and reconstruction of the same blocks, got {len(knn)} and {len(error)}")
     peak = int(np.argmax(knn))
     ahead = improvement_shares(knn) - improvement_shares(-np.asarray(error, dtype=np.float64))
     # the run ending at the peak with the largest sum; the longest of equals

@@ -15,7 +15,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from mim_refiner.analysis.label_free import LabelFreeMeasures, bootstrap_interval, rank_of_rows
 from mim_refiner.core.metrics import paired_interval
-from mim_refiner.errors import InputError
 
 BETTER, UNCLEAR, WORSE = "better", "no clear change", "worse"
 WIDE = 0.04  # an interval of more points hides what a short run can bring
@@ -124,11 +123,7 @@ def label_free_verdict(
     95 % interval; worse too when the effective rank collapsed; "no clear change" otherwise, and where a rise came with
     a rank that fell far. Returns {"verdict", "reason", "measures": [a row each], "confidence",
     "samples", "rule"}. ``drift`` [M]: see ``dense_drift``.
-    Raises InputError when the images differ.
     """
-    count = len(before.consistency)
-    if len(after.consistency) != count:
-        raise InputError(f"a paired verdict needs the same images, got {count} and {len(after.consistency)}")
     rows = {
         "neighbour consistency": _row(before.consistency, after.consistency, seed=seed),
         "view retrieval": _row(before.retrieval, after.retrieval, seed=seed),
@@ -147,7 +142,7 @@ def label_free_verdict(
         "reason": f"{why} Judged without labels; confidence {confidence['word']}: {confidence['why']}.",
         "measures": measures,
         "confidence": confidence,
-        "samples": {"images": count, "cluster_pairs": len(before.stability)},
+        "samples": {"images": len(before.consistency), "cluster_pairs": len(before.stability)},
         "rule": {"min_change": MIN_CHANGE, "collapse": COLLAPSE, "rank_kept": RANK_KEPT},
     }
 

@@ -42,17 +42,14 @@ def broken(text: str, stream: TextIO) -> str:
     return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False) if width > 0 else text
 
 
-def comma_list(text: str, option: str) -> tuple[str, ...]:
-    """Split ``"knn, linear"`` into names; raises InputError when a name is empty."""
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise InputError(f"{option} is {text!r}, which has an empty name; give names separated by single commas")
-    return names
-
-
 def names(option: typer.CallbackParam, text: str | None) -> tuple[str, ...] | None:
-    """Callback of the options that take names separated by commas."""
-    return None if text is None else comma_list(text, option.opts[0])
+    """Callback of the options that take names separated by commas; raises InputError when one is empty."""
+    found = tuple(name.strip() for name in (text or "").split(","))
+    if text is not None and not all(found):
+        raise InputError(
+            f"{option.opts[0]} is {text!r}, which has an empty name; give names separated by single commas"
+        )
+    return None if text is None else found
 
 
 DataOption = Annotated[str, typer.Option(metavar="SRC", help=f"Images: {SOURCES}.")]
@@ -188,15 +185,15 @@ def execute(
         if run.__name__ not in IN_MANY_PROCESSES and not speaks:
             return None  # the first one does the work, and writes
     reporter = make_reporter(sys.stderr, quiet=quiet or not speaks, live=not as_json)
-    with silenced(quiet), stdout_for_result(as_json) as stdout:
+    with silenced(quiet), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         try:
             result = run(**arguments, reporter=reporter)
         finally:
             reporter.done()
-        if speaks and printer is not None and not as_json:
-            printer(to_jsonable(result), stdout)
-        elif speaks:
-            show(result, as_json=as_json, file=stdout)
+    if speaks and printer is not None and not as_json:
+        printer(to_jsonable(result), sys.stdout)
+    elif speaks:
+        show(result, as_json=as_json)
     return result
 
 
@@ -212,22 +209,14 @@ def silenced(quiet: bool) -> Iterator[None]:
         logger.disabled = before
 
 
-@contextlib.contextmanager
-def stdout_for_result(reserved: bool) -> Iterator[TextIO]:
-    """Give the real stdout; when reserved, every other print inside the block lands on stderr."""
-    real = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr) if reserved else contextlib.nullcontext():
-        yield real
-
-
-def show(result: Any, *, as_json: bool, file: TextIO) -> None:
-    """Print a result as JSON or as tables."""
+def show(result: Any, *, as_json: bool) -> None:
+    """Print a result on stdout, as JSON or as tables."""
     if as_json:
-        print(json.dumps(to_jsonable(result), allow_nan=False), file=file, flush=True)
+        print(json.dumps(to_jsonable(result), allow_nan=False), flush=True)
         return
     from mim_refiner.cli.tables import print_result
 
-    print_result(to_jsonable(result), file)
+    print_result(to_jsonable(result), sys.stdout)
 
 
 def to_jsonable(value: Any) -> Any:

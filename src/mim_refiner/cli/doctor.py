@@ -19,33 +19,29 @@ def print_findings(result: Mapping[str, Any], file: TextIO) -> None:
     """Print what was found, worst first, then classes, pixels and the model."""
     from rich.console import Console
 
-    console = Console(file=file, highlight=False, soft_wrap=True)
-    console.print(f"{result['data']}: {result['images_per_s']} images/s", markup=False)
+    console = Console(file=file, highlight=False, soft_wrap=True, markup=False)
+    console.print(f"{result['data']}: {result['images_per_s']} images/s")
     if result["findings"]:
         _print_kinds(console, result["counts"], result["findings"])
     else:
         console.print("nothing found: every image can be read, none is odd, none occurs twice")
     for each in result["left_out"]:
-        console.print(f"left out: {each['count']} {each['what']} (first: {each['first']})", markup=False)
+        console.print(f"left out: {each['count']} {each['what']} (first: {each['first']})")
     if result.get("no_labels"):
-        console.print(f"no labels: {result['no_labels']}", markup=False)
+        console.print(f"no labels: {result['no_labels']}")
     for title in ("pixels", "augmentations", "classes", "model"):
         if result.get(title):
-            console.print(f"{title}:", markup=False)
+            console.print(f"{title}:")
             for key, value in result[title].items():
                 _print_fact(console, key, value)
-    console.print(f"disk free: {result['disk_free_gb']} GB", markup=False)
-    if result["to_exclude"] and result.get("exclude_list"):
-        advice = f"leave {result['to_exclude']} images out with: refine --exclude {result['exclude_list']}"
-        console.print(advice, markup=False)
-    elif result["to_exclude"]:
-        console.print(
-            f"{result['to_exclude']} images are better left out; --out DIR writes the list for refine --exclude"
-        )
+    console.print(f"disk free: {result['disk_free_gb']} GB")
+    if count := result["to_exclude"]:
+        path, unlisted = result.get("exclude_list"), f"{count} images are better left out"
+        unlisted += "; --out DIR writes the list for refine --exclude"
+        console.print(f"leave {count} images out with: refine --exclude {path}" if path else unlisted)
 
 
 def _print_kinds(console: Console, counts: Mapping[str, int], findings: Sequence[Mapping[str, Any]]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     from mim_refiner.data.doctor import KINDS
@@ -58,7 +54,7 @@ def _print_kinds(console: Console, counts: Mapping[str, int], findings: Sequence
         table.add_row(kind, str(count), "yes" if listed else "no", meaning)
         examples = [finding for finding in findings if finding["kind"] == kind]
         for finding in examples[:EXAMPLES_SHOWN]:
-            table.add_row("", "", "", escape(f"  {finding['name']} {finding['detail']}".rstrip()))
+            table.add_row("", "", "", f"  {finding['name']} {finding['detail']}".rstrip())
         if count > EXAMPLES_SHOWN:
             table.add_row("", "", "", f"  and {count - EXAMPLES_SHOWN} more")
     console.print(table)
@@ -67,12 +63,12 @@ def _print_kinds(console: Console, counts: Mapping[str, int], findings: Sequence
 def _print_fact(console: Console, key: str, value: Any) -> None:
     if key == "notes":
         for note in value:
-            console.print(f"  note: {note}", markup=False)
+            console.print(f"  note: {note}")
         return
     if key == "coverage":
         value = f"{100 * value:.1f} % of the encoder's tensors"
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    console.print(f"  {key.replace('_', ' ')}: {text}", markup=False)
+    console.print(f"  {key.replace('_', ' ')}: {text}")
 
 
 @verb(print_findings)

@@ -40,7 +40,7 @@ def inspect(
     size = None if image_size is None else parse_size(image_size)
     report = inspect_checkpoint(file, encoder=encoder, num_heads=num_heads, image_size=size, key_map=key_map)
     if as_json:
-        show(report, as_json=True, file=sys.stdout)
+        show(report, as_json=True)
     else:
         print_report(report, every_tensor=tensors, file=sys.stdout)
     if report.problem:

@@ -17,13 +17,12 @@ def models(name: NameArgument = None, as_json: JsonOption = False) -> None:
     from mim_refiner.commands.models import models as verb
 
     found = verb(name=name)
-    if as_json:
-        show(found, as_json=True, file=sys.stdout)
-    elif name is not None:  # a size or hash that nobody states is not shown
-        known = {key: value for key, value in found.items() if value != "unknown" or key == "licence"}
-        show(known, as_json=False, file=sys.stdout)
-    else:
+    if name is None and not as_json:
         print_catalogue(found["models"], sys.stdout)
+        return
+    if not as_json:  # a size or hash that nobody states is not shown
+        found = {key: value for key, value in found.items() if value != "unknown" or key == "licence"}
+    show(found, as_json=as_json)
 
 
 def print_catalogue(entries: list[dict[str, Any]], file: TextIO) -> None:

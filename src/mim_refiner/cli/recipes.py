@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -19,7 +18,7 @@ def recipes(name: RecipeArgument = None, key: KeyOption = None, as_json: JsonOpt
 
     found = verb(name=name, key=key)
     if as_json or "settings" not in found:
-        show(found, as_json=as_json, file=sys.stdout)
+        show(found, as_json=as_json)
     else:
         import yaml
 

@@ -93,6 +93,8 @@ class _Recorder(Reporter):
     def opened(self, folder: Path) -> None:
         """Open the loggers of the run in ``folder``."""
         self.out = folder
+        if not self.names:
+            return
         with reading(folder / "recipe.yaml", "use --overwrite to start anew", RunFolderError):
             recipe = dict(read_yaml(folder / "recipe.yaml"))
         self.loggers = [LOGGERS[name][0](folder, recipe) for name in self.names]

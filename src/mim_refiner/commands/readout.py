@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mim_refiner.analysis.atlas import Atlas, Key, chosen_on_halves, name_of
+from mim_refiner.analysis.atlas import Atlas, Key, chosen_on_halves, name_of, plainest_first
 from mim_refiner.analysis.readout import Cost, Hits, Row, readout_record
 from mim_refiner.commands.survey import Samples, bank_and_queries, default_key
 from mim_refiner.core.run import Run
@@ -30,25 +30,25 @@ def measured_readouts(
     """The record of "before", and of "after" where there is one (its usual feature); needs labels."""
     before, atlas = models["before"], atlases["before"]
     usual, depth = default_key(before.info), before.info.depth
-    halves = chosen_on_halves(atlas.scores, list(atlas.scores), run.seed)
-    features, test, hits = _linear(before, samples, run, "before", {usual, *(key for _, key in halves)})
-    best = np.zeros(len(test), dtype=bool)
-    for half, key in halves:
-        best[half] = hits[key][half]
+    keys = plainest_first(atlas.scores)
+    table = np.stack([atlas.scores[key] for key in keys])
+    halves = [(half, keys[number]) for half, number in chosen_on_halves(table, run.seed)]
     cells = list(dict.fromkeys(key for _, key in halves))
-    deepest = max(key[0] for key in cells)
+    features, test, hits = _linear(before, samples, run, "before", {usual, *cells})
+    best, knn = hits[usual].copy(), atlas.scores[usual].copy()
+    for half, key in halves:
+        best[half], knn[half] = hits[key][half], atlas.scores[key][half]
     rows = [Row("usual feature", hits[usual], Cost(depth, depth), knn=float(atlas.scores[usual].mean()))]
     if cells != [usual]:
-        knn = float(np.mean(np.concatenate([atlas.scores[key][half] for half, key in halves])))
         named = "best cell (" + " / ".join(map(name_of, cells)) + ")"
-        rows.append(Row(named, best, Cost(deepest + 1, depth), knn=knn))
+        rows.append(Row(named, best, Cost(max(key[0] for key in cells) + 1, depth), knn=float(knn.mean())))
     rows += _attentive(before, features, test, samples, run)
     if "after" in models:
         after = models["after"]
         key = default_key(after.info)
         of_key = _linear(after, samples, run, "after", {key})[2][key]
-        knn, whole = float(atlases["after"].scores[key].mean()), Cost(after.info.depth, after.info.depth)
-        rows.append(Row("refined, usual feature", of_key, whole, refined=True, knn=knn))
+        refined, whole = float(atlases["after"].scores[key].mean()), Cost(after.info.depth, after.info.depth)
+        rows.append(Row("refined, usual feature", of_key, whole, refined=True, knn=refined))
     return readout_record(rows, samples=samples.described(), seed=run.seed)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from mim_refiner.errors import DataError, InputError
 from mim_refiner.settings import FrozenSettings, Listed, PositiveInt
+
+Method = Literal["knn", "linear", "finetune"]
 
 
 class LongTailSettings(FrozenSettings):
@@ -23,11 +24,7 @@ class LongTailSettings(FrozenSettings):
     largest: PositiveInt | None = None  # images of the largest class; None: as many as every class can give
     many: PositiveInt = 100
     few: PositiveInt = 20
-    methods: Annotated[tuple[Literal["knn", "linear", "finetune"], ...], Field(min_length=1), Listed] = (
-        "knn",
-        "linear",
-        "finetune",
-    )
+    methods: Annotated[tuple[Method, ...], Field(min_length=1), Listed] = get_args(Method)
 
     @model_validator(mode="after")
     def _few_are_fewer(self) -> LongTailSettings:
@@ -44,12 +41,7 @@ def imbalanced_subset(
     Which class is large is drawn by ``seed``. Class c in drawn order gets largest * imbalance^(-c / (C - 1)) images,
     at least one (Cao et al., NeurIPS 2019). ``largest`` defaults to the size of the largest class; a class that has
     fewer images than its share gives all. ``imbalance=1`` keeps every row.
-    Raises InputError for an imbalance below 1, DataError without labels.
     """
-    if imbalance < 1:
-        raise InputError(f"long_tail.imbalance must be at least 1, got {imbalance:g}")
-    if not len(labels):
-        raise DataError("a long-tailed subset needs at least one labelled image")
     if imbalance == 1 and largest is None:
         return np.arange(len(labels))
     rng = np.random.default_rng([seed, 2])
