@@ -60,7 +60,7 @@ class Bench:
         self.run = Run(self.device, resolve_precision(options.precision, self.device))
         torch.manual_seed(0)
         backbone = Backbone.wrap(create_vit(options.arch, image_size=options.image))
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and self.run.precision == "bf16":  # as commands do
             backbone.use_math_attention()
         depth = backbone.info.depth
         config = HeadConfig(options.projector, options.predictor, options.out_dim, options.queue)

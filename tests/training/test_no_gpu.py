@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mim_refiner.core import neighbors, search
+from mim_refiner.core.collectives import Rows, use_rows
 from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.guidance import Guide
 from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
@@ -37,6 +38,7 @@ from mim_refiner.models.anchor import DenseAnchor
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig, RefinerHead
 from mim_refiner.models.refiner import Refiner
+from mim_refiner.models.stochastic import draw_by_row
 from mim_refiner.training import refine, sweep
 from mim_refiner.training.anchor import anchor_backward
 from mim_refiner.training.loop import step_generator
@@ -157,6 +159,17 @@ def test_augmentations_of_every_domain_neither_wait_nor_mix_devices(monkeypatch:
         made = augment(crops, photometrics, draws, CUDA)
     assert all(view.device.type == "cuda" for view in made)
     assert (seen.sent, seen.fetched) == (len(crops) + 2, 0)  # the views, what colours they drew, what the domain drew
+
+
+def test_random_layers_neither_wait_nor_mix_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        vit = create_vit("vit_w32_d2_h2_p8", image_size=16, drop_path_rate=0.3, proj_drop_rate=0.3, attn_drop_rate=0.3)
+    draw_by_row(vit)
+    with pretend_gpu(monkeypatch), Seen() as seen, use_rows(Rows(2, 4, 8)):
+        vit = on_gpu(vit)
+        seen.sent = seen.fetched = 0
+        assert vit(torch.zeros(4, 3, 16, 16, device=CUDA)).device.type == "cuda"
+    assert (seen.sent, seen.fetched) == (0, 0)
 
 
 class Copies(TorchDispatchMode):

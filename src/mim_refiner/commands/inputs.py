@@ -183,7 +183,7 @@ def normalize_as(one: Backbone, *others: Backbone) -> None:
 
 def run_fast(backbone: Backbone, recipe: Recipe, run: Run) -> None:
     """Prepare the encoder to run as fast as it goes on the device."""
-    if run.device.type == "cpu":
+    if run.device.type == "cpu" and run.precision == "bf16":
         backbone.use_math_attention()
     if recipe.compile:
         backbone.compile_blocks()

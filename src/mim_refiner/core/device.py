@@ -95,6 +95,14 @@ def in_float64(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
+def hashed(x: Tensor) -> Tensor:
+    """32 bits of every int64, well mixed (two rounds of multiply and shift); the same on every device."""
+    x = x & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x46CA68B5)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
 def eagerly() -> AbstractContextManager[Any]:
     """Compiled modules run as they are inside: sizes that come once, as in evaluation, are not worth a graph each."""
     if "torch._dynamo" not in sys.modules:  # nothing was compiled; the import takes seconds

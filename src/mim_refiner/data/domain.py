@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim_refiner.core.device import in_float64
+from mim_refiner.core.device import hashed, in_float64
 
 _DRAWS = 7  # angle, noise, its seed, length and place of both bands; then a gain a channel
 _NOISY_AT_ONCE = 2**22  # values
-_LOW = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -85,18 +84,10 @@ def rotated(images: Tensor, angle: Tensor) -> Tensor:
 def hashed_normal(numbers: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal values [B, *shape], a function of the image's number (int64 [B] below 2**24) and the place."""
     place = torch.arange(math.prod(shape), device=numbers.device)
-    keys = _hashed(_hashed(numbers).unsqueeze(1) + place)
+    keys = hashed(hashed(numbers).unsqueeze(1) + place)
     radius = (-2 * (in_float64(keys + 1) / 2**32).log()).sqrt()
-    turn = in_float64(_hashed(keys ^ 0x9E3779B9)) * (2 * math.pi / 2**32)
+    turn = in_float64(hashed(keys ^ 0x9E3779B9)) * (2 * math.pi / 2**32)
     return (radius * turn.cos()).float().to(numbers.device).view(len(numbers), *shape)
-
-
-def _hashed(x: Tensor) -> Tensor:
-    """32 bits of every int64, well mixed (two rounds of multiply and shift)."""
-    x = x & _LOW
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x46CA68B5)):
-        x = ((x ^ (x >> shift)) * factor) & _LOW
-    return x ^ (x >> 16)
 
 
 def _band(size: int, share: Tensor, start: Tensor) -> Tensor:

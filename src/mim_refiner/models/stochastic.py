@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports its
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mim_refiner.core.collectives import Rows, current_rows
+from mim_refiner.core.device import hashed
 
 
 class RowDropPath(DropPath):  # type: ignore[misc]
@@ -32,9 +33,10 @@ class RowDropPath(DropPath):  # type: ignore[misc]
 
 
 class RowDropout(nn.Dropout):
-    """Dropout of single values with a generator per row: the mask of the whole batch need never exist.
+    """Dropout of single values by a hash of their place and of a number drawn for their row.
 
-    Slower than torch's; ViTs of this package's kind have no active dropout.
+    So the mask of the whole batch need never exist. Slower than torch's; ViTs of this package's kind have no active
+    dropout.
     """
 
     @_disable_dynamo
@@ -42,12 +44,9 @@ class RowDropout(nn.Dropout):
         if not self.training or self.p == 0:
             return x
         rows = current_rows() or Rows(0, len(x), len(x))
-        base = int(torch.randint(2**40, ()))
-        generator = torch.Generator(x.device)
-        mask = torch.empty_like(x)
-        for position, number in enumerate(rows.take(torch.arange(len(x) // rows.count * rows.total)).tolist()):
-            mask[position].bernoulli_(1 - self.p, generator=generator.manual_seed(base + number))
-        return x * mask / (1 - self.p)
+        of_rows = rows.take(torch.randint(2**31, (len(x) // rows.count * rows.total,), device=x.device))
+        drawn = hashed(hashed(of_rows)[:, None] + torch.arange(x[0].numel(), device=x.device))
+        return x * (drawn >= int(self.p * 2**32)).view_as(x) / (1 - self.p)
 
 
 def draw_by_row(model: nn.Module) -> None:

@@ -17,7 +17,6 @@ from mim_refiner.core.collectives import is_distributed
 from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.models.stochastic import RowDropout
 from mim_refiner.training.recipe import RefineRecipe
 
 WARM = 3  # calls before the graph, in which libraries choose their kernels and workspaces
@@ -42,7 +41,6 @@ def why_no_graph(recipe: RefineRecipe, refiner: Refiner, run: Run) -> str:
         "the cached step (micro_batch) goes by random states of the host": cached,
         "checkpointing goes by random states of the host": bool(recipe.checkpointing),
         "the encoder is no plain ViT": not refiner.backbone.is_plain_vit,
-        "dropout of single values draws on the host": any(isinstance(m, RowDropout) for m in refiner.modules()),
     }
     return next((why for why, holds in reasons.items() if holds), "")
 
