@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from mim_refiner.commands import inputs
 from mim_refiner.commands.inputs import split_images, tell_trained_on
 from mim_refiner.reporting import Reporter
-from mim_refiner.types import BackboneInfo
 
 
 @pytest.fixture
@@ -79,13 +75,3 @@ def test_an_encoder_of_a_run_is_said_to_have_been_trained_on_its_data(tmp_path):
     assert tell_trained_on([str(run)], f"{tmp_path}/others", Reporter()) == []
     (run / "recipe.yaml").write_text("]")
     assert tell_trained_on([str(run)], f"{tmp_path}/photos", Reporter()) == []
-
-
-def test_channel_moments_are_those_of_the_first_process(labelled, monkeypatch):
-    """What one cannot read another may: they would train on images that are normalised otherwise."""
-    train, _ = split(labelled(10, 10))
-    backbone = SimpleNamespace(info=BackboneInfo(**dict.fromkeys(BackboneInfo.__dataclass_fields__, 0)))
-    monkeypatch.setattr(inputs, "channel_moments", lambda images: pytest.fail("measured by another process"))
-    monkeypatch.setattr(inputs, "decide_on_rank_0", lambda decide: ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
-    inputs.normalize_by(train, backbone)
-    assert (backbone.info.mean, backbone.info.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

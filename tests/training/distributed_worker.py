@@ -17,14 +17,15 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_distributed import Setting, bf16_step, three_steps
+from test_distributed import Setting, bf16_step, moments, three_steps
 
 
 def process(rank: int, setting: Setting, store: Path, out: Path) -> None:
     """One process of a group."""
     torch.set_num_threads(1)  # makes the fork's thread pool anew before two threads of autograd would at once
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=setting.processes)
-    save_file(bf16_step() if setting.way == "bf16" else three_steps(*setting[1:]), out)
+    own = {"bf16": bf16_step, "moments": moments}.get(setting.way)
+    save_file(own() if own else three_steps(*setting[1:]), out)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mim_refiner.commands.inputs import channel_moments, normalize_by
 from mim_refiner.core.collectives import average_gradients, process_rows, rank
 from mim_refiner.core.ema import ExponentialMovingAverage
 from mim_refiner.core.optim import adamw, parameter_groups
@@ -26,6 +29,9 @@ from mim_refiner.core.sharding import (
     load_full_state,
     local,
 )
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.source_base import ImageSource
+from mim_refiner.errors import DataError
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
@@ -126,6 +132,38 @@ def bf16_step() -> dict[str, Tensor]:
     return {"loss": loss.detach(), "casts": torch.tensor(casts.matrices), **whole}
 
 
+class Pictures(ImageSource):
+    """Four pictures of one colour each; the first may be damaged."""
+
+    description = "pictures"
+
+    def __init__(self, damaged: bool) -> None:
+        self.damaged = damaged
+
+    def __len__(self) -> int:
+        return 4
+
+    def read(self, index: int) -> bytes:
+        if self.damaged and index == 0:
+            raise OSError("damaged")
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4), (60 * index, 10, 200)).save(file, "png")
+        return file.getvalue()
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def fingerprint(self) -> str:
+        return "pictures"
+
+
+def moments() -> dict[str, Tensor]:
+    """What an encoder normalises by after ``normalization=data``, where the second process cannot read a picture."""
+    backbone = Backbone.wrap(create_vit("vit_w32_d2_h2_p8", image_size=16))
+    normalize_by(ImageSet(Pictures(damaged=rank() == 1), cache=False), backbone)
+    return {"mean": torch.tensor(backbone.info.mean), "std": torch.tensor(backbone.info.std)}
+
+
 class CountedCasts(TorchDispatchMode):
     """Counts the matrices that are cast from float32 to bf16."""
 
@@ -146,7 +184,9 @@ SETTINGS = [
     Setting(2, 4, 0, "checkpointing"),
     Setting(4, 0, 1, "two nodes"),
     Setting(2, 0, 0, "bf16"),
+    Setting(2, 0, 0, "moments"),
 ]
+BF16, MOMENTS = range(len(SETTINGS) - 2, len(SETTINGS))
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +199,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, forked_file: Callable[..., 
     return out
 
 
-@pytest.mark.parametrize("number", range(len(SETTINGS) - 1), ids=lambda number: "-".join(map(str, SETTINGS[number])))
+@pytest.mark.parametrize("number", range(BF16), ids=lambda number: "-".join(map(str, SETTINGS[number])))
 def test_processes_equal_one(number: int, folder: Path) -> None:
     setting = SETTINGS[number]
     outs = [folder / f"{number}-{rank}.safetensors" for rank in range(setting.processes)]
@@ -179,10 +219,19 @@ def test_processes_equal_one(number: int, folder: Path) -> None:
 def test_sharded_blocks_travel_and_compute_in_bf16(folder: Path) -> None:
     one, first, second = (
         bf16_step(),
-        *(load_file(folder / f"{len(SETTINGS) - 1}-{rank}.safetensors") for rank in (0, 1)),
+        *(load_file(folder / f"{BF16}-{rank}.safetensors") for rank in (0, 1)),
     )
     assert one.pop("casts") == 8  # autocast's copies of four matrices of two blocks
     assert first.pop("casts") == second.pop("casts") == 0
     for name, expected in one.items():
         torch.testing.assert_close(first[name], expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
         assert torch.equal(first[name], second[name]), name
+
+
+def test_processes_normalise_by_what_the_first_reads(folder: Path) -> None:
+    one = moments()
+    for number in (0, 1):
+        for name, found in load_file(folder / f"{MOMENTS}-{number}.safetensors").items():
+            assert torch.equal(found, one[name]), (number, name)
+    with pytest.raises(DataError, match="1 of 4 images cannot be read"):  # what the second would have met
+        channel_moments(ImageSet(Pictures(damaged=True), cache=False))

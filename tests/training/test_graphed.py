@@ -145,7 +145,9 @@ def test_a_graph_is_refused_with_the_reason(
             uses_graph(recipe, tiny.refiner, run)
 
 
-def test_other_encoders_are_refused_and_dropout_is_not(tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_encoders_are_refused_and_dropout_is_not(
+    tiny_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny = tiny_run()
     recipe = tiny.refinement.recipe.model_copy(update={"cuda_graphs": "auto"})
     assert uses_graph(recipe, tiny.refiner, GPU)
