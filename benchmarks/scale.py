@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from mim_refiner.training.cost import EncoderShape, Workload
+from cost import EncoderShape, Workload
+
 from mim_refiner.types import height_width
 
 ENCODERS = {

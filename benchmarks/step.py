@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cost import EncoderShape, Workload
 
 from mim_refiner.core.collectives import average_gradients, rank, world_size
 from mim_refiner.core.device import pick_device, resolve_precision
@@ -36,7 +37,6 @@ from mim_refiner.data.views import crop_batch, multi_crop_views
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.training.cost import EncoderShape, Workload
 from mim_refiner.training.graphed import Graphed
 from mim_refiner.training.refine import forward_backward, graphed
 

@@ -36,10 +36,11 @@ def status(key: str) -> int:
     raise KeyError(key)
 
 
-def make(arch: str, image: int, queue: int) -> Refiner:
+def make(arch: str, image: int, queue: int, precision: str) -> Refiner:
     torch.manual_seed(0)
     backbone = Backbone.wrap(create_vit(arch, image_size=image))
-    backbone.use_math_attention()
+    if precision == "bf16":  # as commands do
+        backbone.use_math_attention()
     depth = backbone.info.depth
     blocks = range(depth - max(1, depth // 3), depth)
     refiner = Refiner(backbone, blocks, HeadConfig(512, 1024, 128, queue), pooling="cls")
@@ -73,13 +74,13 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     shapes, way = [(image, 2), (local, LOCALS)], {"precision": precision, "checkpointing": options.checkpointing}
-    needs = measure_needs(make(arch, image, 8192), shapes, batch, **way)
+    needs = measure_needs(make(arch, image, 8192, precision), shapes, batch, **way)
     expected = needs.cached(micro_batch, options.kept) if micro_batch else needs.whole()
-    train(make("vit_w32_d2_h2_p8", 16, 64), 16, 8, 4, None, precision)
+    train(make("vit_w32_d2_h2_p8", 16, 64, precision), 16, 8, 4, None, precision)
     gc.collect()
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    refiner = make(arch, image, 8192)
+    refiner = make(arch, image, 8192, precision)
     refiner.backbone.set_checkpointing(options.checkpointing)
     seconds = train(refiner, image, local, batch, micro_batch or None, precision, options.kept)
     measured = status("VmHWM") - before

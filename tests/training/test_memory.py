@@ -1,4 +1,4 @@
-"""The planner's expectations against measured peaks, what it picks, and the cost model against traces."""
+"""The planner's expectations against measured peaks, and what it picks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError, RecipeError
@@ -24,7 +22,6 @@ from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training import memory
 from mim_refiner.training.anchor import anchor_backward
-from mim_refiner.training.cost import EncoderShape, Workload
 from mim_refiner.training.memory import (
     RESERVE,
     Beside,
@@ -39,7 +36,7 @@ from mim_refiner.training.memory import (
 )
 from mim_refiner.training.recipe import RefineRecipe, Views, override
 from mim_refiner.training.refine import forward_backward
-from mim_refiner.training.traces import LiveBytes, refiner_like
+from mim_refiner.training.traces import LiveBytes
 from mim_refiner.types import Checkpointing
 
 CPU = torch.device("cpu")
@@ -308,45 +305,6 @@ def test_small_helpers() -> None:
     assert needs.largest_micro_batch(30) == 5
     assert needs.largest_micro_batch(10) == 0
     assert (needs.whole(), replace(needs, plain=2).whole()) == (57, 11)
-
-
-# --- the cost model
-
-
-def test_parameters_are_those_of_the_model() -> None:
-    for shape, arch, size in (
-        (EncoderShape(64, 4, 2, 8, image_size=32), "vit_w64_d4_h2_p8", 32),
-        (EncoderShape(768, 12, 12, 16), "vit_base_patch16_224", 224),
-    ):
-        with torch.device("meta"):
-            model = create_vit(arch, image_size=size)
-        assert shape.parameters == sum(p.numel() for p in model.parameters())
-    refiner = make()
-    job = Workload(EncoderShape(64, 4, 2, 8, image_size=32), 8, (2, 3), [(32, 2)], 64, 64, 32, 256)
-    assert job.heads_parameters == sum(p.numel() for p in refiner.heads.parameters())
-
-
-def test_operations_are_those_of_a_counted_step() -> None:
-    shapes = [(32, 2), (16, 4)]
-    job = Workload(EncoderShape(64, 4, 2, 8, image_size=32), 8, (2, 3), shapes, 64, 64, 32, 256)
-    traced = refiner_like(make(), checkpointing=False)
-    for size, count in shapes:
-        # Not every torch counts its fused attention on a CPU.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            traced.encoder((size, count), "fp32", 8)
-        one = Workload(job.encoder, 8, (2, 3), [(size, count)], 64, 64, 32, 256)
-        assert one.operations()["encoder"] == pytest.approx(counter.get_total_flops(), rel=0.05)
-    with FlopCounterMode(display=False) as counter:
-        traced.heads(8, 6, "fp32")
-    parts = job.operations()
-    passes = [
-        replace(job, micro_batch=2, kept_graphs=kept).operations()["encoder"] / parts["encoder"] for kept in (0, 4, 8)
-    ]
-    assert passes == [pytest.approx(4 / 3), pytest.approx(1.15, abs=0.05), 1]
-    both = replace(job, micro_batch=2, checkpointing=True)
-    assert both.operations()["encoder"] == pytest.approx(5 / 3 * parts["encoder"])
-    assert replace(job, checkpointing="selective").operations() == parts
-    assert parts["heads"] + parts["negatives"] + parts["queue"] == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def test_the_planner_counts_the_state_of_sharded_blocks() -> None:

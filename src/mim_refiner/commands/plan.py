@@ -13,11 +13,11 @@ from mim_refiner.core.run import Run
 from mim_refiner.core.sharding import processes_on_node, shard_count
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.training.cost import EncoderShape, Workload
 from mim_refiner.training.estimate import Estimate, refine_estimate
 from mim_refiner.training.graphed import uses_graph
 from mim_refiner.training.memory import RESERVE, Beside, Choice, as_asked, choose, format_bytes, parse_budget
 from mim_refiner.training.recipe import RefineRecipe
+from mim_refiner.training.traffic import Traffic
 from mim_refiner.training.view_pool import pool_bytes
 
 MEASURING = 175_000_000  # bytes that the comparison and the report take on top, at the end (LOG.md: 0.15 to 0.2 GB)
@@ -82,9 +82,9 @@ def plan(recipe: RefineRecipe, refiner: Refiner, cost: Estimate, run: Run, views
         "setting": {**picked.settings, "peak": format_bytes(picked.peak), "why": picked.words},
         "cuda_graph": uses_graph(recipe, refiner, run),
     }
-    if refiner.backbone.is_plain_vit and world_size() > 1:
-        traffic = workload_of(recipe, refiner, run.precision).traffic()
-        result["sent_a_step_and_process"] = {name: format_bytes(value) for name, value in traffic.items()}
+    if world_size() > 1:
+        sent = traffic_of(recipe, refiner, run).sent()
+        result["sent_a_step_and_process"] = {name: format_bytes(value) for name, value in sent.items()}
     told = cost.record()
     if refinement := told["phases"].get("refinement"):
         told["forecast"] = refinement_forecast(refinement["steps"] * recipe.batch_size)["reason"]
@@ -108,35 +108,25 @@ def shards_of(recipe: RefineRecipe) -> int:
     return shard_count() if recipe.shard else 1
 
 
-def workload_of(recipe: RefineRecipe, refiner: Refiner, precision: str) -> Workload:
-    """What the cost model needs to know of a run with a plain ViT."""
-    model, info, heads = refiner.backbone.model, refiner.backbone.info, recipe.heads
-    block = model.blocks[0]
-    shape = EncoderShape(
-        info.embed_dim,
-        info.depth,
-        info.num_heads,
-        info.patch_size[0],
-        info.num_prefix_tokens,
-        info.in_chans,
-        block.mlp.fc1.out_features / info.embed_dim,
-        info.image_size,
-    )
-    return Workload(
-        shape,
-        recipe.batch_size,
-        refiner.blocks,
-        recipe.views.shapes,
-        heads.projector_hidden,
-        heads.predictor_hidden,
-        heads.out_dim,
-        heads.queue_size,
-        recipe.frozen_blocks,
-        recipe.micro_batch,
-        recipe.graphs,
-        recipe.checkpointing,
-        bf16=precision == "bf16",
-        class_token_last=refiner.class_token_last and shards_of(recipe) == 1,
+def traffic_of(recipe: RefineRecipe, refiner: Refiner, run: Run) -> Traffic:
+    """What processes send each other in a step of the refinement."""
+    backbone, shapes = refiner.backbone, recipe.views.shapes
+    blocks, stop = getattr(backbone.model, "blocks", ()), refiner.blocks[-1] + 1
+    still = {*refiner.fixed_parameters(), *(own for block in blocks[stop:] for own in block.parameters())}
+    trained = {*backbone.parameters(), *refiner.heads.parameters()} - still
+    return Traffic(
         processes=world_size(),
         shards=shards_of(recipe),
+        images=recipe.batch_size // world_size(),
+        views=sum(count for _, count in shapes),
+        view_sizes=len(shapes),
+        heads=len(refiner.blocks),
+        out_dim=recipe.heads.out_dim,
+        block_bytes=sum(parameter.nbytes for parameter in blocks[0].parameters()) if blocks else 0,
+        frozen_blocks=recipe.frozen_blocks,
+        trained_blocks=stop - recipe.frozen_blocks,
+        trained_bytes=sum(parameter.nbytes for parameter in trained),
+        micro_batch=recipe.micro_batch,
+        checkpointing=recipe.checkpointing,
+        bf16=run.precision == "bf16",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,6 @@ from mim_refiner.evaluation.features import Features, own_image_size
 from mim_refiner.evaluation.finetune import LabelledRows
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings, linear_probe
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.training.cost import EncoderShape
 
 LINEAR = LinearProbeSettings(last=1, concatenate=False)
 ATTENTIVE = AttentiveSettings(poolers=("ep",), learning_rates=(1e-3, 3e-3, 1e-2), epochs=20, maps=0)
@@ -111,8 +111,7 @@ def _extra(backbone: Backbone, queries: int, blocks: Blocks) -> float | None:
     info = backbone.info
     if not backbone.is_plain_vit:
         return None
-    shape = EncoderShape(info.embed_dim, info.depth, info.num_heads, info.patch_size[0], info.num_prefix_tokens)
-    tokens = shape.tokens(info.image_size)
-    mixing = 2 * len(blocks) * tokens * info.embed_dim if len(blocks) > 1 else 0
-    reading = 4 * queries * tokens * info.embed_dim + 2 * info.embed_dim**2
-    return (mixing + reading) / (info.depth * shape.block_operations(tokens))
+    tokens, dim = math.prod(backbone.grid_of(info.image_size)) + info.num_prefix_tokens, info.embed_dim
+    mixing = 2 * len(blocks) * tokens * dim if len(blocks) > 1 else 0
+    reading = 4 * queries * tokens * dim + 2 * dim**2
+    return (mixing + reading) / (info.depth * (24 * tokens * dim**2 + 4 * tokens**2 * dim))

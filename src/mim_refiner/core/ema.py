@@ -22,7 +22,7 @@ class ExponentialMovingAverage(nn.Module):
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def update(self, model: nn.Module, decay: float, *, copy_buffers: bool = True) -> None:
+    def update(self, model: nn.Module, decay: float) -> None:
         """Move the average to ``decay * average + (1 - decay) * model``; buffers are copied, not averaged.
 
         Raises InputError for a decay outside [0, 1], or a model with other parameters than the averaged one.
@@ -38,10 +38,9 @@ class ExponentialMovingAverage(nn.Module):
         own = [local(parameter) for parameter in average.values()]
         moved = [local(current[name].detach()).to(mine) for name, mine in zip(average, own, strict=True)]
         torch._foreach_lerp_(own, moved, 1 - decay)  # exact where nothing moved
-        if copy_buffers:
-            buffers = dict(model.named_buffers())
-            for name, buffer in self.module.named_buffers():
-                buffer.copy_(buffers[name])
+        buffers = dict(model.named_buffers())
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(buffers[name])
 
     def train(self, mode: bool = True) -> ExponentialMovingAverage:
         """Stay in eval mode whatever the surrounding module does."""

@@ -63,7 +63,6 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: int = 8,
         decoder_heads: int = 16,
         mask_ratio: float = 0.75,
-        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if decoder_dim % decoder_heads:
@@ -82,10 +81,10 @@ class MaskedAutoencoder(nn.Module):
         positions = sincos_position_table(decoder_dim, grid_height, grid_width, self.num_prefix_tokens)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_dim, decoder_heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=norm_eps))
+            Block(decoder_dim, decoder_heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
             for _ in range(decoder_depth)
         )
-        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=norm_eps)
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, self.patch_size[0] * self.patch_size[1] * in_chans)
 
     def initialize(self, *, encoder: bool = True) -> MaskedAutoencoder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -78,9 +78,14 @@ class Refiner(nn.Module):
         """Refinement: all but the frozen prefix and the fixed position table trains, or the adapters alone."""
         self.encoder_frozen = False
         self.backbone.requires_grad_(True)
-        for parameter in (*self.backbone.fixed_parameters(self.frozen_blocks), *fixed_beside_lora(self.backbone)):
+        for parameter in self.fixed_parameters():
             parameter.requires_grad_(False)
         self.train()
+
+    def fixed_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the encoder that refinement leaves alone."""
+        yield from self.backbone.fixed_parameters(self.frozen_blocks)
+        yield from fixed_beside_lora(self.backbone)
 
     def set_top_k(self, top_k: int) -> None:
         for head in self.heads.values():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from mim_refiner.training.traffic import Traffic
 from mim_refiner.types import Checkpointing, ImageSize, height_width
 
 GLOBAL_VIEWS = 2
@@ -151,27 +152,20 @@ class Workload:
         return sum(plain.operations().values())
 
     def traffic(self) -> dict[str, float]:
-        """Bytes that one process sends in a step, by part (ring algorithms)."""
-        others = self.processes - 1
-        ring = others / self.processes
-        predictions = len(self.head_blocks) * self.views * self.local_batch * self.out_dim * 4
-        block, part = self.encoder.block_parameters * 4, 1 - 1 / self.shards
-        alone = self.trained_parameters * 4  # of what every process holds whole
-        sharded: dict[str, float] = {}
-        if self.shards > 1:
-            # Blocks are gathered anew for every pass over views of one size, and once more to go back through it; under
-            # bf16 their weights travel so, their gradients do not.
-            micro = min(self.micro_batch or self.local_batch, self.local_batch)
-            passes = len(self.view_sizes) * -(-self.local_batch // micro)
-            ways = 2 + (micro < self.local_batch) + bool(self.checkpointing)
-            gathers = ways * self.trained_blocks + self.frozen_blocks
-            sharded["weights of blocks"] = passes * gathers * block * part * (0.5 if self.bf16 else 1)
-            sharded["gradients of blocks"] = passes * self.trained_blocks * block * part
-            nodes = self.processes // self.shards
-            sharded["gradients of blocks"] += passes * 2 * (1 - 1 / nodes) * self.trained_blocks * block / self.shards
-            alone -= self.trained_blocks * block
-        return sharded | {
-            "gradients": 2 * ring * alone,
-            "predictions": predictions * others + 2 * ring * predictions * self.processes,
-            "queue": len(self.head_blocks) * self.local_batch * (self.out_dim * 4 + 8) * others,
-        }
+        """Bytes that one process sends in a step, by part."""
+        return Traffic(
+            self.processes,
+            self.shards,
+            self.local_batch,
+            self.views,
+            len(self.view_sizes),
+            len(self.head_blocks),
+            self.out_dim,
+            4 * self.encoder.block_parameters,
+            self.frozen_blocks,
+            self.trained_blocks,
+            4 * self.trained_parameters,
+            self.micro_batch,
+            self.checkpointing,
+            self.bf16,
+        ).sent()
