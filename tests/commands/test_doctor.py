@@ -192,6 +192,15 @@ def test_unbalanced_classes_are_noted(embedded, tmp_path):
         assert words in notes
 
 
+def test_classes_of_one_size_have_no_smallest(embedded, tmp_path):
+    images, *_ = embedded
+    classes = doctor(data=str(write(tmp_path / "even.parquet", images[:8], [0, 1] * 4, ["a", "b"])))["classes"]
+    assert (classes["images_of_each"], classes["ratio"]) == (4, 1.0)
+    assert not {"smallest", "largest"} & classes.keys()
+    classes = doctor(data=str(write(tmp_path / "odd.parquet", images[:8], [0] * 3 + [1] * 5, ["a", "b"])))["classes"]
+    assert (classes["smallest"], classes["largest"]) == ("a (3)", "b (5)")
+
+
 def test_bad_input_is_one_line(tmp_path, capsys):
     assert main(["doctor", "--data", str(tmp_path / "none"), "--quiet"]) == 2
     assert "no such file or folder" in capsys.readouterr().err

@@ -10,65 +10,53 @@ import typer
 from mim_refiner.cli.common import DataOption, DeviceOption, RecipeOption, verb
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.table import Table
 
 EXAMPLES_SHOWN = 3  # names listed below each kind of finding
 
 
 def print_findings(result: Mapping[str, Any], file: TextIO) -> None:
     """Print what was found, worst first, then classes, pixels and the model."""
-    from rich.console import Console
+    from mim_refiner.cli.tables import write_parts
 
-    console = Console(file=file, highlight=False, soft_wrap=True, markup=False)
-    console.print(f"{result['data']}: {result['images_per_s']} images/s")
+    parts: list[Any] = [f"{result['data']}: {result['images_per_s']} images/s"]
     if result["findings"]:
-        _print_kinds(console, result["counts"], result["findings"])
+        parts.append(_table_of_kinds(result["counts"], result["findings"]))
     else:
-        console.print("nothing found: every image can be read, none is odd, none occurs twice")
-    for each in result["left_out"]:
-        console.print(f"left out: {each['count']} {each['what']} (first: {each['first']})")
-    if result.get("no_labels"):
-        console.print(f"no labels: {result['no_labels']}")
+        parts.append("nothing found: every image can be read, none is odd, none occurs twice")
+    parts += [f"left out: {each['count']} {each['what']} (first: {each['first']})" for each in result["left_out"]]
+    parts += [f"no labels: {result['no_labels']}"] if result.get("no_labels") else []
     for title in ("pixels", "augmentations", "classes", "model"):
         if result.get(title):
-            console.print(f"{title}:")
-            for key, value in result[title].items():
-                _print_fact(console, key, value)
-    console.print(f"disk free: {result['disk_free_gb']} GB")
+            parts += [f"{title}:", *(line for fact in result[title].items() for line in _lines_of_fact(*fact))]
+    parts.append(f"disk free: {result['disk_free_gb']} GB")
     if count := result["to_exclude"]:
         path, unlisted = result.get("exclude_list"), f"{count} images are better left out"
         unlisted += "; --out DIR writes the list for refine --exclude"
-        console.print(f"leave {count} images out with: refine --exclude {path}" if path else unlisted)
+        parts.append(f"leave {count} images out with: refine --exclude {path}" if path else unlisted)
+    write_parts(file, parts)
 
 
-def _print_kinds(console: Console, counts: Mapping[str, int], findings: Sequence[Mapping[str, Any]]) -> None:
-    from rich.table import Table
-
+def _table_of_kinds(counts: Mapping[str, int], findings: Sequence[Mapping[str, Any]]) -> Table:
+    from mim_refiner.cli.tables import text_table
     from mim_refiner.data.doctor import KINDS
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("found", "images", "in the list", "what it means"):
-        table.add_column(column)
+    rows = []
     for kind, count in counts.items():
         listed, meaning = KINDS[kind]
-        table.add_row(kind, str(count), "yes" if listed else "no", meaning)
-        examples = [finding for finding in findings if finding["kind"] == kind]
-        for finding in examples[:EXAMPLES_SHOWN]:
-            table.add_row("", "", "", f"  {finding['name']} {finding['detail']}".rstrip())
-        if count > EXAMPLES_SHOWN:
-            table.add_row("", "", "", f"  and {count - EXAMPLES_SHOWN} more")
-    console.print(table)
+        rows.append([kind, str(count), "yes" if listed else "no", meaning])
+        told = [f"  {each['name']} {each['detail']}".rstrip() for each in findings if each["kind"] == kind]
+        more = [f"  and {count - EXAMPLES_SHOWN} more"] if count > EXAMPLES_SHOWN else []
+        rows += [["", "", "", line] for line in told[:EXAMPLES_SHOWN] + more]
+    return text_table("", ("found", "images", "in the list", "what it means"), rows, names=4)
 
 
-def _print_fact(console: Console, key: str, value: Any) -> None:
+def _lines_of_fact(key: str, value: Any) -> list[str]:
     if key == "notes":
-        for note in value:
-            console.print(f"  note: {note}")
-        return
+        return [f"  note: {note}" for note in value]
     if key == "coverage":
         value = f"{100 * value:.1f} % of the encoder's tensors"
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    console.print(f"  {key.replace('_', ' ')}: {text}")
+    return [f"  {key.replace('_', ' ')}: {' '.join(map(str, value)) if isinstance(value, list) else value}"]
 
 
 @verb(print_findings)

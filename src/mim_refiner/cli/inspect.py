@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -49,32 +49,17 @@ def inspect(
 
 def print_report(report: CheckpointReport, *, every_tensor: bool, file: TextIO) -> None:
     """Print the encoder's facts, then the tensors that need attention (or all of them)."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(file=file, highlight=False, soft_wrap=True, markup=False)
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in _facts(report).items():
-        facts.add_row(name, value)
-    console.print(facts)
+    from mim_refiner.cli.tables import text_table, write_parts
 
     listed = [tensor for tensor in report.tensors if every_tensor or tensor.status == "dropped"]
     shown = listed if every_tensor else listed[:_LISTED]
-    if shown:
-        table = Table(box=None, pad_edge=False)
-        for column in ("tensor", "shape", "status", "goes to", "reason"):
-            table.add_column(column)
-        for tensor in shown:
-            shape = "x".join(map(str, tensor.shape))
-            table.add_row(tensor.name, shape, tensor.status, tensor.target or "-", tensor.reason)
-        console.print()
-        console.print(table)
-    if len(listed) > len(shown):
-        console.print(f"... and {len(listed) - len(shown)} more left out; --tensors lists all")
-    for name in report.missing:
-        console.print(f"missing: {name}")
-    for note in report.notes:
-        console.print(f"note: {note}")
+    rows = [[each.name, "x".join(map(str, each.shape)), each.status, each.target or "-", each.reason] for each in shown]
+    tensors = text_table("", ("tensor", "shape", "status", "goes to", "reason"), rows, names=5)
+    more = f"... and {len(listed) - len(shown)} more left out; --tensors lists all"
+    parts: list[Any] = [text_table("", (), [*map(list, _facts(report).items())]), *(["", tensors] if shown else [])]
+    parts += [more] if len(listed) > len(shown) else []
+    parts += [f"missing: {name}" for name in report.missing] + [f"note: {note}" for note in report.notes]
+    write_parts(file, parts)
 
 
 def _facts(report: CheckpointReport) -> dict[str, str]:

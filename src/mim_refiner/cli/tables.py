@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -38,32 +38,31 @@ def console_for(file: TextIO) -> Console:
     return Console(file=file, highlight=False, width=None if known else FILE_WIDTH)
 
 
-def write_part(console: Console, part: str | Table) -> None:
-    """A table, or a line: broken at spaces on a terminal, whole in a file or pipe whatever COLUMNS says, which Python
+def write_parts(file: TextIO, parts: Iterable[str | Table]) -> None:
+    """Tables, and lines: broken at spaces on a terminal, whole in a file or pipe whatever COLUMNS says, which Python
     with readline (a notebook, pytest's workers) hands to what it starts.
     """
-    if isinstance(part, str):
-        console.print(escape(part), soft_wrap=not console.is_terminal)
-    else:
-        console.print(part)
+    console = console_for(file)
+    for part in parts:
+        if isinstance(part, str):
+            console.print(escape(part), soft_wrap=not console.is_terminal)
+        else:
+            console.print(part)
 
 
 def print_result(result: Any, file: TextIO) -> None:
     """Print a verb's result: measured stages as one table, lists of records as tables, the rest as ``key: value``; the
     verdict and the features to use come last.
     """
-    console = console_for(file)
     if not isinstance(result, Mapping):
-        write_part(console, str(result))
+        write_parts(file, [str(result)])
         return
     stages = stage_titles(result)
-    if stages:
-        console.print(text_table("", *comparison_rows(result)))
+    parts: list[str | Table] = [text_table("", *comparison_rows(result))] if stages else []
     left = {*stages, *(IN_FILES if "records" in result else ())}
     for key in sorted(result, key=lambda key: LAST.index(key) if key in LAST else -1):
-        if key not in left:
-            for part in printed(key, result[key], result):
-                write_part(console, part)
+        parts += printed(key, result[key], result) if key not in left else []
+    write_parts(file, parts)
 
 
 def printed(key: str, value: Any, result: Mapping[str, Any]) -> list[str | Table]:
@@ -95,9 +94,7 @@ def printed(key: str, value: Any, result: Mapping[str, Any]) -> list[str | Table
 
 def print_first_screen(result: Any, file: TextIO) -> None:
     """The demo's result: one sentence, one table; everything else is in the report."""
-    console = console_for(file)
-    write_part(console, demo_sentence(result) or "")
-    console.print(text_table("", *demo_rows(result)))
+    write_parts(file, [demo_sentence(result) or "", text_table("", *demo_rows(result))])
 
 
 def lines_of(key: str, value: Any) -> list[str]:
@@ -132,7 +129,7 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
 
 def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], names: int | None = None) -> Table:
     """Names to the left, numbers to the right; cells break at spaces where the terminal is narrow."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, show_header=bool(header))
     for position, column in enumerate(header):
         left = position < (name_columns(header) if names is None else names)
         table.add_column(escape(column), justify="left" if left else "right")
@@ -143,18 +140,15 @@ def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
 
 def plan_table(plan: Mapping[str, Any]) -> Table:
     """What a run will cost, a line each: images, phases, memory by part, what was chosen and what to change."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_row("images", f"{plan['images']}, {plan['batch']} a step")
+    rows = [("images", f"{plan['images']}, {plan['batch']} a step")]
     for name, phase in plan["phases"].items():
         told = f"{phase['epochs']} epochs, {phase['steps']} steps of {phase['seconds']:.3g} s: {phase['time']}"
-        table.add_row(name, told)
-    table.add_row("in all", f"{plan['time']}, and what measuring the encoder takes")
-    for name, size in plan["memory"].items():
-        table.add_row(name, size)
+        rows.append((name, told))
+    rows += [("in all", f"{plan['time']}, and what measuring the encoder takes"), *plan["memory"].items()]
     for name in ("settings", "views are cut", "sent a step and process", "forecast", "verdict", "to change"):
         if plan.get(name.replace(" ", "_")):
-            table.add_row(name, escape(str(plan[name.replace(" ", "_")])))
-    return table
+            rows.append((name, str(plan[name.replace(" ", "_")])))
+    return text_table("", (), rows)
 
 
 def is_records(value: Any) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +9,15 @@ import numpy as np
 import torch
 
 from mim_refiner.checkpoints.load import inspect_checkpoint
-from mim_refiner.commands.comparison import Measured
-from mim_refiner.commands.inputs import split_images, train_loader
-from mim_refiner.commands.plan import with_cost
-from mim_refiner.commands.refine import measure_on, prepare
-from mim_refiner.core.device import resolve_precision
-from mim_refiner.core.run import Run
-from mim_refiner.data.decode import ImageSet
+from mim_refiner.commands.refine import refine
+from mim_refiner.core.processes import started_as
 from mim_refiner.data.doctor import Scan
-from mim_refiner.errors import MimRefinerError
+from mim_refiner.errors import InputError, MimRefinerError
 from mim_refiner.files import name_of
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.recipes import refine_recipe
-from mim_refiner.training.refine import resolve, view_specs
 
 
 def check_model(
@@ -37,18 +29,27 @@ def check_model(
     ``recipe``.
     """
     report = inspect_checkpoint(model) if isinstance(model, str | Path) else None
-    info = backbone.info
-    choose = partial(refine_recipe, recipe, image_size=max(info.image_size))
-    chosen, count, problem, cost = choose(images=len(found.rows)), len(found.rows), {}, {}
+    info, images = backbone.info, len(found.rows)
+    chosen, cost = refine_recipe(recipe, image_size=max(info.image_size), images=images), dict[str, Any]()
+    encoder = sum(parameter.nbytes for parameter in backbone.parameters())
+    how: dict[str, Any] = {"recipe": recipe, "device": str(device), "reporter": Reporter()}
     try:
-        share, channels = chosen.hold_out, info.in_chans
-        images, held_out = split_images(data, share, Reporter(), seed=0, channels=channels, exclude=None)
-        chosen, count = choose(images=len(images)), len(images)
-        run = Run(device, resolve_precision(chosen.precision, device))
-        if chosen.batch_size <= count:
-            cost = _cost(backbone, images, measure_on(images, held_out, None, None, run), chosen, run)
+        if started_as().world_size > 1:  # a plan is made by all of them, doctor by the first alone
+            raise InputError("of several processes refine --plan tells the cost")
+        plan = refine(data=data, model=backbone, out="", plan=True, **how)["plan"]
+        images, sizes = plan["images"], plan["bytes"]
+        chosen = refine_recipe(recipe, image_size=max(info.image_size), images=images)
+        checkpoints = (sizes["state"] - sizes["gradients"]) * chosen.keep_checkpoints
+        cost = {
+            "estimated_hours": round(plan["hours"], 2),
+            "training_memory_gb": round(sizes["peak"] / 1e9, 2),
+            "free_memory_gb": None if sizes["free"] is None else round(sizes["free"] / 1e9, 2),
+            "micro_batch": plan["setting"]["micro_batch"],
+            "disk_gb": round((checkpoints + encoder) / 1e9, 2),
+            "advice": plan["to_change"],
+        }
     except MimRefinerError as error:  # what a run would end with
-        problem = {"problem": str(error)}
+        cost = {"problem": str(error)}
     return {
         "source": name_of(model),
         "family": info.family,
@@ -57,26 +58,8 @@ def check_model(
         "licence": info.licence,
         "image_size": f"{info.image_size[0]}x{info.image_size[1]}",
         "recipe": chosen.name,
-        "notes": [*(report.notes if report else ()), *_fit_notes(backbone, found, count, chosen)],
+        "notes": [*(report.notes if report else ()), *_fit_notes(backbone, found, images, chosen)],
         **cost,
-        **problem,
-    }
-
-
-def _cost(backbone: Backbone, images: ImageSet, on: Measured, recipe: RefineRecipe, run: Run) -> dict[str, Any]:
-    """What a run on these images takes, and the disk that its checkpoints do."""
-    recipe = resolve(recipe, backbone)
-    refiner = prepare(backbone, recipe, run)
-    loader = train_loader(images, view_specs(recipe), recipe, run)
-    fitted, cost = with_cost(recipe, refiner, loader, None, run, on)
-    encoder, needs = sum(parameter.nbytes for parameter in backbone.parameters()), cost.picked.needs
-    return {
-        "estimated_hours": round(cost.hours, 2),
-        "training_memory_gb": round(cost.picked.peak / 1e9, 2),
-        "free_memory_gb": round(cost.free / 1e9, 2) if cost.free < math.inf else None,
-        "micro_batch": fitted.micro_batch,
-        "disk_gb": round(((needs.state - needs.gradients) * recipe.keep_checkpoints + encoder) / 1e9, 2),
-        "advice": cost.advice,
     }
 
 
