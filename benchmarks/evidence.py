@@ -53,7 +53,7 @@ from mim_refiner.files import atomic_file, write_bytes, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.reporting import Reporter
-from mim_refiner.training.recipe import PretrainRecipe, RefineRecipe, override
+from mim_refiner.training.recipe import PretrainRecipe, RefineRecipe
 from mim_refiner.training.recipes import pretrain_recipe, refine_recipe
 from mim_refiner.training.refine import forward_backward, make_refiner, resolve, view_specs
 
@@ -96,7 +96,7 @@ class Study:
         return [*self.tree["settings"], *self.tree["arms"][arm].get("settings", ())]
 
     def recipe(self, arm: str) -> RefineRecipe:
-        chosen = override(refine_recipe(self.tree["recipe"], image_size=0), self.settings(arm))
+        chosen = refine_recipe(self.tree["recipe"], self.settings(arm), image_size=0)
         return resolve(chosen, load_backbone(self.start))
 
     @cached_property
@@ -120,7 +120,7 @@ class Study:
 
     def mae_recipe(self) -> PretrainRecipe:
         """The autoencoder's recipe with as many epochs as cost what the full recipe costs, in operations."""
-        own = override(pretrain_recipe(self.tree["mae_recipe"], image_size=0), self.mae_settings)
+        own = pretrain_recipe(self.tree["mae_recipe"], self.mae_settings, image_size=0)
         epochs = max(1, round(self.budget / (flops_of_autoencoder(self.start, own) * self.images)))
         own.training.epochs, own.training.warmup_epochs = epochs, min(own.training.warmup_epochs, epochs / 4)
         return own

@@ -6,7 +6,8 @@ Unknown keys are refused with the nearest valid name, values with what they shou
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import product
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar, Union, get_args, get_origin
 
@@ -99,6 +100,10 @@ class Settings(BaseModel):
     listed: ClassVar[str] = "recipe.yaml"
     idle: ClassVar[tuple[Idle, ...]] = ()
 
+    @classmethod
+    def lay_under(cls, tree: dict[str, Any], said: Mapping[str, Any]) -> None:
+        """Lay into ``tree``, all values, what some of those ``said`` stand for; they come on top."""
+
     @field_validator("*", mode="before")
     @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
@@ -137,49 +142,51 @@ def read_setting(setting: str) -> tuple[str, Any]:
     return key.strip(), value
 
 
-def changed(
-    base: S, changes: Iterable[tuple[str, Any]], where: str = _SET, *, tree: Any = None, judged: bool = True
-) -> S:
-    """``base`` (or ``tree``, its values with others laid over) with other values for some dotted keys.
+def changed(base: S, changes: Iterable[tuple[str, Any]], file: tuple[str, Mapping[str, Any]] = ("", {})) -> S:
+    """``base`` with what a ``file`` (its name, its nested values) and then ``changes`` (dotted keys) say.
 
-    Raises RecipeError naming key, value and remedy, and if ``judged`` for a setting without effect too; ``where``
-    stands before the key.
+    Raises RecipeError naming key, value and remedy, also for a key that has no effect as its switch is off, unless the
+    switch is said in the same place or a later one: who turns it off knows that the key rests.
     """
-    changes = list(changes)
-    tree, keys = base.model_dump() if tree is None else tree, known_keys(base)
-    for key, value in changes:
-        if key not in keys:
-            same = [full for full in keys if full.split(".")[-1] == key]
-            hint = f"; did you mean '{same[0]}'?" if same else did_you_mean(key, keys)
-            raise RecipeError(f"{where}unknown {base.noun} key '{key}'{hint or f'; use a key of {base.listed}'}")
-        *parents, leaf = key.split(".")
-        place = tree
-        for parent in parents:
-            place = place[parent]
-        place[leaf] = _as_number(value) if isinstance(value, str) else value  # YAML 1.1 reads 4e-4 as text
+    said = {f"{file[0]}: ": list(dotted(file[1]).items()), _SET: list(changes)}
+    tree, keys = base.model_dump(), known_keys(base)
+    for where, pairs in said.items():
+        base.lay_under(tree, dict(pairs))
+        for key, value in pairs:
+            if key not in keys:
+                hint = nearest_key(key, keys) or f"; use a key of {base.listed}"
+                raise RecipeError(f"{where}unknown {base.noun} key '{key}'{hint}")
+            *parents, leaf = key.split(".")
+            place = tree
+            for parent in parents:
+                place = place[parent]
+            place[leaf] = _as_number(value) if isinstance(value, str) else value  # YAML 1.1 reads 4e-4 as text
     try:
         made = type(base).model_validate(tree)
-        if judged:
-            refuse_idle(made, [key for key, _ in changes], where)
-        return made
     except ValidationError as error:
         problems = dict.fromkeys(_problem(type(base), tree, each) for each in _innermost(error.errors()))
         raise RecipeError(f"{base.noun}: {'; '.join([*problems][:5])}; correct by --set or in the file") from None
+    values, known = dotted(made.model_dump()), set[str]()
+    for where, pairs in reversed(said.items()):
+        known |= {key for key, _ in pairs}
+        for rule, (key, _) in product(made.idle, pairs):
+            value, told = values[rule.switch], rule.switch in known and not (rule.beside and where == _SET)
+            if rule.of(key) and rule.rests(value) and not told:
+                shown = [*value] if isinstance(value, tuple) else str(value).lower()
+                raise RecipeError(
+                    f"{where}{key} has no effect with {rule.switch}={shown}; set {rule.switch}{rule.remedy}, or leave "
+                    f"{key} out"
+                )
+    return made
 
 
-def refuse_idle(made: Settings, given: Sequence[str], where: str, later: Sequence[str] = ()) -> None:
-    """Refuse keys that were given to no effect; who turns something off beside them, or ``later``, knows that they
-    rest."""
-    values = dotted(made.model_dump())
-    for rule in made.idle:
-        value = values[rule.switch]
-        known = rule.switch in (*given, *later) and not (rule.beside and where == _SET)
-        for key in filter(rule.of, given if rule.rests(value) and not known else ()):
-            shown = [*value] if isinstance(value, tuple) else str(value).lower()
-            raise RecipeError(
-                f"{where}{key} has no effect with {rule.switch}={shown}; set {rule.switch}{rule.remedy}, or leave "
-                f"{key} out"
-            )
+def nearest_key(key: str, keys: Sequence[str]) -> str:
+    """A hint: the first key of a group, those with this last name, or the one that is spelled most alike."""
+    leaf = key.rpartition(".")[2]
+    same = [full for full in keys if full.startswith(f"{key}.")][:1] or [
+        full for full in keys if full.rpartition(".")[2] == leaf
+    ]
+    return f"; did you mean {' or '.join(map(repr, same))}?" if same else did_you_mean(key, keys)
 
 
 def _innermost(errors: Sequence[Any]) -> list[Any]:

@@ -128,7 +128,7 @@ def test_shipped_studies_name_settings_that_exist(evidence: Any, file: Path, tmp
     study = evidence.Study(tree, tmp_path, tmp_path, "cpu", None)
     assert all(claim["claim"] and claim["paper"] for claim in tree["claims"])
     for arm in tree["arms"]:
-        chosen = evidence.override(evidence.refine_recipe(tree["recipe"], image_size=0), study.settings(arm))
+        chosen = evidence.refine_recipe(tree["recipe"], study.settings(arm), image_size=0)
         assert chosen.refinement.epochs > 0
 
 

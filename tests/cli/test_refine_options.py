@@ -162,6 +162,27 @@ def test_anchor_adapter_guidance_and_temperatures_in_one_run(cli, mae, shapes, t
     for name, tensor in load_backbone(str(out / "adapter")).model.state_dict().items():
         torch.testing.assert_close(tensor, merged[name], rtol=0, atol=1e-6, msg=name)
     assert cli.call(*arguments).code == 0  # a finished run goes on with the temperature it has
+    (out / "head_sweep.json").unlink()
+    stored = yaml.safe_load((out / "recipe.yaml").read_text())
+    stored["warmup"]["layer_decay"] = 0.5  # of another release
+    del stored["sweep"]["poolings"]
+    (out / "recipe.yaml").write_text(yaml.safe_dump(stored))
+    old = cli.call(*arguments)
+    assert old.code == 2
+    assert (
+        "another recipe (sweep.poolings: no such setting there, ['mean', 'cls'] now; warmup.layer_decay: 0.5 there, no "
+        "such setting now); use another --out, or --overwrite to start anew"
+    ) in old.err
+    assert "sweep of heads" in outcome.err
+    assert "sweep of heads" not in old.err  # nor is anything else done first
+
+
+def test_what_is_held_out_is_not_asked_for_beside_other_images(cli, mae, shapes, tmp_path):
+    words = [*cli.refine(shapes, mae.export, tmp_path / "run"), "--eval-data", str(shapes)]
+    outcome = cli.call(*words, "--set", "hold_out=0.25", "--quiet")
+    assert outcome.code == 2
+    assert outcome.err == "error: --set hold_out=0.25 has no effect with --eval-data; leave one of them out\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_guidance_without_labels_stops_before_anything_is_written(cli, mae, unlabelled, tmp_path):
@@ -188,6 +209,15 @@ def test_a_run_may_end_after_the_warm_up_with_its_forecast(cli, mae, shapes, tmp
     assert not [line for line in summary["verdict"]["next"] if "epochs=0" in line]
     assert f"forecast: {found['reason']}" in outcome.out.splitlines()
     assert "forecast before it: ten times the draws gained" in (out / "report.html").read_text()
+    [longer] = [line for line in summary["verdict"]["next"] if "draws" in line]
+    assert longer.startswith("a longer run: the encoder saw 0 draws")  # as the forecast counts
+    (out / "checkpoints" / "ended.json").unlink()  # killed between the warm-up and the refinement
+    [again] = [
+        line
+        for line in cli.call(*cli.refine(shapes, mae.export, out, *settings)).err.splitlines()
+        if "forecast: " in line
+    ]
+    assert again.endswith(found["reason"])
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     [measured] = [record for record in log if "knn_heads" in record]  # at the end of the warm-up, whatever knn_every
     assert (measured["phase"], measured["epoch"]) == ("warmup", 2)

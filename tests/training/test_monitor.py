@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,9 @@ class Heard(Reporter):
 
 
 @pytest.mark.parametrize("block", [1, 2])
-def test_features_of_a_frozen_encoder_are_computed_once_and_read_by_the_last_head(tiny_run, monkeypatch, block):
+def test_features_of_a_frozen_encoder_are_computed_once_and_read_by_the_last_head(
+    tiny_run, monkeypatch, tmp_path, block
+):
     made, passes = tiny_run(), []
     refiner, images = made.refiner, made.loader.images
     features = monitor.feature_sets
@@ -34,7 +38,7 @@ def test_features_of_a_frozen_encoder_are_computed_once_and_read_by_the_last_hea
     heard = Heard()
     knn = OnlineKnn(refiner.backbone, images, blocks=[0, block], pooling="mean", run=Run(reporter=heard),
                     warming=Warming(refiner, 49_664))  # fmt: skip
-    knn.warmed_up()
+    knn.warmed_up(tmp_path)
     assert heard.lines == []  # nothing was measured
     refiner.freeze_encoder()
     first = knn()
@@ -58,7 +62,8 @@ def test_features_of_a_frozen_encoder_are_computed_once_and_read_by_the_last_hea
     (bank, labels), (test, truth) = parts
     expected = knn_predict(bank, labels, test, k=min(10, len(labels))).eq(truth).float().mean().item()
     assert second["knn_heads"] == pytest.approx(expected)
-    knn.warmed_up()
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"total_step": 1} | second) + "\n")
+    knn.warmed_up(tmp_path)
     [told] = heard.lines
     assert told.startswith("forecast: +")
     assert f"k-NN accuracy is {100 * second['knn_heads']:.1f} %, its block's {100 * second['knn_top1']:.1f} %" in told

@@ -14,7 +14,7 @@ from mim_refiner.errors import InputError, RecipeError
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.settings import changed, known_keys
-from mim_refiner.training.recipe import RefineRecipe, from_tree, override
+from mim_refiner.training.recipe import RefineRecipe, override
 from mim_refiner.training.recipes import PRETRAIN_RECIPES, REFINE_RECIPES, pretrain_recipe, refine_recipe, tiny
 from mim_refiner.training.refine import resolve
 from mim_refiner.training.state import RunFolder
@@ -172,13 +172,45 @@ def test_a_setting_without_effect_is_refused(off: list[str], idle: str) -> None:
         place = place.setdefault(group, {})
     place[leaf] = yaml.safe_load(idle.partition("=")[2])
     with pytest.raises(RecipeError, match=f"file: {message}"):
-        override(from_tree(override(tiny, off), tree, "file"), [])
+        override(override(tiny, off), [], ("file", tree))
     if off and "sweep" not in off[0]:  # said in the same breath
         override(tiny, [*off, idle])
     remedy = [on for part, on in ON.items() if key.startswith(part)] if not off else []
     assert override(tiny, [*remedy, idle]) != tiny
     if remedy:  # --set gives what a file says its effect
-        assert override(from_tree(tiny, tree, "file"), remedy) == override(tiny, [*remedy, idle])
+        assert override(tiny, remedy, ("file", tree)) == override(tiny, [*remedy, idle])
+
+
+def test_who_turns_a_setting_off_knows_that_others_rest(tmp_path: Path) -> None:
+    """Said in the same place or a later one; what is said earlier cannot know."""
+    tiny, file = refine_recipe("tiny", image_size=32), tmp_path / "mine.yaml"
+    file.write_text("guard: {enabled: false, every: 5}\nlora: {rank: 4}\n")
+    both = refine_recipe(str(file), ["adapter=lora"], image_size=32)
+    assert both == override(tiny, ["guard.enabled=false", "guard.every=5", "adapter=lora", "lora.rank=4"])
+    with pytest.raises(RecipeError, match=r"mine\.yaml: lora\.rank has no effect with adapter=none"):
+        refine_recipe(str(file), image_size=32)
+    with pytest.raises(RecipeError, match=r"--set guard\.min_rank has no effect with guard\.enabled=false"):
+        refine_recipe(str(file), ["adapter=lora", "guard.min_rank=0.5"], image_size=32)
+    later = ["adapter=none", "guard.enabled=true"]  # the file's rank rests, and --set says so
+    assert refine_recipe(str(file), later, image_size=32).guard.every == 5
+    first, last = {"domain": "documents", "views": {"flip": 0.3}}, ["views.jitter_prob=0", "domain=medical"]
+    in_turn = override(override(tiny, ["domain=documents", "views.flip=0.3"]), last)
+    assert override(tiny, last, ("file", first)) == in_turn  # each domain under what its own place says beside
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("guard", "'guard.enabled'"), ("anchor", "'anchor.weight'"), ("lora", "'lora.rank'"),
+        ("sweep", "'sweep.temperatures'"), ("heads", "'heads.blocks'"), ("views", "'views.global_size'"),
+        ("refinement", "'refinement.epochs'"), ("enabled", "'guard.enabled'"), ("adapter.rank", "'lora.rank'"),
+        ("epochs", "'warmup.epochs' or 'refinement.epochs'"), ("guard.enable", "'guard.enabled'"),
+    ],
+)  # fmt: skip
+def test_a_group_or_a_last_name_is_answered_with_the_right_key(key: str, names: str) -> None:
+    for call in (lambda: override(tiny(), [f"{key}=0.5"]), lambda: override(tiny(), [], ("mine", {key: 4}))):
+        with pytest.raises(RecipeError, match=rf"unknown recipe key '{key}'; did you mean {names}\?"):
+            call()
 
 
 def test_a_temperature_beside_a_sweep_of_them_is_refused() -> None:
@@ -276,7 +308,7 @@ def test_unknown_recipe_names_the_nearest() -> None:
 def test_a_resolved_recipe_survives_yaml() -> None:
     for make in (*REFINE_RECIPES.values(), *PRETRAIN_RECIPES.values()):
         recipe = make()
-        again = from_tree(recipe, yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json"))), "test")
+        again = override(recipe, [], ("test", yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))))
         assert again == recipe
         assert "batch_size" in known_keys(recipe)
 

@@ -51,8 +51,8 @@ def what_next(
 ) -> list[str]:
     """What to try after "worse" and "no clear change", from the evidence of the run; nothing after other words.
 
-    ``found``: the verdict; ``recipe``: the settings; ``draws``: images drawn in training; ``knn``: online k-NN accuracy
-    of the last block in the order of training; ``recommendation``: the features to use by the atlas.
+    ``found``: the verdict; ``recipe``: the settings; ``draws``: images that the encoder learned from; ``knn``: online
+    k-NN accuracy of the last block in the order of training; ``recommendation``: the features to use by the atlas.
     """
     word, phase, lines = found.get("verdict"), recipe["refinement"], list[str]()
     if word not in (WORSE, UNCLEAR):
@@ -69,7 +69,7 @@ def what_next(
         if not recipe["anchor"]["weight"]:
             lines.append("an anchor that holds the encoder near its start: --set anchor.weight=1")
         if draws < MANY_DRAWS:
-            lines.append(f"more images: {draws:,} were drawn, and few images drawn often are learned by heart")
+            lines.append(f"more images: the encoder saw {draws:,} draws, and few drawn often are learned by heart")
     if word == UNCLEAR:
         low, high = found.get("ci95") or (0.0, 0.0)
         if high - low > WIDE:
@@ -79,7 +79,7 @@ def what_next(
             )
         if draws < MANY_DRAWS:
             lines.append(
-                f"a longer run: {draws:,} images were drawn, and gains grew with every epoch up to a million: "
+                f"a longer run: the encoder saw {draws:,} draws, and gains grew with every epoch up to a million: "
                 f"--set refinement.epochs={max(1, 2 * phase['epochs'])}"
             )
     if recommendation and last_block is not None and recommendation.get("block") not in (None, last_block):

@@ -160,10 +160,9 @@ def example(*lines: str) -> str:
 def check_recipe(verb: str, recipe: str | None, settings: list[str] | None) -> None:
     """Raise RecipeError for a mistyped recipe or setting before timm, images and weights are loaded."""
     from mim_refiner.training import recipes
-    from mim_refiner.training.recipe import override
 
     read: Callable[..., Any] = recipes.refine_recipe if verb == "refine" else recipes.pretrain_recipe
-    override(read(recipe, image_size=0), settings or [])
+    read(recipe, settings or [], image_size=0)
 
 
 def execute(

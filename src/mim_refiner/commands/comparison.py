@@ -208,7 +208,7 @@ def advice(summary: Mapping[str, Any], recipe: RefineRecipe, on: Measured, out: 
         summary["verdict"],
         recipe.model_dump(),
         test_images=len(on.tested),
-        draws=(int(log[-1]["total_step"]) if log else 0) * recipe.batch_size,
+        draws=next((each["step"] for each in log[::-1] if each.get("phase") == "refinement"), 0) * recipe.batch_size,
         knn=[record["knn_top1"] for record in log if "knn_top1" in record],
         recommendation=summary["recommendation"],
         last_block=before.info.depth - 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from mim_refiner.files import dotted, read_json, read_yaml, write_bytes, write_j
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipe import Recipe
-from mim_refiner.training.state import RunFolder, file_sha256, refuse_place
+from mim_refiner.training.state import RunFolder, file_sha256, refuse_other_recipe, refuse_place
 
 MOMENT_IMAGES = 1000
 MOST_HELD_OUT = 5000  # more would narrow the intervals by little
@@ -248,14 +248,27 @@ def open_run(
 
     ``began``: when, by ``time.perf_counter``; ``ended``: whether nothing is left to do, which is said.
     """
-    resolved = {key: value for key, value in asked.items() if value is not None} | recipe.model_dump(mode="json")
-    resolved |= {"data_fingerprint": images.source.fingerprint(), "data_images": len(images)}
+    resolved = _known_by(asked, recipe, images)
     folder = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=recipe.keep_checkpoints)
     folder.began = began
     reporter.opened(folder.path)
     if ended:
         reporter.message(ENDED)
     return folder
+
+
+def refuse_other_run(
+    out: str, asked: Mapping[str, Any], recipe: Recipe, images: ImageSet, *, but: Collection[str]
+) -> None:
+    """As ``open_run`` will refuse, but before anything slow is done: ``but`` settings are measured first."""
+    known = _known_by(asked, recipe, images)
+    decide_on_rank_0(lambda: (Path(out) / "recipe.yaml").exists() and refuse_other_recipe(Path(out), known, but=but))
+
+
+def _known_by(asked: Mapping[str, Any], recipe: Recipe, images: ImageSet) -> dict[str, Any]:
+    """What recipe.yaml of a run folder has."""
+    given = {key: value for key, value in asked.items() if value is not None} | recipe.model_dump(mode="json")
+    return given | {"data_fingerprint": images.source.fingerprint(), "data_images": len(images)}
 
 
 def ended_run(out: str | Path, asked: Mapping[str, Any], files: Sequence[str]) -> dict[str, Any] | None:

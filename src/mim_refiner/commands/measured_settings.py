@@ -24,6 +24,7 @@ from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.refine import view_specs
 from mim_refiner.training.sweep import choices_of, sweep_heads
 
+MEASURED = ("heads.blocks", "heads.pooling", "heads.temperature", "frozen_blocks")  # what these files settle
 PLACEMENT, SWEEP = "head_placement", "head_sweep"  # files of the run folder, entries of the summary
 Record = dict[str, Any]
 

@@ -74,7 +74,6 @@ class OnlineKnn:
         self.images, order = images, np.random.default_rng(0).permutation(len(images))
         self.size = min(TEST_LIMIT, len(images) // 5)
         self.test, self.bank = order[: self.size], order[self.size :][:BANK_LIMIT]
-        self.metrics: dict[str, float] = {}
         self._frozen: tuple[Sets, Sets] | None = None
 
     def __call__(self) -> dict[str, float]:
@@ -91,14 +90,13 @@ class OnlineKnn:
         if frozen:
             metrics["knn_heads"] = _accuracy(bank, test, self._projected(bank), self._projected(test))
         # all ranks must agree: what is kept as best, and when a run stops, depends on it
-        self.metrics = from_rank_0({"knn_top1": metrics[f"knn_top1/{last}"], **metrics})
-        return self.metrics
+        return from_rank_0({"knn_top1": metrics[f"knn_top1/{last}"], **metrics})
 
-    def warmed_up(self) -> None:
-        """Say what is to be expected of the refinement."""
-        if self.warming and "knn_heads" in self.metrics:
-            found = refinement_forecast(self.warming.draws, self.metrics["knn_top1"], self.metrics["knn_heads"])
-            self.run.reporter.message(f"forecast: {found['reason']}")
+    def warmed_up(self, folder: Path) -> None:
+        """Say what is to be expected of the refinement, by the log of the run ``folder``."""
+        if self.warming:
+            for found in told_by_warmup(folder, self.warming.draws).values():
+                self.run.reporter.message(f"forecast: {found['reason']}")
 
     def _features(self, indices: NDArray[np.int64], normed: bool) -> Sets:
         return feature_sets(

@@ -46,7 +46,7 @@ from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.reporting import Reporter, listener
 from mim_refiner.training.estimate import pretrain_estimate
 from mim_refiner.training.pretrain import pretrain as train
-from mim_refiner.training.recipe import PretrainRecipe, override
+from mim_refiner.training.recipe import PretrainRecipe
 from mim_refiner.training.recipes import pretrain_recipe
 from mim_refiner.training.signals import stops_cleanly
 from mim_refiner.training.state import RunFolder
@@ -92,8 +92,8 @@ def pretrain(
     images = open_images(data, reporter, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model)
     # the size decides which recipe is the default, and a setting or a named recipe may decide the size
-    size = override(pretrain_recipe(recipe, image_size=0), settings).image_size or common_image_size(images)
-    chosen = override(pretrain_recipe(recipe, image_size=max(height_width(size)), images=len(images)), settings)
+    size = pretrain_recipe(recipe, settings, image_size=0).image_size or common_image_size(images)
+    chosen = pretrain_recipe(recipe, settings, image_size=max(height_width(size)), images=len(images))
     chosen.image_size = size
     run = replace(run, precision=resolve_precision(chosen.precision, run.device))
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from mim_refiner.errors import InputError, did_you_mean
 from mim_refiner.files import dotted
+from mim_refiner.settings import nearest_key
 from mim_refiner.training.recipe import PretrainRecipe, Recipe, RefineRecipe
 from mim_refiner.training.recipes import PRETRAIN_RECIPES, REFINE_RECIPES
 
@@ -48,9 +49,7 @@ def _explained(key: str, chosen: dict[str, Any]) -> dict[str, Any]:
     values = {name: dotted(recipe.model_dump(mode="json")) for name, recipe in chosen.items()}
     found = {name: tree[key] for name, tree in values.items() if key in tree}
     if not found:
-        known = sorted({each for tree in values.values() for each in tree})
-        close = [each for each in known if each.rpartition(".")[2] == key]
-        hint = f"; did you mean '{close[0]}'?" if close else did_you_mean(key, known)
+        hint = nearest_key(key, [*dict.fromkeys(each for tree in values.values() for each in tree)])
         raise InputError(f"no setting '{key}'{hint}; mim-refiner recipes NAME lists those of a recipe")
     return {"key": key, "meaning": meaning(type(chosen[next(iter(found))]), key), "values": found}
 

@@ -32,6 +32,7 @@ from mim_refiner.commands.inputs import (
     normalize_as,
     normalize_by,
     open_run,
+    refuse_other_run,
     refuse_other_work,
     refuse_to_overwrite_inputs,
     results_folder,
@@ -42,6 +43,7 @@ from mim_refiner.commands.inputs import (
 )
 from mim_refiner.commands.loggers import logged
 from mim_refiner.commands.measured_settings import (
+    MEASURED,
     PLACEMENT,
     SWEEP,
     head_block_settings,
@@ -61,7 +63,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.core.sharding import full_state, is_sharded, load_full_state
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.errors import GuardStopError, NonFiniteLossError
+from mim_refiner.errors import GuardStopError, NonFiniteLossError, RecipeError
 from mim_refiner.export.adapter import write_adapter
 from mim_refiner.export.timm import export_timm, timm_config
 from mim_refiner.files import name_of, write_json
@@ -69,10 +71,11 @@ from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.lora import adapted, lora_share, merge_lora
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.reporting import Reporter, listener, remarks
+from mim_refiner.settings import read_setting
 from mim_refiner.training.guard import load_best
 from mim_refiner.training.guidance import check_guidance
 from mim_refiner.training.lora import adapt
-from mim_refiner.training.recipe import RefineRecipe, override
+from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.recipes import refine_recipe
 from mim_refiner.training.refine import (
     START_SHARE,
@@ -124,8 +127,10 @@ def refine(
     GuardStopError when the guard stopped the run (export/ then holds the best state).
     """
     settings = [*(settings or []), *head_block_settings(head_blocks)]
-    own = override(refine_recipe(recipe, image_size=0), settings).normalization == "data"
-    with remarks(unless=f"{GUESS}mean" if own else ""):  # mean and std are then known
+    asked = refine_recipe(recipe, settings, image_size=0)
+    if eval_data is not None and asked.hold_out and "hold_out" in dict(map(read_setting, settings)):
+        raise RecipeError(f"--set hold_out={asked.hold_out} has no effect with --eval-data; leave one of them out")
+    with remarks(unless=f"{GUESS}mean" if asked.normalization == "data" else ""):  # mean and std are then known
         return refine_and_compare(
             data=data,
             model=model,
@@ -175,14 +180,20 @@ def refine_and_compare(
     backbone = load_backbone(model)
     timm_config(backbone)  # what cannot be exported is not trained
     weights = weights_sha256(backbone.model)
-    share = override(refine_recipe(recipe, image_size=0), settings).hold_out if eval_data is None else 0.0
+    share = refine_recipe(recipe, settings, image_size=0).hold_out if eval_data is None else 0.0
     images, held_out = split_images(data, share, reporter, seed=seed, channels=backbone.info.in_chans, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
-    base = refine_recipe(recipe, image_size=max(backbone.info.image_size), images=len(images))
-    chosen = override(base, settings)
+    size: dict[str, Any] = {"image_size": max(backbone.info.image_size), "images": len(images)}
+    chosen = base = refine_recipe(recipe, settings, **size)
+    if chosen.heads.blocks == "auto":
+        base = refine_recipe(recipe, [each for each in settings if read_setting(each)[0] != "heads.blocks"], **size)
     run = replace(run, precision=resolve_precision(chosen.precision, run.device))
     on = measure_on(images, held_out, eval_data, eval_test, run)
     refuse_other_work(chosen, run, weights, images=images, eval_data=on.bank, eval_test=on.test)
+    asked = {"command": "refine", "data": name_of(data), "model": name_of(model), "model_sha256": weights, "seed": seed,
+             "exclude": exclude}  # fmt: skip
+    if not (overwrite or plan):
+        refuse_other_run(out, asked, resolve(chosen, backbone), images, but=MEASURED)
     chosen, found = settle(chosen, base, backbone, (images, on.bank), run, None if overwrite else Path(out), plan)
     refiner = prepare(backbone, chosen, run)
     loader = train_loader(images, view_specs(chosen), chosen, run)
@@ -193,9 +204,8 @@ def refine_and_compare(
     chosen, cost = with_cost(chosen, refiner, loader, memory_budget, run, on) if ended is None else (chosen, None)
     if plan and cost:
         return run_plan(chosen, refiner, cost, run, loader.cut_where)
-    asked = {"command": "refine", "data": name_of(data), "model": name_of(model), "model_sha256": weights, "seed": seed}
     how: dict[str, Any] = {"overwrite": overwrite, "began": started, "ended": ended is not None}
-    folder = open_run(out, asked | {"exclude": exclude}, chosen, images, reporter, **how)
+    folder = open_run(out, asked, chosen, images, reporter, **how)
     if ended is not None:
         return ended if folder.writes else {}
     for name, record in found.items() if folder.writes else ():

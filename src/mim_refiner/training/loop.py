@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
+from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
@@ -39,7 +40,7 @@ class Monitor(Protocol):
 
     def __call__(self) -> dict[str, float]: ...
 
-    def warmed_up(self) -> None: ...  # the heads are
+    def warmed_up(self, folder: Path) -> None: ...  # the heads are; the run folder's log says how
 
 
 class BatchSource(Protocol):

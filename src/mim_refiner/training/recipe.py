@@ -6,14 +6,12 @@ refused with the nearest valid name. ``resolved`` recipes contain no "auto": the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from operator import not_
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationInfo, field_validator
 
-from mim_refiner.errors import RecipeError
-from mim_refiner.files import dotted
 from mim_refiner.settings import (
     Decay,
     Idle,
@@ -26,7 +24,6 @@ from mim_refiner.settings import (
     Size,
     changed,
     read_setting,
-    refuse_idle,
 )
 from mim_refiner.training.domains import DOMAINS, PHOTOGRAPHS
 from mim_refiner.types import Checkpointing, ImageSize
@@ -178,7 +175,6 @@ class Recipe(Settings):
     """What pre-training and refinement share."""
 
     idle: ClassVar[tuple[Idle, ...]] = (Idle("workers", not_, ("loader_timeout",), " above 0"),)
-    _stated: tuple[str, tuple[str, ...]] = "", ()  # a recipe file and its keys
 
     name: str  # what it is called
     expected: str = ""  # what this recipe is known to give, with where the figure comes from
@@ -195,10 +191,6 @@ class Recipe(Settings):
     keep_checkpoints: PositiveInt = 2  # the newest ones
     log_every: PositiveInt = 10  # steps
     knn_every: NonNegativeInt = 1  # epochs between online k-NN evaluations (0: never); needs labels
-
-    def __eq__(self, other: object) -> bool:
-        """By the settings, wherever they were read."""
-        return type(self) is type(other) and isinstance(other, Recipe) and self.model_dump() == other.model_dump()
 
 
 class RefineRecipe(Recipe):
@@ -255,6 +247,12 @@ class RefineRecipe(Recipe):
     adapter: Literal["none", "lora"] = "none"  # lora: the encoder's own weights stay as they are
     lora: LoraSettings = LoraSettings()
 
+    @classmethod
+    def lay_under(cls, tree: dict[str, Any], said: Mapping[str, Any]) -> None:
+        """A domain's augmentations."""
+        if isinstance(name := said.get("domain"), str) and name in DOMAINS:
+            tree["views"] |= DOMAINS[name].views
+
     @field_validator("checkpointing")
     @classmethod
     def _compiled_blocks_choose_themselves(cls, value: Checkpointing, info: ValidationInfo) -> Checkpointing:
@@ -284,32 +282,6 @@ class PretrainRecipe(Recipe):
     weight_decay: NonNegativeFloat = 0.05  # of the encoder
 
 
-def override(recipe: R, settings: list[str]) -> R:
-    """Apply ``key=value`` overrides (dotted keys, YAML values); raises RecipeError naming key, value and remedy."""
-    tree = recipe.model_dump()
-    changes = [read_setting(setting) for setting in settings]
-    _lay_domain(tree, [value for key, value in changes if key == "domain"])
-    made = changed(recipe, changes, tree=tree)
-    file, stated = recipe._stated  # what a file says may have its effect by --set
-    refuse_idle(made, stated, file, [key for key, _ in changes])
-    return made
-
-
-def from_tree(base: R, tree: Any, where: str) -> R:
-    """Lay the (nested) mapping of a recipe file over ``base``; raises RecipeError.
-
-    Settings without effect are refused by :func:`override`, which knows of all.
-    """
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{where}: a recipe file is a mapping of keys to values; see recipe.yaml of any run folder")
-    merged = base.model_dump()
-    _lay_domain(merged, [tree["domain"]] if "domain" in tree else [])
-    made = changed(base, dotted(tree).items(), f"{where}: ", tree=merged, judged=False)
-    made._stated = f"{where}: ", tuple(dotted(tree))
-    return made
-
-
-def _lay_domain(tree: dict[str, Any], names: Sequence[Any]) -> None:
-    """Lay a domain's augmentations over the recipe's views; what is set besides comes after."""
-    if names and isinstance(names[-1], str) and names[-1] in DOMAINS and "views" in tree:
-        tree["views"] |= DOMAINS[names[-1]].views
+def override(recipe: R, settings: Iterable[str], file: tuple[str, Mapping[str, Any]] = ("", {})) -> R:
+    """Apply a recipe ``file`` and ``key=value`` overrides (dotted keys, YAML values) as ``settings.changed`` does."""
+    return changed(recipe, map(read_setting, settings), file)

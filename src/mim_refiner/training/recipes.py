@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -17,7 +17,7 @@ from mim_refiner.training.recipe import (
     PretrainRecipe,
     RefineRecipe,
     Views,
-    from_tree,
+    override,
 )
 
 MIN_BATCHES = 4  # an epoch
@@ -148,16 +148,18 @@ def tiny_mae() -> PretrainRecipe:
 PRETRAIN_RECIPES: dict[str, Callable[[], PretrainRecipe]] = {"mae": mae, "tiny_mae": tiny_mae}
 
 
-def refine_recipe(name_or_file: str | None, *, image_size: int, images: int | None = None) -> RefineRecipe:
-    """A named recipe, a recipe file, or (None) ``tiny`` up to 64 px and the ViT-L/16 MAE recipe's values above.
+def refine_recipe(
+    name_or_file: str | None, settings: Sequence[str] = (), *, image_size: int, images: int | None = None
+) -> RefineRecipe:
+    """A named recipe, a recipe file, or (None) ``tiny`` up to 64 px and the ViT-L/16 MAE recipe's values above, with
+    ``settings`` (key=value) laid over.
 
     The paper's values with heads on the last third of whatever depth the encoder has; fitted to the number of
     ``images``. What the user names is taken as it is.
     """
-    if name_or_file is None:
-        recipe = _default_refine(image_size)
-        return recipe if images is None else fit_to_images(recipe, images)
-    return _lookup(name_or_file, REFINE_RECIPES, tiny())
+    if name_or_file is not None:
+        return _lookup(name_or_file, settings, REFINE_RECIPES, tiny())
+    return override(fit_to_images(_default_refine(image_size), images), settings)
 
 
 def _default_refine(image_size: int) -> RefineRecipe:
@@ -169,16 +171,19 @@ def _default_refine(image_size: int) -> RefineRecipe:
     return recipe
 
 
-def pretrain_recipe(name_or_file: str | None, *, image_size: int, images: int | None = None) -> PretrainRecipe:
-    """A named recipe, a recipe file, or (None) ``tiny_mae`` up to 64 px and ``mae`` above, fitted to ``images``."""
-    if name_or_file is None:
-        recipe = tiny_mae() if image_size <= 64 else mae()
-        return recipe if images is None else fit_to_images(recipe, images)
-    return _lookup(name_or_file, PRETRAIN_RECIPES, mae())
+def pretrain_recipe(
+    name_or_file: str | None, settings: Sequence[str] = (), *, image_size: int, images: int | None = None
+) -> PretrainRecipe:
+    """As ``refine_recipe``, with ``tiny_mae`` up to 64 px and ``mae`` above for None."""
+    if name_or_file is not None:
+        return _lookup(name_or_file, settings, PRETRAIN_RECIPES, mae())
+    return override(fit_to_images(tiny_mae() if image_size <= 64 else mae(), images), settings)
 
 
-def fit_to_images(recipe: R, images: int) -> R:
+def fit_to_images(recipe: R, images: int | None) -> R:
     """``recipe`` for few images: at least four batches an epoch, and no queue larger than the data (powers of two)."""
+    if images is None:
+        return recipe
     fitted = recipe.model_copy(deep=True)
     fitted.batch_size = min(recipe.batch_size, max(2, _power_of_two(images // MIN_BATCHES)))
     if isinstance(fitted, RefineRecipe):
@@ -195,18 +200,24 @@ RUN_FACTS = {  # what recipe.yaml of a run folder has besides
 }  # fmt: skip
 
 
-def _lookup(name_or_file: str, recipes: dict[str, Callable[[], R]], base: R) -> R:
+def _lookup(name_or_file: str, settings: Sequence[str], recipes: dict[str, Callable[[], R]], base: R) -> R:
     if name_or_file in recipes:
-        return recipes[name_or_file]()
+        return override(recipes[name_or_file](), settings)
     path = Path(name_or_file)
-    if path.suffix in (".yaml", ".yml") or os.path.exists(path):
-        with reading(path, "give a recipe name, or a YAML file like recipe.yaml of any run folder", RecipeError):
-            tree = read_yaml(path)
-            if isinstance(tree, dict) and "command" in tree:  # a run folder's: its recipe, for other data or models
-                tree = {key: value for key, value in tree.items() if key not in RUN_FACTS}
-            name = tree.get("name") if isinstance(tree, dict) else None
-            return from_tree(recipes.get(name, lambda: base)() if isinstance(name, str) else base, tree, str(path))
-    raise RecipeError(
-        f"unknown recipe '{name_or_file}'{did_you_mean(name_or_file, recipes)}; "
-        f"use a YAML file or one of {', '.join(recipes)}"
-    )
+    if path.suffix not in (".yaml", ".yml") and not os.path.exists(path):
+        raise RecipeError(
+            f"unknown recipe '{name_or_file}'{did_you_mean(name_or_file, recipes)}; "
+            f"use a YAML file or one of {', '.join(recipes)}"
+        )
+    with reading(path, "give a recipe name, or a YAML file like recipe.yaml of any run folder", RecipeError):
+        tree = read_yaml(path)
+        if not isinstance(tree, dict):
+            raise RecipeError(
+                f"{path}: a recipe file is a mapping of keys to values; see recipe.yaml of any run folder"
+            )
+        if "command" in tree:  # a run folder's: its recipe, for other data or models
+            tree = {key: value for key, value in tree.items() if key not in RUN_FACTS}
+        name = tree.get("name")
+        return override(
+            recipes.get(name, lambda: base)() if isinstance(name, str) else base, settings, (str(path), tree)
+        )

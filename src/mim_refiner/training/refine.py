@@ -220,9 +220,9 @@ def train(refinement: Refinement, folder: RunFolder, monitor: Monitor | None = N
             try:
                 loop.resume()
                 for number in range(loop.position.phase, REFINEMENT + 1):
+                    if monitor and number == REFINEMENT and not loop.position.step:
+                        monitor.warmed_up(folder.path)
                     train_phase(refinement, loop, number, pool)
-                    if number == WARMUP and monitor:
-                        monitor.warmed_up()
                 loop.finish()
             except NonFiniteLossError as error:
                 loop.leave_out(error)

@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ class RunFolder:
         _check_place(path)
         there = recipe_file.exists()
         if there and not overwrite:
-            _refuse_other_recipe(recipe_file, recipe)
+            refuse_other_recipe(path, recipe)
         path.mkdir(parents=True, exist_ok=True)
         hold(path, self)
         if there and overwrite:
@@ -335,27 +335,31 @@ def _check_place(path: Path) -> None:
         raise RunFolderError(f"{path}: not empty and not a run folder; choose a new --out folder")
 
 
-def _refuse_other_recipe(recipe_file: Path, recipe: dict[str, Any]) -> None:
-    with reading(recipe_file, "use --overwrite to start anew", RunFolderError):
-        stored = dotted(read_yaml(recipe_file))
+def refuse_other_recipe(path: Path, recipe: dict[str, Any], *, but: Collection[str] = ()) -> None:
+    """Raise RunFolderError where ``path`` holds a run with another recipe, ``but`` for settings not settled yet."""
+    with reading(path / "recipe.yaml", "use --overwrite to start anew", RunFolderError):
+        stored = dotted(read_yaml(path / "recipe.yaml"))
     now = dotted(load_yaml(dump_yaml(recipe)))
-    fixed = [key for key in stored.keys() | now.keys() if key not in FREE_SETTINGS and not key.startswith(FREE_PARTS)]
+    free = FREE_SETTINGS.union(but)
+    fixed = [key for key in stored.keys() | now.keys() if key not in free and not key.startswith(FREE_PARTS)]
     keys = sorted(key for key in fixed if stored.get(key) != now.get(key))
+    keys = ["command"] if "command" in keys else keys  # all the rest differs too
     if keys:
         said = [_change(key, stored, now) for key in keys[:5]]
         more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
         raise RunFolderError(
-            f"{recipe_file.parent}: holds a run with another recipe ({'; '.join(said)}{more}); "
+            f"{path}: holds a run with another recipe ({'; '.join(said)}{more}); "
             "use another --out, or --overwrite to start anew"
         )
 
 
 def _change(key: str, stored: dict[str, Any], now: dict[str, Any]) -> str:
-    there, here = stored.get(key), now.get(key)
     if key == "data_fingerprint":
         counts = [tree.get("data_images") for tree in (stored, now)]
         other = ", and they are not the same" if counts[0] == counts[1] else ""
         return f"the data has changed: {counts[0]} images then, {counts[1]} now{other}"
     if key == "model_sha256":
         return f"the model has changed: {stored.get('model')} had other weights than {now.get('model')} has"
-    return f"{key}: {str(there)[:80]} there, {str(here)[:80]} now"
+    none = "none" if key == "arch" else "no such setting"  # of another release
+    words = [str(tree[key])[:80] if key in tree else none for tree in (stored, now)]
+    return "{}: {} there, {} now".format(key, *words)
