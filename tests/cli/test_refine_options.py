@@ -177,14 +177,6 @@ def test_anchor_adapter_guidance_and_temperatures_in_one_run(cli, mae, shapes, t
     assert "sweep of heads" not in old.err  # nor is anything else done first
 
 
-def test_what_is_held_out_is_not_asked_for_beside_other_images(cli, mae, shapes, tmp_path):
-    words = [*cli.refine(shapes, mae.export, tmp_path / "run"), "--eval-data", str(shapes)]
-    outcome = cli.call(*words, "--set", "hold_out=0.25", "--quiet")
-    assert outcome.code == 2
-    assert outcome.err == "error: --set hold_out=0.25 has no effect with --eval-data; leave one of them out\n"
-    assert not (tmp_path / "run").exists()
-
-
 def test_guidance_without_labels_stops_before_anything_is_written(cli, mae, unlabelled, tmp_path):
     arguments = [*cli.refine(unlabelled, mae.export, tmp_path / "run"), "--set", "guidance=prefer"]
     outcome = cli.call(*arguments)

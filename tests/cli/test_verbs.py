@@ -352,6 +352,7 @@ def test_labelled_images_beside_unlabelled_ones_give_a_verdict(mae, unlabelled, 
     # the same images under other names: found by their bytes
     assert outcome.json["verdict"]["measured_on"].startswith("Measured on images it trained on: at least 16 of the 16")
     assert "held out" not in outcome.err
+    assert "warning: --set hold_out=0.1 has no effect: --eval-data gives the images to measure on" in outcome.err
     looks = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     hits = [9 * look["knn_top1"] for look in looks if "knn_top1" in look]  # of 9 bank images: not of the test images
     assert hits == pytest.approx([round(hit) for hit in hits])

@@ -105,7 +105,7 @@ def plan_lines(plan: Plan, recipe: RefineRecipe, images: int, full_draws: int) -
         f"plan: about {duration(plan.seconds)} from here on: {recipe.warmup.epochs} epochs of head warm-up and "
         f"{recipe.refinement.epochs} of refinement on {images:,} images (the first {recipe.frozen_blocks} blocks stay "
         f"frozen), then three encoders compared on {plan.test_images:,} test images, or as many as time is left for",
-        f"the live run draws {draws:,} images in both phases, {draws / full_draws:.1%} of the {full_draws:,} of the "
+        f"both phases of the live run draw {draws:,} images, {draws / full_draws:.1%} of the {full_draws:,} of the "
         "shipped full refinement; --minutes gives it more",
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.files import dotted, read_json, read_yaml, write_bytes, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import Reporter
-from mim_refiner.training.recipe import Recipe
-from mim_refiner.training.state import RunFolder, file_sha256, refuse_other_recipe, refuse_place
+from mim_refiner.settings import read_setting
+from mim_refiner.training.recipe import Recipe, RefineRecipe
+from mim_refiner.training.state import RunFolder, file_sha256, refuse_place
 
 MOMENT_IMAGES = 1000
 MOST_HELD_OUT = 5000  # more would narrow the intervals by little
@@ -58,6 +59,15 @@ def open_images(spec: Any, reporter: Reporter, *, channels: int = 3, exclude: st
     images = ImageSet(open_listed(spec, exclude), channels=channels)
     announce(images.source, reporter)
     return images
+
+
+def share_held_out(recipe: RefineRecipe, settings: Iterable[str], eval_data: Any, reporter: Reporter) -> float:
+    """``hold_out`` of the recipe; nothing beside ``eval_data``, which is said where ``settings`` name a share."""
+    if eval_data is None or not recipe.hold_out:
+        return recipe.hold_out
+    if "hold_out" in dict(map(read_setting, settings)):
+        reporter.warning(f"--set hold_out={recipe.hold_out} has no effect: --eval-data gives the images to measure on")
+    return 0.0
 
 
 def split_images(
@@ -248,7 +258,7 @@ def open_run(
 
     ``began``: when, by ``time.perf_counter``; ``ended``: whether nothing is left to do, which is said.
     """
-    resolved = _known_by(asked, recipe, images)
+    resolved = known_by(asked, recipe, images)
     folder = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=recipe.keep_checkpoints)
     folder.began = began
     reporter.opened(folder.path)
@@ -257,28 +267,20 @@ def open_run(
     return folder
 
 
-def refuse_other_run(
-    out: str, asked: Mapping[str, Any], recipe: Recipe, images: ImageSet, *, but: Collection[str]
-) -> None:
-    """As ``open_run`` will refuse, but before anything slow is done: ``but`` settings are measured first."""
-    known = _known_by(asked, recipe, images)
-    decide_on_rank_0(lambda: (Path(out) / "recipe.yaml").exists() and refuse_other_recipe(Path(out), known, but=but))
-
-
-def _known_by(asked: Mapping[str, Any], recipe: Recipe, images: ImageSet) -> dict[str, Any]:
+def known_by(asked: Mapping[str, Any], recipe: Recipe, images: ImageSet) -> dict[str, Any]:
     """What recipe.yaml of a run folder has."""
     given = {key: value for key, value in asked.items() if value is not None} | recipe.model_dump(mode="json")
     return given | {"data_fingerprint": images.source.fingerprint(), "data_images": len(images)}
 
 
-def ended_run(out: str | Path, asked: Mapping[str, Any], files: Sequence[str]) -> dict[str, Any] | None:
-    """The summary of a run in ``out`` that ended, measured as ``asked`` and with all ``files``; else None.
+def ended_run(before: Path | None, asked: Mapping[str, Any], files: Sequence[str]) -> dict[str, Any] | None:
+    """The summary of a run in ``before`` that ended, measured as ``asked`` and with all ``files``; else None.
 
     The same run asked for again is then neither measured again nor counted anew.
     """
 
     def read() -> dict[str, Any] | None:
-        path = Path(out)
+        path = Path(before or "")
         with contextlib.suppress(Exception):  # none yet, or a damaged one
             summary = dict(read_json(path / "summary.json"))
             known = read_json(path / ENDED_FILE) == {"asked": asked, "sha256": file_sha256(path / "summary.json")}
@@ -286,7 +288,7 @@ def ended_run(out: str | Path, asked: Mapping[str, Any], files: Sequence[str]) -
                 return summary
         return None
 
-    return decide_on_rank_0(read)
+    return None if before is None else decide_on_rank_0(read)
 
 
 def write_summary(path: Path, summary: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

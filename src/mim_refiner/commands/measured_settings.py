@@ -5,13 +5,13 @@ What the run folder holds of it is used again, so that a run resumes with what i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from mim_refiner.analysis.atlas import place_heads
-from mim_refiner.commands.inputs import train_loader
+from mim_refiner.commands.inputs import known_by, train_loader
 from mim_refiner.commands.survey import atlas_of, choose_samples
 from mim_refiner.core.collectives import decide_on_rank_0, from_rank_0
 from mim_refiner.core.run import Run
@@ -22,9 +22,9 @@ from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.head_settings import head_blocks, resolved_pooling
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.refine import view_specs
+from mim_refiner.training.state import refuse_other_recipe
 from mim_refiner.training.sweep import choices_of, sweep_heads
 
-MEASURED = ("heads.blocks", "heads.pooling", "heads.temperature", "frozen_blocks")  # what these files settle
 PLACEMENT, SWEEP = "head_placement", "head_sweep"  # files of the run folder, entries of the summary
 Record = dict[str, Any]
 
@@ -41,6 +41,13 @@ def head_block_settings(choice: str | None) -> list[str]:
         raise InputError(
             f"--head-blocks {choice!r}: give auto, last_third or block numbers such as 8,9,10,11"
         ) from None
+
+
+def refuse_other_run(before: Path | None, asked: Mapping[str, Any], recipe: RefineRecipe, images: ImageSet) -> None:
+    """As ``open_run`` will refuse, but before anything slow is done: what is measured is not settled yet."""
+    if before is not None:
+        known, free = known_by(asked, recipe, images), ("heads.blocks", "heads.pooling", "heads.temperature")
+        decide_on_rank_0(lambda: refuse_other_recipe(before, known, but=(*free, "frozen_blocks")))
 
 
 def place_in_recipe(

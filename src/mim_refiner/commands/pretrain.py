@@ -107,7 +107,7 @@ def pretrain(
     view = ViewSpec("mae", size, scale=chosen.crop_scale, jitter_prob=0.0, gray_prob=0.0)
     loader = train_loader(images, [view], chosen, run)
     photometric = BatchPhotometric(view, backbone.info.mean, backbone.info.std)
-    ended = None if overwrite or plan else ended_run(out, {}, ("export/config.json",))
+    ended = ended_run(None if overwrite or plan else Path(out), {}, ("export/config.json",))
     if ended is None:
         free = available_memory(memory_budget, run)
         process = process_of(loader, run)

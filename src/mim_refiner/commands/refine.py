@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,22 @@ from mim_refiner.commands.inputs import (
     normalize_as,
     normalize_by,
     open_run,
-    refuse_other_run,
     refuse_other_work,
     refuse_to_overwrite_inputs,
     results_folder,
     run_fast,
+    share_held_out,
     split_images,
     train_loader,
     write_summary,
 )
 from mim_refiner.commands.loggers import logged
 from mim_refiner.commands.measured_settings import (
-    MEASURED,
     PLACEMENT,
     SWEEP,
     head_block_settings,
     place_in_recipe,
+    refuse_other_run,
     sweep_in_recipe,
 )
 from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn, Warming, draws_of, told_by_warmup
@@ -63,7 +64,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.core.sharding import full_state, is_sharded, load_full_state
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.errors import GuardStopError, NonFiniteLossError, RecipeError
+from mim_refiner.errors import GuardStopError, NonFiniteLossError
 from mim_refiner.export.adapter import write_adapter
 from mim_refiner.export.timm import export_timm, timm_config
 from mim_refiner.files import name_of, write_json
@@ -72,6 +73,7 @@ from mim_refiner.models.lora import adapted, lora_share, merge_lora
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.reporting import Reporter, listener, remarks
 from mim_refiner.settings import read_setting
+from mim_refiner.training.estimate import Estimate
 from mim_refiner.training.guard import load_best
 from mim_refiner.training.guidance import check_guidance
 from mim_refiner.training.lora import adapt
@@ -127,10 +129,8 @@ def refine(
     GuardStopError when the guard stopped the run (export/ then holds the best state).
     """
     settings = [*(settings or []), *head_block_settings(head_blocks)]
-    asked = refine_recipe(recipe, settings, image_size=0)
-    if eval_data is not None and asked.hold_out and "hold_out" in dict(map(read_setting, settings)):
-        raise RecipeError(f"--set hold_out={asked.hold_out} has no effect with --eval-data; leave one of them out")
-    with remarks(unless=f"{GUESS}mean" if asked.normalization == "data" else ""):  # mean and std are then known
+    own = refine_recipe(recipe, settings, image_size=0).normalization == "data"
+    with remarks(unless=f"{GUESS}mean" if own else ""):  # mean and std are then known
         return refine_and_compare(
             data=data,
             model=model,
@@ -170,37 +170,33 @@ def refine_and_compare(
     others: Mapping[str, str] | None = None,
     box: Box | None = None,
 ) -> dict[str, Any]:
-    """Do what :func:`refine` says; ``others`` are further encoders {stage: source} to measure beside.
-
-    ``box``: the time that all may take; the comparison is on as many images as it leaves time for.
-    """
+    """Do what :func:`refine` says; ``others`` are further encoders {stage: source} to measure beside, on as many images
+    as ``box``, the time that all may take, leaves time for."""
     started = time.perf_counter()
     run = join_training(None if plan else out, device, seed, reporter)
     torch.manual_seed(seed)  # of tensors that the checkpoint lacks: they are part of what the run is known by
     backbone = load_backbone(model)
     timm_config(backbone)  # what cannot be exported is not trained
     weights = weights_sha256(backbone.model)
-    share = refine_recipe(recipe, settings, image_size=0).hold_out if eval_data is None else 0.0
+    share = share_held_out(refine_recipe(recipe, settings, image_size=0), settings, eval_data, reporter)
     images, held_out = split_images(data, share, reporter, seed=seed, channels=backbone.info.in_chans, exclude=exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
-    size: dict[str, Any] = {"image_size": max(backbone.info.image_size), "images": len(images)}
-    chosen = base = refine_recipe(recipe, settings, **size)
-    if chosen.heads.blocks == "auto":
-        base = refine_recipe(recipe, [each for each in settings if read_setting(each)[0] != "heads.blocks"], **size)
+    read = partial(refine_recipe, recipe, image_size=max(backbone.info.image_size), images=len(images))
+    chosen, base = read(settings), read([each for each in settings if read_setting(each)[0] != "heads.blocks"])
     run = replace(run, precision=resolve_precision(chosen.precision, run.device))
     on = measure_on(images, held_out, eval_data, eval_test, run)
     refuse_other_work(chosen, run, weights, images=images, eval_data=on.bank, eval_test=on.test)
     asked = {"command": "refine", "data": name_of(data), "model": name_of(model), "model_sha256": weights, "seed": seed,
              "exclude": exclude}  # fmt: skip
-    if not (overwrite or plan):
-        refuse_other_run(out, asked, resolve(chosen, backbone), images, but=MEASURED)
-    chosen, found = settle(chosen, base, backbone, (images, on.bank), run, None if overwrite else Path(out), plan)
+    before = None if overwrite or plan else Path(out)  # of an earlier start
+    refuse_other_run(before, asked, resolve(chosen, backbone), images)
+    chosen, found = settle(chosen, base, backbone, (images, on.bank), run, before, plan)
     refiner = prepare(backbone, chosen, run)
     loader = train_loader(images, view_specs(chosen), chosen, run)
     chosen = choose_weights(chosen, loader.steps_per_epoch)
     refuse_pool(chosen, refiner, loader.steps_per_epoch * chosen.batch_size, run)
     measuring = on.facts() | {"weights": chosen.export_weights, "others": dict(others or {})}
-    ended = None if overwrite or plan else ended_run(out, measuring, ("export/config.json", "evaluation/gallery.json"))
+    ended = ended_run(before, measuring, ("export/config.json", "evaluation/gallery.json"))
     chosen, cost = with_cost(chosen, refiner, loader, memory_budget, run, on) if ended is None else (chosen, None)
     if plan and cost:
         return run_plan(chosen, refiner, cost, run, loader.cut_where)
@@ -211,9 +207,7 @@ def refine_and_compare(
     for name, record in found.items() if folder.writes else ():
         write_json(folder.path / f"{name}.json", record)
     skipped = list_skipped(images, folder, reporter)
-    announce(chosen, backbone, len(images), loader.steps_per_epoch, run)
-    if cost is not None:
-        reporter.message(cost.line)
+    announce(chosen, backbone, len(images), loader.steps_per_epoch, run, cost)
     refinement = build(chosen, refiner, loader, run)
     with contextlib.closing(loader):
         after, taken, stopped = trained(refinement, folder, online_knn(refinement, on.bank), model)
@@ -281,10 +275,8 @@ def online_knn(refinement: Refinement, bank: ImageSet) -> OnlineKnn | None:
     recipe, refiner = refinement.recipe, refinement.refiner
     if bank.labels is None or len(bank) < MIN_KNN_IMAGES or not recipe.knn_every:
         return None
-    pooling = recipe.heads.measured_pooling
-    warming = Warming(refiner, draws_of(recipe, refinement.loader))
-    how: dict[str, Any] = {"pooling": pooling, "run": refinement.run, "warming": warming}
-    return OnlineKnn(refiner.backbone, bank, blocks=refiner.blocks, **how)
+    how: dict[str, Any] = {"blocks": refiner.blocks, "pooling": recipe.heads.measured_pooling, "run": refinement.run}
+    return OnlineKnn(refiner.backbone, bank, **how, warming=Warming(refiner, draws_of(recipe, refinement.loader)))
 
 
 def trained(
@@ -330,12 +322,11 @@ def weights_taken(refinement: Refinement) -> dict[str, Any]:
     recipe = refinement.recipe
     share = start_share(recipe, refinement.loader.steps_per_epoch)
     exported = "average" if recipe.export_weights == "ema" else "raw"
-    start = f"{100 * share:.1f} % of the averaged ones are the start"
     return {
         "exported": exported,
         "both_measured": share <= START_SHARE,
         "start_share": share,
-        "reason": f"{exported} (export_weights={recipe.export_weights}); {start}",
+        "reason": f"{exported} (export_weights={recipe.export_weights}); {100 * share:.1f} % of the average is the start",
     }
 
 
@@ -386,8 +377,10 @@ def conclude(
     return summary
 
 
-def announce(recipe: RefineRecipe, backbone: Backbone, images: int, steps_per_epoch: int, run: Run) -> None:
-    """Say what is about to run: sizes, and base and peak learning rate of both phases."""
+def announce(
+    recipe: RefineRecipe, backbone: Backbone, images: int, steps_per_epoch: int, run: Run, cost: Estimate | None
+) -> None:
+    """Say what is about to run: sizes, base and peak learning rate of both phases, and what it costs."""
     info, heads = backbone.info, recipe.heads
     blocks: Sequence[Any] = heads.blocks
     pooling = heads.pooling if isinstance(heads.pooling, str) else ", ".join(heads.pooling)
@@ -403,3 +396,5 @@ def announce(recipe: RefineRecipe, backbone: Backbone, images: int, steps_per_ep
     for name, phase in (("warm-up", recipe.warmup), ("refinement", recipe.refinement)):
         peak = peak_learning_rate(phase.base_lr, recipe.batch_size)
         run.reporter.message(f"{name}: {phase.epochs} epochs, learning rate base {phase.base_lr:.3g}, peak {peak:.3g}")
+    if cost is not None:
+        run.reporter.message(cost.line)

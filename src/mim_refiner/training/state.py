@@ -108,7 +108,7 @@ class RunFolder:
         path, recipe_file = self.path, self.path / "recipe.yaml"
         _check_place(path)
         there = recipe_file.exists()
-        if there and not overwrite:
+        if not overwrite:
             refuse_other_recipe(path, recipe)
         path.mkdir(parents=True, exist_ok=True)
         hold(path, self)
@@ -337,6 +337,8 @@ def _check_place(path: Path) -> None:
 
 def refuse_other_recipe(path: Path, recipe: dict[str, Any], *, but: Collection[str] = ()) -> None:
     """Raise RunFolderError where ``path`` holds a run with another recipe, ``but`` for settings not settled yet."""
+    if not (path / "recipe.yaml").exists():
+        return
     with reading(path / "recipe.yaml", "use --overwrite to start anew", RunFolderError):
         stored = dotted(read_yaml(path / "recipe.yaml"))
     now = dotted(load_yaml(dump_yaml(recipe)))
