@@ -119,6 +119,7 @@ def test_without_labels_the_same_weights_are_no_clear_change(mae, unlabelled, cl
         ("{flat}", "atlas,verdit", "did you mean 'verdict'"),
         ("{flat}", "atlas,", "empty name"),
         ("{flat}[:12]", "verdict", "at least 20 images"),
+        ("{flat}", "readout,heads", "its classifiers need labels; give labelled images; head behaviour left out: "),
     ],
 )
 def test_bad_input(mae, unlabelled, cli, tmp_path, data, parts, message):

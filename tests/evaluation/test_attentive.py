@@ -24,7 +24,7 @@ from mim_refiner.evaluation.attentive import (
     attentive_protocol,
     sources_of,
 )
-from mim_refiner.evaluation.finetune import LabelledRows
+from mim_refiner.evaluation.finetune import FinetuneSettings, LabelledRows, finetune
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.suite import evaluate_backbone
@@ -224,6 +224,15 @@ def test_a_width_that_the_divisor_does_not_divide_is_refused_before_a_token_is_c
     images, settings = rows(make_images(40)), QUICK.model_copy(update={"value_divisor": 5})
     with pytest.raises(InputError, match=r"value_divisor 5 does not divide the width 32"):
         attentive_protocol(make_backbone(), images, images, [(2,)], settings, image_size=32)
+
+
+def test_a_class_token_that_is_not_there_is_not_asked_for(make_backbone, make_images):
+    images, bare = rows(make_images(12)), make_backbone(class_token=False, global_pool="avg")
+    settings = QUICK.model_copy(update={"class_token": True})
+    with pytest.raises(InputError, match=r"attentive\.class_token: this encoder has no class token"):
+        attentive_protocol(bare, images, images, [(2,)], settings, image_size=32)
+    with pytest.raises(InputError, match="no class token; use pooling mean"):
+        finetune(bare, images, images, FinetuneSettings(pooling="cls"), image_size=32)
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(make_backbone, make_images, monkeypatch, tmp_path):

@@ -41,6 +41,12 @@ def test_guidance_without_labels_is_refused(tiny_run, tiny_images) -> None:
     recipe = made.recipe.model_copy(update={"guidance": "prefer"})
     with pytest.raises(DataError, match=r"no labels .*guidance=prefer needs some; give labelled images"):
         check_guidance(recipe, images)
+    images.labels, images.class_names = tiny_images.labels * 0, ("0",)
+    with pytest.raises(
+        DataError, match=r"labels of one class, and guidance=prefer needs several; give labelled images"
+    ):
+        check_guidance(recipe, images)
+    images.labels = None
     alone = recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"swap_positive": False})})
     with pytest.raises(InputError, match=r"guidance=prefer chooses among neighbours.*leave one of them out"):
         check_guidance(alone, tiny_images)

@@ -95,6 +95,16 @@ def test_without_labels_the_two_views_have_to_agree(given):
     assert _shares([SimpleNamespace(neighbor_sample_ids=ids)], torch.arange(4), None).tolist() == [0.5]
 
 
+def test_labels_of_one_class_tell_no_head_from_another(given):
+    recipe, backbone, loader = given
+    loader = copy.copy(loader)
+    loader.images = copy.copy(loader.images)
+    loader.images.labels, loader.images.class_names = loader.images.labels * 0, ("0",)
+    found = swept((recipe, backbone, loader), 0.1, 0.5)
+    assert found == swept(given, 0.1, 0.5, labels=False)
+    assert found["measure"] == "view agreement"
+
+
 def test_an_epoch_of_one_step_is_measured_on_queues_that_hold_images(given, monkeypatch):
     seen = []
 

@@ -94,6 +94,8 @@ def analyze(
     for part in PARTS:
         if part in parts:
             analysis.do(part)
+    if len(analysis.left_out) == len(set(parts)):
+        raise DataError(f"{'; '.join(analysis.left_out)}; or choose other parts")
     reporter.done()
     facts = {name: images.facts() for name, images in (("train", train), ("test", held_out)) if images}
     analysis.result["data"] = facts
@@ -115,6 +117,7 @@ class _Analysis:
         self.atlases: dict[str, Atlas] = {}
         self.features: dict[str, Features] = {}  # raw, of the query images
         self.curves: dict[str, dict[str, Any]] = {}
+        self.left_out: list[str] = []
         self.result: dict[str, Any] = {
             "samples": samples.described(),
             "statements": [],
@@ -162,14 +165,12 @@ class _Analysis:
     def readout(self) -> None:
         """Refine, or only read out better: classifiers on several read-outs of the first model, beside the second."""
         if not self.samples.labelled:
-            self.run.reporter.message("refine or read out left out: its classifiers need labels")
-            return
+            return self._leave_out("refine or read out left out: its classifiers need labels; give labelled images")
         self._measure_blocks()
         try:
             record = measured_readouts(self.models, self.atlases, self.samples, self.run)
         except DataError as error:  # too few images to hold any out: the other parts go on
-            self.run.reporter.message(f"refine or read out left out: {error}")
-            return
+            return self._leave_out(f"refine or read out left out: {error}")
         self.result["readout"] = {key: record[key] for key in ("rows", "best", "sentence")}
         self.result["statements"].append(record["sentence"])
         self._keep("readout", record, None)
@@ -188,8 +189,7 @@ class _Analysis:
         """Reconstruction error by block, shares of the improvement, and the three regimes."""
         others = [backbone.info.architecture for backbone in self.models.values() if not backbone.is_plain_vit]
         if others:
-            self.run.reporter.message(f"reconstruction by block left out: {others[0]} is not a plain ViT")
-            return
+            return self._leave_out(f"reconstruction by block left out: {others[0]} is not a plain ViT; give one")
         self._measure_blocks()
         settings = ReconstructionSettings()
         rows = self.samples.bank_rows[: settings.train_images], self.samples.query_rows[: settings.test_images]
@@ -228,6 +228,12 @@ class _Analysis:
                     figure = head_behaviour(metrics, self.out / f"heads-{name}.png")
                     self.result["figures"][f"heads-{name}"] = str(figure)
                     break
+        if not any(name.startswith("heads-") for name in self.result["figures"]):
+            self._leave_out("head behaviour left out: metrics.jsonl tells of no heads; give a run folder of refine")
+
+    def _leave_out(self, why: str) -> None:
+        self.left_out.append(why)
+        self.run.reporter.message(why)
 
     def _hits(self, name: str) -> NDArray[np.float64]:
         """k-NN hits of the usual features: from the atlas where there is one, else of these features alone."""

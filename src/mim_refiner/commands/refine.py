@@ -326,7 +326,7 @@ def weights_taken(refinement: Refinement) -> dict[str, Any]:
         "exported": exported,
         "both_measured": share <= START_SHARE,
         "start_share": share,
-        "reason": f"{exported} (export_weights={recipe.export_weights}); {100 * share:.1f} % of the average is the start",
+        "reason": f"{exported} (export_weights={recipe.export_weights}); {100 * share:.1f} % of an average is START",
     }
 
 

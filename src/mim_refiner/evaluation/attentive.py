@@ -152,6 +152,8 @@ def attentive_protocol(
     those of the test images are read once and never stored. Raises InputError for a full disk.
     """
     settings, run = settings or AttentiveSettings(), run or Run()
+    if settings.class_token and not backbone.info.has_cls:
+        raise InputError("attentive.class_token: this encoder has no class token; leave it out")
     read = sorted({block for blocks in sources for block in blocks})
     for width in sorted({backbone.block_dims[block] for block in read}):
         if width % settings.value_divisor:

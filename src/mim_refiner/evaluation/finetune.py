@@ -30,6 +30,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.data.workers import begun, worker_count
+from mim_refiner.evaluation.features import resolve_poolings
 from mim_refiner.evaluation.knn import AccuracyScore
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.settings import (
@@ -141,7 +142,7 @@ def finetune(
     """
     settings, run = settings or FinetuneSettings(), run or Run()
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    pooling = ("cls" if backbone.info.has_cls else "mean") if settings.pooling == "auto" else settings.pooling
+    pooling = resolve_poolings(None if settings.pooling == "auto" else [settings.pooling], backbone.info)[0]
     with _seeded(run.seed, range(torch.cuda.device_count())):
         model = Classifier(backbone, num_classes, pooling, settings.drop_path, settings.frozen_share).to(run.device)
         _train(model, train, settings, num_classes, image_size, run)

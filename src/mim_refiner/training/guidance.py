@@ -17,10 +17,13 @@ def check_guidance(recipe: RefineRecipe, images: ImageSet) -> None:
             f"guidance={recipe.guidance} chooses among neighbours, and heads.swap_positive=false takes none; leave one "
             "of them out"
         )
-    if recipe.guidance != "none" and images.labels is None:
+    if recipe.guidance != "none" and (images.labels is None or len(images.class_names or ()) < 2):
+        has, needs = f"no labels ({images.source.no_labels})", "some"
+        if images.labels is not None:
+            has, needs = "labels of one class", "several"
         raise DataError(
-            f"{images.description}: no labels ({images.source.no_labels}), and guidance={recipe.guidance} needs some; "
-            "give labelled images, or leave guidance out"
+            f"{images.description}: {has}, and guidance={recipe.guidance} needs {needs}; give labelled images, or "
+            "leave guidance out"
         )
 
 

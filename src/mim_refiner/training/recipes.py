@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, TypeVar
 
 from mim_refiner.errors import RecipeError, did_you_mean
 from mim_refiner.files import read_yaml, reading
@@ -26,46 +26,39 @@ MIN_QUEUE = 32  # entries, above the recipes' top_k
 R = TypeVar("R", RefineRecipe, PretrainRecipe)
 
 
-def _large(
-    name: str, *, refine_epochs: int = 30, pooling: Literal["auto", "cls", "mean"] = "cls", expected: str = ""
+def _paper(
+    name: str,
+    expected: str = "",
+    *,
+    epochs: int = 30,
+    batch_size: int = 1024,
+    local_size: int = 96,
+    frozen_blocks: int = 0,
+    **heads: Any,
 ) -> RefineRecipe:
-    """ViT-L/16 rows of the paper's table: 8 heads, batch 1024, temperature 0.2."""
+    """A row of the paper's table, ``expected`` to give so much; by itself ViT-L/16: 8 heads, temperature 0.2."""
     return RefineRecipe(
         name=name,
-        expected=expected,
-        batch_size=1024,
-        views=Views(global_size=224, local_size=96),
-        heads=Heads(blocks=list(range(16, 24)), pooling=pooling, temperature=0.2),
-        refinement=EncoderPhase(epochs=refine_epochs, base_lr=4e-4, top_k=20, layer_decay=0.65),
+        expected=expected and f"k-NN accuracy {expected} (paper, ImageNet-1K)",
+        batch_size=batch_size,
+        views=Views(global_size=224, local_size=local_size),
+        heads=Heads(**{"blocks": list(range(16, 24)), "pooling": "cls", **heads}),
+        refinement=EncoderPhase(epochs=epochs, base_lr=4e-4, top_k=20, layer_decay=0.65),
+        frozen_blocks=frozen_blocks,
         export_weights="auto",
     )
 
 
-def _huge(name: str, *, refine_epochs: int = 30, expected: str = "") -> RefineRecipe:
+def _huge(name: str, expected: str = "", *, epochs: int = 30) -> RefineRecipe:
     """ViT-H/14 rows: 12 heads, batch 512, temperature 0.3, local crops of 98 px (a multiple of 14)."""
-    return RefineRecipe(
-        name=name,
-        expected=expected,
-        batch_size=512,
-        views=Views(global_size=224, local_size=98),
-        heads=Heads(blocks=list(range(20, 32)), pooling="cls", temperature=0.3),
-        refinement=EncoderPhase(epochs=refine_epochs, base_lr=4e-4, top_k=20, layer_decay=0.65),
-        export_weights="auto",
-    )
+    heads: dict[str, Any] = {"blocks": list(range(20, 32)), "temperature": 0.3}
+    return _paper(name, expected, epochs=epochs, batch_size=512, local_size=98, **heads)
 
 
 def mae_2b14() -> RefineRecipe:
     """MAE 2B/14 (24 blocks, width 2560): stem and first 6 blocks frozen."""
-    return RefineRecipe(
-        name="mae_2b14",
-        expected="k-NN accuracy 67.1 -> 83.2, linear 79.7 -> 84.5 (paper, ImageNet-1K)",
-        batch_size=512,
-        views=Views(global_size=224, local_size=98),
-        heads=Heads(blocks=list(range(16, 24)), pooling="cls", temperature=0.35),
-        refinement=EncoderPhase(epochs=20, base_lr=4e-4, top_k=20, layer_decay=0.65),
-        frozen_blocks=6,
-        export_weights="auto",
-    )
+    big: dict[str, Any] = {"batch_size": 512, "local_size": 98, "frozen_blocks": 6, "temperature": 0.35}
+    return _paper("mae_2b14", "67.1 -> 83.2, linear 79.7 -> 84.5", epochs=20, **big)
 
 
 def tiny() -> RefineRecipe:
@@ -102,25 +95,13 @@ def demo() -> RefineRecipe:
 
 
 REFINE_RECIPES: dict[str, Callable[[], RefineRecipe]] = {
-    "mae_l16": lambda: _large(
-        "mae_l16", expected="k-NN accuracy 60.6 -> 81.5, linear 77.5 -> 82.8 (paper, ImageNet-1K)"
-    ),
-    "dbot_l16": lambda: _large("dbot_l16"),
-    "data2vec2_l16": lambda: _large(
-        "data2vec2_l16",
-        refine_epochs=20,
-        expected="k-NN accuracy 51.8 -> 81.0, linear 78.2 -> 83.5 (paper, ImageNet-1K)",
-    ),
-    "crossmae_l16": lambda: _large("crossmae_l16", pooling="mean"),
-    "mae_h14": lambda: _huge(
-        "mae_h14", expected="k-NN accuracy 58.1 -> 82.3, linear 78.2 -> 83.7 (paper, ImageNet-1K)"
-    ),
+    "mae_l16": lambda: _paper("mae_l16", "60.6 -> 81.5, linear 77.5 -> 82.8"),
+    "dbot_l16": lambda: _paper("dbot_l16"),
+    "data2vec2_l16": lambda: _paper("data2vec2_l16", "51.8 -> 81.0, linear 78.2 -> 83.5", epochs=20),
+    "crossmae_l16": lambda: _paper("crossmae_l16", pooling="mean"),
+    "mae_h14": lambda: _huge("mae_h14", "58.1 -> 82.3, linear 78.2 -> 83.7"),
     "dbot_h14": lambda: _huge("dbot_h14"),
-    "data2vec2_h14": lambda: _huge(
-        "data2vec2_h14",
-        refine_epochs=20,
-        expected="k-NN accuracy 48.0 -> 82.3, linear 80.4 -> 84.7 (paper, ImageNet-1K)",
-    ),
+    "data2vec2_h14": lambda: _huge("data2vec2_h14", "48.0 -> 82.3, linear 80.4 -> 84.7", epochs=20),
     "mae_2b14": mae_2b14,
     "tiny": tiny,
     "demo": demo,
@@ -165,8 +146,7 @@ def refine_recipe(
 def _default_refine(image_size: int) -> RefineRecipe:
     if image_size <= 64:
         return tiny()
-    recipe = _large("default", pooling="auto")
-    recipe.heads.blocks = "last_third"
+    recipe = _paper("default", pooling="auto", blocks="last_third")
     recipe.views.global_size = recipe.views.local_size = None
     return recipe
 
