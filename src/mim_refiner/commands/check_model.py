@@ -35,7 +35,7 @@ def check_model(
     how: dict[str, Any] = {"recipe": recipe, "device": str(device), "reporter": Reporter()}
     try:
         if started_as().world_size > 1:  # a plan is made by all of them, doctor by the first alone
-            raise InputError("of several processes refine --plan tells the cost")
+            raise InputError("doctor tells no cost in several processes; use refine --plan")
         plan = refine(data=data, model=backbone, out="", plan=True, **how)["plan"]
         images, sizes = plan["images"], plan["bytes"]
         chosen = refine_recipe(recipe, image_size=max(info.image_size), images=images)
