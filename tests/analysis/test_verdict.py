@@ -62,6 +62,9 @@ def test_what_to_try_next_follows_from_the_evidence():
     assert "best (40.0 %) after 50 %" in said[0]
     assert "--set refinement.base_lr=0.0005" in said[1]
     assert "anchor.weight=1" in said[2]
+    for word in ("no clear change", "better", "not measured"):  # of the state before the harm
+        ended = what_next(unclear | {"verdict": word}, RECIPE, test_images=90, draws=5000, stopped=True)
+        assert [line.partition(":")[0] for line in ended] == [line.partition(":")[0] for line in said[1:]]
     falling = what_next({"verdict": "worse"}, RECIPE, test_images=90, draws=5000, knn=[0.4, 0.3, 0.2])
     assert not any("shorter" in line for line in falling)
     for word in ("better", "no collapse seen", "not measured"):

@@ -403,6 +403,7 @@ def test_a_rate_a_hundred_times_too_high_is_stopped_and_the_best_state_exported(
     kept = json.loads((out / "guard.json").read_text())
     summary = json.loads((out / "summary.json").read_text())
     assert summary["stopped"] in spoiled.err
+    assert summary["verdict"]["next"][0].startswith("smaller steps: --set refinement.base_lr=")  # not: a longer run
     assert summary["weights"]["exported"] == "best"  # whatever the recipe's export_weights
     assert f"| Exported weights | {summary['weights']['reason']} |" in (out / "export" / "README.md").read_text()
     exported, start = load_file(out / "export" / "model.safetensors"), load_file(mae.export / "model.safetensors")

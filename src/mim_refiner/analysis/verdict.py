@@ -48,14 +48,16 @@ def what_next(
     knn: Sequence[float] = (),
     recommendation: Mapping[str, Any] | None = None,
     last_block: int | None = None,
+    stopped: bool = False,
 ) -> list[str]:
     """What to try after "worse" and "no clear change", from the evidence of the run; nothing after other words.
 
     ``found``: the verdict; ``recipe``: the settings; ``draws``: images that the encoder learned from; ``knn``: online
-    k-NN accuracy of the last block in the order of training; ``recommendation``: the features to use by the atlas.
+    k-NN accuracy of the last block in the order of training; ``recommendation``: the features to use by the atlas;
+    ``stopped``: the run was, as it went wrong, and what is judged is the best state before.
     """
     word, phase, lines = found.get("verdict"), recipe["refinement"], list[str]()
-    if word not in (WORSE, UNCLEAR):
+    if word not in (WORSE, UNCLEAR) and not stopped:
         return lines
     best = max(range(len(knn)), key=knn.__getitem__) if knn else 0
     if word == WORSE and 0 < best < len(knn) - 1 and knn[best] > knn[0]:
@@ -64,13 +66,13 @@ def what_next(
             f"a shorter run: online k-NN accuracy was best ({100 * knn[best]:.1f} %) after {100 * share:.0f} % of it: "
             f"--set refinement.epochs={max(1, round(share * phase['epochs']))}"
         )
-    if word == WORSE:
+    if word == WORSE or stopped:
         lines.append(f"smaller steps: --set refinement.base_lr={phase['base_lr'] / 2:.3g}")
         if not recipe["anchor"]["weight"]:
             lines.append("an anchor that holds the encoder near its start: --set anchor.weight=1")
         if draws < MANY_DRAWS:
             lines.append(f"more images: the encoder saw {draws:,} draws, and few drawn often are learned by heart")
-    if word == UNCLEAR:
+    elif word == UNCLEAR:
         low, high = found.get("ci95") or (0.0, 0.0)
         if high - low > WIDE:
             lines.append(

@@ -201,8 +201,10 @@ def _recommended(
     return {"block": block, "pooling": pooling, "norm": norm, "reason": reason}
 
 
-def advice(summary: Mapping[str, Any], recipe: RefineRecipe, on: Measured, out: Path, before: Backbone) -> list[str]:
-    """What to try next, from the summary and the run's own log."""
+def advice(
+    summary: Mapping[str, Any], recipe: RefineRecipe, on: Measured, out: Path, before: Backbone, stopped: object
+) -> list[str]:
+    """What to try next, from the summary and the run's own log; ``stopped``: the error of the guard or the loss."""
     log = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
     return what_next(
         summary["verdict"],
@@ -212,4 +214,5 @@ def advice(summary: Mapping[str, Any], recipe: RefineRecipe, on: Measured, out: 
         knn=[record["knn_top1"] for record in log if "knn_top1" in record],
         recommendation=summary["recommendation"],
         last_block=before.info.depth - 1,
+        stopped=stopped is not None,
     )

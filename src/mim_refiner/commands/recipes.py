@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from mim_refiner.errors import InputError, did_you_mean
 from mim_refiner.files import dotted
 from mim_refiner.settings import nearest_key
-from mim_refiner.training.recipe import PretrainRecipe, Recipe, RefineRecipe
+from mim_refiner.training.recipe import Phase, Recipe, RefineRecipe
 from mim_refiner.training.recipes import PRETRAIN_RECIPES, REFINE_RECIPES
 
 _FIELD = re.compile(r"    (\w+): .*?(?:  # (.*))?")
@@ -37,7 +37,7 @@ def recipes(*, name: str | None = None, key: str | None = None) -> dict[str, Any
                 "name": known,
                 "command": _command(recipe),
                 "batch_size": recipe.batch_size,
-                "epochs": " + ".join(str(phase.epochs) for phase in _phases(recipe)),
+                "epochs": " + ".join(str(phase.epochs) for _, phase in recipe if isinstance(phase, Phase)),
                 "expected": recipe.expected or "not measured",
             }
             for known, recipe in made.items()
@@ -75,10 +75,3 @@ def meaning(recipe: type[BaseModel], key: str) -> str:
 
 def _command(recipe: Recipe) -> str:
     return "refine" if isinstance(recipe, RefineRecipe) else "pretrain"
-
-
-def _phases(recipe: Recipe) -> list[Any]:
-    if isinstance(recipe, PretrainRecipe):
-        return [recipe.training]
-    assert isinstance(recipe, RefineRecipe)
-    return [recipe.warmup, recipe.refinement]

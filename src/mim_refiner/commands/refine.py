@@ -222,6 +222,7 @@ def refine_and_compare(
         summary = conclude(stages, on, chosen, results, card, run, box)
     if not folder.writes:  # the rest is rank 0's
         return {}
+    summary["verdict"] = {**summary["verdict"], "next": advice(summary, chosen, on, folder.path, backbone, stopped)}
     summary |= {"data": {"train": images.facts()}, "seconds": {"training": training, "total": folder.seconds}}
     summary |= {"weights": taken, **found, **told} | ({"stopped": str(stopped)} if stopped else {})
     write_summary(folder.path, summary, measuring)
@@ -367,7 +368,6 @@ def conclude(
         if recipe.anchor.weight:
             summary["dense"] = dense_change(stages, on.bank, on.test, run)
             summary["verdict"] = {**summary["verdict"], "dense": summary["dense"]["reason"]}
-        summary["verdict"] = {**summary["verdict"], "next": advice(summary, recipe, on, out, stages["before"])}
         facts = {key: found[key] for key in ("block", "pooling", "norm")} | {"recommendation": found["reason"]}
         pictured = {stage: encoder for stage, encoder in stages.items() if stage not in ("raw", "average")}
         if box is None or box.left(REPORT / 2) > 0:
