@@ -161,8 +161,7 @@ def check_recipe(verb: str, recipe: str | None, settings: list[str] | None) -> N
     """Raise RecipeError for a mistyped recipe or setting before timm, images and weights are loaded."""
     from mim_refiner.training import recipes
 
-    read: Callable[..., Any] = recipes.refine_recipe if verb == "refine" else recipes.pretrain_recipe
-    read(recipe, settings or [], image_size=0)
+    getattr(recipes, f"{verb}_recipe")(recipe, settings or [], image_size=0)
 
 
 def execute(

@@ -49,16 +49,10 @@ def _paper(
     )
 
 
-def _huge(name: str, expected: str = "", *, epochs: int = 30) -> RefineRecipe:
+def _huge(name: str, expected: str = "", **changes: Any) -> RefineRecipe:
     """ViT-H/14 rows: 12 heads, batch 512, temperature 0.3, local crops of 98 px (a multiple of 14)."""
-    heads: dict[str, Any] = {"blocks": list(range(20, 32)), "temperature": 0.3}
-    return _paper(name, expected, epochs=epochs, batch_size=512, local_size=98, **heads)
-
-
-def mae_2b14() -> RefineRecipe:
-    """MAE 2B/14 (24 blocks, width 2560): stem and first 6 blocks frozen."""
-    big: dict[str, Any] = {"batch_size": 512, "local_size": 98, "frozen_blocks": 6, "temperature": 0.35}
-    return _paper("mae_2b14", "67.1 -> 83.2, linear 79.7 -> 84.5", epochs=20, **big)
+    own = {"blocks": list(range(20, 32)), "batch_size": 512, "temperature": 0.3, "local_size": 98}
+    return _paper(name, expected, **{**own, **changes})
 
 
 def tiny() -> RefineRecipe:
@@ -94,6 +88,7 @@ def demo() -> RefineRecipe:
     return recipe
 
 
+_TWO_BILLION = {"blocks": [*range(16, 24)], "temperature": 0.35, "frozen_blocks": 6}  # 24 blocks of width 2560
 REFINE_RECIPES: dict[str, Callable[[], RefineRecipe]] = {
     "mae_l16": lambda: _paper("mae_l16", "60.6 -> 81.5, linear 77.5 -> 82.8"),
     "dbot_l16": lambda: _paper("dbot_l16"),
@@ -102,7 +97,7 @@ REFINE_RECIPES: dict[str, Callable[[], RefineRecipe]] = {
     "mae_h14": lambda: _huge("mae_h14", "58.1 -> 82.3, linear 78.2 -> 83.7"),
     "dbot_h14": lambda: _huge("dbot_h14"),
     "data2vec2_h14": lambda: _huge("data2vec2_h14", "48.0 -> 82.3, linear 80.4 -> 84.7", epochs=20),
-    "mae_2b14": mae_2b14,
+    "mae_2b14": lambda: _huge("mae_2b14", "67.1 -> 83.2, linear 79.7 -> 84.5", epochs=20, **_TWO_BILLION),
     "tiny": tiny,
     "demo": demo,
 }
