@@ -199,10 +199,14 @@ def test_catalogue_entries_are_whole() -> None:
 
 
 def test_licences() -> None:
-    for family in ("mae", "crossmae", "ijepa", "hf_vitmae", "I-JEPA"):
-        assert family_licence(family) == "CC-BY-NC-4.0"
-    assert family_licence("data2vec 2.0") == "CC-BY-NC"
-    assert family_licence("timm") == "unknown"
+    nc, free, apache = "CC-BY-NC-4.0", "MIT", "Apache-2.0"
+    known = dict.fromkeys(
+        ("mae", "crossmae", "ijepa", "hf_vitmae", "hf_ijepa", "multimae", "scale_mae", "videomae"), nc
+    )
+    known |= dict.fromkeys(("beit", "beit2", "hf_beit", "eva01"), free) | {"data2vec2": "CC-BY-NC"}
+    known |= dict.fromkeys(("dbot", "ibot", "capi", "dinov2", "mmpretrain", "mmpretrain_swin", "prithvi"), apache)
+    known |= dict.fromkeys(("timm", "mim_refiner", "cae"), "unknown")
+    assert {family: family_licence(family) for family in known} == known
     published = {"mm_milan_b16": "sha256:180922e8", "mm_mae_h16": "sha256:ff848775", "mae_b16": "md5:8cad7c"}
     assert {name: CATALOGUE[name].hash_start for name in published} == published
     assert CATALOGUE["mae_ct_aug_h16"].licence == "unknown"  # its repository has no licence

@@ -13,40 +13,6 @@ from typing import Any
 
 UNKNOWN_LICENCE = "unknown"
 
-# Licence of the weights that the family's authors published (not of our code, nor of weights that others trained).
-FAMILY_LICENCES = {
-    "mae": "CC-BY-NC-4.0",
-    "crossmae": "CC-BY-NC-4.0",
-    "ijepa": "CC-BY-NC-4.0",
-    "data2vec2": "CC-BY-NC",  # fairseq's page of data2vec 2.0 names no version
-    "dbot": "Apache-2.0",
-    "ibot": "Apache-2.0",
-    "capi": "Apache-2.0",
-    "beit": "MIT",
-    "beit2": "MIT",
-    "dinov2": "Apache-2.0",
-    "eva01": "MIT",
-    "mmpretrain": "Apache-2.0",
-    "mmpretrain_beit": "Apache-2.0",
-    "mmpretrain_swin": "Apache-2.0",
-    "multimae": "CC-BY-NC-4.0",
-    "prithvi": "Apache-2.0",
-    "scale_mae": "CC-BY-NC-4.0",
-    "videomae": "CC-BY-NC-4.0",
-    "vitpose": "Apache-2.0",
-}
-# Other spellings of a family, as checkpoints and Hugging Face configs have them.
-_ALIASES = {
-    "vit_mae": "mae", "hf_vitmae": "mae", "beitv2": "beit2", "beit_v2": "beit2", "d2v2": "data2vec2",
-    "data2vec_2": "data2vec2", "i_jepa": "ijepa", "hf_ijepa": "ijepa", "hf_beit": "beit",
-}  # fmt: skip
-
-
-def family_licence(family: str) -> str:
-    """Licence of the family's published weights, "unknown" where a file alone does not tell."""
-    key = family.lower().replace("-", "_").replace(" ", "_").replace(".0", "")
-    return FAMILY_LICENCES.get(_ALIASES.get(key, key), UNKNOWN_LICENCE)
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -85,6 +51,15 @@ def _read_table() -> dict[str, Entry]:
 
 
 CATALOGUE = _read_table()
+
+
+def family_licence(family: str) -> str:
+    """Licence of the weights that the family's authors published: that of its first entry, "unknown" without one.
+
+    Not of our code, nor of weights that others trained, nor of those that inherit another's.
+    """
+    name = family.lower().removeprefix("hf_").replace("vitmae", "mae")
+    return next((e.licence for e in CATALOGUE.values() if e.family == name != "mim_refiner"), UNKNOWN_LICENCE)
 
 
 def record(entry: Entry) -> dict[str, Any]:

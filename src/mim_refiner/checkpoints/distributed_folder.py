@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ def read_distributed(folder: Path) -> Contents:
     remedy = f"copy it again, or turn it into a file: python -m {module}.format_utils dcp_to_torch FOLDER FILE"
     with errors_as(CheckpointError, f"{folder}: is a damaged folder of {module}", remedy):
         fields = _fields(read_pickle((folder / METADATA).read_bytes())[0])
-        tensors, places = _fields(fields.get("state_dict_metadata")), dict(_places(fields.get("storage_data")))
-        paths = _fields(fields.get("planner_data"))
+        tensors, paths = _fields(fields.get("state_dict_metadata")), _fields(fields.get("planner_data"))
+        stored = [(_fields(index), _fields(place)) for index, place in _fields(fields.get("storage_data")).items()]
+        places = {(index["fqn"], tuple(index.get("offset") or ())): place for index, place in stored}
         found: dict[str, Any] = {}
         for name, about in tensors.items():
             chunks = _fields(about).get("chunks")
@@ -51,13 +52,6 @@ def read_distributed(folder: Path) -> Contents:
 
 def _fields(value: Any) -> Mapping[Any, Any]:
     return value.fields() if isinstance(value, Stub) else value if isinstance(value, Mapping) else {}
-
-
-def _places(stored: Any) -> Iterator[tuple[Place, Mapping[Any, Any]]]:
-    """(name, offset) of every stored chunk, and in which file and where in it."""
-    for index, place in _fields(stored).items():
-        about = _fields(index)
-        yield (about["fqn"], tuple(about.get("offset") or ())), _fields(place)
 
 
 def _joined(folder: Path, name: str, size: Any, chunks: list[Any], places: Mapping[Place, Mapping[Any, Any]]) -> Tensor:

@@ -70,10 +70,14 @@ DINOV2 = vit_family("dinov2", _is_dinov2, prepare=_prepare_dinov2, final_norm=Tr
 # ..., "predictor": ...}; no class token. The target encoder (a running average) is the one that the authors evaluate.
 
 
-def _is_ijepa(view: View) -> bool:
-    """A ViT without class token that is called encoder or target encoder."""
-    named = {"encoder", "target_encoder"} & set(view.section.split("."))
-    return bool(named) and has_plain_vit(view.tensors) and "cls_token" not in view.tensors
-
-
-IJEPA = vit_family("ijepa", _is_ijepa, final_norm=True, pooling="mean", heads=_HEADS)
+IJEPA = vit_family(
+    "ijepa",
+    lambda view: (
+        not {"encoder", "target_encoder"}.isdisjoint(view.section.split("."))
+        and has_plain_vit(view.tensors)
+        and "cls_token" not in view.tensors
+    ),
+    final_norm=True,
+    pooling="mean",
+    heads=_HEADS,
+)

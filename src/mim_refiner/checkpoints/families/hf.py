@@ -27,17 +27,14 @@ _COMMON: list[tuple[Template, str]] = [
     ("embeddings.cls_token", "cls_token"),
     ("embeddings.position_embeddings", "pos_embed"),
     ("layernorm.{p}", "norm.{p}"),
-    (_OLD + "layernorm_before.{p}", "blocks.{i}.norm1.{p}"),
-    (_NEW + "layernorm_before.{p}", "blocks.{i}.norm1.{p}"),
-    (_OLD + "layernorm_after.{p}", "blocks.{i}.norm2.{p}"),
-    (_NEW + "layernorm_after.{p}", "blocks.{i}.norm2.{p}"),
-    (_OLD + "attention.output.dense.{p}", "blocks.{i}.attn.proj.{p}"),
-    (_NEW + "attention.o_proj.{p}", "blocks.{i}.attn.proj.{p}"),
-    (_OLD + "intermediate.dense.{p}", "blocks.{i}.mlp.fc1.{p}"),
-    (_NEW + "mlp.fc1.{p}", "blocks.{i}.mlp.fc1.{p}"),
-    (_OLD + "output.dense.{p}", "blocks.{i}.mlp.fc2.{p}"),
-    (_NEW + "mlp.fc2.{p}", "blocks.{i}.mlp.fc2.{p}"),
-]
+    *((f"{source}.{{p}}", f"blocks.{{i}}.{target}.{{p}}") for target, old, new in (
+        ("norm1", "layernorm_before", "layernorm_before"),
+        ("norm2", "layernorm_after", "layernorm_after"),
+        ("attn.proj", "attention.output.dense", "attention.o_proj"),
+        ("mlp.fc1", "intermediate.dense", "mlp.fc1"),
+        ("mlp.fc2", "output.dense", "mlp.fc2"),
+    ) for source in (_OLD + old, _NEW + new)),
+]  # fmt: skip
 _OLD_QKV = tuple(f"{_OLD}attention.attention.{name}." for name in ("query", "key", "value"))
 _NEW_QKV = tuple(f"{_NEW}attention.{name}_proj." for name in "qkv")
 
@@ -72,30 +69,23 @@ def has_query_bias_only(view: View) -> bool:
     )
 
 
-def is_kind(view: View, model_type: str) -> bool:
-    """Whether a config.json beside the weights says ``model_type``; True where there is none."""
-    return view.config is None or view.model_type == model_type
-
-
-def facts(view: View) -> dict[str, Any]:
-    """``known_heads`` and ``known_size`` of the config.json, empty without one."""
-    if view.config is None:
-        return {}
-    size, heads = view.config.get("image_size"), view.config.get("num_attention_heads")
-    return {
-        "known_heads": heads if isinstance(heads, int) else 0,
-        "known_size": (size, size) if isinstance(size, int) else tuple(size) if size else None,
-    }
-
-
-def norm_eps(view: View, default: float = NORM_EPS) -> float:
-    return float((view.config or {}).get("layer_norm_eps", default))
+def is_kind(view: View, *model_types: str) -> bool:
+    """Whether a config.json beside the weights says one of ``model_types``; True where there is none."""
+    return view.config is None or view.model_type in model_types
 
 
 def said(view: View, *_: Any, default_eps: float = NORM_EPS) -> dict[str, Any]:
     """What the configs beside a ViT say, for :func:`vit_family`; CheckpointError for an activation that timm lacks."""
-    check_activation(view)
-    return facts(view) | mean_and_std(view) | {"norm_eps": norm_eps(view, default_eps)}
+    config = view.config or {}
+    if (activation := config.get("hidden_act", "gelu")) != "gelu":
+        raise CheckpointError(f"{view.where}: its config says hidden_act '{activation}'; choose one with gelu")
+    size, heads = config.get("image_size"), config.get("num_attention_heads")
+    return {
+        "known_heads": heads if isinstance(heads, int) else 0,
+        "known_size": (size, size) if isinstance(size, int) else tuple(size) if size else None,
+        "norm_eps": float(config.get("layer_norm_eps", default_eps)),
+        **mean_and_std(view),
+    }
 
 
 def mean_and_std(
@@ -104,13 +94,6 @@ def mean_and_std(
     """Fields mean and std: those of preprocessor_config.json, else the defaults given."""
     found: Mapping[str, Any] = (view.config or {}).get("preprocessor") or {}
     return {"mean": tuple(found.get("image_mean") or mean), "std": tuple(found.get("image_std") or std)}
-
-
-def check_activation(view: View) -> None:
-    """CheckpointError for an activation that timm's blocks do not have."""
-    activation = (view.config or {}).get("hidden_act", "gelu")
-    if activation != "gelu":
-        raise CheckpointError(f"{view.where}: its config says hidden_act '{activation}'; choose one with gelu")
 
 
 def _family(name: str, matches: Callable[[View], bool], keys: KeyMap = VIT_KEYS, **options: Any) -> Family:
@@ -124,8 +107,8 @@ def _family(name: str, matches: Callable[[View], bool], keys: KeyMap = VIT_KEYS,
 
 def _is_vitmae(view: View) -> bool:
     """A ViT with class token and all three biases; a config.json, if any, says vit_mae, vit or vit_msn."""
-    known = any(is_kind(view, kind) for kind in ("vit_mae", "vit", "vit_msn"))
-    return known and "embeddings.cls_token" in view.tensors and not has_query_bias_only(view)
+    known = is_kind(view, "vit_mae", "vit", "vit_msn") and "embeddings.cls_token" in view.tensors
+    return known and not has_query_bias_only(view)
 
 
 def _prepare_vitmae(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
@@ -158,17 +141,19 @@ DINOV2_KEYS = KeyMap(
 )
 
 
-def _is_dinov2(view: View) -> bool:
-    known = any(is_kind(view, kind) for kind in ("dinov2", "dinov2_with_registers"))
-    return known and "encoder.layer.0.layer_scale1.lambda1" in view.tensors
-
-
 def _prepare_dinov2(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
     free_registers(tensors)
     return said(view, default_eps=1e-6) | {"position_rule": "timm" if "reg_token" in tensors else "hf"}
 
 
-DINOV2 = _family("hf_dinov2", _is_dinov2, DINOV2_KEYS, prepare=_prepare_dinov2)
+DINOV2 = _family(
+    "hf_dinov2",
+    lambda view: (
+        is_kind(view, "dinov2", "dinov2_with_registers") and "encoder.layer.0.layer_scale1.lambda1" in view.tensors
+    ),
+    DINOV2_KEYS,
+    prepare=_prepare_dinov2,
+)
 
 # --- BEiT with relative tables shared or per block, or absolute positions; Data2VecVision, the first data2vec, has
 # BEiT's architecture and names
@@ -181,10 +166,19 @@ def _is_data2vec(view: View) -> bool:
 
 
 def _convert_beit(view: View, wishes: Wishes) -> Converted:
-    check_activation(view)
-    view = _with_outer_norm(view)
+    facts = said(view)
+    outer = {short: name for short, name in view.beside.items() if short.startswith("layernorm.")}
+    if outer and "layernorm.weight" not in view.tensors:  # in BeitForMaskedImageModeling it lies outside "beit."
+        section = view.contents.section(view.section)
+        view = replace(
+            view,
+            tensors=view.tensors | {short: section[name] for short, name in outer.items()},
+            names=view.names | outer,
+            outside={short: name for short, name in view.outside.items() if name not in outer.values()},
+        )
     mapped = BEIT_KEYS.to_timm(view.tensors)
-    beit = infer_beit(mapped.tensors, wishes, view.where, **facts(view))
+    known = {key: facts[key] for key in ("known_heads", "known_size")}
+    beit = infer_beit(mapped.tensors, wishes, view.where, **known)
     # A model that pools by the mean has its norm in the pooler, and none without pooler.
     mean_pooling = (view.config or {}).get("use_mean_pooling", True)
     has_norm = any(name.startswith(("norm.", "fc_norm.")) for name in mapped.tensors)
@@ -197,25 +191,11 @@ def _convert_beit(view: View, wishes: Wishes) -> Converted:
         beit.num_heads,
         **account(view, mapped, DROPPED),
         **mean_and_std(view, BEIT_MEAN, BEIT_STD),
-        norm_eps=norm_eps(view),
+        norm_eps=facts["norm_eps"],
         without=("norm", "fc_norm") if mean_pooling and not has_norm else (),
         position_rule="hf_transposed" if relative and height != width else "hf",
         pooling="mean" if mean_pooling else "cls",
         notes=beit.notes,
-    )
-
-
-def _with_outer_norm(view: View) -> View:
-    """In BeitForMaskedImageModeling the encoder's final norm lies outside "beit."."""
-    outer = {short: name for short, name in view.beside.items() if short.startswith("layernorm.")}
-    if not outer or "layernorm.weight" in view.tensors:
-        return view
-    section = view.contents.section(view.section)
-    return replace(
-        view,
-        tensors=view.tensors | {short: section[name] for short, name in outer.items()},
-        names=view.names | outer,
-        outside={short: name for short, name in view.outside.items() if name not in outer.values()},
     )
 
 

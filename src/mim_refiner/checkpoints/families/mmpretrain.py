@@ -46,10 +46,6 @@ BEIT_KEYS = KeyMap(
 _DROPPED = {"target_generator.": "makes the targets of the pre-training"}
 
 
-def _is_beit(view: View) -> bool:
-    return {"layers.0.attn.q_bias", "cls_token"} <= view.tensors.keys()
-
-
 def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
     return {"final_norm": None if "fc_norm.weight" in tensors else True, **_mean_and_std(view)}
 
@@ -73,11 +69,16 @@ def _convert_beit(view: View, wishes: Wishes) -> Converted:
 
 VIT = vit_family(
     "mmpretrain",
-    lambda view: "layers.0.attn.qkv.weight" in view.tensors and not _is_beit(view),
+    lambda view: "layers.0.attn.qkv.weight" in view.tensors,
     keys=VIT_KEYS,
     anchor=ANCHOR,
     dropped=_DROPPED,
     prepare=_prepare,
     heads={192: 3, 384: 6},
 )
-BEIT = Family("mmpretrain_beit", ANCHOR, _is_beit, _convert_beit)
+BEIT = Family(  # asked before VIT
+    "mmpretrain_beit",
+    ANCHOR,
+    lambda view: {"layers.0.attn.q_bias", "cls_token"} <= view.tensors.keys(),
+    _convert_beit,
+)

@@ -263,9 +263,11 @@ def table_grid(
         # many positions that make a square which is no usual image: text lines of 32x128 px, spectrograms
         small = side * max(patch) < _USUAL_SIDE and side >= 12
         if small or (in_chans == 1 and side >= 16 and side % 8 == 0):
+            rows = next((rows for rows in (side // 2, side // 4) if side * side % rows == 0), 1)
+            columns = side * side // rows
             raise CheckpointError(
-                f"{where}: {side * side} positions may be {side}x{side} ({size} px) or "
-                f"{_other_grid(side, patch)}; pass image_size=HEIGHTxWIDTH of its training (behind the file: "
+                f"{where}: {side * side} positions may be {side}x{side} ({size} px) or {rows}x{columns} "
+                f"({rows * patch[0]}x{columns * patch[1]} px); pass image_size=HEIGHTxWIDTH of its training (behind the file: "
                 "FILE::image_size=32x128)"
             )
         note = f"{GUESS}images of {size} px in training, since {side * side} positions make a square; pass "
@@ -291,12 +293,6 @@ def _overlap(size: tuple[int, int], patch: tuple[int, int], positions: int) -> i
         if rows * columns == positions:
             return stride
     return 0
-
-
-def _other_grid(side: int, patch: tuple[int, int]) -> str:
-    rows = next((rows for rows in (side // 2, side // 4) if rows and side * side % rows == 0), 1)
-    columns = side * side // rows
-    return f"{rows}x{columns} ({rows * patch[0]}x{columns * patch[1]} px)"
 
 
 def is_square(count: int) -> bool:

@@ -159,12 +159,6 @@ _BANDS = {  # mean and std of the six bands: version 1, version 2
 _FULL_SCALE = 65535  # of 16-bit images, whose pixels count from 0 to 1
 
 
-def _is_prithvi(view: View) -> bool:
-    """A ViT with class token whose patches are three-dimensional and one date deep."""
-    names = view.tensors
-    return has_plain_vit(names) and "cls_token" in names and names[PROJECTION].shape[2:-2] == (1,)
-
-
 def _prepare_prithvi(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
     tensors[PROJECTION] = weight = tensors[PROJECTION].squeeze(2)
     table = tensors["pos_embed"]
@@ -202,7 +196,10 @@ def _entries_of_a_date(patches: Tensor, where: str) -> int:
 
 PRITHVI = vit_family(
     "prithvi",
-    _is_prithvi,
+    # patches are three-dimensional and one date deep
+    lambda view: (
+        "cls_token" in view.tensors and has_plain_vit(view.tensors) and view.tensors[PROJECTION].shape[2:-2] == (1,)
+    ),
     dropped={
         "temporal_embed_enc.": "weight of the date, which an image has not",
         "location_embed_enc.": "weight of the place, which an image has not",
@@ -218,11 +215,6 @@ PRITHVI = vit_family(
 # patch projection pads the image by 2 pixels.
 
 _PADDING = 2
-
-
-def _is_vitpose(view: View) -> bool:
-    names = view.tensors
-    return has_plain_vit(names) and {"last_norm.weight", "pos_embed"} <= names.keys() and "cls_token" not in names
 
 
 def _is_hf_vitpose(view: View) -> bool:
@@ -258,7 +250,11 @@ def _prepare_vitpose(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> 
 _VITPOSE: dict[str, Any] = {"final_norm": True, "architecture": "vit_variant", "heads": {384: 12}}
 VITPOSE = vit_family(
     "vitpose",
-    _is_vitpose,
+    lambda view: (
+        {"last_norm.weight", "pos_embed"} <= view.tensors.keys()
+        and "cls_token" not in view.tensors
+        and has_plain_vit(view.tensors)
+    ),
     keys=KeyMap([("last_norm.{p}", "norm.{p}")], same=is_encoder_name),
     prepare=_prepare_vitpose,
     **_VITPOSE,
