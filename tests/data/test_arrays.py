@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from mim_refiner.data.arrays import Arrays, read_npy
+from mim_refiner.data.channels import Arrays, read_npy
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError

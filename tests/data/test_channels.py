@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mim_refiner.data.arrays import read_npy
-from mim_refiner.data.channels import as_channels_last, resize
+from mim_refiner.data.channels import as_channels_last, read_npy, resize
 from mim_refiner.data.decode import ImageSet, decode_rgb
 from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.loaders import TrainLoader, eval_batches

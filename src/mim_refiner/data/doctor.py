@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mim_refiner.data.arrays import array_in
 from mim_refiner.data.channels import (
     Raw,
     TooLargeError,
     UnusableImageError,
     WrongChannelsError,
+    array_in,
     as_channels_last,
     for_display,
 )

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from mim_refiner.data.arrays import array_in
 from mim_refiner.data.channels import (
     MAX_CHANNELS,
     MAX_PIXELS,
@@ -27,6 +26,7 @@ from mim_refiner.data.channels import (
     TooLargeError,
     UnusableImageError,
     WrongChannelsError,
+    array_in,
     as_channels_last,
     common_type,
     wrong_channels,

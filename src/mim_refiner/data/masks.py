@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from mim_refiner.data.arrays import array_in
+from mim_refiner.data.channels import array_in
 from mim_refiner.data.image_files import SIDEWAYS, open_image, orientation, stored_bits, stored_size
 from mim_refiner.data.source_base import ConcatSource, ImageSource, Selection
 from mim_refiner.data.source_files import FileSource

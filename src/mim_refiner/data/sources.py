@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from mim_refiner.data.labels import printable, shown_names
-from mim_refiner.data.source_arrays import ArraySource
 from mim_refiner.data.source_base import ConcatSource, ImageSource, sliced
 from mim_refiner.data.source_files import IMAGE_SUFFIXES, TABLE_SUFFIXES, FileSource, Walk, folder_source, image_files
 from mim_refiner.data.source_list import LIST_SUFFIXES, list_source
-from mim_refiner.data.source_objects import object_source
+from mim_refiner.data.source_objects import ArraySource, object_source
 from mim_refiner.data.source_parquet import ParquetSource, parquet_folder
 from mim_refiner.data.source_tar import TarSource
 from mim_refiner.errors import DataError, nearest_path, reason_of

@@ -265,10 +265,10 @@ def table_grid(
         if small or (in_chans == 1 and side >= 16 and side % 8 == 0):
             rows = next((rows for rows in (side // 2, side // 4) if side * side % rows == 0), 1)
             columns = side * side // rows
+            other = f"{rows * patch[0]}x{columns * patch[1]}"
             raise CheckpointError(
-                f"{where}: {side * side} positions may be {side}x{side} ({size} px) or {rows}x{columns} "
-                f"({rows * patch[0]}x{columns * patch[1]} px); pass image_size=HEIGHTxWIDTH of its training (behind the file: "
-                "FILE::image_size=32x128)"
+                f"{where}: {side * side} positions may be {side}x{side} ({size} px) or {rows}x{columns} ({other} px); "
+                "pass image_size=HEIGHTxWIDTH of its training (behind the file: FILE::image_size=32x128)"
             )
         note = f"{GUESS}images of {size} px in training, since {side * side} positions make a square; pass "
         return (side, side), squares[0], [f"{note}image_size= if not"] if side > 1 else []
