@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -69,21 +70,24 @@ def named_texts(tree: ast.Module) -> Iterator[tuple[str, str]]:
             yield ast.unparse(node.targets[0]), node.value.value
 
 
-def messages() -> Iterator[tuple[str, str]]:
+@functools.cache
+def messages() -> list[tuple[str, str]]:
     """(where, text) of every error of ours that the package builds."""
+    found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text())
         constants = dict(named_texts(tree))
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ERRORS and node.args:
-                yield f"{path.relative_to(PACKAGE)}:{node.lineno}", text_of(node.args[0], constants)
+                found.append((f"{path.relative_to(PACKAGE)}:{node.lineno}", text_of(node.args[0], constants)))
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "errors_as":
                 problem, remedy = (text_of(part, constants) for part in node.args[1:3])
-                yield f"{path.relative_to(PACKAGE)}:{node.lineno}", f"{problem}; {remedy}"
+                found.append((f"{path.relative_to(PACKAGE)}:{node.lineno}", f"{problem}; {remedy}"))
+    return found
 
 
 def test_every_message_says_what_to_do():
-    found = list(messages())
+    found = messages()
     assert len(found) > 100
     silent = [f"{where}: {text}" for where, text in found if text not in PASSED_ON and not ADVICE.search(text)]
     assert silent == []

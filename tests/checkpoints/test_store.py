@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
+from mim_refiner.checkpoints import load_backbone
 from mim_refiner.checkpoints.store import read_checkpoint
 from mim_refiner.errors import CheckpointError
 
 
-class Hostile:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.target,))
-
-
 class Unlisted:
     """A harmless class that is not on the list either."""
-
-
-def dump_pickle(payload: object, path: Path, protocol: int) -> None:
-    with path.open("wb") as file:
-        pickle.dump(payload, file, protocol=protocol)
-
-
-@pytest.mark.parametrize("writer", ["torch zip", "torch legacy", "pickle 5"])
-def test_hostile_pickle_is_not_executed(tmp_path: Path, vit_state: dict[str, Tensor], writer: str) -> None:
-    proof, path = tmp_path / "executed", tmp_path / "weights.pth"
-    payload = {"model": vit_state, "args": Hostile(proof)}
-    if writer.startswith("torch"):
-        torch.save(payload, path, _use_new_zipfile_serialization=writer == "torch zip")
-    else:
-        dump_pickle(payload, path, int(writer[-1]))
-    for read in (load_backbone, inspect_checkpoint):
-        with pytest.raises(CheckpointError) as caught:
-            read(path)
-        assert "\n" not in str(caught.value)
-        if writer.startswith("torch"):
-            assert "could run code" in str(caught.value)
-    assert not proof.exists()
-    torch.load(path, weights_only=False) if writer.startswith("torch") else pickle.loads(path.read_bytes())
-    assert proof.exists()  # the trap does work; only our reading avoids it
 
 
 def test_only_the_listed_class_is_allowed(tmp_path: Path, vit_state: dict[str, Tensor]) -> None:
@@ -79,48 +43,20 @@ def test_sections_hold_every_tensor(tmp_path: Path) -> None:
     assert found == {"model/a", "optimizer.state.0/exp_avg", "list/0", "list.1/0", "/x"}
 
 
-def write_broken(kind: str, path: Path, state: dict[str, Tensor]) -> None:
-    if kind == "truncated torch":
-        torch.save(state, path)
-        path.write_bytes(path.read_bytes()[:20000])
-    elif kind == "truncated legacy":
-        torch.save(state, path, _use_new_zipfile_serialization=False)
-        path.write_bytes(path.read_bytes()[:20000])
-    elif kind == "truncated safetensors":
-        save_file(state, path)
-        path.write_bytes(path.read_bytes()[:20000])
-    elif kind == "another zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("hello.txt", "hello")
-    elif kind == "no tensors":
-        torch.save({"epoch": 3, "model": {}}, path)
-    else:
-        path.write_bytes(
-            {"empty": b"", "text": b"just some text\n", "short": b"ab", "png": b"\x89PNG\r\n\x1a\n12345"}[kind]
-        )
-
-
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("content", "message"),
     [
-        ("truncated torch", "truncated torch file"),
-        ("truncated legacy", "damaged"),
-        ("truncated safetensors", "damaged or truncated safetensors"),
-        ("another zip", "a zip file but no torch checkpoint"),
-        ("no tensors", "holds no tensors"),
-        ("empty", "the file is empty"),
-        ("text", "is not a checkpoint"),
-        ("short", "is not a checkpoint"),
-        ("png", "is not a checkpoint"),
+        (b"", "the file is empty"),
+        (b"just some text\n", "is not a checkpoint"),
+        (b"ab", "is not a checkpoint"),
+        (b"\x89PNG\r\n\x1a\n12345", "is not a checkpoint"),
     ],
 )
-def test_broken_files(tmp_path: Path, vit_state: dict[str, Tensor], kind: str, message: str) -> None:
+def test_other_files(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "weights.pth"
-    write_broken(kind, path, vit_state)
-    with pytest.raises(CheckpointError, match=message) as caught:
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"weights\.pth: .*{message}"):
         load_backbone(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_the_name_of_a_file_says_nothing(tmp_path: Path, vit_state: dict[str, Tensor]) -> None:

@@ -30,13 +30,6 @@ def test_sixteen_bit_keeps_the_upper_byte(encode):
     np.testing.assert_array_equal(decode_rgb(encode(Image.fromarray(wide)))[:, :, 0].ravel(), np.arange(256))
 
 
-def test_cmyk_jpeg(encode):
-    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # red in ink
-    red, green, blue = decode_rgb(encode(cmyk, "JPEG", quality=95))[4, 4].astype(int)
-    assert red > 230
-    assert max(green, blue) < 25
-
-
 def test_transparency_lies_on_white(encode):
     image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
     image.putpixel((1, 0), (200, 0, 0, 0))
@@ -52,13 +45,6 @@ def test_palette_with_transparent_entry(encode):
     image.putpixel((1, 0), 1)
     assert decode_rgb(encode(image)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
     assert decode_rgb(encode(image, transparency=b"\x00\xff")).tolist() == [[[255, 255, 255], [40, 50, 60]]]
-
-
-def test_exif_rotation_is_applied(pixels, encode):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a turn of 90 degrees clockwise
-    rotated = decode_rgb(encode(pixels(0), "PNG", exif=exif))
-    np.testing.assert_array_equal(rotated, np.rot90(pixels(0), -1))
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_paths_in_a_list_and_odd_pictures(tmp_path: Path) -> None:
         (None, "data is a NoneType"),
         ([], "empty list"),
         ({"images": PIXELS}, "data is a dict"),
-        (PIXELS.astype(np.float32) / 255, "images are float32; give them as uint8 or uint16, before ToTensor"),
+        (PIXELS.astype(np.float32) / 255, "images are float32; give uint8 or uint16, before ToTensor"),
         ([torch.zeros(3, 8, 8)], "float32"),
         ([object()], "an item is a object, no image"),
         ([{"picture": 1}], "no column image or img among picture; rename one"),

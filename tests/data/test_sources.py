@@ -37,25 +37,6 @@ def test_class_folders_give_labels(image_folder, pixels):
     np.testing.assert_array_equal(decode_rgb(source.read(2)), pixels(0))
 
 
-@pytest.mark.parametrize(
-    "names",
-    [["a.png", "b.png"], ["x/1/a.png", "x/2/b.png"], ["a.png", "x/b.png"], ["only/a.png", "only/b.png"]],
-    ids=["flat", "deeper", "mixed", "one sub-folder"],
-)
-def test_other_folder_layouts_have_no_labels(image_folder, names):
-    source = open_source(image_folder(names))
-    assert len(source) == 2
-    assert source.labels is None
-    assert source.class_names is None
-
-
-def test_hidden_and_foreign_files_are_ignored(image_folder):
-    root = image_folder(["a.png", ".b.png", ".cache/c.png", "d.JPG"])
-    (root / "notes.txt").write_text("no image")
-    assert [open_source(root).name(i) for i in range(2)] == ["a.png", "d.JPG"]
-    assert len(open_source(root)) == 2
-
-
 def test_fingerprint_knows_content_but_not_place(image_folder, tmp_path):
     root = image_folder(["x/a.png", "y/b.png"])
     before = open_source(root).fingerprint()
@@ -63,43 +44,6 @@ def test_fingerprint_knows_content_but_not_place(image_folder, tmp_path):
     assert open_source(moved).fingerprint() == before
     (moved / "y/b.png").rename(moved / "x/b.png")
     assert open_source(moved).fingerprint() != before
-
-
-# lists
-
-
-def test_text_list(image_folder):
-    root = image_folder(["a.png", "sub/b.png"])
-    (root / "list.txt").write_text("# comment\nsub/b.png\n\na.png\n")
-    source = open_source(root / "list.txt")
-    assert [source.name(i) for i in range(len(source))] == ["sub/b.png", "a.png"]
-    assert source.labels is None
-    assert decode_rgb(source.read(0)).shape == (12, 16, 3)
-
-
-@pytest.mark.parametrize("header", ["", "path,label\n"])
-def test_csv_list_with_names_as_labels(image_folder, header):
-    root = image_folder(["a.png", "b.png"])
-    (root / "list.csv").write_text(header + "a.png,zebra\nb.png,ant\n")
-    source = open_source(root / "list.csv")
-    assert source.class_names == ("ant", "zebra")
-    assert source.labels.tolist() == [1, 0]
-
-
-def test_csv_list_with_integers_and_further_columns(image_folder):
-    root = image_folder(["a.png", "b.png"])
-    (root / "list.csv").write_text("path,size,label\na.png,7,4\nb.png,7,2\n")
-    source = open_source(root / "list.csv")
-    assert source.labels.tolist() == [1, 0]
-    assert source.class_names == ("2", "4")
-    assert source.classes.ids == (2, 4)
-    assert [str(each) for each in source.left_out] == ["1 columns of the list (first: size)"]
-
-
-def test_text_list_with_tab_labels(image_folder):
-    root = image_folder(["a b.png"])
-    (root / "list.txt").write_text("a b.png\t3\n")
-    assert open_source(root / "list.txt").class_names == ("3",)
 
 
 # parquet

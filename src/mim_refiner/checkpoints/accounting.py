@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -51,7 +50,12 @@ def fates(diagnosis: Diagnosis, model: nn.Module) -> tuple[list[TensorRecord], l
         records += [_placed(name, target, tuple(section[name].shape), shape, len(names)) for name in names]
     for name, reason in (converted.dropped | dict.fromkeys(unplaced, "no place in the encoder")).items():
         records.append(TensorRecord(name, tuple(section[name].shape), "dropped", reason=reason))
-    records.extend(_other_sections(diagnosis))
+    for path, tensors in diagnosis.contents.sections.items():
+        if path != diagnosis.view.section:
+            reason = _why_not(path, diagnosis)
+            for name, tensor in tensors.items():
+                full = f"{path}.{name}".lstrip(".")
+                records.append(TensorRecord(full, tuple(tensor.shape), "dropped", reason=reason))
     missing = [name for name in expected if name not in converted.tensors]
     return records, missing, unplaced
 
@@ -62,15 +66,6 @@ def _placed(name: str, target: str, in_file: tuple[int, ...], shape: tuple[int, 
     if in_file != shape:
         return TensorRecord(name, in_file, "reshaped", target, f"from {list(in_file)} to {list(shape)}")
     return TensorRecord(name, in_file, "loaded" if name == target else "renamed", target)
-
-
-def _other_sections(diagnosis: Diagnosis) -> Iterator[TensorRecord]:
-    for path, tensors in diagnosis.contents.sections.items():
-        if path == diagnosis.view.section:
-            continue
-        reason = _why_not(path, diagnosis)
-        for name, tensor in tensors.items():
-            yield TensorRecord(f"{path}.{name}".lstrip("."), tuple(tensor.shape), "dropped", reason=reason)
 
 
 def _why_not(path: str, diagnosis: Diagnosis) -> str:

@@ -207,9 +207,7 @@ def _scale(config: Mapping[str, Any], layer: str, rank: int, where: str) -> floa
     if not isinstance(alpha, int | float) or not isinstance(said, int | None):
         raise CheckpointError(f"{where}: r and lora_alpha must be numbers; correct it")
     if said not in (rank, None):
-        raise CheckpointError(
-            f"{where}: r or rank_pattern says rank {said} for {layer[:80]}, its tensors have {rank}; correct it"
-        )
+        raise CheckpointError(f"{where}: r or rank_pattern says rank {said}, not {rank}, for {layer[:80]}; correct it")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

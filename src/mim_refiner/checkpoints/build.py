@@ -38,10 +38,7 @@ def build(converted: Converted, where: str) -> Any:
     if converted.num_heads > 0:
         arguments["num_heads"] = converted.num_heads
     if ":" in converted.architecture or "/" in converted.architecture:  # timm would fetch or open it
-        raise CheckpointError(
-            f"{where}: its architecture {ascii(converted.architecture)[:80]} is an address, not the name of a timm "
-            "model, and was not followed; correct its config.json"
-        )
+        raise CheckpointError(f"{where}: {ascii(converted.architecture)[:60]} is an address; name a timm model")
     _check_arguments(arguments, where)
     remedy = "correct its config.json, or take the files from their source again"
     problem = f"{where}: timm cannot build '{converted.architecture}' as described"
@@ -56,14 +53,10 @@ def build(converted: Converted, where: str) -> Any:
                 block.gamma_1 = block.gamma_2 = None
             continue
         if not isinstance(getattr(model, name, None), nn.LayerNorm | nn.RMSNorm | nn.Identity):
-            raise CheckpointError(
-                f"{where}: its config.json leaves out {ascii(name)[:40]}, without which nothing is computed; correct it"
-            )
+            raise CheckpointError(f"{where}: an encoder cannot be without {ascii(name)[:40]}; correct its config.json")
         setattr(model, name, nn.Identity())
     if not any(parameter.ndim > 1 for name, parameter in model.named_parameters() if _IN_BLOCKS.search(name)):
-        raise CheckpointError(
-            f"{where}: '{converted.architecture}' so described has no blocks; correct its config.json"
-        )
+        raise CheckpointError(f"{where}: '{converted.architecture}' has no blocks; correct its config.json")
     if converted.norm_eps is not None:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm | nn.RMSNorm):
@@ -78,10 +71,7 @@ def _check_arguments(arguments: Mapping[str, Any], where: str) -> None:
         values = value if isinstance(value, list | tuple) else (value,)
         numbers = [number for number in values if isinstance(number, int | float) and not isinstance(number, bool)]
         if any(not abs(number) <= bound for number in numbers):
-            raise CheckpointError(
-                f"{where}: {name}={str(value)[:40]} is beyond any encoder's (at most {bound}); the file or its "
-                "config.json is damaged, take it from its source again"
-            )
+            raise CheckpointError(f"{where}: {name}={str(value)[:40]} is beyond any encoder's; correct its config.json")
 
 
 def adapt_channels(converted: Converted, in_chans: int) -> Converted:

@@ -50,9 +50,14 @@ def detect(contents: Contents, wishes: Wishes, own: Family | None = None) -> Det
         views = list(_views(contents, family))
         found = [view for view in views if family.matches(view)]
         if found:
-            found = _labelled(
-                [view for view in views if any(view is one for one in found) or _is_alike(view, found[0])]
-            )
+            found = [view for view in views if any(view is one for one in found) or _is_alike(view, found[0])]
+            counts = Counter(view.label for view in found)
+            found = [  # those of one label are called by their full place
+                replace(view, label=f"{view.section}:{view.prefix.rstrip('.')}".strip(":"))
+                if counts[view.label] > 1
+                else view
+                for view in found
+            ]
             view, note = _choose(found, family, wishes)
             return Detected(family, view, tuple(view.label for view in found), note)
     raise _unknown(contents)
@@ -65,9 +70,7 @@ def _views(contents: Contents, family: Family) -> Iterator[View]:
         stripped = {name: strip_wrappers(name) for name in tensors}
         if len(set(stripped.values())) < len(stripped):
             twice = Counter(stripped.values()).most_common(1)[0][0]
-            raise CheckpointError(
-                f"{contents.source}: two tensors are named {twice} once wrappers are left out; save the encoder alone"
-            )
+            raise CheckpointError(f"{contents.source}: two tensors mean {twice}; save the encoder alone")
         prefixes = [
             name.removesuffix(anchor) for name in stripped.values() if name == anchor or name.endswith("." + anchor)
         ]
@@ -95,15 +98,6 @@ def _label(section: str, prefix: str) -> str:
         if part not in _UNTELLING and not part.isdigit():
             return part
     return "model"
-
-
-def _labelled(views: list[View]) -> list[View]:
-    """Encoders of the same label are called by their full place instead."""
-    counts = Counter(view.label for view in views)
-    return [
-        replace(view, label=f"{view.section}:{view.prefix.rstrip('.')}".strip(":")) if counts[view.label] > 1 else view
-        for view in views
-    ]
 
 
 def _choose(views: list[View], family: Family, wishes: Wishes) -> tuple[View, str]:

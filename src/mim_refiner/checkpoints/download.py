@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from mim_refiner._version import __version__
 from mim_refiner.checkpoints.catalog import Entry
-from mim_refiner.errors import CheckpointError
+from mim_refiner.errors import CheckpointError, one_line
 from mim_refiner.files import CACHE_VARIABLE, cache_folder, write_json
 
 _OFFLINE_VARIABLES = ("MIM_REFINER_OFFLINE", "HF_HUB_OFFLINE")
@@ -51,9 +51,7 @@ def fetch(entry: Entry, *, sleep: Callable[[float], None] = time.sleep) -> Path:
     if path.is_file():
         return path
     if not entry.address.startswith(("http://", "https://")):
-        raise CheckpointError(
-            f"'{entry.name}' cannot be downloaded by a program; get the file from {entry.page} and pass its path"
-        )
+        raise CheckpointError(f"'{entry.name}' is not for programs; get the file from {entry.page}, pass its path")
     if any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in _OFFLINE_VARIABLES):
         raise _by_hand(entry, path, "offline mode is on")
     try:
@@ -132,10 +130,9 @@ def _transfer(entry: Entry, path: Path, part: Path, notes: Path) -> None:
         if error.code in (408, 429) or error.code >= 500:
             raise _TryAgainError(f"the server answers {error.code} {error.reason}") from error
         raise _by_hand(entry, path, f"the server answers {error.code} {error.reason}") from error
-    except urllib.error.URLError as error:
-        raise _TryAgainError(_reason(error.reason)) from error
-    except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-        raise _TryAgainError(_reason(error)) from error
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        reason = getattr(error, "reason", error)
+        raise _TryAgainError(one_line(getattr(reason, "strerror", None) or reason or type(reason).__name__)) from error
     if total is not None and done < total:
         raise _TryAgainError(f"the connection ended at {done} of {total} bytes")
 
@@ -185,7 +182,3 @@ def _verify(entry: Entry, part: Path, notes: Path) -> None:
                 f"'{entry.name}': {entry.address} has {algorithm.upper()} {found[: len(expected)]} and not {expected} "
                 "as published, so it was removed; try again, and do not use a copy with this hash"
             )
-
-
-def _reason(error: Any) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())[:100]

@@ -108,9 +108,7 @@ def _inner(folder: Path) -> Path:
         tag = (folder / "latest").read_bytes()[:256].decode("utf-8", "replace").strip()
         if tag and "/" not in tag and any((folder / tag / states).exists() for states in (_DEEPSPEED, _ZERO3)):
             return folder / tag
-        raise CheckpointError(
-            f"{folder}: its file 'latest' names {ascii(tag)[:80]}, which holds no {_DEEPSPEED}; copy that folder here"
-        )
+        raise CheckpointError(f"{folder}: 'latest' names {ascii(tag)[:80]}, which is not here; copy that folder here")
     return folder
 
 
@@ -123,9 +121,7 @@ def _snapshot(folder: Path) -> Path:
         raise CheckpointError(f"{folder}: its download did not finish (no snapshots); download the model again")
     if len(chosen) > 1:
         newest = max(chosen, key=lambda path: path.stat().st_mtime)
-        raise CheckpointError(
-            f"{folder}: the cache holds {len(chosen)} snapshots; give the folder of one, the newest is {newest}"
-        )
+        raise CheckpointError(f"{folder}: has {len(chosen)} snapshots; give the folder of one, the newest is {newest}")
     return chosen[0]
 
 
@@ -141,11 +137,6 @@ def _weights(folder: Path) -> list[Path]:
     others = {*_NO_MODELS, *(_ADAPTER_FILES if (folder / ADAPTER).exists() else ())}
     files = (path for path in folder.iterdir() if path.suffix in WEIGHT_ENDINGS and path.name not in others)
     return sorted(path for path in files if not path.name.startswith("rng_state"))
-
-
-def _has_model(folder: Path) -> bool:
-    named = any((folder / name).exists() for name in (*WEIGHT_FILES, METADATA)) or _index(folder) is not None
-    return named or ((folder / CONFIG).exists() and bool(_weights(folder)))
 
 
 def _weight_file(folder: Path) -> Path:
@@ -206,7 +197,8 @@ def _read_adapter(folder: Path, read_base: Base) -> Contents:
     if path is None:
         raise CheckpointError(f"{folder}: has an {ADAPTER} but no {_ADAPTER_FILES[0]}; put it there")
     adapter = replace(read_checkpoint(path, config=config), source=str(folder))
-    if _has_model(folder):
+    named = any((folder / name).exists() for name in (*WEIGHT_FILES, METADATA)) or _index(folder) is not None
+    if named or ((folder / CONFIG).exists() and _weights(folder)):
         return with_adapter(_read_model(folder), adapter)
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{folder}: is a LoRA adapter that names no base model; merge it in PEFT and save that")

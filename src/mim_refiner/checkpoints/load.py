@@ -31,7 +31,7 @@ from mim_refiner.errors import CheckpointError, InputError, MimRefinerError, one
 from mim_refiner.files import errors_as, name_of, reading
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import RULES
-from mim_refiner.types import BackboneInfo, CheckpointReport, TensorRecord
+from mim_refiner.types import BackboneInfo, CheckpointReport, TensorRecord, height_width
 
 KeyMapLike = Mapping[str, Any] | str | Path | None
 _LOGGER = logging.getLogger("mim_refiner")  # a logger without handlers writes warnings to stderr
@@ -185,10 +185,7 @@ def _check_size(sketch: Any, diagnosis: Diagnosis, source: str) -> None:
     wanted = sum(tensor.numel() for tensor in sketch.state_dict().values())
     held = sum(tensor.numel() for tensor in diagnosis.converted.tensors.values())
     if wanted > 8 * held + 2**27:
-        raise CheckpointError(
-            f"{source}: its config describes an encoder of {wanted:.1e} numbers, the file holds {held:.1e}; take "
-            "config and weights from one source"
-        )
+        raise CheckpointError(f"{source}: its config is of a far larger encoder; take both from one source")
 
 
 def _merge(source: str | Path, given: Mapping[str, Any], key_map: KeyMapLike) -> tuple[str, Wishes, KeyMapLike]:
@@ -290,6 +287,4 @@ def _per_channel(converted: Converted, values: tuple[float, ...] | None) -> tupl
 
 
 def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    return None if size is None else height_width(size)

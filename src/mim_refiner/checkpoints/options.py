@@ -40,9 +40,7 @@ def split_options(source: str | Path) -> tuple[str, dict[str, Any]]:
         name, equals, value = (part.strip() for part in item.partition("="))
         if name not in _KNOWN or not equals or not value:
             use = f"use NAME=VALUE with {', '.join(_KNOWN)}"
-            raise InputError(
-                f"{text[:200]}: '{item[:80]}' is no option of a model source{did_you_mean(name, _KNOWN)}; {use}"
-            )
+            raise InputError(f"{text[:200]}: '{item[:80]}' is no option{did_you_mean(name, _KNOWN)}; {use}")
         values[name] = _number(name, value) if name in ("num_heads", "in_chans") else value
     if "image_size" in values:
         values["image_size"] = parse_size(values["image_size"])

@@ -53,9 +53,7 @@ def read_source(source: str | Path) -> Contents:
     if "/" in text or "\\" in text or path.suffix in WEIGHT_ENDINGS:
         raise CheckpointError(f"{text}: no such file or folder{nearest_path(text) or '; check the path'}")
     close = did_you_mean(text, [*CATALOGUE, *timm.list_models("vit*")])
-    raise CheckpointError(
-        f"'{text}' is no file, folder, catalogue or timm model name or hf-hub:owner/name{close or '; check the name'}"
-    )
+    raise CheckpointError(f"'{text}' is no file, model name or hf-hub:owner/name{close or '; check the name'}")
 
 
 def _read_base(name: str) -> Contents:
@@ -71,9 +69,7 @@ def _read_timm_name(name: str) -> Contents:
         choose = f"name one of its weights: {', '.join(tags[:4])}" if tags else "timm has no weights for it"
         raise CheckpointError(f"'{name}' names an architecture without weights; {choose}")
     if not config.hf_hub_id:
-        raise CheckpointError(
-            f"'{name}': timm knows no Hugging Face repository of it; download its file, pass the path"
-        )
+        raise CheckpointError(f"'{name}': timm knows no repository of it; download its file, pass the path")
     return replace(read_folder(_download(config.hf_hub_id, None, name), _read_base), source=name)
 
 

@@ -236,10 +236,7 @@ def _check_tensors(path: Path, sections: Mapping[str, Mapping[str, Tensor]]) -> 
             total += tensor.numel() * tensor.element_size()
     size = path.stat().st_size
     if total > 4 * size + _SHARED_SLACK:
-        raise CheckpointError(
-            f"{path}: its tensors unfold to {total} bytes from a file of {size}, so they were not loaded; save them "
-            "with .contiguous()"
-        )
+        raise CheckpointError(f"{path}: its tensors unfold from {size} to {total} bytes; save them with .contiguous()")
 
 
 def _tensor(item: Any, path: Path) -> Tensor | None:

@@ -172,6 +172,4 @@ def _check(converted: Converted, where: str) -> None:
     }
     wrong = next((name for name, holds in right.items() if not holds), None)
     if wrong:
-        raise CheckpointError(
-            f"{where}: {wrong}={str(getattr(converted, wrong))[:60]} is no usable value; correct its config.json"
-        )
+        raise CheckpointError(f"{where}: {wrong}={str(getattr(converted, wrong))[:50]} is unusable; correct it")

@@ -52,13 +52,8 @@ def read_torch(file: IO[bytes], data: memoryview, where: str, start: bytes) -> A
             f"{where}: holds pickled objects ({error}) that could run code, so it was not loaded; where you trust its "
             f"source, save its tensors alone: {_command(where, error)}"
         ) from error
-    except BrokenPickleError as error:
-        raise CheckpointError(f"{where}: is damaged or no torch checkpoint ({error}); {_DOWNLOAD}") from error
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError) as error:
-        reason = one_line(error, 100)
-        raise CheckpointError(
-            f"{where}: is damaged, truncated or no torch checkpoint ({reason}); {_DOWNLOAD}"
-        ) from error
+    except (BrokenPickleError, zipfile.BadZipFile, NotImplementedError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{where}: is damaged or no torch checkpoint ({one_line(error)}); {_DOWNLOAD}") from error
 
 
 def _command(where: str, error: UnsafePickleError) -> str:
@@ -109,9 +104,7 @@ def _read_zip(file: IO[bytes], data: memoryview, where: str) -> Any:
     pickles = [name for name in found if name.count("/") == 1 and name.endswith("/data.pkl")]
     root = pickles[0].removesuffix("data.pkl") if len(pickles) == 1 else ""
     if found and all(name.endswith(".npy") for name in found):
-        raise CheckpointError(
-            f"{where}: is a NumPy archive (as JAX writes weights); save them with torch or safetensors"
-        )
+        raise CheckpointError(f"{where}: is a NumPy archive (JAX?); save the weights with torch or safetensors")
     if not root or any(not name.startswith(root) for name in found):
         raise CheckpointError(f"{where}: is a zip file but no torch checkpoint; give the file that torch.save wrote")
     if len(found[pickles[0]]) > MAX_PICKLE_BYTES:
@@ -123,9 +116,7 @@ def _read_zip(file: IO[bytes], data: memoryview, where: str) -> Any:
         content = found.get(f"{root}data/{storage.key}")
         if content is None or len(content) != storage.nbytes:
             held = "is missing" if content is None else f"has {len(content)} bytes"
-            raise CheckpointError(
-                f"{where}: storage {storage.key[:20]} should have {storage.nbytes} bytes and {held}; {_DOWNLOAD}"
-            )
+            raise CheckpointError(f"{where}: storage {storage.key[:20]} of {storage.nbytes} bytes {held}; {_DOWNLOAD}")
         storage.data = content
     return value
 
@@ -151,9 +142,6 @@ def _check_member(where: str, member: zipfile.ZipInfo, seen: Mapping[str, object
     if name in seen:
         raise CheckpointError(f"{where}: holds {shown} twice, so it is not clear which one counts; {_DOWNLOAD}")
     if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
-        raise CheckpointError(
-            f"{where}: member {shown} is compressed ({member.compress_size} bytes for {member.file_size}), torch.save "
-            f"never does that; {_SAVE_AGAIN}"
-        )
+        raise CheckpointError(f"{where}: member {shown} is compressed, as torch.save never does; {_SAVE_AGAIN}")
     if member.flag_bits & 0x1:
         raise CheckpointError(f"{where}: member {shown} is encrypted; {_SAVE_AGAIN}")

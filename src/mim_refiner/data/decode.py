@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
 from mim_refiner.data.image_files import Reduction, decode_image
-from mim_refiner.data.source_base import ImageSource
+from mim_refiner.data.source_base import ImageSource, evenly
 from mim_refiner.errors import DataError, reason_of
 
 Pixels = NDArray[Any]  # [H, W, 3] uint8; for encoders of other channels [H, W, C] uint8 or uint16
@@ -160,8 +160,8 @@ class ImageSet:
 
     def _estimate_bytes(self) -> int:
         """Estimate the decoded size of the set from a few images spread over it."""
-        indices = sorted({int(i) for i in np.linspace(0, self._length - 1, min(_PROBES, self._length))})
-        sizes = [loaded.pixels.nbytes for loaded in map(self._decode, indices) if loaded is not None]
+        probes = map(self._decode, evenly(self._length, _PROBES))
+        sizes = [loaded.pixels.nbytes for loaded in probes if loaded is not None]
         if not sizes and all(self._decode(index) is None for index in range(self._length)):
             raise self._nothing_readable()
         return int(np.mean(sizes) * self._length) if sizes else 0

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from mim_refiner.data.source_base import ImageSource, Shared
+from mim_refiner.data.source_base import ImageSource, Shared, evenly
 from mim_refiner.errors import DataError
 
 NEAR = 0.97
@@ -151,7 +151,7 @@ def compare_images(train: ImageSource, test: ImageSource) -> tuple[Shared, bool]
 def _digests(source: ImageSource, limit: int) -> dict[bytes, int]:
     """{hash of the content: number of the first image that has it}; images that cannot be read are passed over."""
     found: dict[bytes, int] = {}
-    for index in np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)).tolist():
+    for index in evenly(len(source), limit):
         try:
             content = source.read(index)
         except Exception:  # as in decoding: counted and listed there

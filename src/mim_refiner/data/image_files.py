@@ -296,9 +296,7 @@ def _with_tifffile(data: bytes, channels: int) -> NDArray[Any]:
     try:
         import tifffile
     except ImportError:
-        raise UnusableImageError(
-            "a TIFF of these bands and bits needs the package tifffile; install it or save the image as .npy"
-        ) from None
+        raise UnusableImageError("such a TIFF needs the package tifffile; install it, or save as .npy") from None
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page: Any = file.pages[0]
         held = int(np.prod([int(side) for side in page.shape], dtype=object)) * page.dtype.itemsize

@@ -148,9 +148,7 @@ def _leaf(source: ImageSource, index: int) -> tuple[ParquetSource | FileSource, 
         return _leaf(source.parts[part], position)
     if isinstance(source, ParquetSource | FileSource):
         return source, index
-    raise DataError(
-        f"{source.description}: this kind of source has no masks; give parquet or folders images/ and masks/"
-    )
+    raise DataError(f"{source.description}: has no masks; give parquet, or folders images/ and masks/")
 
 
 def _mask_column(schema: Any) -> str | None:

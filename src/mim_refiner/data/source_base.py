@@ -118,6 +118,11 @@ class ImageSource(ABC):
         return whole | {"left_out": [asdict(each) for each in self.left_out]} | shared
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """At most so many of 0..count-1, evenly spaced, with the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)).tolist()
+
+
 def short_hash(parts: Iterable[object]) -> str:
     """Hash a sequence of strings, bytes, numbers and arrays to 16 hexadecimal digits."""
     digest = hashlib.sha256()

@@ -108,7 +108,8 @@ def _sniff(lines: list[tuple[int, str]], path: Path) -> _Layout:
             score = (sum(there), sum(looks) + (cells[0].lower() in PATH_NAMES), -columns)
             if 2 * max(sum(there), sum(looks)) >= len(cells) and (best is None or score > best[0]):
                 header = len(rows) > 1 and not there[0] and not looks[0]
-                widths = Counter(map(_width, rows[:1] if header else rows))
+                shown = rows[:1] if header else rows
+                widths = Counter(max((n for n, cell in enumerate(row, 1) if cell), default=0) for row in shown)
                 best = score, _Layout(separator, column, widths.most_common(1)[0][0], header)
     if best is None:
         raise DataError(
@@ -116,10 +117,6 @@ def _sniff(lines: list[tuple[int, str]], path: Path) -> _Layout:
             "write one path a row, or columns path,label"
         )
     return best[1]
-
-
-def _width(cells: list[str]) -> int:
-    return max((number for number, cell in enumerate(cells, 1) if cell), default=0)
 
 
 def _check_widths(rows: list[Row], width: int, path: Path) -> None:

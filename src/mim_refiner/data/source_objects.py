@@ -17,7 +17,7 @@ from PIL import Image
 from mim_refiner.data.channels import Arrays, is_pixels
 from mim_refiner.data.image_files import pixels_of
 from mim_refiner.data.labels import LabelProblem, Labels, candidates, printable
-from mim_refiner.data.source_base import ImageSource, label_parts, short_hash
+from mim_refiner.data.source_base import ImageSource, evenly, label_parts, short_hash
 from mim_refiner.data.source_files import image_files
 from mim_refiner.errors import DataError
 from mim_refiner.files import name_of
@@ -26,6 +26,7 @@ ACCEPTED = (
     "a path, an array [N, H, W, C], a list of PIL images, arrays or paths, a torch Dataset or a datasets.Dataset; with "
     "labels: (images, labels)"
 )
+_LOCK = threading.Lock()  # one for all, as no lock can be pickled
 _SAMPLED = 16  # images that the fingerprint looks at
 _IMAGE_KEYS = ("image", "img", "pixel_values", "jpg", "png")
 _SAMPLED_ROWS = 64  # of a file
@@ -62,28 +63,20 @@ class ObjectSource(ImageSource):
     """
 
     def __init__(self, given: Any, labels: Sequence[Any] | None) -> None:
-        self.given, self._lock = given, threading.Lock()
+        self.given = given
         self.description = f"{name_of(given)} ({len(given)} images)"
         first = self._item(0)
         self._key = _found(first, _IMAGE_KEYS) if isinstance(first, dict) else None
         if isinstance(first, dict) and self._key is None:
-            raise DataError(
-                f"{self.description}: no column {' or '.join(_IMAGE_KEYS[:2])} among {', '.join(first)}; rename one"
-            )
+            raise DataError(f"{self.description}: no column image or img among {', '.join(first)}; rename one")
         self.read(0)  # a wrong type is told at once
         self.read_labels(lambda: _labels(self._raw_labels(first) if labels is None else labels, len(self)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
 
     def __len__(self) -> int:
         return len(self.given)
 
     def _item(self, index: int) -> Any:
-        with self._lock:  # few data sets are made for threads
+        with _LOCK:  # few data sets are made for threads
             return self.given[index]
 
     def read(self, index: int) -> NDArray[Any] | bytes:
@@ -101,18 +94,14 @@ class ObjectSource(ImageSource):
         if pixels.dtype == object or pixels.ndim not in (2, 3):
             raise DataError(f"{self.description}: an item is a {type(image).__name__}, no image; give {ACCEPTED}")
         if not is_pixels(pixels.dtype):
-            raise DataError(
-                f"{self.description}: images are {pixels.dtype}; give them as uint8 or uint16, before ToTensor and "
-                "Normalize"
-            )
+            raise DataError(f"{self.description}: images are {pixels.dtype}; give uint8 or uint16, before ToTensor")
         return pixels
 
     def name(self, index: int) -> str:
         return f"[{index}]"
 
     def fingerprint(self) -> str:
-        rows = np.unique(np.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).astype(int))
-        images = (self.read(int(row)) for row in rows)
+        images = (self.read(row) for row in evenly(len(self), _SAMPLED))
         return short_hash(["objects", len(self), *label_parts(self.classes), *images])
 
     def _raw_labels(self, first: Any) -> Sequence[Any]:
@@ -203,8 +192,8 @@ class ArraySource(ImageSource):
         return f"{printable(self.path.name)}[{index}]"
 
     def fingerprint(self) -> str:
-        rows = np.unique(np.linspace(0, len(self) - 1, min(_SAMPLED_ROWS, len(self))).astype(int))
-        return short_hash(["array", self.shape, *label_parts(self.classes), *(self._array()[row] for row in rows)])
+        images = (self._array()[row] for row in evenly(len(self), _SAMPLED_ROWS))
+        return short_hash(["array", self.shape, *label_parts(self.classes), *images])
 
     def close(self) -> None:
         self._images = None

@@ -62,9 +62,7 @@ class TarSource(ImageSource):
         self.left_out = tuple(lost.values())
         if not self._offsets.any():
             found = "".join(f"; {each}" for each in self.left_out)
-            raise DataError(
-                f"{what}: holds no image that can be read{found}; give shards with .jpg, .png, .webp, ... members"
-            )
+            raise DataError(f"{what}: holds no image that can be read{found}; give shards with .jpg or .png members")
         self.read_labels(lambda: self._labels(PackedStrings(labels)))
         kind = "no labels" if self.classes is None else "with labels"
         self.description = f"{what} ({len(self.names)} images, {kind})"
@@ -90,15 +88,15 @@ class TarSource(ImageSource):
     def __len__(self) -> int:
         return len(self.names)
 
-    def _shard(self, index: int) -> Path:
-        return self.paths[int(np.searchsorted(self._shard_ends, index, side="right"))]
+    def _shard(self, index: int) -> int:
+        return int(np.searchsorted(self._shard_ends, index, side="right"))
 
     def read(self, index: int) -> bytes:
         offset, size = int(self._offsets[index]), int(self._sizes[index])
         if not offset:
             raise ValueError(self.names[index].partition("\t")[2])
         # Opened each time: there may be more shards than a process may have open files.
-        with self._shard(index).open("rb", buffering=0) as file:
+        with self.paths[self._shard(index)].open("rb", buffering=0) as file:
             left = os.fstat(file.fileno()).st_size - offset
             if size > left:
                 raise ValueError("the shard ends inside this member")
@@ -106,8 +104,7 @@ class TarSource(ImageSource):
             return file.read(size)
 
     def name(self, index: int) -> str:
-        shard = int(np.searchsorted(self._shard_ends, index, side="right"))
-        return f"{self._shown[shard]}/{printable(self.names[index].partition(chr(9))[0])}"
+        return f"{self._shown[self._shard(index)]}/{printable(self.names[index].partition(chr(9))[0])}"
 
     def fingerprint(self) -> str:
         return short_hash(["tar", "".join(self.names), self._sizes, *label_parts(self.classes)])
@@ -179,7 +176,7 @@ def _members(archive: tarfile.TarFile, data: mmap.mmap) -> Iterator[tuple[str, i
         except (tarfile.TarError, ValueError, OSError, MemoryError, OverflowError) as error:
             member, reason = None, f"the shard is damaged or cut off here ({' '.join(str(error).split())[:60]})"
         start = len(data) if member is None else member.offset
-        if start > end and _has_content(data, end, start):
+        if start > end and any(data[at : min(at + 2**20, start)].strip(b"\0") for at in range(end, start, 2**20)):
             yield f"byte {end}\t{reason}", 0, 0, b""
         if member is None:
             return
@@ -194,10 +191,6 @@ def _members(archive: tarfile.TarFile, data: mmap.mmap) -> Iterator[tuple[str, i
         label_file = name.lower().endswith((".cls", ".json")) and member.size <= _MAX_LABEL_BYTES
         content = data[member.offset_data : member.offset_data + member.size] if label_file else b""
         yield name, member.offset_data, member.size, content
-
-
-def _has_content(data: mmap.mmap, start: int, stop: int) -> bool:
-    return any(data[at : min(at + 2**20, stop)].strip(b"\0") for at in range(start, stop, 2**20))
 
 
 class _Samples:

@@ -54,6 +54,9 @@ def model_card(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, 
 
 def _rows(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (info.mean, info.std))
+    licence = "a refined encoder stays under the licence of its base weights"
+    licence += "; no commercial use" if "-NC" in info.licence.upper() else ""
+    licence = f"{info.licence} ({licence})" if info.licence != "unknown" else f"not recorded; {licence}, so check there"
     norm = "with" if facts.get("norm") else "without"
     features = f"block {facts.get('block', -1)}, pooling {facts.get('pooling', 'cls')}, {norm} the final norm"
     return {
@@ -63,7 +66,7 @@ def _rows(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, Any])
         "Base weights": card.get("base") or facts.get("base") or "not recorded",
         "Exported weights": card.get("weights") or "",
         "Family": info.family,
-        "Licence of the weights": _licence(info),
+        "Licence of the weights": licence,
         "Training data": card.get("data") or "not recorded",
         "Recommended features": features if "block" in facts or "pooling" in facts else "",
         "Verified": Parity(**facts["parity"]).sentence() if facts.get("parity") else "",
@@ -79,13 +82,6 @@ def _input(info: BackboneInfo, facts: Mapping[str, Any]) -> str:
     }
     other = sizes.get(facts.get("format", "timm"), f" or any multiple of the patch ({rows}x{columns})")
     return f"{info.in_chans} channels, {height}x{width} px{other}"
-
-
-def _licence(info: BackboneInfo) -> str:
-    if info.licence == "unknown":
-        return "not recorded; a refined encoder stays under the licence of its base weights, so check there"
-    note = "a refined encoder stays under the licence of its base weights"
-    return f"{info.licence} ({note}{'; no commercial use' if '-NC' in info.licence.upper() else ''})"
 
 
 def _figures(card: Mapping[str, Any]) -> list[tuple[str, str, str]]:

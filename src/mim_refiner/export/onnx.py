@@ -137,17 +137,14 @@ def _libraries() -> tuple[Any, Any]:
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """The exporter talks on stdout, in logs and in warnings about its own parts."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
 
 
 ONNX = Format("onnx", 1e-4, "onnxruntime", "the features", _write, _pairs)

@@ -79,9 +79,6 @@ def compare(
         if not difference <= allowed:
             found = f"differs by {difference:.2g} (allowed {allowed:.2g})"
             found = found if same else f"gives shape {list(got.shape)} instead of {list(expected.shape)}"
-            raise InputError(
-                f"export: {what} {found}, so nothing was written; this encoder has parts that the format does not "
-                "describe, choose another --format"
-            )
+            raise InputError(f"export: {what} {found}: the format lacks parts of this encoder; choose another --format")
         worst, largest = max(worst, difference), max(largest, scale)
     return Parity(worst, largest, tolerance, len(images.pixels), images.source, compared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,12 @@ from torch import Tensor, nn
 
 from mim_refiner.data.loaders import default_crop_ratio
 from mim_refiner.errors import InputError
-from mim_refiner.export.parity import CheckImages
 from mim_refiner.export.writing import Format, Pairs, every_block, write_export
 from mim_refiner.files import errors_as
 from mim_refiner.models.backbone import Backbone, norm_eps
 from mim_refiner.models.capi import CapiVisionTransformer
 from mim_refiner.models.vit import BASE_ARCHITECTURE, registered_name, standard_name, vit_arguments
 from mim_refiner.types import side_or_pair
-
-
-def export_timm(
-    backbone: Backbone,
-    out_dir: str | Path,
-    *,
-    card: Mapping[str, Any] | None = None,
-    facts: Mapping[str, Any] | None = None,
-    images: CheckImages | None = None,
-) -> dict[str, Any]:
-    """Write config.json, model.safetensors and README.md; arguments and result as of :func:`write_export`."""
-    return write_export(TIMM, backbone, out_dir, card=card, facts=facts, images=images)
 
 
 def timm_config(backbone: Backbone) -> dict[str, Any]:
@@ -58,10 +46,7 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
     with errors_as(InputError, problem, "name it in plain values", TypeError):
         json.dumps(arguments)
     if architecture is None:
-        raise InputError(
-            f"{type(model).__name__} was not made by timm.create_model, so timm cannot rebuild it; "
-            "load it by load_backbone"
-        )
+        raise InputError(f"{type(model).__name__} was not made by timm.create_model; load it by load_backbone")
     pool, known = getattr(model, "global_pool", ""), getattr(model, "pretrained_cfg", None) or {}
     return {
         "architecture": architecture,
@@ -136,3 +121,4 @@ def _outputs(backbone: Backbone, images: Tensor) -> list[Tensor]:
 
 
 TIMM = Format("timm", 1e-6, "timm", "every block and the final tokens", _write, _pairs)
+export_timm = partial(write_export, TIMM)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -58,7 +57,9 @@ def write_export(
     backbone = copy.deepcopy(backbone).cpu().float().eval()  # the caller's keeps device and mode
     backbone.use_math_attention()
     own = _own_facts(backbone, format, card or {}, facts or {})
-    with new_folder(out) as folder:
+    check_target(out)
+    remedy = "free space or choose another --out"
+    with errors_as(InputError, f"{out}: cannot be written", remedy, OSError), atomic_folder(out) as folder:
         config = format.write(backbone, folder, own)
         _write_config(folder, config, own)
         images = images or check_images(backbone.info)
@@ -71,6 +72,8 @@ def write_export(
         text = model_card(backbone.info, card or {}, own)
         (folder / "README.md").write_text(text, encoding="utf-8")
         names = sorted(path.name for path in folder.iterdir())
+        for name in names:
+            (folder / name).chmod(0o644)
     return {
         "path": str(out),
         "format": format.name,
@@ -113,20 +116,6 @@ def _write_config(folder: Path, config: Mapping[str, Any], own: Mapping[str, Any
     with errors_as(InputError, "export card, facts or model arguments are not plain JSON", "give others", TypeError):
         text = json.dumps({**config, OWN_FACTS: own}, indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill; it becomes ``out`` when the block ends well, and vanishes when it does not.
-
-    Raises InputError when ``out`` holds anything but an earlier export of ours, or cannot be written.
-    """
-    check_target(out)
-    remedy = "free space or choose another --out"
-    with errors_as(InputError, f"{out}: cannot be written", remedy, OSError), atomic_folder(out) as folder:
-        yield folder
-        for path in folder.iterdir():
-            path.chmod(0o644)
 
 
 def check_target(out: Path) -> None:

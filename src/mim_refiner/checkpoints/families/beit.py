@@ -65,10 +65,7 @@ def infer_beit(
     fc_norm = "fc_norm.weight" in tensors
     heads, notes = choose_heads(width, depth, known_heads if relative is None else relative.shape[1], wishes, where)
     if relative is not None and heads != relative.shape[1]:
-        raise CheckpointError(
-            f"{where}: num_heads={heads}, but its tables of relative positions are for {relative.shape[1]} heads; "
-            "leave num_heads out"
-        )
+        raise CheckpointError(f"{where}: its position tables are for {relative.shape[1]} heads; leave num_heads out")
     arguments = sizes | {
         "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
         "qkv_bias": has_any(tensors, "attn.q_bias"),
@@ -101,10 +98,7 @@ def _relative_grid(
         rows = (side + 1) // 2
         size = f"{rows * patch[0]}x{rows * patch[1]} px"
         return (rows, rows), [f"{GUESS}images of {size} in training, a square; pass image_size= if not"]
-    raise CheckpointError(
-        f"{where}: its table of relative positions has {table.shape[0]} entries, no square grid; "
-        "pass its image_size=(height, width)"
-    )
+    raise CheckpointError(f"{where}: a relative table of {table.shape[0]} entries has no square grid; pass image_size=")
 
 
 def _grid_of_index(index: Tensor) -> tuple[int, int] | None:

@@ -169,10 +169,7 @@ def projection_sizes(tensors: Mapping[str, Tensor], where: str) -> tuple[int, in
     """(width, input channels, patch) of the patch projection; CheckpointError if it is no such thing."""
     shape = tuple(tensors[PROJECTION].shape)
     if len(shape) != 4 or 0 in shape:
-        raise CheckpointError(
-            f"{where}: {PROJECTION} has shape {list(shape)}, a ViT's has four "
-            "dimensions [width, channels, patch, patch]; convert it first"
-        )
+        raise CheckpointError(f"{where}: {PROJECTION} has shape {list(shape)}, not four dimensions; convert it first")
     return shape[0], shape[1], (shape[2], shape[3])
 
 
@@ -247,9 +244,7 @@ def table_grid(
     if table is None:
         return known or told or wished or (224 // patch[0] or 1, 224 // patch[1] or 1), 0, []
     if table.ndim != 3:
-        raise CheckpointError(
-            f"{where}: the position table has shape {list(table.shape)}, not [1, entries, width]; save it in that shape"
-        )
+        raise CheckpointError(f"{where}: its position table is {list(table.shape)}; save it as [1, entries, width]")
     length = table.shape[1]
     squares = [p for p in (num_prefix, 0) if is_square(length - p)]
     for grid in (known, told, wished):

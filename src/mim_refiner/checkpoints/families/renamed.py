@@ -38,10 +38,7 @@ _REFINER_KEYS = KeyMap(
 def _prepare_refiner(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
     table = tensors["pos_embed"]
     if table.ndim != 4:
-        raise CheckpointError(
-            f"{view.where}: pos_embed.embed has shape {list(table.shape)}, not [1, rows, columns, width]; "
-            "save the encoder with the published code again"
-        )
+        raise CheckpointError(f"{view.where}: pos_embed.embed is {list(table.shape)}, not 4-d; save it again")
     patch, post_norm = tensors[PROJECTION].shape[2:], "norm_pre.weight" in tensors
     tensors["pos_embed"] = table.flatten(1, 2)
     return {
@@ -185,9 +182,7 @@ def _entries_of_a_date(patches: Tensor, where: str) -> int:
     """
     total, dim = patches.shape
     if dim < 16:
-        raise CheckpointError(
-            f"{where}: its table of positions has {dim} channels, Prithvi's at least 16; download it again"
-        )
+        raise CheckpointError(f"{where}: its table of positions has too few channels ({dim}); download it again")
     date = patches[:, dim - dim // 16 * 4 :]
     same = int((date == date[0]).all(dim=1).to(torch.int64).cumprod(0).sum())
     squares = (total // dates for dates in range(1, total + 1) if total % dates == 0)
@@ -298,9 +293,7 @@ def _convert_capi(view: View, wishes: Wishes) -> Converted:
     # Positions are relative to the image, so the file has no size: 224 px with patches of 14.
     sizes, patch = size_arguments(tensors, view.where)
     if patch[0] != patch[1] or tensors["reg_token"].shape[1] % 4:
-        raise CheckpointError(
-            f"{view.where}: CAPI has square patches and a multiple of 4 registers; the file has not; download it again"
-        )
+        raise CheckpointError(f"{view.where}: CAPI has square patches and 4, 8, ... registers; download it again")
     width, per_head = sizes["embed_dim"], tensors["blocks.0.attn.freqs"].shape[1]
     heads, notes = choose_heads(width, sizes["depth"], width // per_head, wishes, view.where)
     return Converted(

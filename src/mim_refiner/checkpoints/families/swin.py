@@ -57,9 +57,7 @@ def convert(view: View, wishes: Wishes) -> Converted:
     window = (math.isqrt(tables[0].shape[0]) + 1) // 2
     depths = [sum(f"layers.{n}.blocks.{k}.norm1.weight" in tensors for k in range(999)) for n in range(len(tables))]
     if (2 * window - 1) ** 2 != tables[0].shape[0] or not all(depths):
-        raise CheckpointError(
-            f"{view.where}: its windows are no squares, or stages are missing; save the whole model of a timm Swin"
-        )
+        raise CheckpointError(f"{view.where}: windows are no squares, or stages are missing; save the whole Swin")
     size = wishes.told_size or wishes.image_size
     guess = f"{GUESS}images of 192x192 px in training, as SimMIM's; pass image_size= if not"
     arguments = {

@@ -45,10 +45,7 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
     architecture = config.get("architecture")
     if not isinstance(architecture, str):
         kind = config.get("model_type") or ", ".join(list(config)[:4]) or "nothing"
-        raise CheckpointError(
-            f"{view.where}: its config.json names no timm 'architecture' (it has: {kind}), and is not of a "
-            "supported transformers model; give a timm folder"
-        )
+        raise CheckpointError(f"{view.where}: its config names no timm 'architecture' (it has: {kind}); give one")
     preprocessing = _mapping(config, "pretrained_cfg", view.where) or config  # older folders have one level only
     facts = _mapping(config, OWN_FACTS, view.where)
     model_args = _mapping(config, "model_args", view.where)
