@@ -63,35 +63,36 @@ def program(
     """Refine masked-image-model encoders with nearest-neighbour alignment, and measure what it brought."""
 
 
-EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
-    demo: (f"{PROGRAM} demo --out demo-out",),
-    pretrain: (f"{PROGRAM} pretrain --data photos/ --arch vit_small_patch16_224 --out runs/mae",),
+_EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
+    demo: ("--out demo-out",),
+    pretrain: ("--data photos/ --arch vit_small_patch16_224 --out runs/mae",),
     refine: (
-        f"{PROGRAM} refine --data photos/ --model mae_pretrain_vit_base.pth --out runs/photos",
-        f"{PROGRAM} refine --data train.parquet --model runs/mae/export --out runs/b --eval-data train.parquet",
+        "--data photos/ --model mae_pretrain_vit_base.pth --out runs/photos",
+        "--data train.parquet --model runs/mae/export --out runs/b --eval-data train.parquet",
     ),
     evaluate: (
-        f"{PROGRAM} evaluate --model runs/b/export --data train.parquet --test test.parquet",
-        f"{PROGRAM} evaluate --model runs/mae/export --compare runs/b/export --data train.parquet --blocks all",
+        "--model runs/b/export --data train.parquet --test test.parquet",
+        "--model runs/mae/export --compare runs/b/export --data train.parquet --blocks all",
     ),
-    analyze: (f"{PROGRAM} analyze --model runs/mae/export --compare runs/b/export --data train.parquet --out curves",),
+    analyze: ("--model runs/mae/export --compare runs/b/export --data train.parquet --out curves",),
     embed: (
-        f"{PROGRAM} embed --model runs/photos --data photos/ --out features.parquet",
-        f"{PROGRAM} embed --model runs/photos --data photos/ --out patches.safetensors --block 8 --pooling patches",
+        "--model runs/photos --data photos/ --out features.parquet",
+        "--model runs/photos --data photos/ --out patches.safetensors --block 8 --pooling patches",
     ),
     export: (
-        f"{PROGRAM} export --model runs/photos --format timm --out photos-timm",
-        f"{PROGRAM} export --model runs/photos --format onnx --block 8 --pooling mean --out photos-onnx",
+        "--model runs/photos --format timm --out photos-timm",
+        "--model runs/photos --format onnx --block 8 --pooling mean --out photos-onnx",
     ),
     doctor: (
-        f"{PROGRAM} doctor --data photos/ --model mae_pretrain_vit_base.pth --out checked",
-        f"{PROGRAM} doctor --data train.parquet --test test.parquet",
+        "--data photos/ --model mae_pretrain_vit_base.pth --out checked",
+        "--data train.parquet --test test.parquet",
     ),
-    report: (f"{PROGRAM} report runs/photos", f"{PROGRAM} report runs/a runs/b --out comparison.html"),
-    inspect: (f"{PROGRAM} inspect mae_pretrain_vit_base.pth",),
-    recipes: (f"{PROGRAM} recipes", f"{PROGRAM} recipes tiny", f"{PROGRAM} recipes --key heads.queue_size"),
-    models: (f"{PROGRAM} models", f"{PROGRAM} models mae_l16"),
+    report: ("runs/photos", "runs/a runs/b --out comparison.html"),
+    inspect: ("mae_pretrain_vit_base.pth",),
+    recipes: ("", "tiny", "--key heads.queue_size"),
+    models: ("", "mae_l16"),
 }
+EXAMPLES = {verb: [f"{PROGRAM} {verb.__name__} {line}".rstrip() for line in lines] for verb, lines in _EXAMPLES.items()}
 for verb, lines in EXAMPLES.items():
     app.command(epilog=example(*lines))(verb)
 

@@ -105,20 +105,12 @@ class LiveReporter(Reporter):
 
 def metric_table(values: Mapping[str, float]) -> Table:
     """One row for all heads and one a head (narrow enough for twelve); the last k-NN below."""
-    from rich.table import Table
+    from mim_refiner.cli.tables import text_table
 
     shown = {key: title for key, title in PER_HEAD.items() if over_all_heads(values, key) is not None}
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for title in shown.values():
-        table.add_column(title, justify="right")
-    if shown:
-        table.add_row("all heads", *(number(over_all_heads(values, key)) for key in shown))
-    for head in head_names(values):
-        table.add_row(f"block {head}", *(number(values.get(f"{key}/{head}")) for key in shown))
-    for line in knn_parts(values):
-        table.add_row(line)
-    return table
+    rows = [["all heads", *(number(over_all_heads(values, key)) for key in shown)]] if shown else []
+    rows += [[f"block {head}", *(number(values.get(f"{key}/{head}")) for key in shown)] for head in head_names(values)]
+    return text_table("", ("", *shown.values()), rows + [[line] for line in knn_parts(values)])
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:

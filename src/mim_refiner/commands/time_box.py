@@ -71,14 +71,12 @@ class Plan:
 
     def settings(self) -> list[str]:
         """The plan as settings of a recipe."""
-        phases = {
-            "warmup": (self.warmup_epochs, self.warmup_limit),
-            "refinement": (self.refinement_epochs, self.refinement_limit),
-        }
-        return [f"view_pool={self.view_pool}"] + [
-            line
-            for name, (epochs, limit) in phases.items()
-            for line in (f"{name}.epochs={epochs}", f"{name}.max_seconds={limit:.1f}")
+        return [
+            f"view_pool={self.view_pool}",
+            f"warmup.epochs={self.warmup_epochs}",
+            f"warmup.max_seconds={self.warmup_limit:.1f}",
+            f"refinement.epochs={self.refinement_epochs}",
+            f"refinement.max_seconds={self.refinement_limit:.1f}",
         ]
 
 

@@ -173,8 +173,9 @@ def _train(
     batch_size = min(settings.batch_size, len(train.rows))
     batch_size -= batch_size % 2  # mixup pairs the images of a batch
     loader = _loader(train, model.backbone, settings, image_size, max(1, batch_size), run.seed)
-    mixup = _mixup(settings, num_classes) if batch_size else None
-    loss_of = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    kinds, smoothing = (settings.mixup, settings.cutmix), settings.label_smoothing
+    mixup = Mixup(*kinds, label_smoothing=smoothing, num_classes=num_classes) if batch_size and any(kinds) else None
+    loss_of = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=smoothing)
     steps, peak = len(loader), peak_learning_rate(settings.lr, max(1, batch_size))
     optimizer = torch.optim.AdamW(_groups(model, settings), lr=0.0, betas=(0.9, 0.999))
     step, total = 0, settings.epochs * steps
@@ -214,12 +215,6 @@ def _set_drop_path(backbone: Backbone, rate: float) -> None:
         for name in ("drop_path", "drop_path1", "drop_path2"):
             if share and hasattr(block, name):
                 setattr(block, name, DropPath(share))
-
-
-def _mixup(settings: FinetuneSettings, num_classes: int) -> Mixup | None:
-    if not settings.mixup and not settings.cutmix:
-        return None
-    return Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=num_classes)
 
 
 class _Augmented(Dataset[tuple[Tensor, int]]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -55,10 +55,7 @@ class Result:
         return {key: json_value(item) for key, item in {**record, "value": value}.items()}
 
 
-CONTRACT_FIELDS = (
-    "protocol", "metric", "value", "ci95", "block", "pooling", "norm", "settings", "data", "model_sha256", "seed",
-    "version",
-)  # fmt: skip
+CONTRACT_FIELDS = tuple(each.name for each in fields(Result) if each.repr)
 
 
 def paired_change(before: Result, after: Result) -> tuple[float, float, float] | None:
