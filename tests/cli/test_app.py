@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -128,20 +127,6 @@ def test_bad_checkpoint_is_one_line_and_exit_2(tmp_path, cli, flags):
     file = tmp_path / "notes.pth"
     file.write_text("not a checkpoint")
     assert_one_error_line(forked(cli, "inspect", str(file), *flags), "notes.pth")
-
-
-def test_inspect_json_is_one_object_and_nothing_else(tmp_path, cli):
-    import timm
-    from safetensors.torch import save_file
-
-    model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0)
-    file = tmp_path / "tiny.safetensors"
-    save_file(model.state_dict(), file, metadata={"format": "pt"})
-    done = forked(cli, "inspect", str(file), "--num-heads", "3", "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert (report["embed_dim"], report["depth"]) == (192, 2)
-    assert done.stdout.count("\n") == 1
 
 
 def test_a_bug_is_short_and_the_traceback_is_on_demand(monkeypatch, capsys):

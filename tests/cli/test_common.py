@@ -7,13 +7,12 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from mim_refiner.cli.common import execute, names, to_jsonable
+from mim_refiner.cli.common import execute, to_jsonable
 from mim_refiner.cli.tables import format_value, lines_of, print_result
 from mim_refiner.errors import InputError
 
@@ -83,14 +82,6 @@ def test_the_reporter_ends_when_the_verb_fails(capsys):
     with pytest.raises(InputError):
         execute(failing, as_json=False, quiet=False)
     assert "refine 1/9" in capsys.readouterr().err
-
-
-def test_comma_list():
-    option = SimpleNamespace(opts=["--protocols"])
-    assert names(option, "knn, linear") == ("knn", "linear")
-    assert names(option, None) is None
-    with pytest.raises(InputError, match="--protocols"):
-        names(option, "knn,")
 
 
 def test_stages_stand_side_by_side():

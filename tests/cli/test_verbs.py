@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -180,17 +178,6 @@ def test_timm_loads_the_export_with_identical_outputs(fixture, request):
 
 
 # --- resuming
-
-
-def test_the_same_command_on_a_finished_run_changes_no_weight(refined, tmp_path, cli):
-    weights, metrics = weights_bytes(refined.path), refined.metrics()
-    started = time.perf_counter()
-    again = cli.call(*refined.arguments)
-    assert again.code == 0, again.err
-    assert "this run is finished already" in again.err
-    assert weights_bytes(refined.path) == weights
-    assert refined.metrics() == metrics
-    assert time.perf_counter() - started < 30
 
 
 def test_another_recipe_is_refused_with_the_difference(refined, cli):
@@ -488,16 +475,3 @@ def test_inspect_tells_the_fate_of_every_tensor(refined, cli):
     shown = cli.call("inspect", refined.path)
     assert "vit(dim=32,depth=3,heads=2,patch=8)" in shown.out
     assert "100.0 %" in shown.out
-
-
-@pytest.mark.slow
-def test_as_a_process_stdout_holds_the_json_alone(mae, shapes, cli, tmp_path):
-    command = [sys.executable, "-m", "mim_refiner", *cli.refine(shapes, mae.export, tmp_path / "run"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    stdout, stderr = done.stdout, done.stderr
-    assert done.returncode == 0, stderr
-    assert json.loads(stdout).keys() == SUMMARY
-    assert stdout.count("\n") == 1
-    assert "refinement 6/6" in stderr
-    assert "Traceback" not in stderr
-    assert "Warning" not in stderr
