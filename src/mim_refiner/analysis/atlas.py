@@ -230,7 +230,8 @@ def place_heads(atlas: Atlas, *, pooling: str, recipe_blocks: Sequence[int]) -> 
     """
     scores = list(atlas.curves()[pooling].values())
     measure = atlas.record["measure"]
-    best, first = first_as_good_as_best(scores)
+    best = int(np.argmax([score.mean() for score in scores]))
+    first = next(block for block in range(best + 1) if paired_scores(scores[block], scores[best])[1] <= 0)
     depth = len(scores)
     start = min(max(first, depth - depth // 2), depth - max(1, depth // 4))
     blocks = list(range(start, depth))
@@ -252,10 +253,3 @@ def place_heads(atlas: Atlas, *, pooling: str, recipe_blocks: Sequence[int]) -> 
         "samples": atlas.record["samples"],
         "reason": f"heads on blocks {start} to {depth - 1}: {told} (the recipe's choice: {usual}).",
     }
-
-
-def first_as_good_as_best(scores: Sequence[Scores]) -> tuple[int, int]:
-    """(best block, first block whose score is not clearly below it) from per-image scores of each block."""
-    best = int(np.argmax([score.mean() for score in scores]))
-    first = next(block for block in range(best + 1) if paired_scores(scores[block], scores[best])[1] <= 0)
-    return best, first

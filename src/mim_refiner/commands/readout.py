@@ -63,7 +63,11 @@ def _linear(
     def side_by_side(found: Mapping[bool, Features]) -> Features:
         """Every key under its block and a pooling that names the norm too."""
         first = next(iter(found.values()))
-        return replace(first, values={(b, f"{p} {norm}"): _of(found[norm], b, p) for b, p, norm in sorted(keys)})
+        values = {}
+        for block, pooling, norm in sorted(keys):
+            parts = ("cls", "mean") if pooling == "both" else (pooling,)
+            values[block, f"{pooling} {norm}"] = torch.cat([found[norm][block, part] for part in parts], dim=1)
+        return replace(first, values=values)
 
     train, test = side_by_side(bank), side_by_side(queries)
     scores = linear_probe(train, test, LINEAR, seed=run.seed, device=run.device)
@@ -73,11 +77,6 @@ def _linear(
         assert chosen is not None  # a part of the bank is held out
         hits[block, pooling, norm] = chosen.correct
     return train, test, hits
-
-
-def _of(features: Features, block: int, pooling: str) -> torch.Tensor:
-    parts = ("cls", "mean") if pooling == "both" else (pooling,)
-    return torch.cat([features[block, part] for part in parts], dim=1)
 
 
 def _attentive(backbone: Backbone, bank: Features, queries: Features, samples: Samples, run: Run) -> list[Row]:

@@ -37,6 +37,7 @@ from mim_refiner.report.tables import left_out_lines, results_rows
 # On a narrow screen a line must not break at the hyphen of k-NN.
 TEXT = re.compile(r"(<(?:p|h2|h3|th|td|caption|li|summary|figcaption)\b[^>]*>)([^<]*k-NN[^<]*)")
 TERM = re.compile(r"k-NN(?: accuracy(?: \(%\))?)?[.,:;]?")
+JSON_URI = "data:application/json;base64,"
 TEMPLATES = ("page.html.j2", "run.html.j2", "macros.html.j2", "style.css", "script.js")
 
 
@@ -62,7 +63,8 @@ def render(runs: Sequence[RunFiles]) -> str:
     )
     environment.filters["text"] = text_of
     views = [run_view(run, number, compact=len(runs) > 1) for number, run in enumerate(runs)]
-    names = _unique_names(runs)
+    short = [run.name for run in runs]
+    names = [str(run.path) if short.count(run.name) > 1 else run.name for run in runs]  # folders may share a name
     for view, name in zip(views, names, strict=True):
         view["name"] = name
     named = list(zip(names, runs, strict=True))
@@ -119,9 +121,10 @@ def run_view(run: RunFiles, number: int, *, compact: bool) -> dict[str, Any]:
         "skipped": run.skipped,
         "damaged": run.damaged,
         "data": data_lines(run),
-        "downloads": [{"name": name, "uri": _data_uri(value)} for name, value in files.items() if value],
+        "downloads": [{"name": name, "uri": JSON_URI + base64.b64encode(json.dumps(value, indent=1).encode()).decode()}
+                      for name, value in files.items() if value],
         "results": results_rows(numbers, ()) if numbers and not run.summary else None,
-    }
+    }  # fmt: skip
     return view | {"sections": sections(view)}
 
 
@@ -159,13 +162,3 @@ def text_of(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(text_of(item) for item in value)
     return str(value)
-
-
-def _data_uri(value: Mapping[str, Any]) -> str:
-    return "data:application/json;base64," + base64.b64encode(json.dumps(value, indent=1).encode()).decode()
-
-
-def _unique_names(runs: Sequence[RunFiles]) -> list[str]:
-    """Folder names, or the paths as given where two folders share a name."""
-    names = [run.name for run in runs]
-    return [str(run.path) if names.count(run.name) > 1 else run.name for run in runs]
