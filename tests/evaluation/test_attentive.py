@@ -235,6 +235,14 @@ def test_a_class_token_that_is_not_there_is_not_asked_for(make_backbone, make_im
         finetune(bare, images, images, FinetuneSettings(pooling="cls"), image_size=32)
 
 
+def test_the_tokens_wait_on_the_disk(tmp_path):
+    batches = [{1: torch.full((3, 4, 8), 0.5)}, {1: torch.full((2, 4, 8), 2.0)}]
+    store = attentive._stored(iter(batches), 5, tmp_path)
+    assert isinstance(store[1], np.memmap)  # so that memory holds what a batch reads
+    assert store[1][:, 0, 0].tolist() == [0.5, 0.5, 0.5, 2.0, 2.0]
+    assert (tmp_path / "1.npy").stat().st_size == 128 + 2 * 5 * 4 * 8
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(make_backbone, make_images, monkeypatch, tmp_path):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(attentive.shutil, "disk_usage", lambda _: usage)
