@@ -46,6 +46,8 @@ def test_guidance_without_labels_is_refused(tiny_run, tiny_images) -> None:
         DataError, match=r"labels of one class, and guidance=prefer needs several; give labelled images"
     ):
         check_guidance(recipe, images)
+    made.loader.images = images  # nor is the neighbours' accuracy told by them
+    assert refine.build(made.recipe, made.refiner, made.loader, made.refinement.run).labels is None
     images.labels = None
     alone = recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"swap_positive": False})})
     with pytest.raises(InputError, match=r"guidance=prefer chooses among neighbours.*leave one of them out"):

@@ -64,6 +64,11 @@ class ImageSet:
         return self._length
 
     @property
+    def telling_labels(self) -> NDArray[np.int64] | None:
+        """The labels, unless all are of one class."""
+        return None if self.class_names is None or len(self.class_names) < 2 else self.labels
+
+    @property
     def cached(self) -> bool:
         """True when every image is decoded in memory."""
         return self._array is not None or self._list is not None

@@ -17,13 +17,12 @@ def check_guidance(recipe: RefineRecipe, images: ImageSet) -> None:
             f"guidance={recipe.guidance} chooses among neighbours, and heads.swap_positive=false takes none; leave one "
             "of them out"
         )
-    if recipe.guidance != "none" and (images.labels is None or len(images.class_names or ()) < 2):
-        has, needs = f"no labels ({images.source.no_labels})", "some"
-        if images.labels is not None:
-            has, needs = "labels of one class", "several"
+    if recipe.guidance != "none" and images.telling_labels is None:
+        labels, needs = ("labels of one class", "several") if images.labels is not None else ("no labels", "some")
+        why = "" if images.labels is not None else f" ({images.source.no_labels})"
         raise DataError(
-            f"{images.description}: {has}, and guidance={recipe.guidance} needs {needs}; give labelled images, or "
-            "leave guidance out"
+            f"{images.description}: {labels}{why}, and guidance={recipe.guidance} needs {needs}; give labelled images, "
+            "or leave guidance out"
         )
 
 

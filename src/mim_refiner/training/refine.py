@@ -195,7 +195,7 @@ def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run)
             encoder.shard_blocks(bf16=run.precision == "bf16")  # type: ignore[operator]
     backbone.set_checkpointing(recipe.checkpointing)
     photometrics = photometrics_of(recipe, backbone.info)
-    labels = loader.images.labels
+    labels = loader.images.telling_labels
     on_device = None if labels is None else torch.as_tensor(labels, device=run.device)
     guide_heads(refiner, loader.images, recipe, run)
     return Refinement(recipe, refiner, ema, loader, photometrics, run, on_device)

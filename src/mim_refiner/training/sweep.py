@@ -52,7 +52,7 @@ def sweep_heads(recipe: RefineRecipe, backbone: Backbone, loader: TrainLoader, r
         head = RefinerHead(backbone.block_dims[block], config, own, top_k=recipe.warmup.top_k)
         heads.append(head.to(run.device))
     reads = [poolings.index(choice.get("pooling", poolings[0])) for choice in choices]
-    labels = loader.images.labels if len(loader.images.class_names or ()) > 1 else None  # one class tells nothing
+    labels = loader.images.telling_labels
     known = None if labels is None else torch.as_tensor(labels, device=run.device)
     shares = _trained(recipe, refiner, heads, reads, loader, run, known)
     best = int(shares.argmax())
