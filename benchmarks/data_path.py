@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from mim_refiner.data.decode import ImageSet, decode_rgb
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.source_files import FileSource, folder_source, list_source
 from mim_refiner.data.sources import open_source
@@ -59,7 +60,7 @@ def crops(repeat: int, width: int = 500, height: int = 375) -> dict[str, Any]:
     """12 views (2 x 224 + 10 x 96 px) of one JPEG: ours up to the uint8 tensors, and Pillow with the same boxes."""
     data = photograph(width, height)
     views = [spec for spec in multi_crop_views(224, 96, 10) for _ in range(spec.count)]
-    pixels = decode_rgb(data)
+    pixels = decode_image(data)[0]
     position = iter(range(10**9))
 
     def ours(images: list[Any]) -> None:
@@ -92,10 +93,10 @@ def crops(repeat: int, width: int = 500, height: int = 375) -> dict[str, Any]:
 
     return {
         "image": f"{width}x{height} JPEG, {len(data)} bytes; milliseconds of CPU an image",
-        "decode": cpu_ms(lambda: decode_rgb(data), repeat),
+        "decode": cpu_ms(lambda: decode_image(data)[0], repeat),
         "crops, batch of 16": of_a_batch(lambda: ours([pixels] * batch)),
-        "decode and crops, batch of 16": of_a_batch(lambda: ours([decode_rgb(data) for _ in range(batch)])),
-        "decode and crops, one image": cpu_ms(lambda: ours([decode_rgb(data)]), repeat),
+        "decode and crops, batch of 16": of_a_batch(lambda: ours([decode_image(data)[0] for _ in range(batch)])),
+        "decode and crops, one image": cpu_ms(lambda: ours([decode_image(data)[0]]), repeat),
         "Pillow crops": cpu_ms(lambda: pillow_crops(whole), repeat),
         "Pillow decode and crops": cpu_ms(pillow, repeat),
     }

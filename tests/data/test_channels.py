@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mim_refiner.data.channels import as_channels_last, read_npy, resize
-from mim_refiner.data.decode import ImageSet, decode_rgb
+from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.loaders import TrainLoader, eval_batches
 from mim_refiner.data.photometric import BatchPhotometric, normalize, seeded_generator
@@ -73,7 +73,7 @@ def test_gray_and_rgb_arrays_for_an_rgb_encoder(array_folder):
     images = ImageSet(open_source(array_folder(0, np.uint16)))
     np.testing.assert_array_equal(images.load(1)[..., 2], random((20, 24), np.uint16, 1) >> 8)
     rgb = random((5, 6, 3))
-    np.testing.assert_array_equal(decode_rgb(npy(rgb)), rgb)
+    np.testing.assert_array_equal(decode_image(npy(rgb))[0], rgb)
 
 
 def test_image_files_keep_their_bands(tmp_path):
@@ -97,7 +97,7 @@ def test_tiff_with_a_band_a_page():
     pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:])
     np.testing.assert_array_equal(decode_image(buffer.getvalue(), 5)[0], bands)
     with pytest.raises(ValueError, match=r"has 5 pages \(channels\?\) and the encoder takes RGB"):
-        decode_rgb(buffer.getvalue())
+        decode_image(buffer.getvalue())[0]
 
 
 @pytest.mark.parametrize("planar", ["contig", "separate"])

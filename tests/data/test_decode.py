@@ -6,45 +6,46 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_refiner.data.decode import ImageSet, decode_rgb
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError
 
 
 def test_rgb_is_lossless(pixels, encode):
-    np.testing.assert_array_equal(decode_rgb(encode(pixels(0))), pixels(0))
-    assert decode_rgb(encode(pixels(0), "JPEG")).shape == (12, 16, 3)
+    np.testing.assert_array_equal(decode_image(encode(pixels(0)))[0], pixels(0))
+    assert decode_image(encode(pixels(0), "JPEG"))[0].shape == (12, 16, 3)
 
 
 def test_grayscale_and_bilevel(pixels, encode):
     gray = Image.fromarray(pixels(0)).convert("L")
     expected = np.repeat(np.asarray(gray)[:, :, None], 3, axis=2)
-    np.testing.assert_array_equal(decode_rgb(encode(gray)), expected)
-    np.testing.assert_array_equal(decode_rgb(np.asarray(gray)), expected)
-    np.testing.assert_array_equal(decode_rgb(np.asarray(gray)[:, :, None]), expected)
-    assert set(np.unique(decode_rgb(encode(gray.convert("1"))))) <= {0, 255}
+    np.testing.assert_array_equal(decode_image(encode(gray))[0], expected)
+    np.testing.assert_array_equal(decode_image(np.asarray(gray))[0], expected)
+    np.testing.assert_array_equal(decode_image(np.asarray(gray)[:, :, None])[0], expected)
+    assert set(np.unique(decode_image(encode(gray.convert("1")))[0])) <= {0, 255}
 
 
 def test_sixteen_bit_keeps_the_upper_byte(encode):
     wide = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
-    np.testing.assert_array_equal(decode_rgb(encode(Image.fromarray(wide)))[:, :, 0].ravel(), np.arange(256))
+    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(wide)))[0][:, :, 0].ravel(), np.arange(256))
 
 
 def test_transparency_lies_on_white(encode):
     image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
     image.putpixel((1, 0), (200, 0, 0, 0))
     expected = [[[200, 0, 0], [255, 255, 255]]]
-    assert decode_rgb(encode(image)).tolist() == expected
+    assert decode_image(encode(image))[0].tolist() == expected
     with pytest.raises(ValueError, match="has 4 channels and the encoder takes 3"):
-        decode_rgb(np.asarray(image))  # a fourth channel of an array need not be transparency
+        decode_image(np.asarray(image))[0]  # a fourth channel of an array need not be transparency
 
 
 def test_palette_with_transparent_entry(encode):
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
-    assert decode_rgb(encode(image)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
-    assert decode_rgb(encode(image, transparency=b"\x00\xff")).tolist() == [[[255, 255, 255], [40, 50, 60]]]
+    assert decode_image(encode(image))[0].tolist() == [[[10, 20, 30], [40, 50, 60]]]
+    assert decode_image(encode(image, transparency=b"\x00\xff"))[0].tolist() == [[[255, 255, 255], [40, 50, 60]]]
 
 
 @pytest.fixture

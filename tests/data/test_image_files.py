@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mim_refiner.data.channels import TooLargeError, UnusableImageError, WrongChannelsError
-from mim_refiner.data.decode import ImageSet, decode_rgb
+from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.sources import open_source
 
@@ -64,7 +64,7 @@ def planes(array):
     ],
 )
 def test_tiff_that_is_read(array, options, packed, expected):
-    np.testing.assert_array_equal(decode_rgb(tiff(array, **options, **packed)), expected)
+    np.testing.assert_array_equal(decode_image(tiff(array, **options, **packed))[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_tiff_that_is_read(array, options, packed, expected):
 )
 def test_tiff_that_is_refused_with_its_reason(array, options, reason):
     with pytest.raises(UnusableImageError, match=reason):
-        decode_rgb(tiff(array, **options))
+        decode_image(tiff(array, **options))[0]
 
 
 def test_tiff_of_twelve_bits():
@@ -99,7 +99,7 @@ def test_tiff_of_twelve_bits():
     entries = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 110), (277, 1), (279, 6)]
     listed = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries)
     data = b"II*\0" + struct.pack("<IH", 8, len(entries)) + listed + struct.pack("<I", 0) + packed
-    assert decode_rgb(data)[0, :, 0].tolist() == [0, 0, 128, 255]
+    assert decode_image(data)[0][0, :, 0].tolist() == [0, 0, 128, 255]
     assert decode_image(data, 1)[0].ravel().tolist() == [0, 16, 2048 << 4 | 8, 65535]
 
 
@@ -109,7 +109,7 @@ def test_thumbnails_in_a_tiff_are_no_pages():
     with tifffile.TiffWriter(buffer) as file:
         file.write(RGB, photometric="rgb")
         file.write(RGB[::2, ::2], photometric="rgb", subfiletype=1)
-    np.testing.assert_array_equal(decode_rgb(buffer.getvalue()), RGB)
+    np.testing.assert_array_equal(decode_image(buffer.getvalue())[0], RGB)
 
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
@@ -145,12 +145,12 @@ def png16(color: int, values: list[int], bands: int) -> bytes:
     ],
 )
 def test_sixteen_bits_by_the_header_and_not_by_the_largest_value(data, expected):
-    assert decode_rgb(data)[0].tolist() == expected
+    assert decode_image(data)[0][0].tolist() == expected
 
 
 def test_portable_float_maps_are_refused():
     with pytest.raises(UnusableImageError, match="float values"):
-        decode_rgb(b"Pf\n2 1\n-1.0\n" + np.zeros(2, "<f4").tobytes())
+        decode_image(b"Pf\n2 1\n-1.0\n" + np.zeros(2, "<f4").tobytes())[0]
 
 
 @pytest.mark.parametrize("number", range(1, 9))
@@ -165,7 +165,7 @@ def test_every_exif_orientation(kind, number):
     exif = Image.Exif()
     exif[0x0112] = number
     shown = image.transpose(ways[number]) if number > 1 else image
-    found = decode_rgb(encoded(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {})))
+    found = decode_image(encoded(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {})))[0]
     assert found.shape[:2] == (shown.height, shown.width)
     assert np.abs(found.astype(int) - np.asarray(shown)).mean() < (9 if kind == "JPEG" else 0.01)
 
@@ -174,14 +174,13 @@ def test_every_exif_orientation(kind, number):
 def test_of_an_animation_the_first_frame(kind):
     frames = [Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50)
-    assert np.abs(decode_rgb(data)[4, 4].astype(int) - [255, 0, 0]).max() < 5
+    assert np.abs(decode_image(data)[0][4, 4].astype(int) - [255, 0, 0]).max() < 5
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_inks(kind):
-    assert (
-        np.abs(decode_rgb(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), kind))[4, 4] - [255.0, 0, 0]).max() < 9
-    )
+    pixels, _ = decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), kind))
+    assert np.abs(pixels[4, 4] - [255.0, 0, 0]).max() < 9
 
 
 SCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(/tmp/owned) (w) file closefile showpage\n"
@@ -211,12 +210,12 @@ def test_sizes_beyond_any_photograph_are_refused_before_decoding():
         data = bytearray(encoded(np.zeros((4, 4, 3), np.uint8), "BMP"))
         data[18:26] = struct.pack("<ii", width, height)
         with pytest.raises(TooLargeError, match="89 million"):
-            decode_rgb(bytes(data))
+            decode_image(bytes(data))[0]
 
 
 def test_wrong_channels_name_the_way_out():
     with pytest.raises(WrongChannelsError, match=r"has 4 channels and the encoder takes 3 \(RGB\); save RGB images"):
-        decode_rgb(np.zeros((8, 8, 4), np.uint8))
+        decode_image(np.zeros((8, 8, 4), np.uint8))[0]
 
 
 def test_no_library_warning_reaches_the_terminal(tmp_path):
@@ -235,4 +234,4 @@ def test_no_library_warning_reaches_the_terminal(tmp_path):
     assert (done.stdout.strip(), done.stderr) == ("1", "")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert decode_rgb(broken).shape == RGB.shape
+        assert decode_image(broken)[0].shape == RGB.shape

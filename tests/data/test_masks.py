@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mim_refiner.data.decode import decode_rgb
+from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.masks import MaskSet, has_masks
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError
@@ -154,7 +154,7 @@ def test_a_mask_goes_the_way_of_its_image(masked, kind, way, mask_is):
     mask = encoded(shown if mask_is == "shown" else CLASSES, **options)
     masks = masked(mask, image=encoded(PICTURE, kind, exif=exif))
     np.testing.assert_array_equal(masks.load(0), np.asarray(shown))
-    picture = decode_rgb(masks.source.read(0))[..., 0].astype(int)
+    picture = decode_image(masks.source.read(0))[0][..., 0].astype(int)
     assert np.abs(picture - np.asarray(shown).astype(int) * 40 % 256)[2:-2, 2:-2].mean() < 12
 
 

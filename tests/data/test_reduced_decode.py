@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from mim_refiner.data.decode import ImageSet, decode_rgb
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import _FIRST_VIEW_STREAM, _uniforms, crop_boxes, multi_crop_views, scale_reduction
@@ -138,7 +139,7 @@ def test_evaluation_and_the_cache_decode_at_full_scale(folder):
     content = photograph(900, 700)
     images = folder(content)
     assert images.load(0).shape == (700, 900, 3)
-    np.testing.assert_array_equal(images.load(0), decode_rgb(content))
+    np.testing.assert_array_equal(images.load(0), decode_image(content)[0])
     images.scan()
     loaded = images.load_resolved(0, lambda height, width: 8)
     assert loaded.pixels.shape == (700, 900, 3)

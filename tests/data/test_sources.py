@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mim_refiner.data.decode import decode_rgb
+from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.source_parquet import ParquetSource
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError
@@ -34,7 +34,7 @@ def test_class_folders_give_labels(image_folder, pixels):
     assert source.class_names == ("cat", "dog")
     assert [source.name(i) for i in range(3)] == ["cat/a.png", "dog/a.png", "dog/b.png"]
     assert source.labels.tolist() == [0, 1, 1]
-    np.testing.assert_array_equal(decode_rgb(source.read(2)), pixels(0))
+    np.testing.assert_array_equal(decode_image(source.read(2))[0], pixels(0))
 
 
 def test_fingerprint_knows_content_but_not_place(image_folder, tmp_path):
@@ -57,17 +57,17 @@ def test_parquet_bytes_labels_class_names(tmp_path, pixels, encode):
     assert source.labels.dtype == np.int64
     assert source.labels.tolist() == [0, 1, 0, 1, 1]
     for i in (4, 0, 2):
-        np.testing.assert_array_equal(decode_rgb(source.read(i)), pixels(i))
+        np.testing.assert_array_equal(decode_image(source.read(i))[0], pixels(i))
 
 
 def test_large_parquet_reads_by_row_group(tmp_path, pixels, encode):
     columns = {"image": [encode(pixels(i)) for i in range(20)]}
     source = ParquetSource(Path(write_parquet(tmp_path / "a.parquet", columns, row_group_size=2)), whole_file_bytes=0)
     for i in (19, 0, 7, 8, 3, 12, 19):
-        np.testing.assert_array_equal(decode_rgb(source.read(i)), pixels(i))
+        np.testing.assert_array_equal(decode_image(source.read(i))[0], pixels(i))
     assert len(source._groups) <= 4
     copy = pickle.loads(pickle.dumps(source))
-    np.testing.assert_array_equal(decode_rgb(copy.read(11)), pixels(11))
+    np.testing.assert_array_equal(decode_image(copy.read(11))[0], pixels(11))
 
 
 def test_parquet_hugging_face_struct(tmp_path, pixels, encode):
@@ -78,7 +78,7 @@ def test_parquet_hugging_face_struct(tmp_path, pixels, encode):
     source = open_source(path)
     assert source.class_names == ("no", "yes")
     for i in range(2):
-        np.testing.assert_array_equal(decode_rgb(source.read(i)), pixels(i))
+        np.testing.assert_array_equal(decode_image(source.read(i))[0], pixels(i))
 
 
 def test_parquet_string_labels_and_unlabelled(tmp_path, pixels, encode):
@@ -97,7 +97,7 @@ def test_several_parquet_files(tmp_path, pixels, encode):
     by_folder = open_source(tmp_path)
     for source in (by_glob, by_list, by_folder):
         assert source.labels.tolist() == [0, 0, 1, 1, 2, 2]
-        np.testing.assert_array_equal(decode_rgb(source.read(3)), pixels(11))
+        np.testing.assert_array_equal(decode_image(source.read(3))[0], pixels(11))
         assert source.name(3) == "train-1.parquet[1]"
     assert by_glob.fingerprint() == by_list.fingerprint() == by_folder.fingerprint()
 
@@ -121,7 +121,7 @@ def test_npz_and_npy(tmp_path):
     np.testing.assert_array_equal(source.read(3), images[3])
     gray = pickle.loads(pickle.dumps(open_source(tmp_path / "b.npy")))
     assert gray.labels is None
-    np.testing.assert_array_equal(decode_rgb(gray.read(1)), np.repeat(images[1, :, :, :1], 3, axis=2))
+    np.testing.assert_array_equal(decode_image(gray.read(1))[0], np.repeat(images[1, :, :, :1], 3, axis=2))
 
 
 # slices

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from mim_refiner.data import source_tar
-from mim_refiner.data.decode import ImageSet, decode_rgb
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError
 
@@ -56,7 +57,7 @@ def test_one_shard(shard, pixels):
     assert source.labels.tolist() == [0, 1, 2, 0, 1]
     assert source.name(3) == "a.tar/000003.png"
     for i in (4, 0, 2):
-        np.testing.assert_array_equal(decode_rgb(source.read(i)), pixels(i))
+        np.testing.assert_array_equal(decode_image(source.read(i))[0], pixels(i))
     copy = pickle.loads(pickle.dumps(source))
     assert copy.read(1) == source.read(1)
 
@@ -71,7 +72,7 @@ def test_several_shards(tmp_path, shard, pixels, pattern):
     source = open_source(f"{tmp_path}/{pattern.replace('{root}', str(tmp_path))}")
     assert len(source) == 6
     assert source.name(3) == "s-01.tar/000003.png"
-    np.testing.assert_array_equal(decode_rgb(source.read(5)), pixels(5))
+    np.testing.assert_array_equal(decode_image(source.read(5))[0], pixels(5))
     assert open_source(tmp_path).fingerprint() == source.fingerprint()
 
 

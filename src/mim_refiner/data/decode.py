@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,18 +13,13 @@ from PIL import UnidentifiedImageError
 
 from mim_refiner.data.image_files import Reduction, decode_image
 from mim_refiner.data.source_base import ImageSource, evenly
+from mim_refiner.data.workers import in_threads
 from mim_refiner.errors import DataError, reason_of
 
 Pixels = NDArray[Any]  # [H, W, 3] uint8; for encoders of other channels [H, W, C] uint8 or uint16
 CACHE_LIMIT_BYTES = 2 * 10**9
 MAX_UNREADABLE_SHARE = 0.1
 _PROBES = 32  # images decoded to estimate the size of the whole set
-_CHUNK = 1024
-
-
-def decode_rgb(data: bytes | NDArray[Any]) -> Pixels:
-    """Upright RGB uint8 [H, W, 3] of an encoded image or an array; see :func:`decode_image`."""
-    return decode_image(data)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +178,8 @@ class ImageSet:
         array: Pixels | None = None
         images: list[Pixels | None] = []
         uniform = True
-        for index, pixels in enumerate(self._decode_all()):
+        decoded = in_threads(self._decode, self._length, min(8, os.cpu_count() or 1))
+        for index, pixels in enumerate(None if loaded is None else loaded.pixels for loaded in decoded):
             if uniform and pixels is not None:
                 array = np.zeros((self._length, *pixels.shape), dtype=pixels.dtype) if array is None else array
                 uniform = pixels.shape == array.shape[1:] and pixels.dtype == array.dtype
@@ -194,14 +189,6 @@ class ImageSet:
             images.append(pixels)
         self._array, self._list = (array, None) if uniform else (None, images)
         self.source.close()
-
-    def _decode_all(self) -> Iterator[Pixels | None]:
-        if self._length:
-            self._decode(0)  # opens the source once, before the threads share it
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for start in range(0, self._length, _CHUNK):
-                chunk = pool.map(self._decode, range(start, min(start + _CHUNK, self._length)))
-                yield from (None if loaded is None else loaded.pixels for loaded in chunk)
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker with the decoded images has no use for the encoded ones.

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from mim_refiner.data.channels import (
 )
 from mim_refiner.data.image_files import decode_image, open_image, stored_bits
 from mim_refiner.data.source_base import ImageSource
+from mim_refiner.data.workers import in_threads
 
 HUGE_PIXELS = 50_000_000  # judged from the header, never decoded
 TINY_SIDE = 16  # pixels; in a set of large images an eighth of the median side
@@ -106,7 +106,8 @@ class Scan:
 def scan(source: ImageSource, progress: Callable[[int], None] | None = None, *, channels: int = 3) -> Scan:
     """Probe every image with one thread a core, for an encoder of ``channels``; ``progress`` gets the number done."""
     probes: list[Probe] = []
-    for done, probe in enumerate(_probe_all(source, channels), 1):
+    probed = in_threads(lambda index: _probe(source, index, channels), len(source), os.cpu_count() or 1)
+    for done, probe in enumerate(probed, 1):
         probes.append(probe)
         if progress and (done % 256 == 0 or done == len(source)):
             progress(done)
@@ -128,14 +129,6 @@ def scan(source: ImageSource, progress: Callable[[int], None] | None = None, *, 
     std = np.sqrt(np.maximum(square - mean**2, 0))
     shares = tuple((mean / 255).tolist()), tuple((std / 255).tolist())
     return Scan(findings, np.array(list(seen)), list(digests), np.stack(thumbs), np.array(sizes), *shares, sum(gray))
-
-
-def _probe_all(source: ImageSource, channels: int) -> Iterator[Probe]:
-    yield _probe(source, 0, channels)  # opens the source once, before the threads share it
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for start in range(1, len(source), 1024):
-            chunk = range(start, min(start + 1024, len(source)))
-            yield from pool.map(lambda index: _probe(source, index, channels), chunk)
 
 
 def _probe(source: ImageSource, index: int, channels: int) -> Probe:

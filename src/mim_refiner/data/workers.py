@@ -8,7 +8,8 @@ import queue
 import signal
 import threading
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
@@ -19,6 +20,7 @@ _T = TypeVar("_T")
 
 
 MOST_WORKERS, MOST_THREADS = 12, 32
+_AT_ONCE = 1024  # images given to threads
 WORKER_BYTES = 20 * 10**6  # of a loader process that it does not share with the others (measured: 16 MB)
 
 
@@ -39,6 +41,14 @@ def worker_count(asked: int, *, cached: bool) -> int:
 def decoding_threads() -> int:
     """Threads that decode images for evaluation."""
     return max(2, min(MOST_THREADS, own_cores()))
+
+
+def in_threads(work: Callable[[int], _T], count: int, threads: int) -> Iterator[_T]:
+    """``work`` of 0, 1, ..., count - 1 in order; of 0 alone first, which opens the source that the threads share."""
+    yield from map(work, range(min(1, count)))
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(1, count, _AT_ONCE):
+            yield from pool.map(work, range(start, min(start + _AT_ONCE, count)))
 
 
 def begun(loader: DataLoader[_T]) -> Iterator[_T]:

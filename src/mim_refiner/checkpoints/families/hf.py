@@ -159,12 +159,6 @@ DINOV2 = _family(
 # BEiT's architecture and names
 
 
-def _is_data2vec(view: View) -> bool:
-    """BEiT's biases and a config.json that says data2vec-vision, or the prefix of its task models."""
-    named = view.config is None and "data2vec_vision" in view.prefix.split(".")
-    return (named or view.model_type == "data2vec-vision") and has_query_bias_only(view)
-
-
 def _convert_beit(view: View, wishes: Wishes) -> Converted:
     facts = said(view)
     outer = {short: name for short, name in view.beside.items() if short.startswith("layernorm.")}
@@ -205,4 +199,10 @@ BEIT = Family(
     lambda view: is_kind(view, "beit") and has_query_bias_only(view),
     _convert_beit,
 )
-DATA2VEC = replace(BEIT, name="hf_data2vec_vision", matches=_is_data2vec)
+DATA2VEC = replace(  # told by its config.json, else by the prefix of its task models
+    BEIT,
+    name="hf_data2vec_vision",
+    matches=lambda view: (
+        has_query_bias_only(view) and "data2vec-vision" in (view.model_type or view.prefix.replace("_", "-")).split(".")
+    ),
+)
