@@ -79,7 +79,10 @@ def load_backbone(
         if (wrong := _wrong_numbers(found.diagnosis.converted.tensors, found.sketch, bare)) is not None:
             raise wrong
     diagnosis = found.diagnosis
-    _check_size(found.sketch, diagnosis, bare)
+    wanted = sum(tensor.numel() for tensor in found.sketch.state_dict().values())
+    if wanted > 8 * sum(tensor.numel() for tensor in diagnosis.converted.tensors.values()) + 2**27:
+        # config and options take no memory that nothing fills
+        raise CheckpointError(f"{bare}: its config is of a far larger encoder; take both from one source")
     with torch.random.fork_rng(devices=[]):  # timm draws initial weights
         model = build(diagnosis.converted, diagnosis.contents.source)
     expected = found.sketch.state_dict()
@@ -178,14 +181,6 @@ def _examine(given: str | Path, key_map: KeyMapLike, **options: Any) -> _Examine
             problem = error
     notes, is_gap = _notes(diagnosis, backbone.info, unplaced), known_heads and bool(gap)
     return _Examined(source, wishes, diagnosis, backbone, records, missing, notes, problem, is_gap)
-
-
-def _check_size(sketch: Any, diagnosis: Diagnosis, source: str) -> None:
-    """CheckpointError for an encoder far larger than its file: config and options take no memory that nothing fills."""
-    wanted = sum(tensor.numel() for tensor in sketch.state_dict().values())
-    held = sum(tensor.numel() for tensor in diagnosis.converted.tensors.values())
-    if wanted > 8 * held + 2**27:
-        raise CheckpointError(f"{source}: its config is of a far larger encoder; take both from one source")
 
 
 def _merge(source: str | Path, given: Mapping[str, Any], key_map: KeyMapLike) -> tuple[str, Wishes, KeyMapLike]:

@@ -154,7 +154,7 @@ class ImageSet:
                 raise ValueError("the image has no pixels")
             return Loaded(index, pixels, shape)
         except Exception as error:  # decoders raise almost anything on damaged input
-            self._bad[index] = (self.source.name(index), _reason(error))
+            self._bad[index] = (self.source.name(index), why_unreadable(error))
             return None
 
     def _estimate_bytes(self) -> int:
@@ -195,7 +195,8 @@ class ImageSet:
         return {**self.__dict__, "source": None} if self.cached else dict(self.__dict__)
 
 
-def _reason(error: Exception) -> str:
+def why_unreadable(error: Exception) -> str:
+    """In a few words of one line."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image file of a known kind, or a damaged one"
     if isinstance(error, FileNotFoundError):

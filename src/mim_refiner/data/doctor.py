@@ -24,6 +24,7 @@ from mim_refiner.data.channels import (
     as_channels_last,
     for_display,
 )
+from mim_refiner.data.decode import why_unreadable
 from mim_refiner.data.image_files import decode_image, open_image, stored_bits
 from mim_refiner.data.source_base import ImageSource
 from mim_refiner.data.workers import in_threads
@@ -135,7 +136,7 @@ def _probe(source: ImageSource, index: int, channels: int) -> Probe:
     try:
         raw = source.read(index)
     except Exception as error:  # a missing file, or a row without an image
-        return [("unreadable", _short(error))], None
+        return [("unreadable", why_unreadable(error))], None
     if not len(raw):
         return [("empty", "")], None
     try:
@@ -151,7 +152,7 @@ def _probe(source: ImageSource, index: int, channels: int) -> Probe:
             WrongChannelsError: "channels", TooLargeError: "huge", UnusableImageError: "unusable",
         }  # fmt: skip
         broken = "truncated" if isinstance(raw, bytes) and known_signature(raw) else "unreadable"
-        return [(named.get(type(error), broken), _short(error))], None
+        return [(named.get(type(error), broken), why_unreadable(error))], None
 
 
 def _probe_encoded(raw: bytes) -> Probe:
@@ -208,10 +209,3 @@ def known_signature(raw: bytes) -> bool:
     """Whether the bytes begin as a JPEG, PNG, GIF, WebP, TIFF, BMP or JPEG 2000 file does."""
     starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\x00", b"MM\x00*", b"BM", b"\x00\x00\x00\x0cjP")
     return raw.startswith(starts) or (raw[:4] == b"RIFF" and raw[8:12] == b"WEBP")
-
-
-def _short(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    text = (str(error).splitlines() or [""])[0] or type(error).__name__
-    return "no decoder knows these bytes" if text.startswith("cannot identify") else text[:100]

@@ -309,14 +309,14 @@ def _with_tifffile(data: bytes, channels: int) -> NDArray[Any]:
             pixels = np.moveaxis(pixels, 0, -1)
         pixels = _spread(as_channels_last(pixels), page.bitspersample)
         turn = page.tags.get(274)
-        pixels = _turned(pixels, turn.value if turn else 1)
+        pixels = turned(pixels, turn.value if turn else 1)
         return ~pixels if page.photometric == 0 else pixels
 
 
-def _turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     """As EXIF orientation 1 to 8 says that stored pixels are shown."""
     if orientation in SIDEWAYS:
-        pixels = pixels.transpose(1, 0, 2)
+        pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     if orientation in (3, 4, 7, 8):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from mim_refiner.data.channels import array_in
-from mim_refiner.data.image_files import SIDEWAYS, open_image, orientation, stored_bits, stored_size
+from mim_refiner.data.image_files import SIDEWAYS, open_image, orientation, stored_bits, stored_size, turned
 from mim_refiner.data.source_base import ConcatSource, ImageSource, Selection
 from mim_refiner.data.source_files import FileSource
 from mim_refiner.data.source_parquet import ParquetSource, holds_images
@@ -64,8 +64,7 @@ class MaskSet:
         name = f"mask of {leaf.name(position)}"
         with reading(name, _FIX):
             data = self._read(leaf, position)
-            mask, turned = _class_numbers(data)
-            mask = _fitted(mask, turned, leaf, position)
+            mask = _fitted(*_class_numbers(data), leaf, position)
             return mask if self._dense is None else self._dense[mask]
 
     def renumber(self, numbers: NDArray[np.int64]) -> None:
@@ -206,25 +205,20 @@ def _class_numbers(data: bytes) -> tuple[Mask, bool]:
     return np.ascontiguousarray(shown, dtype=np.uint8), own > 1
 
 
-def _fitted(mask: Mask, turned: bool, leaf: ImageSource, position: int) -> Mask:
+def _fitted(mask: Mask, marked: bool, leaf: ImageSource, position: int) -> Mask:
     try:
         stored, way = _size_and_way(leaf.read(position))
     except Exception:  # an unreadable image is left out with its mask
         return mask
     upright = stored[::-1] if way in SIDEWAYS else stored
-    as_stored = way > 1 and not turned and _same_shape(mask.shape, stored)
+    as_stored = way > 1 and not marked and _same_shape(mask.shape, stored)
     as_shown = _same_shape(mask.shape, upright)
     if as_stored and as_shown:
         raise ValueError(f"nothing tells whether it goes with the stored or the shown pixels (EXIF orientation {way})")
     if not as_stored and not as_shown:
         sizes = [f"{width}x{height}" for height, width in (mask.shape, upright)]
         raise ValueError(f"is {sizes[0]} px and the image {sizes[1]}")
-    picture = Image.fromarray(mask)
-    if as_stored:
-        exif = Image.Exif()
-        exif[0x0112] = way
-        picture.info["exif"] = exif.tobytes()
-        picture = ImageOps.exif_transpose(picture)
+    picture = Image.fromarray(turned(mask, way) if as_stored else mask)
     if picture.size != upright[::-1]:
         picture = picture.resize(upright[::-1], Image.Resampling.NEAREST)
     return np.asarray(picture)
