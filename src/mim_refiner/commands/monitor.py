@@ -20,6 +20,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.evaluation.features import Features, feature_sets
+from mim_refiner.evaluation.knn import required_labels
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.report.figures import read_metrics
@@ -121,8 +122,6 @@ class OnlineKnn:
 
 
 def _accuracy(bank_sets: Sets, test_sets: Sets, bank: Tensor, test: Tensor) -> float:
-    labels, truth = bank_sets[False].labels, test_sets[False].labels
-    assert labels is not None
-    assert truth is not None
+    labels, truth = required_labels(bank_sets[False], "bank"), required_labels(test_sets[False], "test")
     predicted = knn_predict(bank, labels, test, k=min(KNN_K, len(labels)))
     return predicted.eq(truth).float().mean().item()

@@ -82,12 +82,10 @@ def _linear(
 def _attentive(backbone: Backbone, bank: Features, queries: Features, samples: Samples, run: Run) -> list[Row]:
     """Efficient probing of the last block, and of a mixture of four."""
     depth, size = backbone.info.depth, own_image_size(backbone.info)
-    assert bank.labels is not None
-    assert queries.labels is not None
     scores = attentive_protocol(
         backbone,
-        LabelledRows(samples.bank, bank.indices.numpy(), bank.labels.numpy()),
-        LabelledRows(samples.queries, queries.indices.numpy(), queries.labels.numpy()),
+        LabelledRows.of(samples.bank, bank),
+        LabelledRows.of(samples.queries, queries),
         sources_of(backbone, [depth - 1], ATTENTIVE.mixture),
         ATTENTIVE,
         image_size=size,

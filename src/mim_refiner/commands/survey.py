@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -175,12 +174,7 @@ def bank_and_queries(
         )
     )
     number = class_numbers(samples.bank, samples.queries)
-    if number is not None:
-        queries = {
-            norm: dataclasses.replace(found, labels=None if found.labels is None else number[found.labels])
-            for norm, found in queries.items()
-        }
-    return bank, queries
+    return bank, {norm: found.renumbered(number) for norm, found in queries.items()}
 
 
 def _views(backbone: Backbone, samples: Samples, run: Run, name: str, **options: Any) -> PairedViews:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,10 @@ class Features:
     def keys(self) -> tuple[FeatureKey, ...]:
         """(block, pooling) in the order of extraction."""
         return tuple(self.values)
+
+    def renumbered(self, numbers: Tensor | None) -> Features:
+        """Return them with class ``c`` as ``numbers[c]``; None: as they are."""
+        return self if numbers is None or self.labels is None else replace(self, labels=numbers[self.labels])
 
     def select(self, rows: Tensor | NDArray[np.int64]) -> Features:
         """Return the features of some rows."""

@@ -30,8 +30,8 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.data.workers import begun, worker_count
-from mim_refiner.evaluation.features import resolve_poolings
-from mim_refiner.evaluation.knn import AccuracyScore
+from mim_refiner.evaluation.features import Features, resolve_poolings
+from mim_refiner.evaluation.knn import AccuracyScore, required_labels
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.settings import (
     BatchSize,
@@ -89,6 +89,11 @@ class LabelledRows:
     images: ImageSet
     rows: NDArray[np.int64]
     labels: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, images: ImageSet, features: Features) -> LabelledRows:
+        """The images behind features, which have labels."""
+        return cls(images, features.indices.numpy(), required_labels(features, "chosen").numpy())
 
     def select(self, chosen: NDArray[np.int64]) -> LabelledRows:
         """Return the images at positions ``chosen``."""

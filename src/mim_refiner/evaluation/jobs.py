@@ -78,10 +78,9 @@ class Job:
         """Rows of the train features that a published split names."""
         return np.flatnonzero(np.isin(self.train.indices.numpy(), self.lists[path].rows))
 
-    def labelled(self, features: Features, images: ImageSet) -> LabelledRows:
-        """The images behind ``features`` with their class numbers."""
-        assert features.labels is not None
-        return LabelledRows(images, features.indices.numpy(), features.labels.numpy())
+    def labelled(self) -> tuple[LabelledRows, LabelledRows]:
+        """The images of train and test with their class numbers."""
+        return LabelledRows.of(self.train_images, self.train), LabelledRows.of(self.test_images, self.test)
 
     def _data(self) -> dict[str, Any]:
         """The data of a result, with the images that turned out to be unreadable by now."""

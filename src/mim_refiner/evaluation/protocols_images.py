@@ -38,8 +38,7 @@ def attentive(job: Job) -> list[Result]:
     assert size is not None
     scores = attentive_protocol(
         job.backbone,
-        job.labelled(job.train, job.train_images),
-        job.labelled(job.test, job.test_images),
+        *job.labelled(),
         sources_of(job.backbone, job.blocks, settings.mixture),
         settings,
         image_size=size,
@@ -90,7 +89,7 @@ def _picture(attention: np.ndarray[Any, Any], grid: tuple[int, int]) -> str:
 def finetuning(job: Job) -> list[Result]:
     """Fine-tune on every share of the labels, or on every published list."""
     settings, results = job.settings.finetune, []
-    train, test = job.labelled(job.train, job.train_images), job.labelled(job.test, job.test_images)
+    train, test = job.labelled()
     for name, share, rows, facts in _parts(job, train):
         own, row = published(settings, share, job.backbone.info.embed_dim, job.settings.given("finetune"))
         score = _tuned(job, rows, test, f"fine-tuning on {100 * share:.3g} % of the labels ({row})", own)
@@ -132,9 +131,8 @@ def long_tail(job: Job) -> list[Result]:
             probe = linear_probe(subset, test, job.settings.linear, seed=job.run.seed, device=job.run.device)[key]
             score = probe.selected or probe.best
         else:
-            rows = job.labelled(job.train, job.train_images).select(chosen)
-            tested, own = job.labelled(job.test, job.test_images), job.settings.finetune
-            score = _tuned(job, rows, tested, "fine-tuning on the long tail", own)
+            whole, tested = job.labelled()
+            score = _tuned(job, whole.select(chosen), tested, "fine-tuning on the long tail", job.settings.finetune)
         options = {
             **settings.model_dump(),
             "method": method,
@@ -170,8 +168,7 @@ def robustness(job: Job) -> list[Result]:
         results.append(job.accuracy("robustness", f"robustness_{name}_top1", _mean_over_sets(together), details))
     for set_name, (images, numbers) in (job.shifted or {}).items():
         found = _main_features(job, images, None, phase=f"robustness: {set_name} ({len(images)} images)")
-        if numbers is not None and found.labels is not None:
-            found = dataclasses.replace(found, labels=numbers[found.labels])
+        found = found.renumbered(numbers)
         for name, predict in predictors.items():
             score = AccuracyScore.of(_correct(job, predict, found, set_name))
             details = {**shown, "classifier": name, "set": images.description, "images": len(found)}

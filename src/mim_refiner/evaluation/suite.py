@@ -201,10 +201,8 @@ def _with_features(job: Job, train: ImageSet, test: ImageSet | None, blocks: tup
     bank = job.features_of(train, None, blocks=blocks, phase="features of the train images")
     if test is not None:
         queries = job.features_of(test, None, blocks=blocks, phase="features of the test images")
-        number = class_numbers(train, test)  # two folders may hold different subsets of classes
-        if queries.labels is not None and number is not None:
-            queries = dataclasses.replace(queries, labels=number[queries.labels])
-        return dataclasses.replace(job, train=bank, test=queries)
+        # two folders may hold different subsets of classes
+        return dataclasses.replace(job, train=bank, test=queries.renumbered(class_numbers(train, test)))
     labels = np.zeros(len(bank), dtype=np.int64) if bank.labels is None else bank.labels.numpy()
     kept, held = stratified_split(labels, job.settings.test_share, job.run.seed)
     return dataclasses.replace(job, train=bank.select(kept), test=bank.select(held))
