@@ -162,14 +162,12 @@ class PlainReporter(Reporter):
         self.step, self.printed_step, self.printed_at = 0, -1, 0.0
 
     def phase(self, name: str, total: int) -> None:
-        """Begin a phase; the newest values of the one before are written if they were not."""
         self.done()
         self.name, self.total, self.values, self.first = name, total, {}, None
         self.step, self.printed_step, self.printed_at = 0, -1, self.clock()
         self.message(f"{name}: {total}" if total else name)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the newest values; write a line when the last one is ``interval`` seconds old."""
         self.step = step
         self.values.update(values)
         now = self.clock()
@@ -179,11 +177,9 @@ class PlainReporter(Reporter):
             self._line(now)
 
     def message(self, text: str) -> None:
-        """Write the text."""
         print(text, file=self.stream, flush=True)
 
     def done(self) -> None:
-        """Write the newest values if they were not written yet."""
         if self.values and self.step != self.printed_step:
             self._line(self.clock())
 
@@ -209,7 +205,6 @@ class LogFile(PlainReporter):
         self.message(header)
 
     def message(self, text: str) -> None:
-        """Add the line."""
         self._waiting.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
         if self.path is None:
             return
@@ -221,7 +216,6 @@ class LogFile(PlainReporter):
         self._waiting.clear()
 
     def opened(self, folder: Path) -> None:
-        """From now on lines go to the file."""
         self.path = folder / LOG_FILE
         self.message(f"run folder: {folder}")
 

@@ -19,9 +19,7 @@ from mim_refiner._version import __version__
 from mim_refiner.cli.common import broken, example
 from mim_refiner.cli.doctor import doctor
 from mim_refiner.cli.inspect import inspect
-from mim_refiner.cli.models import models
-from mim_refiner.cli.recipes import recipes
-from mim_refiner.cli.verbs import analyze, demo, embed, evaluate, export, pretrain, refine, report
+from mim_refiner.cli.verbs import analyze, demo, embed, evaluate, export, models, pretrain, recipes, refine, report
 from mim_refiner.errors import MimRefinerError, did_you_mean
 
 PROGRAM = "mim-refiner"

@@ -49,7 +49,6 @@ class LiveReporter(Reporter):
         self.knn: list[float] = []  # of the whole run, over its phases
 
     def phase(self, name: str, total: int) -> None:
-        """Begin a phase below the finished display of the one before."""
         from rich import progress
         from rich.live import Live
 
@@ -67,7 +66,6 @@ class LiveReporter(Reporter):
         self.live.start()
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the newest values; the display redraws by itself."""
         self.values.update(values)
         if KNN in values:
             self.knn.append(values[KNN])
@@ -79,11 +77,9 @@ class LiveReporter(Reporter):
         self.bar.update(self.task, completed=step)
 
     def message(self, text: str) -> None:
-        """Write the text above the display; its lines break at spaces."""
         self.console.print(text, markup=False, highlight=False)
 
     def done(self) -> None:
-        """Leave the last state on the screen."""
         if self.live is not None:
             self.live.stop()
         self.live = self.bar = self.task = None

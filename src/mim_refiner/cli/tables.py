@@ -138,6 +138,17 @@ def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
     return table
 
 
+def catalogue_parts(entries: Sequence[Mapping[str, Any]]) -> list[str | Table]:
+    """What the choice of a model needs, one a line; NAME shows the rest."""
+    rows = []
+    for entry in entries:
+        licence = str(entry["licence"]).partition(" (")[0].replace("unknown", "not stated")
+        rows.append([*(str(entry[key]) for key in ("name", "architecture", "image_size", "data")), licence])
+    table = text_table("", ("name", "architecture", "px", "images", "licence"), rows, names=5)
+    table.columns[0].no_wrap, table.columns[0].min_width = True, max(len(row[0]) for row in rows)
+    return [table, f"{len(entries)} models; mim-refiner models NAME shows source, size and hash of one"]
+
+
 def plan_table(plan: Mapping[str, Any]) -> Table:
     """What a run will cost, a line each: images, phases, memory by part, what was chosen and what to change."""
     rows = [("images", f"{plan['images']}, {plan['batch']} a step")]

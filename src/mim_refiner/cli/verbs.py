@@ -1,7 +1,8 @@
-"""The verbs whose results print themselves: what each one takes. ``commands`` has what they do."""
+"""The verbs: what each one takes; ``commands`` has what they do. Those that print in a way of their own lie beside."""
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any, Literal, TextIO
 
 import typer
@@ -10,6 +11,7 @@ from mim_refiner.cli.common import (
     CacheOption,
     DataOption,
     DeviceOption,
+    JsonOption,
     ModelOption,
     NormOption,
     OutOption,
@@ -19,6 +21,7 @@ from mim_refiner.cli.common import (
     SetOption,
     TestOption,
     names,
+    show,
     verb,
 )
 
@@ -244,3 +247,38 @@ def report(
     ] = None,
 ) -> None:
     """Write one offline HTML page of a run, or of several side by side, from their result files."""
+
+
+def models(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this model in full.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List published encoders that --model takes by name, with what they learned from and their licence."""
+    from mim_refiner.commands.models import models as list_models
+
+    found = list_models(name=name)
+    if name is None and not as_json:
+        from mim_refiner.cli.tables import catalogue_parts, write_parts
+
+        write_parts(sys.stdout, catalogue_parts(found["models"]))
+        return
+    if not as_json:  # a size or hash that nobody states is not shown
+        found = {key: value for key, value in found.items() if value != "unknown" or key == "licence"}
+    show(found, as_json=as_json)
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show all settings of this recipe.")] = None,
+    key: Annotated[str | None, typer.Option("--key", metavar="KEY", help="Explain this setting.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the recipes, print one (as YAML, to change and give to --recipe), or explain a setting."""
+    from mim_refiner.commands.recipes import recipes as list_recipes
+
+    found = list_recipes(name=name, key=key)
+    if as_json or "settings" not in found:
+        show(found, as_json=as_json)
+    else:
+        import yaml
+
+        print(yaml.safe_dump(found["settings"], sort_keys=False), end="")

@@ -10,21 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.check_model import check_model
+from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
 from mim_refiner.commands.inputs import announce
+from mim_refiner.commands.refine import refine
 from mim_refiner.core.device import pick_device
+from mim_refiner.core.processes import started_as
 from mim_refiner.data.doctor import KINDS, Finding, Scan, scan
 from mim_refiner.data.duplicates import exact_duplicates, exact_matches, near_duplicates, near_matches
 from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.labels import printable
 from mim_refiner.data.name_lists import list_lines
 from mim_refiner.data.sources import ImageSource, open_source
+from mim_refiner.errors import InputError, MimRefinerError
 from mim_refiner.files import name_of, write_bytes, write_json
+from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import Reporter, listener
 from mim_refiner.training.domains import DOMAINS, suggest_domain
+from mim_refiner.training.recipe import RefineRecipe
+from mim_refiner.training.recipes import refine_recipe
 
 LIST_NAME = "exclude.txt"
 WHITE = 230  # of 255: paper
@@ -187,3 +193,60 @@ def _list_text(data: object, findings: Sequence[Finding]) -> bytes:
     head = f"# images to leave out of {printable(name_of(data))}; for: mim-refiner refine --exclude\n"
     head += "# number, name, reason\n"
     return head.encode() + list_lines((*image, "; ".join(why)) for image, why in reasons.items())
+
+
+def check_model(
+    model: Any, backbone: Backbone, data: Any, found: Scan, *, recipe: str | None, device: torch.device
+) -> dict[str, Any]:
+    """Say what the encoder ``backbone`` covers, how it fits the images, and what refining it would cost here.
+
+    What ``refine --plan`` says of the same; a loaded machine gives a high time. Raises RecipeError for an unknown
+    ``recipe``.
+    """
+    report = inspect_checkpoint(model) if isinstance(model, str | Path) else None
+    info, images = backbone.info, len(found.rows)
+    chosen, cost = refine_recipe(recipe, image_size=max(info.image_size), images=images), dict[str, Any]()
+    encoder = sum(parameter.nbytes for parameter in backbone.parameters())
+    how: dict[str, Any] = {"recipe": recipe, "device": str(device), "reporter": Reporter()}
+    try:
+        if started_as().world_size > 1:  # a plan is made by all of them, doctor by the first alone
+            raise InputError("doctor tells no cost in several processes; use refine --plan")
+        plan = refine(data=data, model=backbone, out="", plan=True, **how)["plan"]
+        images, sizes = plan["images"], plan["bytes"]
+        chosen = refine_recipe(recipe, image_size=max(info.image_size), images=images)
+        checkpoints = (sizes["state"] - sizes["gradients"]) * chosen.keep_checkpoints
+        cost = {
+            "estimated_hours": round(plan["hours"], 2),
+            "training_memory_gb": round(sizes["peak"] / 1e9, 2),
+            "free_memory_gb": None if sizes["free"] is None else round(sizes["free"] / 1e9, 2),
+            "micro_batch": plan["setting"]["micro_batch"],
+            "disk_gb": round((checkpoints + encoder) / 1e9, 2),
+            "advice": plan["to_change"],
+        }
+    except MimRefinerError as error:  # what a run would end with
+        cost = {"problem": str(error)}
+    return {
+        "source": name_of(model),
+        "family": info.family,
+        "architecture": info.architecture,
+        "coverage": info.coverage,
+        "licence": info.licence,
+        "image_size": f"{info.image_size[0]}x{info.image_size[1]}",
+        "recipe": chosen.name,
+        "notes": [*(report.notes if report else ()), *_fit_notes(backbone, found, images, chosen)],
+        **cost,
+    }
+
+
+def _fit_notes(backbone: Backbone, found: Scan, images: int, recipe: RefineRecipe) -> list[str]:
+    notes, size = [], backbone.info.image_size
+    share = np.median((found.sizes / size[::-1]).min(axis=1)) if len(found.sizes) else 1.0  # width to width
+    if share < 0.5:
+        enlarged = f"images are enlarged {1 / share:.1f} times to {size[0]}x{size[1]} px"
+        notes.append(f"{enlarged}: they show less than the encoder expects")
+    if images < recipe.batch_size:
+        notes.append(f"batch_size {recipe.batch_size} is larger than the {images} images; set a smaller one")
+    elif images < 10 * recipe.batch_size:
+        steps = images // recipe.batch_size
+        notes.append(f"{images} images are {steps} steps an epoch; a smaller batch_size learns more")
+    return notes
