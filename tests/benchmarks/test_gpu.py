@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,6 +212,18 @@ def test_a_part_that_outlives_its_box_is_ended(gpu: Any, options: argparse.Names
     words = ["--dry-run", "--out", str(options.out), "--work", str(options.work)]
     assert not gpu.run_apart("check", options, words, 0.05)
     assert "are over" in capfd.readouterr().err
+
+
+def test_a_part_that_has_finished_and_not_left_yet_ended_well(
+    gpu: Any, options: argparse.Namespace, tmp_path: Path, monkeypatch: Any
+) -> None:
+    script, file = tmp_path / "part.py", options.out / "small.json"
+    script.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    file.write_text('{"finished": true}')
+    for written, well in ((0.0, False), (time.time() + 60, True)):  # by an earlier call; by this one
+        os.utime(file, (written, written))
+        assert gpu.run_apart("small", options, [], 0.05) is well
 
 
 def test_whether_a_part_ended_well_is_told(
