@@ -4,6 +4,7 @@
     python benchmarks/before_after.py /tmp/before --json before_after.json          one thread each, float32
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python ...                     as on a CPU without bf16
     python benchmarks/before_after.py /tmp/before --precision bf16 --parts step,warm-up
+    python benchmarks/before_after.py /tmp/published --published --parts step,warm-up   see published.py
 
 Each side is a process that imports its own checkout's package and its own benchmarks/step.py, and answers one request
 at a time, so the two never run at once. Every round asks both, now one first, now the other; the ratio is the median
@@ -23,7 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 FULL = {"arch": "vit_w192_d12_h3_p4", "image": 32, "local": 16, "locals": 4, "heads": 4, "batch": 64, "micro_batch": 16,
         "projector": 1024, "predictor": 2048, "out_dim": 128, "queue": 16_384, "top_k": 20, "photographs": 16,
@@ -31,8 +34,6 @@ FULL = {"arch": "vit_w192_d12_h3_p4", "image": 32, "local": 16, "locals": 4, "he
 TOY = FULL | {"arch": "vit_w32_d4_h2_p8", "locals": 2, "heads": 2, "batch": 8, "micro_batch": 4, "projector": 32,
               "predictor": 32, "out_dim": 16, "queue": 64, "top_k": 4, "photographs": 2, "bank": 400, "tests": 50,
               "dim": 16}  # fmt: skip
-# CPU seconds of the published code by those of 0b6524c, side by side (docs/benchmarks.md)
-PUBLISHED = {"step": 1.12, "warm-up": 1.08, "knn": 0.99, "photographs": 1.69}
 PARTS = ("step", "cached", "half-frozen", "half-frozen-pooled", "warm-up", "warm-up-pooled", "photometrics", "crops",
          "photographs", "knn")  # fmt: skip
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16")
@@ -85,15 +86,14 @@ class Work:
         """Twelve views of photographs, cut, coloured and blurred."""
         from mim_refiner.data.views import multi_crop_views
 
-        bench, image = self.bench, torch.rand(3, 12, 16, generator=torch.Generator().manual_seed(0))
-        pixels = torch.nn.functional.interpolate(255 * image[None], (375, 500), mode="bicubic")[0].clamp(0, 255).byte()
+        bench = self.bench
         mine = {"specs": bench.specs, "photometrics": bench.photometrics, "pixels": bench.pixels}
         specs = multi_crop_views(224, 96, 10)
         kind, first = type(bench.photometrics[0]), bench.photometrics[0]
         theirs = {
             "specs": specs,
             "photometrics": [kind(spec, first.mean, first.std) for spec in specs for _ in range(spec.count)],
-            "pixels": [pixels.permute(1, 2, 0).contiguous().numpy()] * self.options["photographs"],
+            "pixels": [photograph()] * self.options["photographs"],
         }
 
         def work() -> None:
@@ -113,6 +113,13 @@ class Work:
         return lambda: knn_predict(bank, labels, tests)
 
 
+def photograph() -> NDArray[np.uint8]:
+    """[375, 500, 3]; smooth, as photographs are."""
+    image = torch.rand(1, 3, 12, 16, generator=torch.Generator().manual_seed(0))
+    pixels = torch.nn.functional.interpolate(255 * image, (375, 500), mode="bicubic")[0].clamp(0, 255).byte()
+    return pixels.permute(1, 2, 0).contiguous().numpy()
+
+
 def serve(root: str, options: dict[str, Any]) -> None:
     """Answer names of parts on standard input with CPU seconds."""
     import mim_refiner
@@ -126,12 +133,16 @@ def serve(root: str, options: dict[str, Any]) -> None:
 
 
 class Side:
-    """A process with one checkout."""
+    """A process with one checkout, of this repository or of the published code."""
 
-    def __init__(self, root: Path, options: dict[str, Any]) -> None:
-        path = os.pathsep.join(str(root.resolve() / folder) for folder in ("src", "benchmarks"))
+    def __init__(self, root: Path, options: dict[str, Any], published: bool = False) -> None:
+        here, place = Path(__file__), root.resolve()
+        # of the published side this folder's inputs, and nothing else of this repository
+        folders = [here.parent] if published else [place / "src", place / "benchmarks"]
+        path = os.pathsep.join(map(str, folders))
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", __file__, str(root.resolve()), "--serve", json.dumps(options)]
+        script = here.with_name("published.py") if published else here
+        command = [sys.executable, "-P", script, str(place), "--serve", json.dumps(options)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -159,14 +170,13 @@ def measure(sides: list[Side], part: str, rounds: int) -> dict[str, Any]:
         taken.append((asked[sides[0]], asked[sides[1]]))
     ratios = sorted(old / new for old, new in taken[1:])
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    found: dict[str, Any] = {
+    return {
         "old": statistics.median(old for old, _ in taken[1:]),
         "new": statistics.median(new for _, new in taken[1:]),
         "ratio": statistics.median(ratios),
         "quartiles": [low, high],
         "rounds": taken[1:],
     }
-    return found | ({"published_inferred": PUBLISHED[part] * found["ratio"]} if part in PUBLISHED else {})
 
 
 def machine() -> dict[str, Any]:
@@ -187,6 +197,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("before", type=Path, help="folder of the older checkout")
+    add("--published", action="store_true", help="it is one of the published code (published.py)")
     add("--after", type=Path, default=Path(__file__).parents[1], help="folder of the newer one; this checkout")
     add("--parts", default=",".join(PARTS))
     add("--rounds", type=int, default=9)
@@ -201,14 +212,13 @@ def main(words: list[str] | None = None) -> None:
     size = (TOY if options.dry_run else FULL) | {"precision": options.precision}
     result: dict[str, Any] = {"machine": machine(), "size": size, "parts": {}}
     print(" ".join(f"{key}: {value}" for key, value in result["machine"].items()), file=sys.stderr)
-    heads = ("part", "old, CPU s", "new, CPU s", "old / new", "quartiles", "published / new, inferred")
+    heads = ("part", "old, CPU s", "new, CPU s", "old / new", "quartiles")
     print(f"| {' | '.join(heads)} |\n|---{'|---:' * (len(heads) - 1)}|")
-    sides = [Side(folder, size) for folder in (options.before, options.after)]
+    sides = [Side(options.before, size, options.published), Side(options.after, size)]
     for part in options.parts.split(","):
         found = result["parts"][part] = measure(sides, part, options.rounds)
         low, high = found["quartiles"]
-        inferred = f"{found['published_inferred']:.2f}" if part in PUBLISHED else ""
-        row = f"{found['old']:.3f} | {found['new']:.3f} | {found['ratio']:.2f} | {low:.2f} to {high:.2f} | {inferred}"
+        row = f"{found['old']:.3f} | {found['new']:.3f} | {found['ratio']:.2f} | {low:.2f} to {high:.2f}"
         print(f"| {part} | {row} |", flush=True)
         if options.json:
             options.json.write_text(json.dumps(result, indent=2) + "\n")
