@@ -36,7 +36,6 @@ def compiler() -> Iterator[None]:
 def make(frozen_blocks: int, drop_path: float = 0.0, depth: int = 4) -> Refiner:
     torch.manual_seed(0)
     backbone = Backbone.wrap(create_vit(f"vit_w32_d{depth}_h2_p8", image_size=16, drop_path_rate=drop_path))
-    backbone.use_math_attention()
     return Refiner(
         backbone, (depth - 2, depth - 1), HeadConfig(16, 16, 8, 64), pooling="cls", frozen_blocks=frozen_blocks
     )
