@@ -113,15 +113,11 @@ def _trained(
             if step >= steps // 2:
                 seen.append(_shares(outputs, ids, labels))
             run.reporter.progress(step + 1, {})
-    of_ranks = from_ranks(torch.stack(seen).mean(0).cpu())
-    return torch.stack(list(of_ranks)).mean(0)
+    return torch.stack(from_ranks(torch.stack(seen).mean(0).cpu())).mean(0)
 
 
 def _shares(outputs: Sequence[HeadOutput], ids: Tensor, labels: Tensor | None) -> Tensor:
     if labels is not None:
         return torch.stack([neighbor_accuracy(output, ids, labels) for output in outputs]).detach()
-    shares = []
-    for output in outputs:
-        first, second = output.neighbor_sample_ids.view(2, -1)
-        shares.append(((first == second) & (first >= 0)).float().mean())
-    return torch.stack(shares)
+    first, second = torch.stack([output.neighbor_sample_ids.view(2, -1) for output in outputs], dim=1)
+    return ((first == second) & (first >= 0)).float().mean(1)
