@@ -14,4 +14,4 @@ def measures(noise, seed, count=150, directions=12):
     scale = np.where(np.arange(12) < directions, 1.0, 1e-3)
     clean = rng.normal(size=(count, 12)) * scale
     made = [torch.from_numpy(clean + s * noise * scale * rng.normal(size=clean.shape)).float() for s in (0, 1, 1)]
-    return label_free_measures(*made, seed=seed, pairs=3, clusters=5)
+    return label_free_measures(*made, seed=seed, pairs=3)

@@ -19,7 +19,7 @@ def test_every_encoder_is_compared_with_the_first(monkeypatch: pytest.MonkeyPatc
     dense.main([*images, *(str(assets / name) for name in ("mae", "mae", "refined"))])
     same, other = capsys.readouterr().out.splitlines()
     assert "mae: no clear change" in same
-    assert "(+0.0, 95 % interval +0.0 to +0.0)" in same
+    assert "+0.0 points (95 % interval +0.0 to +0.0)" in same
     assert "refined: " in other
     assert "patch-neighbour agreement" in other
     with pytest.raises(SystemExit, match="usage"):

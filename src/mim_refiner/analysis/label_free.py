@@ -45,17 +45,14 @@ class LabelFreeMeasures:
 
 
 def label_free_measures(
-    clean: Tensor, first: Tensor, second: Tensor, *, neighbors: int = 10, clusters: int = 20, pairs: int = 10, seed: int
+    clean: Tensor, first: Tensor, second: Tensor, *, pairs: int = 10, seed: int
 ) -> LabelFreeMeasures:
-    """Measure features [N, D] of the images as they are and of two random views of each.
-
-    ``neighbors`` and ``clusters`` shrink for few images; below ``MIN_IMAGES`` they say nothing.
-    """
+    """Measure features [N, D] of the images as they are and of two random views of each; of ``MIN_IMAGES`` or more."""
     return LabelFreeMeasures(
-        consistency=neighbor_consistency(clean, first, second, neighbors=neighbors),
-        retrieval=view_retrieval(clean, first, second),
-        stability=cluster_stability(clean, clusters=clusters, pairs=pairs, seed=seed),
-        features=clean,
+        neighbor_consistency(clean, first, second),
+        view_retrieval(clean, first, second),
+        cluster_stability(clean, pairs=pairs, seed=seed),
+        clean,
     )
 
 

@@ -18,14 +18,14 @@ EXAMPLES_SHOWN = 3  # names listed below each kind of finding
 def print_findings(result: Mapping[str, Any], file: TextIO) -> None:
     """Print what was found, worst first, then classes, pixels and the model."""
     from mim_refiner.cli.tables import write_parts
+    from mim_refiner.report.tables import left_out_lines
 
     parts: list[Any] = [f"{result['data']}: {result['images_per_s']} images/s"]
     if result["findings"]:
         parts.append(_table_of_kinds(result["counts"], result["findings"]))
     else:
         parts.append("nothing found: every image can be read, none is odd, none occurs twice")
-    parts += [f"left out: {each['count']} {each['what']} (first: {each['first']})" for each in result["left_out"]]
-    parts += [f"no labels: {result['no_labels']}"] if result.get("no_labels") else []
+    parts += left_out_lines(result)
     for title in ("pixels", "augmentations", "classes", "model"):
         if result.get(title):
             parts += [f"{title}:", *(line for fact in result[title].items() for line in _lines_of_fact(*fact))]

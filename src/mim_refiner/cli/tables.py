@@ -11,10 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from mim_refiner.report.tables import (
-    STAGES,
     comparison_rows,
     demo_rows,
     demo_sentence,
+    further_verdicts,
     left_out_lines,
     measures_rows,
     name_columns,
@@ -68,8 +68,8 @@ def print_result(result: Any, file: TextIO) -> None:
 def printed(key: str, value: Any, result: Mapping[str, Any]) -> list[str | Table]:
     """Lines and tables of one entry of ``result``."""
     if key == "verdict" and isinstance(value, Mapping):
-        measures = value.get("measures") or value.get("label_free", {}).get("measures")
-        tables = [text_table("measures that need no labels", *measures_rows(measures))] if measures else []
+        measures = measures_rows(value)
+        tables = [text_table("measures that need no labels", *measures)] if measures else []
         return [*tables, *verdict_lines(value)]
     if key == "data" and isinstance(value, Mapping):
         return [f"{part} images: {line}" for part, facts in value.items() for line in left_out_lines(facts)]
@@ -120,9 +120,7 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
     lines = [str(statement) for statement in verdict.get("statements", [])]
     if isinstance(value := verdict.get("label_free"), Mapping):
         lines.append(f"without labels: {value['verdict']}. {value['reason']}")
-    further = {stage: value for stage, value in verdict.items() if stage in STAGES and isinstance(value, Mapping)}
-    lines += [f"{STAGES[stage]}: {value['verdict']}. {value['reason']}" for stage, value in further.items()]
-    lines += [f"{name}: {value['verdict']}. {value['reason']}" for name, value in verdict.get("others", {}).items()]
+    lines += further_verdicts(verdict)
     lines.append(f"verdict: {verdict['verdict']}. {verdict['reason']}")
     return lines + [f"what to try: {advice}" for advice in verdict.get("next", [])]
 

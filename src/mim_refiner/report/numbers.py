@@ -12,8 +12,8 @@ from mim_refiner.report.tables import (
     METRICS,
     STAGES,
     demo_sentence,
+    further_verdicts,
     interval_text,
-    measures_rows,
     paired_change,
     results_rows,
     shown,
@@ -55,13 +55,6 @@ def verdict_of(run: RunFiles) -> Mapping[str, Any]:
     return next(iter(run.of_kind("verdict").values()), {})
 
 
-def measures_of(run: RunFiles) -> tuple[list[str], list[list[str]]] | None:
-    """(header, rows) of the measures without labels that a verdict stands on, or that stand beside it."""
-    verdict = verdict_of(run)
-    measures = verdict.get("measures") or (verdict.get("label_free") or {}).get("measures")
-    return measures_rows(measures) if measures else None
-
-
 def _without_verdict(run: RunFiles) -> tuple[str, str]:
     """(headline, reason) of a folder that compares nothing."""
     kind = kind_of(run)
@@ -89,12 +82,7 @@ def verdict_view(run: RunFiles) -> dict[str, Any]:
         return {"headline": headline, "tone": "open", "reason": reason, "further": [], "next": []}
     word, sentence = str(verdict.get("verdict", "")), demo_sentence(run.summary)
     headline, tone = HEADLINES.get(word, (word[:1].upper() + word[1:] + ".", "open"))
-    further = [
-        f"{STAGES[stage]}: {value['verdict']}. {value['reason']}"
-        for stage, value in verdict.items()
-        if stage in STAGES and isinstance(value, Mapping)
-    ]
-    further += [f"{name}: {value['verdict']}. {value['reason']}" for name, value in verdict.get("others", {}).items()]
+    further = further_verdicts(verdict)
     further += [f"forecast before it: {run.summary['forecast']['reason']}"] if "forecast" in run.summary else []
     further += [f"patch features: {verdict['dense']}"] if "dense" in verdict else []
     return {

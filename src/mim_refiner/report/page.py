@@ -23,16 +23,16 @@ from mim_refiner.report.numbers import (
     compared_rows,
     cost_rows,
     kind_of,
-    measures_of,
     metric_rows,
     readout_tables,
     recipe_differences,
     run_row,
+    verdict_of,
     verdict_view,
 )
 from mim_refiner.report.panels import block_curve_panels, comparison_panels, learning_panels, run_colour
 from mim_refiner.report.run_files import RunFiles, read_run
-from mim_refiner.report.tables import left_out_lines, results_rows
+from mim_refiner.report.tables import left_out_lines, measures_rows, results_rows
 
 # On a narrow screen a line must not break at the hyphen of k-NN.
 TEXT = re.compile(r"(<(?:p|h2|h3|th|td|caption|li|summary|figcaption)\b[^>]*>)([^<]*k-NN[^<]*)")
@@ -101,7 +101,7 @@ def run_view(run: RunFiles, number: int, *, compact: bool) -> dict[str, Any]:
         "finished": bool(run.summary),
         "kind": kind_of(run),
         "verdict": verdict_view(run),
-        "measures": measures_of(run),
+        "measures": measures_rows(verdict_of(run)),
         "compared": compared_rows(run),
         "metrics": metric_rows(run),
         "statements": [text for record in curves.values() for text in record.get("statements", [])],

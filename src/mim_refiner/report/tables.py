@@ -114,16 +114,25 @@ def results_rows(
     return (["set", *header] if with_sets else header), rows
 
 
-def measures_rows(measures: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return (header, rows) of text for the measures behind a verdict without labels."""
+def further_verdicts(verdict: Mapping[str, Any]) -> list[str]:
+    """Those on further encoders, a line each."""
+    stages = {
+        STAGES[stage]: value for stage, value in verdict.items() if stage in STAGES and isinstance(value, Mapping)
+    }
+    found = (stages | dict(verdict.get("others", {}))).items()
+    return [f"{name}: {value['verdict']}. {value['reason']}" for name, value in found]
+
+
+def measures_rows(verdict: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
+    """Return (header, rows) of text for the measures without labels that a verdict stands on or has beside it."""
     rows = []
-    for row in measures:
+    for row in verdict.get("measures") or (verdict.get("label_free") or {}).get("measures") or ():
         unscaled = "rank" in row["measure"] or "drift" in row["measure"]
         metric, title = ("rank", row["measure"]) if unscaled else ("consistency", f"{row['measure']} (%)")
         numbers = [shown(metric, row[key], fine=2) for key in ("before", "after")]
         change = f"{shown(metric, row['difference'], '+', 2)} ({interval_text(row['ci95'], metric, fine=2)})"
         rows.append([title, *numbers, change, row["change"]])
-    return ["measure", "before", "after", "change (95 % interval)", "reading"], rows
+    return (["measure", "before", "after", "change (95 % interval)", "reading"], rows) if rows else None
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
