@@ -40,7 +40,10 @@ def test_different_samples_are_refused():
         verdict(hits(0, 0.5, 10), hits(0, 0.5, 11))
 
 
-RECIPE = {"refinement": {"epochs": 10, "base_lr": 1e-3}, "anchor": {"weight": 0.0}}
+RECIPE = {
+    "refinement": {"epochs": 10, "base_lr": 1e-3}, "anchor": {"weight": 0.0}, "heads": {"swap_positive": True},
+    "guidance": "none",
+}  # fmt: skip
 
 
 def test_what_to_try_next_follows_from_the_evidence():
@@ -48,11 +51,17 @@ def test_what_to_try_next_follows_from_the_evidence():
     said = what_next(unclear, RECIPE, test_images=90, draws=5000, recommendation={"block": 8, "pooling": "mean"},
                      last_block=11)  # fmt: skip
     assert [line.partition(":")[0] for line in said] == [
-        "more images to measure on", "a longer run", "another block without any training",
+        "more images to measure on", "a longer run",
+        "positives without neighbours, which helped small encoders more in short runs (docs/evidence.md)",
+        "another block without any training",
     ]  # fmt: skip
     assert "90 tell no change below 4.0 points" in said[0]
     assert "--set refinement.epochs=20" in said[1]
-    assert "block 8, mean pooling" in said[2]
+    assert said[2].endswith("--set heads.swap_positive=false")
+    assert "block 8, mean pooling" in said[3]
+    for settings in ({"heads": {"swap_positive": False}}, {"guidance": "restrict"}):  # nothing to turn off, or no use
+        other = what_next(unclear, RECIPE | settings, test_images=90, draws=5000)
+        assert not any("without neighbours" in line for line in other)
     narrow = {"verdict": "no clear change", "ci95": [-0.005, 0.005]}
     enough: dict[str, Any] = {"test_images": 9000, "draws": 2_000_000, "last_block": 11}
     assert what_next(narrow, RECIPE, recommendation={"block": 11}, **enough) == []

@@ -84,6 +84,11 @@ def what_next(
                 f"a longer run: the encoder saw {draws:,} draws, and gains grew with every epoch up to a million: "
                 f"--set refinement.epochs={max(1, 2 * phase['epochs'])}"
             )
+            if recipe["heads"]["swap_positive"] and recipe["guidance"] == "none":
+                lines.append(
+                    "positives without neighbours, which helped small encoders more in short runs (docs/evidence.md): "
+                    "--set heads.swap_positive=false"
+                )
     if recommendation and last_block is not None and recommendation.get("block") not in (None, last_block):
         lines.append(
             f"another block without any training: block {recommendation['block']}, {recommendation['pooling']} pooling "
