@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_refiner.commands.inputs import split_images, tell_trained_on
+from mim_refiner.commands.inputs import run_fast, split_images, tell_trained_on
+from mim_refiner.core.run import Run
+from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.reporting import Reporter
+from mim_refiner.training.recipes import refine_recipe
 
 
 @pytest.fixture
@@ -75,3 +78,11 @@ def test_an_encoder_of_a_run_is_said_to_have_been_trained_on_its_data(tmp_path):
     assert tell_trained_on([str(run)], f"{tmp_path}/others", Reporter()) == []
     (run / "recipe.yaml").write_text("]")
     assert tell_trained_on([str(run)], f"{tmp_path}/photos", Reporter()) == []
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("bf16", False)])
+def test_only_bf16_attends_by_plain_products_on_a_cpu(precision, fused):
+    """The fused kernel's backward pass in bf16 takes four times as long there; in float32 it is the faster one."""
+    backbone = Backbone.wrap(create_vit("vit_w32_d3_h2_p8", image_size=16))
+    run_fast(backbone, refine_recipe("tiny", image_size=16), Run(precision=precision))
+    assert {block.attn.fused_attn for block in backbone.model.blocks} == {fused}

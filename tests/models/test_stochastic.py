@@ -38,3 +38,22 @@ def test_a_part_of_the_batch_drops_what_the_whole_drops_there() -> None:
 
 def test_nothing_is_dropped_in_evaluation() -> None:
     assert torch.equal(RowDropout(0.5).eval()(torch.ones(3, 4)), torch.ones(3, 4))
+
+
+def test_no_row_has_the_mask_of_another_moved_along() -> None:
+    """Were places added to the number of a row, two of these 512 rows would share 564 values."""
+    torch.manual_seed(0)
+    masks = RowDropout(0.5)(torch.ones(512, 1500)) > 0
+    starts = masks[:, :64].numpy()
+    for row, mask in enumerate(masks.numpy()):
+        text = mask.tobytes()
+        assert not [other for other in range(len(starts)) if other != row and starts[other].tobytes() in text]
+
+
+def test_all_is_dropped_at_one_and_nothing_of_nothing() -> None:
+    values = torch.ones(3, 4, requires_grad=True)
+    dropped = RowDropout(1.0)(values)
+    dropped.sum().backward()
+    assert torch.equal(dropped, torch.zeros(3, 4))
+    assert torch.equal(values.grad, torch.zeros(3, 4))
+    assert RowDropout(0.5)(torch.ones(0, 4)).shape == (0, 4)

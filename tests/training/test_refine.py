@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 import PIL
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mim_refiner.commands.refine import settle
 from mim_refiner.core.run import Run
@@ -189,6 +191,23 @@ def test_a_second_non_finite_loss_stops_before_the_weights_take_it(tiny_run: Mak
         run.run(tmp_path / "run")
     assert caught.value.exit_code == 2
     assert all(torch.isfinite(p).all() for p in run.refiner.parameters())
+
+
+def test_a_stop_after_a_loss_of_nan_saves_no_spoiled_weights(tiny_run: MakeRun, tmp_path: Path) -> None:
+    """The loss of step 9 is NaN and no log line has shown it when the signal comes."""
+
+    def spoil(step: int) -> bool:
+        if step == 9:
+            signal.raise_signal(signal.SIGTERM)
+        return step == 9
+
+    run = tiny_run()
+    run.spoil = spoil
+    with pytest.raises(KeyboardInterrupt):
+        run.run(tmp_path / "run", log_every=100)
+    files = [*(tmp_path / "run" / "checkpoints" / "last").glob("*.safetensors")]
+    assert files
+    assert all(value.isfinite().all() for file in files for value in load_file(file).values())
 
 
 @pytest.mark.parametrize(("bad", "found"), [(8, 9), (9, 9), (13, 13), (14, 15)])

