@@ -100,9 +100,8 @@ class Settings(BaseModel):
     listed: ClassVar[str] = "recipe.yaml"
     idle: ClassVar[tuple[Idle, ...]] = ()
 
-    @classmethod
-    def lay_under(cls, tree: dict[str, Any], said: Mapping[str, Any]) -> None:
-        """Lay into ``tree``, all values, what some of those ``said`` stand for; they come on top."""
+    def lay_under(self, tree: dict[str, Any], said: Mapping[str, Any]) -> None:
+        """Lay into ``tree``, all values so far, what some of those ``said`` next stand for; they come on top."""
 
     @field_validator("*", mode="before")
     @classmethod

@@ -198,6 +198,28 @@ def test_who_turns_a_setting_off_knows_that_others_rest(tmp_path: Path) -> None:
     assert override(tiny, last, ("file", first)) == in_turn  # each domain under what its own place says beside
 
 
+@pytest.mark.parametrize("file", [{"domain": "multispectral"}, "run folder"])
+@pytest.mark.parametrize("domain", ["photographs", "medical"])
+@pytest.mark.parametrize("base", ["tiny", "demo"])
+def test_a_changed_domain_takes_the_place_of_the_one_before(file: Any, domain: str, base: str) -> None:
+    """Also where the file writes out all views of its domain, as a run folder does; what else it says of them stays."""
+    recipe = refine_recipe(base, image_size=32)
+    if file == "run folder":
+        file = override(recipe, ["domain=multispectral"]).model_dump(mode="json")
+    assert override(recipe, [f"domain={domain}"], ("file", file)) == override(recipe, [f"domain={domain}"])
+    mine = {**file, "views": {**file.get("views", {}), "noise": 0.3, "jitter": [0.1, 0.1, 0.1, 0.1]}}
+    views = override(recipe, [f"domain={domain}"], ("file", mine)).views
+    assert (views.noise, views.jitter, views.vflip, views.gain) == (0.3, (0.1,) * 4, recipe.views.vflip, 0)
+    again = override(override(recipe, ["domain=multispectral"]), [f"domain={domain}"])
+    assert again.views.vflip == again.views.gain == 0
+
+
+def test_a_domain_said_twice_says_nothing_new() -> None:
+    file = ("file", {"views": {"rotate": 3}, "domain": "medical"})
+    assert override(tiny(), ["domain=medical"], file) == override(tiny(), [], file)
+    assert override(tiny(), ["domain=medical"], ("file", {"domain": "nonsense"})).views.rotate == 10
+
+
 @pytest.mark.parametrize(
     ("key", "names"),
     [

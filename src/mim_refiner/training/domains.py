@@ -1,6 +1,7 @@
 """Augmentation sets by domain: what changes beside the recipe for photographs, and why.
 
-``--set domain=NAME`` lays a set over the recipe's views; every ``--set views.KEY=...`` still overrules it.
+``--set domain=NAME`` lays a set over the recipe's views, instead of that of a file's domain; what ``--set`` or the file
+say of ``views.KEY`` besides overrules it.
 """
 
 from __future__ import annotations

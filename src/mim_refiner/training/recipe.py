@@ -247,11 +247,17 @@ class RefineRecipe(Recipe):
     adapter: Literal["none", "lora"] = "none"  # lora: the encoder's own weights stay as they are
     lora: LoraSettings = LoraSettings()
 
-    @classmethod
-    def lay_under(cls, tree: dict[str, Any], said: Mapping[str, Any]) -> None:
-        """A domain's augmentations."""
-        if isinstance(name := said.get("domain"), str) and name in DOMAINS:
-            tree["views"] |= DOMAINS[name].views
+    def lay_under(self, tree: dict[str, Any], said: Mapping[str, Any]) -> None:
+        """A domain's augmentations instead of those of the one before; views that are neither's own values stay."""
+        name, before = said.get("domain"), tree["domain"]
+        if not isinstance(name, str) or name not in DOMAINS:
+            return
+        old = DOMAINS[before].views if isinstance(before, str) and before in DOMAINS else {}
+        base = (self.views if self.domain == PHOTOGRAPHS else Views()).model_dump()
+        for key in old.keys() | DOMAINS[name].views.keys():
+            value = tree["views"][key]
+            if (tuple(value) if isinstance(value, list) else value) == old.get(key, base[key]):
+                tree["views"][key] = DOMAINS[name].views.get(key, base[key])
 
     @field_validator("checkpointing")
     @classmethod
