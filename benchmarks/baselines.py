@@ -305,10 +305,12 @@ def fungi_correct(
 
 
 def flops_of_fungi(model: str, settings: FungiSettings) -> float:
-    """Operations of one image's gradient features: all its views, forward (the backward pass is of one block)."""
+    """Operations of one image's features: itself and the views of each loss, forward (backward is of one block)."""
     backbone = load_backbone(model)
     backbone.use_math_attention()
-    patches = (1 + int(1 / settings.stride)) ** 2
+    image = torch.randn(1, backbone.info.in_chans, *backbone.info.image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        backbone.forward_blocks(torch.randn(1, backbone.info.in_chans, *backbone.info.image_size), (-1,))
-    return counter.get_total_flops() * (3 + settings.local_views + patches)
+        backbone.forward_blocks(image, (-1,))
+    patches = quarter_patches(image, settings.stride).shape[1]
+    views = {"uniform": 1, "dino": 2 + settings.local_views, "contrastive": patches}
+    return counter.get_total_flops() * (1 + sum(views[name] for name in settings.losses))

@@ -324,7 +324,8 @@ def plan(study: Study, arms: list[str], seeds: list[int]) -> str:
         elif kind == "fungi":
             settings = FungiSettings(**study.tree["arms"][arm].get("fungi", {}))
             images = sum(len(open_source(study.path(key))) for key in ("bank", "test"))
-            cost, what = flops_of_fungi(study.start, settings) * images, f"gradients of {images:,} images"
+            cost = flops_of_fungi(study.start, settings) * images
+            what = f"{'gradients' if settings.losses else 'embeddings'} of {images:,} images"
         elif kind == "more_mae":
             own = study.mae_recipe()
             cost = flops_of_autoencoder(study.start, own) * own.training.epochs * study.images

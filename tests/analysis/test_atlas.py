@@ -60,6 +60,26 @@ def test_the_usual_features_stay_when_nothing_is_clearly_better():
     assert "probe_top1" not in atlas.record["cells"][0]
 
 
+def test_a_best_cell_that_loses_on_the_held_out_halves_is_told_plainly():
+    """Rows best on one half are the worst on the other; over all images the third is best."""
+    order = np.random.default_rng(3).permutation(400)  # as the halves are drawn
+    even, odd = np.zeros(400), np.zeros(400)
+    even[order[::2]], odd[order[1::2]] = 1, 1
+    scores = {(0, "cls", False): even, (1, "cls", False): odd, (2, "cls", False): (np.arange(400) % 5 < 3) * 1.0,
+              (3, "cls", False): (np.arange(400) % 5 < 2) * 1.0}  # fmt: skip
+    cells = [
+        {"block": b, "pooling": p, "norm": n, "knn_top1": s.mean(), "rank": 1.0} for (b, p, n), s in scores.items()
+    ]
+    found = recommend("knn_top1", cells, scores, (3, "cls", False), 3)
+    assert (found["best"]["block"], found["block"]) == (2, 3)
+    assert found["gain"]["value"] == pytest.approx(-0.4)  # nothing right on the halves, against two in five
+    assert found["reason"].startswith(
+        "block 3, cls pooling, no norm. Over all images the best k-NN accuracy is that of block 2, cls pooling, no "
+        "norm, but it is not clearly better: what is best on one half of them differs on the other half by "
+        "-40.0 points (95 %"
+    )
+
+
 def test_the_best_of_many_equal_cells_is_rarely_recommended():
     """Without cross-fitting the best of 60 equal cells beats the default in most trials."""
     wrong = naive = 0

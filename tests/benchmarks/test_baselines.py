@@ -160,6 +160,22 @@ def test_fungi_puts_embedding_and_projected_gradients_side_by_side(
     assert correct["knn_top1 cls"].mean() == 1  # bright and dark images
 
 
+@pytest.mark.parametrize("losses", [(), ("uniform",), ("dino", "contrastive"), ("uniform", "dino", "contrastive")])
+@pytest.mark.parametrize("stride", [0.5, 0.25])
+def test_cost_of_fungi_counts_the_images_that_pass(
+    baselines: Any, encoder: Backbone, photos: ImageSet, monkeypatch: pytest.MonkeyPatch, losses: Any, stride: float
+) -> None:
+    settings = baselines.FungiSettings(local_views=3, negatives=3, widths=(5, 6, 4), stride=stride, losses=losses)
+    fungi, passed = baselines.Fungi(encoder, photos, settings, Run(seed=5)), []
+    encoder.model.blocks[0].register_forward_hook(lambda _, inputs, __: passed.append(len(inputs[0])))
+    fungi.of_batch(torch.randn(1, 3, 16, 16), torch.randn(1, 5, 3, 16, 16))
+    count = sum(passed)
+    monkeypatch.setattr(baselines, "load_backbone", lambda _: encoder)
+    one = baselines.flops_of_fungi("", dataclasses.replace(settings, losses=()))
+    assert one > 0
+    assert baselines.flops_of_fungi("", settings) == one * count
+
+
 def test_reduced_keeps_the_principal_axes_of_the_bank(baselines: Any) -> None:
     rng = np.random.default_rng(7)
     bank, test = rng.normal(size=(20, 6)) * [5, 4, 3, 1, 1, 1], rng.normal(size=(4, 6))

@@ -132,6 +132,17 @@ def test_shipped_studies_name_settings_that_exist(evidence: Any, file: Path, tmp
         assert chosen.refinement.epochs > 0
 
 
+def test_the_plan_of_an_embedding_has_no_gradients(evidence: Any, tmp_path: Path) -> None:
+    images(tmp_path / "train", 4, 0)
+    tree = yaml.safe_load((BENCHMARKS / "studies" / "small_cifar10.yaml").read_text())
+    tree |= dict.fromkeys(("train", "bank", "test"), "{data}/train")
+    tree["start"] = str(BENCHMARKS.parent / tree["start"])
+    study = evidence.Study(tree, tmp_path, tmp_path, "cpu", evidence.Reporter())
+    fungi, embedding, _ = evidence.plan(study, ["fungi", "embedding"], [0]).splitlines()
+    assert "gradients of 8 images" in fungi
+    assert "embeddings of 8 images" in embedding
+
+
 def test_compute_of_the_control_is_the_full_recipes(evidence: Any, tmp_path: Path) -> None:
     images(tmp_path / "train", 32, 0)
     tree = yaml.safe_load((BENCHMARKS / "studies" / "cifar10_cpu.yaml").read_text()) | {"train": "{data}/train"}

@@ -166,7 +166,10 @@ def _reason(measure: str, key: Key, best: Key, default: Key, gain: tuple[float, 
         return f"{name_of(default)}. No other block, pooling or norm has better {what}."
     if key == best:
         return f"{name_of(key)}. Its {what} is better than that of {name_of(default)}: {points}."
-    return f"{name_of(default)}. The best {what} is that of {name_of(best)}, but it is not clearly better: {points}."
+    return (
+        f"{name_of(default)}. Over all images the best {what} is that of {name_of(best)}, but it is not clearly "
+        f"better: what is best on one half of them differs on the other half by {points}."
+    )
 
 
 def _atlas(
