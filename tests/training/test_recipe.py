@@ -181,6 +181,17 @@ def test_a_setting_without_effect_is_refused(off: list[str], idle: str) -> None:
         assert override(tiny, remedy, ("file", tree)) == override(tiny, [*remedy, idle])
 
 
+@pytest.mark.parametrize(("off", "idle"), [*IDLE, (["domain=spectrogram"], "views.blur_sigma=[0.1, 1]")])
+def test_the_remedy_for_a_setting_without_effect_helps(off: list[str], idle: str) -> None:
+    base = override(refine_recipe("tiny", image_size=32), off)
+    with pytest.raises(RecipeError) as caught:
+        override(base, [idle])
+    remedy = re.findall(r"; set (.*), or leave ", str(caught.value))[0]
+    for words, value in {" above 0": "=1", " below 1": "=0.5", " or restrict": ""}.items():
+        remedy = remedy.replace(words, value)
+    assert override(base, [remedy, idle]) != base
+
+
 def test_who_turns_a_setting_off_knows_that_others_rest(tmp_path: Path) -> None:
     """Said in the same place or a later one; what is said earlier cannot know."""
     tiny, file = refine_recipe("tiny", image_size=32), tmp_path / "mine.yaml"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 
 from mim_refiner.errors import RunFolderError
 from mim_refiner.files import atomic_folder, write_json
+from mim_refiner.training.recipe import override
+from mim_refiner.training.recipes import tiny
 from mim_refiner.training.state import Position, RunFolder
 
 RECIPE = {"name": "tiny", "heads": {"blocks": [1, 2]}, "batch_size": 8}
@@ -149,6 +152,38 @@ def test_settings_that_change_no_result_may_differ_on_resume(tmp_path: Path) -> 
     open_run(tmp_path / "run", {**RECIPE, **first})
     other = {"micro_batch": 2, "workers": 0, "checkpoint_every": 99, "guard": {"enabled": False, "patience": 9}}
     assert open_run(tmp_path / "run", {**RECIPE, **other}).resumed
+
+
+SAME = {  # a run, and the same in other words
+    "adapter off": (["adapter=none"], ["adapter=none", "lora.rank=4"]),
+    "no guidance": (["guidance=none", "guidance_share=0.5"], ["guidance=none"]),
+    "no colours": (["views.jitter_prob=0"], ["views.jitter_prob=0", "views.jitter=[0, 0, 0, 0]"]),
+    "no neighbours": (["heads.swap_positive=false"], ["heads.swap_positive=false", "refinement.top_k=3"]),
+    "each head": (["heads.blocks=[0, 1]"], ["heads.blocks=[0, 1]", "heads.temperature=[0.2, 0.2]"]),
+    "a square": (["views.local_size=16"], ["views.local_size=16x16"]),
+}
+OTHER = {
+    "adapter on": (["adapter=lora"], ["adapter=lora", "lora.rank=4"], "lora.rank: 8 there, 4 now"),
+    "adapter gone": (["adapter=lora", "lora.rank=4"], ["adapter=none"], "adapter: lora there, none now"),
+    "a sweep": (["sweep.temperatures=[0.1, 0.3]"], None, "heads.temperature: 0.2 there, 0.3 now"),
+    "not each": (["heads.blocks=[0, 1]"], ["heads.blocks=[0, 1]", "heads.temperature=[0.2, 0.1]"], "heads.temperature"),
+}
+
+
+@pytest.mark.parametrize("name", [*SAME, *OTHER])
+def test_the_same_run_in_other_words_is_no_other_recipe(tmp_path: Path, name: str) -> None:
+    first, then, message = SAME[name] + ("",) if name in SAME else OTHER[name]
+    one = override(tiny(), first)
+    other = override(tiny(), then) if then else one.model_copy(deep=True)
+    if not then:
+        other.heads.temperature = 0.3  # as the sweep chose
+    for made, again in ((one, other), (other, one)):
+        open_run(tmp_path / "run", made.model_dump(mode="json"), overwrite=True)
+        if message:
+            with pytest.raises(RunFolderError, match="another recipe" if made is other else re.escape(message)):
+                open_run(tmp_path / "run", again.model_dump(mode="json"))
+        else:
+            assert open_run(tmp_path / "run", again.model_dump(mode="json")).resumed
 
 
 def test_skipped_batches_are_remembered(tmp_path: Path) -> None:

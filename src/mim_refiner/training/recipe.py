@@ -207,7 +207,7 @@ class RefineRecipe(Recipe):
         Idle("refinement.layer_decay", (1.0).__eq__, ("freeze_below",), " below 1"),
         Idle("sweep.poolings", bool, ("heads.pooling",), "=[]", beside=True),
         Idle("sweep.temperatures", bool, ("heads.temperature",), "=[]", beside=True),
-        Idle("views.blur_prob", lambda value: not any(value), ("views.blur_sigma",), " above 0"),
+        Idle("views.blur_prob", lambda value: not any(value), ("views.blur_sigma",), "=[0.5,0.1,0.2]"),
         Idle("views.jitter_prob", not_, ("views.jitter", "views.jitter_strength"), " above 0"),
         Idle("views.num_local", not_, ("views.local_size", "views.local_scale"), " above 0"),
     )

@@ -46,6 +46,7 @@ from mim_refiner.files import (
     write_json,
 )
 from mim_refiner.training.lock import LOCK, hold
+from mim_refiner.training.recipe import PretrainRecipe, RefineRecipe
 
 SKIPS = "skipped_batches.json"
 State = dict[str, Any]  # of a module or an optimizer
@@ -336,15 +337,21 @@ def _check_place(path: Path) -> None:
 
 
 def refuse_other_recipe(path: Path, recipe: dict[str, Any], *, but: Collection[str] = ()) -> None:
-    """Raise RunFolderError where ``path`` holds a run with another recipe, ``but`` for settings not settled yet."""
+    """Raise RunFolderError where ``path`` holds a run with another recipe, ``but`` for settings not settled yet.
+
+    The same in other words is no other: settings without effect may differ.
+    """
     if not (path / "recipe.yaml").exists():
         return
     with reading(path / "recipe.yaml", "use --overwrite to start anew", RunFolderError):
         stored = dotted(read_yaml(path / "recipe.yaml"))
     now = dotted(load_yaml(dump_yaml(recipe)))
-    free = FREE_SETTINGS.union(but)
-    fixed = [key for key in stored.keys() | now.keys() if key not in free and not key.startswith(FREE_PARTS)]
-    keys = sorted(key for key in fixed if stored.get(key) != now.get(key))
+    free, known = FREE_SETTINGS.union(but), stored.keys() | now.keys()
+    rules = {*RefineRecipe.idle, *PretrainRecipe.idle}
+    off = [r for r in rules if not r.beside and r.switch in now and r.rests(now[r.switch])]
+    free |= {key for rule in off for key in known if rule.of(key)}  # without effect
+    fixed = [key for key in known if key not in free and not key.startswith(FREE_PARTS)]
+    keys = sorted(key for key in fixed if _plain(stored.get(key)) != _plain(now.get(key)))
     keys = ["command"] if "command" in keys else keys  # all the rest differs too
     if keys:
         said = [_change(key, stored, now) for key in keys[:5]]
@@ -353,6 +360,11 @@ def refuse_other_recipe(path: Path, recipe: dict[str, Any], *, but: Collection[s
             f"{path}: holds a run with another recipe ({'; '.join(said)}{more}); "
             "use another --out, or --overwrite to start anew"
         )
+
+
+def _plain(value: Any) -> Any:
+    """One value for a list of the same: 0.2 for that of each head, 16 for 16x16."""
+    return value[0] if isinstance(value, list) and value and all(each == value[0] for each in value) else value
 
 
 def _change(key: str, stored: dict[str, Any], now: dict[str, Any]) -> str:
