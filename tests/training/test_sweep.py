@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from mim_refiner.training import sweep
 from mim_refiner.training.loop import step_generator
 from mim_refiner.training.recipe import SweepSettings, override
 from mim_refiner.training.refine import photometrics_of, resolve, view_specs
-from mim_refiner.training.sweep import _shares, choices_of, sweep_heads
+from mim_refiner.training.sweep import _hits, _of_images, choices_of, sweep_heads
 
 
 @pytest.fixture
@@ -92,7 +93,38 @@ def test_without_labels_the_two_views_have_to_agree(given):
     found = swept(given, 0.1, 0.5, labels=False)
     assert found["measure"] == "view agreement"
     ids = torch.tensor([3, 4, -1, 5, 3, 6, -1, 5])  # of four images in two views
-    assert _shares([SimpleNamespace(neighbor_sample_ids=ids)], torch.arange(4), None).tolist() == [0.5]
+    assert _hits([SimpleNamespace(neighbor_sample_ids=ids)], torch.arange(4), None).tolist() == [[1, 0, 0, 1]]
+
+
+def test_each_image_counts_once_however_often_it_is_seen():
+    labels = torch.tensor([0, 1, 0, 1])
+    neighbours = [torch.tensor([2, -1, 0, 0, 3, 1]), torch.tensor([1, 3, 0, 0, 1, 1])]  # of images 0, 1, 2, two views
+    outputs = [SimpleNamespace(neighbor_sample_ids=each) for each in neighbours]
+    found = _hits(outputs, torch.arange(3), labels)
+    assert found.tolist() == [[1.0, 0.5, 0.5], [0.5, 1.0, 0.5]]
+    ids, hits = torch.tensor([7, 2, 7, 5, 7]), torch.tensor([[1.0, 0, 0, 1, 0.5], [0, 1, 0, 0.5, 0]])
+    assert _of_images(ids, hits.double()).tolist() == [[0, 1, 0.5], [1, 0.5, 0]]
+
+
+@pytest.mark.parametrize(("changed", "clear"), [((6, 4), False), ((6, 0), True)])
+def test_the_reason_says_whether_the_best_one_is_clearly_better(given, monkeypatch, changed, clear):
+    """Of 20 images the first head alone is right on ``changed[0]``, the second alone on ``changed[1]``."""
+    won, lost = changed
+    hits = torch.zeros(2, 20, dtype=torch.float64)
+    hits[1, :won], hits[0, won : won + lost] = 1, 1
+    monkeypatch.setattr(sweep, "_trained", lambda *_: hits)
+    found = swept(given, 0.1, 0.5)
+    assert found["chosen"] == {"temperature": 0.5}  # the best one in any case
+    difference = (won - lost) / 20
+    error = math.sqrt(((won + lost) / 20 - difference**2) / 19)
+    low, high = difference - 2.093 * error, difference + 2.093 * error  # Student's t, 19 degrees of freedom
+    assert found["lead"]["over"] == "temperature 0.1"
+    assert found["lead"]["value"] == pytest.approx(difference)
+    assert found["lead"]["ci95"] == pytest.approx((low, high), abs=1e-4)
+    said = (
+        f"{'' if clear else 'not '}clearly better than temperature 0.1: {100 * difference:+.1f} points (95 % interval "
+    )
+    assert found["reason"].endswith(f"; {said}{100 * low:+.1f} to {100 * high:+.1f})")
 
 
 def test_labels_of_one_class_tell_no_head_from_another(given):
@@ -108,11 +140,11 @@ def test_labels_of_one_class_tell_no_head_from_another(given):
 def test_an_epoch_of_one_step_is_measured_on_queues_that_hold_images(given, monkeypatch):
     seen = []
 
-    def shares(outputs, ids, labels):
+    def hits(outputs, ids, labels):
         seen.append(outputs[0].neighbor_sample_ids)
-        return _shares(outputs, ids, labels)
+        return _hits(outputs, ids, labels)
 
-    monkeypatch.setattr(sweep, "_shares", shares)
+    monkeypatch.setattr(sweep, "_hits", hits)
     recipe, backbone, loader = given
     one = TrainLoader(loader.images, view_specs(recipe), 48, seed=0)
     assert one.steps_per_epoch == 1

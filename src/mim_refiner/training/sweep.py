@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mim_refiner.core.collectives import average_gradients, from_ranks, process_rows, use_rows
+from mim_refiner.core.metrics import crossed_interval
 from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
 from mim_refiner.core.run import Run, send
 from mim_refiner.data.loaders import TrainLoader
@@ -24,8 +25,8 @@ from mim_refiner.data.photometric import augment
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadOutput, Objective, RefinerHead, draw_choices
 from mim_refiner.models.refiner import Refiner
+from mim_refiner.reporting import in_points
 from mim_refiner.training.loop import learning_rate, step_generator
-from mim_refiner.training.metric_log import neighbor_accuracy
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.refine import NUM_GLOBAL, objective_of, photometrics_of
 
@@ -34,10 +35,11 @@ SWEEP = 2  # number of the phase that its draws belong to; 0 and 1 are the run's
 
 
 def sweep_heads(recipe: RefineRecipe, backbone: Backbone, loader: TrainLoader, run: Run) -> dict[str, Any]:
-    """{"chosen": {"temperature", "pooling"}, "measure", "values": {choice: share}, "reason"} of ``recipe.sweep``.
+    """{"chosen": {"temperature", "pooling"}, "measure", "values": {choice: share}, "lead", "reason"} of the sweep.
 
     ``chosen`` holds what is swept. The recipe must be resolved. On the last head block: one epoch of ``loader``, or as
-    many as have ``STEPS`` steps; the share is over the second half.
+    many as have ``STEPS`` steps; the share is over the images of the second half. ``lead``: how far the best one is
+    ahead of the next ("over"), with a paired 95 % interval over these images; it is chosen in any case.
     """
     choices, block = choices_of(recipe), int(recipe.heads.blocks[-1])
     config, objective = objective_of(recipe)
@@ -54,8 +56,10 @@ def sweep_heads(recipe: RefineRecipe, backbone: Backbone, loader: TrainLoader, r
     reads = [poolings.index(choice.get("pooling", poolings[0])) for choice in choices]
     labels = loader.images.telling_labels
     known = None if labels is None else torch.as_tensor(labels, device=run.device)
-    shares = _trained(recipe, refiner, heads, reads, loader, run, known)
-    best = int(shares.argmax())
+    hits = _trained(recipe, refiner, heads, reads, loader, run, known)
+    shares = hits.mean(1)
+    best, second = shares.argsort(descending=True, stable=True)[:2][[0, -1]].tolist()
+    lead = crossed_interval((hits[best] - hits[second])[None])
     names = [", ".join(f"{name} {value}" for name, value in choice.items()) for choice in choices]
     values = dict(zip(names, shares.tolist(), strict=True))
     what = "two views have the same nearest neighbour" if labels is None else "nearest neighbours of the same class"
@@ -64,7 +68,9 @@ def sweep_heads(recipe: RefineRecipe, backbone: Backbone, loader: TrainLoader, r
         "chosen": choices[best],
         "measure": "view agreement" if labels is None else "neighbour accuracy",
         "values": values,
-        "reason": f"{names[best]}: {what} in {100 * float(shares[best]):.1f} % ({others})",
+        "lead": {"over": names[second], "value": lead[0], "ci95": lead[1:]},
+        "reason": f"{names[best]}: {what} in {100 * float(shares[best]):.1f} % ({others}); "
+        f"{'' if lead[1] > 0 else 'not '}clearly better than {names[second]}: {in_points(*lead)}",
     }
 
 
@@ -84,7 +90,7 @@ def _trained(
     run: Run,
     labels: Tensor | None,
 ) -> Tensor:
-    """Train the heads; return the share [H] of each over the second half of the steps."""
+    """Train the heads; return how often each is right on each image of the second half of the steps [H, N]."""
     learnt = nn.ModuleList(heads)
     groups = parameter_groups(learnt.named_parameters(), weight_decay=recipe.head_weight_decay)
     optimizer = adamw(groups, recipe.betas)
@@ -93,7 +99,7 @@ def _trained(
     rise = min(recipe.warmup.warmup_epochs, 0.2 * epochs)
     phase = recipe.warmup.model_copy(update={"epochs": epochs, "warmup_epochs": rise})
     run.reporter.phase("sweep of heads", steps)
-    seen: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor]] = []
     with closing(batch for epoch in range(epochs) for batch in loader.epoch(epoch)) as batches:
         for step, batch in enumerate(batches):
             generator, rows = step_generator(run.seed, SWEEP, step), process_rows(len(batch.sample_ids))
@@ -111,13 +117,22 @@ def _trained(
             set_learning_rate(optimizer, learning_rate(phase, step, recipe.batch_size, loader.steps_per_epoch))
             optimizer.step()
             if step >= steps // 2:
-                seen.append(_shares(outputs, ids, labels))
+                seen.append((ids, _hits(outputs, ids, labels)))
             run.reporter.progress(step + 1, {})
-    return torch.stack(from_ranks(torch.stack(seen).mean(0).cpu())).mean(0)
+    shown, hits = (torch.cat(parts, dim=-1).cpu() for parts in zip(*seen, strict=True))
+    ranks = zip(*from_ranks((shown, hits)), strict=True)
+    return _of_images(*(torch.cat(parts, dim=-1) for parts in ranks))
 
 
-def _shares(outputs: Sequence[HeadOutput], ids: Tensor, labels: Tensor | None) -> Tensor:
-    if labels is not None:
-        return torch.stack([neighbor_accuracy(output, ids, labels) for output in outputs]).detach()
-    first, second = torch.stack([output.neighbor_sample_ids.view(2, -1) for output in outputs], dim=1)
-    return ((first == second) & (first >= 0)).float().mean(1)
+def _hits(outputs: Sequence[HeadOutput], ids: Tensor, labels: Tensor | None) -> Tensor:
+    """Share of an image's views whose neighbour is of its class [H, B]; without labels, 1 where all have the same."""
+    found = torch.stack([output.neighbor_sample_ids.view(-1, len(ids)) for output in outputs])  # [H, views, B]
+    right = found == found[:, :1] if labels is None else labels[found.clamp(min=0)] == labels[ids]
+    right &= found >= 0  # not an entry of the random start
+    return right.all(1).double() if labels is None else right.double().mean(1)
+
+
+def _of_images(ids: Tensor, hits: Tensor) -> Tensor:
+    """Mean of ``hits`` [H, R] over the times that each image is in ``ids`` [R], [H, N]: an image counts once."""
+    images, place = ids.unique(return_inverse=True)
+    return hits.new_zeros(len(hits), len(images)).index_add_(1, place, hits) / place.bincount()
