@@ -147,8 +147,10 @@ def changed(base: S, changes: Iterable[tuple[str, Any]], file: tuple[str, Mappin
     Raises RecipeError naming key, value and remedy, also for a key that has no effect as its switch is off, unless the
     switch is said in the same place or a later one: who turns it off knows that the key rests.
     """
-    said = {f"{file[0]}: ": list(dotted(file[1]).items()), _SET: list(changes)}
     tree, keys = base.model_dump(), known_keys(base)
+    groups = {key.rpartition(".")[0] for key in keys}  # an empty one says nothing
+    listed = [(key, value) for key, value in dotted(file[1]).items() if key not in groups or value is not None]
+    said = {f"{file[0]}: ": listed, _SET: list(changes)}
     for where, pairs in said.items():
         base.lay_under(tree, dict(pairs))
         for key, value in pairs:
@@ -228,8 +230,13 @@ def _problem(kind: Any, tree: Any, error: Any) -> str:
         kind = field.annotation if field else None
         if len(at) < len(error["loc"]) and len(ways := _ways(kind)) > 1:
             *others, last = ways
-            return f"{'.'.join(at)}: must be {', '.join(others)} or {last} (got {_shown(tree)})"
-    return f"{'.'.join(at)}: {said(error)} (got {_shown(error['input'])})"
+            return _instead(at, f"must be {', '.join(others)} or {last}", tree)
+    return _instead(at, said(error), error["input"])
+
+
+def _instead(at: Sequence[str], wanted: str, value: Any) -> str:
+    values = isinstance(value, str) and "," in value and len(value) < 60 and "a list" in wanted
+    return f"{'.'.join(at)}: {wanted} (got {_shown(value)}{f'; write [{value}]' if values else ''})"
 
 
 def _ways(kind: Any) -> list[str]:

@@ -182,6 +182,7 @@ def test_guidance_without_labels_stops_before_anything_is_written(cli, mae, unla
     outcome = cli.call(*arguments)
     assert outcome.code == 2
     assert "guidance=prefer needs some; give labelled images, or leave guidance out" in outcome.err
+    assert " images): no labels (" in outcome.err.splitlines()[-1]  # said once
     assert not (tmp_path / "run").exists()
 
 

@@ -317,6 +317,24 @@ def test_no_setting_is_refused_in_the_words_of_the_library() -> None:
     ]
 
 
+@pytest.mark.parametrize("key", ["sweep.temperatures", "heads.temperature", "heads.blocks", "betas"])
+def test_values_without_brackets_are_answered_with_the_list(key: str) -> None:
+    values = "0.1,0.2" if key != "heads.blocks" else "1,2"
+    with pytest.raises(RecipeError) as caught:
+        override(tiny(), [f"{key}={values}"])
+    assert f"(got '{values}'; write [{values}])" in str(caught.value)
+    assert override(tiny(), [f"{key}=[{values}]"]) != tiny()
+
+
+def test_an_empty_section_of_a_file_says_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: tiny\nlora:\nviews:\nguard: {}\nheads:\n  out_dim: 64\n")
+    assert refine_recipe(str(file), image_size=32) == override(tiny(), ["heads.out_dim=64"])
+    file.write_text("lora:\nlorra:\n")
+    with pytest.raises(RecipeError, match="unknown recipe key 'lorra'"):
+        refine_recipe(str(file), image_size=32)
+
+
 def test_recipe_file_is_laid_over_its_named_recipe(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"name": "mae_h14", "batch_size": 128}))

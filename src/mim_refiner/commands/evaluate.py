@@ -237,7 +237,8 @@ def _shifted_sets(specs: Sequence[str], channels: int, reporter: Reporter) -> di
     for name, images in sets.items():
         if images.labels is None:
             raise DataError(
-                f"--shifted {name}: {images.description} has no labels ({images.source.no_labels}); give labelled ones"
+                f"--shifted {name}: {images.source.counted} has no labels ({images.source.no_labels}); "
+                "give labelled ones"
             )
     return sets
 

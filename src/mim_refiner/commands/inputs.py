@@ -159,7 +159,7 @@ def evaluation_sets(
     for option, given in (("--eval-data", None if eval_data is None else bank), ("--eval-test", test)):
         if given is not None and given.labels is None:
             raise DataError(
-                f"{option}: {given.description} has no labels ({given.source.no_labels}); give labelled images, or "
+                f"{option}: {given.source.counted} has no labels ({given.source.no_labels}); give labelled images, or "
                 f"leave {option} out"
             )
     if test is not None:

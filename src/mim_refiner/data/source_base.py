@@ -76,6 +76,11 @@ class ImageSource(ABC):
         """Names of the classes [C], or None without labels."""
         return None if self.classes is None else self.classes.names
 
+    @property
+    def counted(self) -> str:
+        """The description for sentences that go on to say that there are no labels."""
+        return self.description.replace(", no labels)", ")")
+
     def read_labels(self, read: Callable[[], Labels | None]) -> None:
         """Set ``classes`` to what ``read`` gives; a LabelProblem becomes the reason for having none."""
         try:

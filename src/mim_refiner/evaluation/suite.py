@@ -155,7 +155,7 @@ def suite_protocols(suite: str, images: ImageSet) -> tuple[str, ...]:
         if suite == "dense":
             needed, why = "masks", ""
         raise DataError(
-            f"{images.description}: no {needed}{why}, and suite {suite} needs them; give data that has them"
+            f"{images.source.counted}: no {needed}{why}, and suite {suite} needs them; give data that has them"
         )
     return runnable
 
@@ -274,7 +274,7 @@ def _check_data(protocols: Sequence[str], train: ImageSet, test: ImageSet | None
     for images in (train, test):
         if needy and images is not None and images.labels is None:
             raise DataError(
-                f"{images.description}: no labels, and protocol {needy[0]} needs them: {images.source.no_labels}"
+                f"{images.source.counted}: no labels, and protocol {needy[0]} needs them: {images.source.no_labels}"
             )
         if needy and images is train and len(train.class_names or ()) < 2:  # would always be right
             raise DataError(

@@ -21,8 +21,8 @@ def check_guidance(recipe: RefineRecipe, images: ImageSet) -> None:
         labels, needs = ("labels of one class", "several") if images.labels is not None else ("no labels", "some")
         why = "" if images.labels is not None else f" ({images.source.no_labels})"
         raise DataError(
-            f"{images.description}: {labels}{why}, and guidance={recipe.guidance} needs {needs}; give labelled images, "
-            "or leave guidance out"
+            f"{images.source.counted}: {labels}{why}, and guidance={recipe.guidance} needs {needs}; give labelled "
+            "images, or leave guidance out"
         )
 
 
