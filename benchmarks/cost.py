@@ -146,6 +146,11 @@ class Workload:
             again += (1 - kept / parts) * replace(self, view_sizes=[view]).view_operations(prefix=False)
         return again / self.view_operations(prefix=False) + (self.checkpointing is True)
 
+    def model_operations(self) -> float:
+        """Operations without recomputation: what MFU counts."""
+        plain = replace(self, micro_batch=None, checkpointing=False)
+        return sum(plain.operations().values())
+
     def traffic(self) -> dict[str, float]:
         """Bytes that one process sends in a step, by part."""
         return Traffic(
