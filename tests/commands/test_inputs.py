@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_refiner.commands.inputs import run_fast, split_images, tell_trained_on
+from mim_refiner.commands.inputs import run_fast, split_images, tell_no_share, tell_trained_on
 from mim_refiner.core.run import Run
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.reporting import Reporter
@@ -32,6 +32,20 @@ def split(spec, share=0.1, seed=0):
 
 def numbers(images):
     return {int(images.load(index)[0, 0, 0]) for index in range(len(images))}
+
+
+@pytest.mark.parametrize(
+    ("counts", "settings", "told"),
+    [((60, 40), ["hold_out=0.3"], False), ((100,), ["hold_out=0.3"], True), ((100,), ["seed=1"], False),
+     ((1, 1), ["hold_out=0.3"], True), ((100,), ["hold_out=0"], False)],
+)  # fmt: skip
+def test_a_share_that_cannot_be_held_out_is_told_where_it_is_set(labelled, counts, settings, told):
+    said = []
+    reporter = Reporter()
+    reporter.warning = said.append
+    share = 0.0 if "hold_out=0" in settings else 0.3
+    tell_no_share(share, split(labelled(*counts), share)[1], settings, reporter)
+    assert [line.partition(":")[0] for line in said] == ["--set hold_out=0.3 has no effect"] * told
 
 
 def test_a_share_of_every_class_is_held_out_by_the_seed(labelled):

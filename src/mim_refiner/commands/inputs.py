@@ -70,6 +70,13 @@ def share_held_out(recipe: RefineRecipe, settings: Iterable[str], eval_data: Any
     return 0.0
 
 
+def tell_no_share(share: float, held_out: ImageSet | None, settings: Iterable[str], reporter: Reporter) -> None:
+    """Say it where ``settings`` name a ``share`` to hold out and ``split_images`` held out none."""
+    if share and held_out is None and "hold_out" in dict(map(read_setting, settings)):
+        why = "no images of two classes or more to take it from"
+        reporter.warning(f"--set hold_out={share} has no effect: {why}; --eval-data gives images to measure on")
+
+
 def split_images(
     spec: Any, share: float, reporter: Reporter, *, seed: int, channels: int, exclude: str | None
 ) -> tuple[ImageSet, ImageSet | None]:

@@ -39,6 +39,7 @@ from mim_refiner.commands.inputs import (
     run_fast,
     share_held_out,
     split_images,
+    tell_no_share,
     train_loader,
     write_summary,
 )
@@ -180,6 +181,7 @@ def refine_and_compare(
     weights = weights_sha256(backbone.model)
     share = share_held_out(refine_recipe(recipe, settings, image_size=0), settings, eval_data, reporter)
     images, held_out = split_images(data, share, reporter, seed=seed, channels=backbone.info.in_chans, exclude=exclude)
+    tell_no_share(share, held_out, settings, reporter)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
     read = partial(refine_recipe, recipe, image_size=max(backbone.info.image_size), images=len(images))
     chosen, base = read(settings), read([each for each in settings if read_setting(each)[0] != "heads.blocks"])
