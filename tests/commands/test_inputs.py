@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_refiner.commands.inputs import run_fast, split_images, tell_no_share, tell_trained_on
+from mim_refiner.commands.inputs import run_fast, split_images, tell_trained_on, training_images
 from mim_refiner.core.run import Run
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.reporting import Reporter
+from mim_refiner.training.recipe import override
 from mim_refiner.training.recipes import refine_recipe
 
 
@@ -36,15 +37,15 @@ def numbers(images):
 
 @pytest.mark.parametrize(
     ("counts", "settings", "told"),
-    [((60, 40), ["hold_out=0.3"], False), ((100,), ["hold_out=0.3"], True), ((100,), ["seed=1"], False),
+    [((60, 40), ["hold_out=0.3"], False), ((100,), ["hold_out=0.3"], True), ((100,), ["batch_size=8"], False),
      ((1, 1), ["hold_out=0.3"], True), ((100,), ["hold_out=0"], False)],
 )  # fmt: skip
 def test_a_share_that_cannot_be_held_out_is_told_where_it_is_set(labelled, counts, settings, told):
     said = []
     reporter = Reporter()
     reporter.warning = said.append
-    share = 0.0 if "hold_out=0" in settings else 0.3
-    tell_no_share(share, split(labelled(*counts), share)[1], settings, reporter)
+    recipe = override(refine_recipe("tiny", image_size=8), settings)
+    training_images(labelled(*counts), recipe, settings, None, Run(reporter=reporter), 3, None)
     assert [line.partition(":")[0] for line in said] == ["--set hold_out=0.3 has no effect"] * told
 
 

@@ -61,20 +61,28 @@ def open_images(spec: Any, reporter: Reporter, *, channels: int = 3, exclude: st
     return images
 
 
-def share_held_out(recipe: RefineRecipe, settings: Iterable[str], eval_data: Any, reporter: Reporter) -> float:
-    """``hold_out`` of the recipe; nothing beside ``eval_data``, which is said where ``settings`` name a share."""
-    if eval_data is None or not recipe.hold_out:
-        return recipe.hold_out
-    if "hold_out" in dict(map(read_setting, settings)):
-        reporter.warning(f"--set hold_out={recipe.hold_out} has no effect: --eval-data gives the images to measure on")
-    return 0.0
+def training_images(
+    spec: Any,
+    recipe: RefineRecipe,
+    settings: Iterable[str],
+    eval_data: Any,
+    run: Run,
+    channels: int,
+    exclude: str | None,
+) -> tuple[ImageSet, ImageSet | None]:
+    """Images to train on, and the share ``hold_out`` of them to measure on: none beside ``eval_data``.
 
-
-def tell_no_share(share: float, held_out: ImageSet | None, settings: Iterable[str], reporter: Reporter) -> None:
-    """Say it where ``settings`` name a ``share`` to hold out and ``split_images`` held out none."""
-    if share and held_out is None and "hold_out" in dict(map(read_setting, settings)):
-        why = "no images of two classes or more to take it from"
-        reporter.warning(f"--set hold_out={share} has no effect: {why}; --eval-data gives images to measure on")
+    Where ``settings`` name a share and none is held out, that is said.
+    """
+    share = recipe.hold_out if eval_data is None else 0.0
+    images, held_out = split_images(spec, share, run.reporter, seed=run.seed, channels=channels, exclude=exclude)
+    if recipe.hold_out and held_out is None and "hold_out" in dict(map(read_setting, settings)):
+        none = (
+            "the images are not labelled with two classes or more, or too few; --eval-data gives others to measure on"
+        )
+        why = none if eval_data is None else "--eval-data gives the images to measure on"
+        run.reporter.warning(f"--set hold_out={recipe.hold_out} has no effect: {why}")
+    return images, held_out
 
 
 def split_images(

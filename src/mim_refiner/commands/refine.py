@@ -37,10 +37,8 @@ from mim_refiner.commands.inputs import (
     refuse_to_overwrite_inputs,
     results_folder,
     run_fast,
-    share_held_out,
-    split_images,
-    tell_no_share,
     train_loader,
+    training_images,
     write_summary,
 )
 from mim_refiner.commands.loggers import logged
@@ -179,9 +177,8 @@ def refine_and_compare(
     backbone = load_backbone(model)
     timm_config(backbone)  # what cannot be exported is not trained
     weights = weights_sha256(backbone.model)
-    share = share_held_out(refine_recipe(recipe, settings, image_size=0), settings, eval_data, reporter)
-    images, held_out = split_images(data, share, reporter, seed=seed, channels=backbone.info.in_chans, exclude=exclude)
-    tell_no_share(share, held_out, settings, reporter)
+    first, channels = refine_recipe(recipe, settings, image_size=0), backbone.info.in_chans
+    images, held_out = training_images(data, first, settings, eval_data, run, channels, exclude)
     refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
     read = partial(refine_recipe, recipe, image_size=max(backbone.info.image_size), images=len(images))
     chosen, base = read(settings), read([each for each in settings if read_setting(each)[0] != "heads.blocks"])
