@@ -50,6 +50,15 @@ def metric_title(metric: str, *, unit: bool = False) -> str:
     return TITLES.get(metric, metric.replace("_", " "))
 
 
+_ONE = {"columns": "column", "files": "file", "folders": "folder", "images": "image", "members": "member"}
+
+
+def number_of(count: int, what: str) -> str:
+    """``count`` and its noun, the first that ``what`` has in the plural: "1 column of the table", "2 columns ..."."""
+    one = re.sub(rf"\b({'|'.join(_ONE)})\b", lambda noun: _ONE[noun[0]], what, count=1)
+    return f"{count} {one if count == 1 else what}"
+
+
 def in_points(value: float, low: float, high: float) -> str:
     """A difference of shares with its 95 % interval: "+1.2 points (95 % interval +0.3 to +2.1)"."""
     return f"{100 * value:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"

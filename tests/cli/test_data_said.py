@@ -83,8 +83,8 @@ def untidy(shapes, tmp_path):
     return root
 
 
-SAID = ("1 files with other endings (1 .heic) (first: square/IMG_1.heic)",
-        "1 hidden files (their names begin with a dot) (first: circle/.hidden.png)")  # fmt: skip
+SAID = ("1 file with other endings (1 .heic) (first: square/IMG_1.heic)",
+        "1 hidden file (with a dot before the name) (first: circle/.hidden.png)")  # fmt: skip
 
 
 def test_evaluate_says_and_records_what_is_left_out(knn, untidy, tmp_path):
@@ -101,7 +101,7 @@ def test_evaluate_says_and_records_what_is_left_out(knn, untidy, tmp_path):
             assert json.loads(path.read_text())["data"]["train"] == facts
     page = write_report([tmp_path / "out"]).read_text()
     assert all(text in page for text in SAID)
-    assert "1 images cannot be read and are left out (square/square-00.png" in page
+    assert "left out: 1 image that cannot be read (square/square-00.png" in page
 
 
 def test_every_verb_says_what_is_left_out(untidy, mae, cli, tmp_path):

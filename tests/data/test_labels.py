@@ -243,7 +243,7 @@ def test_partition_folders_and_empty_parts(tmp_path):
     write(tmp_path / "split=a/label=rose/part-1.parquet", image=pa.array([], pa.binary()))
     whole = open_source(tmp_path)
     assert "row 0 has no label" in whole.no_labels
-    assert "1 parquet files without rows (first: part-1.parquet)" in map(str, whole.left_out)
+    assert "1 parquet file without rows (first: part-1.parquet)" in map(str, whole.left_out)
     assert whole.name(0) == "split=a/label=__HIVE_DEFAULT_PARTITION__/part-0.parquet[0]"
     source = open_source(f"{tmp_path}/split=a[1:]")
     assert source.name(0) == "label=rose/part-0.parquet[0]"

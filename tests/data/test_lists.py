@@ -68,7 +68,7 @@ def test_further_columns_need_a_header(folder):
     rows = [("", "image", "width", "label")] + [(str(n), name, "16", label) for n, (name, label) in enumerate(ROWS)]
     source = opened(folder, lines(",", rows, range(4)))
     check(source)
-    assert [str(each) for each in source.left_out] == ["1 columns of the list (first: width)"]
+    assert [str(each) for each in source.left_out] == ["1 column of the list (first: width)"]
     bare = opened(folder, lines(",", rows[1:], range(4)))
     assert bare.no_labels == "the list has 4 columns and no header; add one that names path and label"
     assert bare.name(1) == "sub/b c.png"

@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mim_refiner.data.image_files import decode_image
+from mim_refiner.data.source_base import LeftOut
 from mim_refiner.data.source_parquet import ParquetSource
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError
+from mim_refiner.report.tables import left_out_lines
 
 
 def write_parquet(
@@ -170,7 +172,7 @@ def _bad_sources(root: Path) -> dict[str, tuple[str, str]]:
         "nowhere": ("no such file", "check the path"),
         "nowhere-*.parquet": ("no such file", "did you mean"),
         "empty": ("the folder is empty", "give a folder"),
-        "words": (r"none of its files is an image: 1 files with other endings \(1 .md\)", "give a folder"),
+        "words": (r"none of its files is an image: 1 file with other endings \(1 .md\)", "give a folder"),
         "a.zip": (r"is packed \(.zip\)", "unpack it"),
         "a.docx": ("unknown kind of data", "give a folder, .txt"),
         "pipe.csv": ("no regular file", "give a folder"),
@@ -231,8 +233,8 @@ def test_other_endings_and_odd_entries_are_counted(image_folder):
     assert [source.name(i) for i in range(len(source))] == ["x/a.png", "x/b.jpe", "y/c.jfif", "y/d.PNG", "y/gone.png"]
     assert source.class_names == ("x", "y")
     assert left_out(source) == [
-        "1 entries are no regular files (pipes, sockets, devices) (first: x/pipe.png)",
-        "1 hidden files (their names begin with a dot) (first: y/.e.png)",
+        "1 special file (pipes, sockets, devices) (first: x/pipe.png)",
+        "1 hidden file (with a dot before the name) (first: y/.e.png)",
         "5 files with other endings (2 .heic, 1 .md, 1 without, 1 .parquet) (first: notes.md)",
     ]
     facts = source.facts()
@@ -253,7 +255,7 @@ def test_a_folder_that_may_not_be_read_is_said(image_folder, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     source = open_source(root)
     assert source.class_names == ("x", "z")
-    assert left_out(source) == ["1 folders cannot be opened (Permission denied) (first: y/)"]
+    assert left_out(source) == ["1 folder cannot be opened (Permission denied) (first: y/)"]
 
 
 @pytest.mark.parametrize(
@@ -391,3 +393,11 @@ def test_two_stars_are_refused_as_they_would_leave_out_most(tmp_path, pixels, en
     with pytest.raises(DataError, match="a folder is read with all that lies below it: give the folder"):
         open_source(f"{tmp_path}/**/*.png")
     assert len(open_source(tmp_path)) == 3
+
+
+def test_one_thing_left_out_is_told_in_the_singular():
+    assert str(LeftOut(1, "columns of the table", "path")) == "1 column of the table (first: path)"
+    assert str(LeftOut(2, "columns of the table", "path")) == "2 columns of the table (first: path)"
+    assert left_out_lines({"left_out": [{"count": 1, "what": "hidden files (of x files)", "first": "a"}]}) == [
+        "left out: 1 hidden file (of x files) (first: a)"
+    ]

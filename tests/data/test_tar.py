@@ -104,8 +104,8 @@ def test_samples_are_grouped_as_webdataset_does(tmp_path, pixels, encode):
     assert source.labels.tolist() == [0, 1]
     assert source.class_names == ("4", "7")
     assert [str(each) for each in source.left_out] == [
-        "1 members that end in .md (first: readme.md)",
-        "1 further images of a sample that has one (first: x/1.seg.png)",
+        "1 member ending in .md (first: readme.md)",
+        "1 further image of a sample that has one (first: x/1.seg.png)",
     ]
 
 
@@ -297,19 +297,19 @@ def test_members_that_are_not_read_are_counted(tmp_path):
                      "1.jpg=2", "9.cls=b", "8.cls=b", "2.jpg=1", "2.cls=b")  # fmt: skip
     assert table(source) == {"1.jpg": "a", "2.jpg": "b"}
     assert lost(source) == [
-        "2 members that end in .heic (first: 2.heic)",
-        "1 hidden members (their names begin with a dot) (first: ._1.jpg)",
-        "1 members that are there twice (first: 1.jpg)",
+        "2 members ending in .heic (first: 2.heic)",
+        "1 hidden member (with a dot before the name) (first: ._1.jpg)",
+        "1 repeated member (first: 1.jpg)",
         "2 further images of a sample that has one (first: 1.mask.png)",
-        "2 members with labels belong to no image (first: 9)",
+        "2 members with labels of no image (first: 9)",
     ]
     assert lost(open_source(tmp_path / "m.tar")) == lost(source)  # from the cache
 
 
 @pytest.mark.parametrize(("names", "reason"), [
     (["1.jpg=1", "2.jpg=1"], r"no image has a label beside it: put a \.cls or \.json beside each"),
-    (["1.jpg=1", "1.txt=a cat"], r"1 \.txt members are not read as labels; name them \.cls"),
-    (["a/1.jpg=1", "b/1.cls=3"], "1 members with labels belong to no image .* give them the names"),
+    (["1.jpg=1", "1.txt=a cat"], r": 1 \.txt member not read as labels; name them \.cls"),
+    (["a/1.jpg=1", "b/1.cls=3"], "1 member with labels of no image .* give them the names"),
     (["1.jpg=1", "1.json={\"caption\": 3}"], "no image has a label"),
     (["1.jpg=1", "1.cls=1", "2.jpg=1"], r"1 of 2 images have no .* \(first: m\.tar/2\.jpg\)"),
     (["1.jpg=1", "1.json={\"label\": 1.5}"], "label 1.5, which is a fraction"),

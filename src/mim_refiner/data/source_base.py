@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mim_refiner.data.labels import LabelProblem, Labels, printable
 from mim_refiner.errors import DataError
+from mim_refiner.reporting import number_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class LeftOut:
     first: str
 
     def __str__(self) -> str:
-        return f"{self.count} {self.what} (first: {self.first})"
+        return f"{number_of(self.count, self.what)} (first: {self.first})"
 
 
 class Counted(dict[str, LeftOut]):

@@ -112,11 +112,11 @@ class Walk:
         for name, special in found:
             if name.startswith("."):
                 if is_image_name(name) and not name.startswith("._"):
-                    self.lost.add("hidden files (their names begin with a dot)", prefix + name)
+                    self.lost.add("hidden files (with a dot before the name)", prefix + name)
             elif name.endswith("/"):
                 yield from self._walk(os.path.join(folder, name[:-1]), prefix + name, above | {here})
             elif special:
-                self.lost.add("entries are no regular files (pipes, sockets, devices)", prefix + name)
+                self.lost.add("special files (pipes, sockets, devices)", prefix + name)
             else:
                 yield prefix + name
 

@@ -24,6 +24,7 @@ from mim_refiner.data.source_base import Counted, ImageSource, LeftOut, label_pa
 from mim_refiner.data.source_files import ARRAY_SUFFIX, IMAGE_SUFFIXES, PackedStrings, packed
 from mim_refiner.errors import DataError, RunFolderError
 from mim_refiner.files import cache_folder, cache_is_off, reading, write_bytes
+from mim_refiner.reporting import number_of
 
 _BLOCK = 512
 _VERSION = 4  # of the cached index
@@ -71,10 +72,10 @@ class TarSource(ImageSource):
         images = self._offsets > 0
         missing = [number for number, label in enumerate(written) if label == _NO_LABEL and images[number]]
         if len(missing) == int(images.sum()):
-            endings = next((each for each in self.left_out if "belong to no image" in each.what), None)
+            endings = next((each for each in self.left_out if "with labels of no image" in each.what), None)
             texts = next((each for each in self.left_out if ".txt" in each.what), None)
             hint = f"{endings}; give them the names of the images" if endings else "put a .cls or .json beside each"
-            hint = f"{texts.count} .txt members are not read as labels; name them .cls" if texts else hint
+            hint = f"{number_of(texts.count, '.txt members')} not read as labels; name them .cls" if texts else hint
             raise LabelProblem(f"no image has a label beside it: {hint}")
         if missing:
             raise LabelProblem(
@@ -210,10 +211,10 @@ class _Samples:
             return
         stem, ending = os.path.splitext(name)
         if name.rpartition("/")[2].startswith("."):
-            self._lost.add("hidden members (their names begin with a dot)", name)
+            self._lost.add("hidden members (with a dot before the name)", name)
         elif ending.lower() in _IMAGES:
             if name in self._images:
-                self._lost.add("members that are there twice", name)
+                self._lost.add("repeated members", name)
                 return
             self._images[name] = offset, size
             if stem == _sample(name):
@@ -221,7 +222,7 @@ class _Samples:
         elif ending.lower() in (".cls", ".json"):
             self._labels.setdefault(stem, _label(ending.lower(), content))
         else:
-            self._lost.add(f"members that end in {printable(ending) or 'nothing'}", name)
+            self._lost.add(f"members ending in {printable(ending) or 'nothing'}", name)
 
     def index(self) -> pa.Table:
         """All images in their order, with labels."""
@@ -234,7 +235,7 @@ class _Samples:
             labels.append(_NO_LABEL if key is None else self._labels[key])
         for key, label in self._labels.items():
             if key not in used and label != _NO_LABEL:
-                self._lost.add("members with labels belong to no image", key)
+                self._lost.add("members with labels of no image", key)
         places = np.array(list(rows.values()), dtype=np.uint64).reshape(-1, 2)
         left_out = json.dumps([asdict(each) for each in self._lost.values()])
         columns = [packed(rows), *map(pa.array, places.T), packed(labels)]

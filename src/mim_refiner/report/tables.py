@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from mim_refiner.reporting import UNSCALED, in_points, metric_title
+from mim_refiner.reporting import UNSCALED, in_points, metric_title, number_of
 
 STAGES = {
     "before": "before",
@@ -194,11 +194,12 @@ def _latex(text: str) -> str:
 def left_out_lines(facts: Mapping[str, Any] | None) -> list[str]:
     """What of the data was not read or not used, in words; ``facts`` as ``ImageSet.facts`` gives them."""
     facts = facts or {}
-    lines = [f"left out: {each['count']} {each['what']} (first: {each['first']})" for each in facts.get("left_out", ())]
+    lost = facts.get("left_out", ())
+    lines = [f"left out: {number_of(each['count'], each['what'])} (first: {each['first']})" for each in lost]
     unreadable = facts.get("unreadable") or {}
     if unreadable.get("count"):
         some = "; ".join(f"{name}: {reason}" for name, reason in unreadable["first"])
-        lines.append(f"{unreadable['count']} images cannot be read and are left out ({some})")
+        lines.append(f"left out: {number_of(unreadable['count'], 'images that cannot be read')} ({some})")
     if facts.get("no_labels"):
         lines.append(f"no labels: {facts['no_labels']}")
     shared = facts.get("also_in_train")
