@@ -118,7 +118,7 @@ CASES: dict[str, list[Trial]] = {
                           "string_path", "Image_upper")),
            refused("jpg.parquet", "column 'cls' is not read as labels; rename it to 'label'")],
     "11": [measured("'train-*.parquet'", data__train__classes=5, data__train__images=108),
-           measured("extra", "left out .*1 columns .*note"), refused("half", "1 of 2 parts have none"),
+           measured("extra", "left out .*1 column .*note"), refused("half", "1 of 2 parts have none"),
            looked("half", "no labels: 1 of 2 parts")],
     "12": [refused("null.parquet", "row 7 has no label"), refused("float_nan.parquet", "row 7 has no label"),
            measured("float.parquet", like="uint64.parquet"), measured("bool.parquet", data__train__classes=2),
@@ -159,7 +159,7 @@ CASES: dict[str, list[Trial]] = {
            Trial("doctor --data . --out {out}", 0), measured(".", "1 of 100 images"), trained(".", "skipped 1")],
     "32": [measured(".", "1 folders cannot be opened .*c2", data__train__classes=4)],
     "46": [measured("x.parquet", data__train__images=60, data__train__classes=5),
-           measured("empty.parquet", "1 parquet files without rows", like="x.parquet"),
+           measured("empty.parquet", "1 parquet file without rows", like="x.parquet"),
            measured("hive", data__train__classes=5, data__train__images=60)],
     "47": [
         *(measured(f"'{name}'", data__train__images=120, data__train__classes=10) for name in ODD_FOLDERS),

@@ -283,11 +283,11 @@ def test_the_sweep_waits_once_and_mixes_no_devices(
         one, several = on_gpu(one), [on_gpu(head) for head in several]
         labels = torch.zeros(64, dtype=torch.long, device=CUDA)
         seen.sent = seen.fetched = 0
-        shares = sweep._trained(made.recipe, one, several, [0, 1, 1], made.loader, Run(CUDA), labels)
-    assert shares.shape == (3,)
+        shown, hits = sweep._trained(made.recipe, one, several, [0, 1, 1], made.loader, Run(CUDA), labels)
     views, steps = 4, 8
+    assert hits.shape == (3, *shown.shape) == (3, steps // 2 * made.recipe.batch_size)
     assert seen.sent == steps * (views + 1 + 1 + 1)  # views, what they drew, ids, what the heads drew
-    assert seen.fetched == 1  # the shares
+    assert seen.fetched == 1  # the hits
 
 
 def test_a_wait_a_copy_and_a_wrong_device_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def test_the_reason_says_whether_the_best_one_is_clearly_better(given, monkeypat
     won, lost = changed
     hits = torch.zeros(2, 20, dtype=torch.float64)
     hits[1, :won], hits[0, won : won + lost] = 1, 1
-    monkeypatch.setattr(sweep, "_trained", lambda *_: hits)
+    monkeypatch.setattr(sweep, "_trained", lambda *_: (torch.arange(20), hits))
     found = swept(given, 0.1, 0.5)
     assert found["chosen"] == {"temperature": 0.5}  # the best one in any case
     difference = (won - lost) / 20

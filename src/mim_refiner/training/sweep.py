@@ -56,7 +56,7 @@ def sweep_heads(recipe: RefineRecipe, backbone: Backbone, loader: TrainLoader, r
     reads = [poolings.index(choice.get("pooling", poolings[0])) for choice in choices]
     labels = loader.images.telling_labels
     known = None if labels is None else torch.as_tensor(labels, device=run.device)
-    hits = _trained(recipe, refiner, heads, reads, loader, run, known)
+    hits = _of_images(*_trained(recipe, refiner, heads, reads, loader, run, known))
     shares = hits.mean(1)
     best, second = shares.argsort(descending=True, stable=True)[:2][[0, -1]].tolist()
     lead = crossed_interval((hits[best] - hits[second])[None])
@@ -89,8 +89,10 @@ def _trained(
     loader: TrainLoader,
     run: Run,
     labels: Tensor | None,
-) -> Tensor:
-    """Train the heads; return how often each is right on each image of the second half of the steps [H, N]."""
+) -> tuple[Tensor, Tensor]:
+    """Train the heads; return the numbers of the images in the second half of the steps [R], and how often each head is
+    right on them [H, R], both on the host.
+    """
     learnt = nn.ModuleList(heads)
     groups = parameter_groups(learnt.named_parameters(), weight_decay=recipe.head_weight_decay)
     optimizer = adamw(groups, recipe.betas)
@@ -117,11 +119,12 @@ def _trained(
             set_learning_rate(optimizer, learning_rate(phase, step, recipe.batch_size, loader.steps_per_epoch))
             optimizer.step()
             if step >= steps // 2:
-                seen.append((ids, _hits(outputs, ids, labels)))
+                seen.append((batch.sample_ids, _hits(outputs, ids, labels)))
             run.reporter.progress(step + 1, {})
     shown, hits = (torch.cat(parts, dim=-1).cpu() for parts in zip(*seen, strict=True))
     ranks = zip(*from_ranks((shown, hits)), strict=True)
-    return _of_images(*(torch.cat(parts, dim=-1) for parts in ranks))
+    shown, hits = (torch.cat(parts, dim=-1) for parts in ranks)
+    return shown, hits
 
 
 def _hits(outputs: Sequence[HeadOutput], ids: Tensor, labels: Tensor | None) -> Tensor:
