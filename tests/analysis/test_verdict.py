@@ -52,7 +52,7 @@ def test_what_to_try_next_follows_from_the_evidence():
                      last_block=11)  # fmt: skip
     assert [line.partition(":")[0] for line in said] == [
         "more images to measure on", "a longer run",
-        "positives without neighbours, which helped small encoders more in short runs (docs/evidence.md)",
+        "positives without neighbours, which gave a small encoder more in a short run (docs/evidence.md)",
         "another block without any training",
     ]  # fmt: skip
     assert "90 tell no change below 4.0 points" in said[0]

@@ -97,7 +97,7 @@ def test_an_encoder_of_a_run_is_said_to_have_been_trained_on_its_data(tmp_path):
 
 @pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("bf16", False)])
 def test_only_bf16_attends_by_plain_products_on_a_cpu(precision, fused):
-    """The fused kernel's backward pass in bf16 takes four times as long there; in float32 it is the faster one."""
+    """The fused kernel in bf16 takes five times as long there; in float32 it is the faster one."""
     backbone = Backbone.wrap(create_vit("vit_w32_d3_h2_p8", image_size=16))
     run_fast(backbone, refine_recipe("tiny", image_size=16), Run(precision=precision))
     assert {block.attn.fused_attn for block in backbone.model.blocks} == {fused}

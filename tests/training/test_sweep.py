@@ -102,6 +102,7 @@ def test_each_image_counts_once_however_often_it_is_seen():
     outputs = [SimpleNamespace(neighbor_sample_ids=each) for each in neighbours]
     found = _hits(outputs, torch.arange(3), labels)
     assert found.tolist() == [[1.0, 0.5, 0.5], [0.5, 1.0, 0.5]]
+    assert found.dtype == torch.float32  # on the device, and Apple's have no doubles
     ids, hits = torch.tensor([7, 2, 7, 5, 7]), torch.tensor([[1.0, 0, 0, 1, 0.5], [0, 1, 0, 0.5, 0]])
     assert _of_images(ids, hits.double()).tolist() == [[0, 1, 0.5], [1, 0.5, 0]]
 

@@ -86,7 +86,7 @@ def what_next(
             )
             if recipe["heads"]["swap_positive"] and recipe["guidance"] == "none":
                 lines.append(
-                    "positives without neighbours, which helped small encoders more in short runs (docs/evidence.md): "
+                    "positives without neighbours, which gave a small encoder more in a short run (docs/evidence.md): "
                     "--set heads.swap_positive=false"
                 )
     if recommendation and last_block is not None and recommendation.get("block") not in (None, last_block):

@@ -124,7 +124,7 @@ def _trained(
     shown, hits = (torch.cat(parts, dim=-1).cpu() for parts in zip(*seen, strict=True))
     ranks = zip(*from_ranks((shown, hits)), strict=True)
     shown, hits = (torch.cat(parts, dim=-1) for parts in ranks)
-    return shown, hits
+    return shown, hits.double()
 
 
 def _hits(outputs: Sequence[HeadOutput], ids: Tensor, labels: Tensor | None) -> Tensor:
@@ -132,7 +132,7 @@ def _hits(outputs: Sequence[HeadOutput], ids: Tensor, labels: Tensor | None) -> 
     found = torch.stack([output.neighbor_sample_ids.view(-1, len(ids)) for output in outputs])  # [H, views, B]
     right = found == found[:, :1] if labels is None else labels[found.clamp(min=0)] == labels[ids]
     right &= found >= 0  # not an entry of the random start
-    return right.all(1).double() if labels is None else right.double().mean(1)
+    return right.all(1).float() if labels is None else right.float().mean(1)
 
 
 def _of_images(ids: Tensor, hits: Tensor) -> Tensor:
