@@ -124,6 +124,9 @@ def test_the_hub_cache(tmp_path: Path, vit_state: State) -> None:
     (folder / "model.safetensors").symlink_to("/etc/hostname")
     with pytest.raises(CheckpointError, match="leads out of its folder"):
         load_backbone(folder)
+    blob.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is a link to nothing; copy the file"):
+        load_backbone(top)
 
 
 @pytest.fixture
@@ -462,6 +465,9 @@ def test_an_average_without_names_gets_the_models(tmp_path: Path, vit_state: Sta
             averaged = vit_state | dict(zip(trained, shadow, strict=True))
             assert same(load_backbone(tmp_path / "x", num_heads=4), averaged)
             assert same(load_backbone(tmp_path / "x", num_heads=4, encoder="model"), vit_state)
+    kept = {"ema": {"collected_params": list(vit_state.values()), "shadow_params": [t + 1 for t in vit_state.values()]}}
+    torch.save(kept | {"model": vit_state}, tmp_path / "x")  # another list of the same shapes comes before the model
+    assert same(load_backbone(tmp_path / "x", num_heads=4), {name: tensor + 1 for name, tensor in vit_state.items()})
     torch.save({"model": vit_state, "ema": {"shadow_params": shadow[1:]}}, tmp_path / "x")
     for read in (load_backbone, inspect_checkpoint):
         with pytest.raises(CheckpointError, match=r"ema\.shadow_params is a running average without names.*encoder="):

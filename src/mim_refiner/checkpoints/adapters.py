@@ -38,7 +38,7 @@ def plain_weights(contents: Contents) -> Contents:
     """
     _refuse_quantised(contents)
     sections = {path: _merged(contents, names) for path, names in contents.sections.items()}
-    models = [held for path, held in sections.items() if not path.startswith("opt") and not _is_list(path, held)]
+    models = [held for path, held in sections.items() if not (path.startswith("opt") or all(map(str.isdecimal, held)))]
     for path, held in sections.items():
         if _is_list(path, held):
             sections[path] = next((placed for model in models if (placed := _placed(model, held))), held)

@@ -141,7 +141,9 @@ def check_inside(folder: Path, path: Path) -> None:
     The hub's cache is the exception: what lies in a snapshot, at any depth, links to the blobs beside the snapshots.
     """
     with _readable(path):
-        if not path.exists() and not path.is_symlink():
+        if not path.exists():
+            if path.is_symlink():
+                raise CheckpointError(f"{path}: is a link to nothing; copy the file into the folder")
             return  # a missing file is reported by who needs it
         target, roots = path.resolve(strict=True), [folder.resolve(strict=True)]
     roots += [
