@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -99,6 +100,20 @@ def test_a_data_set_that_knows_its_labels_is_not_opened_for_them() -> None:
     Targets.opened.clear()
     open_source(Targets())
     assert set(Targets.opened) == {0}
+
+
+def test_items_may_come_from_another_source() -> None:
+    class Wrapped(Pairs):
+        inner = open_source(pictures())
+
+        def __getitem__(self, index: int) -> Any:
+            return Image.fromarray(self.inner.read(index)), 0
+
+    found: list[Any] = []  # in a thread: two locks in each other would wait for ever
+    thread = threading.Thread(target=lambda: found.append(open_source(Wrapped()).read(5)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert np.array_equal(found, PIXELS[5:])
 
 
 def test_the_fingerprint_tells_pixels_and_labels_apart() -> None:

@@ -26,7 +26,7 @@ ACCEPTED = (
     "a path, an array [N, H, W, C], a list of PIL images, arrays or paths, a torch Dataset or a datasets.Dataset; with "
     "labels: (images, labels)"
 )
-_LOCK = threading.Lock()  # one for all, as no lock can be pickled
+_LOCK = threading.RLock()  # one for all, as no lock can be pickled; items may come from another source
 _SAMPLED = 16  # images that the fingerprint looks at
 _IMAGE_KEYS = ("image", "img", "pixel_values", "jpg", "png")
 _SAMPLED_ROWS = 64  # of a file
