@@ -157,7 +157,7 @@ CASES: dict[str, list[Trial]] = {
     "30": [looked(".", to_exclude=1),
            Trial("embed --model {encoder} --data . --out {out}.parquet", 0, ("1 of 100 .*cannot be read .*no row",)),
            Trial("doctor --data . --out {out}", 0), measured(".", "1 of 100 images"), trained(".", "skipped 1")],
-    "32": [measured(".", "1 folders cannot be opened .*c2", data__train__classes=4)],
+    "32": [measured(".", "1 folder cannot be opened .*c2", data__train__classes=4)],
     "46": [measured("x.parquet", data__train__images=60, data__train__classes=5),
            measured("empty.parquet", "1 parquet file without rows", like="x.parquet"),
            measured("hive", data__train__classes=5, data__train__images=60)],

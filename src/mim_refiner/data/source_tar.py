@@ -27,7 +27,7 @@ from mim_refiner.files import cache_folder, cache_is_off, reading, write_bytes
 from mim_refiner.reporting import number_of
 
 _BLOCK = 512
-_VERSION = 4  # of the cached index
+_VERSION = 5  # of the cached index
 _LABEL_KEYS = ("label", "cls", "class")
 _MAX_LABEL_BYTES = 2**20
 _NO_LABEL = "\0"
