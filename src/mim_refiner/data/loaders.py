@@ -55,10 +55,8 @@ def _pinned(item: _Assembled) -> _Assembled:
     """In page-locked memory, as what a DataLoader with processes gives: else the host would wait for the copies."""
     if (batch := item.batch) is None:
         return item
-    views, labels = (
-        [view.pin_memory() for view in batch.views],
-        None if batch.labels is None else batch.labels.pin_memory(),
-    )
+    views = [view.pin_memory() for view in batch.views]
+    labels = None if batch.labels is None else batch.labels.pin_memory()
     return item._replace(batch=ViewBatch(views, batch.sample_ids.pin_memory(), labels))
 
 
