@@ -57,10 +57,8 @@ def text_of(node: ast.expr, constants: Mapping[str, str] = MappingProxyType({}))
         return "".join(text_of(part, constants) for part in node.values)
     if isinstance(node, ast.BinOp):
         return text_of(node.left, constants) + text_of(node.right, constants)
-    if isinstance(node, ast.FormattedValue):
-        name = ast.unparse(node.value)
-        return constants.get(name, "{" + name + "}")
-    return "{" + ast.unparse(node) + "}"
+    name = ast.unparse(node.value if isinstance(node, ast.FormattedValue) else node)
+    return constants.get(name, "{" + name + "}")
 
 
 def named_texts(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -83,7 +81,20 @@ def messages() -> list[tuple[str, str]]:
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "errors_as":
                 problem, remedy = (text_of(part, constants) for part in node.args[1:3])
                 found.append((f"{path.relative_to(PACKAGE)}:{node.lineno}", f"{problem}; {remedy}"))
+            for remedy in remedies(node):
+                found.append((f"{path.relative_to(PACKAGE)}:{node.lineno}", f"; {text_of(remedy, constants)}"))
     return found
+
+
+def remedies(node: ast.AST) -> Iterator[ast.expr]:
+    """What a statement calls ``remedy``, for a message built after it; and what ``reading`` is told to advise."""
+    if isinstance(node, ast.Assign):
+        target, value = node.targets[0], node.value
+        several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+        pairs = zip(target.elts, value.elts, strict=False) if several else [(target, value)]
+        yield from (text for name, text in pairs if ast.unparse(name) == "remedy")
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "reading" and len(node.args) > 1:
+        yield node.args[1]
 
 
 def test_every_message_says_what_to_do():

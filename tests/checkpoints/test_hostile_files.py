@@ -260,6 +260,8 @@ def hostile_objects(proof: Path) -> dict[str, Any]:
 
 
 def test_code_in_pickles(tmp_path: Path, vit_state: State, canary: Path) -> None:
+    plain = {"model": Runs(os.system, f"touch {canary}")}
+
     def cases() -> Iterator[Case]:
         for number, (what, item) in enumerate(hostile_objects(canary).items()):
             payload = {"model": vit_state, "extra": item}
@@ -267,10 +269,12 @@ def test_code_in_pickles(tmp_path: Path, vit_state: State, canary: Path) -> None
                 content = torch_bytes(payload, legacy=legacy)
                 yield f"{what} legacy={legacy}", put(tmp_path / f"{number}{legacy}", "x.pth", content)
         for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-            content = pickle.dumps({"model": Runs(os.system, f"touch {canary}")}, protocol=protocol)
+            content = pickle.dumps(plain, protocol=protocol)
             yield f"plain pickle {protocol}", put(tmp_path / f"plain{protocol}", "x.bin", content)
 
     refuse(cases(), canary, inspected=True)
+    pickle.loads(pickle.dumps(plain))
+    canary.unlink()  # the trap does work; only our reading avoids it
 
 
 def test_handmade_pickles(tmp_path: Path, vit_state: State, canary: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,12 @@ from torch import Tensor
 from mim_refiner.checkpoints import load_backbone
 from mim_refiner.checkpoints.store import read_checkpoint
 from mim_refiner.errors import CheckpointError
+
+
+def stored_zip(name: str) -> bytes:
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        archive.writestr(name, "hello")
+    return buffer.getvalue()
 
 
 class Unlisted:
@@ -50,6 +59,9 @@ def test_sections_hold_every_tensor(tmp_path: Path) -> None:
         (b"just some text\n", "is not a checkpoint"),
         (b"ab", "is not a checkpoint"),
         (b"\x89PNG\r\n\x1a\n12345", "is not a checkpoint"),
+        (b"PK\x05\x06" + bytes(18), "is not a checkpoint"),  # a zip file without members
+        (stored_zip("hello.txt"), "a zip file but no torch checkpoint"),
+        (pickle.dumps({"epoch": 3, "model": {}}), "holds no tensors"),
     ],
 )
 def test_other_files(tmp_path: Path, content: bytes, message: str) -> None:
