@@ -223,7 +223,7 @@ def left_out(source):
 
 
 def test_other_endings_and_odd_entries_are_counted(image_folder):
-    root = image_folder(["x/a.png", "x/b.jpe", "y/c.jfif", "y/d.PNG", "y/.e.png", "y/._f.png"])
+    root = image_folder(["x/a.png", "x/b.jpe", "y/c.jfif", "y/d.PNG", "y/.e.png", "y/._f.png", ".cache/g.png"])
     for name in ("x/1.heic", "x/2.HEIC", "notes.md", "x/plain"):
         (root / name).write_bytes(b"x")
     write_parquet(root / "t.parquet", {"image": [b"x"]})
@@ -288,6 +288,7 @@ def test_a_class_may_be_called_train_or_test(image_folder):
         (["a.png", "b.png"], "the images lie in no class folders"),
         (["x/a.png", "y/b.png", "c.png"], r"1 of 3 images lie outside the class folders \('c.png'\); move them"),
         (["x/a.png", "y/b.png", "y/z/c.png"], r"1 of 3 images lie deeper than the class folders \('y/z/c.png'\)"),
+        (["x/1/a.png", "x/2/b.png"], "all images lie in one folder, .*if they lie in .*/x, give that"),
         (["x/a.png", "x/b.png"], "all images lie in one folder, and classes need two; if they lie in .*/x, give that"),
     ],
 )

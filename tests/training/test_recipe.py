@@ -388,6 +388,7 @@ def test_defaults_fit_few_images_and_named_recipes_stay() -> None:
         "refinement.epochs=-1", "refinement.epochs=1.5", "heads.temperature=.inf", "heads.temperature=.nan",
         "refinement.base_lr=1e999", "weight_decay=-.inf", "heads.queue_size=1000000000000", "batch_size=true",
         "heads.projector_hidden=99999999", "views.global_size=10000000", "views.flip=2", "views.blur_prob=[1,1,7]",
+        "views.rotate=181", "views.gain=1", "views.noise=-0.1", "views.mask_rows=.nan",
         "ema_decay=1", "views.num_local=100000", "batch_size=" + "9" * 5000, "batch_size=[1,2]", "heads.blocks={a: 1}",
         "batch_size=" + "[" * 5000, "batch_size=&a [*a]", "batch_size=!!python/name:os.system", "batch_size=",
         "guard.every=" + "1" * 30, "batch_size=2024-13-77", "betas=\0", "domain=[a]", "domain={a: 1}",
