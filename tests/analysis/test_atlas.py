@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mim_refiner.analysis.atlas import Atlas, label_free_atlas, labelled_atlas, recommend, ridge_probe
+from mim_refiner.analysis.atlas import Atlas, label_free_atlas, labelled_atlas, place_heads, recommend, ridge_probe
 from mim_refiner.analysis.augmented import PairedViews
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.metrics import effective_rank
@@ -168,3 +168,21 @@ def atlas_of(rates, count=600):
     draws = rng.random(count)
     scores = {(b, "cls", False): (draws < rate).astype(float) for b, rate in enumerate(rates)}
     return Atlas({"measure": "knn_top1", "samples": {"queries": count}}, scores)
+
+
+@pytest.mark.parametrize(
+    ("rates", "blocks", "best"),
+    [
+        ([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.6, 0.5], [5, 6, 7], 5),  # from the peak to the last block
+        ([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.7, 0.7], [5, 6, 7], 5),  # a plateau: from its start
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], [6, 7], 7),  # still rising: the last quarter
+        ([0.2, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2], [4, 5, 6, 7], 1),  # an early peak: the last half
+    ],
+)
+def test_placement_rule(rates, blocks, best):
+    found = place_heads(atlas_of(rates), pooling="cls", recipe_blocks=[6, 7])
+    assert (found["blocks"], found["best_block"]) == (blocks, best)
+    assert found["same_as_recipe"] == (blocks == [6, 7])
+    assert f"heads on blocks {blocks[0]} to 7" in found["reason"]
+    assert "the recipe's choice: 6 to 7" in found["reason"]
+    assert found["scores"] == pytest.approx([float(s.mean()) for s in atlas_of(rates).scores.values()])
