@@ -25,10 +25,10 @@ from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
+from mim_refiner.data.source_base import evenly
 from mim_refiner.data.thumbnails import encode, thumbnail_sheet
 from mim_refiner.errors import DataError
 from mim_refiner.evaluation.features import block_outputs, extract_features, own_image_size, patch_grid
-from mim_refiner.evaluation.splits import evenly
 from mim_refiner.models.backbone import Backbone
 
 KIND = "gallery"
@@ -213,7 +213,7 @@ def patch_maps(
     pixels = (255 * scaled).round().astype(np.uint8).reshape(count, patches, -1)
     if pixels.shape[2] < 3:
         pixels = np.pad(pixels, ((0, 0), (0, 0), (0, 3 - pixels.shape[2])))
-    grid = patch_grid(backbone.info, size, patches)
+    grid = patch_grid(backbone, size, patches)
     explained = spread[::-1][:3] / max(float(spread.sum()), 1e-12)
     return {
         "grid": list(grid),

@@ -24,10 +24,10 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.masks import MaskSet, has_masks
 from mim_refiner.data.photometric import BatchPhotometric, normalize, seeded_generator
+from mim_refiner.data.source_base import evenly
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.evaluation.features import own_image_size
 from mim_refiner.evaluation.segmentation import SegmentationSettings, check_segmentation, same_classes
-from mim_refiner.evaluation.splits import evenly
 from mim_refiner.evaluation.windows import Cutting, Encoder, Windows
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import in_points

@@ -22,12 +22,12 @@ from mim_refiner.data.duplicates import check_overlap
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.name_lists import list_lines, without_listed
 from mim_refiner.data.resident import held_on_device
-from mim_refiner.data.source_base import ImageSource, Selection
+from mim_refiner.data.source_base import ImageSource, Selection, evenly
 from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.data.workers import worker_count
 from mim_refiner.errors import DataError, InputError
-from mim_refiner.evaluation.splits import evenly, stratified_split
+from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.files import dotted, read_json, read_yaml, write_bytes, write_json
 from mim_refiner.models.backbone import Backbone

@@ -19,10 +19,10 @@ from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
-from mim_refiner.data.source_base import sliced
+from mim_refiner.data.source_base import evenly, sliced
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import Features, block_outputs, feature_sets, own_image_size
-from mim_refiner.evaluation.splits import evenly, stratified_split
+from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.types import BackboneInfo

@@ -159,7 +159,7 @@ class ImageSet:
 
     def _estimate_bytes(self) -> int:
         """Estimate the decoded size of the set from a few images spread over it."""
-        probes = map(self._decode, evenly(self._length, _PROBES))
+        probes = map(self._decode, evenly(self._length, _PROBES).tolist())
         sizes = [loaded.pixels.nbytes for loaded in probes if loaded is not None]
         if not sizes and all(self._decode(index) is None for index in range(self._length)):
             raise self._nothing_readable()

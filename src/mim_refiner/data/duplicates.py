@@ -151,7 +151,7 @@ def compare_images(train: ImageSource, test: ImageSource) -> tuple[Shared, bool]
 def _digests(source: ImageSource, limit: int) -> dict[bytes, int]:
     """{hash of the content: number of the first image that has it}; images that cannot be read are passed over."""
     found: dict[bytes, int] = {}
-    for index in evenly(len(source), limit):
+    for index in evenly(len(source), limit).tolist():
         try:
             content = source.read(index)
         except Exception:  # as in decoding: counted and listed there

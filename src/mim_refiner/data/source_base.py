@@ -124,9 +124,9 @@ class ImageSource(ABC):
         return whole | {"left_out": [asdict(each) for each in self.left_out]} | shared
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """At most so many of 0..count-1, evenly spaced, with the first and the last."""
-    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)).tolist()
+def evenly(count: int, most: int | None) -> NDArray[np.int64]:
+    """At most so many of 0..count-1, evenly spaced (even over sorted class folders), with the first; None: all."""
+    return np.linspace(0, count - 1, count if most is None else min(most, count)).astype(np.int64)
 
 
 def short_hash(parts: Iterable[object]) -> str:

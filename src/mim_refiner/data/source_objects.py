@@ -101,7 +101,7 @@ class ObjectSource(ImageSource):
         return f"[{index}]"
 
     def fingerprint(self) -> str:
-        images = (self.read(row) for row in evenly(len(self), _SAMPLED))
+        images = (self.read(row) for row in evenly(len(self), _SAMPLED).tolist())
         return short_hash(["objects", len(self), *label_parts(self.classes), *images])
 
     def _raw_labels(self, first: Any) -> Sequence[Any]:
@@ -192,7 +192,7 @@ class ArraySource(ImageSource):
         return f"{printable(self.path.name)}[{index}]"
 
     def fingerprint(self) -> str:
-        images = (self._array()[row] for row in evenly(len(self), _SAMPLED_ROWS))
+        images = (self._array()[row] for row in evenly(len(self), _SAMPLED_ROWS).tolist())
         return short_hash(["array", self.shape, *label_parts(self.classes), *images])
 
     def close(self) -> None:

@@ -30,8 +30,8 @@ from torch import Tensor
 from mim_refiner._version import __version__
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.source_base import evenly
 from mim_refiner.errors import InputError, reason_of
-from mim_refiner.evaluation.splits import evenly
 from mim_refiner.files import CACHE_VARIABLE, cache_folder, cache_is_off
 from mim_refiner.models.backbone import Backbone
 

@@ -304,9 +304,9 @@ def resolve_poolings(poolings: Sequence[str] | None, info: BackboneInfo) -> tupl
     return names
 
 
-def patch_grid(info: BackboneInfo, size: ImageSize, patches: int) -> tuple[int, int]:
+def patch_grid(backbone: Backbone, size: ImageSize, patches: int) -> tuple[int, int]:
     """Rows and columns of so many patches of an image; hierarchical encoders end on a coarser grid."""
-    rows, columns = (side // patch for side, patch in zip(height_width(size), info.patch_size, strict=True))
+    rows, columns = backbone.grid_of(height_width(size))
     side = math.isqrt(patches)
     return (rows, columns) if rows * columns == patches else (side, patches // side)
 

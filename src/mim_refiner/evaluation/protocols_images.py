@@ -13,6 +13,7 @@ from torch import Tensor
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.metrics import class_iou, mean_iou_interval
 from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.source_base import evenly
 from mim_refiner.data.thumbnails import encode, thumbnail_sheet
 from mim_refiner.evaluation.attentive import AttentiveScore, Blocks, attentive_protocol, sources_of
 from mim_refiner.evaluation.corruptions import corrupted
@@ -26,7 +27,7 @@ from mim_refiner.evaluation.protocols import selections
 from mim_refiner.evaluation.published import published
 from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.segmentation import check_segmentation, segmentation_blocks, segmentation_protocol
-from mim_refiner.evaluation.splits import evenly, list_name
+from mim_refiner.evaluation.splits import list_name
 
 SHOWN_QUERIES = 3  # of a probe with several, beside their mean
 Predict = Callable[[Tensor, Tensor | None], Tensor]  # (features [N, D], classes that may occur or None) -> classes [N]
@@ -66,7 +67,7 @@ def _attention(job: Job, scores: Mapping[tuple[Blocks, str], AttentiveScore]) ->
     probes = []
     for (blocks, pooler), score in scores.items():
         maps = score.attention[:, :, job.settings.attentive.class_token and job.backbone.info.has_cls :]
-        grid = patch_grid(job.backbone.info, job.settings.image_size or 0, maps.shape[2])
+        grid = patch_grid(job.backbone, job.settings.image_size or 0, maps.shape[2])
         several = score.queries > 1
         named = {f"mean of {score.queries} queries" if several else "its query": maps.mean(1)}
         named |= {f"query {number + 1}": maps[:, number] for number in range(SHOWN_QUERIES * several)}

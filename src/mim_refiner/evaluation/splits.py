@@ -33,11 +33,6 @@ def stratified_split(labels: NDArray[np.int64], share: float, seed: int) -> tupl
     return kept, np.sort(held)
 
 
-def evenly(count: int, limit: int | None) -> NDArray[np.int64]:
-    """At most ``limit`` of ``count`` row numbers, evenly spaced (even over sorted class folders); None: all."""
-    return np.linspace(0, count - 1, count if limit is None else min(limit, count)).astype(np.int64)
-
-
 def list_name(path: str, among: Sequence[str]) -> str:
     """What a result on a published list is called: the file's name, with its folder's where others share it."""
     stem = Path(path).stem
