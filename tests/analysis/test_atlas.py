@@ -75,8 +75,8 @@ def test_a_best_cell_that_loses_on_the_held_out_halves_is_told_plainly():
     assert found["gain"]["value"] == pytest.approx(-0.4)  # nothing right on the halves, against two in five
     assert found["reason"].startswith(
         "block 3, cls pooling, no norm. Over all images the best k-NN accuracy is that of block 2, cls pooling, no "
-        "norm, but it is not clearly better: what is best on one half of them differs on the other half by "
-        "-40.0 points (95 %"
+        "norm, but it is not clearly better: what is best on one half of them differs from the usual features on the "
+        "other half by -40.0 points (95 %"
     )
 
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import html
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
+from mim_refiner.commands import analyze
+from mim_refiner.commands.analyze import _Analysis
+from mim_refiner.evaluation.features import Features
 from mim_refiner.report.page import write_report
 
 
@@ -57,6 +63,33 @@ def test_refine_or_read_out_is_one_table_and_one_sentence(analysed, tmp_path):
     assert found["sentence"].rpartition(": ")[2].rstrip(".") in ("refine", "read out", "no clear difference")
     page = write_report([out], tmp_path / "page.html").read_text()
     assert html.escape(found["sentence"]).replace("&#x27;", "&#39;") in page
+
+
+def test_parts_that_look_at_fewer_images_spread_them_over_all(monkeypatch):
+    """Rows of class folders are sorted: the first of them would be of the first classes alone."""
+    seen = []
+    encoder = SimpleNamespace(info=SimpleNamespace(depth=1, has_cls=True), is_plain_vit=True)
+    shown = SimpleNamespace(
+        models={"before": encoder}, features={"before": Features({}, None, torch.arange(2501), 2501)}, curves={},
+        samples=SimpleNamespace(bank=None, queries=None, bank_rows=np.arange(5000), query_rows=np.arange(2501)),
+        run=SimpleNamespace(reporter=SimpleNamespace(phase=lambda *_: None), seed=0), _measure_blocks=lambda: None,
+        atlases={"before": SimpleNamespace(record={"measure": "knn_top1"})}, result={"statements": []},
+        _keep=lambda *_: None,
+    )  # fmt: skip
+
+    def rows(*_, train_rows, test_rows, **how):
+        seen.extend((train_rows, test_rows))
+
+    monkeypatch.setattr(analyze, "block_similarity",
+                        lambda chosen, _: seen.append(chosen["before"].indices) or {"statements": []})  # fmt: skip
+    monkeypatch.setattr(analyze, "reconstruction_by_block", rows)
+    monkeypatch.setattr(analyze, "regimes_record", lambda *_, **how: {"models": {}})
+    _Analysis.similarity(shown)
+    shown.result["regimes"] = {}
+    _Analysis.reconstruction(shown)
+    assert [(len(chosen), int(chosen[0]), int(chosen[-1])) for chosen in seen] == [
+        (1000, 0, 2500), (2000, 0, 4999), (500, 0, 2500),
+    ]  # fmt: skip
 
 
 def test_sample_sizes_are_said(analysed):

@@ -168,7 +168,7 @@ def _reason(measure: str, key: Key, best: Key, default: Key, gain: tuple[float, 
         return f"{name_of(key)}. Its {what} is better than that of {name_of(default)}: {points}."
     return (
         f"{name_of(default)}. Over all images the best {what} is that of {name_of(best)}, but it is not clearly "
-        f"better: what is best on one half of them differs on the other half by {points}."
+        f"better: what is best on one half of them differs from the usual features on the other half by {points}."
     )
 
 

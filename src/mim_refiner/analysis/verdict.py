@@ -50,11 +50,11 @@ def what_next(
     last_block: int | None = None,
     stopped: bool = False,
 ) -> list[str]:
-    """What to try after "worse" and "no clear change", from the evidence of the run; nothing after other words.
+    """What to try after "worse", "no clear change" or a stop, from the evidence of the run; nothing after other words.
 
-    ``found``: the verdict; ``recipe``: the settings; ``draws``: images that the encoder learned from; ``knn``: online
-    k-NN accuracy of the last block in the order of training; ``recommendation``: the features to use by the atlas;
-    ``stopped``: the run was, as it went wrong, and what is judged is the best state before.
+    ``found``: the verdict; ``recipe``: the settings; ``draws``: images drawn for the encoder to learn from; ``knn``:
+    online k-NN accuracy of the last block in the order of training; ``recommendation``: the features to use by the
+    atlas; ``stopped``: the run was, as it went wrong, and what is judged is the best state before.
     """
     word, phase, lines = found.get("verdict"), recipe["refinement"], list[str]()
     if word not in (WORSE, UNCLEAR) and not stopped:
@@ -71,7 +71,7 @@ def what_next(
         if not recipe["anchor"]["weight"]:
             lines.append("an anchor that holds the encoder near its start: --set anchor.weight=1")
         if draws < MANY_DRAWS:
-            lines.append(f"more images: the encoder saw {draws:,} draws, and few drawn often are learned by heart")
+            lines.append(f"more images: few images drawn often ({draws:,} draws here) are learned by heart")
     elif word == UNCLEAR:
         low, high = found.get("ci95") or (0.0, 0.0)
         if high - low > WIDE:

@@ -32,6 +32,7 @@ from mim_refiner.commands.survey import (
 )
 from mim_refiner.core.device import pick_device
 from mim_refiner.core.run import Run
+from mim_refiner.data.source_base import evenly
 from mim_refiner.errors import DataError, InputError, did_you_mean
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import Features
@@ -179,8 +180,7 @@ class _Analysis:
         """CKA between blocks, within and across the models."""
         self._measure_blocks()
         pooling = default_key(self.models["before"].info)[1]
-        most = slice(SIMILARITY_IMAGES)
-        chosen = {name: found.select(np.arange(len(found))[most]) for name, found in self.features.items()}
+        chosen = {name: found.select(evenly(len(found), SIMILARITY_IMAGES)) for name, found in self.features.items()}
         record = block_similarity(chosen, pooling)
         self.result["statements"] += record["statements"]
         self._keep("similarity", record, similarity_map)
@@ -192,7 +192,8 @@ class _Analysis:
             return self._leave_out(f"reconstruction by block left out: {others[0]} is not a plain ViT; give one")
         self._measure_blocks()
         settings = ReconstructionSettings()
-        rows = self.samples.bank_rows[: settings.train_images], self.samples.query_rows[: settings.test_images]
+        bank, queries = self.samples.bank_rows, self.samples.query_rows
+        rows = bank[evenly(len(bank), settings.train_images)], queries[evenly(len(queries), settings.test_images)]
         errors = {}
         for name, backbone in self.models.items():
             self.run.reporter.phase(f"reconstruction by block: {name}", settings.steps(len(rows[0])))

@@ -321,12 +321,13 @@ def weights_taken(refinement: Refinement) -> dict[str, Any]:
     """Which weights are exported and why, {"exported": "raw" or "average", ...}, for the summary."""
     recipe = refinement.recipe
     share = start_share(recipe, refinement.loader.steps_per_epoch)
+    start = f"{100 * share:.1f} % of an average is the start"
     exported = "average" if recipe.export_weights == "ema" else "raw"
     return {
         "exported": exported,
         "both_measured": share <= START_SHARE,
         "start_share": share,
-        "reason": f"{exported} (export_weights={recipe.export_weights}); {100 * share:.1f} % of an average is START",
+        "reason": f"{exported} (export_weights={recipe.export_weights}); {start}",
     }
 
 
