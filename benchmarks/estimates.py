@@ -1,14 +1,14 @@
 """What pretrain and refine say they will cost beside what they cost: python benchmarks/estimates.py [NAME ...]
 
-A process a configuration: the plan first, then the same training, whose time runs from the first to the last step of
-its phases. Memory is the most that the process holds (Linux), Python and libraries included, and what its loader
-processes have of their own. The last columns leave out what the process held before it planned anything.
+A process a configuration: the plan first, then the same run, whose time is that from the first to the last step of its
+phases. Memory is the most that the process holds (Linux), Python and libraries included, and what its loader processes
+have of their own, to the end of the run: what is told counts the comparison and the report of refine. The last columns
+leave out what is told of Python, its libraries and images.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import gc
 import json
@@ -23,6 +23,7 @@ from time import monotonic
 from typing import Any
 
 import mim_refiner
+from mim_refiner.commands.plan import MEASURING
 from mim_refiner.core.device import pick_device
 from mim_refiner.models.backbone import Backbone, create_vit
 
@@ -64,15 +65,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class Trained(Exception):  # noqa: N818 - no error
-    """The last step is done: what follows is no training."""
-
-
 class Clock(mim_refiner.Reporter):
-    """Seconds from the beginning to the end of the phases of training, of which there are ``count``."""
+    """Seconds from the first to the last step of the phases of training."""
 
-    def __init__(self, count: int) -> None:
-        self.count, self.seconds, self.began, self.total, self.workers = count, 0.0, 0.0, 0, 0.0
+    def __init__(self) -> None:
+        self.seconds, self.began, self.total, self.workers = 0.0, 0.0, 0, 0.0
 
     def phase(self, name: str, total: int) -> None:
         """Begin one of them."""
@@ -83,9 +80,7 @@ class Clock(mim_refiner.Reporter):
         """Count its time at its last step."""
         self.workers = max(self.workers, sum(map(own_bytes, multiprocessing.active_children())))
         if self.total and step == self.total:
-            self.seconds, self.total, self.count = self.seconds + monotonic() - self.began, 0, self.count - 1
-            if not self.count:
-                raise Trained
+            self.seconds, self.total = self.seconds + monotonic() - self.began, 0
 
 
 def memory(key: str) -> float:
@@ -112,15 +107,14 @@ def measure(name: str) -> dict[str, float]:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what the plan held goes back to the system; libraries stay
         Path("/proc/self/clear_refs").write_text("5")
-        clock = Clock(len(plan["phases"]))
-        with contextlib.suppress(Trained):
-            verb(out=f"{folder}/run", reporter=clock, **options)
+        clock = Clock()
+        verb(out=f"{folder}/run", reporter=clock, **options)
         return {
             "estimated_seconds": 3600 * plan["hours"],
             "seconds": clock.seconds,
             "estimated_bytes": plan["bytes"]["peak"],
             "bytes": memory("VmHWM") + clock.workers,
-            "process": plan["bytes"]["process"],
+            "process": plan["bytes"]["process"] - (0 if "arch" in options else MEASURING),
             "started": started,
             "workers": clock.workers,
         }
