@@ -28,6 +28,7 @@ from mim_refiner.evaluation.finetune import FinetuneSettings, LabelledRows, fine
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.suite import evaluate_backbone
+from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.page import write_report
 from mim_refiner.types import BackboneInfo, BlockOutput
 
@@ -93,6 +94,8 @@ def test_every_rate_equals_a_probe_trained_alone(blocks):
 
 class Colours(nn.Module):
     """An encoder of two blocks whose tokens are a linear map of the patches' mean colours."""
+
+    grid_of = Backbone.grid_of
 
     def __init__(self, block_dims=(12, 12)):
         super().__init__()
