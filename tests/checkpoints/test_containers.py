@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mim_refiner.checkpoints import folders, inspect_checkpoint, load_backbone, resolve
+from mim_refiner.checkpoints import inspect_checkpoint, load_backbone, resolve
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.backbone import Backbone
 
@@ -150,13 +150,13 @@ def test_a_folder_of_distributed_checkpoint(distributed: Path, vit_state: State)
 def test_chunks_of_several_processes_are_joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole = torch.arange(24.0).reshape(4, 6)
     parts = {(0, 0): whole[:2, :4], (0, 4): whole[:2, 4:], (2, 0): whole[2:]}
-    monkeypatch.setattr(folders, "_chunk", lambda folder, place: place["part"])
+    monkeypatch.setattr(resolve, "_chunk", lambda folder, place: place["part"])
     places = {("w", offset): {"part": part} for offset, part in parts.items()}
     chunks: list[Any] = [{"offsets": offset, "sizes": tuple(part.shape)} for offset, part in parts.items()]
-    assert torch.equal(folders._joined(tmp_path, "w", (4, 6), chunks, places), whole)
+    assert torch.equal(resolve._joined(tmp_path, "w", (4, 6), chunks, places), whole)
     for size, message in [((24,), "outside of it"), ((10**9, 10**9), "do not fill it"), ((6, 4), "outside of it")]:
         with pytest.raises(ValueError, match=message):
-            folders._joined(tmp_path, "w", size, chunks, places)
+            resolve._joined(tmp_path, "w", size, chunks, places)
 
 
 def test_damaged_and_hostile_distributed_folders(distributed: Path, tmp_path: Path) -> None:

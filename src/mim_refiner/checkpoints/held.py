@@ -1,4 +1,4 @@
-"""What stands for the things in a pickle: tensors that lie in the file, and inert records of every other object."""
+"""What stands for the things in a pickle: tensors on the file's own memory, and inert records of every other object."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ _DATA_NAMES = {
     *(f"numpy.{name}" for name in dir(np) if isinstance(getattr(np, name), type)),
     *(f"builtins.{n}" for n in ("bool", "bytes", "dict", "float", "int", "list", "object", "slice", "str", "tuple")),
 }  # fmt: skip
+PART = "torch.distributed.tensor.DTensor"  # (shape of the part, of the whole)
 NO_DENSE = {f"torch._utils._rebuild_{kind}" for kind in ("qtensor", "sparse_tensor", "meta_tensor_no_storage")}
 _NUMBERS = re.compile(r"[<>=|]?([biufc])\d{1,2}|\?")
 _STORAGES = {
@@ -55,50 +56,6 @@ _STORAGES = {
 
 class BrokenPickleError(Exception):
     """The bytes are no complete pickle, or claim what they do not hold."""
-
-
-@dataclass(eq=False)
-class Storage:
-    """Numbers that lie outside of the pickle; ``data`` is set by who reads the file around it."""
-
-    key: str
-    dtype: torch.dtype
-    count: int
-    data: Any = None
-    view: tuple[Storage, int] | None = None  # (storage, first item) that this one is a part of
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * self.dtype.itemsize
-
-    def numbers(self) -> Tensor:
-        if self.view is not None:
-            whole, first = self.view
-            return whole.numbers()[first : first + self.count]
-        return torch.frombuffer(self.data, dtype=torch.uint8, count=self.nbytes).view(self.dtype)
-
-
-@dataclass(eq=False)
-class HeldTensor:
-    """A tensor of the file: a window on a storage; ``whole``: the size of the tensor that it is a part of."""
-
-    storage: Storage
-    dtype: torch.dtype
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    whole: tuple[int, ...] | None = None
-
-    def tensor(self) -> Tensor:
-        """The tensor, on the file's own memory; BrokenPickleError where it reaches beyond the storage."""
-        if 0 in self.size:
-            return torch.empty(self.size, dtype=self.dtype)
-        last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
-        if (last + 1) * self.dtype.itemsize > self.storage.nbytes:
-            raise BrokenPickleError("a tensor reaches beyond its storage")
-        numbers = self.storage.numbers()
-        numbers = numbers if numbers.dtype == self.dtype else numbers.view(torch.uint8).view(self.dtype)
-        return numbers.as_strided(self.size, self.stride, self.offset + numbers.storage_offset())
 
 
 @dataclass(eq=False)
@@ -130,6 +87,9 @@ class Stub:
     def append(self, member: Any) -> None:
         self.members.append(member)
 
+    def build(self, state: Any) -> None:
+        self.state = state
+
     def fields(self) -> dict[Any, Any]:
         """Items, members and state as one mapping; a wrapper of a single value (an enum, a node of a config) has {}."""
         states = self.state if isinstance(self.state, tuple) else (self.state,)
@@ -155,23 +115,18 @@ class _Dtype(Stub):
             return None
 
 
-class _Array(Stub):
-    """NumPy's array, whose numbers come with its state."""
+class Array(Stub):
+    """NumPy's array, whose numbers come with its state; ``tensor`` None = of another kind than numbers."""
 
-    @property
-    def held(self) -> HeldTensor | None:
-        if not (isinstance(self.state, tuple) and len(self.state) == 5):
-            return None
-        _, shape, kind, fortran, data = self.state
-        return _array(data, kind, shape, "F" if fortran else "C")
+    tensor: Tensor | None = None
 
-
-def held_tensor(item: Any) -> HeldTensor | None:
-    """``item`` where it is a tensor or an array of numbers."""
-    return item.held if isinstance(item, _Array) else item if isinstance(item, HeldTensor) else None
+    def build(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) == 5:
+            _, shape, kind, fortran, data = state
+            self.tensor = _array(data, kind, shape, "F" if fortran else "C")
 
 
-def _array(data: Any, kind: Any, shape: Any, order: Any) -> HeldTensor | None:
+def _array(data: Any, kind: Any, shape: Any, order: Any) -> Tensor | None:
     dtype = kind.dtype if isinstance(kind, _Dtype) else None
     data = data.encode("latin1") if isinstance(data, str) else data
     if dtype is None or not isinstance(data, bytes) or not is_size(shape):
@@ -180,12 +135,14 @@ def _array(data: Any, kind: Any, shape: Any, order: Any) -> HeldTensor | None:
         raise BrokenPickleError("an array has another size than its shape says")
     values = np.frombuffer(data, dtype).reshape(shape, order="F" if order == "F" else "C")
     try:
-        values = np.ascontiguousarray(values.astype(dtype.newbyteorder("="))).reshape(shape)
-        tensor = torch.from_numpy(values)
+        return torch.from_numpy(np.array(values, dtype.newbyteorder("="), order="C"))
     except TypeError:  # a kind of number that torch has not
         return None
-    storage = Storage("", tensor.dtype, tensor.numel(), bytearray(values.tobytes()))
-    return HeldTensor(storage, tensor.dtype, 0, tuple(shape), tensor.stride())
+
+
+def _from_buffer(*given: Any) -> Tensor | Stub:
+    tensor = _array(*given)
+    return Stub("numpy.ndarray") if tensor is None else tensor
 
 
 def _scalar(kind: Any, data: Any = b"") -> Any:
@@ -197,22 +154,32 @@ def _scalar(kind: Any, data: Any = b"") -> Any:
     return np.frombuffer(data, dtype)[0].item()
 
 
-def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> HeldTensor:
-    dtype = next((DTYPES[item.name] for item in rest if isinstance(item, Named) and item.name in DTYPES), None)
-    if not isinstance(storage, Storage) or not is_size((offset,)) or not is_size(size) or not is_size(stride):
+def numbers(content: memoryview, dtype: torch.dtype) -> Tensor:
+    """The numbers of a storage [n], on the file's own memory."""
+    return torch.frombuffer(content, dtype=torch.uint8).view(dtype) if len(content) else torch.empty(0, dtype=dtype)
+
+
+def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
+    """A window on a storage [n]; BrokenPickleError where it reaches beyond."""
+    if not isinstance(storage, Tensor) or not is_size((offset,)) or not is_size(size) or not is_size(stride):
         raise BrokenPickleError("a tensor has no storage or no shape")
     if len(size) != len(stride):
         raise BrokenPickleError("a tensor has other strides than dimensions")
-    return HeldTensor(storage, dtype or storage.dtype, offset, tuple(size), tuple(stride))
+    dtype = next((DTYPES[n.name] for n in rest if isinstance(n, Named) and n.name in DTYPES), storage.dtype)
+    if 0 in size:
+        return torch.empty(tuple(size), dtype=dtype)
+    storage = storage.view(torch.uint8).view(dtype)
+    if offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= len(storage):
+        raise BrokenPickleError("a tensor reaches beyond its storage")
+    return storage.as_strided(size, stride, storage.storage_offset() + offset)
 
 
 def _rebuild_kind(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     """A tensor with attributes, or of a subclass such as DTensor, whose own part of the numbers is in its state."""
-    local = Stub("torch.Tensor", state=state).fields().get("_local_tensor")
-    if isinstance(local, HeldTensor) and isinstance(arguments, tuple) and len(arguments) > 2:
-        part, size = local, arguments[2]
-        whole = tuple(size) if is_size(size) and tuple(size) != part.size else None
-        return HeldTensor(part.storage, part.dtype, part.offset, part.size, part.stride, whole)
+    part = Stub("torch.Tensor", state=state).fields().get("_local_tensor")
+    if isinstance(part, Tensor) and isinstance(arguments, tuple) and len(arguments) > 2:
+        shape, whole = tuple(part.shape), arguments[2]
+        return Stub(PART, (shape, tuple(whole))) if is_size(whole) and tuple(whole) != shape else part
     if isinstance(function, Named) and function.name in CALLS and isinstance(arguments, tuple):
         return CALLS[function.name](*arguments)
     return Stub("torch.Tensor")
@@ -271,8 +238,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_device_tensor_from_numpy": _first,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
     **{f"numpy.{core}.multiarray.scalar": _scalar for core in _CORES},
-    **{f"numpy.{core}.multiarray._reconstruct": lambda *_: _Array("numpy.ndarray") for core in _CORES},
-    **{f"numpy.{core}.numeric._frombuffer": lambda *given: _array(*given) or Stub("numpy.ndarray") for core in _CORES},
+    **{f"numpy.{core}.multiarray._reconstruct": lambda *_: Array("numpy.ndarray") for core in _CORES},
+    **{f"numpy.{core}.numeric._frombuffer": _from_buffer for core in _CORES},
     **{name: lambda *_, name=name: Stub(name) for name in NO_DENSE},
     "copyreg._reconstructor": lambda kind, *_: Stub(kind.name), "copyreg.__newobj__": lambda kind, *_: Stub(kind.name),
 }  # fmt: skip
@@ -318,7 +285,7 @@ def check_key(key: Any, parts: int = 1) -> int:
     if isinstance(key, tuple):
         for item in key:
             parts = check_key(item, parts + 1)
-    plain = isinstance(key, str | bytes | float | complex | tuple | Stub | Named | HeldTensor | type(None))
+    plain = isinstance(key, str | bytes | float | complex | tuple | Stub | Named | Tensor | type(None))
     if parts > _MAX_KEY_PARTS or not (plain or (isinstance(key, int) and key.bit_length() < 256)):
         raise BrokenPickleError("a dictionary has keys other than text, numbers and short tuples of them")
     return parts

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mim_refiner.checkpoints.accounting import Diagnosis, fates
+from mim_refiner.checkpoints.adapters import SAVED_HEAD
 from mim_refiner.checkpoints.build import MAX_PIXELS, adapt_channels, build, shapes_only
 from mim_refiner.checkpoints.catalog import UNKNOWN_LICENCE, family_licence
-from mim_refiner.checkpoints.detect import detect
+from mim_refiner.checkpoints.detect import Detected, detect
 from mim_refiner.checkpoints.families import Converted, Wishes
 from mim_refiner.checkpoints.families.base import GUESS
 from mim_refiner.checkpoints.families.own import own_family
@@ -31,7 +31,7 @@ from mim_refiner.errors import CheckpointError, InputError, MimRefinerError, one
 from mim_refiner.files import errors_as, name_of, reading
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import RULES
-from mim_refiner.types import BackboneInfo, CheckpointReport, TensorRecord, height_width
+from mim_refiner.types import CheckpointReport, TensorRecord, height_width
 
 KeyMapLike = Mapping[str, Any] | str | Path | None
 _LOGGER = logging.getLogger("mim_refiner")  # a logger without handlers writes warnings to stderr
@@ -39,6 +39,10 @@ _LOGGER = logging.getLogger("mim_refiner")  # a logger without handlers writes w
 
 class PartialCheckpointWarning(UserWarning):
     """A checkpoint was loaded although it does not cover the encoder, or holds tensors that found no place."""
+
+
+class _GapError(CheckpointError):
+    """Tensors of file and encoder do not match, which strict=False allows."""
 
 
 def load_backbone(
@@ -69,28 +73,26 @@ def load_backbone(
     if isinstance(source, nn.Module):
         return _held(source, _pair(image_size))
     found = _examine(source, key_map, image_size=image_size, num_heads=num_heads, in_chans=in_chans, encoder=encoder)
-    bare, wishes = found.source, found.wishes
-    if found.problem is not None and (strict or not found.is_gap):
+    bare, converted, expected = found.source, found.converted, found.backbone.model.state_dict()
+    is_gap = isinstance(found.problem, _GapError)
+    if found.problem is not None and (strict or not is_gap):
         raise found.problem
-    if found.is_gap:
+    if is_gap:
         consequence = "the missing ones stay RANDOM" if found.missing else "they are ignored"
         gap = str(found.problem).partition(";")[0]
         warnings.warn(f"{gap}; {consequence}", PartialCheckpointWarning, stacklevel=2)
-        if (wrong := _wrong_numbers(found.diagnosis.converted.tensors, found.sketch, bare)) is not None:
+        if (wrong := _wrong_numbers(converted.tensors, expected, bare)) is not None:
             raise wrong
-    diagnosis = found.diagnosis
-    wanted = sum(tensor.numel() for tensor in found.sketch.state_dict().values())
-    if wanted > 8 * sum(tensor.numel() for tensor in diagnosis.converted.tensors.values()) + 2**27:
-        # config and options take no memory that nothing fills
+    wanted, given = (sum(tensor.numel() for tensor in part.values()) for part in (expected, converted.tensors))
+    if wanted > 8 * given + 2**27:  # config and options take no memory that nothing fills
         raise CheckpointError(f"{bare}: its config is of a far larger encoder; take both from one source")
     with torch.random.fork_rng(devices=[]):  # timm draws initial weights
-        model = build(diagnosis.converted, diagnosis.contents.source)
-    expected = found.sketch.state_dict()
-    tensors = {name: tensor for name, tensor in diagnosis.converted.tensors.items() if name in expected}
+        model = build(converted, found.detected.view.where)
+    tensors = {name: tensor for name, tensor in converted.tensors.items() if name in expected}
     model.load_state_dict(tensors, strict=False)
-    backbone = _wrap(diagnosis, model, bare, found.missing)
-    if wishes.image_size is not None:
-        backbone.set_image_size(wishes.image_size)
+    backbone = _wrap(converted, model, bare, found.missing)
+    if found.image_size is not None:
+        backbone.set_image_size(found.image_size)
     for note in found.notes:
         if note.startswith(GUESS) and os.environ.get("RANK", "0") == "0":
             _LOGGER.warning("note: %s: %s", bare, note)
@@ -126,17 +128,17 @@ def inspect_checkpoint(
     safely or is of no known family, InputError for an unusable option.
     """
     found = _examine(source, key_map, image_size=image_size, num_heads=num_heads, in_chans=in_chans, encoder=encoder)
-    diagnosis, facts = found.diagnosis, vars(found.backbone.info)
-    if diagnosis.converted.num_heads == 0:  # nobody tells
+    facts = vars(found.backbone.info)
+    if found.converted.num_heads == 0:  # nobody tells
         facts = facts | {"num_heads": 0, "architecture": facts["architecture"].replace("heads=1,", "heads=?,")}
     return CheckpointReport(
-        **facts | {"image_size": found.wishes.image_size or facts["image_size"]},
+        **facts | {"image_size": found.image_size or facts["image_size"]},
         tensors=tuple(found.records),
         missing=tuple(found.missing),
-        notes=found.notes,
+        notes=tuple(found.notes),
         problem="" if found.problem is None else str(found.problem),
-        encoder=diagnosis.view.label,
-        encoders=diagnosis.encoders,
+        encoder=found.detected.view.label,
+        encoders=found.detected.encoders,
     )
 
 
@@ -145,42 +147,48 @@ class _Examined:
     """A source as far as it can be judged without building weights; ``problem``: the error that loading ends with."""
 
     source: str  # without options
-    wishes: Wishes
-    diagnosis: Diagnosis
+    image_size: tuple[int, int] | None  # asked for
+    detected: Detected
+    converted: Converted
     backbone: Backbone  # without memory for its weights
     records: list[TensorRecord]
     missing: list[str]
-    notes: tuple[str, ...]
+    notes: list[str]
     problem: MimRefinerError | None
-    is_gap: bool  # the problem is that tensors of file and encoder do not match, which strict=False allows
-
-    @property
-    def sketch(self) -> Any:
-        return self.backbone.model
 
 
 def _examine(given: str | Path, key_map: KeyMapLike, **options: Any) -> _Examined:
     source, wishes, key_map = _merge(given, options, key_map)
-    diagnosis = _diagnose(source, wishes, key_map)
-    converted = diagnosis.converted
-    known_heads = converted.num_heads != 0
+    with reading(one_line(source, 300), "check it, or take the file from its source again", CheckpointError):
+        contents = read_source(source)
+    own = None if key_map is None else own_family(key_map)
+    wishes = told(wishes, contents)
+    remedy = "take the files from their source again"
+    # Shapes and config entries of a damaged file can fail anywhere; all mean the same to the user.
+    with errors_as(CheckpointError, f"{contents.source}: its tensors or its config.json are of no encoder", remedy):
+        detected = detect(contents, wishes, own)
+        converted = detected.family.convert(detected.view, wishes)
+        converted = with_own_facts(converted, contents, by_key_map=key_map is not None)
+        converted = replace(converted, family=converted.family or detected.family.name)
+        if wishes.in_chans is not None:
+            converted = adapt_channels(converted, wishes.in_chans)
     with shapes_only():  # they are compared before any memory is taken
-        sketch = build(converted if known_heads else replace(converted, num_heads=1), diagnosis.contents.source)
-    records, missing, unplaced = fates(diagnosis, sketch)
-    backbone = _wrap(diagnosis, sketch, source, missing)
-    problem: MimRefinerError | None = None
-    gap = _gap(source, len(sketch.state_dict()), missing, unplaced)
-    if not known_heads:
+        sketch = build(replace(converted, num_heads=converted.num_heads or 1), contents.source)
+    expected = sketch.state_dict()
+    records, missing, unplaced = _fates(detected, converted, expected)
+    backbone = _wrap(converted, sketch, source, missing)
+    problem: MimRefinerError | None
+    if converted.num_heads == 0:
         problem = InputError(f"{source}: {heads_question(converted.arguments)}")
-    elif gap:
-        problem = CheckpointError(gap)
-    elif (problem := _wrong_numbers(converted.tensors, sketch, source)) is None and wishes.image_size is not None:
+    elif missing or unplaced:
+        problem = _gap(source, len(expected), missing, unplaced)
+    elif (problem := _wrong_numbers(converted.tensors, expected, source)) is None and wishes.image_size is not None:
         try:
             backbone.check_new_size(wishes.image_size)
         except InputError as error:
             problem = error
-    notes, is_gap = _notes(diagnosis, backbone.info, unplaced), known_heads and bool(gap)
-    return _Examined(source, wishes, diagnosis, backbone, records, missing, notes, problem, is_gap)
+    notes = _notes(detected, converted, backbone, unplaced)
+    return _Examined(source, wishes.image_size, detected, converted, backbone, records, missing, notes, problem)
 
 
 def _merge(source: str | Path, given: Mapping[str, Any], key_map: KeyMapLike) -> tuple[str, Wishes, KeyMapLike]:
@@ -194,34 +202,14 @@ def _merge(source: str | Path, given: Mapping[str, Any], key_map: KeyMapLike) ->
     return bare, Wishes(**options), in_source if key_map is None else key_map
 
 
-def _diagnose(source: str, wishes: Wishes, key_map: KeyMapLike) -> Diagnosis:
-    with reading(one_line(source, 300), "check it, or take the file from its source again", CheckpointError):
-        contents = read_source(source)
-    own = None if key_map is None else own_family(key_map)
-    wishes = told(wishes, contents)
-    remedy = "take the files from their source again"
-    # Shapes and config entries of a damaged file can fail anywhere; all mean the same to the user.
-    with errors_as(CheckpointError, f"{contents.source}: its tensors or its config.json are of no encoder", remedy):
-        detected = detect(contents, wishes, own)
-        converted = detected.family.convert(detected.view, wishes)
-        converted = with_own_facts(converted, contents, by_key_map=key_map is not None)
-        if detected.note:
-            converted = replace(converted, notes=(*converted.notes, detected.note))
-        if wishes.in_chans is not None:
-            converted = adapt_channels(converted, wishes.in_chans)
-    name = converted.family or detected.family.name
-    licence = converted.licence or family_licence(name)
-    return Diagnosis(contents, detected.view, name, converted, licence, detected.encoders)
-
-
-def _wrap(diagnosis: Diagnosis, model: Any, source: str, missing: list[str]) -> Backbone:
-    converted, total = diagnosis.converted, len(model.state_dict())
+def _wrap(converted: Converted, model: Any, source: str, missing: list[str]) -> Backbone:
+    family, total = converted.family or "", len(model.state_dict())
     return Backbone.wrap(
         model,
-        family=diagnosis.family,
+        family=family,
         mean=_per_channel(converted, converted.mean),
         std=_per_channel(converted, converted.std),
-        licence=diagnosis.licence,
+        licence=converted.licence or family_licence(family),
         coverage=(total - len(missing)) / total,
         source=source,
         position_rule=converted.position_rule,
@@ -230,40 +218,43 @@ def _wrap(diagnosis: Diagnosis, model: Any, source: str, missing: list[str]) -> 
     )
 
 
-def _notes(diagnosis: Diagnosis, info: BackboneInfo, unplaced: list[str]) -> tuple[str, ...]:
-    converted = diagnosis.converted
-    notes = [*converted.notes, *guesses(converted, diagnosis.contents, info.in_chans)]
-    if len(diagnosis.encoders) > 1:
-        others = ", ".join(label for label in diagnosis.encoders if label != diagnosis.view.label)
-        notes.append(f"this is the encoder '{diagnosis.view.label}'; the file also holds {others}: choose by --encoder")
+def _notes(detected: Detected, converted: Converted, backbone: Backbone, unplaced: list[str]) -> list[str]:
+    label, info = detected.view.label, backbone.info
+    notes = [*converted.notes, *guesses(converted, detected.view.contents, info.in_chans)]
+    if detected.note:
+        notes.append(detected.note)
+    if len(detected.encoders) > 1:
+        others = ", ".join(other for other in detected.encoders if other != label)
+        notes.append(f"this is the encoder '{label}'; the file also holds {others}: choose by --encoder")
     if converted.num_heads == 0:
         notes.append("the file does not tell the number of attention heads; pass num_heads= to load it")
     if unplaced:
         notes.append(f"{len(unplaced)} tensors have no place in the encoder: {some(unplaced)}")
     notes.append(f"positions at other image sizes: {RULES[info.position_rule]}")
-    if converted.licence is None and diagnosis.licence != UNKNOWN_LICENCE:
+    if converted.licence is None and info.licence != UNKNOWN_LICENCE:
         notes.append("licence: that of the family's published weights; weights trained by others carry their own")
-    return tuple(notes)
+    return notes
 
 
-def _gap(source: str, total: int, missing: list[str], unplaced: list[str]) -> str:
-    """What file and encoder do not share, and what to do; "" if they fit."""
+def _gap(source: str, total: int, missing: list[str], unplaced: list[str]) -> _GapError:
+    """What file and encoder do not share, and what to do."""
     problems = []
     if missing:
         problems.append(f"gives {total - len(missing)} of the encoder's {total} tensors, missing: {some(missing)}")
     if unplaced:
         problems.append(f"holds {len(unplaced)} tensors that the encoder has no place for: {some(unplaced)}")
     advice = "give the complete file (strict=False would leave gaps random)"
-    if unplaced and not missing:
+    if not missing:
         advice = "if the encoder works without them, name them under drop: in a key map (--key-map)"
-    return f"{source}: {' and '.join(problems)}; {advice}" if problems else ""
+    return _GapError(f"{source}: {' and '.join(problems)}; {advice}")
 
 
-def _wrong_numbers(tensors: dict[str, Tensor], model: Any, source: str) -> CheckpointError | None:
+def _wrong_numbers(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str
+) -> CheckpointError | None:
     """The error that names the first tensor whose numbers are not real and finite."""
-    expected = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
     for name, tensor in tensors.items():
-        if expected.get(name) and not tensor.is_floating_point():
+        if name in expected and expected[name].is_floating_point() and not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             return CheckpointError(
                 f"{source}: {name} holds {kind} numbers instead of floats; save the weights as floats"
@@ -273,6 +264,63 @@ def _wrong_numbers(tensors: dict[str, Tensor], model: Any, source: str) -> Check
                 f"{source}: {name} holds NaN or infinite values; the file is unusable, take an earlier one"
             )
     return None
+
+
+def _fates(
+    detected: Detected, converted: Converted, expected: Mapping[str, Tensor]
+) -> tuple[list[TensorRecord], list[str], list[str]]:
+    """Return (fate of every tensor, encoder tensors not provided, file tensors without a place).
+
+    Raises CheckpointError for a tensor of the wrong shape.
+    """
+    view, sections = detected.view, detected.view.contents.sections
+    section = sections[view.section]
+    sources: dict[str, list[str]] = {}
+    for name, target in converted.origin.items():
+        sources.setdefault(target, []).append(name)
+    records, unplaced = [], list(converted.unplaced)
+    for target, names in sources.items():
+        if target not in expected:
+            unplaced.extend(names)
+            continue
+        shape, wanted = converted.tensors[target].shape, expected[target].shape
+        if shape != wanted:
+            raise CheckpointError(
+                f"{view.where}: {names[0]} has shape {list(shape)}, the encoder needs {list(wanted)}; "
+                "the file does not fit its config or arguments (patch size, image size, channels)"
+            )
+        records += [_placed(name, target, tuple(section[name].shape), tuple(shape), len(names)) for name in names]
+    for name, reason in (converted.dropped | dict.fromkeys(unplaced, "no place in the encoder")).items():
+        records.append(TensorRecord(name, tuple(section[name].shape), "dropped", reason=reason))
+    for path, tensors in sections.items():
+        if path != view.section:
+            reason = _why_not(path, detected.encoders)
+            for name, tensor in tensors.items():
+                full = f"{path}.{name}".lstrip(".")
+                records.append(TensorRecord(full, tuple(tensor.shape), "dropped", reason=reason))
+    missing = [name for name in expected if name not in converted.tensors]
+    return records, missing, unplaced
+
+
+def _placed(name: str, target: str, in_file: tuple[int, ...], shape: tuple[int, ...], parts: int) -> TensorRecord:
+    if parts > 1:
+        return TensorRecord(name, in_file, "reshaped", target, f"joined with {parts - 1} others to {list(shape)}")
+    if in_file != shape:
+        return TensorRecord(name, in_file, "reshaped", target, f"from {list(in_file)} to {list(shape)}")
+    return TensorRecord(name, in_file, "loaded" if name == target else "renamed", target)
+
+
+def _why_not(path: str, encoders: tuple[str, ...]) -> str:
+    first, last = path.split(".")[0], path.split(".")[-1].lstrip("_")
+    if path == SAVED_HEAD:
+        return "classifier that was trained with the adapter"
+    if first.startswith("opt"):
+        return "optimiser state"
+    if last in encoders:
+        return f"another encoder of the file, choose it by --encoder {last}"
+    if "loss" in first or first in ("scaler", "amp_scaler", "lr_scheduler", "criterion"):
+        return "state of the training"
+    return "not part of the encoder"
 
 
 def _per_channel(converted: Converted, values: tuple[float, ...] | None) -> tuple[float, ...] | None:

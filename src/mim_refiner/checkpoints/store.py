@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mim_refiner.checkpoints.held import NO_DENSE, BrokenPickleError, HeldTensor, Stub, held_tensor
-from mim_refiner.checkpoints.torch_files import PICKLE, ZIP, read_torch_file
+from mim_refiner.checkpoints.held import NO_DENSE, PART, Array, Stub
+from mim_refiner.checkpoints.pickles import PICKLE, ZIP, read_torch_file
 from mim_refiner.errors import CheckpointError, one_line
 from mim_refiner.files import errors_as, read_regular, reading
 
@@ -100,7 +100,7 @@ def read_checkpoint(path: Path, *, config: Mapping[str, Any] | None = None) -> C
         raise CheckpointError(f"{path}: the file is empty; copy or download it again")
     # The length of a safetensors header may begin with a pickle's first byte, so the brace after it is looked at first.
     is_torch = start.startswith((ZIP, PICKLE)) and start[8:9] != b"{"
-    return contents_of(read_torch_file(path, start) if is_torch else _read_safetensors(path, start), path, config)
+    return contents_of(read_torch_file(path) if is_torch else _read_safetensors(path, start), path, config)
 
 
 def contents_of(payload: Any, path: Path, config: Mapping[str, Any] | None = None) -> Contents:
@@ -242,31 +242,28 @@ def _check_tensors(path: Path, sections: Mapping[str, Mapping[str, Tensor]]) -> 
 
 
 def _tensor(item: Any, path: Path) -> Tensor | None:
-    """``item`` as a tensor on the file's memory; None for anything else."""
-    if isinstance(item, Tensor):
-        return item
-    try:
-        held = held_tensor(item)
-        if held is not None and held.whole is not None:
-            raise CheckpointError(
-                f"{path}: holds one process's part {list(held.size)} of a tensor {list(held.whole)} (DTensor, FSDP2); "
-                "gather the state dict (full_state_dict=True) and save it, or give a folder of distributed checkpoint"
-            )
-        if isinstance(item, Stub) and item.name.endswith(".ShardedTensor"):
-            raise CheckpointError(
-                f"{path}: holds one process's part of sharded tensors (FSDP); save the full state dict "
-                "(FULL_STATE_DICT), or give a folder of distributed checkpoint"
-            )
-        if isinstance(item, Stub) and item.name in NO_DENSE:
-            raise CheckpointError(f"{path}: holds sparse or quantised tensors; save it with plain dense ones")
-        return None if held is None else held.tensor()
-    except (BrokenPickleError, RuntimeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path}: is damaged ({one_line(error, 100)}); copy or download it again") from error
+    """``item`` as a tensor; None for anything else."""
+    if not isinstance(item, Stub):
+        return item if isinstance(item, Tensor) else None
+    if item.name == PART:
+        part, whole = map(list, item.arguments)
+        raise CheckpointError(
+            f"{path}: holds one process's part {part} of a tensor {whole} (DTensor, FSDP2); gather the state dict "
+            "(full_state_dict=True) and save it, or give a folder of distributed checkpoint"
+        )
+    if item.name.endswith(".ShardedTensor"):
+        raise CheckpointError(
+            f"{path}: holds one process's part of sharded tensors (FSDP); save the full state dict "
+            "(FULL_STATE_DICT), or give a folder of distributed checkpoint"
+        )
+    if item.name in NO_DENSE:
+        raise CheckpointError(f"{path}: holds sparse or quantised tensors; save it with plain dense ones")
+    return item.tensor if isinstance(item, Array) else None
 
 
 def _mappings(payload: Any, source: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     """All mappings, lists and objects inside ``payload`` as mappings, with their paths; outer ones first."""
-    outermost = {"tensor": payload} if isinstance(payload, Tensor) or held_tensor(payload) is not None else payload
+    outermost = {"tensor": payload} if isinstance(payload, Tensor | Array) else payload
     waiting: list[tuple[Any, str, int]] = [(outermost, "", 0)]
     for _ in range(_MAX_CONTAINERS):
         if not waiting:
@@ -313,9 +310,9 @@ def _plain_values(where: str, held: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _plain(item: Any, depth: int = 0) -> Any:
     """A number, text, or short tuple of them (also as an array or tensor); None for anything else."""
-    tensor = item if isinstance(item, Tensor) else held_tensor(item)
-    if tensor is not None:
-        return _few_numbers(tensor)
+    item = item.tensor if isinstance(item, Array) else item
+    if isinstance(item, Tensor):
+        return _few_numbers(item)
     if isinstance(item, Stub):
         fields = item.fields()
         if not fields and len(item.arguments) == 1:
@@ -327,15 +324,12 @@ def _plain(item: Any, depth: int = 0) -> Any:
     return item if isinstance(item, bool | int | float | str) else None
 
 
-def _few_numbers(item: Tensor | HeldTensor) -> Any:
-    """What a small array or tensor holds, without its dimensions of length 1; None for a large one or a matrix."""
-    sides = [side for side in (item.shape if isinstance(item, Tensor) else item.size) if side != 1]
+def _few_numbers(tensor: Tensor) -> Any:
+    """What a small tensor holds, without its dimensions of length 1; None for a large one or a matrix."""
+    sides = [side for side in tensor.shape if side != 1]
     if len(sides) > 1 or not all(0 < side <= 16 for side in sides):
         return None
-    try:
-        values = (item if isinstance(item, Tensor) else item.tensor()).flatten().tolist()
-    except (BrokenPickleError, RuntimeError, ValueError, OverflowError):
-        return None  # told where the tensors are read
+    values = tensor.flatten().tolist()
     return tuple(values) if sides else values[0]
 
 
