@@ -2,18 +2,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from mim_refiner.core.run import Run
 from mim_refiner.data import workers
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import ViewSpec, crop_batch
 from mim_refiner.data.workers import own_cores, worker_count
-from mim_refiner.evaluation.protocols import RandomCrops
+from mim_refiner.evaluation.linear_probe import LinearProbeSettings
+from mim_refiner.evaluation.protocols import augmented
+from mim_refiner.evaluation.settings import EvaluationSettings
 
 
 @pytest.fixture
@@ -54,14 +58,19 @@ def test_given_rows_keep_their_order_and_none_is_dropped(tmp_path: Path, count: 
 def test_augmented_probes_see_the_crops_of_their_epoch_in_the_order_of_the_rows(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (10, 20, 20, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels)
-    images, rows, crops = (
-        ImageSet(open_source(tmp_path / "images.npz")),
-        np.array([4, 1, 8]),
-        RandomCrops(0.2, 1.0, seed=5),
+    images, rows = ImageSet(open_source(tmp_path / "images.npz")), np.array([4, 1, 8])
+    job = SimpleNamespace(
+        settings=EvaluationSettings(batch_size=2, linear=LinearProbeSettings(crop_scale=(0.2, 1.0))),
+        train=SimpleNamespace(indices=torch.from_numpy(rows)),
+        train_images=images,
+        image_size=8,
+        run=Run(seed=5),
+        features_of=lambda of, chosen, *, transform, **_: list(transform.batches(of, 8, 2, chosen)),
     )
     spec = ViewSpec("probe", 8, scale=(0.2, 1.0), jitter_prob=0.0, gray_prob=0.0)
+    of_epoch = augmented(job, [((2, "cls"),)])
     for epoch in (0, 1):
-        for start, (batch, positions) in zip((0, 2), crops.of_epoch(epoch).batches(images, 8, 2, rows), strict=True):
+        for start, (batch, positions) in zip((0, 2), of_epoch(epoch), strict=True):
             assert positions.tolist() == rows[start : start + 2].tolist()
             chosen = [pixels[row] for row in rows[start : start + 2]]
             expected = crop_batch(chosen, spec, seed=5, epoch=epoch, position=start, view=0)

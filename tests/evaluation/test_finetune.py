@@ -19,7 +19,6 @@ from mim_refiner.evaluation.finetune import (
     FinetuneSettings,
     LabelledRows,
     _groups,
-    _loader,
     _seeded,
     _train,
     finetune,
@@ -64,9 +63,11 @@ def test_the_whole_recipe_is_reproducible(make_backbone, make_images):
 
 
 def test_epochs_draw_other_crops_in_another_order(make_backbone, make_images):
-    settings = FinetuneSettings(workers=0)
-    loader = _loader(rows_of(make_images(24)), make_backbone(), settings, 32, 10, seed=1)
-    first, second = [torch.cat([images for images, _ in loader]) for _ in range(2)]
+    settings = FinetuneSettings(workers=0, epochs=2, batch_size=10, mixup=0, cutmix=0)
+    model, seen = Classifier(make_backbone(), 3, "cls", 0.0), []
+    model.register_forward_pre_hook(lambda _, images: seen.append(*images))
+    _train(model, rows_of(make_images(24)), settings, 3, 32, Run(seed=1))
+    first, second = torch.cat(seen).chunk(2)
     assert first.shape == second.shape == (20, 3, 32, 32)
     assert not any(torch.equal(one, other) for one in first for other in second)
 

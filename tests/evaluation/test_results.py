@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mim_refiner.errors import RunFolderError
-from mim_refiner.evaluation.results import Result, paired_change, result_name
+from mim_refiner.evaluation.results import Result, paired_change
 from mim_refiner.files import write_json
 
 
@@ -43,7 +43,7 @@ def test_json_has_the_contract_fields_and_no_more():
     ]
     assert record["ci95"] == [0.4, 0.6]
     assert record["settings"] == {"temperature": "inf", "rates": [1.0, 2.0]}
-    assert result.name == result_name("knn_top1", 3, "cls") == "knn_top1-block03-cls"
+    assert result.name == "knn_top1-block03-cls"
 
 
 def test_paired_change_of_resampled_clusterings_is_by_the_same_resamples():

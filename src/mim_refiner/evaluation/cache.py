@@ -20,15 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mim_refiner._version import __version__
-from mim_refiner.core.identity import weights_sha256
+from mim_refiner.core.identity import tensors_sha256, weights_sha256
+from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.source_base import evenly
 from mim_refiner.errors import InputError, reason_of
@@ -88,7 +87,7 @@ class FeatureCache:
             return
         path = self.path_of(identity)
         temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
-        notes = {"identity": json.dumps(identity, sort_keys=True), "sha256": _digest(stored)}
+        notes = {"identity": json.dumps(identity, sort_keys=True), "sha256": tensors_sha256(stored)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._make_room(size)
@@ -138,6 +137,16 @@ class FeatureCache:
                 total -= bytes_
 
 
+def identity_of(kind: str, backbone: Backbone, images: ImageSet, run: Run, **rest: Any) -> dict[str, Any]:
+    """All that features of ``images`` depend on, with ``rest``: what was computed of them.
+
+    What moves last bits alone is left out: the batch size, and whether the last block ran for the class token alone.
+    """
+    computed = [run.precision, run.device.type, torch.__version__]
+    known = {"kind": kind, "model": model_identity(backbone), "data": data_identity(images), "computed": computed}
+    return known | rest
+
+
 def model_identity(backbone: Backbone) -> dict[str, Any]:
     """What the features depend on in an encoder: its weights, and the structure that weights do not tell."""
     info = backbone.info
@@ -162,11 +171,6 @@ def data_identity(images: ImageSet) -> str:
     if images not in _IDENTITIES:
         _IDENTITIES[images] = _hash_images(images)
     return _IDENTITIES[images]
-
-
-def rows_identity(indices: NDArray[np.int64] | None) -> str:
-    """Hash of the chosen images; "all" for None."""
-    return "all" if indices is None else hashlib.sha256(np.ascontiguousarray(indices).tobytes()).hexdigest()
 
 
 def parse_size(size: str | int) -> int:
@@ -203,12 +207,4 @@ def _read(path: Path) -> dict[str, Tensor] | None:
             notes = file.metadata() or {}
     except (OSError, SafetensorError, ValueError, RuntimeError):
         return None
-    return tensors if notes.get("sha256") == _digest(tensors) else None
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensors if notes.get("sha256") == tensors_sha256(tensors) else None

@@ -147,20 +147,11 @@ def _filtered(x: Tensor, kernel: Tensor) -> Tensor:
     return F.conv2d(F.pad(x, (reach,) * 4, mode=mode), weight, groups=x.shape[1])
 
 
-CORRUPTIONS: dict[str, Callable[[Tensor, int, Draw], Tensor]] = {
-    "gaussian_noise": _gaussian_noise,
-    "shot_noise": _shot_noise,
-    "impulse_noise": _impulse_noise,
-    "defocus_blur": _defocus_blur,
-    "motion_blur": _motion_blur,
-    "zoom_blur": _zoom_blur,
-    "fog": _fog,
-    "brightness": _brightness,
-    "contrast": _contrast,
-    "elastic": _elastic,
-    "pixelate": _pixelate,
-    "jpeg": _jpeg,
-}
+# in this order, which is part of the random numbers' seeds
+CORRUPTIONS: dict[str, Callable[[Tensor, int, Draw], Tensor]] = {each.__name__.removeprefix("_"): each for each in (
+    _gaussian_noise, _shot_noise, _impulse_noise, _defocus_blur, _motion_blur, _zoom_blur, _fog, _brightness, _contrast,
+    _elastic, _pixelate, _jpeg,
+)}  # fmt: skip
 
 _Kind = Annotated[str, AfterValidator(one_of(CORRUPTIONS))]
 _Severity = Annotated[int, Field(ge=min(SEVERITIES), le=max(SEVERITIES))]

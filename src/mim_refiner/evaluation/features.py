@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import default_crop_ratio, eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import DataError, InputError
-from mim_refiner.evaluation.cache import FeatureCache, data_identity, model_identity, rows_identity
+from mim_refiner.evaluation.cache import FeatureCache, identity_of
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.types import BackboneInfo, BlockOutput, ImageSize, height_width, side_or_pair
 
@@ -56,6 +57,10 @@ class Features:
         """Return them with class ``c`` as ``numbers[c]``; None: as they are."""
         return self if numbers is None or self.labels is None else replace(self, labels=numbers[self.labels])
 
+    def of_blocks(self, blocks: Collection[int]) -> Features:
+        """Return the features of some blocks."""
+        return replace(self, values={key: value for key, value in self.values.items() if key[0] in blocks})
+
     def select(self, rows: Tensor | NDArray[np.int64]) -> Features:
         """Return the features of some rows."""
         rows = torch.as_tensor(rows)
@@ -81,21 +86,13 @@ CENTRE_CROP = ImageTransform(
 )
 
 
-def extract_features(
-    backbone: Backbone,
-    images: ImageSet,
-    *,
-    blocks: str | Sequence[int] = "all",
-    poolings: Sequence[str] | None = None,
-    norm: bool = False,
-    **options: Any,
-) -> Features:
-    """Pool the tokens after each of ``blocks`` by each of ``poolings``, in one forward pass, images in order.
+def extract_features(backbone: Backbone, images: ImageSet, *, norm: bool = False, **options: Any) -> Features:
+    """Pool the tokens after each block by each pooling, in one forward pass, images in order.
 
     ``norm`` applies the final norm to every block output; ``options`` as of :func:`feature_sets`, which gives features
     with and without it at once. Same inputs, same bits on one machine.
     """
-    return feature_sets(backbone, images, blocks=blocks, poolings=poolings, norms=(norm,), **options)[norm]
+    return feature_sets(backbone, images, norms=(norm,), **options)[norm]
 
 
 def feature_sets(
@@ -137,13 +134,17 @@ def feature_sets(
     wanted = np.arange(len(images)) if chosen is None else chosen
     if phase:
         run.reporter.phase(phase, len(wanted))
-    identity = {} if cache is None else _identity(backbone, images, chosen, transform, size, run)
     cache = cache if rank() == 0 else None
-    found = {} if cache is None else {key: cache.get({**identity, **_key_identity(key)}) for key in keys}
-    found = from_rank_0(found)
-    missing = [key for key in keys if found.get(key) is None]
-    values: dict[_FullKey, Tensor] = {}
-    rows: Tensor | None = None
+    identities: dict[_FullKey, dict[str, Any]] = {}
+    found: dict[_FullKey, dict[str, Tensor] | None] = {}
+    if cache is not None:
+        hashed = "all" if chosen is None else hashlib.sha256(np.ascontiguousarray(chosen).tobytes()).hexdigest()
+        made_by = [transform.name, size, default_crop_ratio(size)]
+        whole = identity_of("pooled", backbone, images, run, rows=hashed, transform=made_by)
+        identities = {key: {**whole, "block": key[0], "pooling": key[1], "norm": key[2]} for key in keys}
+        found = {key: cache.get(identity) for key, identity in identities.items()}
+    known = {key: entry for key, entry in from_rank_0(found).items() if entry is not None}
+    missing = [key for key in keys if key not in known]
     if missing or not keys:
 
         def forward(part: NDArray[np.int64] | None) -> tuple[dict[_FullKey, Tensor], Tensor]:
@@ -153,21 +154,19 @@ def feature_sets(
         # other transforms draw by an image's place in the call
         spread = is_distributed() and transform is CENTRE_CROP
         values, rows = _spread(forward, images, wanted) if spread else forward(chosen)
-        if cache is not None:
-            for key in missing:
-                cache.put({**identity, **_key_identity(key)}, {"features": values[key], "rows": rows})
-    for key, entry in found.items():
-        if entry is not None:
-            values[key], rows = entry["features"], entry["rows"]
-    values = {key: values[key] for key in keys}  # in the order of extraction
-    assert rows is not None  # every key was found or computed
+        for key in missing:
+            known[key] = {"features": values[key], "rows": rows}
+            if cache is not None:
+                cache.put(identities[key], known[key])
+    else:
+        rows = known[keys[0]]["rows"]
     lost = np.setdiff1d(wanted, rows.numpy()).tolist()  # found in the cache: nobody has tried to read them now
     images.add_unreadable((index, images.source.name(index), "could not be read before") for index in lost)
     labels = None if images.labels is None else torch.from_numpy(images.labels[rows.numpy()])
     by_norm: dict[bool, dict[FeatureKey, Tensor]] = {bool(norm): {} for norm in norms}
-    for (block, pooling, norm), value in values.items():
-        by_norm[norm][block, pooling] = value
-    return {norm: Features(found, labels, rows, backbone.info.depth, norm) for norm, found in by_norm.items()}
+    for block, pooling, normed in keys:
+        by_norm[normed][block, pooling] = known[block, pooling, normed]["features"]
+    return {norm: Features(of, labels, rows, backbone.info.depth, norm) for norm, of in by_norm.items()}
 
 
 _FullKey = tuple[int, str, bool]  # block, pooling, norm
@@ -250,31 +249,6 @@ def block_outputs(
 def _normed(backbone: Backbone, output: BlockOutput) -> BlockOutput:
     cls = None if output.cls is None else backbone.final_norm(output.cls[:, None])[:, 0]
     return BlockOutput(cls=cls, patches=backbone.final_norm(output.patches))
-
-
-def _identity(
-    backbone: Backbone,
-    images: ImageSet,
-    indices: NDArray[np.int64] | None,
-    transform: ImageTransform,
-    size: ImageSize,
-    run: Run,
-) -> dict[str, Any]:
-    """All that the features depend on but block, pooling and norm. What moves last bits alone is left out: the batch
-    size, and whether the last block ran for the class token alone.
-    """
-    return {
-        "kind": "pooled",
-        "model": model_identity(backbone),
-        "data": data_identity(images),
-        "rows": rows_identity(indices),
-        "transform": [transform.name, size, default_crop_ratio(size)],
-        "computed": [run.precision, run.device.type, torch.__version__],
-    }
-
-
-def _key_identity(key: _FullKey) -> dict[str, Any]:
-    return dict(zip(("block", "pooling", "norm"), key, strict=True))
 
 
 def resolve_blocks(blocks: str | Sequence[int], depth: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from timm.data import Mixup, create_transform, rand_augment_transform
 from timm.layers import DropPath
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose
 
 from mim_refiner.core.layer_decay import layer_decay_scales
@@ -175,18 +175,29 @@ def _train(
     image_size: ImageSize,
     run: Run,
 ) -> None:
-    batch_size = min(settings.batch_size, len(train.rows))
-    batch_size -= batch_size % 2  # mixup pairs the images of a batch
-    loader = _loader(train, model.backbone, settings, image_size, max(1, batch_size), run.seed)
+    count = len(train.rows)
+    size = min(settings.batch_size, count) // 2 * 2 or 1  # mixup pairs the images of a batch
+    steps, peak = count // size, peak_learning_rate(settings.lr, size)
     kinds, smoothing = (settings.mixup, settings.cutmix), settings.label_smoothing
-    mixup = Mixup(*kinds, label_smoothing=smoothing, num_classes=num_classes) if batch_size and any(kinds) else None
+    mixup = Mixup(*kinds, label_smoothing=smoothing, num_classes=num_classes) if size > 1 and any(kinds) else None
     loss_of = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=smoothing)
-    steps, peak = len(loader), peak_learning_rate(settings.lr, max(1, batch_size))
+    info, workers = model.backbone.info, worker_count(settings.workers, cached=train.images.cached)
+    batches: list[list[tuple[int, int]]] = []  # (epoch, image) of those still to come
+    loader: DataLoader[Any] = DataLoader(
+        _Augmented(train, training_transform(settings, image_size, info.mean, info.std), run.seed),
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or the loader would consume the global generator's numbers
+    )
     optimizer = torch.optim.AdamW(_groups(model, settings), lr=0.0, betas=(0.9, 0.999))
     step, total = 0, settings.epochs * steps
     warmup = min(round(settings.warmup_epochs * steps), total)
     model.train()
-    for _ in range(settings.epochs):
+    for epoch in range(settings.epochs):
+        order = np.random.default_rng([run.seed, epoch]).permutation(count)[: steps * size].reshape(steps, size)
+        batches[:] = [[(epoch, index) for index in chosen] for chosen in order.tolist()]
         for images, labels in begun(loader):
             rate = warmup_cosine(step, total_steps=total, warmup_steps=warmup, peak=peak, end=settings.end_lr)
             set_learning_rate(optimizer, rate)
@@ -212,9 +223,7 @@ def _groups(model: Classifier, settings: FinetuneSettings) -> list[dict[str, Any
 
 def _set_drop_path(backbone: Backbone, rate: float) -> None:
     """Stochastic depth that grows linearly from 0 at the first block to ``rate`` at the last."""
-    blocks = getattr(backbone.model, "blocks", None)
-    if not blocks or rate == 0:
-        return
+    blocks = getattr(backbone.model, "blocks", ())
     for number, block in enumerate(blocks):
         share = rate * number / max(1, len(blocks) - 1)
         for name in ("drop_path", "drop_path1", "drop_path2"):
@@ -233,42 +242,6 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
         pixels = self.train.images.load(int(self.train.rows[index]))
         with _seeded(int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]), devices=()):
             return self.transform(Image.fromarray(pixels)), int(self.train.labels[index])
-
-
-class _Shuffled(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index); an incomplete last one is dropped."""
-
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
-
-    def __len__(self) -> int:
-        return self.count // self.batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.count).tolist()
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield [(epoch, index) for index in order[start : start + self.batch_size]]
-
-
-def _loader(
-    train: LabelledRows,
-    backbone: Backbone,
-    settings: FinetuneSettings,
-    image_size: ImageSize,
-    batch_size: int,
-    seed: int,
-) -> DataLoader[Any]:
-    transform = training_transform(settings, image_size, backbone.info.mean, backbone.info.std)
-    workers = worker_count(settings.workers, cached=train.images.cached)
-    return DataLoader(
-        _Augmented(train, transform, seed),
-        batch_sampler=_Shuffled(len(train.rows), batch_size, seed),
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # or the loader would consume the global generator's numbers
-    )
 
 
 def training_transform(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,36 +22,42 @@ from mim_refiner.evaluation.knn import AccuracyScore
 from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.types import ImageSize
+
+_NOTHING = Features({}, None, torch.arange(0), 0)
 
 
 @dataclass(frozen=True)
 class Job:
     """One encoder on one pair of image sets.
 
-    ``train`` and ``test`` hold the features of all blocks that any protocol of this run needs, ``blocks`` the ones to
-    report; ``test_images`` is the train set itself when a part of it is held out. ``shifted``: further labelled test
-    sets by name, for robustness. ``lists``: published splits of the train images by their files.
+    ``train`` and ``test`` hold the features of all blocks that any protocol of this run needs; ``blocks`` are the ones
+    to report, ``knn_blocks`` those of k-NN; ``test_images`` is the train set itself when a part of it is held out.
+    ``shifted``: further labelled test sets by name, for robustness. ``lists``: published splits of the train images by
+    their files.
     """
 
     backbone: Backbone
     train_images: ImageSet
     test_images: ImageSet
-    train: Features
-    test: Features
     blocks: tuple[int, ...]
+    knn_blocks: tuple[int, ...]
     poolings: tuple[str, ...]
     norm: bool
+    image_size: ImageSize
     settings: EvaluationSettings
     run: Run
-    data: Mapping[str, Any]
     model_sha256: str | None
-    cache: FeatureCache | None = None
-    shifted: Mapping[str, tuple[ImageSet, torch.Tensor | None]] | None = None
-    lists: Mapping[str, NameList] = field(default_factory=dict)
+    cache: FeatureCache | None
+    shifted: Mapping[str, tuple[ImageSet, torch.Tensor | None]]
+    lists: Mapping[str, NameList]
+    train: Features = _NOTHING
+    test: Features = _NOTHING
 
-    def of_blocks(self, features: Features) -> Features:
-        """Only the blocks to report."""
-        return replace(features, values={key: value for key, value in features.values.items() if key[0] in self.blocks})
+    @property
+    def pair(self) -> tuple[Features, Features]:
+        """Train and test features of the blocks to report."""
+        return self.train.of_blocks(self.blocks), self.test.of_blocks(self.blocks)
 
     def last_blocks(self, count: int) -> tuple[int, ...]:
         """The deepest ``count`` blocks that there are features of."""
@@ -63,16 +70,9 @@ class Job:
 
     def features_of(self, images: ImageSet, rows: NDArray[np.int64] | torch.Tensor | None, **options: Any) -> Features:
         """Extract (or find) features with this job's settings; ``options`` as of ``extract_features``."""
-        return extract_features(
-            self.backbone,
-            images,
-            norm=self.norm,
-            image_size=self.settings.image_size,
-            batch_size=self.settings.batch_size,
-            run=self.run,
-            indices=rows,
-            **{"poolings": self.poolings, "cache": self.cache, **options},
-        )
+        how = {"norm": self.norm, "image_size": self.image_size, "batch_size": self.settings.batch_size}
+        options = {**how, "poolings": self.poolings, "run": self.run, "cache": self.cache, **options}
+        return extract_features(self.backbone, images, indices=rows, **options)
 
     def listed(self, path: str) -> NDArray[np.int64]:
         """Rows of the train features that a published split names."""
@@ -82,18 +82,19 @@ class Job:
         """The images of train and test with their class numbers."""
         return LabelledRows.of(self.train_images, self.train), LabelledRows.of(self.test_images, self.test)
 
-    def _data(self) -> dict[str, Any]:
-        """The data of a result, with the images that turned out to be unreadable by now."""
-        sets = {"train": self.train_images, "test": self.test_images}
-        return {part: {**facts, **sets[part].unreadable_facts()} if "images" in facts else facts
-                for part, facts in self.data.items()}  # fmt: skip
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """Facts of both sets; asked for with the first result, when all images that cannot be read are known."""
+        train, test = self.train_images, self.test_images
+        held_out = {"share_of_train": self.settings.test_share, "split_seed": self.run.seed}
+        held_out["stratified"] = train.labels is not None
+        return {"train": train.facts(), "test": held_out if test is train else test.facts()}
 
     def result(self, protocol: str, metric: str, key: FeatureKey, value: float, **rest: Any) -> Result:
         """A result with all that this job repeats; ``rest``: settings, and ci95, correct, confusions where known."""
-        size = self.settings.image_size
-        transform = {"image_size": size, "crop_ratio": None if size is None else default_crop_ratio(size)}
+        transform = {"image_size": self.image_size, "crop_ratio": default_crop_ratio(self.image_size)}
         rest["settings"] = {**transform, "precision": self.settings.precision, **rest["settings"]}
-        known = {"ci95": None, "norm": self.norm, "data": self._data(), "model_sha256": self.model_sha256}
+        known = {"ci95": None, "norm": self.norm, "data": self.data, "model_sha256": self.model_sha256}
         return Result(protocol, metric, float(value), block=key[0], pooling=key[1], seed=self.run.seed, **known | rest)
 
     def accuracy(

@@ -106,8 +106,7 @@ def fit_logistic(
 def row_normalized(x: Tensor) -> Tensor:
     """Subtract from every row [D] of x [N, D] its own mean and scale it to length 1, in float64."""
     x = x.double()
-    x = x - x.mean(1, keepdim=True)
-    return torch.nn.functional.normalize(x, dim=1)
+    return torch.nn.functional.normalize(x - x.mean(1, keepdim=True), dim=1)
 
 
 def draw_shots(labels: NDArray[np.int64], shots: int, *, seed: int, split: int) -> NDArray[np.int64]:

@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from mim_refiner.core.metrics import effective_rank
-from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.data.workers import worker_count
@@ -19,7 +17,7 @@ from mim_refiner.evaluation.clustering import clustering_protocol
 from mim_refiner.evaluation.features import Features, ImageTransform
 from mim_refiner.evaluation.jobs import Job
 from mim_refiner.evaluation.knn import AccuracyScore, knn_protocol
-from mim_refiner.evaluation.linear_probe import FeatureSet, LinearProbeScore, paper_sets, probe_sets
+from mim_refiner.evaluation.linear_probe import EpochFeatures, FeatureSet, LinearProbeScore, paper_sets, probe_sets
 from mim_refiner.evaluation.low_shot import low_shot_protocol
 from mim_refiner.evaluation.results import Result
 
@@ -29,7 +27,7 @@ RANK_ROWS = 10_000  # rows that the effective rank looks at
 def knn(job: Job) -> list[Result]:
     """k-NN of every block and pooling, and of the last few blocks concatenated."""
     how: dict[str, Any] = {"k": job.settings.knn_k, "temperature": job.settings.knn_temperature, "standardize": True}
-    pair = job.of_blocks(job.train), job.of_blocks(job.test)
+    pair = job.train.of_blocks(job.knn_blocks), job.test.of_blocks(job.knn_blocks)
     found = [("knn_top1", how, knn_protocol(*pair, job.run, **how))]
     together = job.last_blocks(job.settings.knn_last)
     if len(together) > 1:
@@ -40,29 +38,35 @@ def knn(job: Job) -> list[Result]:
 
 
 def linear(job: Job) -> list[Result]:
-    """The linear probe of every block and pooling, and the paper's grid over feature sets, in one pass."""
+    """The linear probe of every block and pooling, and the paper's grid over feature sets, in one pass.
+
+    The whole grid is one number too: the best probe on test (the paper's), and the best on the held-out part.
+    """
     settings = job.settings.linear
-    singles: list[FeatureSet] = [(key,) for key in job.of_blocks(job.train).keys]
+    singles: list[FeatureSet] = [(key,) for key in job.pair[0].keys]
     concatenates = settings.last > 1 or (settings.concatenate and len(job.poolings) > 1)
     grid = paper_sets(job.last_blocks(max(1, settings.last)), job.poolings, settings) if concatenates else []
     sets = list(dict.fromkeys(singles + grid))
-    scores = probe_sets(
-        job.train,
-        job.test,
-        sets,
-        settings,
-        seed=job.run.seed,
-        device=job.run.device,
-        epoch_features=_augmented(job, sets) if settings.augment else None,
-    )
-    results = []
-    for feature_set in sets:
-        for suffix, accuracy, shown in selections(scores[feature_set], settings.model_dump()):
-            blocks = sorted({key[0] for key in feature_set})
-            name = f"linear_top1{f'_last{len(blocks)}' if len(blocks) > 1 else ''}{suffix}"
-            key = blocks[-1], "+".join(dict.fromkeys(key[1] for key in feature_set))
-            results.append(job.accuracy("linear", name, accuracy, {**shown, "blocks": blocks}, key))
-    return results + (_grid_results(job, {chosen: scores[chosen] for chosen in grid}) if len(grid) > 1 else [])
+    crops = augmented(job, sets) if settings.augment else None
+    how: dict[str, Any] = {"seed": job.run.seed, "device": job.run.device, "epoch_features": crops}
+    scores = probe_sets(job.train, job.test, sets, settings, **how)
+
+    def told(chosen: FeatureSet, of_grid: str | None = None) -> Iterator[Result]:
+        blocks, pooling = sorted({key[0] for key in chosen}), "+".join(dict.fromkeys(key[1] for key in chosen))
+        for suffix, accuracy, shown in selections(scores[chosen], settings.model_dump()):
+            if of_grid is None:
+                name, shown = f"_last{len(blocks)}" if len(blocks) > 1 else "", {**shown, "blocks": blocks}
+                yield job.accuracy("linear", f"linear_top1{name}{suffix}", accuracy, shown, (blocks[-1], pooling))
+            elif of_grid == suffix:
+                probes = len(grid) * len(settings.learning_rates)
+                shown = {**shown, "probes": probes, "blocks": blocks, "chosen_pooling": pooling}
+                yield job.accuracy("linear", f"linear_top1_grid{suffix}", accuracy, shown, (blocks[-1], "grid"))
+
+    results = [result for chosen in sets for result in told(chosen)]
+    if len(grid) > 1:
+        results += told(max(grid, key=lambda chosen: scores[chosen].best.accuracy), "_best")
+        results += told(max(grid, key=lambda chosen: scores[chosen].held_out_accuracy or 0.0), "")
+    return results
 
 
 def low_shot(job: Job) -> list[Result]:
@@ -77,9 +81,7 @@ def low_shot(job: Job) -> list[Result]:
         assert job.train.labels is not None
         by_shots.setdefault(int(job.train.labels[job.listed(path)].bincount().max()), []).append(path)
     drawn = {shots: [job.listed(path) for path in paths] for shots, paths in by_shots.items()}
-    scores = low_shot_protocol(
-        job.of_blocks(job.train), job.of_blocks(job.test), settings, seed=job.run.seed, drawn=drawn or None
-    )
+    scores = low_shot_protocol(*job.pair, settings, seed=job.run.seed, drawn=drawn or None)
     results = []
     for (key, shots), score in scores.items():
         shown = {**settings.model_dump(), "shots": shots, "accuracy_by_split": score.by_split}
@@ -91,7 +93,7 @@ def low_shot(job: Job) -> list[Result]:
 
 def clustering(job: Job) -> list[Result]:
     """Mini-batch k-means on the test features, and the separation of the classes."""
-    test = job.of_blocks(job.test)
+    test = job.pair[1]
     seeds, resamples = job.settings.cluster_seeds, job.settings.cluster_bootstrap
     results = []
     for key, score in clustering_protocol(test, num_seeds=seeds, resamples=resamples, seed=job.run.seed).items():
@@ -118,7 +120,7 @@ def rank(job: Job) -> list[Result]:
     options = {"rows": len(rows), "features": "raw, of train"}
     return [
         job.result("rank", name, key, effective_rank(job.train[key][rows], centred=centred), settings=options)
-        for key in job.of_blocks(job.train).keys
+        for key in job.pair[0].keys
         for name, centred in (("rank", False), ("rank_centred", True))
     ]
 
@@ -134,69 +136,28 @@ def selections(
         yield "", score.selected, {**options, **chosen}
 
 
-def _grid_results(job: Job, scores: dict[FeatureSet, LinearProbeScore]) -> list[Result]:
-    """The whole grid as one number: the best probe on test (the paper's), and the best on the held-out part."""
-    probes = len(scores) * len(job.settings.linear.learning_rates)
+def augmented(job: Job, sets: list[FeatureSet]) -> EpochFeatures:
+    """Features of random resized crops and flips, new ones every epoch (the paper's training augmentation).
 
-    def one(feature_set: FeatureSet, metric: str, accuracy: AccuracyScore, shown: dict[str, Any]) -> Result:
-        blocks, poolings = sorted({key[0] for key in feature_set}), dict.fromkeys(key[1] for key in feature_set)
-        shown = {**shown, "probes": probes, "blocks": blocks, "chosen_pooling": "+".join(poolings)}
-        return job.accuracy("linear", metric, accuracy, shown, (blocks[-1], "grid"))
-
-    best = max(scores, key=lambda feature_set: scores[feature_set].best.accuracy)
-    options = job.settings.linear.model_dump()
-    (_, accuracy, shown), *_ = selections(scores[best], options)
-    results = [one(best, "linear_top1_grid_best", accuracy, shown)]
-    chosen = max(scores, key=lambda feature_set: scores[feature_set].held_out_accuracy or 0.0)
-    return results + [one(chosen, "linear_top1_grid", accuracy, shown)
-                      for suffix, accuracy, shown in selections(scores[chosen], options) if not suffix]  # fmt: skip
-
-
-def _augmented(job: Job, sets: list[FeatureSet]) -> Any:
-    """Features of random crops and flips, new ones every epoch (the paper's training augmentation)."""
+    The training loader cuts them, in processes that stay for all epochs. They are not cached: used once, and fifty
+    such entries would push everything else out.
+    """
+    scale, rows, size = job.settings.linear.crop_scale, job.train.indices.numpy(), job.settings.batch_size
+    spec = ViewSpec("probe", job.image_size, scale=scale, jitter_prob=0.0, gray_prob=0.0)
+    workers = worker_count(-1, cached=job.train_images.cached)
+    loader = TrainLoader(job.train_images, [spec], size, job.run.seed, workers, rows=rows)
     blocks = sorted({key[0] for feature_set in sets for key in feature_set})
-    low, high = job.settings.linear.crop_scale
-    crops = RandomCrops(float(low), float(high), seed=job.run.seed)
 
     def features(epoch: int) -> Features:
-        # not cached: used once, and fifty such entries would push everything else out
-        return job.features_of(
-            job.train_images,
-            job.train.indices,
-            blocks=blocks,
-            transform=crops.of_epoch(epoch),
-            phase=f"linear: augmented epoch {epoch + 1} of {job.settings.linear.epochs}",
-            cache=None,
-        )
+        def crops(*_: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for chosen, batch in zip(torch.from_numpy(rows).split(size), loader.epoch(epoch), strict=True):
+                yield batch.views[0], chosen
+
+        phase = f"linear: augmented epoch {epoch + 1} of {job.settings.linear.epochs}"
+        how: dict[str, Any] = {"transform": ImageTransform("random crops", crops), "phase": phase, "cache": None}
+        return job.features_of(job.train_images, rows, blocks=blocks, **how)
 
     return features
-
-
-class RandomCrops:
-    """Random resized crops of ``low`` to ``high`` of the area, flipped half the time; a function of seed and epoch.
-
-    The training loader cuts them, in processes that stay for all epochs.
-    """
-
-    def __init__(self, low: float, high: float, *, seed: int) -> None:
-        self.low, self.high, self.seed = low, high, seed
-        self.loader: TrainLoader | None = None
-
-    def of_epoch(self, epoch: int) -> ImageTransform:
-        """The crops of one epoch; every epoch is to be of the same images, size and batch."""
-
-        def batches(
-            images: ImageSet, size: int, batch_size: int, indices: NDArray[np.int64] | None
-        ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            rows = np.arange(len(images)) if indices is None else indices
-            if self.loader is None:
-                spec = ViewSpec("probe", size, scale=(self.low, self.high), jitter_prob=0.0, gray_prob=0.0)
-                workers = worker_count(-1, cached=images.cached)
-                self.loader = TrainLoader(images, [spec], batch_size, self.seed, workers, rows=rows)
-            for start, batch in zip(range(0, len(rows), batch_size), self.loader.epoch(epoch), strict=True):
-                yield batch.views[0], torch.from_numpy(rows[start : start + batch_size])
-
-        return ImageTransform(f"random crop {self.low}-{self.high} and flip, seed {self.seed} epoch {epoch}", batches)
 
 
 def _concatenated(features: Features, blocks: tuple[int, ...], poolings: tuple[str, ...]) -> Features:

@@ -35,23 +35,15 @@ Predict = Callable[[Tensor, Tensor | None], Tensor]  # (features [N, D], classes
 
 def attentive(job: Job) -> list[Result]:
     """Probes that attend to the patch tokens of every block to report, and of a learned mixture of blocks."""
-    settings, size = job.settings.attentive, job.settings.image_size
-    assert size is not None
-    scores = attentive_protocol(
-        job.backbone,
-        *job.labelled(),
-        sources_of(job.backbone, job.blocks, settings.mixture),
-        settings,
-        image_size=size,
-        batch_size=job.settings.batch_size,
-        run=job.run,
-        folder=job.cache.made_folder() if job.cache else None,
-    )
+    settings = job.settings.attentive
+    how: dict[str, Any] = {"image_size": job.image_size, "batch_size": job.settings.batch_size, "run": job.run}
+    how["folder"] = job.cache.made_folder() if job.cache else None
+    sources = sources_of(job.backbone, job.blocks, settings.mixture)
+    scores = attentive_protocol(job.backbone, *job.labelled(), sources, settings, **how)
     results = []
     for (blocks, pooler), score in scores.items():
-        facts = {"blocks": list(blocks), "block_weights": score.weights, "queries": score.queries}
-        facts["parameters"] = score.parameters
-        options = {**settings.model_dump(), **facts}
+        facts = {"block_weights": score.weights, "queries": score.queries, "parameters": score.parameters}
+        options = {**settings.model_dump(), "blocks": list(blocks), **facts}
         for suffix, accuracy, shown in selections(score.accuracy, options):
             name = f"attentive_top1{'_mixture' if len(blocks) > 1 else ''}{suffix}"
             results.append(job.accuracy("attentive", name, accuracy, shown, (blocks[-1], pooler)))
@@ -67,7 +59,7 @@ def _attention(job: Job, scores: Mapping[tuple[Blocks, str], AttentiveScore]) ->
     probes = []
     for (blocks, pooler), score in scores.items():
         maps = score.attention[:, :, job.settings.attentive.class_token and job.backbone.info.has_cls :]
-        grid = patch_grid(job.backbone, job.settings.image_size or 0, maps.shape[2])
+        grid = patch_grid(job.backbone, job.image_size, maps.shape[2])
         several = score.queries > 1
         named = {f"mean of {score.queries} queries" if several else "its query": maps.mean(1)}
         named |= {f"query {number + 1}": maps[:, number] for number in range(SHOWN_QUERIES * several)}
@@ -116,11 +108,9 @@ def _parts(job: Job, train: LabelledRows) -> Iterator[tuple[str, float, Labelled
 def long_tail(job: Job) -> list[Result]:
     """k-NN, probe and fine-tuning from a long-tailed subset of train: overall, many, medium and few."""
     settings = job.settings.long_tail
-    assert job.train.labels is not None
-    assert job.test.labels is not None
-    labels = job.train.labels.numpy()
+    labels, truth = (required_labels(part, "chosen").numpy() for part in (job.train, job.test))
     chosen = imbalanced_subset(labels, imbalance=settings.imbalance, largest=settings.largest, seed=job.run.seed)
-    groups = class_groups(labels[chosen], job.test.labels.numpy(), settings)
+    groups = class_groups(labels[chosen], truth, settings)
     key = job.main_key
     subset, test = (dataclasses.replace(part, values={key: part[key]}) for part in (job.train.select(chosen), job.test))
     results = []
@@ -134,12 +124,8 @@ def long_tail(job: Job) -> list[Result]:
         else:
             whole, tested = job.labelled()
             score = _tuned(job, whole.select(chosen), tested, "fine-tuning on the long tail", job.settings.finetune)
-        options = {
-            **settings.model_dump(),
-            "method": method,
-            "train_images": len(chosen),
-            "class_sizes": sorted(np.bincount(labels[chosen]).tolist(), reverse=True),
-        }
+        sizes = sorted(np.bincount(labels[chosen]).tolist(), reverse=True)
+        options = {**settings.model_dump(), "method": method, "train_images": len(chosen), "class_sizes": sizes}
         results.append(job.accuracy("long_tail", f"long_tail_{method}_top1", score, options))
         for name, members in groups.items():
             part = AccuracyScore.of(torch.from_numpy(score.correct[members]))
@@ -167,7 +153,7 @@ def robustness(job: Job) -> list[Result]:
         together = np.stack([correct for set_name, correct in by_set.items() if set_name != "clean"])
         details = {**shown, "classifier": name, "accuracy_by_set": sets, "clean": sets["clean"]}
         results.append(job.accuracy("robustness", f"robustness_{name}_top1", _mean_over_sets(together), details))
-    for set_name, (images, numbers) in (job.shifted or {}).items():
+    for set_name, (images, numbers) in job.shifted.items():
         found = _main_features(job, images, None, phase=f"robustness: {set_name} ({len(images)} images)")
         found = found.renumbered(numbers)
         for name, predict in predictors.items():
@@ -245,6 +231,4 @@ def _mean_over_sets(correct: np.ndarray[Any, Any]) -> AccuracyScore:
 
 def _tuned(job: Job, train: LabelledRows, test: LabelledRows, what: str, settings: FinetuneSettings) -> AccuracyScore:
     job.run.reporter.phase(what, 0)
-    size = job.settings.image_size
-    assert size is not None
-    return finetune(job.backbone, train, test, settings, image_size=size, run=job.run)
+    return finetune(job.backbone, train, test, settings, image_size=job.image_size, run=job.run)

@@ -45,8 +45,8 @@ class Result:
 
     @property
     def name(self) -> str:
-        """File name stem, unique within one evaluation."""
-        return result_name(self.metric, self.block, self.pooling)
+        """File name stem, unique within one evaluation, e.g. ``knn_top1-block11-cls``."""
+        return f"{self.metric}-block{self.block:02d}-{self.pooling}"
 
     def to_json(self) -> dict[str, Any]:
         """Return exactly the contract's fields; a value that is not finite becomes None."""
@@ -72,8 +72,3 @@ def paired_change(before: Result, after: Result) -> tuple[float, float, float] |
     if before.correct.ndim == 2 or before.correct.dtype != bool:
         return crossed_interval(np.atleast_2d(after.correct.astype(float) - before.correct))
     return paired_interval(before.correct, after.correct)
-
-
-def result_name(metric: str, block: int, pooling: str) -> str:
-    """E.g. ``knn_top1-block11-cls``."""
-    return f"{metric}-block{block:02d}-{pooling}"

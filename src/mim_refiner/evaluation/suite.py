@@ -23,10 +23,10 @@ from mim_refiner.errors import DataError, InputError, did_you_mean
 from mim_refiner.evaluation import protocols as frozen
 from mim_refiner.evaluation import protocols_images as retrained
 from mim_refiner.evaluation.cache import FeatureCache
-from mim_refiner.evaluation.features import Features, own_image_size, resolve_blocks, resolve_poolings
+from mim_refiner.evaluation.features import own_image_size, resolve_blocks, resolve_poolings
 from mim_refiner.evaluation.jobs import Job
 from mim_refiner.evaluation.published import row_of
-from mim_refiner.evaluation.results import Result, result_name
+from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.segmentation import check_segmentation
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.splits import list_name, stratified_split
@@ -46,7 +46,7 @@ RUNNERS: dict[str, Callable[[Job], list[Result]]] = {
     "segmentation": retrained.segmentation,
 }
 NEEDS_LABELS = ("knn", "linear", "clustering")  # what runs unless protocols are named
-IMAGES_ALONE = {"attentive", "finetune"}  # and no pooled features
+IMAGES_ALONE = {"attentive", "finetune", "segmentation"}  # and no pooled features
 PROTOCOLS = tuple(RUNNERS)
 SUITES: dict[str, tuple[str, ...]] = {
     "quick": ("knn", "linear", "low_shot", "clustering", "rank"),
@@ -94,36 +94,32 @@ def evaluate_backbone(
         check_segmentation(settings.segmentation, backbone)
     if "finetune" in protocols:
         row_of(settings.finetune.recipe, backbone.info.embed_dim)
-    wanted = resolve_blocks(blocks, backbone.info.depth)
-    knn_wanted = resolve_blocks(blocks if knn_blocks is None else knn_blocks, backbone.info.depth)
-    held_out = {"share_of_train": settings.test_share, "split_seed": run.seed, "stratified": train.labels is not None}
+    depth = backbone.info.depth
     job = Job(
         backbone=backbone,
         train_images=train,
-        test_images=test if test is not None else train,
-        train=_NOTHING,
-        test=_NOTHING,
-        blocks=wanted,
+        test_images=train if test is None else test,
+        blocks=resolve_blocks(blocks, depth),
+        knn_blocks=resolve_blocks(blocks if knn_blocks is None else knn_blocks, depth),
         poolings=resolve_poolings(poolings, backbone.info),
         norm=norm,
-        settings=settings.model_copy(update={"image_size": settings.image_size or own_image_size(backbone.info)}),
+        image_size=settings.image_size or own_image_size(backbone.info),
+        settings=settings,
         run=run,
-        data={"train": train.facts(), "test": held_out if test is None else test.facts()},
         model_sha256=model_sha256,
         cache=cache,
         shifted={name: (images, class_numbers(train, images)) for name, images in (shifted or {}).items()},
         lists=published_lists(protocols, settings, train, test, run),
     )
     results: list[Result] = []
-    used = set(protocols) - {"segmentation"}
     started = time.perf_counter()
-    if used:
-        job = _with_features(job, train, test, _blocks_needed(used, wanted, knn_wanted, settings))
+    if set(protocols) != {"segmentation"}:
+        job = _with_features(job, _blocks_needed(set(protocols), job))
         seconds["features"] = time.perf_counter() - started
     for protocol in dict.fromkeys(protocols):
         started = time.perf_counter()
         run.reporter.phase(protocol, 0)
-        results += RUNNERS[protocol](dataclasses.replace(job, blocks=knn_wanted) if protocol == "knn" else job)
+        results += RUNNERS[protocol](job)
         seconds[protocol] = time.perf_counter() - started
     if out_dir is not None:
         write_results(results, out_dir, name_prefix)
@@ -171,35 +167,30 @@ def summary_metrics(results: Mapping[str, Result], *, block: int, pooling: str) 
     {"knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank", "rank_centred"} (None where not measured) and
     {"knn_by_block": {pooling: [accuracy of each measured block, in order]}}.
     """
-    metrics: dict[str, Any] = {}
-    for metric in ("knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank", "rank_centred"):
-        found = results.get(result_name(metric, block, pooling))
-        metrics[metric] = None if found is None else found.value
+    found = {each.metric: each.value for each in results.values() if (each.block, each.pooling) == (block, pooling)}
     by_block: dict[str, list[float]] = {}
     for result in sorted(results.values(), key=lambda result: result.block):
         if result.metric == "knn_top1":
             by_block.setdefault(result.pooling, []).append(result.value)
-    return {**metrics, "knn_by_block": by_block}
+    metrics = ("knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank", "rank_centred")
+    return {metric: found.get(metric) for metric in metrics} | {"knn_by_block": by_block}
 
 
-_NOTHING = Features({}, None, torch.arange(0), 0)
-
-
-def _blocks_needed(
-    protocols: Set[str], wanted: tuple[int, ...], knn_wanted: tuple[int, ...], settings: EvaluationSettings
-) -> tuple[int, ...]:
+def _blocks_needed(protocols: Set[str], job: Job) -> tuple[int, ...]:
     """Every block whose pooled features some protocol looks at, from one forward pass."""
-    needed = {*(wanted if protocols - IMAGES_ALONE else ()), *(knn_wanted if "knn" in protocols else ())}
+    needed = {*(job.blocks if protocols - IMAGES_ALONE else ()), *(job.knn_blocks if "knn" in protocols else ())}
+    last, settings = max(job.blocks), job.settings
     for protocol, count in (("knn", settings.knn_last), ("linear", settings.linear.last)):
         if protocol in protocols:
-            needed |= {*range(max(0, max(wanted) - count + 1), max(wanted))}
+            needed |= {*range(max(0, last - count + 1), last)}
     return tuple(sorted(needed))
 
 
-def _with_features(job: Job, train: ImageSet, test: ImageSet | None, blocks: tuple[int, ...]) -> Job:
+def _with_features(job: Job, blocks: tuple[int, ...]) -> Job:
     """Add the features of the train and test images; without a test set, two parts of the train images' features."""
+    train, test = job.train_images, job.test_images
     bank = job.features_of(train, None, blocks=blocks, phase="features of the train images")
-    if test is not None:
+    if test is not train:
         queries = job.features_of(test, None, blocks=blocks, phase="features of the test images")
         # two folders may hold different subsets of classes
         return dataclasses.replace(job, train=bank, test=queries.renumbered(class_numbers(train, test)))

@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.masks import Mask, MaskSet
 from mim_refiner.data.workers import decoding_threads, in_background
-from mim_refiner.evaluation.cache import FeatureCache, data_identity, model_identity
+from mim_refiner.evaluation.cache import FeatureCache, identity_of
 from mim_refiner.evaluation.features import block_outputs
 from mim_refiner.models.backbone import Backbone
 
@@ -104,15 +103,18 @@ class Windows:
 
     def hold(self, batch_size: int, cache: FeatureCache | None) -> None:
         """Compute all tokens and targets now, or take the tokens from the cache."""
-        identity: dict[str, Any] = {} if cache is None else self._identity()
-        found = None if cache is None else cache.get(identity)
-        tokens = None if found is None else found["tokens"]
-        targets = torch.empty(len(self), self.cutting.patches, self.classes, dtype=torch.int16)
+        encoder, cutting, tokens = self.encoder, self.cutting, None
+        if cache is not None:
+            transform = [cutting.window, cutting.stride, cutting.short_side]
+            how = {"transform": transform, "blocks": list(encoder.blocks), "norm": encoder.norm}
+            identity = identity_of("windows", encoder.backbone, self.images, encoder.run, **how)
+            tokens = (cache.get(identity) or {}).get("tokens")
+        targets = torch.empty(len(self), cutting.patches, self.classes, dtype=torch.int16)
         if tokens is None:
-            tokens = torch.empty(len(self), self.cutting.patches, self.encoder.width, dtype=torch.float16)
+            tokens = torch.empty(len(self), cutting.patches, encoder.width, dtype=torch.float16)
             for rows, fresh, counts in self._computed(torch.arange(len(self)).split(batch_size)):
                 tokens[rows], targets[rows] = fresh.cpu(), counts
-                self.encoder.run.reporter.progress(int(rows[-1]) + 1, {})
+                encoder.run.reporter.progress(int(rows[-1]) + 1, {})
             if cache is not None:
                 cache.put(identity, {"tokens": tokens, "places": self.places})
         elif self.masks is not None:
@@ -161,18 +163,6 @@ class Windows:
     def _mask(self, index: int) -> Mask:
         assert self.masks is not None
         return self.cutting.sized(self.masks.load(index), Image.Resampling.NEAREST)
-
-    def _identity(self) -> dict[str, Any]:
-        encoder, cutting = self.encoder, self.cutting
-        return {
-            "kind": "windows",
-            "model": model_identity(encoder.backbone),
-            "data": data_identity(self.images),
-            "transform": [cutting.window, cutting.stride, cutting.short_side],
-            "blocks": list(encoder.blocks),
-            "norm": encoder.norm,
-            "computed": [encoder.run.precision, encoder.run.device.type, torch.__version__],
-        }
 
 
 def window_places(height: int, width: int, window: int, stride: int) -> list[tuple[int, int]]:
