@@ -48,8 +48,7 @@ class ImageSet:
         self.description = source.description
         self._length = len(source)
         self._bad: dict[int, tuple[str, str]] = {}
-        self._array: Pixels | None = None  # [N, H, W, 3], all images of one size
-        self._list: list[Pixels | None] | None = None
+        self._held: Pixels | list[Pixels | None] | None = None  # [N, H, W, 3] where all images are of one size
         estimate = self._estimate_bytes()
         if cache is True or (cache == "auto" and estimate < CACHE_LIMIT_BYTES):
             self.scan()
@@ -65,19 +64,19 @@ class ImageSet:
     @property
     def cached(self) -> bool:
         """True when every image is decoded in memory."""
-        return self._array is not None or self._list is not None
+        return self._held is not None
 
     @property
     def nbytes(self) -> int:
         """Of the decoded images in memory."""
-        if self._array is not None:
-            return self._array.nbytes
-        return sum(pixels.nbytes for pixels in self._list or () if pixels is not None)
+        if isinstance(self._held, np.ndarray):
+            return self._held.nbytes
+        return sum(pixels.nbytes for pixels in self._held or () if pixels is not None)
 
     @property
     def array(self) -> Pixels | None:
         """All images uint8 [N, H, W, 3] when cached and of one size (unreadable ones are zero), else None."""
-        return self._array
+        return self._held if isinstance(self._held, np.ndarray) else None
 
     @property
     def unreadable(self) -> list[tuple[str, str]]:
@@ -100,11 +99,7 @@ class ImageSet:
 
     def facts(self) -> dict[str, Any]:
         """What results and reports record of the data, with the images found unreadable so far."""
-        return self.source.facts() | self.unreadable_facts()
-
-    def unreadable_facts(self) -> dict[str, Any]:
-        """Their number and the first few."""
-        return {"unreadable": {"count": len(self._bad), "first": self.unreadable[:5]}}
+        return self.source.facts() | {"unreadable": {"count": len(self._bad), "first": self.unreadable[:5]}}
 
     def try_load(self, index: int) -> Pixels | None:
         """Return image ``index`` or None when it cannot be read (the failure is recorded)."""
@@ -114,9 +109,9 @@ class ImageSet:
     def _try_load(self, index: int, reduction: Reduction | None = None) -> Loaded | None:
         if index in self._bad:
             return None
-        if not self.cached:
+        if self._held is None:
             return self._decode(index, reduction)
-        pixels = self._array[index] if self._array is not None else self._list[index]  # type: ignore[index]
+        pixels = self._held[index]
         return None if pixels is None else Loaded(index, pixels, pixels.shape[:2])
 
     def load_resolved(self, index: int, reduction: Reduction | None = None) -> Loaded:
@@ -175,9 +170,7 @@ class ImageSet:
         """Decode every image into memory, with threads, and so find all unreadable ones. Does nothing when cached."""
         if self.cached:
             return
-        array: Pixels | None = None
-        images: list[Pixels | None] = []
-        uniform = True
+        array, images, uniform = None, list[Pixels | None](), True
         decoded = in_threads(self._decode, self._length, min(8, os.cpu_count() or 1))
         for index, pixels in enumerate(None if loaded is None else loaded.pixels for loaded in decoded):
             if uniform and pixels is not None:
@@ -187,7 +180,7 @@ class ImageSet:
                     array[index] = pixels
                     pixels = array[index]
             images.append(pixels)
-        self._array, self._list = (array, None) if uniform else (None, images)
+        self._held = array if uniform else images
         self.source.close()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -28,53 +28,32 @@ _FLAT = 3.0  # of 255: thumbnails with less contrast are too plain to compare
 Pairs = list[tuple[int, int]]  # (earlier or test row, row)
 
 
-def exact_duplicates(digests: Sequence[bytes]) -> Pairs:
-    """(first row, row) of every row whose digest occurred before."""
-    first: dict[bytes, int] = {}
-    pairs = []
-    for row, digest in enumerate(digests):
-        earlier = first.setdefault(digest, row)
-        if earlier != row:
-            pairs.append((earlier, row))
-    return pairs
-
-
 def exact_matches(digests: Sequence[bytes], others: Sequence[bytes]) -> Pairs:
-    """(row of others, row) of every digest that occurs in ``others``."""
+    """(row of others, row) of every digest that occurs in ``others``; the first such row."""
     where = {digest: row for row, digest in reversed(list(enumerate(others)))}
     return [(where[digest], row) for row, digest in enumerate(digests) if digest in where]
 
 
-def near_duplicates(thumbs: NDArray[np.uint8]) -> Pairs:
-    """(first of its group, row) for thumbnails uint8 [N, S, S, 3]; groups are joined by near pairs.
+def exact_duplicates(digests: Sequence[bytes]) -> Pairs:
+    """(first row, row) of every row whose digest occurred before."""
+    return [(first, row) for first, row in exact_matches(digests, digests) if first != row]
 
-    Every pair is compared: in 64 principal components with an upper bound on the rest, then exactly.
-    """
-    vectors = _unit_vectors(thumbs)
-    if len(vectors) < 2:
-        return []
-    bounded = _bounded(vectors, _projection(vectors))
-    found = list(_close(bounded, bounded, vectors, vectors))
+
+def near_duplicates(thumbs: NDArray[np.uint8]) -> Pairs:
+    """(first of its group, row) for thumbnails uint8 [N, S, S, 3]; groups are joined by near pairs."""
+    found = list(_close(thumbs))
     if not found:
         return []
-    a, b = np.array(found).T
-    _, group = connected_components(coo_matrix((np.ones(len(a)), (a, b)), shape=(len(vectors),) * 2), directed=False)
-    members = sorted({*a.tolist(), *b.tolist()})
-    first: dict[int, int] = {}
-    for row in members:
-        first.setdefault(int(group[row]), row)
-    return [(first[int(group[row])], row) for row in members if first[int(group[row])] != row]
+    graph = coo_matrix((np.ones(len(found)), np.transpose(found)), shape=(len(thumbs),) * 2)
+    _, group = connected_components(graph, directed=False)
+    _, first, of = np.unique(group, return_index=True, return_inverse=True)
+    return [(one, row) for row, one in enumerate(first[of].tolist()) if one != row]
 
 
 def near_matches(thumbs: NDArray[np.uint8], others: NDArray[np.uint8]) -> Pairs:
     """(row of others, row) for every thumbnail that has a near duplicate in ``others``; the first such row."""
-    vectors, other_vectors = _unit_vectors(thumbs), _unit_vectors(others)
-    if not len(vectors) or not len(other_vectors):
-        return []
-    projection = _projection(np.concatenate([vectors[:_SAMPLE], other_vectors[:_SAMPLE]]))
     first: dict[int, int] = {}
-    bounded = _bounded(other_vectors, projection), _bounded(vectors, projection)
-    for other, row in _close(*bounded, other_vectors, vectors):
+    for other, row in _close(others, thumbs):
         first.setdefault(row, other)
     return [(other, row) for row, other in sorted(first.items())]
 
@@ -90,36 +69,35 @@ def _unit_vectors(thumbs: NDArray[np.uint8]) -> NDArray[np.float32]:
     return vectors
 
 
-def _projection(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Orthonormal directions [3 S S, 64] that hold most of the vectors' length."""
-    sample = vectors[:: max(1, len(vectors) // _SAMPLE)]
-    _, directions = np.linalg.eigh(sample.T @ sample)
-    return np.ascontiguousarray(directions[:, ::-1][:, :_DIMENSIONS])
+def _close(thumbs: NDArray[np.uint8], others: NDArray[np.uint8] | None = None) -> Iterator[tuple[int, int]]:
+    """(row, row of others) of all pairs with a product of at least ``NEAR``; of a set with itself, ascending only.
 
+    Every pair is compared: in 64 directions with an upper bound on the rest, then exactly.
+    """
+    a = _unit_vectors(thumbs)
+    b = a if others is None else _unit_vectors(others)
+    if not len(a) or not len(b):
+        return
+    sample = np.concatenate([x[:: -(-len(x) // _SAMPLE)] for x in (a, b)])
+    directions = np.linalg.eigh(sample.T @ sample)[1][:, ::-1][:, :_DIMENSIONS]  # that hold most of the length
 
-def _bounded(vectors: NDArray[np.float32], projection: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Projections with the length of what they leave out as a last number: products bound the true products above."""
-    short = vectors @ projection
-    rest = np.maximum((vectors**2).sum(1) - (short**2).sum(1), 0) ** 0.5
-    return np.concatenate([short, rest[:, None]], axis=1)
+    def bounded(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Products of these bound the true products above: the last number is the length of what is left out."""
+        short = x @ directions
+        rest = np.maximum((x**2).sum(1) - (short**2).sum(1), 0) ** 0.5
+        return np.concatenate([short, rest[:, None]], axis=1)
 
-
-def _close(
-    bounded_a: NDArray[np.float32], bounded_b: NDArray[np.float32], a: NDArray[np.float32], b: NDArray[np.float32]
-) -> Iterator[tuple[int, int]]:
-    """(row of a, row of b) of all pairs with a product of at least ``NEAR``; of a set with itself, a < b only."""
-    same = bounded_a is bounded_b
+    bounded_a = bounded(a)
+    bounded_b = bounded_a if others is None else bounded(b)
     for start in range(0, len(a), _CHUNK):
-        for begin in range(start if same else 0, len(b), _CHUNK):
+        for begin in range(start if others is None else 0, len(b), _CHUNK):
             bound = bounded_a[start : start + _CHUNK] @ bounded_b[begin : begin + _CHUNK].T
             rows, columns = np.nonzero(bound >= NEAR - 1e-4)
             rows, columns = rows + start, columns + begin
-            if same:
-                rows, columns = rows[rows < columns], columns[rows < columns]
-            if len(rows):
-                exact = np.einsum("nd,nd->n", a[rows], b[columns])
-                keep = exact >= NEAR
-                yield from zip(rows[keep].tolist(), columns[keep].tolist(), strict=True)
+            kept = (rows < columns) | (others is not None)
+            rows, columns = rows[kept], columns[kept]
+            near = np.einsum("nd,nd->n", a[rows], b[columns]) >= NEAR
+            yield from zip(rows[near].tolist(), columns[near].tolist(), strict=True)
 
 
 _TEST_LIMIT, _TRAIN_LIMIT = 2_000, 20_000  # evenly spaced; a copy of any size is found, a small overlap may not be

@@ -66,42 +66,44 @@ class Labels:
         return self.ids is None or not all(_WHOLE.fullmatch(name) for name in self.names)
 
     @classmethod
-    def of_texts(cls, values: Iterable[str], *, first: int = 0, unit: str = "row", folders: bool = False) -> Labels:
+    def of_texts(
+        cls, values: Iterable[str], *, where: Callable[[int], str] = "row {}".format, folders: bool = False
+    ) -> Labels:
         """Labels written as text, one a row. Plain decimals alone are ids; anything else is names.
 
-        ``first``: number of the first row in messages. ``folders``: names of folders, which may mix the two.
+        ``where``: what messages call a row by its number. ``folders``: names of folders, which may mix the two.
         Raises LabelProblem for missing labels, negative numbers, fractions, and numbers with a few texts among them.
         """
         index: dict[str, int] = {}
         numbers = np.fromiter((index.setdefault(value, len(index)) for value in values), dtype=np.int64)
         names = [clean_name(text) for text in index]
 
-        def place(wrong: Callable[[str], object]) -> tuple[int, str, int]:
-            """(rows, place of the first, class) of the classes whose name is ``wrong``."""
+        def place(wrong: Callable[[str], object]) -> tuple[int, str, str]:
+            """(rows, the first, its label) of the classes whose name is ``wrong``."""
             rows = np.flatnonzero(np.isin(numbers, [number for number, name in enumerate(names) if wrong(name)]))
-            return len(rows), f"{unit} {first + int(rows[0])}", int(numbers[rows[0]])
+            return len(rows), where(int(rows[0])), names[numbers[rows[0]]]
 
         if not folders and not MISSING.isdisjoint(names):
-            count, where, _ = place(MISSING.__contains__)
-            raise LabelProblem(f"{where} has no label ({count} of {len(numbers)} have none); fill it in")
+            count, first, _ = place(MISSING.__contains__)
+            raise LabelProblem(f"{first} has no label ({count} of {len(numbers)} have none); fill it in")
         if any(len(name) > _MAX_NAME for name in names):
-            _, where, _ = place(lambda name: len(name) > _MAX_NAME)
-            raise LabelProblem(f"{where} has a label of more than {_MAX_NAME} characters; write class names")
+            _, first, _ = place(lambda name: len(name) > _MAX_NAME)
+            raise LabelProblem(f"{first} has a label of more than {_MAX_NAME} characters; write class names")
         numeric = [bool(_NUMBER.fullmatch(name)) for name in names]
         if not folders and any(numeric) and not all(numeric):
             share = float(np.asarray(numeric)[numbers].mean())
             if share > 0.5:
-                count, where, number = place(lambda name: not _NUMBER.fullmatch(name))
+                count, first, label = place(lambda name: not _NUMBER.fullmatch(name))
                 raise LabelProblem(
-                    f"{where} has the label '{names[number]}', and {len(numbers) - count} others have numbers; "
+                    f"{first} has the label '{label}', and {len(numbers) - count} others have numbers; "
                     "write all as names or all as whole numbers"
                 )
         ids = None
         if all(numeric) and not folders:
             for pattern, what in ((r"-.*", "negative"), (r".*\.0*[1-9][0-9]*", "a fraction")):
                 if any(re.fullmatch(pattern, name) for name in names):
-                    _, where, number = place(re.compile(pattern).fullmatch)
-                    raise _no_class(names[number], where, what, all(name.startswith("-1") for name in names))
+                    _, first, label = place(re.compile(pattern).fullmatch)
+                    raise _no_class(label, first, what, all(name.startswith("-1") for name in names))
             names = [name.partition(".")[0] for name in names]
             spelled: dict[int, str] = {}
             twice = [name for name in names if spelled.setdefault(int(name), name) != name]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mim_refiner.data.labels import printable, shown_names
 from mim_refiner.data.source_base import ImageSource, Selection
 from mim_refiner.data.source_files import PATH_NAMES, is_image_name
-from mim_refiner.data.source_list import SEPARATORS, cells_of
+from mim_refiner.data.source_list import Row, cells_of, column_of, tables_of
 from mim_refiner.errors import DataError, did_you_mean
 from mim_refiner.files import read_regular, reading
 
@@ -54,28 +54,18 @@ def match_names(source: ImageSource, path: str | Path) -> NameList:
     where none is found or, with labels, a class of the source has none.
     """
     images = source.file_names()
-    listed = _names(Path(path).expanduser(), images)
-    names = _below(listed, max(name.count("/") for name in images))
-    wanted: dict[tuple[str, ...], list[int]] = {}
-    for number, name in enumerate(names):
-        wanted.setdefault(_key(name), []).append(number)
-    lengths = sorted({len(key) for key in wanted})
-    fits: list[tuple[list[int], list[int]]] = [([], []) for _ in names]  # rows of another ending, of the same
-    for row, name in enumerate(images):
-        parts, key = name.split("/"), _key(name)
-        for length in lengths:
-            for number in wanted.get(key[-length:], ()) if length <= len(key) else ():
-                fits[number][names[number].split("/") == parts[-length:]].append(row)
-    found = [same or other for other, same in fits]
+    folders = max(name.count("/") for name in images)
+    listed = _names(Path(path).expanduser(), images, folders)
+    found = _fitting(_below(listed, folders), images)
     _refuse_ambiguous(source, path, listed, found)
     lost = [name for name, rows in zip(listed, found, strict=True) if not rows]
-    if len(lost) == len(names):
+    if len(lost) == len(listed):
         raise DataError(
-            f"{path}: none of its {len(names)} names is one of {source.description} (the list begins with "
+            f"{path}: none of its {len(listed)} names is one of {source.description} (the list begins with "
             f"'{listed[0]}', the images with '{images[0]}'); give the images that it was made for"
         )
     rows = np.unique([each[0] for each in found if each])
-    result = NameList(str(path), rows, len(names), len(lost), *lost[:1])
+    result = NameList(str(path), rows, len(listed), len(lost), *lost[:1])
     if source.classes is not None:
         absent = np.setdiff1d(np.arange(len(source.classes.names)), source.classes.numbers[rows])
         if len(absent):
@@ -87,7 +77,7 @@ def match_names(source: ImageSource, path: str | Path) -> NameList:
     return result
 
 
-def _names(path: Path, images: Sequence[str]) -> list[str]:
+def _names(path: Path, images: Sequence[str], folders: int) -> list[str]:
     """The names, from the column that names most of the ``images``."""
     with reading(path, "give a text file with the name of an image a line"):
         text = read_regular(path).decode("utf-8-sig")
@@ -98,39 +88,34 @@ def _names(path: Path, images: Sequence[str]) -> list[str]:
     if not lines:
         raise DataError(f"{path}: names no image; write the name of an image a line")
 
-    def columns(part: list[tuple[int, str]], separator: str) -> list[list[str]]:
-        try:
-            rows = [cells for _, cells in cells_of(part, separator, path)]
-        except DataError:  # a quote that opens and never ends: no table
-            return []
-        most = max(map(len, rows), default=0)
-        return [[_plain(row[place]) for row in rows if len(row) > place] for place in range(most)]
+    def plain(separator: str, rows: list[Row], column: int) -> list[str]:
+        cells = [_plain(cell) for cell in column_of(rows, column) if cell]
+        return cells[separator != "" and "".join(cells[:1]).lower() in PATH_NAMES :]
 
-    sample = lines[:: -(-len(lines) // _SAMPLE)]
-    found = {(each, place): names for each in SEPARATORS for place, names in enumerate(columns(sample, each))}
-    fit = _fitting({name for names in found.values() for name in names}, images)
-    separator, place = max(  # of equals the first: whole lines
-        found, key=lambda of: (sum(name in fit for name in found[of]), sum(map(is_image_name, found[of])))
+    tables = tables_of(lines[:: -(-len(lines) // _SAMPLE)], path)
+    ways = [(separator, column, _below(plain(separator, rows, column), folders))
+            for separator, rows, columns in tables for column in range(columns)]  # fmt: skip
+    every = list({name for *_, names in ways for name in names})
+    fit = {name for name, rows in zip(every, _fitting(every, images), strict=True) if rows}
+    separator, column, _ = max(  # of equals the first: whole lines
+        ways, key=lambda way: (sum(name in fit for name in way[2]), sum(map(is_image_name, way[2])))
     )
-    names = columns(lines, separator)[place]
-    return list(dict.fromkeys(names[separator != "" and names[0].lower() in PATH_NAMES :]))
+    return list(dict.fromkeys(plain(separator, cells_of(lines, separator, path), column)))
 
 
-def _fitting(names: Iterable[str], images: Sequence[str]) -> set[str]:
-    """Those of ``names`` that are the end of an image's, or end with one."""
-    ends: dict[tuple[str, ...], list[str]] = {}
-    longer: dict[tuple[str, ...], list[str]] = {}
-    for name in names:
-        key = _key(name)
-        ends.setdefault(key, []).append(name)
-        for start in range(1, len(key)):
-            longer.setdefault(key[start:], []).append(name)
-    fit: set[str] = set()
-    for key in map(_key, images):
-        fit.update(longer.get(key, ()))
-        for start in range(len(key)):
-            fit.update(ends.get(key[start:], ()))
-    return fit
+def _fitting(names: Sequence[str], images: Sequence[str]) -> list[list[int]]:
+    """The images whose end each of ``names`` is: those of the same ending, where there are such."""
+    wanted: dict[tuple[str, ...], list[int]] = {}
+    for number, name in enumerate(names):
+        wanted.setdefault(_key(name), []).append(number)
+    lengths = sorted({len(key) for key in wanted})
+    fits: list[tuple[list[int], list[int]]] = [([], []) for _ in names]  # rows of another ending, of the same
+    for row, name in enumerate(images):
+        parts, key = name.split("/"), _key(name)
+        for length in lengths:
+            for number in wanted.get(key[-length:], ()) if length <= len(key) else ():
+                fits[number][names[number].split("/") == parts[-length:]].append(row)
+    return [same or other for other, same in fits]
 
 
 def _plain(cell: str) -> str:
@@ -140,7 +125,7 @@ def _plain(cell: str) -> str:
 def _below(names: list[str], folders: int) -> list[str]:
     """``names`` without the first folders that all share, as long as all have more than ``folders``."""
     parts = [name.split("/") for name in names]
-    while min(map(len, parts)) > folders + 1 and len({each[0] for each in parts}) == 1:
+    while min(map(len, parts), default=0) > folders + 1 and len({each[0] for each in parts}) == 1:
         parts = [each[1:] for each in parts]
     return ["/".join(each) for each in parts]
 

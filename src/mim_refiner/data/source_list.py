@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from mim_refiner.data.labels import LabelProblem, Labels, candidates, printable
@@ -29,29 +30,26 @@ def list_source(path: Path) -> FileSource:
     Raises DataError for what is no text or names no images, and for rows of odd length.
     """
     lines = _lines(path)
-    layout = _sniff(lines, path)
-    rows = cells_of(lines, layout.separator, path)
-    header = [cell.lower() for cell in rows.pop(0)[1]] if layout.header else None
-    _check_widths(rows, layout.width, path)
-    short = next((line for line, cells in rows if len(cells) <= layout.column or not cells[layout.column]), None)
-    if short is not None:
-        raise DataError(f"{path}: row {short} has no path; write one image a row")
-    source = FileSource(path.parent, (_as_path(cells[layout.column], path.parent) for _, cells in rows))
-    source.read_labels(lambda: _labels(rows, header, layout))
-    more = [name for number, name in enumerate(header or ()) if number != layout.column and name and name != "label"]
+    separator, column, width, titled = _sniff(lines, path)
+    rows = cells_of(lines, separator, path)
+    header = [cell.lower() for cell in rows.pop(0)[1]] if titled else None
+    odd = next(((line, len(cells)) for line, cells in rows if any(cells[width:])), None)
+    if odd is not None:  # an unquoted separator in a name shifts the columns
+        raise DataError(
+            f"{path}: row {odd[0]} has {odd[1]} columns, the others {width}; put cells that hold the separator into "
+            "double quotes"
+        )
+    names = column_of(rows, column)
+    if "" in names:
+        raise DataError(f"{path}: row {rows[names.index('')][0]} has no path; write one image a row")
+    source = FileSource(path.parent, (_as_path(name, path.parent) for name in names))
+    source.read_labels(lambda: _labels(rows, header, column, width))
+    more = [name for number, name in enumerate(header or ()) if number != column and name and name != "label"]
     if more:
         source.left_out = (LeftOut(len(more), "columns of the list", printable(more[0])),)
     kind = "no labels" if source.classes is None else "with labels"
     source.description = f"list {path} ({len(rows)} images, {kind})"
     return source
-
-
-@dataclass(frozen=True)
-class _Layout:
-    separator: str
-    column: int  # of the paths
-    width: int
-    header: bool
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
@@ -89,28 +87,37 @@ def cells_of(lines: list[tuple[int, str]], separator: str, path: Path) -> list[R
     return [(number, cells) for number, cells in rows if any(cells)]
 
 
-def _sniff(lines: list[tuple[int, str]], path: Path) -> _Layout:
-    """The way of reading the first rows by which most cells of one column are images: existing files, else by ending.
+def tables_of(lines: list[tuple[int, str]], path: Path) -> Iterator[tuple[str, list[Row], int]]:
+    """(separator, rows, columns) of every way to read the lines as a table."""
+    for separator in SEPARATORS:
+        with contextlib.suppress(DataError):  # a quote that opens and never ends, for one
+            rows = cells_of(lines, separator, path)
+            yield separator, rows, max((len(cells) for _, cells in rows), default=1)
+
+
+def column_of(rows: list[Row], number: int) -> list[str]:
+    """The cells of a column, "" where a row has none."""
+    return [cells[number] if len(cells) > number else "" for _, cells in rows]
+
+
+def _sniff(lines: list[tuple[int, str]], path: Path) -> tuple[str, int, int, bool]:
+    """Separator, column of the paths, number of columns, and whether there is a header: the way of reading the first
+    rows by which most cells of one column are images: existing files, else by ending.
 
     Of equals the one with the fewest columns wins, so that names may hold blanks and commas.
     """
-    best: tuple[tuple[int, int, int], _Layout] | None = None
-    for separator in SEPARATORS:
-        try:
-            rows = [cells for _, cells in cells_of(lines[:_SAMPLE], separator, path)]
-        except DataError:  # a quote that opens and never ends, for one
-            continue
-        columns = max(map(len, rows), default=1)
+    best: tuple[tuple[int, int, int], tuple[str, int, int, bool]] | None = None
+    for separator, rows, columns in tables_of(lines[:_SAMPLE], path):
         for column in range(columns) if columns > 1 or not separator else ():
-            cells = [row[column] if len(row) > column else "" for row in rows]
+            cells = column_of(rows, column)
             looks = [is_image_name(cell) for cell in cells]
             there = [bool(cell) and os.path.isfile(path.parent / _as_path(cell, path.parent)) for cell in cells]
             score = (sum(there), sum(looks) + (cells[0].lower() in PATH_NAMES), -columns)
             if 2 * max(sum(there), sum(looks)) >= len(cells) and (best is None or score > best[0]):
                 header = len(rows) > 1 and not there[0] and not looks[0]
                 shown = rows[:1] if header else rows
-                widths = Counter(max((n for n, cell in enumerate(row, 1) if cell), default=0) for row in shown)
-                best = score, _Layout(separator, column, widths.most_common(1)[0][0], header)
+                widths = Counter(max((n for n, cell in enumerate(row, 1) if cell), default=0) for _, row in shown)
+                best = score, (separator, column, widths.most_common(1)[0][0], header)
     if best is None:
         raise DataError(
             f"{path}: its rows name no images (the first is '{printable(lines[0][1].strip())[:60]}'); "
@@ -119,36 +126,21 @@ def _sniff(lines: list[tuple[int, str]], path: Path) -> _Layout:
     return best[1]
 
 
-def _check_widths(rows: list[Row], width: int, path: Path) -> None:
-    """Refuse rows with more cells than the rest: an unquoted separator in a name shifts the columns."""
-    for line, cells in rows:
-        if len(cells) > width and any(cells[width:]):
-            raise DataError(
-                f"{path}: row {line} has {len(cells)} columns, the others {width}; put cells that hold the separator "
-                "into double quotes"
-            )
-
-
-def _labels(rows: list[Row], header: list[str] | None, layout: _Layout) -> Labels:
-    others = [number for number in range(layout.width) if number != layout.column]
+def _labels(rows: list[Row], header: list[str] | None, column: int, width: int) -> Labels:
+    others = [number for number in range(width) if number != column]
     if header is not None:
-        others = [number for number in others if number < len(header) and header[number] == "label"]
+        others = [number for number in others if header[number : number + 1] == ["label"]]
         if not others:
             hint = candidates(header) or "write a column 'label' for them"
             raise LabelProblem(f"the list has no column 'label' (found {', '.join(map(printable, header))}); {hint}")
     if not others:
         raise LabelProblem("the list has one column, of paths; add one for the labels")
     if len(others) > 1:
-        raise LabelProblem(f"the list has {layout.width} columns and no header; add one that names path and label")
-    column = others[0]
-    short = [line for line, cells in rows if len(cells) <= column or not cells[column]]
-    if short:
-        raise LabelProblem(f"row {short[0]} has no label ({len(short)} of {len(rows)} have none); fill it in")
-    labels = [cells[column] for _, cells in rows]
+        raise LabelProblem(f"the list has {width} columns and no header; add one that names path and label")
+    labels = column_of(rows, others[0])
     if sum(map(is_image_name, labels)) > len(labels) / 2:
         raise LabelProblem("the list has two columns of images and no labels; add a column 'label'")
-    whole = rows[-1][0] - rows[0][0] == len(rows) - 1  # no blank lines among them: rows can be named
-    return Labels.of_texts(labels, first=rows[0][0] if whole else 1, unit="row" if whole else "image")
+    return Labels.of_texts(labels, where=lambda index: f"row {rows[index][0]}")
 
 
 def _as_path(cell: str, folder: Path) -> str:

@@ -83,8 +83,8 @@ class TarSource(ImageSource):
                 f"(first: {self.name(missing[0])}); give all or none"
             )
         usable = next(label for label, image in zip(written, images, strict=True) if image)  # for damaged places
-        return Labels.of_texts((label if image else usable for label, image in zip(written, images, strict=True)),
-                               unit="image")  # fmt: skip
+        labels = (label if image else usable for label, image in zip(written, images, strict=True))
+        return Labels.of_texts(labels, where="image {}".format)
 
     def __len__(self) -> int:
         return len(self.names)

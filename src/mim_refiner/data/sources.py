@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,13 @@ _CONVERTED = "refs/convert/parquet"  # the hub's own conversion of most data set
 _COUNT = re.compile(r"[0-9]{1,18}")
 _KINDS = "a folder, .txt, .csv, .tsv, .parquet, .tar, .npz, .npy or hf:owner/name"
 _PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_OPENERS: dict[str, Callable[[Path], ImageSource]] = {
+    ".parquet": ParquetSource,
+    ".tar": lambda path: TarSource([path]),
+    **dict.fromkeys((".npz", ".npy"), ArraySource),
+    **dict.fromkeys(LIST_SUFFIXES, list_source),
+    **dict.fromkeys(IMAGE_SUFFIXES, lambda path: image_files([path])),
+}
 _MAX_FILES = 1_000_000  # that one pattern may name
 _SAME = {"val": "validation", "valid": "validation", "dev": "validation"}
 
@@ -208,22 +215,14 @@ def _open_path(path: Path) -> ImageSource:
     if not path.is_file():
         raise DataError(f"{path}: is no regular file but a pipe or a device; give {_KINDS}")
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        source = ParquetSource(path)
-        if not len(source):
-            raise DataError(f"{path}: the parquet file has no rows; give one with images")
-        return source
-    if suffix == ".tar":
-        return TarSource([path])
-    if suffix in (".npz", ".npy"):
-        return ArraySource(path)
-    if suffix in LIST_SUFFIXES:
-        return list_source(path)
-    if suffix in IMAGE_SUFFIXES:
-        return image_files([path])
     if suffix in _PACKED:
         raise DataError(f"{path}: is packed ({suffix}), which has no random access; unpack it and give the folder")
-    raise DataError(f"{path}: unknown kind of data '{suffix or path.name}'; give {_KINDS}")
+    if suffix not in _OPENERS:
+        raise DataError(f"{path}: unknown kind of data '{suffix or path.name}'; give {_KINDS}")
+    source = _OPENERS[suffix](path)
+    if not len(source):
+        raise DataError(f"{path}: the parquet file has no rows; give one with images")
+    return source
 
 
 def _open_folder(root: Path, split: str | None, shown: str) -> ImageSource:
