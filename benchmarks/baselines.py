@@ -297,7 +297,7 @@ def fungi_correct(
         [score] = knn_protocol(train, queries, run, standardize=False).values()
         found[f"knn_top1 {KEY_POOLING}"] = score.correct
     if "linear" in protocols:
-        [probe] = linear_probe(train, queries, EvaluationSettings.quick().linear, device=run.device).values()
+        [probe] = linear_probe(train, queries, EvaluationSettings.quick().linear, Run(run.device)).values()
         assert probe.selected is not None
         found[f"linear_top1 {KEY_POOLING}"] = probe.selected.correct
         found[f"linear_top1_best {KEY_POOLING}"] = probe.best.correct

@@ -15,7 +15,9 @@ import time
 
 import torch
 
-from mim_refiner.evaluation.linear_probe import Layout, LinearProbeSettings, ProbeGrid, paper_sets
+from mim_refiner.core.run import Run
+from mim_refiner.evaluation.features import Features
+from mim_refiner.evaluation.linear_probe import LinearProbeSettings, ProbeGrid, paper_sets
 from mim_refiner.models.vit import create_vit
 
 
@@ -39,14 +41,13 @@ def main() -> None:
     settings = LinearProbeSettings(epochs=arguments.epochs)
     sets = paper_sets(range(arguments.depth), ("cls", "mean"), settings)
     labels = torch.arange(arguments.images) % arguments.classes
-    features = {key: torch.randn(arguments.images, arguments.width) for key in sets[-1]}
+    values = {key: torch.randn(arguments.images, arguments.width) for key in sets[-1]}
+    features = Features(values, labels, torch.arange(arguments.images), arguments.depth)
 
     def train(chosen, rates):  # type: ignore[no-untyped-def]
-        layout = Layout.of(chosen, dict.fromkeys(sets[-1], arguments.width))
-        x = torch.cat([features[key] for key in layout.keys], 1)
-        grid = ProbeGrid(
-            layout, arguments.classes, settings.model_copy(update={"learning_rates": rates}), seed=0, device="cpu"
-        )
+        chosen_rates = settings.model_copy(update={"learning_rates": rates})
+        grid = ProbeGrid(chosen, features, arguments.classes, chosen_rates, Run())
+        x = torch.cat([features[key] for key in grid.keys], 1)
         return lambda: grid.fit(lambda _: x.__getitem__, labels)
 
     every = settings.learning_rates

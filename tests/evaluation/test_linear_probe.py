@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mim_refiner.core.run import Run
 from mim_refiner.errors import DataError
 from mim_refiner.evaluation.features import Features
 from mim_refiner.evaluation.linear_probe import (
-    Layout,
     LinearProbeSettings,
     ProbeGrid,
     fitted_probe,
@@ -51,7 +51,7 @@ def reference_probe(x, y, classes, rate, settings, seed):
 def test_every_probe_of_the_grid_equals_a_probe_trained_alone(make_features):
     train, test = make_features(150), make_features(60, seed=5)
     x, y = train[1, "cls"] * 3 + 2, train.labels
-    grid = ProbeGrid(Layout.of([((1, "cls"),)], {(1, "cls"): 8}), 4, QUICK, seed=3, device="cpu")
+    grid = ProbeGrid([((1, "cls"),)], train, 4, QUICK, Run(seed=3))
     grid.fit(lambda _: x.__getitem__, y)
     predicted = grid.predict(test[1, "cls"])[:, 0]
     assert predicted.shape == (60, 13)
@@ -96,7 +96,7 @@ def test_no_probe_trains_on_the_held_out_part(make_features, monkeypatch):
 
 def test_same_seed_same_numbers(make_features):
     train, test = make_features(120), make_features(40, seed=2)
-    first, second, other = (linear_probe(train, test, QUICK, seed=seed)[1, "cls"].by_rate for seed in (0, 0, 1))
+    first, second, other = (linear_probe(train, test, QUICK, Run(seed=seed))[1, "cls"].by_rate for seed in (0, 0, 1))
     assert first == second != other
 
 
@@ -135,8 +135,9 @@ def test_the_papers_grid_is_52_probes_in_four_runs_of_columns():
     assert sets[0] == ((11, "cls"),)
     assert {key[0] for key in sets[3]} == {8, 9, 10, 11}
     assert len(sets) * len(settings.learning_rates) == 52
-    layout = Layout.of(sets, dict.fromkeys(sets[3], 5))
-    assert all(isinstance(columns, slice) for columns in layout.columns)  # no copies
+    features = Features({key: torch.zeros(1, 5) for key in sets[3]}, None, torch.arange(1), depth=12)
+    grid = ProbeGrid(sets, features, 2, settings, Run())
+    assert all(isinstance(columns, slice) for columns in grid.columns)  # no copies
     assert paper_sets([0, 1], ("mean",), settings) == [((1, "mean"),), ((0, "mean"), (1, "mean"))]
     assert paper_sets([3], ("cls", "mean"), settings.model_copy(update={"concatenate": False})) == [((3, "cls"),)]
 
@@ -144,13 +145,12 @@ def test_the_papers_grid_is_52_probes_in_four_runs_of_columns():
 def test_sets_trained_together_equal_probes_trained_alone(four_blocks):
     train, test = four_blocks(96, 0), four_blocks(60, 1)
     sets = [*paper_sets(range(4), ("cls", "mean"), QUICK), ((0, "cls"), (2, "mean"))]  # the last is no run of columns
-    layout = Layout.of(sets, dict.fromkeys(train.keys, 6))
-    x, queries = (torch.cat([part[key] for key in layout.keys], 1) for part in (train, test))
-    grid = ProbeGrid(layout, 4, QUICK, seed=2, device="cpu")
+    grid = ProbeGrid(sets, train, 4, QUICK, Run(seed=2))
+    x, queries = (torch.cat([part[key] for key in grid.keys], 1) for part in (train, test))
     grid.fit(lambda _: x.__getitem__, train.labels)
     predicted = grid.predict(queries)
     assert predicted.shape == (60, 5, 13)
-    for number, columns in enumerate(layout.columns):
+    for number, columns in enumerate(grid.columns):
         for rate in (1e-3, 0.1):
             alone = reference_probe(x[:, columns], train.labels, 4, rate, QUICK, seed=2)
             expected = alone(queries[:, columns].double()).argmax(1)
@@ -160,12 +160,12 @@ def test_sets_trained_together_equal_probes_trained_alone(four_blocks):
 
 def test_features_larger_than_the_room_are_sent_by_batch_to_the_same_effect(four_blocks):
     train, sets = four_blocks(4000, 0), paper_sets(range(4), ("cls", "mean"), QUICK)
-    layout, chosen, peaks, weights = Layout.of(sets, dict.fromkeys(train.keys, 6)), torch.arange(3000), [], []
+    chosen, peaks, weights = torch.arange(3000), [], []
     size = len(chosen) * 48 * 4
     for room in (size, size - 1):
-        grid = ProbeGrid(layout, 4, QUICK, seed=2, device="cpu")
+        grid = ProbeGrid(sets, train, 4, QUICK, Run(seed=2))
         with LiveBytes() as live:
-            take = layout.rows(train, chosen, grid.device, room)
+            take = grid.rows(train, chosen, room)
             grid.fit(lambda _, take=take: take, train.labels[chosen])
         peaks.append(live.peak)
         weights.append(torch.cat([weight.flatten() for weight in grid.weights]))
@@ -177,9 +177,9 @@ def test_features_larger_than_the_room_are_sent_by_batch_to_the_same_effect(four
 def test_every_set_is_scored_under_its_own_name(four_blocks):
     train, test = four_blocks(96, 0), four_blocks(60, 1)
     sets = paper_sets(range(4), ("cls", "mean"), QUICK)
-    together = probe_sets(train, test, sets, QUICK, seed=2)
+    together = probe_sets(train, test, sets, QUICK, Run(seed=2))
     assert list(together) == sets
-    first = probe_sets(train, test, sets[:1], QUICK, seed=2)[sets[0]]
+    first = probe_sets(train, test, sets[:1], QUICK, Run(seed=2))[sets[0]]
     assert together[sets[0]].by_rate == pytest.approx(first.by_rate, abs=1 / 60)
 
 
@@ -199,6 +199,6 @@ def test_augmented_epochs_are_asked_for_one_by_one(four_blocks):
 
 def test_a_fitted_probe_chooses_among_the_classes_that_occur(make_features):
     train, test = make_features(200, shift=6.0), make_features(40, shift=6.0, seed=1)
-    predict = fitted_probe(train, (1, "cls"), QUICK)
+    predict = fitted_probe(train, (1, "cls"), QUICK, Run())
     assert (predict(test[1, "cls"], None) == test.labels).float().mean() > 0.85
     assert set(predict(test[1, "cls"], torch.tensor([1, 3])).tolist()) == {1, 3}

@@ -70,7 +70,7 @@ def _linear(
         return replace(first, values=values)
 
     train, test = side_by_side(bank), side_by_side(queries)
-    scores = linear_probe(train, test, LINEAR, seed=run.seed, device=run.device)
+    scores = linear_probe(train, test, LINEAR, run)
     hits = {}
     for block, pooling, norm in keys:
         chosen = scores[block, f"{pooling} {norm}"].selected

@@ -7,15 +7,15 @@ several sets share are normalised once). The weights of all learning rates on on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mim_refiner.core.device import free_memory
+from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import AccuracyScore, required_labels
@@ -33,7 +33,7 @@ from mim_refiner.settings import (
 
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.3, 0.5)
 
-_PREDICTED_ROWS = 8192  # at a time
+_PREDICTED_ROWS = 8192  # put together at a time
 FeatureSet = tuple[FeatureKey, ...]  # (block, pooling) whose features are concatenated
 EpochFeatures = Callable[[int], Features]  # the train features of an epoch, in the row order of the train set
 Take = Callable[[Tensor], Tensor]  # row numbers on the CPU -> features [rows, D] on the device
@@ -87,15 +87,10 @@ class LinearProbeScore:
 
 
 def linear_probe(
-    train: Features,
-    test: Features,
-    settings: LinearProbeSettings | None = None,
-    *,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    train: Features, test: Features, settings: LinearProbeSettings | None = None, run: Run | None = None
 ) -> dict[FeatureKey, LinearProbeScore]:
     """Train and score the learning rates for every (block, pooling); see :func:`probe_sets`."""
-    scores = probe_sets(train, test, [(key,) for key in train.keys], settings, seed=seed, device=device)
+    scores = probe_sets(train, test, [(key,) for key in train.keys], settings, run)
     return {feature_set[0]: score for feature_set, score in scores.items()}
 
 
@@ -104,9 +99,7 @@ def probe_sets(
     test: Features,
     sets: Sequence[FeatureSet],
     settings: LinearProbeSettings | None = None,
-    *,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    run: Run | None = None,
     epoch_features: EpochFeatures | None = None,
 ) -> dict[FeatureSet, LinearProbeScore]:
     """Train every learning rate on every feature set, all at once, and score each set.
@@ -114,10 +107,10 @@ def probe_sets(
     ``epoch_features`` gives the training features of an epoch (augmented); by default they are ``train`` throughout.
     Raises DataError without labels.
     """
-    settings, test_y = settings or LinearProbeSettings(), required_labels(test, "test")
-    grid, labels, _, held = _fitted(train, sets, settings, int(test_y.max()) + 1, seed, device, epoch_features)
-    on_test = _correct(grid, test, torch.arange(len(test)), test_y)
-    on_held = _correct(grid, train, held, labels)
+    settings, truth = settings or LinearProbeSettings(), required_labels(test, "test")
+    classes = int(truth.max()) + 1
+    grid, labels, _, held = _fitted(train, sets, settings, run or Run(), classes, epoch_features)
+    on_test, on_held = grid.correct(test, torch.arange(len(test)), truth), grid.correct(train, held, labels)
     return {
         feature_set: score_rates(on_test[:, number], on_held[:, number], settings.learning_rates)
         for number, feature_set in enumerate(sets)
@@ -128,120 +121,97 @@ def _fitted(
     train: Features,
     sets: Sequence[FeatureSet],
     settings: LinearProbeSettings,
-    classes: int,
-    seed: int,
-    device: torch.device | str,
+    run: Run,
+    classes: int = 0,
     epoch_features: EpochFeatures | None = None,
 ) -> tuple[ProbeGrid, Tensor, Tensor, Tensor]:
     """(the grid for ``classes`` or more, labels of train, rows that it trained on, rows held out)."""
     labels = required_labels(train, "train")
-    kept, held = map(torch.from_numpy, stratified_split(labels.numpy(), settings.held_out, seed))
-    layout = Layout.of(sets, {key: train[key].shape[1] for feature_set in sets for key in feature_set})
-    grid = ProbeGrid(layout, max(classes, int(labels.max()) + 1), settings, seed=seed, device=device)
+    kept, held = map(torch.from_numpy, stratified_split(labels.numpy(), settings.held_out, run.seed))
+    grid = ProbeGrid(sets, train, max(classes, int(labels.max()) + 1), settings, run)
     if epoch_features:
-        grid.fit(lambda epoch: layout.rows(epoch_features(epoch), kept, grid.device), labels[kept])
+        grid.fit(lambda epoch: grid.rows(epoch_features(epoch), kept), labels[kept])
     else:
-        take = layout.rows(train, kept, grid.device)
+        take = grid.rows(train, kept)
         grid.fit(lambda _: take, labels[kept])
     return grid, labels, kept, held
 
 
 def fitted_probe(
-    train: Features, key: FeatureKey, settings: LinearProbeSettings, *, seed: int = 0, device: Any = "cpu"
+    train: Features, key: FeatureKey, settings: LinearProbeSettings, run: Run
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Train one (block, pooling) and return (features [N, D], classes that may occur or None) -> classes [N].
 
     The rate is the one that is best on the held-out part of train, on train itself when nothing is held out.
     """
-    grid, labels, kept, held = _fitted(train, [(key,)], settings, 0, seed, device)
-    rate = int(_correct(grid, train, held if len(held) else kept, labels)[:, 0].float().mean(0).argmax())
-    return lambda x, present: grid.predict(x, classes=present)[:, 0, rate]
+    grid, labels, kept, held = _fitted(train, [(key,)], settings, run)
+    rate = int(grid.correct(train, held if len(held) else kept, labels)[:, 0].float().mean(0).argmax())
+    return lambda x, present: grid.predict(x, present)[:, 0, rate]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The order of (block, pooling) in one matrix, such that most sets are a run of columns and need no copy."""
+class ProbeGrid:
+    """S feature sets times R linear classifiers of C classes behind one BatchNorm without affine parameters.
 
-    keys: FeatureSet
-    columns: tuple[slice | Tensor, ...]  # of every set
-    widths: tuple[int, ...]
+    All features lie side by side in the order of ``keys``: mean of the last block, its class token, other class tokens,
+    other means. The paper's four sets are runs of ``columns`` in it, which need no copy.
+    """
 
-    @classmethod
-    def of(cls, sets: Sequence[FeatureSet], dims: Mapping[FeatureKey, int]) -> Layout:
-        """The paper's four sets are runs of [mean of last, class of last, other class tokens, other means]."""
-        last = max(key[0] for feature_set in sets for key in feature_set)
-        every = dict.fromkeys(key for feature_set in sets for key in feature_set)
-
-        def place(key: FeatureKey) -> tuple[bool, bool, int]:
-            return key[0] != last, (key[1] == "cls") == (key[0] == last), key[0]
-
-        keys = tuple(sorted(every, key=place))
-        start, starts = 0, {}
-        for key in keys:
-            starts[key], start = start, start + dims[key]
-        columns: list[slice | Tensor] = []
+    def __init__(
+        self, sets: Sequence[FeatureSet], features: Features, num_classes: int, settings: LinearProbeSettings, run: Run
+    ) -> None:
+        self.settings, self.run, self.num_classes = settings, run, num_classes
+        self.rates = len(settings.learning_rates)
+        dims = {key: features[key].shape[1] for feature_set in sets for key in feature_set}
+        deepest = max(block for block, _ in dims)
+        self.keys = sorted(dims, key=lambda key: (key[0] != deepest, (key[1] == "cls") == (key[0] == deepest), key[0]))
+        parts = torch.arange(sum(dims.values())).split([dims[key] for key in self.keys])
+        self.norm = nn.BatchNorm1d(sum(dims.values()), affine=False, eps=1e-6).to(run.device)
+        self.columns: list[slice | Tensor] = []  # of every set
+        self.weights, self.biases = [], []  # per set [D, R * C], [R * C]
         for feature_set in sets:
-            chosen = sorted(feature_set, key=keys.index)
-            index = torch.cat([torch.arange(starts[key], starts[key] + dims[key]) for key in chosen])
-            run = int(index[-1]) - int(index[0]) + 1 == len(index)
-            columns.append(slice(int(index[0]), int(index[-1]) + 1) if run else index)
-        widths = tuple(sum(dims[key] for key in feature_set) for feature_set in sets)
-        return cls(keys, tuple(columns), widths)
+            index = torch.cat([part for key, part in zip(self.keys, parts, strict=True) if key in feature_set])
+            first, end = int(index[0]), int(index[-1]) + 1
+            self.columns.append(slice(first, end) if end - first == len(index) else index.to(run.device))
+            generator = torch.Generator().manual_seed(run.seed)
+            start = torch.randn(len(index), num_classes, generator=generator) * settings.init_std
+            # the same start for every rate: the grid then differs in nothing else
+            self.weights.append(start.repeat(1, self.rates).to(run.device))
+            self.biases.append(torch.zeros(self.rates * num_classes, device=run.device))
 
-    def rows(self, features: Features, chosen: Tensor, device: torch.device, room: float | None = None) -> Take:
+    def rows(self, features: Features, chosen: Tensor, room: float | None = None) -> Take:
         """All features side by side of any of the ``chosen`` rows: numbers from 0 -> [rows, sum of dims].
 
         They lie on the device where they need no more than ``room`` bytes (None: half of what is free on a GPU), else
         they are put together and sent batch by batch.
         """
-
-        def gather(rows: Tensor) -> Tensor:
-            return torch.cat([features[key][chosen[rows]] for key in self.keys], 1)
-
+        device = self.run.device
         size = sum(len(chosen) * features[key].shape[1] * features[key].element_size() for key in self.keys)
         if room is None:
             room = 0.5 * free_memory(device) if device.type == "cuda" else 0.0
         if size > room:
-            return lambda rows: gather(rows).to(device)
-        held = torch.cat([gather(rows).to(device) for rows in torch.arange(len(chosen)).split(8192)])
+            return lambda rows: self._gathered(features, chosen[rows]).to(device)
+        held = torch.cat([self._gathered(features, part).to(device) for part in chosen.split(_PREDICTED_ROWS)])
         return lambda rows: held[rows.to(device)]
 
-
-class ProbeGrid:
-    """S feature sets times R linear classifiers of C classes behind one BatchNorm without affine parameters."""
-
-    def __init__(
-        self, layout: Layout, num_classes: int, settings: LinearProbeSettings, *, seed: int, device: torch.device | str
-    ) -> None:
-        self.layout, self.settings, self.seed, self.num_classes = layout, settings, seed, num_classes
-        self.device = torch.device(device)
-        self.rates = len(settings.learning_rates)
-        self.columns = [part if isinstance(part, slice) else part.to(device) for part in layout.columns]
-        dim = max(part.stop if isinstance(part, slice) else int(part.max()) + 1 for part in layout.columns)
-        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6).to(device)
-        self.weights = []  # per set [D, R * C]
-        for width in layout.widths:
-            start = torch.randn(width, num_classes, generator=torch.Generator().manual_seed(seed)) * settings.init_std
-            # the same start for every rate: the grid then differs in nothing else
-            self.weights.append(start.repeat(1, self.rates).to(device))
-        self.biases = [torch.zeros(self.rates * num_classes, device=device) for _ in layout.widths]
+    def _gathered(self, features: Features, rows: Tensor) -> Tensor:
+        return torch.cat([features[key][rows] for key in self.keys], 1)
 
     @torch.no_grad()
     def fit(self, features: Callable[[int], Take], y: Tensor) -> None:
         """SGD on cross-entropy over the rows that ``features(epoch)`` gives; an incomplete last batch is dropped."""
-        settings, y = self.settings, y.to(self.device)
+        settings, device, y = self.settings, self.run.device, y.to(self.run.device)
         batch_size = min(settings.batch_size, len(y))
         steps = len(y) // batch_size
         pairs = zip(self.weights, self.biases, strict=True)
         velocities = [(torch.zeros_like(weight), torch.zeros_like(bias)) for weight, bias in pairs]
         self.norm.train()
-        for step, rows in enumerate(shuffled(len(y), batch_size, settings.epochs, self.seed)):
+        for step, rows in enumerate(shuffled(len(y), batch_size, settings.epochs, self.run.seed)):
             if step % steps == 0:
                 take = features(step // steps)
             rates = [settings.rate(step, settings.epochs * steps, rate, batch_size) for rate in settings.learning_rates]
-            columns = torch.tensor(rates, device=self.device).repeat_interleave(self.num_classes)  # [R * C]
+            columns = torch.tensor(rates, device=device).repeat_interleave(self.num_classes)  # [R * C]
             normed = self.norm(take(rows))
-            targets = y[rows.to(self.device)]
+            targets = y[rows.to(device)]
             for number, velocity in enumerate(velocities):
                 self._step(number, normed[:, self.columns[number]], targets, columns, velocity)
 
@@ -257,21 +227,27 @@ class ProbeGrid:
             parameter.addcmul_(moving, rates, value=-1)
 
     @torch.no_grad()
-    def predict(self, x: Tensor, *, classes: Tensor | None = None, chunk_size: int = _PREDICTED_ROWS) -> Tensor:
+    def predict(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """Classes [N, S, R] of features [N, D], on the CPU; only among ``classes`` when given."""
-        barred = torch.zeros(self.num_classes, device=self.device)
+        barred = torch.zeros(self.num_classes, device=self.run.device)
         if classes is not None:
-            barred.fill_(-torch.inf)[classes.to(self.device)] = 0
+            barred.fill_(-torch.inf)[classes.to(self.run.device)] = 0
         self.norm.eval()
         parts = []
-        for chunk in x.split(chunk_size):
-            normed = self.norm(chunk.to(self.device))
+        for chunk in x.split(_PREDICTED_ROWS):
+            normed = self.norm(chunk.to(self.run.device))
             logits = [
                 torch.addmm(bias, normed[:, columns], weight).view(len(chunk), self.rates, self.num_classes)
                 for columns, weight, bias in zip(self.columns, self.weights, self.biases, strict=True)
             ]
             parts.append(torch.stack([(part + barred).argmax(2) for part in logits], dim=1).cpu())
         return torch.cat(parts)
+
+    def correct(self, features: Features, rows: Tensor, labels: Tensor) -> Tensor:
+        """Whether each probe is right about each of ``rows``, bool [rows, S, R]."""
+        parts = rows.split(_PREDICTED_ROWS)
+        found = [self.predict(self._gathered(features, part)) == labels[part][:, None, None] for part in parts]
+        return torch.cat(found)
 
 
 def paper_sets(blocks: Sequence[int], poolings: Sequence[str], settings: LinearProbeSettings) -> list[FeatureSet]:
@@ -285,13 +261,6 @@ def paper_sets(blocks: Sequence[int], poolings: Sequence[str], settings: LinearP
     spans = dict.fromkeys((1, min(max(1, settings.last), len(blocks))))
     ordered = sorted(blocks)
     return [tuple((block, name) for block in ordered[-span:] for name in names) for span in spans for names in firsts]
-
-
-def _correct(grid: ProbeGrid, features: Features, rows: Tensor, labels: Tensor) -> Tensor:
-    """Whether each probe is right about each row, bool [rows, S, R]."""
-    take = grid.layout.rows(features, rows, torch.device("cpu"))
-    parts = torch.arange(len(rows)).split(_PREDICTED_ROWS)
-    return torch.cat([grid.predict(take(part)) == labels[rows[part]][:, None, None] for part in parts])
 
 
 def score_rates(on_test: Tensor, on_held_out: Tensor, rates: Sequence[float]) -> LinearProbeScore:

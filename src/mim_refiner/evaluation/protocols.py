@@ -48,8 +48,7 @@ def linear(job: Job) -> list[Result]:
     grid = paper_sets(job.last_blocks(max(1, settings.last)), job.poolings, settings) if concatenates else []
     sets = list(dict.fromkeys(singles + grid))
     crops = augmented(job, sets) if settings.augment else None
-    how: dict[str, Any] = {"seed": job.run.seed, "device": job.run.device, "epoch_features": crops}
-    scores = probe_sets(job.train, job.test, sets, settings, **how)
+    scores = probe_sets(job.train, job.test, sets, settings, job.run, crops)
 
     def told(chosen: FeatureSet, of_grid: str | None = None) -> Iterator[Result]:
         blocks, pooling = sorted({key[0] for key in chosen}), "+".join(dict.fromkeys(key[1] for key in chosen))

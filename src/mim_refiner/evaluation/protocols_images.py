@@ -119,7 +119,7 @@ def long_tail(job: Job) -> list[Result]:
             k = min(job.settings.knn_k, len(subset))
             score = knn_protocol(subset, test, job.run, k=k, temperature=job.settings.knn_temperature)[key]
         elif method == "linear":
-            probe = linear_probe(subset, test, job.settings.linear, seed=job.run.seed, device=job.run.device)[key]
+            probe = linear_probe(subset, test, job.settings.linear, job.run)[key]
             score = probe.selected or probe.best
         else:
             whole, tested = job.labelled()
@@ -198,7 +198,7 @@ def _classifiers(job: Job) -> dict[str, Predict]:
 
     made: dict[str, Predict] = {"knn": knn} if "knn" in settings.robustness.classifiers else {}
     if "linear" in settings.robustness.classifiers:
-        made["linear"] = fitted_probe(job.train, key, settings.linear, seed=job.run.seed, device=device)
+        made["linear"] = fitted_probe(job.train, key, settings.linear, job.run)
     return made
 
 
