@@ -275,7 +275,7 @@ def test_array_labels(tmp_path):
     assert reason(np.array([1.0, 2.0, 1.0], np.float32)) == "1,2"
     assert "row 1 has no label" in reason(np.array([0, np.nan, 1]))
     assert "0.5, which is a fraction" in reason(np.array([0.5, 1, 1]))
-    assert "labels of shape (2,)" in reason(np.zeros(2, int))
+    assert "3 images but 2 labels" in reason(np.zeros(2, int))
     assert "labels of shape (3, 3)" in reason(np.eye(3))
     assert "complex128" in reason(np.zeros(3, complex))
     assert "-3, which is negative" in reason(np.array([0, -3, 1]))

@@ -160,3 +160,12 @@ def test_wrong_types_are_one_line(given: Any, words: str) -> None:
 
 def test_labels_that_do_not_fit_are_a_reason() -> None:
     assert "6 images but 2 labels" in open_source((PIXELS, [0, 1])).no_labels
+    items = list(enumerate(PIXELS))
+    for label, reason in (
+        ([1, 0], "labels of shape (6, 2)"),
+        (np.eye(2)[0], "labels of shape (6, 2)"),
+        (None, "NoneType"),
+    ):
+        assert reason in open_source([(pixels, label) for _, pixels in items]).no_labels
+    assert "the labels are list" in open_source([(pixels, [1] * number) for number, pixels in items]).no_labels
+    assert open_source([(pixels, np.array([number % 2])) for number, pixels in items]).classes.ids == (0, 1)

@@ -122,18 +122,18 @@ class Labels:
         """
         if values.dtype.kind == "f":
             values = values.astype(np.float64)
-            _refuse(~np.isfinite(values), values, lambda _, where, count: LabelProblem(
-                f"{where} has no label ({count} of {len(values)} have none); fill it in"))  # fmt: skip
-            _refuse(values != np.floor(values), values, lambda value, where, _: _no_class(value, where, "a fraction"))
+            if len(rows := np.flatnonzero(~np.isfinite(values))):
+                raise LabelProblem(f"row {rows[0]} has no label ({len(rows)} of {len(values)} have none); fill it in")
+            if len(rows := np.flatnonzero(values != np.floor(values))):
+                raise _no_class(values[rows[0]], f"row {rows[0]}", "a fraction")
             values = values.astype(object if np.abs(values).max(initial=0) >= 2**62 else np.int64)
         elif values.dtype.kind == "b":
             values, names = values.astype(np.int64), names or ("False", "True")
-        only_unlabelled = len(values) > 0 and bool((values == -1).all())
-        _refuse(values < 0, values, lambda value, where, _: _no_class(value, where, "negative", only_unlabelled))
-        if names is not None:
-            _refuse(values >= len(names), values, lambda value, where, _: LabelProblem(
-                f"{where} has the label {value}, but there are only {len(names or ())} class names; "
-                "correct one of the two"))  # fmt: skip
+        if len(rows := np.flatnonzero(values < 0)):
+            raise _no_class(values[rows[0]], f"row {rows[0]}", "negative", bool((values == -1).all()))
+        if names is not None and len(rows := np.flatnonzero(values >= len(names))):
+            raise LabelProblem(f"row {rows[0]} has the label {values[rows[0]]}, but there are only {len(names)} class "
+                               "names; correct one of the two")  # fmt: skip
         found, numbers = np.unique(values, return_inverse=True)
         ids = [int(value) for value in found]
         if names is None:
@@ -238,11 +238,3 @@ def _no_class(value: object, where: str, what: str, only_unlabelled: bool = Fals
         return LabelProblem("every label is -1, which marks images without one; write the classes as 0, 1, 2, ...")
     hint = "; -1 marks an image without a label: leave those out" if str(value).startswith("-1") else ""
     return LabelProblem(f"{where} has the label {value}, which is {what}{hint}; write classes as 0, 1, 2, ... or names")
-
-
-def _refuse(
-    wrong: NDArray[np.bool_], values: NDArray[Any], problem: Callable[[object, str, int], LabelProblem]
-) -> None:
-    rows = np.flatnonzero(wrong)
-    if len(rows):
-        raise problem(values[rows[0]], f"row {rows[0]}", len(rows))

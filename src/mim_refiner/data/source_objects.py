@@ -126,15 +126,22 @@ class ObjectSource(ImageSource):
         return [self._item(index) for index in range(len(self))]
 
 
-def _labels(values: Sequence[Any], count: int) -> Labels:
-    if len(values) != count:
-        raise LabelProblem(f"{count} images but {len(values)} labels; give one label an image")
-    if all(isinstance(value, str) for value in values):
-        return Labels.of_texts(values)
-    numbers = np.asarray([value.item() if hasattr(value, "item") else value for value in values])
-    if numbers.ndim != 1 or numbers.dtype.kind not in "biuf":
-        raise LabelProblem(f"the labels are {type(values[0]).__name__}; give whole numbers or class names")
-    return Labels.of_numbers(numbers)
+def _labels(given: Any, count: int) -> Labels:
+    """Labels [N] or [N, 1] of whole numbers, booleans, floats or text."""
+    if not isinstance(given, np.ndarray):
+        single = [hasattr(value, "item") and np.shape(value) in ((), (1,)) for value in given]
+        items = [value.item() if alone else value for value, alone in zip(given, single, strict=True)]
+        plain = any(all(isinstance(item, kind) for item in items) for kind in (str, bool | int | float))
+        given = np.asarray(items, dtype=None if plain else object)
+    labels = given[:, 0] if given.ndim == 2 and given.shape[1] == 1 else given
+    if labels.shape != (count,):
+        what = f"{len(labels)} labels" if labels.ndim == 1 else f"labels of shape {given.shape}"
+        raise LabelProblem(f"{count} images but {what}; give one label an image")
+    if labels.dtype.kind in "SU":
+        return Labels.of_texts(text if isinstance(text, str) else text.decode(*_CODEC) for text in labels.tolist())
+    if labels.dtype.kind not in "biuf":
+        raise LabelProblem(f"the labels are {type(labels[0]).__name__}; give whole numbers or class names")
+    return Labels.of_numbers(labels)
 
 
 def _found(item: dict[str, Any], keys: Sequence[str]) -> str | None:
@@ -148,35 +155,34 @@ class ArraySource(ImageSource):
     """Pixels uint8 or uint16 [N, H, W, C] or [N, H, W] of a NumPy file; an .npy file is memory-mapped."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.base = path, path.parent
         self._images: NDArray[Any] | None = None
-        self.base = path.parent
-        labels = self._open()
-        shape = self._array().shape
-        self.read_labels(lambda: _array_labels(labels, shape[0]))
-        self.shape: tuple[int, ...] = shape
-        self.description = f"array {path} ({shape[0]} images of {shape[1]}x{shape[2]} px)"
-
-    def _open(self) -> NDArray[Any] | str:
-        """Load the images (memory-mapped for .npy) and return the raw labels, or why there are none."""
-        arrays = Arrays(self.path)
-        images = arrays.get("images", arrays.get("x"))
-        if images is None:
-            found = ", ".join(sorted(arrays)) or "nothing"
-            raise DataError(f"{self.path}: no array 'images' or 'x' (found {found}); save it under one of these names")
-        self._images = _checked_images(images, self.path)
-        if arrays.single:
-            return "one array has no place for them; save images and labels with numpy.savez"
-        hint = candidates(arrays, "save it as 'labels'") or "save them as 'labels'"
-        return arrays.get(
-            "labels", arrays.get("y", f"no array 'labels' or 'y' (found {', '.join(sorted(arrays))}); {hint}")
-        )
+        self.shape: tuple[int, ...] = self._array().shape
+        self.read_labels(self._labels)
+        self.description = f"array {path} ({len(self)} images of {self.shape[1]}x{self.shape[2]} px)"
 
     def _array(self) -> NDArray[Any]:
+        """The images (memory-mapped for .npy)."""
         if self._images is None:
-            self._open()
-        assert self._images is not None
+            arrays = Arrays(self.path)
+            images = arrays.get("images", arrays.get("x"))
+            if images is None:
+                found = ", ".join(sorted(arrays)) or "nothing"
+                raise DataError(
+                    f"{self.path}: no array 'images' or 'x' (found {found}); save it under one of these names"
+                )
+            self._images = _checked_images(images, self.path)
         return self._images
+
+    def _labels(self) -> Labels:
+        arrays = Arrays(self.path)
+        if arrays.single:
+            raise LabelProblem("one array has no place for them; save images and labels with numpy.savez")
+        labels = arrays.get("labels", arrays.get("y"))
+        if labels is None:
+            hint = candidates(arrays, "save it as 'labels'") or "save them as 'labels'"
+            raise LabelProblem(f"no array 'labels' or 'y' (found {', '.join(sorted(arrays))}); {hint}")
+        return _labels(labels, len(self))
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would travel to a worker as a full copy; it is opened again there.
@@ -197,21 +203,6 @@ class ArraySource(ImageSource):
 
     def close(self) -> None:
         self._images = None
-
-
-def _array_labels(given: NDArray[Any] | str, count: int) -> Labels:
-    """Labels [N] or [N, 1] of whole numbers, booleans, floats or text."""
-    if isinstance(given, str):
-        raise LabelProblem(given)
-    labels = given[:, 0] if given.ndim == 2 and given.shape[1] == 1 else given
-    if labels.shape != (count,):
-        raise LabelProblem(f"{count} images but labels of shape {given.shape}; give one label an image")
-    if labels.dtype.kind in "SU":
-        texts = labels.tolist()
-        return Labels.of_texts(text if isinstance(text, str) else text.decode(*_CODEC) for text in texts)
-    if labels.dtype.kind not in "biuf":
-        raise LabelProblem(f"the labels are {labels.dtype}; save whole numbers or class names")
-    return Labels.of_numbers(labels)
 
 
 def _checked_images(images: NDArray[Any], path: Path) -> NDArray[Any]:
