@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,28 +17,23 @@ from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import required_labels
 
 SILHOUETTE_ROWS = 5000  # it compares all pairs
-AGREEMENT = ("accuracy", "nmi", "ami", "ari")
 
 
 @dataclass(frozen=True)
 class ClusteringScore:
-    """Agreement of the clustering of lowest inertia with the classes, in 0-1 (ARI and AMI may be slightly negative).
+    """``values``: agreement of the clustering of lowest inertia with the classes, in 0-1 (accuracy, nmi; ami and ari
+    may be slightly negative), and how separate the classes themselves lie in the features (silhouette, -1 to 1, higher
+    is better; davies_bouldin, from 0, lower is better; NaN where there is one class only).
 
-    ``silhouette`` (-1 to 1, higher is better) and ``davies_bouldin`` (from 0, lower is better) say how separate the
-    classes themselves lie in the features; NaN where there is one class only. ``drawn`` holds the agreement of
-    resamples of the images that were clustered and matched anew, where they were asked for.
+    ``drawn`` holds the agreement of resamples of the images that were clustered and matched anew, where they were
+    asked for.
     """
 
-    accuracy: float
-    nmi: float
-    ami: float
-    ari: float
-    silhouette: float
-    davies_bouldin: float
+    values: Mapping[str, float]
     inertia: float
     clusters: NDArray[np.int64]  # [N]
     correct: NDArray[np.bool_]  # [N] under the best one-to-one map of clusters to classes
-    drawn: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)  # {name of AGREEMENT: [resamples]}
+    drawn: Mapping[str, NDArray[np.float64]]  # {measure of agreement: [resamples]}
 
     def interval(self, metric: str) -> tuple[float, float] | None:
         """95 % interval by the deviation of the resamples; without them, of the accuracy alone, Wilson's.
@@ -46,7 +41,7 @@ class ClusteringScore:
         Wilson's takes clustering and assignment as found: the images are its only randomness, and it is too narrow.
         """
         if metric in self.drawn:
-            half, value = 1.96 * float(self.drawn[metric].std(ddof=1)), getattr(self, metric)
+            half, value = 1.96 * float(self.drawn[metric].std(ddof=1)), self.values[metric]
             return max(-1.0, value - half), min(1.0, value + half)
         return accuracy_interval(self.correct)[1:] if metric == "accuracy" else None
 
@@ -68,38 +63,37 @@ def clustering_protocol(
     for key in features.keys:
         x = standardized(features[key]).numpy()
         clusters, inertia = _best_kmeans(x, k, num_seeds, seed)
-        score = score_clusters(labels, clusters, inertia, class_separation(x, labels, seed))
+        values, correct = agreement(labels, clusters)
         again = []
         for number in range(resamples):  # the same images for every encoder: differences are paired
             rows = np.random.default_rng([seed, 4, number]).integers(0, len(x), len(x))
-            drawn = _best_kmeans(standardized(features[key][rows]).numpy(), k, num_seeds, seed)
-            again.append(score_clusters(labels[rows], *drawn))
-        drawn_scores = {name: np.array([getattr(each, name) for each in again]) for name in AGREEMENT if again}
-        scores[key] = replace(score, drawn=drawn_scores)
+            found, _ = _best_kmeans(standardized(features[key][rows]).numpy(), k, num_seeds, seed)
+            again.append(agreement(labels[rows], found)[0])
+        drawn = {name: np.array([each[name] for each in again]) for name in values if again}
+        values |= class_separation(x, labels, seed)
+        scores[key] = ClusteringScore(values, inertia, clusters, correct, drawn)
     return scores
 
 
-def class_separation(x: NDArray[np.float32], labels: NDArray[np.int64], seed: int = 0) -> tuple[float, float]:
-    """(silhouette, Davies-Bouldin) of the classes in features [N, D]; the silhouette of at most 5,000 random rows."""
+def agreement(labels: NDArray[np.int64], clusters: NDArray[np.int64]) -> tuple[dict[str, float], NDArray[np.bool_]]:
+    """({accuracy, nmi, ami, ari} of clusters [N] with classes [N], hits [N])."""
+    correct = clustering_hits(labels, clusters)
+    values = {"accuracy": float(correct.mean()), "nmi": normalized_mutual_information(labels, clusters)}
+    values["ami"], values["ari"] = (
+        float(f(labels, clusters)) for f in (adjusted_mutual_info_score, adjusted_rand_score)
+    )
+    return values, correct
+
+
+def class_separation(x: NDArray[np.float32], labels: NDArray[np.int64], seed: int = 0) -> dict[str, float]:
+    """Silhouette (of at most 5,000 random rows) and Davies-Bouldin index of the classes in features [N, D]."""
     rows = np.sort(np.random.default_rng([seed, 3]).permutation(len(x))[:SILHOUETTE_ROWS])
     if not 1 < len(np.unique(labels[rows])) < len(rows):
-        return float("nan"), float("nan")
+        return {"silhouette": float("nan"), "davies_bouldin": float("nan")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # classes that lie in one point divide by zero
-        return float(silhouette_score(x[rows], labels[rows])), float(davies_bouldin_score(x, labels))
-
-
-def score_clusters(
-    labels: NDArray[np.int64],
-    clusters: NDArray[np.int64],
-    inertia: float,
-    separation: tuple[float, float] = (np.nan, np.nan),
-) -> ClusteringScore:
-    """Compare clusters [N] with classes [N]."""
-    correct = clustering_hits(labels, clusters)
-    nmi = normalized_mutual_information(labels, clusters)
-    ami, ari = (float(f(labels, clusters)) for f in (adjusted_mutual_info_score, adjusted_rand_score))
-    return ClusteringScore(float(correct.mean()), nmi, ami, ari, *separation, inertia, clusters, correct)
+        silhouette, index = silhouette_score(x[rows], labels[rows]), davies_bouldin_score(x, labels)
+        return {"silhouette": float(silhouette), "davies_bouldin": float(index)}
 
 
 def _best_kmeans(x: NDArray[np.float32], k: int, num_seeds: int, seed: int) -> tuple[NDArray[np.int64], float]:

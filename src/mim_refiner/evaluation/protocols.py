@@ -106,10 +106,10 @@ def clustering(job: Job) -> list[Result]:
             if resamples
             else "Wilson, of the images under the clustering found: not of the clustering",
         }
-        for metric in ("accuracy", "nmi", "ami", "ari", "silhouette", "davies_bouldin"):
+        for metric, value in score.values.items():
             name, correct = ("cluster_accuracy", score.correct) if metric == "accuracy" else (metric, None)
             found = {"ci95": score.interval(metric), "drawn": score.drawn.get(metric), "correct": correct}
-            results.append(job.result("clustering", name, key, getattr(score, metric), settings=options, **found))
+            results.append(job.result("clustering", name, key, value, settings=options, **found))
     return results
 
 
