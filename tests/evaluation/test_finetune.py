@@ -22,11 +22,11 @@ from mim_refiner.evaluation.finetune import (
     _seeded,
     _train,
     finetune,
+    published,
     share_of,
     training_transform,
 )
 from mim_refiner.evaluation.long_tail import LongTailSettings, class_groups, imbalanced_subset
-from mim_refiner.evaluation.published import published
 from mim_refiner.evaluation.settings import EvaluationSettings
 
 SIMPLE = FinetuneSettings(

@@ -15,8 +15,10 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,15 +39,7 @@ from mim_refiner.evaluation.finetune import LabelledRows
 from mim_refiner.evaluation.linear_probe import LinearProbeScore, ProbeSettings, score_rates, shuffled
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.settings import (
-    BatchSize,
-    Decay,
-    Listed,
-    NonNegative,
-    NonNegativeInt,
-    PositiveInt,
-    Rates,
-)
+from mim_refiner.settings import BatchSize, Decay, Listed, NonNegative, NonNegativeInt, PositiveInt, Rates
 from mim_refiner.types import ImageSize
 
 Blocks = tuple[int, ...]  # whose tokens a probe reads; more than one: a mixture
@@ -155,36 +149,30 @@ def attentive_protocol(
     if settings.class_token and not backbone.info.has_cls:
         raise InputError("attentive.class_token: this encoder has no class token; leave it out")
     read = sorted({block for blocks in sources for block in blocks})
-    for width in sorted({backbone.block_dims[block] for block in read}):
-        if width % settings.value_divisor:
-            raise InputError(
-                f"attentive.value_divisor {settings.value_divisor} does not divide the width {width}; use 1"
-            )
+    divisor = settings.value_divisor
+    if odd := [width for width in sorted({backbone.block_dims[block] for block in read}) if width % divisor]:
+        raise InputError(f"attentive.value_divisor {divisor} does not divide the width {odd[0]}; use 1")
 
-    def encode(of: LabelledRows) -> Iterator[Tokens]:
-        return _tokens(backbone, of, read, settings.class_token, image_size, batch_size, run)
-
+    encode = partial(_tokens, backbone, read, settings.class_token, image_size, batch_size, run)
     kept, held = stratified_split(train.labels, settings.held_out, run.seed)
     classes = int(max(train.labels.max(), test.labels.max())) + 1
     labels = torch.from_numpy(train.labels)
     with tempfile.TemporaryDirectory(prefix="mim-refiner-tokens-", dir=folder) as place:
         store = _stored(encode(train), len(train.rows), Path(place))
-        probes = {}
-        for blocks in sources:
-            for pooler in settings.poolers:
-                dim, queries = store[blocks[0]].shape[2], settings.queries if pooler == "ep" else 1
-                made = AttentiveProbe(blocks, dim, classes, queries, settings, run.seed)
-                probes[blocks, pooler] = made.to(run.device)
+        probes: dict[tuple[Blocks, str], AttentiveProbe] = {}
+        for blocks, pooler in product(sources, settings.poolers):
+            dim, queries = store[blocks[0]].shape[2], settings.queries if pooler == "ep" else 1
+            probe = AttentiveProbe(blocks, dim, classes, queries, settings, run.seed)
+            probes[blocks, pooler] = probe.to(run.device)
         _fit(list(probes.values()), store, kept, labels, settings, run)
         of_held = [held[start : start + settings.batch_size] for start in range(0, len(held), settings.batch_size)]
-        on_held = _hits(probes.values(), (_taken(store, part, run.device) for part in of_held), labels[held])
-    attention: list[list[Tensor]] = [[] for _ in probes]
-    on_test = _hits(probes.values(), encode(test), torch.from_numpy(test.labels), attention, settings.maps)
+        on_held, _ = _hits(probes.values(), (_taken(store, part, run.device) for part in of_held), labels[held])
+    on_test, attention = _hits(probes.values(), encode(test), torch.from_numpy(test.labels), settings.maps)
     scores: dict[tuple[Blocks, str], AttentiveScore] = {}
     for number, (key, probe) in enumerate(probes.items()):
         score = score_rates(on_test[number], on_held[number], settings.learning_rates)
         rate = list(settings.learning_rates).index(score.selected_rate or score.best_rate)
-        maps = torch.cat(attention[number])[:, rate] if attention[number] else torch.empty(0)
+        maps = attention[number][:, rate] if settings.maps else torch.empty(0)
         parts = dict(probe.rates[rate].items())  # type: ignore[operator]
         scores[key] = AttentiveScore(
             score,
@@ -210,12 +198,12 @@ def sources_of(backbone: Backbone, blocks: Sequence[int], mixture: int) -> list[
 
 def _tokens(
     backbone: Backbone,
-    of: LabelledRows,
     blocks: Sequence[int],
     class_token: bool,
     image_size: ImageSize,
     batch_size: int,
     run: Run,
+    of: LabelledRows,
 ) -> Iterator[Tokens]:
     """The normalised tokens of the images, batch by batch."""
     backbone.to(run.device)
@@ -294,18 +282,17 @@ def _fit(
 
 @torch.no_grad()
 def _hits(
-    probes: Any, batches: Iterator[Tokens], labels: Tensor, attention: list[list[Tensor]] | None = None, maps: int = 0
-) -> list[Tensor]:
-    """Whether each rate of each probe is right, a bool [N, R] a probe; ``attention`` collects the first ``maps``."""
-    probes = list(probes)
+    probes: Collection[AttentiveProbe], batches: Iterator[Tokens], labels: Tensor, maps: int = 0
+) -> list[list[Tensor]]:
+    """Of every probe whether each rate is right, bool [N, R], and its attention [maps, R, M, N] to the first images."""
     found: list[list[Tensor]] = [[] for _ in probes]
+    attention: list[list[Tensor]] = [[] for _ in probes]
     done = 0
     for tokens in batches:
         count = len(next(iter(tokens.values())))
         for number, probe in enumerate(probes):
-            hits = probe.eval()(tokens).argmax(2).cpu() == labels[done : done + count, None]
-            found[number].append(hits)
-            if attention is not None and done < maps:
+            found[number].append(probe.eval()(tokens).argmax(2).cpu() == labels[done : done + count, None])
+            if done < maps:
                 attention[number].append(probe.attend(tokens)[0][: maps - done])
         done += count
-    return [torch.cat(parts) if parts else torch.empty(0, 0) for parts in found]
+    return [[torch.cat(parts) if parts else torch.empty(0, 0) for parts in each] for each in (found, attention)]

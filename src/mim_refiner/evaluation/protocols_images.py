@@ -12,19 +12,17 @@ from torch import Tensor
 
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.metrics import class_iou, mean_iou_interval
-from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.source_base import evenly
 from mim_refiner.data.thumbnails import encode, thumbnail_sheet
 from mim_refiner.evaluation.attentive import AttentiveScore, Blocks, attentive_protocol, sources_of
 from mim_refiner.evaluation.corruptions import corrupted
 from mim_refiner.evaluation.features import Features, patch_grid
-from mim_refiner.evaluation.finetune import FinetuneSettings, LabelledRows, finetune, share_of
+from mim_refiner.evaluation.finetune import FinetuneSettings, LabelledRows, finetune, published, share_of
 from mim_refiner.evaluation.jobs import Job
 from mim_refiner.evaluation.knn import AccuracyScore, knn_protocol, required_labels
 from mim_refiner.evaluation.linear_probe import fitted_probe, linear_probe
 from mim_refiner.evaluation.long_tail import class_groups, imbalanced_subset
 from mim_refiner.evaluation.protocols import selections
-from mim_refiner.evaluation.published import published
 from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.segmentation import check_segmentation, segmentation_blocks, segmentation_protocol
 from mim_refiner.evaluation.splits import list_name
@@ -144,23 +142,25 @@ def robustness(job: Job) -> list[Result]:
         "k": job.settings.knn_k,
         "probe": {"epochs": job.settings.linear.epochs, "selection": "best rate on a held-out part of train"},
     }
-    hits: dict[str, dict[str, np.ndarray[Any, Any]]] = {name: {} for name in predictors}
-    for set_name, features in _corrupted_sets(job, clean):
-        for name, predict in predictors.items():
-            hits[name][set_name] = _correct(job, predict, features, set_name).numpy()
-    for name, by_set in hits.items():
-        sets = {set_name: float(correct.mean()) for set_name, correct in by_set.items()}
-        together = np.stack([correct for set_name, correct in by_set.items() if set_name != "clean"])
+
+    def hits(features: Features, what: str) -> dict[str, Tensor]:
+        truth, x = required_labels(features, what), features[job.main_key].to(job.run.device)
+        return {name: predict(x, truth.unique()).cpu() == truth for name, predict in predictors.items()}
+
+    by_set = {set_name: hits(features, set_name) for set_name, features in _corrupted_sets(job, clean)}
+    for name in predictors:
+        found = {set_name: correct[name].numpy() for set_name, correct in by_set.items()}
+        sets = {set_name: float(correct.mean()) for set_name, correct in found.items()}
+        together = np.stack([correct for set_name, correct in found.items() if set_name != "clean"])
         details = {**shown, "classifier": name, "accuracy_by_set": sets, "clean": sets["clean"]}
         results.append(job.accuracy("robustness", f"robustness_{name}_top1", _mean_over_sets(together), details))
     for set_name, (images, numbers) in job.shifted.items():
-        found = _main_features(job, images, None, phase=f"robustness: {set_name} ({len(images)} images)")
-        found = found.renumbered(numbers)
-        for name, predict in predictors.items():
-            score = AccuracyScore.of(_correct(job, predict, found, set_name))
-            details = {**shown, "classifier": name, "set": images.description, "images": len(found)}
-            slug = "".join(letter if letter.isalnum() else "-" for letter in set_name).strip("-")
-            results.append(job.accuracy("robustness", f"shift_{slug}_{name}_top1", score, details))
+        phase = f"robustness: {set_name} ({len(images)} images)"
+        features = job.main_features_of(images, None, phase=phase).renumbered(numbers)
+        slug = "".join(letter if letter.isalnum() else "-" for letter in set_name).strip("-")
+        for name, correct in hits(features, set_name).items():
+            details = {**shown, "classifier": name, "set": images.description, "images": len(features)}
+            results.append(job.accuracy("robustness", f"shift_{slug}_{name}_top1", AccuracyScore.of(correct), details))
     return results
 
 
@@ -202,22 +202,12 @@ def _classifiers(job: Job) -> dict[str, Predict]:
     return made
 
 
-def _correct(job: Job, predict: Predict, features: Features, what: str) -> Tensor:
-    truth = required_labels(features, what)
-    return predict(features[job.main_key].to(job.run.device), truth.unique()).cpu() == truth
-
-
-def _main_features(job: Job, images: ImageSet, rows: Tensor | None, **how: Any) -> Features:
-    block, pooling = job.main_key
-    return job.features_of(images, rows, blocks=(block,), poolings=(pooling,), **how)
-
-
 def _corrupted_sets(job: Job, clean: Features) -> Iterator[tuple[str, Features]]:
     yield "clean", clean
     for kind in job.settings.robustness.kinds:
         for severity in job.settings.robustness.severities:
             transform, phase = corrupted(kind, severity, job.run.seed), f"robustness: {kind} {severity}"
-            found = _main_features(job, job.test_images, clean.indices, transform=transform, phase=phase)
+            found = job.main_features_of(job.test_images, clean.indices, transform=transform, phase=phase)
             yield f"{kind}/{severity}", dataclasses.replace(found, labels=clean.labels)
 
 

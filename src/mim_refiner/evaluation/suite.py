@@ -24,8 +24,8 @@ from mim_refiner.evaluation import protocols as frozen
 from mim_refiner.evaluation import protocols_images as retrained
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import own_image_size, resolve_blocks, resolve_poolings
+from mim_refiner.evaluation.finetune import row_of
 from mim_refiner.evaluation.jobs import Job
-from mim_refiner.evaluation.published import row_of
 from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.segmentation import check_segmentation
 from mim_refiner.evaluation.settings import EvaluationSettings
