@@ -80,7 +80,7 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
             pixels = f"{image.width}x{image.height} pixels"
             raise TooLargeError(f"claims {pixels}, more than {MAX_PIXELS // 10**6} million")
         if image.format == "TIFF":
-            _check_tiff(dict(image.tag_v2))  # type: ignore[attr-defined]
+            _check_tiff(image)
         yield image
 
 
@@ -225,11 +225,8 @@ def _fitting(pixels: NDArray[Any], channels: int) -> NDArray[Any]:
     return pixels
 
 
-def _tag(image: Image.Image, number: int, default: int) -> tuple[int, ...]:
-    return _numbers(image.tag_v2, number, default)  # type: ignore[attr-defined]
-
-
-def _numbers(tags: Mapping[int, Any], number: int, default: int) -> tuple[int, ...]:
+def _tag(tiff: Image.Image | Mapping[int, Any], number: int, default: int) -> tuple[int, ...]:
+    tags: Any = getattr(tiff, "tag_v2", tiff)
     found = tags.get(number, default)
     return tuple(int(each) for each in (found if isinstance(found, tuple) else (found,))) or (default,)
 
@@ -245,14 +242,14 @@ def _tiff_tags(data: bytes) -> dict[int, Any]:
     return {}
 
 
-def _check_tiff(tags: Mapping[int, Any]) -> None:
-    bits = max(_numbers(tags, _BITS, 1))
-    kinds = set(_numbers(tags, TiffImagePlugin.SAMPLEFORMAT, 1))
+def _check_tiff(tiff: Image.Image | Mapping[int, Any]) -> None:
+    bits = max(_tag(tiff, _BITS, 1))
+    kinds = set(_tag(tiff, TiffImagePlugin.SAMPLEFORMAT, 1))
     if bits > 16 or kinds & _SAMPLE_KINDS.keys():
         kind = next((_SAMPLE_KINDS[kind] for kind in kinds if kind in _SAMPLE_KINDS), "integer")
         raise UnusableImageError(f"holds {bits}-bit {kind} values; save it as uint8 or uint16")
-    uncompressed = _numbers(tags, TiffImagePlugin.COMPRESSION, 1) == (1,)
-    if _numbers(tags, _PHOTOMETRIC, 1) == (6,) and uncompressed and _numbers(tags, _SUBSAMPLING, 2) != (1, 1):
+    uncompressed = _tag(tiff, TiffImagePlugin.COMPRESSION, 1) == (1,)
+    if _tag(tiff, _PHOTOMETRIC, 1) == (6,) and uncompressed and _tag(tiff, _SUBSAMPLING, 2) != (1, 1):
         raise UnusableImageError("is stored in subsampled YCbCr colours; save it as RGB")
 
 
@@ -270,7 +267,7 @@ def _pages(image: Image.Image) -> list[int]:
             pages.append(page)
     pages = pages or [0]
     image.seek(pages[0])
-    _check_tiff(image.tag_v2)  # type: ignore[attr-defined]
+    _check_tiff(image)
     return pages
 
 
@@ -287,7 +284,7 @@ def _beyond_pillow(image: Image.Image, channels: int) -> bool:
 
 def _frame(image: Image.Image, page: int) -> Raw:
     image.seek(page)
-    _check_tiff(image.tag_v2)  # type: ignore[attr-defined]
+    _check_tiff(image)
     image.load()
     return _bands(upright(image), image)
 

@@ -10,7 +10,7 @@ import json
 import mmap
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -160,10 +160,7 @@ def scan_shard(path: Path) -> pa.Table:
             archive = tarfile.open(fileobj=data, mode="r:", ignore_zeros=True)  # noqa: SIM115
         except (tarfile.TarError, ValueError, OSError):
             raise DataError(f"{path}: is no tar file; give shards in WebDataset's form") from None
-        samples = _Samples()
-        for name, offset, length, content in _members(archive, data):
-            samples.add(name, offset, length, content)
-    return samples.index()
+        return _index(_members(archive, data))
 
 
 def _members(archive: tarfile.TarFile, data: mmap.mmap) -> Iterator[tuple[str, int, int, bytes]]:
@@ -194,59 +191,46 @@ def _members(archive: tarfile.TarFile, data: mmap.mmap) -> Iterator[tuple[str, i
         yield name, member.offset_data, member.size, content
 
 
-class _Samples:
-    """Members as they come; :meth:`index` puts the labels to the images."""
-
-    def __init__(self) -> None:
-        self._images: dict[str, tuple[int, int]] = {}  # name: offset, size; damaged places with offset 0
-        self._labels: dict[str, str] = {}  # name without the ending: as written
-        self._first: dict[str, str] = {}  # name up to the first dot: its first plain image
-        self._lost = Counted()
-
-    def add(self, name: str, offset: int, size: int, content: bytes) -> None:
-        """Take one member; ``content`` is that of a file of labels."""
+def _index(members: Iterable[tuple[str, int, int, bytes]]) -> pa.Table:
+    """All images in their order, with labels."""
+    images: dict[str, tuple[int, int]] = {}  # name: offset, size; damaged places with offset 0
+    written: dict[str, str] = {}  # name without the ending: label
+    firsts: dict[str, str] = {}  # name up to the first dot: its first plain image
+    lost = Counted()
+    for name, offset, size, content in members:
+        stem, written_ending = os.path.splitext(name)
+        ending = written_ending.lower()
         if not offset:
             if "\tthe shard" in name or os.path.splitext(name.partition("\t")[0])[1].lower() in _IMAGES:
-                self._images[name] = 0, 0
-            return
-        stem, ending = os.path.splitext(name)
-        if name.rpartition("/")[2].startswith("."):
-            self._lost.add("hidden members (with a dot before the name)", name)
-        elif ending.lower() in _IMAGES:
-            if name in self._images:
-                self._lost.add("repeated members", name)
-                return
-            self._images[name] = offset, size
+                images[name] = 0, 0
+        elif name.rpartition("/")[2].startswith("."):
+            lost.add("hidden members (with a dot before the name)", name)
+        elif ending in _IMAGES and name in images:
+            lost.add("repeated members", name)
+        elif ending in _IMAGES:
+            images[name] = offset, size
             if stem == _sample(name):
-                self._first.setdefault(stem, name)
-        elif ending.lower() in (".cls", ".json"):
-            self._labels.setdefault(stem, _label(ending.lower(), content))
+                firsts.setdefault(stem, name)
+        elif ending in (".cls", ".json"):
+            written.setdefault(stem, _label(ending, content))
         else:
-            self._lost.add(f"members ending in {printable(ending) or 'nothing'}", name)
-
-    def index(self) -> pa.Table:
-        """All images in their order, with labels."""
-        rows = {name: place for name, place in self._images.items() if self._is_sample(name, place[0])}
-        labels, used = [], set()
-        for name in rows:
-            stem = os.path.splitext(name)[0]
-            key = next((key for key in (stem, _sample(name)) if key in self._labels), None)
-            used.add(key)
-            labels.append(_NO_LABEL if key is None else self._labels[key])
-        for key, label in self._labels.items():
-            if key not in used and label != _NO_LABEL:
-                self._lost.add("members with labels of no image", key)
-        places = np.array(list(rows.values()), dtype=np.uint64).reshape(-1, 2)
-        left_out = json.dumps([asdict(each) for each in self._lost.values()])
-        columns = [packed(rows), *map(pa.array, places.T), packed(labels)]
-        return pa.table(columns, schema=_INDEX.with_metadata({"left_out": left_out}))
-
-    def _is_sample(self, name: str, offset: int) -> bool:
-        """Whether it is an image by itself, and no further picture (a mask, another size) of a sample that has one."""
-        if not offset or self._first.get(_sample(name), name) == name:
-            return True
-        self._lost.add("further images of a sample that has one", name)
-        return False
+            lost.add(f"members ending in {printable(written_ending) or 'nothing'}", name)
+    rows, labels, used = dict[str, tuple[int, int]](), [], set()
+    for name, place in images.items():
+        if place[0] and firsts.get(_sample(name), name) != name:  # a mask, or another size
+            lost.add("further images of a sample that has one", name)
+            continue
+        rows[name] = place
+        key = next((key for key in (os.path.splitext(name)[0], _sample(name)) if key in written), None)
+        used.add(key)
+        labels.append(_NO_LABEL if key is None else written[key])
+    for key, label in written.items():
+        if key not in used and label != _NO_LABEL:
+            lost.add("members with labels of no image", key)
+    places = np.array(list(rows.values()), dtype=np.uint64).reshape(-1, 2)
+    left_out = json.dumps([asdict(each) for each in lost.values()])
+    columns = [packed(rows), *map(pa.array, places.T), packed(labels)]
+    return pa.table(columns, schema=_INDEX.with_metadata({"left_out": left_out}))
 
 
 def _sample(name: str) -> str:
