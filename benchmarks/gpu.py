@@ -60,6 +60,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 BOXES = {"check": 60, "vit_l": 150, "small": 90, "profile": 60, "vit_b": 60, "train": 360}  # seconds, in this order
 GRACE = 20  # seconds that a part gets to end by itself
+WIDTH = 100  # of a line on the screen
 
 
 class Results:
@@ -79,8 +80,18 @@ class Results:
         self.values |= values
         write_json(self.path, self.values)
         for key, value in values.items():
-            newest = list(value.items())[-1:] if isinstance(value, dict) else value
-            print(f"{self.path.stem}: {key}: {newest}"[:300], file=sys.stderr, flush=True)
+            newest = dict(list(value.items())[-1:]) if isinstance(value, dict) else value
+            line = f"{self.path.stem}: {key}: {in_short(newest)}"
+            print(line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…", file=sys.stderr, flush=True)
+
+
+def in_short(value: Any) -> str:
+    """For a line of the screen; the file has all of it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {in_short(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return f"{len(value)} listed"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def facts(device: str) -> dict[str, Any]:
@@ -106,6 +117,7 @@ def run_part(name: str, options: argparse.Namespace, seconds: float) -> Results:
         raise SystemExit("torch sees no GPU here; --dry-run walks the parts on the CPU")
     if device == "cpu":
         torch.set_num_threads(1)
+        os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler tells of the missing GPU as an error
     results = Results(options.out / f"{name}.json", seconds, {"part": name, "dry_run": options.dry_run})
     results.put(facts=facts(device))
     parts: dict[str, Callable[..., None]] = {**gpu_parts.PARTS, "check": gpu_check.check, "train": gpu_train.train}

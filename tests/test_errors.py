@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from types import MappingProxyType
 import pytest
 
 from mim_refiner import errors
-from mim_refiner.errors import MimRefinerError, did_you_mean, nearest_path
+from mim_refiner.errors import MimRefinerError, did_you_mean, install, nearest_path
 
 PACKAGE = Path(errors.__file__).parent
 ERRORS = {
@@ -140,3 +141,13 @@ def test_sources_name_the_nearest_path(kind, tmp_path):
     (tmp_path / "photos").mkdir()
     with pytest.raises(MimRefinerError, match=r"no such file or folder; did you mean '.*photos'\?"):
         (open_source if kind == "data" else load_backbone)(f"{tmp_path}/potos")
+
+
+@pytest.mark.parametrize(
+    ("found", "begins"), [(object(), f"{sys.executable} -m pip install "), (None, "uv pip install --python ")]
+)
+def test_extras_are_installed_by_what_is_there(monkeypatch: pytest.MonkeyPatch, found: object, begins: str) -> None:
+    monkeypatch.setattr(errors, "find_spec", lambda name: found)
+    assert install("onnx").startswith(begins)
+    assert sys.executable in install("onnx")
+    assert install("onnx").endswith("'mim-refiner[onnx]'")

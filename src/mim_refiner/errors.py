@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
+import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 
 class MimRefinerError(Exception):
@@ -77,6 +80,13 @@ def reason_of(error: Exception) -> str:
         return error.strerror
     known = {MemoryError: "needs more memory than there is", RecursionError: "nested too deeply"}
     return known.get(type(error)) or one_line(error) or type(error).__name__
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra into this Python: with pip where it has that, else (made by uv) with uv."""
+    python = shlex.quote(sys.executable)
+    command = f"{python} -m pip install" if find_spec("pip") else f"uv pip install --python {python}"
+    return f"{command} 'mim-refiner[{extra}]'"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -28,6 +28,7 @@ TITLES = {
 }  # fmt: skip
 _FORMS = (
     (r"(.+)_best", "{}, best on test"),
+    (r"(.+)_last1", "{}, last block"),
     (r"(.+)_last(\d+)", "{}, last {} blocks"),
     (r"(.+)_grid", "{}, best of a grid"),
     (r"(.+)_mixture", "{}, mixture of blocks"),
@@ -50,18 +51,26 @@ def metric_title(metric: str, *, unit: bool = False) -> str:
     return TITLES.get(metric, metric.replace("_", " "))
 
 
-_ONE = {"columns": "column", "files": "file", "folders": "folder", "images": "image", "members": "member"}
+_PLURAL = re.compile(
+    r"\b(batch(?=es)|block|channel|class(?=es)|column|epoch|file|folder|head|image|label|line|member|name|register"
+    r"|step|tensor|value)e?s\b"
+)
 
 
 def number_of(count: int, what: str) -> str:
     """``count`` and its noun, the first that ``what`` has in the plural: "1 column of the table", "2 columns ..."."""
-    one = re.sub(rf"\b({'|'.join(_ONE)})\b", lambda noun: _ONE[noun[0]], what, count=1)
-    return f"{count} {one if count == 1 else what}"
+    return f"{count} {_PLURAL.sub(lambda noun: noun[1], what, count=1) if count == 1 else what}"
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """A difference: with up to two digits more where it would be shown as zero and is none."""
+    digits = next((more for more in range(digits, digits + 3) if round(value, more)), digits)
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
 def in_points(value: float, low: float, high: float) -> str:
     """A difference of shares with its 95 % interval: "+1.2 points (95 % interval +0.3 to +2.1)"."""
-    return f"{100 * value:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{signed(100 * value)} points (95 % interval {signed(100 * low)} to {signed(100 * high)})"
 
 
 class Reporter:

@@ -228,8 +228,8 @@ def _problem(kind: Any, tree: Any, error: Any) -> str:
         field = getattr(kind, "model_fields", {}).get(part)
         tree = tree.get(part) if isinstance(tree, dict) else None
         kind = field.annotation if field else None
-        if len(at) < len(error["loc"]) and len(ways := _ways(kind)) > 1:
-            *others, last = ways
+        if len(at) < len(error["loc"]) and len(arms := ways(kind)) > 1:
+            *others, last = arms
             return _instead(at, f"must be {', '.join(others)} or {last}", tree)
     return _instead(at, said(error), error["input"])
 
@@ -239,22 +239,25 @@ def _instead(at: Sequence[str], wanted: str, value: Any) -> str:
     return f"{'.'.join(at)}: {wanted} (got {_shown(value)}{f'; write [{value}]' if values else ''})"
 
 
-def _ways(kind: Any) -> list[str]:
+def ways(kind: Any) -> list[str]:
     """The ways to write a value of a type, in words."""
     arms, origin = get_args(kind), get_origin(kind)
     if origin is Annotated:
         limits = [limit for of in arms[1:] for limit in getattr(of, "metadata", [of])]
         words = [f" {_BOUNDS[key]} {getattr(limit, key)}" for key in _BOUNDS for limit in limits if hasattr(limit, key)]
-        return [way + "".join(words) for way in _ways(arms[0])]
+        return [way + "".join(words) for way in ways(arms[0])]
     if origin in (Union, UnionType):
-        return [way for arm in arms if arm is not NoneType for way in _ways(arm)]
+        return [way for arm in arms if arm is not NoneType for way in ways(arm)]
     if origin is Literal:
         return [str(value) for value in arms]
-    if origin is list:
-        way, *others = _ways(arms[0])
-        return ["a list of " + ("such" if others else way.removeprefix("a ").replace("number", "numbers"))]
-    plain = {bool: ["true", "false"], int: ["a whole number"], float: ["a number"], tuple: ["HEIGHTxWIDTH"]}
-    return plain.get(origin or kind, ["something else"])
+    if origin in (list, tuple):
+        way, *others = ways(arms[0])
+        if origin is tuple and way.startswith("a whole number"):
+            return ["HEIGHTxWIDTH"]
+        count = f"{len(arms)} " if origin is tuple and Ellipsis not in arms else ""
+        return [f"a list of {count}" + ("such" if others else way.removeprefix("a ").replace("number", "numbers"))]
+    plain = {bool: ["true", "false"], int: ["a whole number"], float: ["a number"], str: ["text"]}
+    return plain.get(kind, ["something else"])
 
 
 def known_keys(settings: Settings) -> list[str]:

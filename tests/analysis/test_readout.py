@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -58,7 +60,14 @@ def test_the_sentence_compares_refining_with_the_best_read_out(attentive, refine
     assert found["best"]["names"] == ["attentive"]
 
 
+def test_a_read_out_that_loses_is_not_told_to_be_over_anything():
+    rows = [row("usual feature", 0.5, 0), row("a", 0.51, 1), row("b", 0.5, 2)]
+    sentence = record(*rows, row("refined", 0.4, 3, refined=True))["sentence"]
+    assert " over " not in sentence
+    assert re.search(r"against that -\d", sentence)
+
+
 def test_without_a_refined_encoder_it_says_what_is_not_measured():
     found = record(row("usual feature", 0.7, 0), row("attentive", 0.5, 1))
-    assert found["sentence"].startswith("Before refinement the best read-out (usual feature) reaches ")
+    assert found["sentence"].startswith("Before refinement no read-out is better than the usual feature, which ")
     assert found["sentence"].endswith("give the refined encoder with --compare.")

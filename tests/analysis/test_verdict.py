@@ -24,7 +24,7 @@ def test_three_words(seed):
     assert "rose by" in better["reason"]
     assert "fell by" in worse["reason"]
     assert same["reason"].startswith("k-NN accuracy did not move (95 % interval")
-    assert set(better) == {"verdict", "knn_difference", "ci95", "reason"}
+    assert set(better) == {"verdict", "knn_difference", "ci95", "test_images", "reason"}
 
 
 def test_small_samples_are_not_called_clear():
@@ -46,35 +46,40 @@ RECIPE = {
 }  # fmt: skip
 
 
+AGAIN: dict[str, Any] = {"again": "--out there", "compared": "mim-refiner evaluate --model a --compare b"}
+
+
 def test_what_to_try_next_follows_from_the_evidence():
     unclear = {"verdict": "no clear change", "ci95": [-0.03, 0.05]}
-    said = what_next(unclear, RECIPE, test_images=90, draws=5000, recommendation={"block": 8, "pooling": "mean"},
-                     last_block=11)  # fmt: skip
+    better = {"block": 8, "pooling": "mean"}
+    said = what_next(unclear, RECIPE, **AGAIN, test_images=90, draws=5000, recommendation=better, last_block=11)
     assert [line.partition(":")[0] for line in said] == [
         "more images to measure on", "a longer run",
         "positives without neighbours, which gave a small encoder more in a short run (docs/evidence.md)",
-        "another block without any training",
+        "other features without any training, which are better",
     ]  # fmt: skip
     assert "90 tell no change below 4.0 points" in said[0]
     assert "--set refinement.epochs=20" in said[1]
-    assert said[2].endswith("--set heads.swap_positive=false")
-    assert "block 8, mean pooling" in said[3]
+    assert said[0].endswith("mim-refiner evaluate --model a --compare b --data LABELLED --test MORE")
+    assert said[2].endswith("--set heads.swap_positive=false --out there")
+    assert said[3].endswith("embed and export with --block 8 --pooling mean")
     for settings in ({"heads": {"swap_positive": False}}, {"guidance": "restrict"}):  # nothing to turn off, or no use
-        other = what_next(unclear, RECIPE | settings, test_images=90, draws=5000)
+        other = what_next(unclear, RECIPE | settings, **AGAIN, test_images=90, draws=5000)
         assert not any("without neighbours" in line for line in other)
     narrow = {"verdict": "no clear change", "ci95": [-0.005, 0.005]}
     enough: dict[str, Any] = {"test_images": 9000, "draws": 2_000_000, "last_block": 11}
-    assert what_next(narrow, RECIPE, recommendation={"block": 11}, **enough) == []
+    assert what_next(narrow, RECIPE, **AGAIN, recommendation={"block": 11}, **enough) == []
 
-    said = what_next({"verdict": "worse"}, RECIPE, test_images=90, draws=5000, knn=[0.3, 0.4, 0.35, 0.2])
+    said = what_next({"verdict": "worse"}, RECIPE, **AGAIN, test_images=90, draws=5000, knn=[0.3, 0.4, 0.35, 0.2])
+    assert all(line.endswith("--out there") for line in said)  # the run's own folder takes no other settings
     assert "--set refinement.epochs=5" in said[0]
     assert "best (40.0 %) after 50 %" in said[0]
     assert "--set refinement.base_lr=0.0005" in said[1]
     assert "anchor.weight=1" in said[2]
     for word in ("no clear change", "better", "not measured"):  # of the state before the harm
-        ended = what_next(unclear | {"verdict": word}, RECIPE, test_images=90, draws=5000, stopped=True)
+        ended = what_next(unclear | {"verdict": word}, RECIPE, **AGAIN, test_images=90, draws=5000, stopped=True)
         assert [line.partition(":")[0] for line in ended] == [line.partition(":")[0] for line in said[1:]]
-    falling = what_next({"verdict": "worse"}, RECIPE, test_images=90, draws=5000, knn=[0.4, 0.3, 0.2])
+    falling = what_next({"verdict": "worse"}, RECIPE, **AGAIN, test_images=90, draws=5000, knn=[0.4, 0.3, 0.2])
     assert not any("shorter" in line for line in falling)
     for word in ("better", "no collapse seen", "not measured"):
-        assert what_next({"verdict": word}, RECIPE, test_images=90, draws=5000) == []
+        assert what_next({"verdict": word}, RECIPE, **AGAIN, test_images=90, draws=5000) == []

@@ -185,7 +185,7 @@ def test_a_mae_file_without_final_norm_is_incomplete(tmp_path: Path, vit_state: 
 
 def test_tensors_without_a_place(tmp_path: Path, vit_state: State) -> None:
     path = save(vit_state | {"rel_pos_bias.table": torch.ones(3), "head.weight": torch.ones(5, 32)}, tmp_path)
-    with pytest.raises(CheckpointError, match=r"1 tensors that the encoder has no place for: rel_pos_bias\.table"):
+    with pytest.raises(CheckpointError, match=r"1 tensor that the encoder has no place for: rel_pos_bias\.table"):
         load_backbone(path, num_heads=4)
     with pytest.warns(PartialCheckpointWarning, match="ignored"):
         assert load_backbone(path, num_heads=4, strict=False).info.coverage == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import yaml
 
 from mim_refiner.commands.recipes import meaning, recipes
@@ -33,11 +34,37 @@ def test_a_key_is_explained_with_its_values(cli):
     assert told["values"].keys() == REFINE_RECIPES.keys()
     one = recipes(name="tiny", key="export_weights")
     assert one["meaning"].startswith("What export/ holds: the weights, their average")  # the comment above the field
-    for words in (("recipes", "tinny"), ("recipes", "--key", "refinement.epoch"), ("recipes", "--key", "top_k")):
+    assert one["takes"] == "auto or model or ema"
+    assert recipes(key="anchor.weight")["part_of"].startswith("Dense anchor")
+    shown = cli.call("recipes", "--key", "hold_out").out
+    assert "takes: a number from 0 below 1" in shown
+    assert "0.1 in mae_l16, dbot_l16" in shown  # names as they are
+    for words in (("recipes", "tinny"), ("recipes", "--key", "refinement.epoch"), ("recipes", "--key", "top_k"),
+                  ("recipes", "anchor.weigt")):  # fmt: skip
         outcome = cli.call(*words)
         assert outcome.code == 2
         assert outcome.err.count("\n") == 1
         assert "did you mean" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("anchor.weight",), "use mim-refiner recipes --key anchor.weight"),
+        (("--key", "tiny"), "use mim-refiner recipes tiny"),
+        (("tiny_mae", "--key", "anchor.weight"), "recipe 'tiny_mae' has no such setting"),
+        (("nothing like it",), "--key KEY explains a setting"),
+    ],
+)
+def test_a_key_in_the_place_of_a_name_and_the_reverse_are_told(cli, words, told):
+    outcome = cli.call("recipes", *words)
+    assert outcome.code == 2
+    assert told in outcome.err
+
+
+@pytest.mark.parametrize("name", ["tiny", "mae_l16"])
+def test_a_printed_recipe_fits_a_terminal(cli, name):
+    assert max(map(len, cli.call("recipes", name).out.splitlines())) <= 80
 
 
 def test_every_setting_has_an_explanation():

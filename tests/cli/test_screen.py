@@ -96,6 +96,22 @@ def test_the_verdict_and_the_features_to_use_come_last_and_arrays_stay_in_files(
     assert row.split() == ["neighbour", "consistency", "(%)", "31.0", "32.0", "+1.0", "(-1.0", "to", "+3.0)", "unclear"]
 
 
+def test_names_of_models_stay_as_they_are():
+    out = io.StringIO()
+    print_result({"seconds": {"../runs/my_run": {"knn": 1.0}, "vit_b_16": {"low_shot": 2.0}}}, out)
+    assert out.getvalue().splitlines() == ["seconds, ../runs/my_run: knn 1", "seconds, vit_b_16: low shot 2"]
+
+
+def test_ways_to_read_an_encoder_are_a_table_with_their_cost():
+    row = {"name": "attentive", "value": 0.5, "ci95": [0.4, 0.6], "change": [0.1, 0.0004, 0.2], "knn_top1": None,
+           "cost": {"blocks": 3, "depth": 12, "extra": 0.014, "parameters": 1200}}  # fmt: skip
+    out = io.StringIO()
+    print_result({"records": {}, "readout": {"rows": [row], "sentence": "once"}, "statements": ["once"]}, out)
+    assert "3 of 12 blocks + 1.4 %, 1,200 learned weights" in out.getvalue()
+    assert "+10.0 (+0.04 to +20.0)" in out.getvalue()  # a bound that is not zero is not shown as zero
+    assert out.getvalue().count("once") == 1
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_tables_and_lines_fit_the_terminal_and_break_at_spaces(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))

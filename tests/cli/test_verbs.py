@@ -116,7 +116,7 @@ def test_base_and_peak_learning_rate_are_printed(refined, mae):
     for name, key in (("warm-up", "warmup"), ("refinement", "refinement")):
         base = recipe[key]["base_lr"]
         peak = base * recipe["batch_size"] / 256
-        assert f"{name}: 1 epochs, learning rate base {base:.3g}, peak {peak:.3g}" in refined.outcome.err
+        assert f"{name}: 1 epoch, learning rate base {base:.3g}, peak {peak:.3g}" in refined.outcome.err
     assert "learning rate base" in mae.outcome.err
     assert "peak" in mae.outcome.err
 

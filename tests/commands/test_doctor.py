@@ -188,7 +188,7 @@ def test_unbalanced_classes_are_noted(embedded, tmp_path):
     images, *_ = embedded
     data = write(tmp_path / "data.parquet", images[:40], [0] * 38 + [2] * 2, ["a", "b", "c"])
     notes = " ".join(doctor(data=str(data))["classes"]["notes"])
-    for words in ("unbalanced", "1 class names have no image", "fewer than 5 images"):
+    for words in ("unbalanced", "without an image: 1 class name", "fewer than 5 images"):
         assert words in notes
 
 

@@ -75,7 +75,7 @@ def test_unknown_and_missing_loggers_are_refused_at_once(tmp_path, monkeypatch):
         pass
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     with (
-        pytest.raises(InputError, match=r"not installed; pip install 'mim-refiner\[wandb\]'"),
+        pytest.raises(InputError, match=r"not installed; install it: .* 'mim-refiner\[wandb\]'"),
         logging_to(["wandb"], Heard(), "refine"),
     ):
         pass
@@ -86,7 +86,7 @@ def test_the_file_of_mlflow_needs_more_than_mlflow(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(loggers, "find_spec", lambda name: None if name == "sqlalchemy" else object())
     with (
-        pytest.raises(InputError, match=r"sqlalchemy is not installed; pip install 'mim-refiner\[mlflow\]'"),
+        pytest.raises(InputError, match=r"sqlalchemy is not installed; install it: .* 'mim-refiner\[mlflow\]'"),
         logging_to(["mlflow"], Heard(), "refine"),
     ):
         pass
@@ -152,3 +152,21 @@ def test_the_log_has_remarks_and_how_a_run_ended(tmp_path):
         assert lines[-1].endswith(f"  {said}")
     logging.getLogger("mim_refiner").warning("of no run")
     assert (tmp_path / "log.txt").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize(("newest", "steps"), [("step-000120", 120), ("step-000000", 0), (None, 0)])
+def test_an_interrupted_run_says_what_is_kept_of_it(tmp_path: Path, newest: str | None, steps: int) -> None:
+    heard = Heard()
+    if newest:
+        (tmp_path / "checkpoints" / newest).mkdir(parents=True)
+        (tmp_path / "checkpoints" / "last").symlink_to(newest)
+
+    def stopped() -> None:
+        with logging_to([], heard, "refine") as reporter:
+            reporter.opened(tmp_path)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    kept = f"{tmp_path} holds the run up to step {steps}; the same command goes on from there"
+    assert heard.calls == ([("message", kept)] if steps else [])

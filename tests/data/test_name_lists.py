@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mim_refiner.data.name_lists import match_names
+from mim_refiner.data.name_lists import match_names, without_listed
 from mim_refiner.data.source_base import ImageSource
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError
@@ -163,3 +163,8 @@ def test_a_label_may_stand_beside_the_name(image_folder: Callable[..., Path], tm
     assert {names[row] for row in found.rows} == {"b/2.png", "a/1_3.png" if "1_3" in lines[1] else "a/1 3.png"}
     with pytest.raises(DataError, match=r"1 not found \(first: b/2\.png two words\): no image of 1 of the 2 classes"):
         match_names(source, written(tmp_path, "b/2.png two words", "a/1_3.png"))
+
+
+def test_an_empty_list_leaves_the_source_as_it_is(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    source = open_source(image_folder(["a/x.png", "b/x.png"]))
+    assert without_listed(source, written(tmp_path, "# images to leave out")) is source

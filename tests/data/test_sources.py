@@ -396,6 +396,12 @@ def test_two_stars_are_refused_as_they_would_leave_out_most(tmp_path, pixels, en
     assert len(open_source(tmp_path)) == 3
 
 
+def test_what_all_files_leave_out_alike_is_told_once(tmp_path, encode, pixels):
+    for number in range(2):
+        pq.write_table(pa.table({"image": [encode(pixels(number))], "path": ["a"]}), tmp_path / f"{number}.parquet")
+    assert left_out(open_source(f"{tmp_path}/*.parquet")) == ["1 column of the table (first: path)"]
+
+
 def test_one_thing_left_out_is_told_in_the_singular():
     assert str(LeftOut(1, "columns of the table", "path")) == "1 column of the table (first: path)"
     assert str(LeftOut(2, "columns of the table", "path")) == "2 columns of the table (first: path)"

@@ -263,5 +263,5 @@ def test_images_that_vanish_meanwhile_are_said(make_backbone, make_images, monke
         return ((pixels[:-1], positions[:-1]) for pixels, positions in every(*given, **named))
 
     monkeypatch.setattr(attentive, "eval_batches", fewer)
-    with pytest.raises(DataError, match="1 images became unreadable"):
+    with pytest.raises(DataError, match="1 image became unreadable"):
         attentive_protocol(make_backbone(), images, images, [(2,)], QUICK, image_size=32)

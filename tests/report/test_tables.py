@@ -49,6 +49,8 @@ def test_two_stages(summary):
     del summary["full"]
     assert comparison_rows(summary)[0] == ["metric", "before", "after this run"]
     assert demo_sentence({**summary, "verdict": {"verdict": "better", "ci95": [0.1, 0.2]}}) is None
+    counted = summary | {"verdict": summary["verdict"] | {"test_images": 10_000}}
+    assert str(demo_sentence(counted)).startswith("On 10,000 test images the live run changed k-NN accuracy by +5.2")
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,9 @@ def test_what_the_recipe_says_of_each_head_follows_its_block() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["heads.blocks=[1, 2]", "heads.temperature=[0.1]"], r"heads\.temperature has 1 values for 2 heads"),
-        (["heads.blocks=[2, 2]", "heads.pooling=[cls, mean]"], r"heads\.pooling has 2 values for 1 heads"),
-        (["heads.pooling=[]"], r"heads\.pooling has 0 values for 1 heads"),
+        (["heads.blocks=[1, 2]", "heads.temperature=[0.1]"], r"heads\.temperature has 1 value for 2 heads"),
+        (["heads.blocks=[2, 2]", "heads.pooling=[cls, mean]"], r"heads\.pooling has 2 values for 1 head"),
+        (["heads.pooling=[]"], r"heads\.pooling has 0 values for 1 head"),
     ],
 )
 def test_one_value_for_each_head_or_one_for_all(settings: list[str], message: str) -> None:

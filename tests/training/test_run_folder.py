@@ -134,7 +134,7 @@ def test_a_damaged_line_of_the_log_costs_that_line(tmp_path, line):
     run = open_run(tmp_path / "run")
     position, _, notes = run.restore({"model": module})
     assert position.total_step == 2
-    assert (notes, run.notes) == ([], ["metrics.jsonl: 1 damaged lines are left out"])
+    assert (notes, run.notes) == ([], ["metrics.jsonl: left out: 1 damaged line"])
     assert path.read_bytes().splitlines() == [first, second]
 
 

@@ -19,7 +19,7 @@ from mim_refiner.analysis.label_free import paired_scores, score_interval
 from mim_refiner.core.metrics import best_of_many_interval
 from mim_refiner.evaluation.results import Result
 from mim_refiner.files import write_bytes, write_json
-from mim_refiner.reporting import TITLES
+from mim_refiner.reporting import TITLES, signed
 
 KIND = "knn_by_block"  # names the JSON form for readers such as report.figures
 
@@ -118,9 +118,8 @@ def peak_statement(model: str, pooling: str, curve: Mapping[str, Any], measure: 
     if curve["peak_block"] == end:
         return f"{head}, the last one."
     clearly = "clearly" if curve["peak_before_last"] else "not clearly"
-    points = (
-        f"{100 * value:+.1f} points, 95 % interval for the best of all blocks {100 * low:+.1f} to {100 * high:+.1f}"
-    )
+    interval = f"95 % interval for the best of all blocks {signed(100 * low)} to {signed(100 * high)}"
+    points = f"{signed(100 * value)} points, {interval}"
     return f"{head}, {clearly} better than at the last block {end} ({100 * last:.1f} %; {points})."
 
 

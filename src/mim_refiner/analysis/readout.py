@@ -87,13 +87,18 @@ def _shown(row: Row, change: tuple[float, float, float] | None) -> dict[str, Any
 
 
 def _sentence(usual: Row, best: Hits, names: Sequence[str], refined: Row | None) -> str:
-    said = f"Before refinement the best read-out ({' or '.join(names)}) reaches {100 * best.mean():.1f} %"
+    accuracy = f"{100 * best.mean():.1f} %"
+    said = f"Before refinement no read-out is better than the usual feature, which reaches {accuracy}"
     if names != [usual.name]:
-        said += f", {in_points(*paired_interval(usual.hits, best))} over the usual feature"
+        gain = in_points(*paired_interval(usual.hits, best))
+        said = (
+            f"Before refinement the best read-out ({' or '.join(names)}) reaches {accuracy}, against the usual feature "
+            f"{gain}"
+        )
     if refined is None:
         if usual.knn is not None:
             said += f". Forecast: {lead_forecast(usual.knn, float(usual.hits.mean()))['reason']}"
         return f"{said}. What refining would bring is not measured here: give the refined encoder with --compare."
     change = paired_interval(best, refined.hits)
     word = "refine" if change[1] > 0 else "read out" if change[2] < 0 else "no clear difference"
-    return f"{said}; after refinement {100 * refined.hits.mean():.1f} %, {in_points(*change)} over that: {word}."
+    return f"{said}; after refinement {100 * refined.hits.mean():.1f} %, against that {in_points(*change)}: {word}."

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim_refiner._version import __version__
-from mim_refiner.reporting import TITLES
+from mim_refiner.reporting import TITLES, signed
 
 KIND = "regimes"
 
@@ -92,7 +92,9 @@ def _statement(
         start = max(0, first - 1)  # what came in is what the block before gave out
         knn = 100 * (curve["value"][last] - curve["value"][start])
         change = error[last] - error[start]
-        parts.append(f"{regime} {first} to {last} ({what} {knn:+.1f} points, reconstruction error {change:+.3f})")
+        parts.append(
+            f"{regime} {first} to {last} ({what} {signed(knn)} points, reconstruction error {signed(change, 3)})"
+        )
     late = regimes["late"]
     doubt = "" if not late or curve["peak_before_last"] else f"; the late fall of {what} is within chance"
     return f"{name}, regimes by block: {', '.join(parts)}{doubt}."

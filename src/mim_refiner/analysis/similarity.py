@@ -76,6 +76,6 @@ def block_similarity(models: Mapping[str, Features], pooling: str) -> dict[str, 
 def _statement(first: str, name: str, change: Sequence[float]) -> str:
     most = max(range(len(change)), key=lambda block: change[block])
     return (
-        f"{first} and {name} are least alike at block {most} (CKA {1 - change[most]:.2f}; 1 is the same); block 0 has "
-        f"{1 - change[0]:.2f}, the last block {1 - change[-1]:.2f}."
+        f"{first} and {name} are least alike at block {most} (CKA {1 - change[most]:.4g}; 1 is the same); block 0 has "
+        f"{1 - change[0]:.4g}, the last block {1 - change[-1]:.4g}."
     )

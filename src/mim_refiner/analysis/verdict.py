@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mim_refiner.analysis.label_free import LabelFreeMeasures, bootstrap_interval, rank_of_rows
 from mim_refiner.core.metrics import paired_interval
+from mim_refiner.reporting import signed
 
 BETTER, UNCLEAR, WORSE = "better", "no clear change", "worse"
 WIDE = 0.04  # an interval of more points hides what a short run can bring
@@ -26,7 +27,7 @@ def verdict(before_correct: ArrayLike, after_correct: ArrayLike, *, measure: str
     """Compare per-image correctness [N] of two encoders on the same N test images.
 
     Returns {"verdict": "better" | "no clear change" | "worse", "knn_difference" (after - before, in accuracy 0-1),
-    "ci95": [low, high] (paired), "reason": one sentence}. Clear means that the interval leaves zero out.
+    "ci95": [low, high] (paired), "test_images", "reason": one sentence}. Clear means that the interval leaves zero out.
     Raises InputError when the two do not cover the same samples.
     """
     difference, low, high = paired_interval(before_correct, after_correct)
@@ -35,6 +36,7 @@ def verdict(before_correct: ArrayLike, after_correct: ArrayLike, *, measure: str
         "verdict": word,
         "knn_difference": difference,
         "ci95": [low, high],
+        "test_images": len(np.asarray(after_correct)),
         "reason": _reason(word, difference, low, high, measure),
     }
 
@@ -43,6 +45,8 @@ def what_next(
     found: Mapping[str, Any],
     recipe: Mapping[str, Any],
     *,
+    again: str,
+    compared: str,
     test_images: int,
     draws: int,
     knn: Sequence[float] = (),
@@ -52,9 +56,11 @@ def what_next(
 ) -> list[str]:
     """What to try after "worse", "no clear change" or a stop, from the evidence of the run; nothing after other words.
 
-    ``found``: the verdict; ``recipe``: the settings; ``draws``: images drawn for the encoder to learn from; ``knn``:
-    online k-NN accuracy of the last block in the order of training; ``recommendation``: the features to use by the
-    atlas; ``stopped``: the run was, as it went wrong, and what is judged is the best state before.
+    ``found``: the verdict; ``recipe``: the settings; ``again``: options that name another run folder, to be added to
+    the run's own command with those of a line; ``compared``: the command that measures START and run on other images;
+    ``draws``: images drawn for the encoder to learn from; ``knn``: online k-NN accuracy of the last block in the order
+    of training; ``recommendation``: the features to use by the atlas; ``stopped``: the run was, as it went wrong, and
+    what is judged is the best state before.
     """
     word, phase, lines = found.get("verdict"), recipe["refinement"], list[str]()
     if word not in (WORSE, UNCLEAR) and not stopped:
@@ -64,36 +70,37 @@ def what_next(
         share = (best + 1) / len(knn)
         lines.append(
             f"a shorter run: online k-NN accuracy was best ({100 * knn[best]:.1f} %) after {100 * share:.0f} % of it: "
-            f"--set refinement.epochs={max(1, round(share * phase['epochs']))}"
+            f"--set refinement.epochs={max(1, round(share * phase['epochs']))} {again}"
         )
     if word == WORSE or stopped:
-        lines.append(f"smaller steps: --set refinement.base_lr={phase['base_lr'] / 2:.3g}")
+        lines.append(f"smaller steps: --set refinement.base_lr={phase['base_lr'] / 2:.3g} {again}")
         if not recipe["anchor"]["weight"]:
-            lines.append("an anchor that holds the encoder near its start: --set anchor.weight=1")
+            lines.append(f"an anchor that holds the encoder near its start: --set anchor.weight=1 {again}")
         if draws < MANY_DRAWS:
-            lines.append(f"more images: few images drawn often ({draws:,} draws here) are learned by heart")
+            lines.append(
+                f"more images: few drawn often ({draws:,} draws here) are learned by heart: --data MORE {again}"
+            )
     elif word == UNCLEAR:
         low, high = found.get("ci95") or (0.0, 0.0)
         if high - low > WIDE:
             lines.append(
                 f"more images to measure on: {test_images} tell no change below {50 * (high - low):.1f} points: "
-                "--eval-data and --eval-test"
+                f"{compared} --data LABELLED --test MORE"
             )
         if draws < MANY_DRAWS:
             lines.append(
                 f"a longer run: the encoder saw {draws:,} draws, and gains grew with every epoch up to a million: "
-                f"--set refinement.epochs={max(1, 2 * phase['epochs'])}"
+                f"--set refinement.epochs={max(1, 2 * phase['epochs'])} {again}"
             )
             if recipe["heads"]["swap_positive"] and recipe["guidance"] == "none":
                 lines.append(
                     "positives without neighbours, which gave a small encoder more in a short run (docs/evidence.md): "
-                    "--set heads.swap_positive=false"
+                    f"--set heads.swap_positive=false {again}"
                 )
     if recommendation and last_block is not None and recommendation.get("block") not in (None, last_block):
-        lines.append(
-            f"another block without any training: block {recommendation['block']}, {recommendation['pooling']} pooling "
-            "has the better features (--block and --pooling of embed and export)"
-        )
+        where = f"--block {recommendation['block']} --pooling {recommendation['pooling']}"
+        where += " --norm" if recommendation.get("norm") else ""
+        lines.append(f"other features without any training, which are better: embed and export with {where}")
     return lines
 
 
@@ -104,8 +111,9 @@ def word_of(low: float, high: float) -> str:
 
 def _reason(word: str, difference: float, low: float, high: float, measure: str) -> str:
     change = "rose" if difference > 0 else "fell" if difference < 0 else "did not move"
-    by = f" by {abs(100 * difference):.1f} points" if difference else ""
-    interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+    by = f" by {signed(100 * difference)[1:]} points" if difference else ""
+    interval = f"95 % interval {signed(100 * low)} to {signed(100 * high)}"
+    measure = measure[0].upper() + measure[1:] if measure[1:2].islower() else measure
     if word == UNCLEAR:
         return f"{measure} {change}{by} ({interval}): the interval includes zero, so this may be chance."
     return f"{measure} {change}{by} on the same test images ({interval}): the interval leaves zero out."
@@ -204,7 +212,7 @@ def _decide(consistency: _Row, rank: _Row) -> tuple[str, str]:
     fell = f"from {rank.before:.1f} to {rank.after:.1f}"
     if rank.after < COLLAPSE * rank.before and rank.high < 0:
         return WORSE, f"The effective rank of the features collapsed {fell}: images are no longer told apart."
-    interval = f"95 % interval {100 * consistency.low:+.1f} to {100 * consistency.high:+.1f}"
+    interval = f"95 % interval {signed(100 * consistency.low)} to {signed(100 * consistency.high)}"
     moved = f"{100 * consistency.before:.1f} to {100 * consistency.after:.1f} % ({interval})"
     said = "Two views of an image share {} of their neighbours than before: " + moved
     if consistency.high < -MIN_CHANGE:

@@ -31,6 +31,7 @@ from mim_refiner.errors import CheckpointError, InputError, MimRefinerError, one
 from mim_refiner.files import errors_as, name_of, reading
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import RULES
+from mim_refiner.reporting import number_of
 from mim_refiner.types import CheckpointReport, TensorRecord, height_width
 
 KeyMapLike = Mapping[str, Any] | str | Path | None
@@ -229,7 +230,7 @@ def _notes(detected: Detected, converted: Converted, backbone: Backbone, unplace
     if converted.num_heads == 0:
         notes.append("the file does not tell the number of attention heads; pass num_heads= to load it")
     if unplaced:
-        notes.append(f"{len(unplaced)} tensors have no place in the encoder: {some(unplaced)}")
+        notes.append(f"no place in the encoder for {number_of(len(unplaced), 'tensors')}: {some(unplaced)}")
     notes.append(f"positions at other image sizes: {RULES[info.position_rule]}")
     if converted.licence is None and info.licence != UNKNOWN_LICENCE:
         notes.append("licence: that of the family's published weights; weights trained by others carry their own")
@@ -242,7 +243,8 @@ def _gap(source: str, total: int, missing: list[str], unplaced: list[str]) -> _G
     if missing:
         problems.append(f"gives {total - len(missing)} of the encoder's {total} tensors, missing: {some(missing)}")
     if unplaced:
-        problems.append(f"holds {len(unplaced)} tensors that the encoder has no place for: {some(unplaced)}")
+        unknown = number_of(len(unplaced), "tensors that the encoder has no place for")
+        problems.append(f"holds {unknown}: {some(unplaced)}")
     advice = "give the complete file (strict=False would leave gaps random)"
     if not missing:
         advice = "if the encoder works without them, name them under drop: in a key map (--key-map)"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from mim_refiner.cli.common import DataOption, DeviceOption, RecipeOption, verb
+from mim_refiner.reporting import number_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,9 +32,8 @@ def print_findings(result: Mapping[str, Any], file: TextIO) -> None:
             parts += [f"{title}:", *(line for fact in result[title].items() for line in _lines_of_fact(*fact))]
     parts.append(f"disk free: {result['disk_free_gb']} GB")
     if count := result["to_exclude"]:
-        path, unlisted = result.get("exclude_list"), f"{count} images are better left out"
-        unlisted += "; --out DIR writes the list for refine --exclude"
-        parts.append(f"leave {count} images out with: refine --exclude {path}" if path else unlisted)
+        how = f"refine --exclude {path}" if (path := result.get("exclude_list")) else "--out DIR writes the list for it"
+        parts.append(f"better left out: {number_of(count, 'images')} ({how})")
     write_parts(file, parts)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from mim_refiner.cli.common import EncoderOption, HeadsOption, JsonOption, KeyMapOption, show
 from mim_refiner.errors import CheckpointError
+from mim_refiner.reporting import number_of
 
 if TYPE_CHECKING:
     from mim_refiner.types import CheckpointReport
@@ -66,16 +67,18 @@ def _facts(report: CheckpointReport) -> dict[str, str]:
     counts: dict[str, int] = {}
     for tensor in report.tensors:
         counts[tensor.status] = counts.get(tensor.status, 0) + 1
-    heads = report.num_heads or "an unknown number of"
+    heads = number_of(report.num_heads, "attention heads") if report.num_heads else "attention heads not told"
+    channels, size, patch = number_of(report.in_chans, "channels"), _size(report.image_size), _size(report.patch_size)
     class_token = "class token" if report.has_cls else "no class token"
-    registers = report.num_prefix_tokens - report.has_cls
+    count = report.num_prefix_tokens - report.has_cls
+    registers = f", {number_of(count, 'registers')}" if count else ""
     return {
         "file": report.source,
         "family": report.family,
         "architecture": report.architecture,
-        "encoder": f"{report.encoder}: {report.depth} blocks, width {report.embed_dim}, {heads} attention heads",
-        "image": f"{_size(report.image_size)} px, patches of {_size(report.patch_size)} px, {report.in_chans} channels",
-        "tokens": class_token + (f", {registers} registers" if registers else "") + f"; pooling {report.pooling}",
+        "encoder": f"{report.encoder}: {number_of(report.depth, 'blocks')}, width {report.embed_dim}, {heads}",
+        "image": f"{size} px, patches of {patch} px, {channels}",
+        "tokens": f"{class_token}{registers}; pooling {report.pooling}",
         "mean, std": f"{_numbers(report.mean)}, {_numbers(report.std)}",
         "licence": report.licence,
         "coverage": f"{100 * report.coverage:.1f} % of the encoder's tensors",

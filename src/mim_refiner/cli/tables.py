@@ -18,16 +18,17 @@ from mim_refiner.report.tables import (
     left_out_lines,
     measures_rows,
     name_columns,
+    readout_rows,
     results_rows,
     stage_titles,
 )
-from mim_refiner.reporting import metric_title
+from mim_refiner.reporting import metric_title, number_of
 
 SHARES = ("top1", "accuracy", "nmi", "ami", "coverage")  # printed in percent
 
 TITLES = {"recommendation": "features to use", "weights": "weights exported", "dense": "patch features"}
 # of analyze: arrays, which files and the report show, and what was said at the beginning
-IN_FILES = ("curves", "regimes", "readout", "figures", "records", "samples")
+IN_FILES = ("curves", "regimes", "figures", "records", "samples")
 LAST = ("verdict", "recommendation")
 FILE_WIDTH = 400  # columns of tables in a file or pipe
 
@@ -77,6 +78,8 @@ def printed(key: str, value: Any, result: Mapping[str, Any]) -> list[str | Table
         return [plan_table(value)]
     if isinstance(value, Mapping) and "reason" in value:  # it says all in words
         return [f"{TITLES.get(key, key.replace('_', ' '))}: {value['reason']}"]
+    if key == "readout":
+        return [text_table("refine or read out", *readout_rows(value))]
     if key in ("results", "transfer") and is_records(value) and "model" in value[0]:
         change = result.get("change", ()) if key == "results" else ()
         return [text_table(key, *results_rows(value, change))]
@@ -100,7 +103,8 @@ def print_first_screen(result: Any, file: TextIO) -> None:
 def lines_of(key: str, value: Any) -> list[str]:
     """Write a value as ``key: value`` lines: a nested mapping goes on one line each, a list of sentences one below the
     other; empty values are left out."""
-    title = key if "/" in key or "\\" in key else key.replace("_", " ")  # a path stays as it is
+    own, comma, name = key.partition(", ")
+    title = f"{own.replace('_', ' ')}{comma}{name}"  # of a model or recipe, which stays as it is
     if value is None or value in ("", [], {}):
         return []
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -111,7 +115,7 @@ def lines_of(key: str, value: Any) -> list[str]:
     plain = ", ".join(
         f"{metric_title(name)} {format_value(name, item)}" for name, item in value.items() if name not in nested
     )
-    inner = [line for name, item in nested.items() for line in lines_of(f"{key}.{name}", item)]
+    inner = [line for name, item in nested.items() for line in lines_of(f"{key}, {name}", item)]
     return ([f"{title}: {plain}"] if plain else []) + inner
 
 
@@ -151,7 +155,8 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     """What a run will cost, a line each: images, phases, memory by part, what was chosen and what to change."""
     rows = [("images", f"{plan['images']}, {plan['batch']} a step")]
     for name, phase in plan["phases"].items():
-        told = f"{phase['epochs']} epochs, {phase['steps']} steps of {phase['seconds']:.3g} s: {phase['time']}"
+        epochs, steps = number_of(phase["epochs"], "epochs"), number_of(phase["steps"], "steps")
+        told = f"{epochs}, {steps} of {phase['seconds']:.3g} s: {phase['time']}"
         rows.append((name, told))
     rows += [("in all", f"{plan['time']}, and what measuring the encoder takes"), *plan["memory"].items()]
     for name in ("settings", "views are cut", "sent a step and process", "forecast", "verdict", "to change"):

@@ -276,9 +276,14 @@ def recipes(
     from mim_refiner.commands.recipes import recipes as list_recipes
 
     found = list_recipes(name=name, key=key)
-    if as_json or "settings" not in found:
-        show(found, as_json=as_json)
-    else:
+    if "settings" in found and not as_json:
         import yaml
 
-        print(yaml.safe_dump(found["settings"], sort_keys=False), end="")
+        print(yaml.safe_dump(found["settings"], sort_keys=False, width=64), end="")
+        return
+    if "values" in found and not as_json:
+        having: dict[str, list[str]] = {}
+        for recipe, value in found["values"].items():
+            having.setdefault(str(value), []).append(recipe)
+        found["values"] = [f"{value} in {', '.join(recipes)}" for value, recipes in having.items()]
+    show(found, as_json=as_json)

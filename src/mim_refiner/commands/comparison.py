@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.evaluation.suite import evaluate_backbone, summary_metrics, write_results
-from mim_refiner.files import write_json
+from mim_refiner.files import name_of, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.figures import block_curves, read_metrics
 from mim_refiner.training.recipe import RefineRecipe
@@ -203,13 +205,28 @@ def _recommended(
 
 
 def advice(
-    summary: Mapping[str, Any], recipe: RefineRecipe, on: Measured, out: Path, before: Backbone, stopped: object
+    summary: Mapping[str, Any],
+    recipe: RefineRecipe,
+    on: Measured,
+    out: Path,
+    before: Backbone,
+    model: Any,
+    stopped: object,
 ) -> list[str]:
-    """What to try next, from the summary and the run's own log; ``stopped``: the error of the guard or the loss."""
+    """What to try next, from the summary and the run's own log; nothing after the demo, which takes no settings.
+
+    ``before``: the START, as ``model`` names it; ``stopped``: the error of the guard or the loss.
+    """
+    if "full" in summary:
+        return []
+    beside = (f"{out}-{number}" for number in count(2))
+    free = next(path for path in beside if not Path(path).exists())
     log = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
     return what_next(
         summary["verdict"],
         recipe.model_dump(),
+        again=f"--out {quote(free)}",
+        compared=f"mim-refiner evaluate --model {quote(name_of(model))} --compare {quote(str(out))}",
         test_images=len(on.tested),
         draws=next((each["step"] for each in log[::-1] if each.get("phase") == "refinement"), 0) * recipe.batch_size,
         knn=[record["knn_top1"] for record in log if "knn_top1" in record],

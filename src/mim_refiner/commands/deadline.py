@@ -57,6 +57,12 @@ class Deadline(Tee):
         self._since = monotonic()
 
 
+def affordable_images(seconds: float, an_image: float) -> int:
+    """Bank and test images that can be measured in so many seconds, with the atlas and the report after them."""
+    first_look = (FEW_BANK + FEW_TEST) * an_image
+    return int(PLANNED * (seconds - (REPORT + ATLAS) * first_look) / an_image)
+
+
 @dataclass
 class Box:
     """The time that is left, and the ``unit`` that costs are known in: the seconds of a first look at a few images."""
@@ -86,8 +92,8 @@ class Box:
         self.unit = monotonic() - began
         if few == (bank, test):
             return found, *few
-        reserve, images = REPORT + ATLAS, sum(map(len, few))
-        affordable = int(PLANNED * self.left(reserve) / self.unit * images) - len(bank)
+        reserve = REPORT + ATLAS
+        affordable = affordable_images(self.seconds_left(), self.unit / sum(map(len, few))) - len(bank)
         if affordable > len(few[1]):
             more = thinned(test, affordable)
             try:

@@ -27,7 +27,7 @@ from mim_refiner.data.sources import ImageSource, open_source
 from mim_refiner.errors import InputError, MimRefinerError
 from mim_refiner.files import name_of, write_bytes, write_json
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.reporting import Reporter, listener
+from mim_refiner.reporting import Reporter, listener, number_of
 from mim_refiner.training.domains import DOMAINS, suggest_domain
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.recipes import refine_recipe
@@ -178,9 +178,9 @@ def _classes(source: ImageSource) -> dict[str, Any] | None:
     if most >= 10 * least:
         notes.append("unbalanced: accuracy will mostly tell of the large classes")
     if source.classes.absent:
-        notes.append(f"{source.classes.absent} class names have no image")
+        notes.append(f"without an image: {number_of(source.classes.absent, 'class names')}")
     if (counts < 5).any():
-        notes.append(f"{int((counts < 5).sum())} classes have fewer than 5 images: too few to measure on")
+        notes.append(f"fewer than 5 images in {number_of(int((counts < 5).sum()), 'classes')}: too few to measure on")
     return {"classes": len(names), **sizes, "ratio": round(most / least, 2), "notes": notes}
 
 
@@ -247,6 +247,6 @@ def _fit_notes(backbone: Backbone, found: Scan, images: int, recipe: RefineRecip
     if images < recipe.batch_size:
         notes.append(f"batch_size {recipe.batch_size} is larger than the {images} images; set a smaller one")
     elif images < 10 * recipe.batch_size:
-        steps = images // recipe.batch_size
-        notes.append(f"{images} images are {steps} steps an epoch; a smaller batch_size learns more")
+        steps = number_of(images // recipe.batch_size, "steps an epoch")
+        notes.append(f"{images} images are {steps}; a smaller batch_size learns more")
     return notes

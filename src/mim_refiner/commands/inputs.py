@@ -31,7 +31,7 @@ from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.files import dotted, read_json, read_yaml, write_bytes, write_json
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.reporting import Reporter
+from mim_refiner.reporting import Reporter, number_of
 from mim_refiner.settings import read_setting
 from mim_refiner.training.recipe import Recipe, RefineRecipe
 from mim_refiner.training.state import RunFolder, file_sha256, refuse_place
@@ -117,9 +117,9 @@ def announce(source: ImageSource, reporter: Reporter) -> None:
     """Say what the data is, why it has no labels, and what in it is not read."""
     classes, what = source.class_names, [source.description]
     if f"({len(source)} images" not in source.description:
-        what.append(f"{len(source)} images")
+        what.append(number_of(len(source), "images"))
     if classes is None or f"{len(classes)} class" not in source.description:
-        what.append(f"no labels: {source.no_labels}" if classes is None else f"{len(classes)} classes")
+        what.append(f"no labels: {source.no_labels}" if classes is None else number_of(len(classes), "classes"))
     reporter.message(f"data: {', '.join(what).replace(', no labels), no labels:', '); no labels:')}")
     for each in source.left_out:
         reporter.message(f"left out of {source.description}: {each}")
@@ -331,5 +331,5 @@ def list_skipped(images: ImageSet, folder: RunFolder, reporter: Reporter, alread
         if folder.writes:
             write_bytes(folder.path / "skipped_images.txt", list_lines(images.unreadable_items()))
         listed = f"{folder.path}/skipped_images.txt"
-        reporter.warning(f"skipped {len(images.unreadable)} unreadable images; listed in {listed}")
+        reporter.warning(f"skipped {number_of(len(images.unreadable), 'unreadable images')}; listed in {listed}")
     return len(images.unreadable)

@@ -20,7 +20,7 @@ import yaml
 
 from mim_refiner._version import __version__
 from mim_refiner.core.processes import started_as
-from mim_refiner.errors import InputError, RunFolderError, did_you_mean
+from mim_refiner.errors import InputError, RunFolderError, did_you_mean, install
 from mim_refiner.files import dotted, read_json, read_yaml, reading
 from mim_refiner.reporting import LogFile, Reporter, Tee, listener, remarks
 
@@ -45,7 +45,7 @@ def logging_to(names: Sequence[str], reporter: Reporter, verb: str) -> Iterator[
         server = os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http", "databricks"))
         for module in LOGGERS[name][1][: 1 if server else None]:
             if find_spec(module) is None:
-                raise InputError(f"--log {name}: {module} is not installed; pip install 'mim-refiner[{name}]'")
+                raise InputError(f"--log {name}: {module} is not installed; install it: {install(name)}")
     if started_as().rank > 0:  # of several processes only the first one logs
         yield reporter
         return
@@ -58,9 +58,11 @@ def logging_to(names: Sequence[str], reporter: Reporter, verb: str) -> Iterator[
             yield Tee([reporter, log, recorder])
         with contextlib.suppress(Exception):  # none, or a damaged one, which costs what it says
             summary = dict(read_json(recorder.out / "summary.json")) if recorder.out else {}
-        ended = "finished" + "".join(f"; {text}" for text in _words(summary))
+        ended = "finished" + "".join(f"; {text.rstrip('.')}" for text in _words(summary))
     except BaseException as error:
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+        if isinstance(error, KeyboardInterrupt) and (steps := _saved_steps(recorder.out)):
+            reporter.message(f"{recorder.out} holds the run up to step {steps}; the same command goes on from there")
         raise
     finally:
         log.done()
@@ -185,6 +187,12 @@ LOGGERS: dict[str, tuple[Callable[[Path, Mapping[str, Any]], Logger], tuple[str,
     "wandb": (_weights_and_biases, ("wandb",)),
     "mlflow": (_mlflow, ("mlflow", "sqlalchemy", "alembic")),  # the last two for a file; a server needs mlflow alone
 }
+
+
+def _saved_steps(folder: Path | None) -> int:
+    """Of the newest checkpoint in a run folder; 0 where there is none."""
+    newest = (folder / "checkpoints" / "last").resolve().name if folder else ""
+    return int(steps) if (steps := newest.removeprefix("step-")).isdecimal() else 0
 
 
 def _words(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -43,7 +43,7 @@ from mim_refiner.export.timm import export_timm
 from mim_refiner.files import name_of
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.mae import MaskedAutoencoder
-from mim_refiner.reporting import Reporter, listener
+from mim_refiner.reporting import Reporter, listener, number_of
 from mim_refiner.training.estimate import pretrain_estimate
 from mim_refiner.training.pretrain import pretrain as train
 from mim_refiner.training.recipe import PretrainRecipe
@@ -122,7 +122,7 @@ def pretrain(
         return ended if folder.writes else {}
     skipped = list_skipped(images, folder, reporter)
     size_of = f"{arch or given}: {sum(map(torch.numel, backbone.model.parameters())) / 1e6:.1f} M parameters, {size} px"
-    announce(f"{size_of}, {len(images)} images", chosen, loader.steps_per_epoch, run)
+    announce(f"{size_of}, {number_of(len(images), 'images')}", chosen, loader.steps_per_epoch, run)
     reporter.message(cost.line)
     watched = images.labels is not None and chosen.knn_every and len(images) >= MIN_KNN_IMAGES
     pooling, blocks = "cls" if backbone.info.has_cls else "mean", range(backbone.info.depth)
@@ -160,7 +160,7 @@ def conclude(
 def announce(what: str, recipe: PretrainRecipe, steps_per_epoch: int, run: Run) -> None:
     """Say what is about to run, with base and peak learning rate."""
     base, peak = recipe.training.base_lr, peak_learning_rate(recipe.training.base_lr, recipe.batch_size)
-    steps = f"{recipe.training.epochs} epochs of {steps_per_epoch} steps, {run.precision}"
+    steps = f"{number_of(recipe.training.epochs, 'epochs')} of {number_of(steps_per_epoch, 'steps')}, {run.precision}"
     run.reporter.message(f"{what}, {steps}; learning rate base {base:.3g}, peak {peak:.3g}")
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 from pydantic import BaseModel
 
 from mim_refiner.errors import InputError, did_you_mean
 from mim_refiner.files import dotted
-from mim_refiner.settings import nearest_key
+from mim_refiner.settings import nearest_key, ways
 from mim_refiner.training.recipe import Phase, Recipe, RefineRecipe
 from mim_refiner.training.recipes import PRETRAIN_RECIPES, REFINE_RECIPES
 
-_FIELD = re.compile(r"    (\w+): .*?(?:  # (.*))?")
+_FIELD = re.compile(r"    (\w+): .*?(?:  # (?:type: ignore\S*  # )?(.*))?")
 
 
 def recipes(*, name: str | None = None, key: str | None = None) -> dict[str, Any]:
@@ -24,11 +25,15 @@ def recipes(*, name: str | None = None, key: str | None = None) -> dict[str, Any
     or key that is not there.
     """
     made = {known: make() for known, make in (REFINE_RECIPES | PRETRAIN_RECIPES).items()}
+    values = {known: dotted(recipe.model_dump(mode="json")) for known, recipe in made.items()}
+    keys = [*dict.fromkeys(each for tree in values.values() for each in tree)]
+    if name in keys:
+        raise InputError(f"'{name}' is a setting and no recipe; use mim-refiner recipes --key {name}")
     if name is not None and name not in made:
-        raise InputError(f"no recipe '{name}'{did_you_mean(name, made)}; mim-refiner recipes lists them")
-    chosen = made if name is None else {name: made[name]}
+        close = did_you_mean(name, [*made, *keys])
+        raise InputError(f"no recipe '{name}'{close}; mim-refiner recipes lists them, --key KEY explains a setting")
     if key is not None:
-        return _explained(key, chosen)
+        return _explained(key, made, values if name is None else {name: values[name]}, keys)
     if name is not None:
         return {"recipe": name, "command": _command(made[name]), "settings": made[name].model_dump(mode="json")}
     return {
@@ -45,13 +50,24 @@ def recipes(*, name: str | None = None, key: str | None = None) -> dict[str, Any
     }
 
 
-def _explained(key: str, chosen: dict[str, Any]) -> dict[str, Any]:
-    values = {name: dotted(recipe.model_dump(mode="json")) for name, recipe in chosen.items()}
+def _explained(
+    key: str, made: Mapping[str, Recipe], values: Mapping[str, Mapping[str, Any]], keys: Sequence[str]
+) -> dict[str, Any]:
     found = {name: tree[key] for name, tree in values.items() if key in tree}
+    if key in made:
+        raise InputError(f"'{key}' is a recipe and no setting; use mim-refiner recipes {key}")
     if not found:
-        hint = nearest_key(key, [*dict.fromkeys(each for tree in values.values() for each in tree)])
-        raise InputError(f"no setting '{key}'{hint}; mim-refiner recipes NAME lists those of a recipe")
-    return {"key": key, "meaning": meaning(type(chosen[next(iter(found))]), key), "values": found}
+        where = f"recipe '{next(iter(values))}' has no such setting" if key in keys else f"no setting '{key}'"
+        close = "" if key in keys else nearest_key(key, keys)
+        raise InputError(f"{where}{close}; mim-refiner recipes NAME lists those of a recipe")
+    owner: Any = type(made[next(iter(found))])
+    *groups, name = key.split(".")
+    for group in groups:
+        owner = owner.model_fields[group].annotation
+    part = {"part_of": " ".join(inspect.getdoc(owner).split())} if groups else {}
+    field = owner.model_fields[name]
+    takes = " or ".join(ways(Annotated[field.annotation, None, *field.metadata]))
+    return {"key": key, "meaning": meaning(owner, name), **part, "takes": takes, "values": found}
 
 
 def meaning(recipe: type[BaseModel], key: str) -> str:

@@ -70,7 +70,7 @@ from mim_refiner.files import name_of, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.lora import adapted, lora_share, merge_lora
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.reporting import Reporter, listener, remarks
+from mim_refiner.reporting import Reporter, listener, number_of, remarks
 from mim_refiner.settings import read_setting
 from mim_refiner.training.estimate import Estimate
 from mim_refiner.training.guard import load_best
@@ -221,7 +221,7 @@ def refine_and_compare(
         summary = conclude(stages, on, chosen, results, card, run, box)
     if not folder.writes:  # the rest is rank 0's
         return {}
-    summary["verdict"] = {**summary["verdict"], "next": advice(summary, chosen, on, folder.path, backbone, stopped)}
+    summary["verdict"] |= {"next": advice(summary, chosen, on, folder.path, backbone, model, stopped)}
     summary |= {"data": {"train": images.facts()}, "seconds": {"training": training, "total": folder.seconds}}
     summary |= {"weights": taken, **found, **told} | ({"stopped": str(stopped)} if stopped else {})
     write_summary(folder.path, summary, measuring)
@@ -385,16 +385,16 @@ def announce(
     blocks: Sequence[Any] = heads.blocks
     pooling = heads.pooling if isinstance(heads.pooling, str) else ", ".join(heads.pooling)
     run.reporter.message(
-        f"recipe {recipe.name}: {info.architecture} ({info.family}), {len(blocks)} heads on blocks {blocks[0]} to "
-        f"{blocks[-1]} ({pooling}), {images} images, batch {recipe.batch_size}, "
-        f"{steps_per_epoch} steps an epoch, {run.precision}"
+        f"recipe {recipe.name}: {info.architecture} ({info.family}), {number_of(len(blocks), 'heads')} on blocks "
+        f"{blocks[0]} to {blocks[-1]} ({pooling}), {number_of(images, 'images')}, batch {recipe.batch_size}, "
+        f"{number_of(steps_per_epoch, 'steps an epoch')}, {run.precision}"
     )
     if adapted(backbone):
         run.reporter.message(
             f"adapter: LoRA of rank {recipe.lora.rank}; it trains, {lora_share(backbone):.1%} of the encoder's size"
         )
     for name, phase in (("warm-up", recipe.warmup), ("refinement", recipe.refinement)):
-        peak = peak_learning_rate(phase.base_lr, recipe.batch_size)
-        run.reporter.message(f"{name}: {phase.epochs} epochs, learning rate base {phase.base_lr:.3g}, peak {peak:.3g}")
+        rates = f"base {phase.base_lr:.3g}, peak {peak_learning_rate(phase.base_lr, recipe.batch_size):.3g}"
+        run.reporter.message(f"{name}: {number_of(phase.epochs, 'epochs')}, learning rate {rates}")
     if cost is not None:
         run.reporter.message(cost.line)

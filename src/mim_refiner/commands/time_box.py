@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.deadline import FEW_BANK, FEW_TEST
+from mim_refiner.commands.deadline import ATLAS, FEW_BANK, FEW_TEST, PLANNED, REPORT, affordable_images
 from mim_refiner.commands.inputs import train_loader
 from mim_refiner.commands.refine import prepare
 from mim_refiner.core.collectives import decide_on_rank_0, from_rank_0
@@ -39,7 +40,9 @@ Clock = Callable[[], float]
 PROBE_STEPS, PROBE_SECONDS, PROBE_IMAGES = 5, 2.0, 256  # each kind of step is timed so often or so long
 SLOW_SECONDS = 3.0  # a step that takes longer is timed once
 USED = 0.92  # of the time is planned with
-EVALUATION = 8.0  # comparing three encoders, and the report, cost so many passes over bank and test images (LOG.md)
+# Measured on whole runs, whose log.txt tells when each part began (LOG.md): opening the data and tracing a step cost so
+# many features of an image, comparing three encoders so many of each image, real steps so many times the least one.
+BEFORE, EVALUATION, REAL = 12_000, 7.0, 1.2
 GUARD_IMAGES = 3000  # that the guard looks at during the refinement
 MOST_FOR_EVALUATION, LEAST_FOR_TRAINING = 0.3, 0.25  # of the time
 MOST_FOR_POOL = 0.2  # of the training's time
@@ -83,14 +86,17 @@ class Plan:
 def fit(left: float, costs: Costs, recipe: RefineRecipe, *, images: int, bank: int, test: int) -> Plan:
     """Fit both phases, in the recipe's proportion, and the comparison into ``left`` seconds.
 
-    First come the test images, as long as they leave the training enough; then epochs over ``images``.
+    First come the test images, as long as they leave the training enough; then epochs over ``images``. Training that
+    ends early leaves time for more test images, and what is expected counts those too.
     """
-    usable, steps, a_test_image = USED * left, images // recipe.batch_size, EVALUATION * costs.image
-    least, everything = (a_test_image * count for count in (FEW_BANK + FEW_TEST, bank + test))
-    evaluation = min(everything, max(least, MOST_FOR_EVALUATION * usable))
-    tested = min(test, max(FEW_TEST, int(evaluation / a_test_image) - bank))
+    usable, steps, an_image = USED * left, images // recipe.batch_size, EVALUATION * costs.image
+    before, first_look, everything = BEFORE * costs.image, (FEW_BANK + FEW_TEST) * an_image, (bank + test) * an_image
+    around = before + (1 + ATLAS + REPORT) * first_look + min(everything / PLANNED, MOST_FOR_EVALUATION * usable)
     looks = GUARD_IMAGES * costs.image
-    training = max(usable - evaluation, LEAST_FOR_TRAINING * left)
+    training = max(usable - around, LEAST_FOR_TRAINING * left)
+    costs = replace(
+        costs, **{name: REAL * getattr(costs, name) for name in ("warmup_step", "refinement_step", "pool_step")}
+    )
     pool_epoch = steps * costs.pool_step
     pool = min(recipe.view_pool, int(MOST_FOR_POOL * training / pool_epoch)) if pool_epoch else 0
     pooling = pool * pool_epoch
@@ -100,7 +106,12 @@ def fit(left: float, costs: Costs, recipe: RefineRecipe, *, images: int, bank: i
     refinement, warmup = max(1, int(epochs)), max(1, int(share * epochs))
     planned = [pooling + warmup * steps * costs.warmup_step, refinement * steps * costs.refinement_step + looks]
     limits = [training * seconds / sum(planned) for seconds in planned]
-    expected = sum(map(min, planned, limits)) + evaluation
+    expected = before + sum(map(min, planned, limits)) + first_look
+    affordable, tested = affordable_images(left - expected, an_image) - bank, FEW_TEST
+    if affordable > FEW_TEST:
+        tested = test // math.ceil(test / affordable)
+        expected += (bank + tested) * an_image
+    expected += max(0.0, min((ATLAS + REPORT / 2) * first_look, left - expected))  # given up where no time is left
     return Plan(warmup, refinement, limits[0], limits[1], pool, tested, expected)
 
 

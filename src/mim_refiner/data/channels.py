@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from mim_refiner.errors import DataError
 from mim_refiner.files import reading
+from mim_refiner.reporting import number_of
 
 NPY, _ZIP = b"\x93NUMPY", b"PK"
 _FIX = "save it again with numpy.save or numpy.savez"
@@ -41,9 +42,9 @@ class WrongChannelsError(UnusableImageError):
 
 def wrong_channels(found: int, wanted: int) -> WrongChannelsError:
     """The error that names both numbers."""
-    remedy = f"save {'RGB' if wanted == 3 else 'such'} images or take an encoder of {found} channels"
+    remedy = f"save {'RGB' if wanted == 3 else 'such'} images or take an encoder of {number_of(found, 'channels')}"
     takes = f"{wanted} (RGB)" if wanted == 3 else wanted
-    return WrongChannelsError(f"has {found} channels and the encoder takes {takes}; {remedy}")
+    return WrongChannelsError(f"has {number_of(found, 'channels')} and the encoder takes {takes}; {remedy}")
 
 
 def as_channels_last(array: NDArray[Any]) -> Raw:

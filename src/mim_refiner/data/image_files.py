@@ -31,6 +31,7 @@ from mim_refiner.data.channels import (
     common_type,
     wrong_channels,
 )
+from mim_refiner.errors import install
 
 # Formats with a signature of their own. Pillow knows more, among them EPS, for which it starts Ghostscript.
 _FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TIFF", "WEBP")
@@ -293,7 +294,7 @@ def _with_tifffile(data: bytes, channels: int) -> NDArray[Any]:
     try:
         import tifffile
     except ImportError:
-        raise UnusableImageError("such a TIFF needs the package tifffile; install it, or save as .npy") from None
+        raise UnusableImageError(f"such a TIFF needs tifffile; save as .npy, or: {install('tiff')}") from None
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page: Any = file.pages[0]
         held = int(np.prod([int(side) for side in page.shape], dtype=object)) * page.dtype.itemsize

@@ -23,6 +23,7 @@ from mim_refiner.data.source_files import PATH_NAMES, is_image_name
 from mim_refiner.data.source_list import Row, cells_of, column_of, tables_of
 from mim_refiner.errors import DataError, did_you_mean
 from mim_refiner.files import read_regular, reading
+from mim_refiner.reporting import number_of
 
 _CLASS_AGAIN = re.compile(r"(n\d{8})(_\d+)_\1$")  # Hugging Face's ImageNet: n01440764_10043_n01440764
 _SAMPLE = 200  # lines looked at to tell how the list is written
@@ -40,7 +41,7 @@ class NameList:
 
     def __str__(self) -> str:
         lost = f"; {self.missing} not found (first: {self.first_missing})" if self.missing else ""
-        return f"{self.path}: {self.listed} names, {self.listed - self.missing} found{lost}"
+        return f"{self.path}: {number_of(self.listed, 'names')}, {self.listed - self.missing} found{lost}"
 
 
 def match_names(source: ImageSource, path: str | Path) -> NameList:
@@ -182,7 +183,9 @@ def without_listed(source: ImageSource, path: str | Path) -> Selection:
             dropped.update(rows[name])
         else:
             lost += 1
-    if entries and not dropped:
+    if not entries:
+        return source
+    if not dropped:
         first = entries[0][1] or str(entries[0][0])
         raise DataError(
             f"{path}: none of its {len(entries)} lines names an image of {source.description} (first: "

@@ -39,6 +39,7 @@ from mim_refiner.evaluation.finetune import LabelledRows
 from mim_refiner.evaluation.linear_probe import LinearProbeScore, ProbeSettings, score_rates, shuffled
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.reporting import number_of
 from mim_refiner.settings import BatchSize, Decay, Listed, NonNegative, NonNegativeInt, PositiveInt, Rates
 from mim_refiner.types import ImageSize
 
@@ -221,7 +222,8 @@ def _tokens(
             run.reporter.progress(seen, {})
             yield tokens
     if seen != len(of.rows):
-        raise DataError(f"{of.images.description}: {len(of.rows) - seen} images became unreadable; run again")
+        lost = number_of(len(of.rows) - seen, "images")
+        raise DataError(f"{of.images.description}: {lost} became unreadable; run again")
 
 
 def _stored(batches: Iterator[Tokens], count: int, place: Path) -> dict[int, NDArray[np.float16]]:

@@ -23,12 +23,10 @@ from torch import Tensor, nn
 from mim_refiner.checkpoints.families import hf
 from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.data.loaders import default_crop_ratio
-from mim_refiner.errors import InputError
+from mim_refiner.errors import InputError, install
 from mim_refiner.export.writing import Format, Pairs, every_block
 from mim_refiner.files import errors_as
 from mim_refiner.models.backbone import Backbone
-
-_NEEDS = "--format hf needs transformers; install mim-refiner[hf]"
 
 
 def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +203,8 @@ def _load(folder: Path) -> Any:
             warnings.simplefilter("ignore")  # of transformers about itself
             from transformers import AutoModel
     except ImportError as error:
-        raise InputError(f"{_NEEDS} (missing: {error.name})") from error
+        lacks = f"--format hf needs transformers (missing: {error.name})"
+        raise InputError(f"{lacks}; install it: {install('hf')}") from error
     problem = "export: transformers cannot load the exported model"
     with errors_as(InputError, problem, "choose --format timm"), _quiet():
         model, report = AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)

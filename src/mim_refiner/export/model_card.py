@@ -14,7 +14,7 @@ from jinja2 import Environment
 
 from mim_refiner.export.parity import Parity
 from mim_refiner.files import dotted
-from mim_refiner.reporting import metric_title
+from mim_refiner.reporting import metric_title, number_of
 from mim_refiner.types import BackboneInfo
 
 # The front matter's library_name: who loads the folder.
@@ -60,7 +60,8 @@ def _rows(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, Any])
     norm = "with" if facts.get("norm") else "without"
     features = f"block {facts.get('block', -1)}, pooling {facts.get('pooling', 'cls')}, {norm} the final norm"
     return {
-        "Architecture": f"{info.architecture}, {info.depth} blocks, width {info.embed_dim}, {info.num_heads} heads",
+        "Architecture": f"{info.architecture}, {number_of(info.depth, 'blocks')}, width {info.embed_dim}, "
+        f"{number_of(info.num_heads, 'heads')}",
         "Input": _input(info, facts),
         "Normalisation": f"mean {mean}, std {std} on the 0-1 scale",
         "Base weights": card.get("base") or facts.get("base") or "not recorded",
@@ -81,7 +82,7 @@ def _input(info: BackboneInfo, facts: Mapping[str, Any]) -> str:
         "hf": "; other sizes with interpolate_pos_encoding=True, where transformers resizes positions by its own rule",
     }
     other = sizes.get(facts.get("format", "timm"), f" or any multiple of the patch ({rows}x{columns})")
-    return f"{info.in_chans} channels, {height}x{width} px{other}"
+    return f"{number_of(info.in_chans, 'channels')}, {height}x{width} px{other}"
 
 
 def _figures(card: Mapping[str, Any]) -> list[tuple[str, str, str]]:

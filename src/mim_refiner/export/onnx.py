@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mim_refiner.errors import InputError, one_line
+from mim_refiner.errors import InputError, install, one_line
 from mim_refiner.export.writing import Format, Pairs
 from mim_refiner.files import errors_as
 from mim_refiner.models.backbone import Backbone
@@ -126,7 +126,7 @@ def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, An
 
 
 def _libraries() -> tuple[Any, Any]:
-    remedy = "install mim-refiner[onnx]"
+    remedy = f"install them: {install('onnx')}"
     with errors_as(InputError, "ONNX export needs onnx, onnxscript and onnxruntime", remedy, ImportError):
         import onnx
         import onnxruntime

@@ -75,7 +75,7 @@ def write_export(
         for name in names:
             (folder / name).chmod(0o644)
     return {
-        "path": str(out),
+        "path": str(out.resolve()),
         "format": format.name,
         "files": names,
         "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),

@@ -15,6 +15,7 @@ from mim_refiner.report.tables import (
     further_verdicts,
     interval_text,
     paired_change,
+    readout_rows,
     results_rows,
     shown,
     stage_cell,
@@ -65,7 +66,10 @@ def _without_verdict(run: RunFiles) -> tuple[str, str]:
             "run the same command again to finish it"
         )
     if kind == "pretraining":
-        return "The encoder is pre-trained.", f"refine it next: mim-refiner refine --model {run.path} --data IMAGES"
+        return (
+            "The encoder is pre-trained.",
+            f"refine it next: mim-refiner refine --model {run.path} --data IMAGES --out RUN",
+        )
     if kind == "analysis":
         advice = [table["advice"] for table in atlas_tables(run) if table["advice"]]
         return "One encoder, looked at.", advice[-1] if advice else "analyze --compare sets a second one beside it"
@@ -183,23 +187,10 @@ def atlas_tables(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def readout_tables(run: RunFiles) -> list[dict[str, Any]]:
-    """ "Refine or read out?" of every readout record: {"sentence", "rows": [{"name", "cells"}]} of text."""
-    tables = []
-    for record in run.of_kind("readout").values():
-        rows = []
-        for row in record["rows"]:
-            cost, change, knn = row["cost"], row["change"], row["knn_top1"]
-            extra = "" if not cost["extra"] else f" + {100 * cost['extra']:.1f} %"
-            learned = f", {cost['parameters']:,} learned weights" if cost["parameters"] else ""
-            cells = [
-                f"{shown('knn_top1', row['value'])} ({interval_text(row['ci95'], sign='')})",
-                "–" if change is None else f"{shown('knn_top1', change[0], '+')} ({interval_text(change[1:])})",
-                shown("knn_top1", knn),
-                f"{cost['blocks']} of {cost['depth']} blocks{extra}{learned}",
-            ]
-            rows.append({"name": row["name"], "cells": cells})
-        tables.append({"sentence": record["sentence"], "rows": rows})
-    return tables
+    """ "Refine or read out?" of every readout record: {"sentence", "header", "rows"} of text."""
+    records = run.of_kind("readout").values()
+    return [{"sentence": each["sentence"], **dict(zip(("header", "rows"), readout_rows(each), strict=True))}
+            for each in records]  # fmt: skip
 
 
 def cost_rows(run: RunFiles) -> dict[str, str]:

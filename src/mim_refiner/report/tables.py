@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from mim_refiner.reporting import UNSCALED, in_points, metric_title, number_of
+from mim_refiner.reporting import UNSCALED, in_points, metric_title, number_of, signed
 
 STAGES = {
     "before": "before",
@@ -23,7 +23,8 @@ def shown(metric: str, value: float | None, sign: str = "", fine: int = 1) -> st
     """A value or, with ``sign`` "+", a difference of a metric: shares in percent; ``fine`` digits of others."""
     if value is None:
         return "–"
-    return f"{value:{sign}.{fine}f}" if metric in UNSCALED else f"{100 * value:{sign}.1f}"
+    scaled, digits = (value, fine) if metric in UNSCALED else (100 * value, 1)
+    return signed(scaled, digits) if sign else f"{scaled:.{digits}f}"
 
 
 def interval_text(ci95: Sequence[float], metric: str = "knn_top1", sign: str = "+", fine: int = 1) -> str:
@@ -51,7 +52,8 @@ def demo_sentence(summary: Mapping[str, Any]) -> str | None:
         return None
     by = [in_points(part["knn_difference"], *part["ci95"]) for part in (live, full)]
     word = "no clear change: the interval holds zero" if live["verdict"] == "no clear change" else live["verdict"]
-    return f"The live run changed k-NN accuracy by {by[0]}: {word}. The shipped full refinement changed it by {by[1]}."
+    on = f"On {live['test_images']:,} test images the" if "test_images" in live else "The"
+    return f"{on} live run changed k-NN accuracy by {by[0]}: {word}. The shipped full refinement changed it by {by[1]}."
 
 
 def comparison_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -133,6 +135,25 @@ def measures_rows(verdict: Mapping[str, Any]) -> tuple[list[str], list[list[str]
         change = f"{shown(metric, row['difference'], '+', 2)} ({interval_text(row['ci95'], metric, fine=2)})"
         rows.append([title, *numbers, change, row["change"]])
     return (["measure", "before", "after", "change (95 % interval)", "reading"], rows) if rows else None
+
+
+def readout_rows(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows) of text: what each way to read an encoder gives, and its cost on every image."""
+    rows = []
+    for row in record["rows"]:
+        cost, change = row["cost"], row["change"]
+        extra = "" if not cost["extra"] else f" + {100 * cost['extra']:.1f} %"
+        learned = f", {cost['parameters']:,} learned weights" if cost["parameters"] else ""
+        rows.append(
+            [
+                row["name"],
+                f"{shown('knn_top1', row['value'])} ({interval_text(row['ci95'], sign='')})",
+                "–" if change is None else f"{shown('knn_top1', change[0], '+')} ({interval_text(change[1:])})",
+                shown("knn_top1", row["knn_top1"]),
+                f"{cost['blocks']} of {cost['depth']} blocks{extra}{learned}",
+            ]
+        )
+    return ["read-out", "classifier (%)", "change", "k-NN accuracy (%)", "cost"], rows
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -31,6 +31,7 @@ from mim_refiner.data.photometric import BatchPhotometric, augment
 from mim_refiner.errors import InputError
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.models.refiner import Refiner
+from mim_refiner.reporting import number_of
 from mim_refiner.training.anchor import anchor_backward
 from mim_refiner.training.cached import refuse_batch_dependent
 from mim_refiner.training.memory import RESERVE, WASTE, Choice, Needs, even_parts, format_bytes, scratch_bytes
@@ -103,9 +104,10 @@ class Estimate:
     @property
     def line(self) -> str:
         """What a run begins with."""
-        epochs = " and ".join(f"{phase.epochs} epochs of {name}" for name, phase in self.phases.items())
+        epochs = " and ".join(number_of(phase.epochs, f"epochs of {name}") for name, phase in self.phases.items())
         text = f"cost: {self.images} images, {f'{epochs}: ' if epochs else ''}{self.time}; memory: about {self.memory}"
-        return f"{text}; {self.advice}" if self.advice else text
+        elsewhere = " with another --out or --overwrite" if "--set" in self.advice else ""  # the folder is taken by now
+        return f"{text}; {self.advice}{elsewhere}" if self.advice else text
 
     @property
     def advice(self) -> str:
@@ -315,7 +317,7 @@ def _fitting(needs: Needs, micro_batch: int | None, free: float) -> int | None:
         raise InputError(
             f"this needs about {format_bytes(needed)} even for one image at a time, and {format_bytes(free)} are free; "
             f"give --memory-budget {math.ceil(needed / 1e6)}MB if the machine has as much, a smaller --arch, smaller "
-            "images (--set image_size=...) or a smaller decoder (--set decoder_depth=... decoder_dim=...)"
+            "images (--set image_size=...) or a smaller decoder (--set decoder_depth=... --set decoder_dim=...)"
         )
     return micro_batch if most == micro_batch else even_parts(most, needs.batch)
 

@@ -210,8 +210,8 @@ class Guard:
             state = f"the state after step {self.best_step}" if self.best_step else "the encoder as it was at the start"
             raise GuardStopError(
                 f"{self.folder.path}: the guard stopped the run after step {total_step}: {reason}. "
-                f"Kept and exported: {state}. Lower base_lr, or see guard.json; the same command with "
-                "--set guard.enabled=false trains on"
+                f"Kept and exported: {state}. See guard.json; try a lower --set refinement.base_lr=... with "
+                "another --out; the same command with --set guard.enabled=false trains on"
             )
         return found
 

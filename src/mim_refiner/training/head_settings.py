@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from mim_refiner.errors import InputError
+from mim_refiner.reporting import number_of
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.types import BackboneInfo, Pooling
 
@@ -22,8 +23,9 @@ def order_heads(recipe: RefineRecipe, blocks: list[int]) -> list[int]:
         values = getattr(heads, name)
         if isinstance(values, list):
             if len(values) != len(set(blocks)) or len(blocks) != len(set(blocks)):
+                many = f"{number_of(len(values), 'values')} for {number_of(len(set(blocks)), 'heads')}"
                 raise InputError(
-                    f"heads.{name} has {len(values)} values for {len(set(blocks))} heads (heads.blocks {blocks}); "
+                    f"heads.{name} has {many} (heads.blocks {blocks}); "
                     "give one value for all, or one for each block in the order of heads.blocks"
                 )
             if getattr(recipe.sweep, f"{name}s"):

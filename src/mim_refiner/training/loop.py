@@ -285,7 +285,7 @@ class Loop:
         raise NonFiniteLossError(
             f"{self.folder.path}: non-finite loss at step {first} of {self.name} (learning rate "
             f"{self.learning_rate(first):.3g}, last good checkpoint: {last}); lower base_lr or use "
-            "--set precision=fp32",
+            "--set precision=fp32, with another --out",
             batch=(self.number, first),
         )
 

@@ -273,8 +273,8 @@ def _refused(
     return InputError(
         f"{limit} {format_bytes(budget)}: the step needs {format_bytes(needed)} even with micro_batch={micro or 1} and "
         f"checkpointing ({', '.join(f'{format_bytes(size)} {name}' for name, size in parts.items() if size)}); give "
-        f"{other}--memory-budget {math.ceil(needed / 1e6)}MB if the machine has as much, or frozen_blocks, fewer heads "
-        "or more processes"
+        f"{other}--memory-budget {math.ceil(needed / 1e6)}MB if the machine has as much, or --set frozen_blocks=..., "
+        "fewer --head-blocks or more processes"
     )
 
 

@@ -137,7 +137,7 @@ class GuardSettings(Settings):
 class AnchorSettings(Settings):
     """Dense anchor (models/anchor.py): patches shall stay as alike to each other as they were at the START."""
 
-    weight: NonNegativeFloat = 0.0  # 0: none
+    weight: NonNegativeFloat = 0.0  # of its distance, added to the loss of the heads; 0: no anchor
     blocks: Literal["last", "heads"] = "last"  # whose patch tokens
     share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the refinement's steps, evenly spread
 

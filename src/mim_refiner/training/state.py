@@ -45,6 +45,7 @@ from mim_refiner.files import (
     write_bytes,
     write_json,
 )
+from mim_refiner.reporting import number_of
 from mim_refiner.training.lock import LOCK, hold
 from mim_refiner.training.recipe import PretrainRecipe, RefineRecipe
 
@@ -238,7 +239,7 @@ class RunFolder:
             steps = [_total_step(line) for line in lines]
         damaged = sum(step is None for step in steps)
         if damaged:
-            self.notes.append(f"metrics.jsonl: {damaged} damaged lines are left out")
+            self.notes.append(f"metrics.jsonl: left out: {number_of(damaged, 'damaged lines')}")
         kept = [line + b"\n" for line, step in zip(lines, steps, strict=True)
                 if step is not None and step <= position.total_step]  # fmt: skip
         write_bytes(path, b"".join(kept))

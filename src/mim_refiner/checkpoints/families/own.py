@@ -21,6 +21,7 @@ from mim_refiner.errors import CheckpointError, InputError, did_you_mean, one_li
 from mim_refiner.files import read_yaml
 from mim_refiner.models.mae import sincos_position_table
 from mim_refiner.models.positions import sinusoid_table
+from mim_refiner.reporting import number_of
 from mim_refiner.settings import said
 
 _SIZED_BY_TENSORS = ("vit_postnorm", "vit_variant")  # beside timm's plain ViTs
@@ -152,9 +153,8 @@ def _check_channels(tensors: Mapping[str, Tensor], key_map: OwnKeyMap, wishes: W
     channels = usual if weight is None or weight.ndim < 2 else weight.shape[1]
     for name, values in (("mean", key_map.mean), ("std", key_map.std)):
         if values is not None and len(values) not in (channels, wishes.in_chans):
-            raise InputError(
-                f"key map: {name}: has {len(values)} values, the encoder has {channels} channels; give one a channel"
-            )
+            has = f"has {number_of(len(values), 'values')}, the encoder has {number_of(channels, 'channels')}"
+            raise InputError(f"key map: {name}: {has}; give one a channel")
 
 
 def _complete_table(tensors: dict[str, Tensor], positions: str, size: tuple[int, int] | None, where: str) -> None:
