@@ -64,7 +64,7 @@ def _explained(
     *groups, name = key.split(".")
     for group in groups:
         owner = owner.model_fields[group].annotation
-    part = {"part_of": " ".join(inspect.getdoc(owner).split())} if groups else {}
+    part = {"part_of": " ".join((inspect.getdoc(owner) or "").split())} if groups else {}
     field = owner.model_fields[name]
     takes = " or ".join(ways(Annotated[field.annotation, None, *field.metadata]))
     return {"key": key, "meaning": meaning(owner, name), **part, "takes": takes, "values": found}

@@ -161,7 +161,7 @@ def list_lines(items: Iterable[tuple[int, str, str]]) -> bytes:
     return "".join(lines).encode()
 
 
-def without_listed(source: ImageSource, path: str | Path) -> Selection:
+def without_listed(source: ImageSource, path: str | Path) -> ImageSource:
     """Return ``source`` without the images named in the text file ``path``.
 
     One image a line: number, name and reason with tabs between, as doctor and skipped_images.txt write them, or a name
