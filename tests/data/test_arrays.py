@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from mim_refiner.data.channels import Arrays, read_npy
+from mim_refiner.data.channels import Arrays, array_in
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError
@@ -139,4 +139,4 @@ def test_bytes_of_one_array_that_lie():
         b"",
     ):
         with pytest.raises((ValueError, EOFError, SyntaxError, TypeError)):
-            read_npy(content)
+            array_in(content)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mim_refiner.data.channels import as_channels_last, read_npy, resize
+from mim_refiner.data.channels import array_in, as_channels_last, resize
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.loaders import TrainLoader, eval_batches
@@ -130,10 +130,10 @@ def test_arrays_that_are_no_images(array, message):
 
 def test_npy_that_lies():
     whole = npy(random((5, 6, 3)))
-    assert read_npy(npy(np.asfortranarray(random((5, 6, 3))))).shape == (5, 6, 3)
+    assert array_in(npy(np.asfortranarray(random((5, 6, 3))))).shape == (5, 6, 3)
     for broken in (whole[:-1], whole.replace(b"(5, 6, 3)", b"(5, 6,99)"), npy(np.array([None, 1], dtype=object))):
         with pytest.raises(ValueError, match=r"does not fit its file|Python objects"):
-            read_npy(broken)
+            array_in(broken)
 
 
 def test_resize_equals_pillow_for_each_channel():

@@ -114,10 +114,7 @@ def common_type(images: list[Raw]) -> list[Raw]:
 
 
 class Arrays(Mapping[str, NDArray[Any]]):
-    """The arrays of an .npz or .npy file by name; each is read when asked for, an .npy ("images") is memory-mapped.
-
-    Raises DataError in one line for a file that is damaged, holds objects, or claims more than it has.
-    """
+    """The arrays of a .npz or .npy ("images", memory-mapped) by name, read when asked for; DataError if unsound."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -161,14 +158,9 @@ class Arrays(Mapping[str, NDArray[Any]]):
 
 
 def array_in(data: bytes | NDArray[Any]) -> NDArray[Any] | None:
-    """``data`` where it is an array or a .npy file's content; None for an encoded picture."""
-    if isinstance(data, np.ndarray):
-        return data
-    return read_npy(data) if data[:6] == NPY else None
-
-
-def read_npy(data: bytes) -> NDArray[Any]:
-    """The array in the bytes of a .npy file, without copying; ValueError for objects and for a size that lies."""
+    """``data`` where it is an array or a (sound, else ValueError) .npy file, uncopied; None for an encoded picture."""
+    if isinstance(data, np.ndarray) or data[:6] != NPY:
+        return data if isinstance(data, np.ndarray) else None
     file = io.BytesIO(data)
     shape, fortran, dtype = _header(file, len(data))
     return _shaped(np.frombuffer(data, dtype, offset=file.tell()), shape, fortran)

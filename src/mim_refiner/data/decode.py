@@ -19,7 +19,7 @@ from mim_refiner.errors import DataError, reason_of
 Pixels = NDArray[Any]  # [H, W, 3] uint8; for encoders of other channels [H, W, C] uint8 or uint16
 CACHE_LIMIT_BYTES = 2 * 10**9
 MAX_UNREADABLE_SHARE = 0.1
-_PROBES = 32  # images decoded to estimate the size of the whole set
+_PROBES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,11 @@ class ImageSet:
         self._length = len(source)
         self._bad: dict[int, tuple[str, str]] = {}
         self._held: Pixels | list[Pixels | None] | None = None  # [N, H, W, 3] where all images are of one size
-        estimate = self._estimate_bytes()
+        probes = map(self._decode, evenly(self._length, _PROBES).tolist())  # that tell the size of the set, decoded
+        sizes = [loaded.pixels.nbytes for loaded in probes if loaded is not None]
+        if not sizes and all(self._decode(index) is None for index in range(self._length)):
+            raise self._nothing_readable()
+        estimate = np.mean(sizes) * self._length if sizes else 0
         if cache is True or (cache == "auto" and estimate < CACHE_LIMIT_BYTES):
             self.scan()
 
@@ -151,14 +155,6 @@ class ImageSet:
         except Exception as error:  # decoders raise almost anything on damaged input
             self._bad[index] = (self.source.name(index), why_unreadable(error))
             return None
-
-    def _estimate_bytes(self) -> int:
-        """Estimate the decoded size of the set from a few images spread over it."""
-        probes = map(self._decode, evenly(self._length, _PROBES).tolist())
-        sizes = [loaded.pixels.nbytes for loaded in probes if loaded is not None]
-        if not sizes and all(self._decode(index) is None for index in range(self._length)):
-            raise self._nothing_readable()
-        return int(np.mean(sizes) * self._length) if sizes else 0
 
     def _nothing_readable(self) -> DataError:
         name, reason = self.unreadable[0]

@@ -1,7 +1,4 @@
-"""Look at every image of a source before a run: what cannot be read, and what a training would stumble over.
-
-Nothing is changed. Each image is read once; duplicates are compared by ``data.duplicates``.
-"""
+"""Look at every image of a source, once, before a run: what cannot be read, what a training would stumble over."""
 
 from __future__ import annotations
 
@@ -89,10 +86,7 @@ Probe = tuple[list[tuple[str, str]], Seen | None]  # (kind, detail) of what was 
 
 @dataclass
 class Scan:
-    """All images of a source: findings in index order, and what duplicates and statistics need.
-
-    ``rows`` is the index of every decoded image; thumbnails, sizes and digests go by row.
-    """
+    """Findings in index order, and what duplicates and statistics need of the images decoded (index: ``rows``)."""
 
     findings: list[Finding] = field(default_factory=list)
     rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # index of every decoded image

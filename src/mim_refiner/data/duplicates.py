@@ -104,10 +104,7 @@ _TEST_LIMIT, _TRAIN_LIMIT = 2_000, 20_000  # evenly spaced; a copy of any size i
 
 
 def check_overlap(train: ImageSource, test: ImageSource) -> Shared:
-    """Compare test with train images and note on ``test`` how many it shares.
-
-    Raises DataError when both are the same images, in any order: a number measured so says nothing.
-    """
+    """Note on ``test`` how many images it shares with train; DataError when both are the same, in any order."""
     shared, same = compare_images(train, test)
     if same:
         raise DataError(

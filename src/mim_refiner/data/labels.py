@@ -116,10 +116,7 @@ class Labels:
 
     @classmethod
     def of_numbers(cls, values: NDArray[Any], names: Sequence[str] | None = None) -> Labels:
-        """Labels that are numbers [N], of any integer, boolean or float type; ``names[i]`` is the name of class i.
-
-        Raises LabelProblem for NaN, negative numbers, fractions and numbers that have no name.
-        """
+        """Labels that are numbers [N] of any kind; ``names[i]``: name of class i. LabelProblem for other values."""
         if values.dtype.kind == "f":
             values = values.astype(np.float64)
             if len(rows := np.flatnonzero(~np.isfinite(values))):
@@ -156,10 +153,7 @@ class Labels:
 
     @classmethod
     def join(cls, parts: Sequence[Labels]) -> Labels:
-        """The labels of several sets one after the other, as one list of classes.
-
-        Raises LabelProblem when some parts have names and others numbers.
-        """
+        """The labels of sets one after the other as one list of classes; LabelProblem where only some have names."""
         keys = _common_keys(parts)
         if keys is None:
             raise LabelProblem("some parts name their classes, others number them; write all labels the same way")

@@ -186,7 +186,14 @@ class TrainLoader:
         keys = [(epoch, step) for step in range(start_step, self.steps_per_epoch)]
         with contextlib.closing(self._assembled(keys)) as stream:
             for item in stream:
-                yield self._accept(item)
+                self.images.add_unreadable(item.unreadable)
+                if item.batch is None:
+                    raise DataError(item.error)
+                self.images.raise_if_too_many_unreadable()
+                known = self.images.unreadable_items()
+                fresh = [(name, why) for index, name, why in known if index not in self._reported]
+                self._reported.update(self.images.unreadable_indices)
+                yield item.batch._replace(skipped=fresh)
 
     def first(self, images: int) -> ViewBatch:
         """The first images of epoch 0, made here and now: to see what a batch costs."""
@@ -208,16 +215,6 @@ class TrainLoader:
             return
         self._steps[:] = keys
         yield from begun(self._loader)
-
-    def _accept(self, item: _Assembled) -> ViewBatch:
-        """Record what the worker found unreadable and hand on the batch, or raise its error."""
-        self.images.add_unreadable(item.unreadable)
-        if item.batch is None:
-            raise DataError(item.error)
-        self.images.raise_if_too_many_unreadable()
-        fresh = [(name, why) for index, name, why in self.images.unreadable_items() if index not in self._reported]
-        self._reported.update(self.images.unreadable_indices)
-        return item.batch._replace(skipped=fresh)
 
     def held_bytes(self, device: torch.device) -> int:
         """What images take of the memory of ``device``: the decoded set, batches that wait, processes that make them;

@@ -63,7 +63,10 @@ class MaskSet:
         leaf, position = _leaf(self.source, index)
         name = f"mask of {leaf.name(position)}"
         with reading(name, _FIX):
-            data = self._read(leaf, position)
+            if isinstance(leaf, FileSource):
+                data = read_regular(self._file(leaf, position))
+            else:
+                data = self._table(leaf.path)[0].read(position)
             mask = _fitted(*_class_numbers(data), leaf, position)
             return mask if self._dense is None else self._dense[mask]
 
@@ -74,10 +77,7 @@ class MaskSet:
         self.ignore_index = DEFAULT_IGNORE
 
     def class_numbers(self) -> NDArray[np.int64]:
-        """The class numbers that occur, ascending; reads every mask.
-
-        DataError where fewer than two classes are labelled, or a number has no name.
-        """
+        """Class numbers that occur, ascending; reads all masks. DataError for fewer than two, or one without a name."""
         counts = sum((np.bincount(self.load(i).ravel(), minlength=256) for i in range(len(self))), np.zeros(256, int))
         held = np.flatnonzero(counts)
         classes = held[held != self.ignore_index]
@@ -91,11 +91,6 @@ class MaskSet:
             raise DataError(f"{where}: masks hold class {classes[-1]}, and class_names names {len(self.class_names)}; "
                             "name them all")  # fmt: skip
         return classes
-
-    def _read(self, leaf: ParquetSource | FileSource, position: int) -> bytes:
-        if isinstance(leaf, FileSource):
-            return read_regular(self._file(leaf, position))
-        return self._table(leaf.path)[0].read(position)
 
     def _file(self, leaf: FileSource, position: int) -> Path:
         name = os.path.basename(leaf.names[position])
@@ -207,7 +202,12 @@ def _class_numbers(data: bytes) -> tuple[Mask, bool]:
 
 def _fitted(mask: Mask, marked: bool, leaf: ImageSource, position: int) -> Mask:
     try:
-        stored, way = _size_and_way(leaf.read(position))
+        data = leaf.read(position)
+        if (array := array_in(data)) is not None:
+            stored, way = array.shape[:2], 1
+        else:
+            with open_image(bytes(data)) as image:
+                stored, way = stored_size(image), orientation(image)
     except Exception:  # an unreadable image is left out with its mask
         return mask
     upright = stored[::-1] if way in SIDEWAYS else stored
@@ -222,14 +222,6 @@ def _fitted(mask: Mask, marked: bool, leaf: ImageSource, position: int) -> Mask:
     if picture.size != upright[::-1]:
         picture = picture.resize(upright[::-1], Image.Resampling.NEAREST)
     return np.asarray(picture)
-
-
-def _size_and_way(data: bytes | NDArray[Any]) -> tuple[tuple[int, int], int]:
-    """Height and width as stored, and the EXIF orientation."""
-    if (array := array_in(data)) is not None:
-        return (array.shape[0], array.shape[1]), 1
-    with open_image(bytes(data)) as image:
-        return stored_size(image), orientation(image)
 
 
 def _same_shape(one: tuple[int, ...], other: tuple[int, int]) -> bool:

@@ -58,7 +58,12 @@ def match_names(source: ImageSource, path: str | Path) -> NameList:
     folders = max(name.count("/") for name in images)
     listed = _names(Path(path).expanduser(), images, folders)
     found = _fitting(_below(listed, folders), images)
-    _refuse_ambiguous(source, path, listed, found)
+    if several := [(name, rows) for name, rows in zip(listed, found, strict=True) if len(rows) > 1]:
+        fits = shown_names([images[row] for row in several[0][1]])
+        raise DataError(
+            f"{path}: {len(several)} of its {len(listed)} names fit several images of {source.description} (first: "
+            f"'{several[0][0]}' fits {fits}); write their folders before the names"
+        )
     lost = [name for name, rows in zip(listed, found, strict=True) if not rows]
     if len(lost) == len(listed):
         raise DataError(
@@ -138,25 +143,11 @@ def _key(name: str) -> tuple[str, ...]:
     return *folders, _CLASS_AGAIN.sub(r"\1\2", stem)
 
 
-def _refuse_ambiguous(source: ImageSource, path: str | Path, names: list[str], found: list[list[int]]) -> None:
-    several = [number for number, rows in enumerate(found) if len(rows) > 1]
-    if several:
-        whole, first = source.file_names(), several[0]
-        fits = shown_names([whole[row] for row in found[first]])
-        raise DataError(
-            f"{path}: {len(several)} of its {len(names)} names fit several images of {source.description} (first: "
-            f"'{names[first]}' fits {fits}); write their folders before the names"
-        )
-
-
 # --- images to leave out: the file that doctor writes, or any list of names or numbers
 
 
 def list_lines(items: Iterable[tuple[int, str, str]]) -> bytes:
-    """A line for each (number in the source, name, reason), as :func:`without_listed` reads them.
-
-    The number comes first, so that a name may begin with anything, or occur twice.
-    """
+    """(number, name, reason) a line, for :func:`without_listed`; number first, as a name may be anything, or twice."""
     lines = [f"{number}\t{name}\t{printable(reason)}\n" for number, name, reason in items]
     return "".join(lines).encode()
 

@@ -24,10 +24,7 @@ _NUMBERS = 2**27  # of images that are cut at a time (512 MiB in float32)
 
 
 class ResidentImages:
-    """All images of a set, uint8 [N, C, H, W] padded to the largest, on ``device``.
-
-    Raises InputError for a set that cannot be held so.
-    """
+    """All images of a set, uint8 [N, C, H, W] padded to the largest, on ``device``; InputError where that cannot be."""
 
     def __init__(self, images: ImageSet, device: torch.device) -> None:
         if not all_bytes(images):
@@ -81,14 +78,11 @@ def held_on_device(setting: str, images: ImageSet, device: torch.device, free: f
 
 
 def crops(images: Tensor, table: Tensor, spec: ViewSpec) -> Tensor:
-    """Cut, resize and flip float images [B, C, H, W] by ``table`` [B, 6]: top, left, height, width, flip, upside down.
-
-    Returns uint8 [B, C, h, w]. Rounded after each axis, as Pillow does.
-    """
+    """Float images [B, C, H, W] cut, resized, flipped by ``table`` [B, 6] (box, flips) to uint8 [B, C, h, w]."""
     top, left, height, width, flip, turned = table.unbind(1)
     across = resampling(left, width, images.shape[3], spec.width, flip)
     down = resampling(top, height, images.shape[2], spec.height, turned)
-    rows = (images @ across[:, None].mT).round_().clamp_(0, 255)
+    rows = (images @ across[:, None].mT).round_().clamp_(0, 255)  # after each axis, as Pillow does
     return (down[:, None] @ rows).round_().clamp_(0, 255).to(torch.uint8)
 
 

@@ -1,6 +1,4 @@
-"""Images in arrays and objects: NumPy files, and what a Python program holds (arrays, pictures, torch's and Hugging
-Face's data sets).
-"""
+"""Images in NumPy files and Python objects: arrays, pictures, data sets of torch and Hugging Face."""
 
 from __future__ import annotations
 

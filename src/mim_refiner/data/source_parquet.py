@@ -81,18 +81,15 @@ class ParquetSource(ImageSource):
         """Return the image column of one row group; a small file loads all its groups at once."""
         with self._lock:
             if number not in self._groups:
-                self._load(number)
+                # One thread: pyarrow's own thread pool does not belong in forked workers.
+                with pq.ParquetFile(self.path, memory_map=True) as file:
+                    for group in [number] if self.lazy else range(len(self.group_ends)):
+                        column = file.read_row_group(group, columns=[self.column], use_threads=False).column(0)
+                        self._groups[group] = _one_array(column)
+                while self.lazy and len(self._groups) > _GROUPS_IN_MEMORY:
+                    self._groups.popitem(last=False)
             self._groups.move_to_end(number)
             return self._groups[number]
-
-    def _load(self, number: int) -> None:
-        # One thread: pyarrow's own thread pool does not belong in forked workers.
-        with pq.ParquetFile(self.path, memory_map=True) as file:
-            for group in [number] if self.lazy else range(len(self.group_ends)):
-                column = file.read_row_group(group, columns=[self.column], use_threads=False).column(0)
-                self._groups[group] = _one_array(column)
-        while self.lazy and len(self._groups) > _GROUPS_IN_MEMORY:
-            self._groups.popitem(last=False)
 
     def read(self, index: int) -> bytes:
         number = int(np.searchsorted(self.group_ends, index, side="right"))

@@ -148,10 +148,7 @@ def _left_out(index: pa.Table) -> tuple[LeftOut, ...]:
 
 
 def scan_shard(path: Path) -> pa.Table:
-    """Find the samples of a shard in one pass over its headers.
-
-    The file is mapped, so a header that claims a long extension takes no more memory than the file has.
-    """
+    """Find the samples of a shard by its headers; it is mapped: no claimed length takes more memory than it has."""
     size = path.stat().st_size
     if size < _BLOCK:
         raise DataError(f"{path}: is no tar file, it has only {size} bytes; give a .tar shard")

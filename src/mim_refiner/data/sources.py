@@ -1,6 +1,4 @@
-"""Open any supported image source from one text: a folder, a list, parquet, tar shards, NumPy arrays, a data set of the
-hub, several of them, a split, a slice.
-"""
+"""Open any image source from one text: a folder, files of any kind, data of the hub; several, a split, a slice."""
 
 from __future__ import annotations
 
@@ -185,10 +183,7 @@ def _refuse_twice(paths: list[Path], text: str) -> None:
 
 
 def _expand_braces(text: str) -> list[str]:
-    """``a-{000..127}.tar`` and ``{a,b}.tar`` as the shell writes them out.
-
-    Raises DataError for more than a million names, before any is made.
-    """
+    """``a-{000..127}.tar``, ``{a,b}.tar`` as a shell writes them; DataError for over a million, before any is made."""
     parts: list[tuple[str, Sequence[str | int], int]] = []  # (text before, choices, digits)
     count, end = 1, 0
     for match in _BRACES.finditer(text):

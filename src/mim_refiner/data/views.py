@@ -123,10 +123,7 @@ def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
 def crop_boxes(
     uniforms: NDArray[np.float64], heights: NDArray[np.int64], widths: NDArray[np.int64], spec: ViewSpec
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Turn uniform numbers [B, 24] into crop boxes [B, 4] (top, left, height, width) and flip flags [B].
-
-    The distribution is that of torchvision's ``RandomResizedCrop.get_params``.
-    """
+    """Crop boxes [B, 4] (top, left, height, width), flips? [B] of uniforms [B, 24], as torchvision distributes them."""
     if spec.crop_axes == "longer":
         return _spanning_boxes(uniforms, heights, widths, spec), uniforms[:, 22] < spec.flip
     low, high = (bound * spec.width / spec.height for bound in spec.ratio)
@@ -174,10 +171,7 @@ def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[i
 
 
 def scale_reduction(specs: Sequence[ViewSpec], height: int, width: int, *, seed: int, epoch: int, position: int) -> int:
-    """By how much (1, 2, 4 or 8) the sample at ``position`` may be smaller without any of its views being enlarged.
-
-    ``specs``: one a view.
-    """
+    """How many times (1, 2, 4, 8) smaller the sample may be with no view enlarged; ``specs``: one a view."""
     most = min(height // max(spec.height for spec in specs), width // max(spec.width for spec in specs))
     sides = np.array([height]), np.array([width])
     for view, spec in enumerate(specs):

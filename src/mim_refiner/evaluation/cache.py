@@ -68,14 +68,17 @@ class FeatureCache:
     def get(self, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """Return the tensors stored under ``identity``; None when there are none, or when they are damaged."""
         path = self.path_of(identity)
-        tensors = _read(path)
-        if tensors is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        with contextlib.suppress(OSError):
-            os.utime(path)  # most recently used
-        return tensors
+        with contextlib.suppress(OSError, SafetensorError, ValueError, RuntimeError):
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                notes = file.metadata() or {}
+            if notes.get("sha256") == tensors_sha256(tensors):
+                self.hits += 1
+                with contextlib.suppress(OSError):
+                    os.utime(path)  # most recently used
+                return tensors
+        self.misses += 1
+        return None
 
     def put(self, identity: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Store ``tensors`` under ``identity`` and make room for them."""
@@ -168,20 +171,8 @@ def data_identity(images: ImageSet) -> str:
     A set in memory is hashed pixel by pixel. Of a larger one: the fingerprint (names, sizes), and the encoded bytes
     of 1,024 images spread over it; an image exchanged for another of the same name and size may go unnoticed there.
     """
-    if images not in _IDENTITIES:
-        _IDENTITIES[images] = _hash_images(images)
-    return _IDENTITIES[images]
-
-
-def parse_size(size: str | int) -> int:
-    """``"5GB"``, ``"500 MB"`` or a number to bytes; InputError otherwise."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b?)\s*", str(size).lower())
-    if not match or match[2] not in _UNITS:
-        raise InputError(f"cache size {size!r}: write it like 5GB, 500MB or 0")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def _hash_images(images: ImageSet) -> str:
+    if images in _IDENTITIES:
+        return _IDENTITIES[images]
     digest = hashlib.sha256(f"{len(images)} {images.unreadable_indices}".encode())
     if images.array is not None:
         digest.update(f"{images.array.shape}".encode())
@@ -197,14 +188,12 @@ def _hash_images(images: ImageSet) -> str:
             with contextlib.suppress(Exception):  # an unreadable image has no row in the features either
                 data = images.source.read(index)
                 digest.update(data if isinstance(data, bytes) else data.tobytes())
-    return digest.hexdigest()
+    return _IDENTITIES.setdefault(images, digest.hexdigest())
 
 
-def _read(path: Path) -> dict[str, Tensor] | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            notes = file.metadata() or {}
-    except (OSError, SafetensorError, ValueError, RuntimeError):
-        return None
-    return tensors if notes.get("sha256") == tensors_sha256(tensors) else None
+def parse_size(size: str | int) -> int:
+    """``"5GB"``, ``"500 MB"`` or a number to bytes; InputError otherwise."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b?)\s*", str(size).lower())
+    if not match or match[2] not in _UNITS:
+        raise InputError(f"cache size {size!r}: write it like 5GB, 500MB or 0")
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -36,10 +36,7 @@ class ClusteringScore:
     drawn: Mapping[str, NDArray[np.float64]]  # {measure of agreement: [resamples]}
 
     def interval(self, metric: str) -> tuple[float, float] | None:
-        """95 % interval by the deviation of the resamples; without them, of the accuracy alone, Wilson's.
-
-        Wilson's takes clustering and assignment as found: the images are its only randomness, and it is too narrow.
-        """
+        """95 % interval by the resamples; else of accuracy alone, Wilson's: of the images only, and so too narrow."""
         if metric in self.drawn:
             half, value = 1.96 * float(self.drawn[metric].std(ddof=1)), self.values[metric]
             return max(-1.0, value - half), min(1.0, value + half)

@@ -30,10 +30,7 @@ FeatureKey = tuple[int, str]  # (block, counted from 0; pooling)
 
 @dataclass(frozen=True)
 class Features:
-    """Pooled features of N images on the CPU, in one row order for every (block, pooling).
-
-    Look-ups take negative block numbers too: ``features[-1, "mean"]``.
-    """
+    """Pooled features of N images on the CPU, rows in one order; looked up by negative blocks too: ``[-1, "mean"]``."""
 
     values: Mapping[FeatureKey, Tensor]  # float32 [N, D]
     labels: Tensor | None  # int64 [N]

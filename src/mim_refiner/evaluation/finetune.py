@@ -162,10 +162,7 @@ def finetune(
     image_size: ImageSize,
     run: Run | None = None,
 ) -> AccuracyScore:
-    """Train a copy of ``backbone`` on ``train`` and score it on ``test`` after the last epoch.
-
-    The backbone itself stays as it is. On a CPU the same seed gives the same bits, with any number of workers.
-    """
+    """Train a copy of ``backbone`` and score it after the last epoch; on a CPU one seed gives the same bits always."""
     settings, run = settings or FinetuneSettings(), run or Run()
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     pooling = resolve_poolings(None if settings.pooling == "auto" else [settings.pooling], backbone.info)[0]

@@ -251,10 +251,7 @@ class ProbeGrid:
 
 
 def paper_sets(blocks: Sequence[int], poolings: Sequence[str], settings: LinearProbeSettings) -> list[FeatureSet]:
-    """{class, class + mean} x {last block, last few}; what the encoder and ``poolings`` do not have is left out.
-
-    ``blocks`` are the available ones; the grid uses the deepest.
-    """
+    """{class, class + mean} x {deepest, last few of the available ``blocks``}, as far as the encoder has them."""
     firsts: list[tuple[str, ...]] = [("cls",) if "cls" in poolings else ("mean",)]
     if settings.concatenate and len(set(poolings)) > 1:
         firsts.append(("cls", "mean"))

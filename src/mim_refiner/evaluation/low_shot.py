@@ -84,10 +84,7 @@ def low_shot_protocol(
 def fit_logistic(
     x: NDArray[np.float64], y: NDArray[np.int64], settings: LowShotSettings
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """(weights [D, C], the classes [C] of their columns): the least mean cross-entropy + lambda / 2 ||W||².
-
-    lambda = penalty / N; without an intercept, by L-BFGS.
-    """
+    """(weights [D, C], classes [C]) of least mean cross-entropy + penalty / 2N ||W||²; no intercept, by L-BFGS."""
     classes = np.unique(y)
     if len(classes) == 1:
         return np.zeros((x.shape[1], 1)), classes

@@ -69,10 +69,7 @@ def linear(job: Job) -> list[Result]:
 
 
 def low_shot(job: Job) -> list[Result]:
-    """Logistic regression on 1, 2, 5 images a class, or on those of published lists.
-
-    Lists with as many images of their largest class are splits of one number.
-    """
+    """Logistic regression on few images a class, or on published lists: those of one largest class are its splits."""
     settings = job.settings.low_shot
     suffix = "_reference" if settings.scoring == "reference" else ""
     by_shots: dict[int, list[str]] = {}

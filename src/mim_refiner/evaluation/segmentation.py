@@ -64,10 +64,7 @@ def segmentation_protocol(
     run: Run | None = None,
     cache: FeatureCache | None = None,
 ) -> NDArray[np.int64]:
-    """Train the probe on ``train`` and count the pixels of ``test`` (both with masks): [N, C (truth), C (predicted)].
-
-    Raises DataError for missing masks, InputError for a window that the patch size does not divide.
-    """
+    """Train on ``train``, count pixels of ``test``: [N, C (truth), C (predicted)]. DataError without masks."""
     settings, run = settings or SegmentationSettings(), run or Run()
     window = check_segmentation(settings, backbone)
     train_masks, test_masks = MaskSet(train.source), MaskSet(test.source)

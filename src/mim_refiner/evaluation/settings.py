@@ -39,10 +39,7 @@ _READERS = {
 
 
 class EvaluationSettings(FrozenSettings):
-    """The defaults are the paper's where method.md gives them.
-
-    One exception: ``linear.augment`` is off (one forward pass, not one an epoch); the suite ``paper`` turns it on.
-    """
+    """Defaults are the paper's, but for ``linear.augment``, off except in the suite ``paper``: a pass each epoch."""
 
     noun: ClassVar[str] = "setting"
     listed: ClassVar[str] = "docs/evaluation.md"

@@ -114,7 +114,7 @@ def evaluate_backbone(
     results: list[Result] = []
     started = time.perf_counter()
     if set(protocols) != {"segmentation"}:
-        job = _with_features(job, _blocks_needed(set(protocols), job))
+        job = _with_features(job, set(protocols))
         seconds["features"] = time.perf_counter() - started
     for protocol in dict.fromkeys(protocols):
         started = time.perf_counter()
@@ -135,10 +135,7 @@ def write_results(results: Iterable[Result], folder: str | Path, prefix: str = "
 
 
 def suite_protocols(suite: str, images: ImageSet) -> tuple[str, ...]:
-    """The protocols of a suite that ``images`` allow: the paper's holds segmentation too where there are masks.
-
-    Raises InputError for an unknown suite, DataError when nothing of it can run.
-    """
+    """The protocols of a suite that ``images`` allow; InputError for an unknown one, DataError when nothing can run."""
     if suite not in SUITES:
         raise InputError(f"suite {suite!r} is unknown{did_you_mean(suite, SUITES)}; choose from {', '.join(SUITES)}")
     chosen = SUITES[suite]
@@ -176,19 +173,17 @@ def summary_metrics(results: Mapping[str, Result], *, block: int, pooling: str) 
     return {metric: found.get(metric) for metric in metrics} | {"knn_by_block": by_block}
 
 
-def _blocks_needed(protocols: Set[str], job: Job) -> tuple[int, ...]:
-    """Every block whose pooled features some protocol looks at, from one forward pass."""
+def _with_features(job: Job, protocols: Set[str]) -> Job:
+    """Add the features of the train and test images, of every block that some protocol looks at, from one forward pass.
+
+    Without a test set they are two parts of the train images' features.
+    """
     needed = {*(job.blocks if protocols - IMAGES_ALONE else ()), *(job.knn_blocks if "knn" in protocols else ())}
     last, settings = max(job.blocks), job.settings
     for protocol, count in (("knn", settings.knn_last), ("linear", settings.linear.last)):
         if protocol in protocols:
             needed |= {*range(max(0, last - count + 1), last)}
-    return tuple(sorted(needed))
-
-
-def _with_features(job: Job, blocks: tuple[int, ...]) -> Job:
-    """Add the features of the train and test images; without a test set, two parts of the train images' features."""
-    train, test = job.train_images, job.test_images
+    train, test, blocks = job.train_images, job.test_images, tuple(sorted(needed))
     bank = job.features_of(train, None, blocks=blocks, phase="features of the train images")
     if test is not train:
         queries = job.features_of(test, None, blocks=blocks, phase="features of the test images")
@@ -200,10 +195,7 @@ def _with_features(job: Job, blocks: tuple[int, ...]) -> Job:
 
 
 def class_numbers(train: ImageSet | ImageSource, test: ImageSet | ImageSource) -> torch.Tensor | None:
-    """Return the number in train of every test class [classes], matched by name; None without labels.
-
-    Raises DataError for a test class that train lacks.
-    """
+    """Number in train of every test class [classes], by name; None without labels. DataError for one it lacks."""
     if train.classes is None or test.classes is None:
         return None
     numbers, unknown = test.classes.numbers_in(train.classes)
@@ -219,10 +211,7 @@ def class_numbers(train: ImageSet | ImageSource, test: ImageSet | ImageSource) -
 def published_lists(
     protocols: Sequence[str], settings: EvaluationSettings, train: ImageSet, test: ImageSet | None, run: Run
 ) -> dict[str, NameList]:
-    """The published splits that ``protocols`` use, by file; what they name is said.
-
-    Raises InputError without test images, DataError for a list that does not fit.
-    """
+    """Published splits that ``protocols`` use, by file; InputError without test images, DataError for a misfit."""
     found: dict[str, NameList] = {}
     for protocol in protocols:
         files = {"low_shot": settings.low_shot.split_files, "finetune": settings.finetune.split_files}.get(protocol, ())
