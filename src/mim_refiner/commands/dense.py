@@ -28,7 +28,7 @@ from mim_refiner.data.source_base import evenly
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.evaluation.features import own_image_size
 from mim_refiner.evaluation.segmentation import SegmentationSettings, check_segmentation, same_classes
-from mim_refiner.evaluation.windows import Cutting, Encoder, Windows
+from mim_refiner.evaluation.windows import Encoder, Windows
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import in_points
 
@@ -103,13 +103,12 @@ def knn_segmentation(backbone: Backbone, bank: ImageSet, test: ImageSet, run: Ru
     """
     masks = MaskSet(bank.source), MaskSet(test.source)
     classes = same_classes(*masks)
-    window = check_segmentation(SegmentationSettings(), backbone)
-    cutting = Cutting(window, window, None, backbone.info.patch_size)
+    window, (high, wide) = check_segmentation(SegmentationSettings(), backbone), backbone.info.patch_size
     encoder = Encoder(backbone.to(run.device), [backbone.info.depth - 1], True, run)
 
     def patches(images: ImageSet, of: MaskSet, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """Features [P, D], counts [P, C] and image [P] of the labelled patches of evenly spaced windows."""
-        windows = Windows(images, cutting, encoder, masks=of, classes=classes)
+        windows = Windows(images, encoder, window, window, masks=of, classes=classes)
         chosen = torch.linspace(0, len(windows) - 1, min(len(windows), most)).long()
         tokens, counts, image = [], [], []
         for rows, found, pixels in windows.batches(chosen.split(32)):
@@ -119,7 +118,7 @@ def knn_segmentation(backbone: Backbone, bank: ImageSet, test: ImageSet, run: Ru
             image.append(windows.places[rows, 0, None].expand(kept.shape)[kept])
         return torch.cat(tokens), torch.cat(counts).long(), torch.cat(image)
 
-    train_x, train_counts, _ = patches(bank, masks[0], -(-BANK_PATCHES // cutting.patches))
+    train_x, train_counts, _ = patches(bank, masks[0], -(-BANK_PATCHES // ((window // high) * (window // wide))))
     test_x, test_counts, image = patches(test, masks[1], IMAGES)
     near = min(NEIGHBORS, len(train_x))
     predicted = knn_predict(train_x, train_counts.argmax(1), test_x, k=near, temperature=TEMPERATURE)

@@ -6,6 +6,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -55,7 +56,9 @@ class ParquetSource(ImageSource):
                 if self._rows != int(self.group_ends[-1] if len(self.group_ends) else 0) or self._rows > 8 * self.size:
                     raise pa.ArrowInvalid(f"it claims {self._rows} rows in {self.size} bytes")
                 self.column = column or _image_column(schema, path)
-                self.mark = short_hash([meta.serialized_size, _footer(path, meta.serialized_size)])
+                with path.open("rb") as raw:  # sizes, offsets and statistics of every column chunk stand at the end
+                    raw.seek(-min(meta.serialized_size + 8, self.size), os.SEEK_END)
+                    self.mark = short_hash([meta.serialized_size, raw.read()])
                 if column is None:
                     self.read_labels(lambda: self._read_labels(file, schema))
         more = [printable(each) for each in schema.names if each != self.column and each.lower() not in _OTHERS]
@@ -154,13 +157,6 @@ def _one_array(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(column.chunks)
 
 
-def _footer(path: Path, size: int) -> bytes:
-    """The metadata at the end of the file: sizes, offsets and statistics of every column chunk."""
-    with path.open("rb") as file:
-        file.seek(-min(size + 8, path.stat().st_size), os.SEEK_END)
-        return file.read()
-
-
 def _image_column(schema: pa.Schema, path: Path) -> str:
     """The column ``image`` or ``img``, else the only one that can hold encoded images."""
     fit = [field.name for field in schema if holds_images(field.type) and field.name.lower() not in _OTHERS]
@@ -217,20 +213,18 @@ def parquet_folder(root: Path, names: Sequence[str], description: str) -> ImageS
     Folders ``label=NAME`` give the labels of files that have no such column. Raises DataError when no file has rows.
     """
     parts = [ParquetSource(root / name, name=name) for name in names]
-    full = [part for part in parts if len(part)]
+    full = {name: part for name, part in zip(names, parts, strict=True) if len(part)}
     if not full:
         raise DataError(f"{root}: its parquet files have no rows; give one with images")
-    for part, name in ((part, name) for part, name in zip(parts, names, strict=True) if len(part)):
+    for name, part in full.items():
         keys = dict(piece.split("=", 1) for piece in name.split("/")[:-1] if "=" in piece)
         part.base = root
         if part.classes is None and "label" in keys:
-            value = unquote(keys["label"])
-            label = "" if value == _HIVE_MISSING else value
-            part.no_labels = ""
-            part.read_labels(lambda label=label, part=part: Labels.of_texts([label] * len(part)))  # type: ignore[misc]
+            label = unquote(keys["label"]).replace(_HIVE_MISSING, "")
+            part.read_labels(partial(Labels.of_texts, [label] * len(part)))
         elif part.classes is None and candidates(keys):
             part.no_labels = f"the folders {next(iter(keys))}=... are not read as labels; rename them to label=..."
-    source = ConcatSource(full, description)
+    source = ConcatSource([*full.values()], description)
     if len(full) < len(parts):
         first = next(part for part in parts if not len(part))
         empty = LeftOut(len(parts) - len(full), "parquet files without rows", first.path.name)

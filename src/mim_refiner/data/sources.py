@@ -171,15 +171,11 @@ def _matches(pattern: str) -> list[str]:
 
 def _refuse_twice(paths: list[Path], text: str) -> None:
     """The same images twice would be counted twice, and have one name for two."""
-    seen: set[Path] = set()
-    for path in map(Path, map(os.path.realpath, paths)):
-        inside = next((above for above in (path, *path.parents) if above in seen), None)
-        if inside is not None:
-            raise DataError(f"{text}: names {path} twice (by {inside}); name every file once")
-        seen.add(path)
-    for path in seen:  # a folder named after what lies in it
-        if not seen.isdisjoint(path.parents):
-            raise DataError(f"{text}: names {path} twice, alone and with its folder; name every file once")
+    named = Counter(map(Path, map(os.path.realpath, paths)))
+    for path, count in named.items():
+        by = next((above for above in path.parents if above in named), path if count > 1 else None)
+        if by is not None:
+            raise DataError(f"{text}: names {path} twice (by {by}); name every file once")
 
 
 def _expand_braces(text: str) -> list[str]:

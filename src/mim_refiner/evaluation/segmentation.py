@@ -24,7 +24,7 @@ from mim_refiner.data.masks import Mask, MaskSet
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.linear_probe import ProbeSettings, shuffled
-from mim_refiner.evaluation.windows import Cutting, Encoder, Windows
+from mim_refiner.evaluation.windows import Encoder, Windows
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.settings import Decay, NonNegative, Positive, PositiveInt, Side
 
@@ -71,11 +71,10 @@ def segmentation_protocol(
     classes = same_classes(train_masks, test_masks)
     encoder = Encoder(backbone.to(run.device), segmentation_blocks(backbone.info.depth, settings), settings.norm, run)
     stride = max(1, round(settings.stride * window))
-    cutting = Cutting(window, stride, settings.short_side, backbone.info.patch_size)
     room = 0.5 * free_memory(torch.device("cpu")) if settings.memory_gb is None else settings.memory_gb * 1e9
 
     def windows(images: ImageSet, **targets: Any) -> Windows:
-        found = Windows(images, cutting, encoder, **targets)
+        found = Windows(images, encoder, window, stride, settings.short_side, **targets)
         if found.bytes <= room:
             found.hold(batch_size, cache)
         return found
@@ -145,8 +144,7 @@ def _confusions(
 ) -> NDArray[np.int64]:
     """Pixel counts [N, C, C] of every test image, at the size of its own mask."""
     confusions: list[NDArray[np.int64]] = []
-    cutting = windows.cutting
-    window, grid = cutting.window, (cutting.window // cutting.patch[0], cutting.window // cutting.patch[1])
+    window = windows.window
     images, counts = windows.places[:, 0].unique_consecutive(return_counts=True)
     of_images = torch.arange(len(windows)).split(counts.tolist())
     total = seen = torch.empty(0)
@@ -156,7 +154,7 @@ def _confusions(
             places = windows.places[of_images[number]]
             height, width = (int(places[:, axis].max()) + window for axis in (1, 2))
             total, seen = torch.zeros(classes, height, width), torch.zeros(height, width)
-        logits = probe.logits(tokens).transpose(1, 2).unflatten(2, grid)
+        logits = probe.logits(tokens).transpose(1, 2).unflatten(2, windows.grid)
         for part, (_, top, left) in zip(logits, windows.places[rows].tolist(), strict=True):
             part = F.interpolate(part[None], size=(window, window), mode="bilinear", align_corners=False)[0]
             total[:, top : top + window, left : left + window] += part

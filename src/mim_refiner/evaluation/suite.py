@@ -251,8 +251,8 @@ def _check_data(protocols: Sequence[str], train: ImageSet, test: ImageSet | None
     needy = [name for name in protocols if name not in ("rank", "segmentation")]
     if test is not None:
         class_numbers(train, test)  # refused now, not after all features
-    for images in (train, test):
-        if needy and images is not None and images.labels is None:
+    for images in (train,) if test is None else (train, test):
+        if needy and images.labels is None:
             raise DataError(
                 f"{images.source.counted}: no labels, and protocol {needy[0]} needs them: {images.source.no_labels}"
             )
@@ -261,7 +261,7 @@ def _check_data(protocols: Sequence[str], train: ImageSet, test: ImageSet | None
                 f"{train.description}: all images have the label {shown_names(train.class_names or ())}, and protocol "
                 f"{needy[0]} needs two classes; give more"
             )
-        if "segmentation" in protocols and images is not None and not has_masks(images.source):
+        if "segmentation" in protocols and not has_masks(images.source):
             raise DataError(
                 f"{images.description}: no masks, and protocol segmentation needs them; "
                 "give parquet with a column 'mask', or folders images/ and masks/"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,52 +44,35 @@ class Encoder:
             return torch.cat([output.patches for output in outputs], dim=2).to(torch.float16)
 
 
-@dataclass(frozen=True)
-class Cutting:
-    """``window`` and ``stride`` in pixels; images and masks are first resized to ``short_side``, at least a window."""
-
-    window: int
-    stride: int
-    short_side: int | None
-    patch: tuple[int, int]
-
-    @property
-    def patches(self) -> int:
-        return (self.window // self.patch[0]) * (self.window // self.patch[1])
-
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of an image as it is cut."""
-        short = max(self.short_side or min(height, width), self.window)
-        return round(height * short / min(height, width)), round(width * short / min(height, width))
-
-    def sized(self, array: NDArray[np.uint8], filter_: Image.Resampling) -> NDArray[np.uint8]:
-        height, width = self.size(*array.shape[:2])
-        if (height, width) == array.shape[:2]:
-            return array
-        return np.asarray(Image.fromarray(array).resize((width, height), filter_))
-
-    def places(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Top-left corners (top, left) of the windows of an image of this size."""
-        return window_places(*self.size(height, width), self.window, self.stride)
-
-    def cut(self, array: NDArray[np.uint8], place: Sequence[int]) -> NDArray[np.uint8]:
-        return array[place[0] : place[0] + self.window, place[1] : place[1] + self.window]
-
-
 class Windows:
-    """The windows of all readable images. ``places`` int64 [W, 3]: image, top, left, image by image."""
+    """The windows of all readable images. ``places`` int64 [W, 3]: image, top, left, image by image.
+
+    ``window`` and ``stride`` in pixels; images and masks are first resized to ``short_side``, at least a window.
+    """
 
     def __init__(
-        self, images: ImageSet, cutting: Cutting, encoder: Encoder, *, masks: MaskSet | None = None, classes: int = 0
+        self,
+        images: ImageSet,
+        encoder: Encoder,
+        window: int,
+        stride: int,
+        short_side: int | None = None,
+        *,
+        masks: MaskSet | None = None,
+        classes: int = 0,
     ) -> None:
-        self.images, self.cutting, self.encoder, self.masks, self.classes = images, cutting, encoder, masks, classes
+        self.images, self.encoder, self.masks, self.classes = images, encoder, masks, classes
+        self.window, self.stride, self.short_side = window, stride, short_side
+        self.patch = encoder.backbone.info.patch_size
+        self.grid = window // self.patch[0], window // self.patch[1]  # of a window's patches
         self.held: tuple[Tensor, Tensor] | None = None
         with ThreadPoolExecutor(decoding_threads()) as pool:
-            shapes = list(pool.map(self._shape, range(len(images))))
+            loaded = pool.map(images.try_load, range(len(images)))
+            shapes = [None if pixels is None else self._size(*pixels.shape[:2]) for pixels in loaded]
         images.raise_if_too_many_unreadable()
-        self.places = torch.tensor(
-            [(index, *place) for index, shape in enumerate(shapes) if shape for place in cutting.places(*shape)]
-        )
+        places = [(index, *place) for index, shape in enumerate(shapes) if shape
+                  for place in window_places(*shape, window, stride)]  # fmt: skip
+        self.places = torch.tensor(places)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -96,19 +80,19 @@ class Windows:
     @property
     def bytes(self) -> int:
         """What all tokens and targets take."""
-        return len(self) * self.cutting.patches * 2 * (self.encoder.width + self.classes)
+        return len(self) * math.prod(self.grid) * 2 * (self.encoder.width + self.classes)
 
     def hold(self, batch_size: int, cache: FeatureCache | None) -> None:
         """Compute all tokens and targets now, or take the tokens from the cache."""
-        encoder, cutting, tokens = self.encoder, self.cutting, None
+        encoder, patches, tokens = self.encoder, math.prod(self.grid), None
         if cache is not None:
-            transform = [cutting.window, cutting.stride, cutting.short_side]
+            transform = [self.window, self.stride, self.short_side]
             how = {"transform": transform, "blocks": list(encoder.blocks), "norm": encoder.norm}
             identity = identity_of("windows", encoder.backbone, self.images, encoder.run, **how)
             tokens = (cache.get(identity) or {}).get("tokens")
-        targets = torch.empty(len(self), cutting.patches, self.classes, dtype=torch.int16)
+        targets = torch.empty(len(self), patches, self.classes, dtype=torch.int16)
         if tokens is None:
-            tokens = torch.empty(len(self), cutting.patches, encoder.width, dtype=torch.float16)
+            tokens = torch.empty(len(self), patches, encoder.width, dtype=torch.float16)
             for rows, fresh, counts in self._computed(torch.arange(len(self)).split(batch_size)):
                 tokens[rows], targets[rows] = fresh.cpu(), counts
                 encoder.run.reporter.progress(int(rows[-1]) + 1, {})
@@ -141,25 +125,34 @@ class Windows:
                 places = self.places[rows].tolist()
                 chosen = list(dict.fromkeys(place[0] for place in places))
                 whole = dict(zip(chosen, pool.map(self._pixels, chosen), strict=True)) if pixels else {}
-                cut = [self.cutting.cut(whole[index], place) for index, *place in places if pixels]
-                counts = torch.empty(len(rows), self.cutting.patches, 0, dtype=torch.int16)
+                cut = [self._cut(whole[index], place) for index, *place in places if pixels]
+                counts = torch.empty(len(rows), math.prod(self.grid), 0, dtype=torch.int16)
                 if self.masks is not None:
                     masks = dict(zip(chosen, pool.map(self._mask, chosen), strict=True))
-                    how, cut_mask = (self.cutting.patch, self.classes, self.masks.ignore_index), self.cutting.cut
-                    counts = torch.stack([patch_targets(cut_mask(masks[i], place), *how) for i, *place in places])
+                    how = self.patch, self.classes, self.masks.ignore_index
+                    counts = torch.stack([patch_targets(self._cut(masks[i], place), *how) for i, *place in places])
                 stacked = np.stack(cut).transpose(0, 3, 1, 2) if cut else np.empty(0, np.uint8)
                 yield rows, torch.from_numpy(np.ascontiguousarray(stacked)), counts
 
-    def _shape(self, index: int) -> tuple[int, int] | None:
-        pixels = self.images.try_load(index)
-        return None if pixels is None else pixels.shape[:2]
-
     def _pixels(self, index: int) -> NDArray[np.uint8]:
-        return self.cutting.sized(self.images.load(index), Image.Resampling.BICUBIC)
+        return self._sized(self.images.load(index), Image.Resampling.BICUBIC)
 
     def _mask(self, index: int) -> Mask:
         assert self.masks is not None
-        return self.cutting.sized(self.masks.load(index), Image.Resampling.NEAREST)
+        return self._sized(self.masks.load(index), Image.Resampling.NEAREST)
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of an image as it is cut."""
+        short = max(self.short_side or min(height, width), self.window)
+        return round(height * short / min(height, width)), round(width * short / min(height, width))
+
+    def _sized(self, array: NDArray[np.uint8], how: Image.Resampling) -> NDArray[np.uint8]:
+        height, width = self._size(*array.shape[:2])
+        same = (height, width) == array.shape[:2]
+        return array if same else np.asarray(Image.fromarray(array).resize((width, height), how))
+
+    def _cut(self, array: NDArray[np.uint8], place: Sequence[int]) -> NDArray[np.uint8]:
+        return array[place[0] : place[0] + self.window, place[1] : place[1] + self.window]
 
 
 def window_places(height: int, width: int, window: int, stride: int) -> list[tuple[int, int]]:
