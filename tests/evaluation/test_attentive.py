@@ -27,7 +27,7 @@ from mim_refiner.evaluation.attentive import (
 from mim_refiner.evaluation.finetune import FinetuneSettings, LabelledRows, finetune
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings
 from mim_refiner.evaluation.settings import EvaluationSettings
-from mim_refiner.evaluation.suite import evaluate_backbone
+from mim_refiner.evaluation.suite import evaluate_backbone, write_results
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.page import write_report
 from mim_refiner.types import BackboneInfo, BlockOutput
@@ -101,6 +101,7 @@ class Colours(nn.Module):
         super().__init__()
         self.block_dims = block_dims
         self.maps = nn.ParameterList(torch.randn(3, d, generator=torch.Generator().manual_seed(d)) for d in block_dims)
+        self.model = nn.Module()  # what results are named by
         self.info = BackboneInfo("made", "colours", block_dims[-1], 2, 1, (8, 8), 0, False, (32, 32), 3,
                                  (0.5,) * 3, (0.25,) * 3, "", 1.0)  # fmt: skip
 
@@ -142,9 +143,8 @@ def test_attention_finds_what_the_mean_of_the_patches_hides(planted, tmp_path, m
     stored = attentive._stored
     monkeypatch.setattr(attentive, "_stored", lambda *given: places.append(given[-1]) or stored(*given))
     train, test = planted(256, 1), planted(120, 2)
-    found = evaluate_backbone(
-        Colours(), train, test, protocols=("linear", "attentive"), settings=settings, out_dir=tmp_path / "run"
-    )
+    found = evaluate_backbone(Colours(), train, test, protocols=("linear", "attentive"), settings=settings)
+    write_results(found.values(), tmp_path / "run")
     assert found["linear_top1_best-block01-mean"].value < 0.4
     for name in ("ep", "single"):
         assert found[f"attentive_top1-block01-{name}"].value > 0.9

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.metrics import effective_rank
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
@@ -23,7 +24,13 @@ from mim_refiner.evaluation.linear_probe import LinearProbeSettings
 from mim_refiner.evaluation.long_tail import LongTailSettings
 from mim_refiner.evaluation.results import CONTRACT_FIELDS, paired_change
 from mim_refiner.evaluation.settings import EvaluationSettings
-from mim_refiner.evaluation.suite import evaluate_backbone, suite_protocols, suite_settings, summary_metrics
+from mim_refiner.evaluation.suite import (
+    evaluate_backbone,
+    suite_protocols,
+    suite_settings,
+    summary_metrics,
+    write_results,
+)
 from mim_refiner.models.backbone import Backbone
 
 QUICK = EvaluationSettings(knn_k=5, linear=LinearProbeSettings(epochs=3, batch_size=16), cluster_seeds=2)
@@ -32,8 +39,9 @@ ALL = ("knn", "linear", "clustering", "rank")
 
 def test_every_protocol_writes_its_files(make_backbone, make_images, tmp_path):
     backbone, train, test = make_backbone(), make_images(60), make_images(30, seed=1)
-    options = {"protocols": ALL, "settings": QUICK, "model_sha256": "abc", "run": Run(seed=3)}
-    results = evaluate_backbone(backbone, train, test, out_dir=tmp_path / "run", **options)
+    options = {"protocols": ALL, "settings": QUICK, "run": Run(seed=3)}
+    results = evaluate_backbone(backbone, train, test, **options)
+    write_results(results.values(), tmp_path / "run")
     clusters = ["cluster_accuracy", "nmi", "ami", "ari", "silhouette", "davies_bouldin"]
     metrics = ["knn_top1", "knn_top1_last3", "linear_top1_best", "linear_top1", *clusters, "rank", "rank_centred"]
     expected = {f"{metric}-block02-{pooling}" for metric in metrics for pooling in ("cls", "mean")}
@@ -51,7 +59,12 @@ def test_every_protocol_writes_its_files(make_backbone, make_images, tmp_path):
         record = json.loads(files[f"{name}.json"])
         assert tuple(record) == CONTRACT_FIELDS
         assert record == json.loads(json.dumps(result.to_json()))
-        assert (record["block"], record["norm"], record["model_sha256"], record["seed"]) == (2, False, "abc", 3)
+        assert (record["block"], record["norm"], record["model_sha256"], record["seed"]) == (
+            2,
+            False,
+            weights_sha256(backbone.model),
+            3,
+        )
         assert record["data"]["train"]["fingerprint"] == train.source.fingerprint()
         assert record["data"]["test"]["images"] == 30
         assert record["settings"]["image_size"] == 32
@@ -60,7 +73,8 @@ def test_every_protocol_writes_its_files(make_backbone, make_images, tmp_path):
             assert result.correct.mean() == pytest.approx(record["value"])
     assert {r.metric for r in results.values() if r.ci95 is None} == {*clusters[1:], "rank", "rank_centred"}
 
-    again = evaluate_backbone(backbone, train, test, out_dir=tmp_path / "run", name_prefix="after-", **options)
+    again = evaluate_backbone(backbone, train, test, **options)
+    write_results(again.values(), tmp_path / "run", "after-")
     for name in again:  # same seed, same bytes; the prefix keeps two encoders in one folder apart
         assert (tmp_path / "run" / "evaluation" / f"after-{name}.json").read_text() == files[f"{name}.json"]
 
@@ -117,22 +131,21 @@ def test_knn_may_cover_more_blocks_and_the_summary_collects(make_backbone, make_
     assert summary_metrics(results, block=0, pooling="cls")["linear_top1"] is None
 
 
-def test_labels_are_needed_except_for_the_rank(make_backbone, make_images, tmp_path):
+def test_labels_are_needed_except_for_the_rank(make_backbone, make_images):
     bare = make_images(40, labelled=False)
     for protocol in ("knn", "linear", "clustering"):
         with pytest.raises(DataError, match=f"no labels, and protocol {protocol} needs them"):
-            evaluate_backbone(make_backbone(), make_images(40), bare, protocols=(protocol,), out_dir=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+            evaluate_backbone(make_backbone(), make_images(40), bare, protocols=(protocol,))
     assert evaluate_backbone(make_backbone(), bare, None, protocols=("rank",))["rank-block02-cls"].value > 1
 
 
-def test_one_class_would_always_be_right(make_backbone, make_images, tmp_path):
+def test_one_class_would_always_be_right(make_backbone, make_images):
     one = make_images(40, classes=1)
     for protocol in ("knn", "linear", "clustering"):
         with pytest.raises(
             DataError, match=f"all images have the label '0', and protocol {protocol} needs two classes"
         ):
-            evaluate_backbone(make_backbone(), one, None, protocols=(protocol,), out_dir=tmp_path / "run")
+            evaluate_backbone(make_backbone(), one, None, protocols=(protocol,))
     assert evaluate_backbone(make_backbone(), one, None, protocols=("rank",))["rank-block02-cls"].value > 1
 
 
@@ -161,8 +174,8 @@ def test_protocols_made_for_photographs_refuse_other_channels(protocol, make_bac
 def test_unwritable_folder(make_backbone, make_images, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot write"):
-        evaluate_backbone(
-            make_backbone(), make_images(60), None, protocols=("knn",), settings=QUICK, out_dir=tmp_path / "file"
+        write_results(
+            evaluate_backbone(make_backbone(), make_images(60), None, protocols=("rank",)).values(), tmp_path / "file"
         )
 
 

@@ -24,7 +24,6 @@ from mim_refiner.commands.survey import (
     judged_without_labels,
     thinned,
 )
-from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.duplicates import compare_images
@@ -156,7 +155,6 @@ def compare(
                 blocks=(-1,),
                 knn_blocks="all",
                 settings=EvaluationSettings.quick(precision=run.precision, knn_k=knn_k),
-                model_sha256=weights_sha256(backbone.model),
                 run=run,
             )
         return found

@@ -29,6 +29,7 @@ from mim_refiner.evaluation.suite import (
     evaluate_backbone,
     suite_protocols,
     suite_settings,
+    write_results,
 )
 from mim_refiner.files import dotted, name_of, read_regular, reading, write_bytes, write_json
 from mim_refiner.models.backbone import Backbone
@@ -96,7 +97,7 @@ def evaluate(
         "data": [images.source.fingerprint() for images in opened],
     })  # fmt: skip
     written, seconds = out if rank() == 0 else None, dict[str, dict[str, float]]()
-    options: dict[str, Any] = {**place, "settings": how, "out_dir": written, "run": run, "cache": kept}
+    options: dict[str, Any] = {**place, "settings": how, "out": written, "run": run, "cache": kept}
     summary = _summary(_measured(backbones, chosen, train, held_out, seconds, shifted=sets, **options))
     if said := tell_trained_on(backbones, data if test is None else test, run.reporter):
         summary["measured_on"] = said
@@ -141,6 +142,7 @@ def _measured(
     seconds: dict[str, dict[str, float]],
     *,
     prefix: str = "",
+    out: str | None,
     run: Run,
     **options: Any,
 ) -> dict[str, dict[str, Result]]:
@@ -154,12 +156,12 @@ def _measured(
             train,
             test,
             protocols=protocols,
-            name_prefix=position + prefix,
-            model_sha256=weights_sha256(backbone.model),
             run=run,
             seconds=seconds.setdefault(name + (f" ({prefix.rstrip('-')})" if prefix else ""), {}),
             **options,
         )
+        if out is not None:
+            write_results(results[name].values(), out, position + prefix)
     return results
 
 

@@ -126,8 +126,7 @@ class ImageSet:
         """
         for offset in range(self._length):
             candidate = (index + offset) % self._length
-            loaded = self._try_load(candidate, reduction)
-            if loaded is not None:
+            if (loaded := self._try_load(candidate, reduction)) is not None:
                 return loaded
             self.raise_if_too_many_unreadable()
         raise self._nothing_readable()

@@ -106,8 +106,7 @@ class Labels:
                     raise _no_class(label, first, what, all(name.startswith("-1") for name in names))
             names = [name.partition(".")[0] for name in names]
             spelled: dict[int, str] = {}
-            twice = [name for name in names if spelled.setdefault(int(name), name) != name]
-            if twice:
+            if twice := [name for name in names if spelled.setdefault(int(name), name) != name]:
                 raise LabelProblem(f"the labels '{spelled[int(twice[0])]}' and '{twice[0]}' are one number in two "
                                    "spellings; write it one way, or give names")  # fmt: skip
         if all(_WHOLE.fullmatch(name) for name in names) and len({int(name) for name in names}) == len(set(names)):
@@ -154,8 +153,7 @@ class Labels:
     @classmethod
     def join(cls, parts: Sequence[Labels]) -> Labels:
         """The labels of sets one after the other as one list of classes; LabelProblem where only some have names."""
-        keys = _common_keys(parts)
-        if keys is None:
+        if (keys := _common_keys(parts)) is None:
             raise LabelProblem("some parts name their classes, others number them; write all labels the same way")
         index: dict[Hashable, int] = {}
         facts: list[tuple[str, int | None]] = []
@@ -200,8 +198,7 @@ def names_in_metadata(metadata: dict[bytes, bytes] | None, column: str = "label"
 
 def candidates(columns: Iterable[str], verb: str = "rename it to 'label'") -> str:
     """A hint at columns that look like labels under another name, or an empty string."""
-    found = [name for name in columns if name.lower() in CANDIDATES]
-    if not found:
+    if not (found := [name for name in columns if name.lower() in CANDIDATES]):
         return ""
     what = f"column '{found[0]}' is" if len(found) == 1 else f"columns {shown_names(found)} are"
     return f"{what} not read as labels; {verb if len(found) == 1 else verb.replace('it', 'the right one', 1)}"

@@ -232,8 +232,7 @@ class TrainLoader:
     @property
     def cut_where(self) -> str:
         """Where views are cut, in words, with the rule that decides it."""
-        resident = self._assembler.resident
-        if resident is not None:
+        if (resident := self._assembler.resident) is not None:
             return f"on the device, which holds all images ({resident.pixels.nbytes / 1e9:.2f} GB)"
         rule = f"on a GPU, where 8-bit images decoded in memory take up to {SHARE:.0%} of its free memory, padded alike"
         return f"on the CPU (images_on_device=auto cuts them {rule})"
@@ -322,7 +321,6 @@ def _eval_items(
             chosen = wanted[start : start + batch_size].tolist()
             loaded = list(apply(prepare, chosen))
             images.raise_if_too_many_unreadable()
-            kept = [index for index, pixels in zip(chosen, loaded, strict=True) if pixels is not None]
-            if kept:
+            if kept := [index for index, pixels in zip(chosen, loaded, strict=True) if pixels is not None]:
                 batch = _channels_first(np.stack(common_type([pixels for pixels in loaded if pixels is not None])))
                 yield batch, torch.tensor(kept, dtype=torch.int64)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -28,6 +28,10 @@ DEFAULT_IGNORE = 255
 _EXACT = ("PNG", "TIFF", "BMP", "GIF")  # formats that keep every number as it is
 _PICTURES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jpg", ".jpeg")
 _FIX = "save masks as PNG with one class number (0-255) a pixel"
+
+
+class NoMasksError(DataError):
+    """A source of images alone."""
 
 
 class MaskSet:
@@ -102,35 +106,29 @@ class MaskSet:
             found = next((pictures[each] for each in (stem, f"{stem}_mask", name) if each in pictures), None)
             if found is not None:
                 return Path(folder, found)
-        raise ValueError(f"no folder {', '.join(MASK_FOLDERS)} beside {' or '.join(IMAGE_FOLDERS[:2])} holds one")
+        reason = f"no folder {', '.join(MASK_FOLDERS)} beside {' or '.join(IMAGE_FOLDERS[:2])} holds one"
+        raise ValueError(reason) if any(self._folders.values()) else NoMasksError(f"{leaf.description}: {reason}")
 
     def _table(self, path: Path) -> tuple[ParquetSource, dict[bytes, bytes]]:
         """The masks of a parquet file, and its notes."""
         if path not in self._tables:
             with reading(path, "download or write it again"):
                 schema = pq.read_schema(path)
-                name = _mask_column(schema)
+                columns = (name for name in MASK_COLUMNS if name in schema.names)
+                name = next((name for name in columns if holds_images(schema.field(name).type)), None)
                 if name is None:
                     found = ", ".join(schema.names)
-                    raise DataError(f"{path}: no column 'mask' of images (found {found}); segmentation needs masks")
+                    raise NoMasksError(f"{path}: no column 'mask' of images (found {found}); segmentation needs masks")
                 self._tables[path] = ParquetSource(path, column=name), dict(schema.metadata or {})
         return self._tables[path]
 
 
 def has_masks(source: ImageSource) -> bool:
     """Whether masks belong to the images of ``source``; DataError where they do and cannot be used."""
-    try:
-        leaf, position = _leaf(source, 0)
-    except DataError:
-        return False
-    if isinstance(leaf, ParquetSource):
-        with reading(leaf.path, "download or write it again"):
-            there = _mask_column(pq.read_schema(leaf.path)) is not None
-    else:
-        there = any(_pictures(folder) for folder in _mask_folders(leaf, position))
-    if there:
+    with contextlib.suppress(NoMasksError):
         MaskSet(source)
-    return there
+        return True
+    return False
 
 
 def _leaf(source: ImageSource, index: int) -> tuple[ParquetSource | FileSource, int]:
@@ -142,12 +140,7 @@ def _leaf(source: ImageSource, index: int) -> tuple[ParquetSource | FileSource, 
         return _leaf(source.parts[part], position)
     if isinstance(source, ParquetSource | FileSource):
         return source, index
-    raise DataError(f"{source.description}: has no masks; give parquet, or folders images/ and masks/")
-
-
-def _mask_column(schema: Any) -> str | None:
-    columns = (name for name in MASK_COLUMNS if name in schema.names)
-    return next((name for name in columns if holds_images(schema.field(name).type)), None)
+    raise NoMasksError(f"{source.description}: has no masks; give parquet, or folders images/ and masks/")
 
 
 def _mask_folders(source: FileSource, index: int) -> list[str]:

@@ -36,10 +36,8 @@ def is_image_name(name: str) -> bool:
 class FileSource(ImageSource):
     """Image files below ``base``, read one by one; ``names`` are their paths relative to it."""
 
-    def __init__(self, base: Path, names: Iterable[str], description: str = "") -> None:
-        self.base = base
-        self.names = PackedStrings(names)
-        self.description = description
+    def __init__(self, base: Path, names: Iterable[str]) -> None:
+        self.base, self.names = base, PackedStrings(names)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -208,9 +206,6 @@ class PackedStrings(Sequence[str]):
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
         return str(self.array[index].as_py(), *_CODEC)
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
 
 
 def packed(texts: Iterable[str]) -> pa.Array:

@@ -44,8 +44,7 @@ def list_source(path: Path) -> FileSource:
         raise DataError(f"{path}: row {rows[names.index('')][0]} has no path; write one image a row")
     source = FileSource(path.parent, (_as_path(name, path.parent) for name in names))
     source.read_labels(lambda: _labels(rows, header, column, width))
-    more = [name for number, name in enumerate(header or ()) if number != column and name and name != "label"]
-    if more:
+    if more := [name for number, name in enumerate(header or ()) if number != column and name and name != "label"]:
         source.left_out = (LeftOut(len(more), "columns of the list", printable(more[0])),)
     kind = "no labels" if source.classes is None else "with labels"
     source.description = f"list {path} ({len(rows)} images, {kind})"

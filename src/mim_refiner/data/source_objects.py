@@ -105,8 +105,7 @@ class ObjectSource(ImageSource):
     def _raw_labels(self, first: Any) -> Sequence[Any]:
         """From the object where it has them all, else item by item."""
         if isinstance(first, dict):
-            key = _found(first, _LABEL_KEYS) or ""
-            if not key:
+            if not (key := _found(first, _LABEL_KEYS) or ""):
                 raise LabelProblem(f"no column {' or '.join(_LABEL_KEYS[:2])}; give (images, labels)")
             table = hasattr(self.given, "column_names")  # of the datasets library
             column: Any = self.given[key] if table else [item[key] for item in self._all()]
@@ -163,8 +162,7 @@ class ArraySource(ImageSource):
         """The images (memory-mapped for .npy)."""
         if self._images is None:
             arrays = Arrays(self.path)
-            images = arrays.get("images", arrays.get("x"))
-            if images is None:
+            if (images := arrays.get("images", arrays.get("x"))) is None:
                 found = ", ".join(sorted(arrays)) or "nothing"
                 raise DataError(
                     f"{self.path}: no array 'images' or 'x' (found {found}); save it under one of these names"
@@ -176,8 +174,7 @@ class ArraySource(ImageSource):
         arrays = Arrays(self.path)
         if arrays.single:
             raise LabelProblem("one array has no place for them; save images and labels with numpy.savez")
-        labels = arrays.get("labels", arrays.get("y"))
-        if labels is None:
+        if (labels := arrays.get("labels", arrays.get("y"))) is None:
             hint = candidates(arrays, "save it as 'labels'") or "save them as 'labels'"
             raise LabelProblem(f"no array 'labels' or 'y' (found {', '.join(sorted(arrays))}); {hint}")
         return _labels(labels, len(self))

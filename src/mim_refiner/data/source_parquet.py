@@ -31,20 +31,13 @@ _HIVE_MISSING = "__HIVE_DEFAULT_PARTITION__"
 class ParquetSource(ImageSource):
     """One parquet file, opened on the first read.
 
-    A file above ``whole_file_bytes`` is read by row group with the last few groups kept: in-order access is cheap,
+    A file above 512 MB is read by row group with the last few groups kept: in-order access is cheap,
     shuffled access reads a whole group for most images, so store such data in small row groups.
     ``name``: how images are named, default the file's name. ``column``: this one's pictures, without labels. Raises
     DataError when the file is no whole parquet file, or has no column of images.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        name: str | None = None,
-        column: str | None = None,
-        whole_file_bytes: int = WHOLE_FILE_BYTES,
-    ) -> None:
+    def __init__(self, path: Path, *, name: str | None = None, column: str | None = None) -> None:
         self.path, self.base = path, path.parent
         self._name = printable(path.name if name is None else name)
         with reading(path, "download or write the parquet file again"):
@@ -61,18 +54,16 @@ class ParquetSource(ImageSource):
                     self.mark = short_hash([meta.serialized_size, raw.read()])
                 if column is None:
                     self.read_labels(lambda: self._read_labels(file, schema))
-        more = [printable(each) for each in schema.names if each != self.column and each.lower() not in _OTHERS]
-        if more:
+        if more := [printable(each) for each in schema.names if each != self.column and each.lower() not in _OTHERS]:
             self.left_out = (LeftOut(len(more), "columns of the table", more[0]),)
-        self.lazy = self.size > whole_file_bytes
+        self.lazy = self.size > WHOLE_FILE_BYTES
         which = "" if self.column == "image" else f", column {printable(self.column)}"
         self.description = f"parquet {path} ({self._rows} images{which})"
         self._groups: OrderedDict[int, pa.Array] = OrderedDict()
         self._lock = threading.Lock()
 
     def _read_labels(self, file: pq.ParquetFile, schema: pa.Schema) -> Labels | None:
-        name = next((each for each in schema.names if each.lower() == "label"), None)
-        if name is None:
+        if (name := next((each for each in schema.names if each.lower() == "label"), None)) is None:
             hint = candidates(schema.names) or "write a column 'label' for them"
             raise LabelProblem(f"no column 'label' (found {', '.join(map(printable, schema.names))}); {hint}")
         return labels_of_column(file.read(columns=[name]).column(name), names_in_metadata(schema.metadata, name))
@@ -122,8 +113,7 @@ class ParquetSource(ImageSource):
         with reading(self.path, "download or write the parquet file again"), pq.ParquetFile(self.path) as file:
             schema = file.schema_arrow
             texts = {field.name.lower(): field.name for field in schema if _is_text(field.type)}
-            column = next((texts[name] for name in PATH_NAMES if name in texts), None)
-            if column is None:
+            if (column := next((texts[name] for name in PATH_NAMES if name in texts), None)) is None:
                 kind = schema.field(self.column).type
                 if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
                     return super().file_names()

@@ -101,8 +101,7 @@ def _download(text: str, split: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RevisionNotFoundError
 
-    match = _HUB.fullmatch(text)
-    if match is None:
+    if (match := _HUB.fullmatch(text)) is None:
         raise DataError(f"{text[:200]}: is no data set name; write hf:owner/name, with @revision and #split if needed")
     patterns = [f"*{kind}" for kind in (*_HUB_KINDS, *_HUB_IMAGES)]
     if split:
@@ -130,8 +129,7 @@ def _open_whole(text: str) -> ImageSource:
     paths = [Path(name) for name in _matches(os.path.expanduser(text))]  # its commas and braces may be part of names
     pieces = [] if paths else _COMMA.split(text)
     for part in itertools.chain.from_iterable(_expand_braces(piece.strip()) for piece in pieces):
-        found = _matches(os.path.expanduser(part))
-        if not found:
+        if not (found := _matches(os.path.expanduser(part))):
             advice = nearest_path(part) or "; check the path given as data"
             raise DataError(f"{printable(part or text)[:300]}: no such file or folder{advice}")
         paths += map(Path, found)
@@ -230,8 +228,7 @@ def _open_folder(root: Path, split: str | None, shown: str) -> ImageSource:
         return source
     if len(source):
         raise DataError(f"{shown}#{split}: the folder has images but no sub-folder '{split}'; check the name")
-    kind = next((kind for kind in TABLE_SUFFIXES if files.tables[kind]), None)
-    if kind is None:
+    if (kind := next((kind for kind in TABLE_SUFFIXES if files.tables[kind]), None)) is None:
         found = "; ".join(map(str, source.left_out))
         found = f"none of its files is an image: {found}" if found else "the folder is empty"
         raise DataError(f"{shown}: {found}; give a folder with .jpg, .png, .webp, ..., .parquet or .tar files")

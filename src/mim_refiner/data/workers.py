@@ -102,8 +102,7 @@ def watched(iterator: Iterator[_T]) -> Iterator[_T]:
 
 def end_workers(loader: DataLoader[Any] | None) -> None:
     """Kill what is left of a loader's processes; a hanging one does not hear a friendlier word."""
-    iterator = getattr(loader, "_iterator", None)
-    if iterator is None:
+    if (iterator := getattr(loader, "_iterator", None)) is None:
         return
     theirs = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     quiet = theirs is not None and _set(lambda number, frame: None)  # these deaths are no news

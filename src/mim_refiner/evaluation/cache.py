@@ -179,8 +179,7 @@ def data_identity(images: ImageSet) -> str:
         digest.update(images.array.data)
     elif images.cached:
         for index in range(len(images)):
-            pixels = images.try_load(index)
-            if pixels is not None:
+            if (pixels := images.try_load(index)) is not None:
                 digest.update(f"{index} {pixels.shape}".encode() + pixels.tobytes())
     else:
         digest.update(images.source.fingerprint().encode())

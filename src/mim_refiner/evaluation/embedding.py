@@ -203,8 +203,7 @@ def write_features(path: Path, found: Embedding, images: ImageSet, manifest: Map
     columns = {"index": found.indices}
     if images.classes is not None:
         columns["label"] = _written(images.classes)[images.classes.numbers][found.indices]
-    beside = rows_file(path)
-    if beside is not None:
+    if (beside := rows_file(path)) is not None:
         _write_rows(beside, columns, images)
     with atomic_file(path) as file:
         if path.suffix == ".npy":

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import default_crop_ratio
@@ -47,7 +48,6 @@ class Job:
     image_size: ImageSize
     settings: EvaluationSettings
     run: Run
-    model_sha256: str | None
     cache: FeatureCache | None
     shifted: Mapping[str, tuple[ImageSet, torch.Tensor | None]]
     lists: Mapping[str, NameList]
@@ -94,6 +94,10 @@ class Job:
         held_out = {"share_of_train": self.settings.test_share, "split_seed": self.run.seed}
         held_out["stratified"] = train.labels is not None
         return {"train": train.facts(), "test": held_out if test is train else test.facts()}
+
+    @cached_property
+    def model_sha256(self) -> str:
+        return weights_sha256(self.backbone.model)
 
     def result(self, protocol: str, metric: str, key: FeatureKey, value: float, **rest: Any) -> Result:
         """A result with all that this job repeats; ``rest``: settings, and ci95, correct, confusions where known."""

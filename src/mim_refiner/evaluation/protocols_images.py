@@ -51,8 +51,7 @@ def attentive(job: Job) -> list[Result]:
 
 def _attention(job: Job, scores: Mapping[tuple[Blocks, str], AttentiveScore]) -> dict[str, Any] | None:
     """What the report draws: where the probes look in the first test images, each map as bright as its maximum."""
-    rows = job.test.indices[: job.settings.attentive.maps].tolist()
-    if not rows:
+    if not (rows := job.test.indices[: job.settings.attentive.maps].tolist()):
         return None
     probes = []
     for (blocks, pooler), score in scores.items():

@@ -35,7 +35,7 @@ class Result:
     norm: bool
     settings: Mapping[str, Any]
     data: Mapping[str, Any]
-    model_sha256: str | None
+    model_sha256: str
     seed: int
     version: str = __version__
     correct: NDArray[Any] | None = field(default=None, repr=False, compare=False)

@@ -66,9 +66,6 @@ def evaluate_backbone(
     knn_blocks: str | Sequence[int] | None = None,
     norm: bool = False,
     settings: EvaluationSettings | None = None,
-    out_dir: str | Path | None = None,
-    name_prefix: str = "",
-    model_sha256: str | None = None,
     run: Run | None = None,
     cache: FeatureCache | None = None,
     shifted: Mapping[str, ImageSet] | None = None,
@@ -78,8 +75,7 @@ def evaluate_backbone(
 
     ``test=None`` holds a stratified share of train out. ``knn_blocks`` (None: as ``blocks``) lets the cheap k-NN cover
     more blocks than the rest, from the same forward pass. Fine-tuning, long-tailed training and robustness look at the
-    deepest of ``blocks`` and the first pooling. With ``out_dir`` each result goes to
-    ``evaluation/<name_prefix><name>.json`` there. The k-NN bank, the probe's training set and the rank come from train,
+    deepest of ``blocks`` and the first pooling. The k-NN bank, the probe's training set and the rank come from train,
     accuracies and clusters from test. ``shifted``: further labelled test sets for the protocol robustness.
     ``seconds`` is filled with the wall time of every protocol. Raises InputError for unknown names, DataError when
     labels (or masks, for segmentation) are missing.
@@ -106,7 +102,6 @@ def evaluate_backbone(
         image_size=settings.image_size or own_image_size(backbone.info),
         settings=settings,
         run=run,
-        model_sha256=model_sha256,
         cache=cache,
         shifted={name: (images, class_numbers(train, images)) for name, images in (shifted or {}).items()},
         lists=published_lists(protocols, settings, train, test, run),
@@ -121,8 +116,6 @@ def evaluate_backbone(
         run.reporter.phase(protocol, 0)
         results += RUNNERS[protocol](job)
         seconds[protocol] = time.perf_counter() - started
-    if out_dir is not None:
-        write_results(results, out_dir, name_prefix)
     return {result.name: result for result in results}
 
 
