@@ -1,40 +1,49 @@
 """Does the verdict without labels say what k-NN says? Graded harm, judged by thresholds of the other encoders.
 
     python benchmarks/label_free_study.py --out runs/label_free
-    python benchmarks/label_free_study.py --out runs/label_free --table
+    python benchmarks/label_free_study.py --out runs/label_free --page docs/label-free.md
 
 Every encoder is refined as it should be and with graded harm: rates x 3, x 10, x 30, many epochs on few images, and
-neighbours drawn from the whole queue. k-NN with labels says what happened; beside it stand the label-free measures of
-the last block, under the views of the verdict (like training's) and under views that training never makes. Thresholds
-are chosen on all encoders but one and tried on that one. The same command goes on where it was stopped; ``--also`` adds
-arms of evidence.py. Writes results.json and results.md.
+neighbours drawn from the whole queue. ``ELSEWHERE`` adds arms of evidence.py, where their folders are. k-NN with labels
+says what happened; beside it stand the measures of the label-free verdict (last block, class token), under its own
+views and under views that training never makes, on the training's kind of images and on another. The same command goes
+on where it was stopped. Thresholds are chosen on all encoders but one and tried on that one (label_free_page.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
+from label_free_page import RESULTS, page, write_results
 
-from mim_refiner.analysis.augmented import DISJOINT, VIEW, paired_views
-from mim_refiner.analysis.label_free import LabelFreeMeasures, label_free_measures
-from mim_refiner.analysis.verdict import verdict
+from mim_refiner.analysis.augmented import augmented_view
+from mim_refiner.analysis.label_free import label_free_measures
+from mim_refiner.analysis.verdict import label_free_verdict, verdict
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.cli.progress import make_reporter
 from mim_refiner.commands.inputs import open_images
 from mim_refiner.commands.pretrain import pretrain
 from mim_refiner.commands.refine import refine
+from mim_refiner.commands.survey import choose_samples, default_key
+from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.evaluation.settings import EvaluationSettings
-from mim_refiner.evaluation.suite import evaluate_backbone
-from mim_refiner.files import read_json, write_bytes, write_json
+from mim_refiner.evaluation.features import feature_sets
+from mim_refiner.files import read_json, write_bytes
 from mim_refiner.reporting import Reporter
 
+TRAIN, FEW_LABELS = "{data}/cifar10_train-0.parquet", "{data}/cifar10_train-1.parquet[::50]"
+SETS = {  # bank and test images to measure on
+    "CIFAR-10": ("{data}/cifar10_train-1.parquet[::10]", "{data}/cifar10_test.parquet[::2]"),
+    "Imagenette": ("{data}/imagenette160_train*.parquet[::4]", "{data}/imagenette160_val*.parquet"),
+}
 ENCODERS = {  # architecture to pre-train briefly, or a folder; in order of cost
     "narrow": "vit_w48_d8_h3_p8",
     "shallow": "vit_w96_d4_h3_p8",
@@ -53,170 +62,111 @@ RUNS: dict[str, list[str]] = {
     "shuffled neighbours": [f"refinement.top_k={QUEUE}", f"warmup.top_k={QUEUE}"],
 }
 IMAGES, FEW = 3072, 16  # training images, and so many times fewer images for "few images", as many draws
-VIEWS = {"like training": VIEW, "disjoint": DISJOINT}
+RANDOM, MAE96 = "{runs}/cifar10_short/random/seed0", "{runs}/mae96/export"
+ELSEWHERE = {  # (encoder, run): encoder before and after, made by other studies
+    ("shipped", "shipped refinement"): (ENCODERS["shipped"], ENCODERS["refined"]),
+    **{("shipped", f"{arm}, 25,000 images"): (ENCODERS["shipped"], f"{{runs}}/cifar10_short/{arm}/seed0/export")
+       for arm in ("full", "no_swap", "lora", "more_mae")},
+    ("shipped", "full, Imagenette"): (ENCODERS["shipped"], "{runs}/imagenette_short/full/seed0/export"),
+    ("shipped", "full, 1,000 images"): (ENCODERS["shipped"], "{runs}/small_cifar10/full/seed0/export"),
+    ("random", "recipe"): (RANDOM, "{runs}/random/recipe/export"),
+    ("random", "full, 25,000 images"): (RANDOM, "{runs}/cifar10_short/scratch/seed0/export"),
+    ("mae96", "recipe"): (MAE96, "{runs}/mae96/recipe/export"),
+    ("mae96", "long refinement"): (MAE96, "{runs}/mae96/long/export"),
+}  # fmt: skip
 Row = dict[str, Any]
 
 
-# --- training and measuring
+# --- training
 
 
-def start_of(name: str, data: str, out: Path, reporter: Reporter) -> str:
+def start_of(name: str, data: Callable[[str], str], out: Path, reporter: Reporter) -> str:
     """The encoder to refine: shipped, or a masked autoencoder of a few epochs."""
     source = ENCODERS[name]
     if not source.startswith("vit_"):
         return source
     folder = out / name / "start"
+    if (folder / "export").exists():
+        return str(folder / "export")
     settings = ["training.epochs=12", "training.warmup_epochs=1", "knn_every=0", "precision=fast", "decoder_depth=1"]
-    pretrain(data=f"{data}[:{IMAGES}]", arch=source, out=str(folder), recipe="tiny_mae", settings=settings,
+    pretrain(data=f"{data(TRAIN)}[:{IMAGES}]", arch=source, out=str(folder), recipe="tiny_mae", settings=settings,
              device="cpu", reporter=reporter)  # fmt: skip
     return str(folder / "export")
 
 
-def trained(encoder: str, run: str, model: str, data: str, bank: str, out: Path, reporter: Reporter) -> str:
+def trained(encoder: str, run: str, model: str, data: Callable[[str], str], out: Path, reporter: Reporter) -> str:
     """Refine ``model`` as ``run`` says and return its export."""
-    images = f"{data}[:{IMAGES // FEW}]" if run == "few images" else f"{data}[:{IMAGES}]"
+    images = f"{data(TRAIN)}[:{IMAGES // FEW if run == 'few images' else IMAGES}]"
     folder = out / encoder / run.replace(" ", "_")
-    refine(data=images, model=model, out=str(folder), recipe="tiny", settings=[*PLAIN, *RUNS[run]], device="cpu",
-           eval_data=bank.partition("[")[0] + "[::50]", reporter=reporter)  # fmt: skip
+    if not (folder / "export").exists():
+        refine(data=images, model=model, out=str(folder), recipe="tiny", settings=[*PLAIN, *RUNS[run]], device="cpu",
+               eval_data=data(FEW_LABELS), reporter=reporter)  # fmt: skip
     return str(folder / "export")
 
 
-def measured(model: str, bank: ImageSet, test: ImageSet, seed: int = 0) -> Row:
-    """k-NN hits [N] and, by kind of view, the label-free measures of the last block's class token, all of ``test``."""
-    backbone, run = load_backbone(model), Run(seed=seed)
-    last, pooling = backbone.info.depth - 1, "cls" if backbone.info.has_cls else "mean"
-    options: dict[str, Any] = {"blocks": (last,), "poolings": (pooling,)}
-    hits = evaluate_backbone(backbone, bank, test, protocols=("knn",), settings=EvaluationSettings.quick(), run=run,
-                             poolings=(pooling,))  # fmt: skip
-    found: Row = {"hits": next(result.correct for result in hits.values() if result.metric == "knn_top1")}
-    for name, view in VIEWS.items():
-        views = paired_views(backbone, test, run, view=view, norms=(False,), **options)
-        parts = [part[False][last, pooling] for part in (views.clean, views.first, views.second)]
-        found[name] = label_free_measures(*parts, seed=seed, pairs=2)
-    return found
+# --- measuring
+
+
+def measured(model: str, bank: ImageSet, test: ImageSet) -> Row:
+    """k-NN hits [N], and the measures of the verdict on as many test images as it looks at."""
+    backbone, run = load_backbone(model), Run()
+    block, pooling, norm = default_key(backbone.info)
+    options: dict[str, Any] = {"blocks": (block,), "poolings": (pooling,), "norms": (norm,), "run": run}
+    banked, tested = (feature_sets(backbone, images, **options)[norm][block, pooling] for images in (bank, test))
+    rows = choose_samples(bank, test, seed=run.seed).view_rows
+    views = [feature_sets(backbone, test, transform=augmented_view(run.seed, number), indices=rows, **options)
+             for number in (0, 1)]  # fmt: skip
+    parts = (tested[torch.from_numpy(rows)], *(each[norm][block, pooling] for each in views))
+    labels, truth = (torch.from_numpy(images.labels) for images in (bank, test))
+    return {"hits": (knn_predict(banked, labels, tested) == truth).numpy(),
+            "label-free": label_free_measures(*parts, seed=run.seed)}  # fmt: skip
 
 
 def compared(before: Row, after: Row) -> Row:
-    """What k-NN says, and the changes of the label-free measures."""
-    said = verdict(before["hits"], after["hits"])
-    row: Row = {"knn": said["knn_difference"], "ci95": said["ci95"], "verdict": said["verdict"]}
-    for name in VIEWS:
-        one, two = (summary_of(each[name]) for each in (before, after))
-        row[name] = {"consistency": two["consistency"] - one["consistency"],
-                     "retrieval": two["retrieval"] - one["retrieval"], "rank": two["rank"] / one["rank"],
-                     "centred rank": two["centred rank"] / one["centred rank"]}  # fmt: skip
-    return row
-
-
-def summary_of(measures: LabelFreeMeasures) -> dict[str, float]:
-    found = measures.summary()
-    return {"consistency": found["neighbour consistency"], "retrieval": found["view retrieval"],
-            "rank": found["effective rank"], "centred rank": found["effective rank, centred"]}  # fmt: skip
-
-
-# --- rules
-
-
-def loses(row: Row, view: str, fall: float, kept: float) -> bool:
-    """The rule of the verdict: harm is a fall of the consistency, or of the effective rank."""
-    return bool(row[view]["consistency"] < -fall or row[view]["rank"] < kept)
-
-
-def wins(row: Row, view: str, rise: float, kept: float) -> bool:
-    """The rule that would allow the word "better"."""
-    return bool(row[view]["consistency"] > rise and row[view]["rank"] >= kept)
-
-
-def left_out(rows: Sequence[Row], view: str, rule: Callable[..., bool], word: str) -> Row:
-    """Errors of ``rule`` against k-NN's ``word`` on each encoder, its two thresholds chosen on the other encoders.
-
-    Runs that k-NN cannot tell from no change count for neither side when thresholds are chosen, and are reported.
-    """
-    clear = [row for row in rows if row["verdict"] != "no clear change"]
-    missed = false = positive = negative = unclear = called = 0
-    for encoder in dict.fromkeys(row["encoder"] for row in rows):
-        change, kept = best_thresholds([row for row in clear if row["encoder"] != encoder], view, rule, word)
-        for row in (row for row in rows if row["encoder"] == encoder):
-            says = rule(row, view, change, kept)
-            if row["verdict"] == "no clear change":
-                unclear, called = unclear + 1, called + says
-            elif row["verdict"] == word:
-                positive, missed = positive + 1, missed + (not says)
-            else:
-                negative, false = negative + 1, false + says
-    change, kept = best_thresholds(clear, view, rule, word)
-    return {"missed": missed, "of": positive, "false": false, "of_others": negative, "called_though_unclear": called,
-            "unclear": unclear, "change": change, "rank_kept": kept}  # fmt: skip
-
-
-def best_thresholds(rows: Sequence[Row], view: str, rule: Callable[..., bool], word: str) -> tuple[float, float]:
-    """The (change, rank kept) of least error, the share missed plus the share falsely called; ties: the middle."""
-    grid = [(change, kept) for change in np.arange(0, 0.21, 0.01) for kept in np.arange(0.1, 1.0, 0.05)]
-
-    sides = [[row for row in rows if (row["verdict"] == word) == truth] for truth in (True, False)]
-    errors = [
-        round(sum(np.mean([rule(row, view, *pair) != truth for row in side]) for side, truth in
-                  zip(sides, (True, False), strict=True) if side), 9)
-        for pair in grid
-    ]  # fmt: skip
-    best = [pair for pair, each in zip(grid, errors, strict=True) if each == min(errors)]
-    change, kept = best[len(best) // 2]
-    return float(change), float(kept)
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Runs, and the leave-one-encoder-out errors of both rules under both kinds of view."""
-    lines = ["| encoder | run | k-NN [95 %] | k-NN says | consistency | disjoint views | rank | rank, centred |",
-             "|---|---|---:|---|---:|---:|---:|---:|"]  # fmt: skip
-    for row in rows:
-        low, high = (100 * value for value in row["ci95"])
-        same, other = (row[name] for name in VIEWS)
-        lines.append(
-            f"| {row['encoder']} | {row['run']} | {100 * row['knn']:+.1f} [{low:+.1f}, {high:+.1f}] | {row['verdict']} "
-            f"| {100 * same['consistency']:+.1f} | {100 * other['consistency']:+.1f} | {same['rank']:.2f} "
-            f"| {same['centred rank']:.2f} |"
-        )
-    lines += ["", "| views | rule | missed | false | called though k-NN is unclear | change, rank kept (all) |",
-              "|---|---|---:|---:|---:|---|"]  # fmt: skip
-    for view in VIEWS:
-        for name, rule, word in (("harm", loses, "worse"), ("gain", wins, "better")):
-            found = left_out(rows, view, rule, word)
-            lines.append(
-                f"| {view} | {name} | {found['missed']} of {found['of']} | {found['false']} of {found['of_others']} "
-                f"| {found['called_though_unclear']} of {found['unclear']} | {100 * found['change']:.0f} points, "
-                f"{found['rank_kept']:.2f} |"
-            )
-    return "\n".join(lines) + "\n"
+    """What k-NN says, what the verdict says without labels, and the measures: before, after, and the interval."""
+    said, judged = verdict(before["hits"], after["hits"]), label_free_verdict(before["label-free"], after["label-free"])
+    row = {"k-NN": [*(float(each["hits"].mean()) for each in (before, after)), *said["ci95"]]}
+    row |= {each["measure"]: [each["before"], each["after"], *each["ci95"]] for each in judged["measures"]}
+    return {"measures": {name: [round(value, 4) for value in values] for name, values in row.items()}}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", default="../shared/data/cifar10_train-0.parquet")
-    parser.add_argument("--bank", default="../shared/data/cifar10_train-1.parquet[::5]")
-    parser.add_argument("--test", default="../shared/data/cifar10_test.parquet[::5]")
+    parser.add_argument("--data", default="../shared/data", help="folder of the images")
+    parser.add_argument("--runs", default="runs", help="folder of other studies' runs, those that are there")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--encoders", default=",".join(ENCODERS), help="some of them, separated by commas")
-    parser.add_argument(
-        "--also", action="append", default=[], metavar="ENCODER:NAME=FOLDER", help="a refinement made elsewhere"
-    )
-    parser.add_argument("--table", action="store_true", help="only write the tables of what is there")
+    parser.add_argument("--encoders", default=",".join(ENCODERS), help="to train, some of them, separated by commas")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="what was measured, and goes on from there")
+    parser.add_argument("--page", type=Path, help="write this page of what is measured so far, and stop")
     options = parser.parse_args(arguments)
-    file = options.out / "results.json"
-    rows: list[Row] = read_json(file) if file.exists() else []
-    if not options.table:
-        reporter = make_reporter(sys.stderr, quiet=True, live=False)
-        bank, test = (open_images(spec, reporter) for spec in (options.bank, options.test))
-        for name in options.encoders.split(","):
-            extra = dict(pair[len(name) + 1 :].split("=", 1) for pair in options.also if pair.startswith(f"{name}:"))
-            wanted = [run for run in (*RUNS, *extra) if not any(r["encoder"] == name and r["run"] == run for r in rows)]
-            model = start_of(name, options.train, options.out, reporter) if wanted else ""
-            before = measured(model, bank, test) if wanted else {}
-            for run in wanted:
-                export = extra.get(run) or trained(name, run, model, options.train, options.bank, options.out, reporter)
-                rows.append({"encoder": name, "run": run, **compared(before, measured(export, bank, test))})
-                write_json(file, rows)
-    write_bytes(options.out / "results.md", table(rows).encode())
-    print(table(rows))
+    rows: list[Row] = read_json(options.results) if options.results.exists() else []
+    if options.page:
+        write_bytes(options.page, page(rows, options.page.parent).encode())
+        return
+    reporter = make_reporter(sys.stderr, quiet=True, live=False)
+
+    def place(text: str) -> str:
+        return text.format(data=options.data, runs=options.runs)
+
+    @cache
+    def images(name: str) -> list[ImageSet]:
+        return [open_images(place(spec), reporter) for spec in SETS[name]]
+
+    @cache
+    def of_start(model: str, name: str) -> Row:
+        return measured(model, *images(name))
+
+    pairs = []
+    for encoder in filter(None, options.encoders.split(",")):
+        model = start_of(encoder, place, options.out, reporter)
+        pairs += [(encoder, run, model, trained(encoder, run, model, place, options.out, reporter)) for run in RUNS]
+    pairs += [(*key, *map(place, pair)) for key, pair in ELSEWHERE.items() if Path(place(pair[1])).exists()]
+    known = {(row["encoder"], row["run"], row["images"]) for row in rows}
+    for name, (encoder, run, before, after) in product(SETS, pairs):
+        if (encoder, run, name) not in known:
+            row = compared(of_start(before, name), measured(after, *images(name)))
+            rows.append({"encoder": encoder, "run": run, "images": name, **row})
+            write_results(options.results, rows)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,16 +65,17 @@ def neighbor_consistency(clean: Tensor, first: Tensor, second: Tensor, *, neighb
     """Share [N] of the ``neighbors`` nearest images that both views of an image agree on.
 
     Neighbours are looked up by cosine among the features ``clean`` [N, D] of the other images, everything standardised
-    by the mean and deviation of ``clean``. Chance is about neighbors / N.
+    by the mean and deviation of ``clean``. Chance is about neighbors / N; where all features are equal there are none.
     """
     count = min(neighbors, max(1, (len(clean) - 1) // 2))
     gallery, one, two = _prepared(clean, first, second)
     shares = []
+    told = (gallery.any() & one.any(1) & two.any(1)).cpu().numpy()
     for start in range(0, len(gallery), _ROWS):
         rows = torch.arange(start, min(start + _ROWS, len(gallery)))
         a, b = (_nearest(x[rows], gallery, rows, count) for x in (one, two))
         shares.append((a[:, :, None] == b[:, None, :]).any(2).cpu().double().mean(1))
-    return torch.cat(shares).numpy()
+    return torch.cat(shares).numpy() * told
 
 
 @torch.no_grad()
@@ -109,6 +111,13 @@ def cluster_stability(x: Tensor, *, clusters: int = 20, pairs: int = 10, seed: i
     return np.asarray(scores)
 
 
+def distinct_rows(x: Tensor) -> int:
+    """How many of the features [N, D] differ from all before them, by more than rounding."""
+    x = x.double()
+    near = torch.cdist(x, x) <= 1e-4 * x.norm(dim=1).mean()
+    return len(x) - int(near.tril(-1).any(1).sum())
+
+
 def dense_drift(before: Tensor, after: Tensor) -> NDArray[np.float64]:
     """[B]: 1 - mean cosine of the patch features [B, N, D] of two encoders; 0 for the same, about 1 for unrelated."""
     return (1 - F.cosine_similarity(in_float64(before), in_float64(after), dim=2).mean(1)).cpu().numpy()
@@ -136,6 +145,11 @@ def paired_scores(
     """
     if np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all():
         return paired_interval(before, after)
+    return paired_means(before, after, seed=seed)
+
+
+def paired_means(before: NDArray[Any], after: NDArray[Any], *, seed: int = 0) -> tuple[float, float, float]:
+    """(mean difference after - before, low, high) of any per-image values [N], by the bootstrap."""
     difference = after - before
     return bootstrap_interval(lambda rows: float(difference[rows].mean()), len(difference), seed=seed)[:3]
 

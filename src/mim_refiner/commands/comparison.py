@@ -39,10 +39,6 @@ from mim_refiner.training.recipe import RefineRecipe
 
 SUMMARY_TRAIN_LIMIT, SUMMARY_TEST_LIMIT = 10_000, 5_000  # evenly spaced images: quick, and stated in the JSON
 KNN_K = EvaluationSettings().knn_k
-TOO_FEW = {
-    "verdict": "not measured",
-    "reason": f"a verdict without labels needs {MIN_IMAGES} images or more; give them, or labels by --eval-data",
-}
 
 
 @dataclass(frozen=True)
@@ -175,7 +171,7 @@ def compare(
     in_time = run if box is None else box.until(run, REPORT)
     summary["recommendation"] = _recommended(stages["after"], samples, in_time, pooling, enough, out)
     if not labelled:
-        summary["verdict"] = judged_without_labels(stages, samples, run, pooling=pooling) if enough else TOO_FEW
+        summary["verdict"] = judged_without_labels(stages, samples, run, pooling=pooling)
         return summary
     curves = curves_from_results(results, head_blocks=head_blocks)
     curves.write(out / "evaluation")

@@ -13,8 +13,14 @@ from numpy.typing import NDArray
 
 from mim_refiner.analysis.atlas import Atlas, Key, label_free_atlas, labelled_atlas
 from mim_refiner.analysis.augmented import PairedViews, paired_views
-from mim_refiner.analysis.label_free import LabelFreeMeasures, dense_drift, label_free_measures
-from mim_refiner.analysis.verdict import label_free_verdict
+from mim_refiner.analysis.label_free import (
+    MIN_IMAGES,
+    LabelFreeMeasures,
+    dense_drift,
+    distinct_rows,
+    label_free_measures,
+)
+from mim_refiner.analysis.verdict import label_free_verdict, not_measured
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
@@ -124,10 +130,21 @@ def measures_of(backbone: Backbone, samples: Samples, run: Run, *, key: Key, nam
 def judged_without_labels(
     models: Mapping[str, Backbone], samples: Samples, run: Run, *, pooling: str | None = None
 ) -> dict[str, Any]:
-    """Label-free verdict on the last block of the first two of ``models``, further ones by name beside it."""
+    """Label-free verdict on the last block of the first two of ``models``, further ones by name beside it.
+
+    "not measured" where there are fewer than ``MIN_IMAGES`` images that the first one tells apart.
+    """
     first, *later = models
+    if len(samples.view_rows) < MIN_IMAGES:
+        return not_measured(f"{MIN_IMAGES} images or more; give them, or labels by --eval-data")
     keys = {name: default_key(backbone.info, pooling) for name, backbone in models.items()}
     measures = {name: measures_of(models[name], samples, run, key=keys[name], name=name) for name in models}
+    known = len(features := measures[first].features)
+    if (told := distinct_rows(features)) < MIN_IMAGES:
+        return not_measured(
+            f"{MIN_IMAGES} images or more that differ; the first encoder tells {told} of {known} apart: they are "
+            "copies, or it has collapsed"
+        )
     verdicts = {
         name: label_free_verdict(
             measures[first], measures[name], drift=drift_of(models[first], models[name], samples, run), seed=run.seed

@@ -1,0 +1,191 @@
+"""The page of the label-free study: runs, verdicts beside k-NN, and the errors of rules on encoders left out."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mim_refiner.analysis.verdict import BETTER, SOUND, UNCLEAR, WORSE, Change, judged, word_of
+from mim_refiner.files import write_bytes
+from mim_refiner.report.figures import legend, panels
+from mim_refiner.report.panels import finish
+
+RESULTS = Path(__file__).with_name("label_free.json")
+CONSISTENCY, RETRIEVAL, RANK, CENTRED = (
+    "neighbour consistency", "view retrieval", "effective rank", "effective rank, centred",
+)  # fmt: skip
+COLOURS = {WORSE: "#d55e00", UNCLEAR: "#555555", SOUND: "#0072b2"}
+RULES = {  # the measure whose fall, and the one whose lost share, is called harm
+    "consistency or rank": (CONSISTENCY, RANK),
+    "consistency or centred rank": (CONSISTENCY, CENTRED),
+    "retrieval or rank": (RETRIEVAL, RANK),
+    "retrieval or centred rank": (RETRIEVAL, CENTRED),
+    "disjoint views: consistency or rank": (f"{CONSISTENCY}, disjoint views", RANK),
+    "disjoint views: retrieval or rank": (f"{RETRIEVAL}, disjoint views", RANK),
+}
+Row = dict[str, Any]
+
+
+def write_results(file: Path, rows: Sequence[Row]) -> None:
+    """One row a line."""
+    write_bytes(file, ("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n").encode())
+
+
+def by_labels(row: Row) -> str:
+    return word_of(*row["measures"]["k-NN"][2:])
+
+
+def without_labels(row: Row) -> str:
+    return judged(Change(*row["measures"][CONSISTENCY]), Change(*row["measures"][RANK]))[0]
+
+
+def moved(row: Row, name: str) -> float:
+    before, after, *_ = row["measures"][name]
+    return float(after - before)
+
+
+def kept(row: Row, name: str) -> float:
+    before, after, *_ = row["measures"][name]
+    return float(after / before)
+
+
+def is_harm(row: Row, measures: tuple[str, str], fall: float, share: float) -> bool:
+    return moved(row, measures[0]) < -fall or kept(row, measures[1]) < share
+
+
+def is_gain(row: Row, measures: tuple[str, str], rise: float, share: float) -> bool:
+    return moved(row, measures[0]) > rise and kept(row, measures[1]) >= share
+
+
+def left_out(rows: Sequence[Row], measures: tuple[str, str], rule: Callable[..., bool], word: str) -> Row:
+    """Errors of ``rule`` against k-NN's ``word`` on each encoder, its two thresholds chosen on the other encoders.
+
+    Runs that k-NN cannot tell from no change count for neither side when thresholds are chosen, and are reported.
+    """
+    clear = [row for row in rows if by_labels(row) != UNCLEAR]
+    said: Counter[tuple[str, bool]] = Counter()
+    for encoder in dict.fromkeys(row["encoder"] for row in rows):
+        thresholds = best_thresholds([row for row in clear if row["encoder"] != encoder], measures, rule, word)
+        said.update((by_labels(row), rule(row, measures, *thresholds)) for row in rows if row["encoder"] == encoder)
+    other = BETTER if word == WORSE else WORSE
+    return {"missed": said[word, False], "of": said[word, False] + said[word, True], "false": said[other, True],
+            "of_others": said[other, False] + said[other, True], "called_though_unclear": said[UNCLEAR, True],
+            "unclear": said[UNCLEAR, False] + said[UNCLEAR, True],
+            "thresholds": best_thresholds(clear, measures, rule, word)}  # fmt: skip
+
+
+def best_thresholds(
+    rows: Sequence[Row], measures: tuple[str, str], rule: Callable[..., bool], word: str
+) -> tuple[float, float]:
+    """The (change, share kept) of least error, the share missed plus the share falsely called; ties: the middle."""
+    grid = list(product(np.arange(0, 0.21, 0.01), np.arange(0.1, 1.0, 0.05)))
+    sides = [[row for row in rows if (by_labels(row) == word) == truth] for truth in (True, False)]
+    errors = [
+        round(sum(np.mean([rule(row, measures, *pair) != truth for row in side]) for side, truth in
+                  zip(sides, (True, False), strict=True) if side), 9)
+        for pair in grid
+    ]  # fmt: skip
+    best = [pair for pair, each in zip(grid, errors, strict=True) if each == min(errors)]
+    change, share = best[len(best) // 2]
+    return float(change), float(share)
+
+
+# --- the page
+
+
+HEAD = """# The verdict without labels, tried where labels exist
+
+"""
+
+
+def page(rows: Sequence[Row], folder: Path) -> str:
+    """The text of the page; writes its figure into ``folder``/figures."""
+    write_bytes(folder / "figures" / "label-free.svg", figure(rows))
+    return "\n".join([HEAD, counts(rows), graded(rows), errors(rows), runs(rows)])
+
+
+def counts(rows: Sequence[Row]) -> str:
+    """How often each word met each of k-NN's."""
+    pairs, words = Counter((by_labels(row), without_labels(row)) for row in rows), (WORSE, UNCLEAR, SOUND)
+    lines = [f"| k-NN with labels | runs | {' | '.join(words)} |", "|---|---:|---:|---:|---:|"]
+    for known in (WORSE, UNCLEAR, BETTER):
+        found = [pairs[known, word] for word in words]
+        lines.append(f"| {known} | {sum(found)} | {' | '.join(map(str, found))} |")
+    return "\n".join([*lines, ""])
+
+
+def graded(rows: Sequence[Row]) -> str:
+    """By kind of run: how many k-NN calls worse, and which of them are seen without labels."""
+    lines = ["| run | runs | k-NN, points | worse by k-NN | of them called worse | not seen: k-NN, points |",
+             "|---|---:|---|---:|---:|---|"]  # fmt: skip
+    for run in dict.fromkeys(row["run"] for row in rows):
+        mine = [row for row in rows if row["run"] == run]
+        harmed = [row for row in mine if by_labels(row) == WORSE]
+        missed = [row for row in harmed if without_labels(row) != WORSE]
+        change, hidden = ([100 * moved(row, "k-NN") for row in some] for some in (mine, missed))
+        lines.append(
+            f"| {run} | {len(mine)} | {min(change):+.1f} to {max(change):+.1f} | {len(harmed)} | "
+            f"{len(harmed) - len(missed)} | {', '.join(f'{value:+.1f}' for value in hidden)} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def errors(rows: Sequence[Row]) -> str:
+    """Leave-one-encoder-out errors of every rule."""
+    lines = ["| word | rule | missed | false | called though k-NN is unclear | thresholds of all |",
+             "|---|---|---:|---:|---:|---|"]  # fmt: skip
+    for word, rule in ((WORSE, is_harm), (BETTER, is_gain)):
+        for name, measures in RULES.items():
+            found = left_out(rows, measures, rule, word)
+            change, share = found["thresholds"]
+            lines.append(
+                f"| {word} | {name} | {found['missed']} of {found['of']} | {found['false']} of {found['of_others']} | "
+                f"{found['called_though_unclear']} of {found['unclear']} | {100 * change:.0f} points, {share:.2f} |"
+            )
+    return "\n".join([*lines, ""])
+
+
+def runs(rows: Sequence[Row]) -> str:
+    """Every run: k-NN and the measures, before and after."""
+    lines = ["| encoder | run | images | k-NN | change [95 %] | consistency | change [95 %] | disjoint views | "
+             "retrieval | rank kept | centred | k-NN says | without labels |",
+             "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---|"]  # fmt: skip
+    for row in rows:
+        lines.append(
+            f"| {row['encoder']} | {row['run']} | {row['images']} | {change_of(row, 'k-NN')} | "
+            f"{change_of(row, CONSISTENCY)} | {100 * moved(row, f'{CONSISTENCY}, disjoint views'):+.1f} | "
+            f"{100 * moved(row, RETRIEVAL):+.1f} | {kept(row, RANK):.2f} | {kept(row, CENTRED):.2f} | "
+            f"{by_labels(row)} | {without_labels(row)} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def change_of(row: Row, name: str) -> str:
+    before, after, low, high = (100 * value for value in row["measures"][name])
+    return f"{before:.1f} to {after:.1f} | {after - before:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def figure(rows: Sequence[Row]) -> bytes:
+    """k-NN's change against that of the consistency and the share of the rank kept, coloured by the word, as SVG."""
+    drawn, axes = panels(2, columns=2)
+    for axis, value, label in (
+        (axes[0], lambda row: 100 * moved(row, CONSISTENCY), "change of neighbour consistency (points)"),
+        (axes[1], lambda row: kept(row, RANK), "effective rank after / before"),
+    ):
+        for word, colour in COLOURS.items():
+            mine = [row for row in rows if without_labels(row) == word]
+            axis.plot([value(row) for row in mine], [100 * moved(row, "k-NN") for row in mine], "o", ms=4, color=colour,
+                      label=word)  # fmt: skip
+        axis.axhline(0, color="#555555", linewidth=0.8)
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("change of k-NN accuracy (points)")
+    legend(axes[0])
+    panel = finish(drawn, "label-free", "k-NN and measures without labels", "A point a run, coloured by the verdict.")
+    return base64.b64decode(panel.svg.partition(",")[2])
