@@ -66,9 +66,8 @@ RANDOM, MAE96 = "{runs}/cifar10_short/random/seed0", "{runs}/mae96/export"
 ELSEWHERE = {  # (encoder, run): encoder before and after, made by other studies
     ("shipped", "shipped refinement"): (ENCODERS["shipped"], ENCODERS["refined"]),
     **{("shipped", f"{arm}, 25,000 images"): (ENCODERS["shipped"], f"{{runs}}/cifar10_short/{arm}/seed0/export")
-       for arm in ("full", "no_swap", "lora", "more_mae")},
+       for arm in ("full", "no_swap", "lora")},
     ("shipped", "full, Imagenette"): (ENCODERS["shipped"], "{runs}/imagenette_short/full/seed0/export"),
-    ("shipped", "full, 1,000 images"): (ENCODERS["shipped"], "{runs}/small_cifar10/full/seed0/export"),
     ("random", "recipe"): (RANDOM, "{runs}/random/recipe/export"),
     ("random", "full, 25,000 images"): (RANDOM, "{runs}/cifar10_short/scratch/seed0/export"),
     ("mae96", "recipe"): (MAE96, "{runs}/mae96/recipe/export"),

@@ -143,7 +143,19 @@ def test_without_labels_the_same_weights_are_no_clear_change(mae, unlabelled, cl
     outcome = cli.call(*words, "--parts", "verdict", "--json")
     assert outcome.code == 0, outcome.err
     assert outcome.json["verdict"]["verdict"] == "no clear change"
-    assert all(row["difference"] == 0 for row in outcome.json["verdict"]["measures"])
+    assert all(abs(row["difference"]) < 1e-6 for row in outcome.json["verdict"]["measures"])
+
+
+def test_copies_of_few_images_are_not_measured(mae, unlabelled, cli, tmp_path):
+    for number, image in enumerate(sorted(unlabelled.iterdir())[:3] * 10):
+        (tmp_path / "copies").mkdir(exist_ok=True)
+        (tmp_path / "copies" / f"{number:02d}{image.suffix}").write_bytes(image.read_bytes())
+    words = ("analyze", "--model", mae.export, "--compare", mae.export, "--data", tmp_path / "copies")
+    outcome = cli.call(*words, "--parts", "verdict", "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    last = outcome.out.splitlines()[-1]
+    assert last.startswith("verdict: not measured. A verdict without labels needs 20 images or more that differ")
+    assert "tells 3 of 30 apart" in last
 
 
 @pytest.mark.parametrize(

@@ -31,5 +31,5 @@ def test_a_class_of_one_stays_in_train():
 
 
 def test_too_few_images():
-    with pytest.raises(DataError, match="too few to hold out"):
+    with pytest.raises(DataError, match="too few images to hold out"):
         stratified_split(np.array([0]), 0.2, 0)

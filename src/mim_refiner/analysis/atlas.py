@@ -247,7 +247,6 @@ def place_heads(atlas: Atlas, *, pooling: str, recipe_blocks: Sequence[int]) -> 
     return {
         "blocks": blocks,
         "recipe_blocks": list(recipe_blocks),
-        "same_as_recipe": blocks == sorted(recipe_blocks),
         "measure": measure,
         "pooling": pooling,
         "best_block": best,

@@ -5,11 +5,8 @@ The method rests on one observation: in a masked image model the accuracy peaks 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,25 +15,16 @@ from mim_refiner._version import __version__
 from mim_refiner.analysis.label_free import paired_scores, score_interval
 from mim_refiner.core.metrics import best_of_many_interval
 from mim_refiner.evaluation.results import Result
-from mim_refiner.files import write_bytes, write_json
 from mim_refiner.reporting import TITLES, signed
 
 KIND = "knn_by_block"  # names the JSON form for readers such as report.figures
 
 
-@dataclass(frozen=True)
-class BlockCurves:
+class BlockCurves(NamedTuple):
     """``record`` is the JSON form; ``correct`` holds {"<model>/<pooling>": [blocks, N]}: hits or shares."""
 
     record: dict[str, Any]
     correct: dict[str, NDArray[Any]]
-
-    def write(self, folder: str | Path, name: str = "blocks") -> Path:
-        """Write ``<name>.json`` and ``<name>.npz`` atomically; return the JSON's path."""
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **self.correct)  # type: ignore[arg-type]  # numpy's stub mistakes the names
-        write_bytes(Path(folder) / f"{name}.npz", buffer.getvalue())
-        return write_json(Path(folder) / f"{name}.json", self.record)
 
 
 def curves_from_results(results: Mapping[str, Mapping[str, Result]], *, head_blocks: Sequence[int] = ()) -> BlockCurves:
@@ -45,14 +33,13 @@ def curves_from_results(results: Mapping[str, Mapping[str, Result]], *, head_blo
     With several models the first is the baseline, and ``change`` holds paired differences to it where blocks agree.
     """
     scores: dict[str, dict[str, dict[int, NDArray[np.float64]]]] = {}
-    facts: dict[str, Any] = {}
     for model, found in results.items():
         knn = sorted((r for r in found.values() if r.metric == "knn_top1"), key=lambda r: r.block)
-        facts = facts or {name: getattr(knn[0], name) for name in ("norm", "settings", "data", "seed")}
         scores[model] = {}
         for result in knn:
             if result.correct is not None:
                 scores[model].setdefault(result.pooling, {})[result.block] = result.correct.astype(np.float64)
+    facts = {name: getattr(knn[0], name) for name in ("norm", "settings", "data", "seed")}
     return curves_from_scores(scores, head_blocks=head_blocks, **facts)
 
 
@@ -86,8 +73,7 @@ def curves_from_scores(
         **facts,
         "version": __version__,
     }
-    binary = {name: values.astype(bool) if measure == "knn_top1" else values for name, values in stacked.items()}
-    return BlockCurves(record, binary)
+    return BlockCurves(record, stacked)
 
 
 def _curve(blocks: Sequence[int], scores: NDArray[np.float64]) -> dict[str, Any]:
@@ -128,12 +114,9 @@ def _changes(curves: Mapping[str, Mapping[str, Any]], scores: Mapping[str, NDArr
     baseline, *others = curves
     changes: dict[str, Any] = {}
     for model in others:
-        for pooling, curve in curves[model].items():
-            reference = curves[baseline].get(pooling)
-            if reference is None or reference["blocks"] != curve["blocks"]:
-                continue
-            before, after = scores[f"{baseline}/{pooling}"], scores[f"{model}/{pooling}"]
-            if before.shape != after.shape:
+        for pooling in curves[model]:
+            before, after = scores.get(f"{baseline}/{pooling}"), scores[f"{model}/{pooling}"]
+            if before is None or before.shape != after.shape:
                 continue
             intervals = [paired_scores(b, a) for b, a in zip(before, after, strict=True)]
             changes.setdefault(model, {})[pooling] = {

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +18,7 @@ KIND = "readout"
 Hits = NDArray[np.bool_]  # per query image
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """What a read-out costs on every image: blocks of the encoder that run, and what comes on top.
 
     ``extra`` operations of the read-out (without its classifier), as a share of the whole encoder's; None where the
@@ -33,8 +31,7 @@ class Cost:
     parameters: int = 0
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One way to read one encoder: ``hits`` of a classifier trained on it, ``knn`` accuracy where it needs none."""
 
     name: str
@@ -49,15 +46,21 @@ def readout_record(rows: Sequence[Row], *, samples: dict[str, Any], seed: int) -
 
     The best read-out of the START is chosen on one half of the images and judged on the other, both ways round.
     """
-    usual, start = rows[0], [row for row in rows if not row.refined]
-    best, names = best_on_halves(start, seed)
-    refined = [row for row in rows if row.refined]
+    usual = rows[0]
+    best, names = best_on_halves([row for row in rows if not row.refined], seed)
+
+    def shown(row: Row) -> dict[str, Any]:
+        value, *ci95 = accuracy_interval(row.hits)
+        change = None if row is usual else list(paired_interval(usual.hits, row.hits))
+        return {"name": row.name, "refined": row.refined, "value": value, "ci95": ci95, "change": change,
+                "knn_top1": row.knn, "cost": row.cost._asdict()}  # fmt: skip
+
     return {
         "kind": KIND,
         "measure": "accuracy of a trained classifier",
-        "rows": [_shown(row, None if row is usual else paired_interval(usual.hits, row.hits)) for row in rows],
+        "rows": [shown(row) for row in rows],
         "best": {"names": names, "value": float(best.mean()), "gain": list(paired_interval(usual.hits, best))},
-        "sentence": _sentence(usual, best, names, refined[0] if refined else None),
+        "sentence": _sentence(usual, best, names, next((row for row in rows if row.refined), None)),
         "samples": samples,
         "seed": seed,
         "version": __version__,
@@ -71,19 +74,6 @@ def best_on_halves(rows: Sequence[Row], seed: int) -> tuple[Hits, list[str]]:
     for mine, number in halves:
         hits[mine] = table[number, mine]
     return hits, list(dict.fromkeys(rows[number].name for _, number in halves))
-
-
-def _shown(row: Row, change: tuple[float, float, float] | None) -> dict[str, Any]:
-    value, low, high = accuracy_interval(row.hits)
-    return {
-        "name": row.name,
-        "refined": row.refined,
-        "value": value,
-        "ci95": [low, high],
-        "change": None if change is None else list(change),
-        "knn_top1": row.knn,
-        "cost": asdict(row.cost),
-    }
 
 
 def _sentence(usual: Row, best: Hits, names: Sequence[str], refined: Row | None) -> str:

@@ -64,17 +64,14 @@ def regimes_record(
     models = {}
     for name, curve in curves.items():
         error = errors[name].mean(1)
-        spread = 1.96 * errors[name].std(1) / max(1, errors[name].shape[1]) ** 0.5
         regimes = find_regimes(curve["value"], error)
         models[name] = {
             "knn": list(curve["value"]),
             "knn_ci95": [list(pair) for pair in curve["ci95"]],
             "error": error.tolist(),
-            "error_ci95": [[float(low), float(high)] for low, high in zip(error - spread, error + spread, strict=True)],
             "knn_share": improvement_shares(curve["value"]).tolist(),
             "reconstruction_share": improvement_shares(-error).tolist(),
             "regimes": regimes,
-            "late_fall_is_clear": bool(curve["peak_before_last"]),
             "statement": _statement(name, regimes, curve, error, what),
         }
     return {"kind": KIND, "measure": measure, "models": models, **facts, "version": __version__}

@@ -80,7 +80,7 @@ def what_next(
                 f"more images: few drawn often ({draws:,} draws here) are learned by heart: --data MORE {again}"
             )
     elif word == UNCLEAR:
-        low, high = found.get("ci95") or (0.0, 0.0)
+        low, high = found.get("ci95") or next((each["ci95"] for each in found.get("measures", ())), (0.0, 0.0))
         if high - low > WIDE:
             lines.append(
                 f"more images to measure on: {test_images} tell no change below {50 * (high - low):.1f} points: "
@@ -166,7 +166,7 @@ def label_free_verdict(
         measures.append({"measure": "drift of patch features", **moved.shown(), "change": "shown only"})
     return {
         "verdict": word,
-        "reason": f"{why} Judged without labels.",
+        "reason": f"{why} Judged without labels, on {len(before.consistency)} images.",
         "measures": measures,
         "samples": {"images": len(before.consistency), "cluster_pairs": len(before.stability)},
         "rule": {"min_change": MIN_CHANGE, "kept": KEPT, "mean_alone": MEAN_ALONE},
@@ -174,7 +174,7 @@ def label_free_verdict(
 
 
 def not_measured(needs: str) -> dict[str, Any]:
-    return {"verdict": "not measured", "reason": f"a verdict without labels needs {needs}"}
+    return {"verdict": "not measured", "reason": f"A verdict without labels needs {needs}."}
 
 
 def judged(consistency: Change, rank: Change, centred: Change) -> tuple[str, str]:

@@ -261,7 +261,7 @@ class _Analysis:
         self.curves = curves.record["curves"]
         self.result["curves"], self.result["change"] = self.curves, curves.record["change"]
         self.result["statements"] += curves.record["statements"]
-        self.result["records"]["blocks"] = str(curves.write(self.out))
+        self.result["records"]["blocks"] = str(write_json(self.out / "blocks.json", curves.record))
         self.result["figures"]["blocks"] = str(block_curves(curves.record, self.out / "block_curves.png"))
 
     def _keep(self, name: str, record: Mapping[str, Any], draw: Callable[..., Path] | None) -> None:

@@ -174,7 +174,7 @@ def compare(
         summary["verdict"] = judged_without_labels(stages, samples, run, pooling=pooling)
         return summary
     curves = curves_from_results(results, head_blocks=head_blocks)
-    curves.write(out / "evaluation")
+    write_json(out / "evaluation" / "blocks.json", curves.record)
     block_curves(curves.record, out / "block_curves.png")
     before, after, *others = (curves.correct[f"{stage}/{pooling}"][-1] for stage in stages)
     further = {stage: verdict(before, other) for stage, other in zip(list(stages)[2:], others, strict=True)}

@@ -360,8 +360,8 @@ def conclude(
             knn_k=on.k,
             box=box,
         )
-        if on.says:
-            found = summary["verdict"]
+        found = summary["verdict"]
+        if on.says and found["verdict"] != "not measured":
             summary["verdict"] = found | {"measured_on": on.says, "reason": f"{found['reason']} {on.says}"}
         card |= {"before": summary["before"], "after": summary["after"]}
         found = summary["recommendation"]

@@ -29,7 +29,7 @@ def stratified_split(labels: NDArray[np.int64], share: float, seed: int) -> tupl
     held = held[~np.isin(labels[held], classes[counts == 1])]
     kept = np.setdiff1d(np.arange(len(labels)), held)
     if not len(kept) or not len(held):
-        raise DataError(f"{len(labels)} images are too few to hold out a share of {share:g}; give more, or a test set")
+        raise DataError(f"too few images to hold out a share of {share:g}: {len(labels)}; give more, or a test set")
     return kept, np.sort(held)
 
 

@@ -156,22 +156,16 @@ def atlas_tables(run: RunFiles) -> list[dict[str, Any]]:
         low, high = min(known), max(known)
         advice: Mapping[str, Any] = record.get("recommendation") or {}
         chosen = (advice.get("block"), advice.get("pooling"), advice.get("norm"))
-        rows = []
-        for block in sorted({cell["block"] for cell in cells}):
-            numbers = [value.get((block, *column)) for column in columns]
-            rows.append(
-                {
-                    "block": block,
-                    "cells": [
-                        {
-                            "text": shown(measure, number),
-                            "heat": 0 if number is None else round(100 * (number - low) / max(high - low, 1e-12)),
-                            "chosen": (block, *column) == chosen,
-                        }
-                        for number, column in zip(numbers, columns, strict=True)
-                    ],
-                }
-            )
+        heat = {
+            key: round(100 * (number - low) / max(high - low, 1e-12))
+            for key, number in value.items()
+            if number is not None
+        }
+        rows = [
+            {"block": block, "cells": [{"text": shown(measure, value.get(key)), "heat": heat.get(key, 0),
+                                        "chosen": key == chosen} for key in ((block, *column) for column in columns)]}
+            for block in sorted({cell["block"] for cell in cells})
+        ]  # fmt: skip
         tables.append(
             {
                 "title": STAGES.get(where.removeprefix("atlas-"), where),
