@@ -5,7 +5,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from mim_refiner.analysis.augmented import DISJOINT, augmented_view, paired_views, scaled_view
+from mim_refiner.analysis.augmented import augmented_view, paired_views, scaled_view
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
@@ -46,16 +46,6 @@ def test_an_unreadable_image_leaves_the_others_as_they_are(images):
     some, rows = pixels_of(images)
     assert rows == [0, 1, 3, 4, 5, 6, 7, 8, 9]
     assert torch.equal(some, whole[rows])
-
-
-def test_disjoint_views_turn_cover_and_disturb_but_crop_nothing(images):
-    spec = scaled_view(16, DISJOINT)
-    assert (spec.scale, spec.flip, spec.jitter_prob, spec.gray_prob, spec.blur_prob) == ((1.0, 1.0), 0, 0, 0, 0)
-    parts = [torch.cat([p for p, _ in augmented_view(0, n, DISJOINT).batches(images, 16, 8, None)]) for n in (0, 1)]
-    assert not torch.equal(*parts)
-    # of every image some rows or columns are hidden: all of one value
-    hidden = [(part.float().std(dim=axis).amin() == 0) for part in parts for axis in (2, 3)]
-    assert all(hidden)
 
 
 def test_blur_grows_with_the_image():

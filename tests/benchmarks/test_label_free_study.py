@@ -70,5 +70,4 @@ def test_of_the_measured_runs_none_that_k_nn_calls_better_is_called_worse(page: 
     said = {(page.by_labels(each), page.without_labels(each)) for each in rows}
     assert not any(word == "better" for _, word in said)
     collapsed = [each for each in rows if page.moved(each, "k-NN") < -0.05]
-    assert len(collapsed) >= 5
     assert {page.without_labels(each) for each in collapsed} == {"worse"}

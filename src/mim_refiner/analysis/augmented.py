@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.domain import DomainSpec
 from mim_refiner.data.photometric import BatchPhotometric, seeded_generator
 from mim_refiner.data.views import ViewSpec, crop_batch
 from mim_refiner.evaluation.features import CENTRE_CROP, Features, ImageTransform, feature_sets
@@ -27,9 +26,6 @@ from mim_refiner.types import ImageSize, height_width
 # Crops of at least 40 % of the area and the paper's colour changes: strong enough that a copy of the pixels is no
 # help, mild enough that both views mostly show the same thing.
 VIEW = ViewSpec("label-free", 1, scale=(0.4, 1.0), gray_prob=0.2, blur_prob=0.25, blur_sigma=(0.1, 1.0))
-# Changes that no recipe for photographs trains against: turned, noisy, a band of rows and of columns hidden.
-DISJOINT = ViewSpec("disjoint", 1, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter_prob=0.0, gray_prob=0.0,
-                    domain=DomainSpec(rotate=20.0, noise=0.1, mask_rows=0.3, mask_columns=0.3))  # fmt: skip
 BLUR_REFERENCE = 32  # pixels; the blur grows with the image
 
 
@@ -41,18 +37,16 @@ class PairedViews(NamedTuple):
     second: Mapping[bool, Features]
 
 
-def paired_views(
-    backbone: Backbone, images: ImageSet, run: Run, *, what: str = "", view: ViewSpec = VIEW, **options: Any
-) -> PairedViews:
+def paired_views(backbone: Backbone, images: ImageSet, run: Run, *, what: str = "", **options: Any) -> PairedViews:
     """Features of the centre crop and of two random views, one forward pass each.
 
     ``options`` go to ``feature_sets`` (blocks, poolings, norms, indices, image_size, cache). The
-    draws depend on (seed, view, position) alone: every encoder sees the same views, and so comparisons are paired.
+    draws depend on (seed, position) alone: every encoder sees the same views, and so comparisons are paired.
     """
     transforms = {
         "images": CENTRE_CROP,
-        "first views": augmented_view(run.seed, 0, view),
-        "second views": augmented_view(run.seed, 1, view),
+        "first views": augmented_view(run.seed, 0),
+        "second views": augmented_view(run.seed, 1),
     }
     return PairedViews(
         *(
@@ -62,13 +56,13 @@ def paired_views(
     )
 
 
-def augmented_view(seed: int, number: int, view: ViewSpec = VIEW) -> ImageTransform:
-    """Every image changed at random as ``view`` says; ``number`` tells the views apart."""
+def augmented_view(seed: int, number: int) -> ImageTransform:
+    """Every image changed at random as ``VIEW`` says; ``number`` tells the views apart."""
 
     def batches(
         images: ImageSet, size: ImageSize, batch_size: int, indices: Sequence[int] | NDArray[np.int64] | Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        spec = scaled_view(size, view)
+        spec = scaled_view(size)
         wanted = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
         with ThreadPoolExecutor(4) as pool:
             load: Callable[..., Any] = map if images.cached else pool.map
@@ -88,11 +82,11 @@ def augmented_view(seed: int, number: int, view: ViewSpec = VIEW) -> ImageTransf
                 pixels = views.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
                 yield pixels[kept], torch.from_numpy(rows[kept])
 
-    return ImageTransform(f"random view {number} of seed {seed}: {view}", batches)
+    return ImageTransform(f"random view {number} of seed {seed}: {VIEW}", batches)
 
 
-def scaled_view(size: ImageSize, view: ViewSpec = VIEW) -> ViewSpec:
+def scaled_view(size: ImageSize) -> ViewSpec:
     """The view at ``size`` pixels, its blur as wide in proportion."""
-    low, high = view.blur_sigma
+    low, high = VIEW.blur_sigma
     factor = max(1.0, max(height_width(size)) / BLUR_REFERENCE)
-    return replace(view, size=size, blur_sigma=(low, high * factor))
+    return replace(VIEW, size=size, blur_sigma=(low, high * factor))
