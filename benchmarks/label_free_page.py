@@ -102,9 +102,10 @@ RULE = """A rule is a measure that falls (for *better*: rises) by so much, and a
 kept. Both thresholds are chosen on all encoders but one, where they err least, and tried on that one. *Missed*: k-NN
 says the word and the rule does not; *false*: k-NN says the opposite.
 """
-TRIED = """Also tried, on 25 runs with 2,000 test images and the code of 2026-11-27: views that training never makes (turned, noisy, bands hidden). Under them the consistency *rose* in 6 of 11 runs that k-NN calls
-worse, by up to 11.7 points at rate x 30 with k-NN -18.4; its correlation with the change of k-NN was 0.09, and 0.86
-under the views of the verdict, which are like training's.
+TRIED = """Also tried, on 25 runs with 2,000 test images and the code of 2026-11-27: views that training never makes
+(turned, noisy, bands hidden). Under them the consistency *rose* in 6 of 11 runs that k-NN calls worse, by up to 11.7
+points at rate x 30 with k-NN -18.4; its correlation with the change of k-NN was 0.09, and 0.86 under the views of the
+verdict, which are like training's.
 """
 COMMANDS = """## Commands
 
