@@ -40,7 +40,7 @@ def test_three_words(seed):
     assert all(row["difference"] == 0 for row in same["measures"])
 
 
-@pytest.mark.parametrize("directions", [1, 3, 6], ids=["collapse", "to a quarter", "by half"])
+@pytest.mark.parametrize("directions", [1, 3, 4], ids=["collapse", "to a quarter", "to a third"])
 @pytest.mark.parametrize("seed", range(3))
 def test_lost_directions_are_worse_however_consistent_the_neighbours(seed, directions):
     before, after = measures(1.0, seed), measures(0.1, seed, directions=directions)
@@ -48,6 +48,16 @@ def test_lost_directions_are_worse_however_consistent_the_neighbours(seed, direc
     found = label_free_verdict(before, after, seed=seed)
     assert found["verdict"] == "worse"
     assert "effective rank" in found["reason"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_rank_that_falls_by_half_is_worse_unless_the_neighbours_agree_more(seed):
+    """Found on weights drawn at random: training halved their rank, and consistency and k-NN accuracy rose."""
+    before, same, surer = measures(0.5, seed), measures(0.85, seed, directions=6), measures(0.2, seed, directions=6)
+    assert word(before, same) == "worse"
+    found = label_free_verdict(before, surer)
+    assert found["verdict"] == "no clear change"
+    assert "but two views share more of their neighbours" in found["reason"]
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-8, 1e-4, 1e-2])
@@ -84,8 +94,8 @@ def test_a_fall_within_chance_is_no_harm():
     same = Change(20.0, 20.0, -0.5, 0.5)
     assert judged(Change(0.3, 0.2, -0.25, 0.05), same, same)[0] == "no clear change"
     assert judged(Change(0.3, 0.2, -0.15, -0.05), same, same)[0] == "worse"
-    assert judged(Change(0.3, 0.4, 0.05, 0.15), same, Change(20.0, 10.0, -21.0, 1.0))[0] == "no collapse seen"
-    assert judged(Change(0.3, 0.4, 0.05, 0.15), same, Change(20.0, 10.0, -12.0, -8.0))[0] == "worse"
+    assert judged(Change(0.3, 0.4, 0.05, 0.15), same, Change(20.0, 7.0, -27.0, 1.0))[0] == "no collapse seen"
+    assert judged(Change(0.3, 0.4, 0.05, 0.15), same, Change(20.0, 7.0, -15.0, -11.0))[0] == "worse"
 
 
 def test_drift_is_shown_and_decides_nothing():

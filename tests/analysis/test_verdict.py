@@ -67,7 +67,7 @@ def test_what_to_try_next_follows_from_the_evidence():
         other = what_next(unclear, RECIPE | settings, **AGAIN, test_images=90, draws=5000)
         assert not any("without neighbours" in line for line in other)
     few = {"verdict": "no clear change", "measures": [{"measure": "neighbour consistency", "ci95": [-0.03, 0.14]}]}
-    assert "20 tell no change below 8.5 points" in what_next(few, RECIPE, test_images=20, draws=5000)[0]
+    assert "20 tell no change below 8.5 points" in what_next(few, RECIPE, **AGAIN, test_images=20, draws=5000)[0]
     narrow = {"verdict": "no clear change", "ci95": [-0.005, 0.005]}
     enough: dict[str, Any] = {"test_images": 9000, "draws": 2_000_000, "last_block": 11}
     assert what_next(narrow, RECIPE, **AGAIN, recommendation={"block": 11}, **enough) == []

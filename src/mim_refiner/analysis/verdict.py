@@ -120,7 +120,8 @@ def _reason(word: str, difference: float, low: float, high: float, measure: str)
 
 # Chosen by benchmarks/label_free_study.py, whose errors on encoders left out are in docs/label-free.md
 MIN_CHANGE = 0.02  # of neighbour consistency (a share, 0-1): smaller changes are none, however certain
-KEPT = 0.75  # of the effective rank, centred: less is worse, since features on fewer directions tell less apart
+KEPT = 0.75  # of the effective rank, centred: less is worse unless the consistency rose, which leaves it open
+COLLAPSE = 0.4  # less is worse in any case: features on few directions agree with each other and tell little apart
 MEAN_ALONE = 0.1  # of the effective rank with the mean in: less is worse, since nothing but the mean is left
 DECISIVE = ("neighbour consistency", "effective rank", "effective rank, centred")
 REPLICATES = 100  # of the bootstrap of a rank
@@ -169,7 +170,7 @@ def label_free_verdict(
         "reason": f"{why} Judged without labels, on {len(before.consistency)} images.",
         "measures": measures,
         "samples": {"images": len(before.consistency), "cluster_pairs": len(before.stability)},
-        "rule": {"min_change": MIN_CHANGE, "kept": KEPT, "mean_alone": MEAN_ALONE},
+        "rule": {"min_change": MIN_CHANGE, "kept": KEPT, "collapse": COLLAPSE, "mean_alone": MEAN_ALONE},
     }
 
 
@@ -180,19 +181,20 @@ def not_measured(needs: str) -> dict[str, Any]:
 def judged(consistency: Change, rank: Change, centred: Change) -> tuple[str, str]:
     """The word and its reason; what fell or rose must do so by its interval too.
 
-    "worse" where the neighbour consistency fell, or either effective rank by far; "no collapse seen" where the
-    consistency rose, else "no clear change".
+    "worse" where the neighbour consistency or an effective rank fell far, but "no clear change" where a rank fell by
+    less than a collapse and the consistency rose; "no collapse seen" where only that; "no clear change" where neither.
     """
-    for kind, change, least in (("", rank, MEAN_ALONE), (" (centred)", centred, KEPT)):
-        if change.after < least * change.before and change.high < 0:
-            return WORSE, (
-                f"The effective rank of the features{kind} fell from {change.before:.1f} to {change.after:.1f}: on so "
-                "few directions fewer images are told apart."
-            )
     interval = f"95 % interval {signed(100 * consistency.low)} to {signed(100 * consistency.high)}"
     moved = f"{100 * consistency.before:.1f} to {100 * consistency.after:.1f} % ({interval})"
     if consistency.high < -MIN_CHANGE:
         return WORSE, f"Two views of an image share less of their neighbours than before: {moved}."
+    limits = ((" (centred)", centred, COLLAPSE), ("", rank, MEAN_ALONE), (" (centred)", centred, KEPT))
+    for kind, change, least in limits:
+        if change.after < least * change.before and change.high < 0:
+            fell = f"The effective rank of the features{kind} fell from {change.before:.1f} to {change.after:.1f}: "
+            if least == KEPT and consistency.low > 0:
+                return UNCLEAR, f"{fell}fewer directions; but two views share more of their neighbours, {moved}."
+            return WORSE, f"{fell}on so few directions fewer images are told apart."
     if consistency.low <= MIN_CHANGE:
         limit = f"not clearly more than {100 * MIN_CHANGE:.0f} points of change"
         return UNCLEAR, f"Two views of an image share {moved} of their neighbours: {limit}."
