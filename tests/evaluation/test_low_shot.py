@@ -75,7 +75,7 @@ def test_more_shots_score_higher_and_intervals_hold_the_value(make_features):
         few, many = scores[key, 1], scores[key, 20]
         assert many.accuracy > few.accuracy
         assert few.correct.shape == (4, 200)
-        assert few.accuracy == pytest.approx(np.mean(few.by_split))
+        assert few.accuracy == pytest.approx(np.mean(few.correct.mean(1)))
         assert few.ci95[0] < few.accuracy < few.ci95[1]
 
 

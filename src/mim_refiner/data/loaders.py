@@ -183,9 +183,17 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[ViewBatch, None, None]:
         """Yield the batches of ``epoch`` from ``start_step`` on."""
+        if self._closed:
+            raise RuntimeError("the loader is closed")
         keys = [(epoch, step) for step in range(start_step, self.steps_per_epoch)]
-        with contextlib.closing(self._assembled(keys)) as stream:
-            for item in stream:
+        made = (self._assembler[key] for key in keys)
+        if self._loader is not None:
+            self._steps[:] = keys
+            made = begun(self._loader)
+        elif self._assembler.resident is None:
+            made = in_background((_pinned(item) for item in made) if self._pin_memory else made, self._prefetch)
+        with contextlib.closing(made):
+            for item in made:
                 self.images.add_unreadable(item.unreadable)
                 if item.batch is None:
                     raise DataError(item.error)
@@ -201,20 +209,6 @@ class TrainLoader:
         if item.batch is None:
             raise DataError(item.error)
         return item.batch
-
-    def _assembled(self, keys: list[tuple[int, int]]) -> Generator[_Assembled, None, None]:
-        if self._closed:
-            raise RuntimeError("the loader is closed")
-        if self._assembler.resident is not None:
-            yield from (self._assembler[key] for key in keys)
-            return
-        if self._loader is None:
-            items = (_pinned(self._assembler[key]) if self._pin_memory else self._assembler[key] for key in keys)
-            with contextlib.closing(in_background(items, self._prefetch)) as stream:
-                yield from stream
-            return
-        self._steps[:] = keys
-        yield from begun(self._loader)
 
     def held_bytes(self, device: torch.device) -> int:
         """What images take of the memory of ``device``: the decoded set, batches that wait, processes that make them;

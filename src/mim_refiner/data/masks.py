@@ -97,9 +97,12 @@ class MaskSet:
         return classes
 
     def _file(self, leaf: FileSource, position: int) -> Path:
-        name = os.path.basename(leaf.names[position])
+        """In a folder beside the last one named images, below it the same."""
+        *parts, name = (leaf.base / leaf.names[position]).parts
         stem = os.path.splitext(name)[0]
-        for folder in _mask_folders(leaf, position):
+        place = max((at for at, part in enumerate(parts) if part in IMAGE_FOLDERS), default=-1)
+        for kind in MASK_FOLDERS if place >= 0 else ():
+            folder = os.path.join(*parts[:place], kind, *parts[place + 1 :])
             if folder not in self._folders:
                 self._folders[folder] = _pictures(folder)
             pictures = self._folders[folder]
@@ -141,15 +144,6 @@ def _leaf(source: ImageSource, index: int) -> tuple[ParquetSource | FileSource, 
     if isinstance(source, ParquetSource | FileSource):
         return source, index
     raise NoMasksError(f"{source.description}: has no masks; give parquet, or folders images/ and masks/")
-
-
-def _mask_folders(source: FileSource, index: int) -> list[str]:
-    """The folders that may hold the mask of an image: those beside the last folder named images, below it the same."""
-    parts = list((source.base / source.names[index]).parts[:-1])
-    place = next((at for at in range(len(parts) - 1, -1, -1) if parts[at] in IMAGE_FOLDERS), None)
-    if place is None:
-        return []
-    return [os.path.join(*parts[:place], folder, *parts[place + 1 :]) for folder in MASK_FOLDERS]
 
 
 def _pictures(folder: str) -> dict[str, str]:

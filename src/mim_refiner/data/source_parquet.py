@@ -59,7 +59,7 @@ class ParquetSource(ImageSource):
         self.lazy = self.size > WHOLE_FILE_BYTES
         which = "" if self.column == "image" else f", column {printable(self.column)}"
         self.description = f"parquet {path} ({self._rows} images{which})"
-        self._groups: OrderedDict[int, pa.Array] = OrderedDict()
+        self._groups: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
         self._lock = threading.Lock()
 
     def _read_labels(self, file: pq.ParquetFile, schema: pa.Schema) -> Labels | None:
@@ -71,15 +71,15 @@ class ParquetSource(ImageSource):
     def __len__(self) -> int:
         return self._rows
 
-    def _group(self, number: int) -> pa.Array:
+    def _group(self, number: int) -> pa.ChunkedArray:
         """Return the image column of one row group; a small file loads all its groups at once."""
         with self._lock:
             if number not in self._groups:
                 # One thread: pyarrow's own thread pool does not belong in forked workers.
                 with pq.ParquetFile(self.path, memory_map=True) as file:
                     for group in [number] if self.lazy else range(len(self.group_ends)):
-                        column = file.read_row_group(group, columns=[self.column], use_threads=False).column(0)
-                        self._groups[group] = _one_array(column)
+                        table = file.read_row_group(group, columns=[self.column], use_threads=False)
+                        self._groups[group] = table.column(0)
                 while self.lazy and len(self._groups) > _GROUPS_IN_MEMORY:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(number)
@@ -137,14 +137,6 @@ class ParquetSource(ImageSource):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _groups=OrderedDict(), _lock=threading.Lock())
-
-
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    if column.num_chunks == 1:
-        return column.chunk(0)
-    if pa.types.is_binary(column.type):  # 32-bit offsets end at 2 GiB
-        column = column.cast(pa.large_binary())
-    return pa.concat_arrays(column.chunks)
 
 
 def _image_column(schema: pa.Schema, path: Path) -> str:

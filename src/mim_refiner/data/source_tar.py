@@ -122,25 +122,19 @@ def open_index(path: Path) -> pa.Table:
     key = f"{_VERSION} {path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode(errors="surrogateescape")
     # No ending of data: the cache may lie in a folder of images.
     kept = cache_folder() / "tar-index" / f"{hashlib.sha256(key).hexdigest()[:32]}.index"
-    index = None if cache_is_off() else _load_index(kept, facts.st_size)
-    if index is None:
-        with reading(path, "copy or download it again"):
-            index = scan_shard(path)
+    if not cache_is_off():
+        with contextlib.suppress(Exception):  # a cache that cannot be read is made again, whatever is wrong with it
+            index = pq.ParquetFile(kept).read(use_threads=False)
+            _left_out(index)
+            if index.schema.equals(_INDEX) and index["offset"].to_numpy().max(initial=0) <= facts.st_size:
+                return index
+    with reading(path, "copy or download it again"):
+        index = scan_shard(path)
+    if not cache_is_off():
         with contextlib.suppress(RunFolderError):  # without it the next run scans again, nothing else
-            if not cache_is_off():
-                pq.write_table(index, buffer := io.BytesIO())
-                write_bytes(kept, buffer.getvalue())
+            pq.write_table(index, buffer := io.BytesIO())
+            write_bytes(kept, buffer.getvalue())
     return index
-
-
-def _load_index(kept: Path, size: int) -> pa.Table | None:
-    """The cached index; None when there is none, or it is damaged or points outside the shard."""
-    try:
-        index = pq.ParquetFile(kept).read(use_threads=False)
-        sound = index.schema.equals(_INDEX) and index["offset"].to_numpy().max(initial=0) <= size
-        return index if sound and _left_out(index) is not None else None
-    except Exception:  # a cache that cannot be read is made again, whatever is wrong with it
-        return None
 
 
 def _left_out(index: pa.Table) -> tuple[LeftOut, ...]:

@@ -50,7 +50,7 @@ def in_threads(work: Callable[[int], _T], count: int, threads: int) -> Iterator[
             yield from pool.map(work, range(start, min(start + _AT_ONCE, count)))
 
 
-def begun(loader: DataLoader[_T]) -> Iterator[_T]:
+def begun(loader: DataLoader[_T]) -> Generator[_T, None, None]:
     """Begin an epoch: fork the processes if they are not there yet, and yield the batches (:func:`watched`)."""
     with warnings.catch_warnings():
         # Python 3.12 warns of fork with threads about; the workers use neither our threads nor CUDA.

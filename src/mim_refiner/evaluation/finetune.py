@@ -138,7 +138,13 @@ class Classifier(nn.Module):
         self.head = nn.Linear(backbone.info.embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
-        _set_drop_path(self.backbone, drop_path)
+        # stochastic depth that grows linearly from 0 at the first block to ``drop_path`` at the last
+        blocks = getattr(self.backbone.model, "blocks", ())
+        for number, block in enumerate(blocks):
+            share = drop_path * number / max(1, len(blocks) - 1)
+            for name in ("drop_path", "drop_path1", "drop_path2"):
+                if share and hasattr(block, name):
+                    setattr(block, name, DropPath(share))
 
     def train(self, mode: bool = True) -> Classifier:
         """Random layers of frozen blocks rest."""
@@ -266,16 +272,6 @@ def _groups(model: Classifier, settings: FinetuneSettings) -> list[dict[str, Any
     scales = layer_decay_scales(encoder, settings.layer_decay) if settings.layer_decay < 1 else None
     groups = parameter_groups(encoder.named_parameters(), weight_decay=decay, scales=scales)
     return groups + parameter_groups(model.head.named_parameters(), weight_decay=decay)
-
-
-def _set_drop_path(backbone: Backbone, rate: float) -> None:
-    """Stochastic depth that grows linearly from 0 at the first block to ``rate`` at the last."""
-    blocks = getattr(backbone.model, "blocks", ())
-    for number, block in enumerate(blocks):
-        share = rate * number / max(1, len(blocks) - 1)
-        for name in ("drop_path", "drop_path1", "drop_path2"):
-            if share and hasattr(block, name):
-                setattr(block, name, DropPath(share))
 
 
 class _Augmented(Dataset[tuple[Tensor, int]]):

@@ -22,7 +22,7 @@ class AccuracyScore:
 
     accuracy: float
     ci95: tuple[float, float]
-    correct: NDArray[np.bool_]  # [N] per test image
+    correct: NDArray[np.bool_]  # [N] per test image, [draws, N] of several training sets
 
     @classmethod
     def of(cls, correct: Tensor) -> AccuracyScore:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -38,13 +37,6 @@ class LowShotSettings(FrozenSettings):
     scoring: Literal["same", "reference"] = "same"
 
 
-@dataclass(frozen=True)
-class LowShotScore(AccuracyScore):
-    """Mean over the splits, ``correct`` [splits, N]; ``ci95`` covers the drawn training images and the test images."""
-
-    by_split: tuple[float, ...]
-
-
 def low_shot_protocol(
     train: Features,
     test: Features,
@@ -52,11 +44,11 @@ def low_shot_protocol(
     *,
     seed: int = 0,
     drawn: Mapping[int, Sequence[NDArray[np.int64]]] | None = None,
-) -> dict[tuple[FeatureKey, int], LowShotScore]:
+) -> dict[tuple[FeatureKey, int], AccuracyScore]:
     """Score every ((block, pooling), shots). The splits are nested: the 1-shot image is among the 2-shot images.
 
-    A class with fewer images gives all it has. ``drawn``: {shots: rows of each split} that are published. Raises
-    DataError without labels.
+    ``correct`` is [splits, N], and ``ci95`` covers the drawn training images and the test images. A class with fewer
+    images gives all it has. ``drawn``: {shots: rows of each split} that are published. DataError without labels.
     """
     settings = settings or LowShotSettings()
     labels, truth = required_labels(train, "train").numpy(), required_labels(test, "test").numpy()
@@ -76,8 +68,7 @@ def low_shot_protocol(
                 correct.append(classes[(queries.numpy() @ weights).argmax(1)] == truth)
             hits = np.stack(correct)
             accuracy, low, high = crossed_interval(hits)
-            ci95 = max(0.0, low), min(1.0, high)
-            scores[key, shots] = LowShotScore(accuracy, ci95, hits, tuple(hits.mean(1).tolist()))
+            scores[key, shots] = AccuracyScore(accuracy, (max(0.0, low), min(1.0, high)), hits)
     return scores
 
 

@@ -80,7 +80,7 @@ def low_shot(job: Job) -> list[Result]:
     scores = low_shot_protocol(*job.pair, settings, seed=job.run.seed, drawn=drawn or None)
     results = []
     for (key, shots), score in scores.items():
-        shown = {**settings.model_dump(), "shots": shots, "accuracy_by_split": score.by_split}
+        shown = {**settings.model_dump(), "shots": shots, "accuracy_by_split": score.correct.mean(1).tolist()}
         if drawn:
             shown |= {"splits": len(drawn[shots]), "split_files": [str(job.lists[path]) for path in by_shots[shots]]}
         results.append(job.accuracy("low_shot", f"low_shot_{shots}_top1{suffix}", score, shown, key))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -146,11 +147,15 @@ def robustness(job: Job) -> list[Result]:
         truth, x = required_labels(features, what), features[job.main_key].to(job.run.device)
         return {name: predict(x, truth.unique()).cpu() == truth for name, predict in predictors.items()}
 
-    by_set = {set_name: hits(features, set_name) for set_name, features in _corrupted_sets(job, clean)}
+    by_set = {"clean": hits(clean, "clean")}
+    for kind, severity in product(settings.kinds, settings.severities):
+        how: dict[str, Any] = {"transform": corrupted(kind, severity, job.run.seed)}
+        found = job.main_features_of(job.test_images, clean.indices, phase=f"robustness: {kind} {severity}", **how)
+        by_set[f"{kind}/{severity}"] = hits(dataclasses.replace(found, labels=clean.labels), kind)
     for name in predictors:
-        found = {set_name: correct[name].numpy() for set_name, correct in by_set.items()}
-        sets = {set_name: float(correct.mean()) for set_name, correct in found.items()}
-        together = np.stack([correct for set_name, correct in found.items() if set_name != "clean"])
+        each = {set_name: correct[name].numpy() for set_name, correct in by_set.items()}
+        sets = {set_name: float(correct.mean()) for set_name, correct in each.items()}
+        together = np.stack([correct for set_name, correct in each.items() if set_name != "clean"])
         details = {**shown, "classifier": name, "accuracy_by_set": sets, "clean": sets["clean"]}
         results.append(job.accuracy("robustness", f"robustness_{name}_top1", _mean_over_sets(together), details))
     for set_name, (images, numbers) in job.shifted.items():
@@ -199,15 +204,6 @@ def _classifiers(job: Job) -> dict[str, Predict]:
     if "linear" in settings.robustness.classifiers:
         made["linear"] = fitted_probe(job.train, key, settings.linear, job.run)
     return made
-
-
-def _corrupted_sets(job: Job, clean: Features) -> Iterator[tuple[str, Features]]:
-    yield "clean", clean
-    for kind in job.settings.robustness.kinds:
-        for severity in job.settings.robustness.severities:
-            transform, phase = corrupted(kind, severity, job.run.seed), f"robustness: {kind} {severity}"
-            found = job.main_features_of(job.test_images, clean.indices, transform=transform, phase=phase)
-            yield f"{kind}/{severity}", dataclasses.replace(found, labels=clean.labels)
 
 
 def _mean_over_sets(correct: np.ndarray[Any, Any]) -> AccuracyScore:
