@@ -7,7 +7,6 @@ number in the image. What has no sure meaning as 8- or 16-bit brightness is refu
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import logging
 import re
@@ -34,7 +33,10 @@ from mim_refiner.data.channels import (
 from mim_refiner.errors import install
 
 # Formats with a signature of their own. Pillow knows more, among them EPS, for which it starts Ghostscript.
-_FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+_KNOWN = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+Image.init()
+_FORMATS = tuple(name for name in _KNOWN if name in Image.OPEN)  # that can be read here
+IMAGE_SUFFIXES = frozenset(ending for ending, name in Image.EXTENSION.items() if name in _FORMATS)  # ".jpg", ...
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _MAX_BYTES = 2**32
@@ -47,18 +49,6 @@ Reduction = Callable[[int, int], int]  # (height, width) of an upright image -> 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # or its remarks on odd files reach the terminal
 
 
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
-@functools.cache
-def image_suffixes() -> frozenset[str]:
-    """The endings of the files that can be read here, such as ``.jpg``, in small letters."""
-    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in _formats())
-
-
 @contextlib.contextmanager
 def open_image(data: bytes) -> Iterator[Image.Image]:
     """Open an encoded image without decoding it.
@@ -69,7 +59,7 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     if _PIL_WARNINGS not in warnings.filters:  # catch_warnings is not for threads
         warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError:
         raise TooLargeError(f"claims more than {MAX_PIXELS // 10**6} million pixels") from None
     except UnidentifiedImageError:

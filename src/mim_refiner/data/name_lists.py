@@ -161,45 +161,37 @@ def without_listed(source: ImageSource, path: str | Path) -> ImageSource:
     serve several sources), but at least one line must match. Raises DataError for an unreadable list, a list that
     matches nothing, or one that leaves nothing.
     """
-    entries = _entries(Path(path).expanduser())
+    with reading(Path(path).expanduser(), "give the list of images to leave out that doctor wrote"):
+        text = read_regular(Path(path).expanduser()).decode("utf-8-sig", "surrogateescape")
     rows: dict[str, list[int]] = {}
     for index in range(len(source)):
         rows.setdefault(source.name(index), []).append(index)
+    named: list[str] = []
     dropped: set[int] = set()
     lost = 0
-    for number, name in entries:
+    for line in text.split("\n"):
+        start, *rest = line.rstrip("\r").split("\t", 2)
+        number, name = None, printable(start.strip())
+        if not name or name.startswith("#"):
+            continue
+        if name.isascii() and name.isdecimal() and len(name) < 19:
+            number, name = int(name), printable(rest[0]) if len(rest) == 2 else ""
+        named.append(name or str(number))
         if number is not None and number < len(source) and name in ("", source.name(number)):
             dropped.add(number)
         elif name in rows:
             dropped.update(rows[name])
         else:
             lost += 1
-    if not entries:
+    if not named:
         return source
     if not dropped:
-        first = entries[0][1] or str(entries[0][0])
         raise DataError(
-            f"{path}: none of its {len(entries)} lines names an image of {source.description} (first: "
-            f"'{first}'{did_you_mean(first, list(rows)[:10_000])}); give the list that doctor wrote for this --data"
+            f"{path}: none of its {len(named)} lines names an image of {source.description} (first: '{named[0]}'"
+            f"{did_you_mean(named[0], list(rows)[:10_000])}); give the list that doctor wrote for this --data"
         )
     if len(dropped) == len(source):
         raise DataError(f"{path}: leaves none of the {len(source)} images of {source.description}; shorten the list")
     kept = np.array([index for index in range(len(source)) if index not in dropped], dtype=np.int64)
     missing = f", {lost} of its lines name none" if lost else ""
-    description = f"{source.description} without {len(dropped)} of {Path(path).name}{missing}"
-    return Selection(source, kept, description)
-
-
-def _entries(path: Path) -> list[tuple[int | None, str]]:
-    """(number or None, name or "") of every line."""
-    with reading(path, "give the list of images to leave out that doctor wrote"):
-        text = read_regular(path).decode("utf-8-sig", "surrogateescape")
-    entries: list[tuple[int | None, str]] = []
-    for line in text.split("\n"):
-        cells = line.rstrip("\r").split("\t", 2)
-        plain = cells[0].strip()
-        if plain.isascii() and plain.isdecimal() and len(plain) < 19:
-            entries.append((int(plain), printable(cells[1]) if len(cells) == 3 else ""))
-        elif plain and not plain.startswith("#"):
-            entries.append((None, printable(plain)))
-    return entries
+    return Selection(source, kept, f"{source.description} without {len(dropped)} of {Path(path).name}{missing}")

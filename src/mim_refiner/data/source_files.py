@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from mim_refiner.data.image_files import image_suffixes
+from mim_refiner.data.image_files import IMAGE_SUFFIXES
 from mim_refiner.data.labels import LabelProblem, Labels, printable, shown_names
 from mim_refiner.data.source_base import Counted, ImageSource, LeftOut, label_parts, short_hash
 from mim_refiner.errors import DataError
 from mim_refiner.files import read_regular
 
-IMAGE_SUFFIXES = image_suffixes()
 # columns of lists and tables that hold the paths of images
 PATH_NAMES = ("path", "image", "file", "filename", "image_path", "filepath", "file_name", "img", "image_name")
 ARRAY_SUFFIX = ".npy"  # one image an array, in a folder

@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mim_refiner.data.image_files import IMAGE_SUFFIXES
 from mim_refiner.data.labels import LabelProblem, Labels, printable
 from mim_refiner.data.source_base import Counted, ImageSource, LeftOut, label_parts, short_hash
-from mim_refiner.data.source_files import ARRAY_SUFFIX, IMAGE_SUFFIXES, PackedStrings, packed
+from mim_refiner.data.source_files import ARRAY_SUFFIX, PackedStrings, packed
 from mim_refiner.errors import DataError, RunFolderError
 from mim_refiner.files import cache_folder, cache_is_off, reading, write_bytes
 from mim_refiner.reporting import number_of

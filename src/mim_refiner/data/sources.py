@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mim_refiner.data.image_files import IMAGE_SUFFIXES
 from mim_refiner.data.labels import printable, shown_names
 from mim_refiner.data.source_base import ConcatSource, ImageSource, sliced
-from mim_refiner.data.source_files import IMAGE_SUFFIXES, TABLE_SUFFIXES, FileSource, Walk, folder_source, image_files
+from mim_refiner.data.source_files import TABLE_SUFFIXES, FileSource, Walk, folder_source, image_files
 from mim_refiner.data.source_list import LIST_SUFFIXES, list_source
 from mim_refiner.data.source_objects import ArraySource, object_source
 from mim_refiner.data.source_parquet import ParquetSource, parquet_folder

@@ -110,10 +110,8 @@ class FeatureCache:
 
     def made_folder(self) -> Path | None:
         """The folder for large files of a moment, made if need be; None where it cannot be."""
-        try:
+        with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return None
         return self.folder if os.access(self.folder, os.W_OK) else None
 
     def summary(self) -> dict[str, Any]:
