@@ -91,8 +91,7 @@ def resize(pixels: Raw, width: int, height: int, box: tuple[float, float, float,
 def resize_view(pixels: Raw, height: int, width: int) -> Raw:
     """:func:`resize` to a training view; for RGB of 64 px and more by torch's 8-bit kernel.
 
-    That kernel gives Pillow's values to one level of 255 (two in one pixel of ten thousand) in a third of the time.
-    Small views stay with Pillow, so that their values are the same on every processor.
+    That gives Pillow's values to one level of 255 in a third of the time. Small views are the same on every processor.
     """
     if pixels.shape[2] != 3 or pixels.dtype != np.uint8 or min(height, width) < _TORCH_SIDE:
         return resize(pixels, width, height)

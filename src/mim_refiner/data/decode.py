@@ -34,11 +34,10 @@ class Loaded:
 class ImageSet:
     """Decoded images of a source: ``load(i)`` gives RGB uint8 [H, W, 3].
 
-    ``channels`` other than 3: the pixels as stored, [H, W, channels] uint8 or uint16; images of another number of
-    channels count as unreadable.
-    ``cache``: "auto" keeps all decoded images in memory when they need less than 2 GB; True and False force it.
-    An unreadable image never raises: ``load`` gives the next readable one instead and the failure is listed in
-    ``unreadable`` as (name, reason). Raises DataError when no image can be read.
+    ``channels`` other than 3: the pixels as stored, [H, W, channels] uint8 or uint16; others count as unreadable.
+    ``cache``: "auto" keeps all in memory when they need less than 2 GB; True and False force it. For an unreadable
+    image ``load`` gives the next readable one, and ``unreadable`` lists (name, reason). Raises DataError when none can
+    be read.
     """
 
     def __init__(self, source: ImageSource, cache: Literal["auto"] | bool = "auto", *, channels: int = 3) -> None:

@@ -24,9 +24,8 @@ _NOISY_AT_ONCE = 2**22  # values
 class DomainSpec:
     """Augmentations of images that are no photographs; all off.
 
-    rotate: largest turn in degrees, either way; the border is mirrored. gain: every channel times 1 - gain to 1 + gain.
-    noise: largest standard deviation of Gaussian noise, on the 0-1 scale. mask_rows, mask_columns: largest share of one
-    band set to the mean (SpecAugment, arXiv 1904.08779).
+    rotate: largest turn in degrees, either way, border mirrored. gain: each channel times 1 - gain to 1 + gain. noise:
+    largest standard deviation, 0-1 scale. mask_rows, mask_columns: largest share of a band (SpecAugment, 1904.08779).
     """
 
     rotate: float = 0.0

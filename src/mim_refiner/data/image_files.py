@@ -51,10 +51,9 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())  # or its remark
 
 @contextlib.contextmanager
 def open_image(data: bytes) -> Iterator[Image.Image]:
-    """Open an encoded image without decoding it.
+    """Open an encoded image without decoding it; a Pillow error or OSError for what is no whole image.
 
-    Raises UnusableImageError for pixels that cannot be read as brightness, TooLargeError for more pixels than any
-    photograph has, and a Pillow error or OSError for what is no whole image of a known format.
+    Raises UnusableImageError for pixels that are no brightness, TooLargeError for more than any photograph has.
     """
     if _PIL_WARNINGS not in warnings.filters:  # catch_warnings is not for threads
         warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -1,8 +1,7 @@
 """The classes of a data set: numbered 0..C-1 once, when labels are read, with the names or ids they stand for.
 
-Every source makes one :class:`Labels`; everything that counts, trains or measures takes the dense numbers, and two sets
-are matched by what their classes are called. What cannot be used raises :class:`LabelProblem`, whose text the source
-keeps as the reason for having no labels.
+Every source makes one :class:`Labels`. Sets are matched by what their classes are called. What cannot be used raises
+:class:`LabelProblem`, whose text the source keeps as the reason for having no labels.
 """
 
 from __future__ import annotations

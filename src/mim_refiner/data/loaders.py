@@ -32,9 +32,8 @@ _ELONGATED = 4  # times longer than wide: the view is resized alone, or the cost
 class ViewBatch(NamedTuple):
     """One training batch: ``views[v]`` [B, C, size, size], uint8 or, from 16-bit images, uint16.
 
-    A damaged image is replaced by another of the set. ``sample_ids`` and ``labels`` are those of the images really
-    shown; ``skipped`` lists (name, reason) of images found unreadable since the previous batch (the first batch of a
-    loader lists all that are known).
+    A damaged image is replaced by another: ``sample_ids`` and ``labels`` are of those shown. ``skipped``: (name,
+    reason) of those found unreadable since the last batch (of a loader's first: all that are known).
     """
 
     views: list[Tensor]
@@ -114,14 +113,11 @@ class TrainLoader:
 
     Every random choice is a function of (seed, epoch, position in the epoch): any number of workers, and an epoch
     entered at any step, give the same batches. ``batch_size`` counts the images of all ranks; rank r gets the r-th
-    part of each batch. ``workers`` > 0 assembles in that many processes, which live until ``close``; 0 in a thread.
-    A worker that is killed, or gives nothing for ``timeout`` seconds (0: waits for ever), is a WorkerError in
-    ``epoch``; ``restart`` makes new ones. ``reduced_decode``: JPEGs so large that no view needs all their pixels are
-    decoded at 1/2, 1/4 or 1/8. ``resident``: the images on a device, where views are then cut. ``rows``: these images
-    in this order, every epoch, and none is dropped.
-
-    Raises DataError when the batch is larger than the set or too many images are unreadable, InputError for sizes
-    that do not fit.
+    part. ``workers`` > 0 assembles in that many processes, which live until ``close``; 0 in a thread. A worker that is
+    killed, or gives nothing for ``timeout`` seconds (0: for ever), is a WorkerError in ``epoch``; ``restart`` makes new
+    ones. ``reduced_decode``: JPEGs so large that no view needs all pixels are decoded at 1/2, 1/4 or 1/8. ``resident``:
+    images on a device, where views are cut. ``rows``: these images in this order, every epoch, none dropped. Raises
+    DataError for a batch larger than the set or too many unreadable images, InputError for sizes that do not fit.
     """
 
     def __init__(

@@ -61,8 +61,7 @@ class MaskSet:
     def load(self, index: int) -> Mask:
         """Mask of image ``index``, upright and of its size; DataError when it is missing or cannot be used.
 
-        A mask of another size is resized (nearest) where the aspect agrees. One that fits the stored pixels of an image
-        with EXIF orientation, and not the upright ones, is turned with it.
+        One of another size is resized (nearest) where the aspect agrees, one that fits only the stored pixels turned.
         """
         leaf, position = _leaf(self.source, index)
         name = f"mask of {leaf.name(position)}"

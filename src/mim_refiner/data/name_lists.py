@@ -1,8 +1,7 @@
 """Lists of images by name: published splits, and what is to be left out.
 
-A split is a text file with an image name a line, matched against the names of a source: so come the 1 % and 10 % of
-ImageNet-1K (SimCLR: ``n01440764_10043.JPEG``) and the sets of 1, 2 and 5 images a class (MSN). A name may have no
-ending, or folders before it, and a label beside it.
+A split is a text file with an image name a line: so come the 1 % and 10 % of ImageNet-1K (SimCLR:
+``n01440764_10043.JPEG``) and 1, 2 and 5 images a class (MSN). A name may lack its ending, or have folders, or a label.
 """
 
 from __future__ import annotations
@@ -47,12 +46,11 @@ class NameList:
 def match_names(source: ImageSource, path: str | Path) -> NameList:
     """The images of ``source`` that the list names.
 
-    As many folders are compared as a name of the list has, without those that all begin with and no image has
-    (``train/`` where the source is that folder). Endings count where they are the same in both; else
-    ``a.JPEG`` or ``a`` is ``a.png`` too. Blank lines and those that begin with # are ignored. Of several columns the
-    one whose names the source has is read, whichever of tabs, commas, semicolons or blanks part them; the labels are
-    the source's. Raises DataError for a list that cannot be read or is empty, for names that fit several images, and
-    where none is found or, with labels, a class of the source has none.
+    As many folders are compared as a name has, without those that all begin with and no image has (``train/`` where the
+    source is that folder). Endings count where they are the same in both; else ``a.JPEG`` or ``a`` is ``a.png`` too.
+    Blank lines and # lines are ignored. Of several columns, by tabs, commas, semicolons or blanks, the one whose names
+    the source has is read; labels are the source's. Raises DataError for a list that is unreadable or empty, for names
+    that fit several images, and where none is found or a class of the source has none.
     """
     images = source.file_names()
     folders = max(name.count("/") for name in images)
@@ -155,11 +153,10 @@ def list_lines(items: Iterable[tuple[int, str, str]]) -> bytes:
 def without_listed(source: ImageSource, path: str | Path) -> ImageSource:
     """Return ``source`` without the images named in the text file ``path``.
 
-    One image a line: number, name and reason with tabs between, as doctor and skipped_images.txt write them, or a name
-    or a number alone (text after a tab is a comment). A name that is no longer at its number is looked for. Lines that
-    begin with # and empty lines are ignored. Names of images that the source does not hold are allowed (a list may
-    serve several sources), but at least one line must match. Raises DataError for an unreadable list, a list that
-    matches nothing, or one that leaves nothing.
+    A line: number, name and reason with tabs between, as doctor and skipped_images.txt write them, or a name or a
+    number alone (text after a tab is a comment). A name no longer at its number is looked for; # lines and empty ones
+    are ignored. Names that the source does not hold are allowed (a list may serve several sources), if at least one is
+    there. Raises DataError for a list that is unreadable, matches nothing, or leaves nothing.
     """
     with reading(Path(path).expanduser(), "give the list of images to leave out that doctor wrote"):
         text = read_regular(Path(path).expanduser()).decode("utf-8-sig", "surrogateescape")
