@@ -26,8 +26,8 @@ from mim_refiner.evaluation.finetune import (
     share_of,
     training_transform,
 )
-from mim_refiner.evaluation.long_tail import LongTailSettings, class_groups, imbalanced_subset
 from mim_refiner.evaluation.settings import EvaluationSettings
+from mim_refiner.evaluation.splits import LongTailSettings, class_groups, imbalanced_subset
 
 SIMPLE = FinetuneSettings(
     epochs=8, batch_size=20, lr=5e-3, mixup=0.0, cutmix=0.0, erasing=0.0, randaugment="", warmup_epochs=1, drop_path=0.1

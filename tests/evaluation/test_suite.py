@@ -21,9 +21,9 @@ from mim_refiner.evaluation.features import extract_features
 from mim_refiner.evaluation.finetune import FinetuneSettings
 from mim_refiner.evaluation.knn import knn_protocol
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings
-from mim_refiner.evaluation.long_tail import LongTailSettings
 from mim_refiner.evaluation.results import CONTRACT_FIELDS, paired_change
 from mim_refiner.evaluation.settings import EvaluationSettings
+from mim_refiner.evaluation.splits import LongTailSettings
 from mim_refiner.evaluation.suite import (
     evaluate_backbone,
     suite_protocols,

@@ -119,7 +119,7 @@ class ParquetSource(ImageSource):
                     return super().file_names()
                 column = f"{self.column}.path"
             values = file.read(columns=[column], use_threads=False).column(0)
-            paths = values.to_pylist() if "." not in column else [each and each["path"] for each in values.to_pylist()]
+            paths = [each["path"] if isinstance(each, dict) else each for each in values.to_pylist()]
             return [self.name(row) if path is None else printable(path) for row, path in enumerate(paths)]
 
     def fingerprint(self) -> str:

@@ -22,11 +22,10 @@ from mim_refiner.evaluation.finetune import FinetuneSettings, LabelledRows, fine
 from mim_refiner.evaluation.jobs import Job
 from mim_refiner.evaluation.knn import AccuracyScore, knn_protocol, required_labels
 from mim_refiner.evaluation.linear_probe import fitted_probe, linear_probe
-from mim_refiner.evaluation.long_tail import class_groups, imbalanced_subset
 from mim_refiner.evaluation.protocols import selections
 from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.segmentation import check_segmentation, segmentation_blocks, segmentation_protocol
-from mim_refiner.evaluation.splits import list_name
+from mim_refiner.evaluation.splits import class_groups, imbalanced_subset, list_name
 
 SHOWN_QUERIES = 3  # of a probe with several, beside their mean
 Predict = Callable[[Tensor, Tensor | None], Tensor]  # (features [N, D], classes that may occur or None) -> classes [N]

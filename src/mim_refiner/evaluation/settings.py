@@ -12,9 +12,9 @@ from mim_refiner.evaluation.attentive import AttentiveSettings
 from mim_refiner.evaluation.corruptions import RobustnessSettings
 from mim_refiner.evaluation.finetune import FinetuneSettings
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings
-from mim_refiner.evaluation.long_tail import LongTailSettings
 from mim_refiner.evaluation.low_shot import LowShotSettings
 from mim_refiner.evaluation.segmentation import SegmentationSettings
+from mim_refiner.evaluation.splits import LongTailSettings
 from mim_refiner.settings import (
     FrozenSettings,
     Idle,
