@@ -22,7 +22,7 @@ from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.memory import measure_needs
 from mim_refiner.training.recipe import RefineRecipe
-from mim_refiner.training.traces import refiner_like
+from mim_refiner.training.traces import RefinerTrace
 
 LARGE, HUGE = [(224, 2), (96, 10)], [(224, 2), (98, 10)]
 
@@ -59,15 +59,15 @@ def test_parameters_are_those_of_the_model(scale: Any) -> None:
 def test_operations_are_those_of_a_counted_step(scale: Any) -> None:
     shapes = [(32, 2), (16, 4)]
     job = scale.Workload(scale.EncoderShape(64, 4, 2, 8, image_size=32), 8, (2, 3), shapes, 64, 64, 32, 256)
-    traced = refiner_like(make(), checkpointing=False)
+    traced = RefinerTrace(make(), "fp32")
     for size, count in shapes:
         # Not every torch counts its fused attention on a CPU.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            traced.encoder((size, count), "fp32", 8)
+            traced.encoder((size, count), 8)
         one = scale.Workload(job.encoder, 8, (2, 3), [(size, count)], 64, 64, 32, 256)
         assert one.operations()["encoder"] == pytest.approx(counter.get_total_flops(), rel=0.05)
     with FlopCounterMode(display=False) as counter:
-        traced.heads(8, 6, "fp32")
+        traced.heads(8, 6)
     parts = job.operations()
     passes = [
         replace(job, micro_batch=2, kept_graphs=kept).operations()["encoder"] / parts["encoder"] for kept in (0, 4, 8)

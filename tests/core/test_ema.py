@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mim_refiner.core.ema import ExponentialMovingAverage
-from mim_refiner.errors import InputError
 
 
 def part(data: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -68,11 +67,3 @@ def test_parameters_that_do_not_move_stay_exact() -> None:
     for _ in range(50):
         average.update(model, 0.9999)
     assert torch.equal(average.module[0].weight, model[0].weight)
-
-
-def test_unusable_input_is_refused() -> None:
-    average = ExponentialMovingAverage(linear_norm())
-    with pytest.raises(InputError, match="between 0 and 1"):
-        average.update(linear_norm(), 1.1)
-    with pytest.raises(InputError, match="differ in parameter"):
-        average.update(nn.Linear(4, 4), 0.9)

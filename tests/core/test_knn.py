@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
+from mim_refiner.core import knn
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.search import Bank, nearest
 from mim_refiner.errors import InputError
@@ -133,7 +134,11 @@ def test_the_search_finds_exactly_the_nearest_rows(dtype: torch.dtype, shape: tu
     assert (cosines.diff(dim=1) <= 0).all()
 
 
-def test_search_in_8_bits_never_changes_a_prediction() -> None:
+def search_in(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "search_dtype", lambda _: dtype)
+
+
+def test_search_in_8_bits_never_changes_a_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of nearly equal cosines: 8 bits alone would be wrong for most queries."""
     generator = torch.Generator().manual_seed(4)
     centre = torch.randn(32, generator=generator)
@@ -141,14 +146,18 @@ def test_search_in_8_bits_never_changes_a_prediction() -> None:
     train_y = torch.randint(50, (6000,), generator=generator)
     test_x = centre + 0.01 * torch.randn(300, 32, generator=generator)
     arguments = {"k": 5, "standardize": False}
-    exact = knn_predict(train_x, train_y, test_x, search="fp32", **arguments)
-    assert torch.equal(knn_predict(train_x, train_y, test_x, search="int8", **arguments), exact)
+    found = []
+    for dtype in (torch.float32, torch.int8):
+        search_in(dtype, monkeypatch)
+        found.append(knn_predict(train_x, train_y, test_x, **arguments))
+    assert torch.equal(*found)
 
 
-def test_collapsed_features_end_quickly_and_alike() -> None:
+def test_collapsed_features_end_quickly_and_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     train_x, train_y = torch.ones(30_000, 16), torch.arange(30_000) % 3
-    for search in ("fp32", "int8"):
-        predicted = knn_predict(train_x, train_y, torch.ones(40, 16), search=search)
+    for dtype in (torch.float32, torch.int8):
+        search_in(dtype, monkeypatch)
+        predicted = knn_predict(train_x, train_y, torch.ones(40, 16))
         assert predicted.shape == (40,)
         assert len(predicted.unique()) == 1
 
@@ -162,7 +171,7 @@ def test_features_of_any_float_type(dtype: torch.dtype) -> None:
         assert torch.equal(knn_predict(train_x, train_y, test_x, chunk_size=chunk_size), expected)
 
 
-def test_memory_stays_within_its_bound() -> None:
+def test_memory_stays_within_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor made on the way is a tile, whatever the number of rows."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -177,6 +186,7 @@ def test_memory_stays_within_its_bound() -> None:
 
     train_x, train_y = torch.randn(60_000, 8), torch.randint(4, (60_000,))
     test_x = torch.randn(1000, 8)
+    search_in(torch.float32, monkeypatch)
     with Largest() as largest:
-        knn_predict(train_x, train_y, test_x, search="fp32")
+        knn_predict(train_x, train_y, test_x)
     assert largest.elements <= 256 * 16384 < 1000 * 60_000

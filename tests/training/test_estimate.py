@@ -27,7 +27,7 @@ from mim_refiner.training.estimate import (
     format_hours,
     pretrain_estimate,
     pretrain_needs,
-    refine_estimate,
+    refine_phases,
 )
 from mim_refiner.training.memory import RESERVE, WASTE, Choice, Needs
 from mim_refiner.training.pretrain import forward_backward
@@ -167,7 +167,7 @@ def test_parts_have_the_gradients_of_the_whole_batch(parts):
 
 
 def test_the_line_names_the_setting_that_ends_within_an_hour():
-    needs = Needs(64, 20 * 10**8, 10**8, 0, 0, 0, 0, 0, 0, (), 8 * 10**8)
+    needs = Needs(64, 20 * 10**8, 10**8, 0, 0, 0, 8 * 10**8)
     picked, warm = Choice(needs, None, 0, False, ""), PhaseCost("warmup.epochs", math.inf, 2, 20, 90.0, 1.0)
     long = PhaseCost("refinement.epochs", math.inf, 30, 300, 120.0, 1.0)
     told = Estimate(600, 64, {"warm-up": warm, "refinement": long}, picked, 8e9)
@@ -176,7 +176,7 @@ def test_the_line_names_the_setting_that_ends_within_an_hour():
         "cost: 600 images, 2 epochs of warm-up and 30 epochs of refinement: about 10 hours; memory: about 2.7 GB of "
         "8.0 GB free; for about an hour: --set refinement.epochs=1"
     )
-    assert replace(long, limit=60.0).hours == 1 / 60
+    assert replace(long, limit=60.0).hours() == 1 / 60
     assert Estimate(600, 64, {"warm-up": warm}, picked, 8e9).advice == ""
     assert Estimate(600, 64, {}, picked, 8e9).line == (
         "cost: 600 images, time is not measured where weights are shared; memory: about 2.7 GB of 8.0 GB free"
@@ -184,9 +184,6 @@ def test_the_line_names_the_setting_that_ends_within_an_hour():
     assert [format_hours(hours) for hours in (1e-9, 0.004, 0.5, 3.21, 30, 100)] == [
         "a minute", "a minute", "30 minutes", "3.2 hours", "30 hours", "4.2 days",
     ]  # fmt: skip
-
-
-NEEDS = Needs(16, 1, 1, 0, 0, 0, 0, 0, 0, (), 1)
 
 
 def test_a_cached_step_is_measured_as_one_on_however_few_images(tmp_path, monkeypatch):
@@ -208,8 +205,7 @@ def test_a_cached_step_is_measured_as_one_on_however_few_images(tmp_path, monkey
         taken.clear()
         settings = {"micro_batch": micro_batch, "kept_graphs": graphs}
         changed = recipe.model_copy(update=settings)
-        cost = refine_estimate(refiner, changed, loader, Choice(NEEDS, micro_batch, graphs, False, ""), 1e9, Run())
-        operations[micro_batch, graphs] = cost.phases["refinement"].operations
+        operations[micro_batch, graphs] = refine_phases(refiner, changed, loader, Run())["refinement"].operations
         assert {each for each in taken if each[1]} == ({(2, 1, graphs // 2)} if micro_batch else set())
     plain = operations[None, 0]
     assert operations[12, 0] == operations[4, 0] > 1.1 * plain
@@ -239,7 +235,7 @@ def test_the_anchors_pass_and_the_view_pool_cost_time(tmp_path, monkeypatch):
         recipe = resolve(recipe, backbone)
         refiner = make_refiner(backbone, recipe)
         loader = TrainLoader(ImageSet(open_source(str(tmp_path / "noise.npz"))), view_specs(recipe), 8, 0)
-        found[name] = refine_estimate(refiner, recipe, loader, Choice(NEEDS, None, 0, False, ""), 1e9, Run()).phases
+        found[name] = refine_phases(refiner, recipe, loader, Run())
     plain, anchor, pool = ([phase.operations for phase in phases.values()] for phases in found.values())
     assert anchor[0] == plain[0]
     assert anchor[1] > 1.1 * plain[1]

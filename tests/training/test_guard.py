@@ -73,7 +73,7 @@ class Scripted:
 def test_measures_equal_slow_loops(tiny_images: ImageSet) -> None:
     probe = make_probe(tiny_images)
     found = probe()
-    (first, dense), (second, _) = (probe._features(crops) for crops in probe._two_crops())
+    (first, dense), (second, _) = (probe._features(crops) for crops in probe._two_crops)
     first, second = first.double(), second.double()
     n = len(first)
 
@@ -88,7 +88,7 @@ def test_measures_equal_slow_loops(tiny_images: ImageSet) -> None:
     hits = sum(max(range(n), key=lambda j: cosine(a[i], b[j])) == i for i in range(n))
     assert found["retrieval"] == pytest.approx(hits / n)
     assert 1 <= found["rank"] <= n
-    [output] = probe.backbone.eval().forward_blocks(normalize(probe._two_crops()[0], *MOMENTS), [-1])
+    [output] = probe.backbone.eval().forward_blocks(normalize(probe._two_crops[0], *MOMENTS), [-1])
     tokens = output.patches.detach().double()
 
     def spread(vectors: torch.Tensor) -> float:

@@ -20,7 +20,6 @@ from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.lora import adapted, add_lora, lora_share, merge_lora
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training import refine
-from mim_refiner.training.lora import adapt
 from mim_refiner.training.memory import measure_needs
 from mim_refiner.training.recipe import LoraSettings, RefineRecipe
 
@@ -167,4 +166,4 @@ def test_what_cannot_be_adapted_is_said() -> None:
     assert [len(parts) for parts in adapted(twice).values()] == [1, 1, 1]
     recipe = RefineRecipe(name="test", batch_size=4, adapter="lora", shard=True)
     with pytest.raises(InputError, match="adapter=lora goes neither with shard nor with compile"):
-        adapt(encoder(), recipe)
+        refine.adapt(encoder(), recipe)

@@ -27,8 +27,7 @@ from mim_refiner.training.memory import (
     Beside,
     Choice,
     Needs,
-    as_asked,
-    choose,
+    Planner,
     even_parts,
     format_bytes,
     measure_needs,
@@ -125,7 +124,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Checkpointing], Needs]:
 
 
 def pick(budget: float, **settings: object) -> Choice:
-    return choose(make(), asked(**settings), 32, budget * ROOM, precision="fp32")
+    return Planner(make(), asked(**settings), Run()).fitting(budget * ROOM)
 
 
 def test_the_cheapest_setting_that_fits_is_picked(traced: Callable[..., Needs]) -> None:
@@ -145,21 +144,21 @@ def test_the_cheapest_setting_that_fits_is_picked(traced: Callable[..., Needs]) 
 
 
 def test_what_a_view_pool_takes_is_not_free() -> None:
-    refiner, recipe, way = make(frozen_blocks=2), asked(), {"precision": "fp32"}
-    needs = measure_needs(refiner, recipe.views.shapes, 32, **way)
+    refiner, recipe = make(frozen_blocks=2), asked()
+    needs = measure_needs(refiner, recipe.views.shapes, 32, precision="fp32")
     pool = needs.whole() - needs.cached(8)
-    assert choose(refiner, recipe, 32, needs.whole() * ROOM, **way).micro_batch is None
-    beside = choose(refiner, recipe, 32, needs.whole() * ROOM, beside=Beside(pool=pool), **way)
+    assert Planner(refiner, recipe, Run()).fitting(needs.whole() * ROOM).micro_batch is None
+    beside = Planner(refiner, recipe, Run(), Beside(pool=pool)).fitting(needs.whole() * ROOM)
     assert beside.micro_batch is not None
     assert beside.needs.view_pool == pool < beside.peak <= needs.whole()
     free = needs.cached(16, 2) * ROOM
     kept = [
-        as_asked(refiner, asked(micro_batch=16), 32, free, beside=Beside(pool=taken), **way).kept_graphs
+        Planner(refiner, asked(micro_batch=16), Run(), Beside(pool=taken)).as_asked(free).kept_graphs
         for taken in (0, pool)
     ]
     assert kept[1] < kept[0]
     with pytest.raises(InputError, match=r"MB the view pool \(view_pool\)") as caught:
-        choose(refiner, recipe, 32, needs.whole() * ROOM, beside=Beside(pool=needs.whole()), **way)
+        Planner(refiner, recipe, Run(), Beside(pool=needs.whole())).fitting(needs.whole() * ROOM)
     assert "\n" not in str(caught.value)
 
 
@@ -175,20 +174,25 @@ def test_a_view_pool_of_the_warm_up_alone_is_gone_when_the_encoder_moves() -> No
 
 def test_what_is_refused_names_settings_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both the budget and the batch that the line names are let in."""
-    refiner, way, made = make(), {"precision": "fp32", "beside": Beside(process=10**9)}, cache(measure_needs)
+    refiner, beside, made = make(), Beside(process=10**9), cache(measure_needs)
     shapes = tuple(asked().views.shapes)
     monkeypatch.setattr(memory, "measure_needs", lambda _, __, batch, **how: made(refiner, shapes, batch, **how))
-    smallest = made(refiner, shapes, 4, checkpointing=True, shards=1, **way).cached(1)
+    smallest = made(refiner, shapes, 4, checkpointing=True, precision="fp32", shards=1, beside=beside).cached(1)
+
+    def fitting(budget: float, batch: int = 32) -> Choice:
+        recipe = asked().model_copy(update={"batch_size": batch})
+        return Planner(refiner, recipe, Run(), beside).fitting(budget)
+
     with pytest.raises(InputError, match=r"1\.0 GB Python, its libraries and the images") as caught:
-        choose(make(), asked(), 32, smallest * ROOM, **way)
+        fitting(smallest * ROOM)
     line = str(caught.value)
     size = int(re.search(r"--set batch_size=(\d+)", line)[1])
     assert size == 4
-    assert choose(make(), asked(), size, smallest * ROOM, **way).peak <= smallest
+    assert fitting(smallest * ROOM, size).peak <= smallest
     budget = parse_budget(re.search(r"--memory-budget (\d+MB)", line)[1], CPU)
-    assert choose(make(), asked(), 32, budget, **way).peak <= budget
+    assert fitting(budget).peak <= budget
     with pytest.raises(InputError, match="give --memory-budget") as caught:  # no batch is small enough
-        choose(make(), asked(), 32, 1e9, **way)
+        fitting(1e9)
 
 
 def test_the_anchors_pass_is_counted_beside_the_gradients() -> None:
@@ -204,7 +208,7 @@ def test_the_anchors_pass_is_counted_beside_the_gradients() -> None:
 
 
 def test_no_more_graphs_are_kept_than_there_are(traced: Callable[..., Needs]) -> None:
-    picked = as_asked(make(), asked(micro_batch=8, kept_graphs=100), 32, 0, precision="fp32")
+    picked = Planner(make(), asked(micro_batch=8, kept_graphs=100), Run()).as_asked(0)
     assert picked.kept_graphs == 8  # four parts of two sizes
     assert "8 of 8 graphs kept" in picked.words
 
@@ -212,11 +216,11 @@ def test_no_more_graphs_are_kept_than_there_are(traced: Callable[..., Needs]) ->
 def test_an_encoder_with_batch_norm_gets_the_plain_step_or_none(traced: Callable[..., Needs]) -> None:
     refiner, whole = make(), traced().whole()
     refiner.backbone.model.norm = torch.nn.BatchNorm1d(64)
-    way = {"precision": "fp32", "limit": "free memory"}
-    picked = choose(refiner, asked(), 32, whole * ROOM, **way)
+    planner = Planner(refiner, asked(), Run())
+    picked = planner.fitting(whole * ROOM)
     assert picked.settings == {"micro_batch": None, "kept_graphs": 0, "checkpointing": False}
     with pytest.raises(InputError, match=r"^free memory .*model.norm \(BatchNorm1d\).*smaller batch_size") as caught:
-        choose(refiner, asked(), 32, (whole - 1000) * ROOM, **way)
+        planner.fitting((whole - 1000) * ROOM, "free memory")
     assert "\n" not in str(caught.value)
 
 
@@ -229,13 +233,13 @@ def test_as_many_graphs_are_kept_as_fit(traced: Callable[..., Needs]) -> None:
     for count in range(9):
         free = needs.cached(8, count)
         for found in (
-            as_asked(make(), asked(micro_batch=8), 32, free * ROOM, precision="fp32"),
+            Planner(make(), asked(micro_batch=8), Run()).as_asked(free * ROOM),
             pick(free, micro_batch=8),
         ):
             assert found.kept_graphs >= count
             assert found.peak <= free + 1
             assert needs.cached(8, found.kept_graphs + 1) > free or found.kept_graphs == 8
-    assert as_asked(make(), asked(micro_batch=8), 32, 0, precision="fp32").kept_graphs == 0
+    assert Planner(make(), asked(micro_batch=8), Run()).as_asked(0).kept_graphs == 0
     fixed = pick(needs.cached(4, 5), kept_graphs=5)
     assert fixed.kept_graphs == 5
     assert fixed.peak <= needs.cached(4, 5) + 1
@@ -252,7 +256,7 @@ def test_checkpointing_is_picked_when_not_even_one_image_fits_without() -> None:
     checkpointed = measure_needs(refiner, recipe.views.shapes, 2, precision="fp32", checkpointing=True)
     assert checkpointed.encoder_image < 0.5 * needs.encoder_image
     budget = (checkpointed.cached(1) + needs.cached(1)) / 2 * ROOM
-    picked = choose(refiner, recipe, 2, budget, precision="fp32")
+    picked = Planner(refiner, recipe.model_copy(update={"batch_size": 2}), Run()).fitting(budget)
     assert (picked.micro_batch, picked.checkpointing) == (1, True)
 
 
@@ -299,7 +303,7 @@ def test_auto_reads_what_is_free() -> None:
 def test_small_helpers() -> None:
     assert [even_parts(m, 32) for m in (1, 5, 9, 16, 31, 32)] == [1, 5, 8, 16, 16, 32]
     assert [format_bytes(count) for count in (2.34e10, 5e6, 1e3, 3e12)] == ["23.4 GB", "5.0 MB", "1.0 KB", "3.0 TB"]
-    needs = Needs(8, 10, 4, 1, 1, 0, 5, 2, 3, (3,), 50)
+    needs = Needs(8, 10, 4, 1, 2, 3, 50, features=1, heads=5, image_graphs=(3,))
     more = replace(needs, process=100)
     assert (more.whole(), more.cached(2), more.largest_micro_batch(130)) == (157, needs.cached(2) + 100, 5)
     assert needs.largest_micro_batch(30) == 5

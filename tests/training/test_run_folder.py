@@ -132,9 +132,9 @@ def test_a_damaged_line_of_the_log_costs_that_line(tmp_path, line):
     first, second = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([first, line, second, b""]))
     run = open_run(tmp_path / "run")
-    position, _, notes = run.restore({"model": module})
+    position, _ = run.restore({"model": module})
     assert position.total_step == 2
-    assert (notes, run.notes) == ([], ["metrics.jsonl: left out: 1 damaged line"])
+    assert run.notes == ["metrics.jsonl: left out: 1 damaged line"]
     assert path.read_bytes().splitlines() == [first, second]
 
 
@@ -170,7 +170,7 @@ def test_any_damage_to_a_run_folder_is_survived_or_one_line(tmp_path, damaged, f
         path = files[int(generator.integers(0, len(files)))]
         path.write_bytes(damaged(path.read_bytes(), generator))
         try:
-            position, _, _ = open_run(tmp_path / "run").restore({"model": module})
+            position, _ = open_run(tmp_path / "run").restore({"model": module})
         except RunFolderError as error:
             assert path.name == "recipe.yaml", error  # noqa: PT017
             assert "\n" not in str(error)  # noqa: PT017
@@ -194,6 +194,7 @@ def test_a_state_that_points_elsewhere_reads_nothing_else(tmp_path):
         content.pop("digest")
         content["sha256"] = {name: "00"}
         state.write_text(json.dumps({**content, "digest": _digest(content)}))
-        position, _, notes = open_run(tmp_path / "run").restore({"model": module})
+        run = open_run(tmp_path / "run")
+        position, _ = run.restore({"model": module})
         assert position.total_step == 1
-        assert "step-000002 is damaged" in notes[0]
+        assert "step-000002 is damaged" in run.notes[0]

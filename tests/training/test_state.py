@@ -35,9 +35,9 @@ def test_save_and_restore_give_back_weights_optimizer_and_position(tmp_path: Pat
     optimizer.step()
     run.save(Position(1, 5, 25), {"model": module}, optimizer)
     other = make_module(0.0)
-    position, state, notes = run.restore({"model": other})
+    position, state = run.restore({"model": other})
     assert position == Position(1, 5, 25)
-    assert notes == []
+    assert run.notes == []
     assert torch.equal(other.weight, module.weight)
     assert state is not None
     assert torch.equal(state["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
@@ -64,11 +64,11 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_
     else:
         (last / ("model.safetensors" if damage == "remove" else "state.json")).unlink()
     module = make_module(0.0)
-    position, _, notes = run.restore({"model": module})
+    position, _ = run.restore({"model": module})
     assert position.total_step == 1
     assert module.weight[0, 0].item() == 1.0
-    assert len(notes) == 1
-    assert "step-000002 is damaged" in notes[0]
+    assert len(run.notes) == 1
+    assert "step-000002 is damaged" in run.notes[0]
 
 
 def test_moments_saved_on_another_device_load_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_moments_saved_on_another_device_load_here(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:1")
         run.save(Position(0, 1, 1), {"model": module}, optimizer)
-    _, state, _ = run.restore({"model": make_module(0.0)})
+    _, state = run.restore({"model": make_module(0.0)})
     assert state is not None
     moments = state["state"][0]["exp_avg"]
     assert moments.device == torch.device("cpu")

@@ -10,12 +10,12 @@ from mim_refiner.commands.comparison import Measured
 from mim_refiner.core.collectives import agree, world_size
 from mim_refiner.core.device import free_memory, process_bytes
 from mim_refiner.core.run import Run
-from mim_refiner.core.sharding import processes_on_node, shard_count
+from mim_refiner.core.sharding import processes_on_node
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.training.estimate import Estimate, refine_estimate
+from mim_refiner.training.estimate import Estimate, refine_phases
 from mim_refiner.training.graphed import uses_graph
-from mim_refiner.training.memory import RESERVE, Beside, Choice, as_asked, choose, format_bytes, parse_budget
+from mim_refiner.training.memory import RESERVE, Beside, Planner, format_bytes, parse_budget, shards_of
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.traffic import Traffic
 from mim_refiner.training.view_pool import pool_bytes
@@ -37,36 +37,30 @@ def with_cost(
     if run.device.type == "cpu":
         process += on.bytes_beside(loader.images) + MEASURING
     beside = Beside(process, pool_bytes(recipe, refiner, loader.steps_per_epoch * recipe.batch_size))
-    free = available_memory(budget, run)
-    picked = settle(recipe, refiner, budget, run, beside)
+    free, planner, keeps = (
+        available_memory(budget, run),
+        Planner(refiner, recipe, run, beside),
+        _keeps_graphs(recipe, run),
+    )
+    picked = planner.as_asked(free if keeps else 0.0)
     settings: dict[str, Any] = {"kept_graphs": recipe.graphs}
-    if budget is None and picked.peak > free * (1 - RESERVE):
-        picked = settle(recipe, refiner, budget := "auto", run, beside)
-    if budget is not None or _keeps_graphs(recipe, run):
+    fits = budget is not None or picked.peak > free * (1 - RESERVE)
+    if fits:
+        limit = "free memory" if (budget or "auto").strip().lower() == "auto" else "--memory-budget"
+        picked = planner.fitting(free, limit)
+    if fits or keeps:
         settings = picked.settings
         words = ", ".join(f"{key}={str(value).lower()}" for key, value in settings.items())
         run.reporter.message(f"memory: {format_bytes(picked.peak)} expected; {words} ({picked.words})")
     chosen = recipe.model_copy(update=settings)
     uses_graph(chosen, refiner, run)
-    return chosen, refine_estimate(refiner, chosen, loader, picked, free, run)
+    phases = refine_phases(refiner, chosen, loader, run)
+    return chosen, Estimate(len(loader.images), loader.batch_size, phases, picked, free)
 
 
 def process_of(loader: TrainLoader, run: Run) -> int:
     """Bytes beside a step: of the images, and on a CPU of Python with its libraries. On a GPU the allocator's count."""
     return loader.held_bytes(run.device) + (process_bytes() if run.device.type == "cpu" else 0)
-
-
-def settle(recipe: RefineRecipe, refiner: Refiner, budget: str | None, run: Run, beside: Beside) -> Choice:
-    """What fits into the budget with what lies beside a step; without a budget, what the recipe says, with the graphs
-    that a GPU has memory for.
-    """
-    way: dict[str, Any] = {"precision": run.precision, "shards": shards_of(recipe), "beside": beside}
-    batch = recipe.batch_size // world_size()
-    if budget is not None:
-        limit = "free memory" if budget.strip().lower() == "auto" else "--memory-budget"
-        return choose(refiner, recipe, batch, available_memory(budget, run), limit=limit, **way)
-    free = available_memory("auto", run) if _keeps_graphs(recipe, run) else 0.0
-    return as_asked(refiner, recipe, batch, free, **way)
 
 
 def _keeps_graphs(recipe: RefineRecipe, run: Run) -> bool:
@@ -103,11 +97,6 @@ def available_memory(budget: str | None, run: Run) -> float:
     if run.device.type == "cpu" and (budget or "auto").strip().lower() == "auto":
         found = found / processes_on_node() + process_bytes()  # which is there already, and part of what is planned
     return agree(found, largest=False)
-
-
-def shards_of(recipe: RefineRecipe) -> int:
-    """Processes that share the weights of the encoder's blocks."""
-    return shard_count() if recipe.shard else 1
 
 
 def traffic_of(recipe: RefineRecipe, refiner: Refiner, run: Run) -> Traffic:

@@ -74,13 +74,13 @@ from mim_refiner.reporting import Reporter, listener, number_of, remarks
 from mim_refiner.settings import read_setting
 from mim_refiner.training.estimate import Estimate
 from mim_refiner.training.guard import load_best
-from mim_refiner.training.guidance import check_guidance
-from mim_refiner.training.lora import adapt
+from mim_refiner.training.head_settings import check_guidance
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.recipes import refine_recipe
 from mim_refiner.training.refine import (
     START_SHARE,
     Refinement,
+    adapt,
     build,
     choose_weights,
     make_refiner,

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor
 
 from mim_refiner.errors import MimRefinerError
@@ -40,10 +40,7 @@ def rank() -> int:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Gather [B, ...] of every rank to [world*B, ...] in rank order, without gradient.
-
-    Every rank must hold the same B.
-    """
+    """[B, ...] of every rank (B the same) as [world*B, ...] in rank order, without gradient."""
     if not is_distributed():
         return x.detach()
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -68,28 +65,22 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
-    """Gather [B, ...] of every rank to [world*B, ...] in rank order, with gradient.
-
-    The backward pass sums over the losses of all ranks; :func:`average_gradients` then divides parameter gradients by
-    the world size, so the effective loss is the mean over ranks. Every rank must hold the same B.
+    """:func:`all_gather` with gradient. The backward pass sums over the losses of all ranks; :func:`average_gradients`
+    then divides parameter gradients by the world size, so the effective loss is the mean over ranks.
     """
-    if not is_distributed():
-        return x
-    gathered: Tensor = _AllGather.apply(x)
-    return gathered
+    return _AllGather.apply(x) if is_distributed() else x
 
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over ranks; those of sharded parameters are that already.
 
-    One exchange after the backward pass, in buckets: the micro-batches of a cached step have several backward passes,
-    so sending during one would not fit; the exchange is a small part of a step (docs/scale.md).
+    In buckets, after the backward pass: a cached step has several of them, so sending during one would not fit.
     """
     if not is_distributed():
         return
     whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-    for bucket in _buckets(whole):
+    for bucket in _take_tensors(whole, BUCKET_BYTES):
         flat = _flatten_dense_tensors(bucket)
         dist.all_reduce(flat)
         flat /= world_size()
@@ -137,10 +128,7 @@ def decide_on_rank_0(decide: Callable[[], T]) -> T:
 
 
 def agree_on_end(stop: bool, error: MimRefinerError | None) -> bool:
-    """Whether any rank was told to stop; raises, on every rank, the error that any of them met.
-
-    One number is exchanged by way of the CPU; a training step asks before it begins.
-    """
+    """Whether any rank was told to stop; raises, on every rank, the error that any of them met; by one number."""
     word = agree(2.0 if error else float(stop))
     if word == 2:
         raise next(found for found in from_ranks(error) if found)
@@ -149,19 +137,17 @@ def agree_on_end(stop: bool, error: MimRefinerError | None) -> bool:
 
 def from_rank_0(value: Any) -> Any:
     """Rank 0's value (anything that can be pickled) on every rank."""
-    if not is_distributed():
-        return value
     box = [value]
-    dist.broadcast_object_list(box, 0)
+    if is_distributed():
+        dist.broadcast_object_list(box, 0)
     return box[0]
 
 
 def from_ranks(value: Any) -> list[Any]:
     """Every rank's value (anything that can be pickled), in rank order, on every rank."""
-    if not is_distributed():
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world_size()
+    if is_distributed():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -173,20 +159,6 @@ def gather_rows(x: Tensor) -> Tensor:
     padded = x.new_zeros((max(counts), *x.shape[1:]))
     padded[: len(x)] = x
     return torch.cat([part[:count] for part, count in zip(all_gather(padded).chunk(len(counts)), counts, strict=True)])
-
-
-def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
-    """Consecutive gradients of one type, at most BUCKET_BYTES together (one alone may be larger)."""
-    buckets: list[list[Tensor]] = []
-    size = 0
-    for gradient in gradients:
-        own = gradient.numel() * gradient.element_size()
-        if not buckets or buckets[-1][0].dtype != gradient.dtype or size + own > BUCKET_BYTES:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(gradient)
-        size += own
-    return buckets
 
 
 # --- the rows of a step's batch that a forward pass holds

@@ -8,14 +8,10 @@ import torch
 from torch import nn
 
 from mim_refiner.core.sharding import local
-from mim_refiner.errors import InputError
 
 
 class ExponentialMovingAverage(nn.Module):
-    """Averaged copy of a model in ``module``; it takes no gradient and stays in eval mode.
-
-    Its state dict has the keys of the model behind the prefix ``module.``.
-    """
+    """Averaged copy of a model in ``module``; it takes no gradient and stays in eval mode."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -23,18 +19,8 @@ class ExponentialMovingAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
-        """Move the average to ``decay * average + (1 - decay) * model``; buffers are copied, not averaged.
-
-        Raises InputError for a decay outside [0, 1], or a model with other parameters than the averaged one.
-        """
-        if not 0 <= decay <= 1:
-            raise InputError(f"EMA decay must lie between 0 and 1, got {decay}")
+        """Move the average to ``decay * average + (1 - decay) * model``; buffers are copied, not averaged."""
         average, current = dict(self.module.named_parameters()), dict(model.named_parameters())
-        if average.keys() != current.keys():
-            name = min(average.keys() ^ current.keys())
-            raise InputError(
-                f"EMA: the model and its average differ in parameter '{name}'; average the model it was made of"
-            )
         own = [local(parameter) for parameter in average.values()]
         moved = [local(current[name].detach()).to(mine) for name, mine in zip(average, own, strict=True)]
         torch._foreach_lerp_(own, moved, 1 - decay)  # exact where nothing moved

@@ -22,7 +22,7 @@ from mim_refiner._version import __version__
 from mim_refiner.core.collectives import from_ranks, is_distributed
 from mim_refiner.core.processes import TIMEOUT_VARIABLE, Place, silence_timeout, started_as
 from mim_refiner.core.watch import ANSWER, INTERRUPTED, Trouble, Watch, life
-from mim_refiner.errors import InputError, MimRefinerError, OtherProcessError
+from mim_refiner.errors import InputError, MimRefinerError, OtherProcessError, one_line
 from mim_refiner.reporting import Reporter
 
 LISTED = 5  # differences named in a message
@@ -46,8 +46,7 @@ def join_processes(device: torch.device, reporter: Reporter | None = None) -> to
         return device
     if not dist.is_initialized():
         timeout = silence_timeout()
-        told = reporter or Reporter()
-        told.message(
+        (reporter or Reporter()).message(
             f"{place.world_size} processes: all are to join within {2 * timeout:g} s; then the run ends when one "
             f"gives no sign of life for {timeout:g} s ({TIMEOUT_VARIABLE})"
         )
@@ -81,30 +80,25 @@ def together(verb: Callable[P, T]) -> Callable[P, T]:
 
 
 def refuse_difference(facts: Callable[[], Mapping[str, Any]]) -> None:
-    """Raise InputError on all processes, with the differences, unless all were started for the same work.
-
-    ``facts`` gives {name: value}, such as a recipe's settings and the fingerprint of the data; a process that was
-    started alone does not ask for them.
+    """Raise InputError on all processes, with the differences, unless all were started for the same work. ``facts``
+    gives {name: value}, such as settings and the fingerprint of the data; not asked for in a process alone.
     """
     if is_distributed():
         everyone = from_ranks({name: str(value) for name, value in facts().items()})
-        problem = _difference(dict(enumerate(everyone)))
-        if problem:
+        if problem := _difference(dict(enumerate(everyone))):
             raise InputError(problem)
 
 
 def _difference(everyone: Mapping[int, Mapping[str, str]]) -> str:
-    first = everyone[0]
-    lines = [
-        f"{name}: {first.get(name, 'none')} on process 0, {facts.get(name, 'none')} on process {rank}"
-        for rank, facts in everyone.items()
-        for name in first.keys() | facts.keys()
-        if first.get(name) != facts.get(name)
-    ]
-    if not lines:
+    first, said = everyone[0], dict[str, str]()  # each difference once, of the lowest rank
+    for rank, facts in everyone.items():
+        for name in first.keys() | facts.keys():
+            ours, theirs = first.get(name, "none"), facts.get(name, "none")
+            if ours != theirs:
+                said.setdefault(name, f"{name}: {ours} on process 0, {theirs} on process {rank}")
+    if not said:
         return ""
-    named = {line.partition(":")[0]: line for line in sorted(lines, reverse=True)}  # each once, of the lowest rank
-    shown = sorted(named.values())
+    shown = sorted(said.values())
     more = f" and {len(shown) - LISTED} more" if len(shown) > LISTED else ""
     return f"the processes differ ({'; '.join(shown[:LISTED])}{more}); start all of them with the same command"
 
@@ -129,7 +123,16 @@ def _meet(place: Place, timeout: float) -> tuple[Store, dict[int, str]]:
         )
         store = PrefixStore(f"mim-refiner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         store.set(life(place.rank), "0")
-        store.set(f"hello/{place.rank}", json.dumps(_facts(place, store)))
+        twice = f"{place.rank} twice" if store.add(f"seat/{place.rank}", 1) > 1 else ""
+        facts = {  # all but the name must be the same everywhere
+            "name": f"{platform.node()}, pid {os.getpid()}",
+            "mim-refiner": __version__,
+            "torch": torch.__version__,
+            "verb": " ".join(sys.argv[1:2]),
+            "WORLD_SIZE": str(place.world_size),
+            "RANK": twice,
+        }
+        store.set(f"hello/{place.rank}", json.dumps(facts))
         if place.rank == 0:
             store.set("welcome", json.dumps(_welcome(store, place, end)))
         problem, names = json.loads(store.get("welcome"))
@@ -139,10 +142,10 @@ def _meet(place: Place, timeout: float) -> tuple[Store, dict[int, str]]:
             time.sleep(0.05)
             reader = store.add("readers of the welcome", 0)
     except (RuntimeError, OSError) as error:
-        what = " ".join(str(error).split())[:120]
         raise InputError(
-            f"process {place.rank} of {place.world_size} met no other at {place.host}:{place.port} ({what}); see that "
-            "process 0 runs, that MASTER_ADDR is its machine, and that no other program uses MASTER_PORT"
+            f"process {place.rank} of {place.world_size} met no other at {place.host}:{place.port} "
+            f"({one_line(error, 120)}); see that process 0 runs, that MASTER_ADDR is its machine, and that no other "
+            "program uses MASTER_PORT"
         ) from None
     if problem:
         raise InputError(problem)
@@ -159,19 +162,6 @@ def _reach(place: Place, end: float) -> None:
             if time.monotonic() > end:
                 raise
             time.sleep(0.2)
-
-
-def _facts(place: Place, store: Store) -> dict[str, str]:
-    """What this process tells of itself; all but its name must be the same everywhere."""
-    twice = f"{place.rank} twice" if store.add(f"seat/{place.rank}", 1) > 1 else ""
-    return {
-        "name": f"{platform.node()}, pid {os.getpid()}",
-        "mim-refiner": __version__,
-        "torch": torch.__version__,
-        "verb": " ".join(sys.argv[1:2]),
-        "WORLD_SIZE": str(place.world_size),
-        "RANK": twice,
-    }
 
 
 def _welcome(store: Store, place: Place, end: float) -> tuple[str, list[str]]:
@@ -213,7 +203,9 @@ def _agreed(error: BaseException) -> BaseException:
     """The error that all processes end with: the first that was posted, or ``error`` itself."""
     if _watch is None:
         return error
-    if _is_failed_exchange(error):  # the effect of another's end: its reason is what the user wants to read
+    text, broken = str(error).lower(), isinstance(error, dist.DistError)
+    broken |= isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection"))
+    if broken:  # the effect of another's end: its reason is what the user wants to read
         _watch.suspect()
         cause = _watch.wait_for_trouble(_watch.timeout + 1)
     else:
@@ -234,17 +226,8 @@ def _trouble(error: BaseException) -> Trouble:
     return Trouble(code, f"process {rank} failed: {type(error).__name__}: {error}")
 
 
-def _is_failed_exchange(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text or "connection" in text
-    )
-
-
 def _leave() -> None:
-    if _watch is not None:
-        _watch.leave()
-    if dist.is_initialized() and (
-        _watch is None or _watch.trouble is None
-    ):  # else it may wait for a process that is gone
+    assert _watch is not None
+    _watch.leave()
+    if dist.is_initialized() and _watch.trouble is None:  # else it may wait for a process that is gone
         dist.destroy_process_group()

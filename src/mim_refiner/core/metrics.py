@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import t as student_t
-from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
 from mim_refiner.errors import InputError
@@ -20,9 +19,8 @@ _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 def standardized(x: Tensor, reference: Tensor | None = None) -> Tensor:
-    """Features [N, D] as k-NN compares them: by dimension with the reference's mean and deviation, then of length one.
-
-    The unbiased deviation + 1e-6, of ``x`` itself without a reference.
+    """Features [N, D] as k-NN compares them: by dimension with the mean and (unbiased, + 1e-6) deviation of the
+    reference, or of ``x`` itself, then of length one.
     """
     known = x if reference is None else reference
     deviation = known.std(0, correction=min(1, len(known) - 1))
@@ -40,7 +38,9 @@ def clustering_accuracy(y_true: ArrayLike | Tensor, y_pred: ArrayLike | Tensor) 
 
 def clustering_hits(y_true: ArrayLike | Tensor, y_pred: ArrayLike | Tensor) -> NDArray[np.bool_]:
     """Which samples [N] are right under that map."""
-    truth, predicted = _same_length(y_true, y_pred)
+    truth, predicted = _array(y_true), _array(y_pred)
+    if len(truth) != len(predicted) or len(truth) == 0:
+        raise InputError(f"clustering needs equally many classes and clusters, got {len(truth)} and {len(predicted)}")
     classes, truth = np.unique(truth, return_inverse=True)
     clusters, predicted = np.unique(predicted, return_inverse=True)
     counts = np.zeros((len(clusters), len(classes)), dtype=np.int64)
@@ -49,12 +49,6 @@ def clustering_hits(y_true: ArrayLike | Tensor, y_pred: ArrayLike | Tensor) -> N
     mapped = np.full(len(clusters), -1)
     mapped[rows] = columns
     return np.equal(mapped[predicted], truth)
-
-
-def normalized_mutual_information(y_true: ArrayLike | Tensor, y_pred: ArrayLike | Tensor) -> float:
-    """Mutual information of classes and clusters over the mean of their entropies (0-1)."""
-    truth, predicted = _same_length(y_true, y_pred)
-    return float(normalized_mutual_info_score(truth, predicted))
 
 
 @torch.no_grad()
@@ -146,9 +140,8 @@ def best_of_many_interval(differences: ArrayLike, *, draws: int = 5000, seed: in
 
 
 def mean_iou(confusion: ArrayLike) -> float:
-    """Mean over classes of intersection / union, from pixel counts [..., C (truth), C (predicted)] in sum.
-
-    Classes that neither occur nor are predicted are left out; 0.0 when there is none.
+    """Mean over classes of intersection / union, from pixel counts [..., C (truth), C (predicted)] in sum, without
+    classes that neither occur nor are predicted; 0.0 when there is none.
     """
     ratios = class_iou(np.asarray(confusion))
     return float(np.nanmean(ratios)) if np.isfinite(ratios).any() else 0.0
@@ -165,9 +158,8 @@ def class_iou(confusion: NDArray[Any]) -> NDArray[np.float64]:
 def mean_iou_interval(
     confusions: ArrayLike, minus: ArrayLike | None = None, *, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Return (mIoU, low, high): 95 % bootstrap interval over images, from pixel counts [N, C, C] of each image.
-
-    With ``minus`` (the counts of another model on the same images) the paired difference to it.
+    """(mIoU, low, high): 95 % bootstrap interval over images, from pixel counts [N, C, C] of each image; with ``minus``
+    (the counts of another model on the same images) of the paired difference to it.
     """
     first = np.asarray(confusions, dtype=np.float64)
     pair = [first] if minus is None else [first, np.asarray(minus, dtype=np.float64)]
@@ -193,10 +185,3 @@ def _zero_one(values: ArrayLike | Tensor) -> NDArray[np.float64]:
     if len(array) == 0 or not np.isin(array, (0, 1)).all():
         raise InputError("an accuracy interval needs at least one sample and values that are 0 or 1")
     return array.astype(np.float64)
-
-
-def _same_length(y_true: ArrayLike | Tensor, y_pred: ArrayLike | Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
-    truth, predicted = _array(y_true), _array(y_pred)
-    if len(truth) != len(predicted) or len(truth) == 0:
-        raise InputError(f"clustering needs equally many classes and clusters, got {len(truth)} and {len(predicted)}")
-    return truth, predicted

@@ -13,10 +13,7 @@ from mim_refiner.core.device import eagerly
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every submodule has the mode it had (a frozen prefix stays in eval).
-
-    Compiled blocks run eagerly there.
-    """
+    """Eval mode inside the block, compiled blocks run eagerly; afterwards every submodule has the mode it had."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

@@ -116,7 +116,13 @@ def look_up(
         return NeighborResult(*(torch.cat([vars(each)[name] for each in found]) for name in vars(found[0])))
     held = [[getattr(queue, name) for queue in queues] for name in ("entries", "sample_ids", "age")]
     entries, ids, ages = (torch.stack(each) if len(each) > 1 else each[0][None] for each in held)  # one is not copied
-    row_ids = None if sample_ids is None else _row_ids(sample_ids.to(ids), rows)
+    row_ids = None
+    if sample_ids is not None:
+        if sample_ids.ndim != 1 or len(sample_ids) == 0 or rows % len(sample_ids):
+            raise InputError(
+                f"queue: {rows} rows to look up must be a whole number of views of sample_ids {tuple(sample_ids.shape)}"
+            )
+        row_ids = sample_ids.to(ids).repeat(rows // len(sample_ids))
     queries, keys = F.normalize(z.to(entries.dtype), dim=2), F.normalize(entries, dim=2).mT
     step = max(1, _MAX_SIMILARITIES // (len(queues) * one.size))
     nearest: list[tuple[Tensor, Tensor]] = []
@@ -140,11 +146,3 @@ def look_up(
     neighbors = entries.gather(1, indices[:, :, :1].expand(-1, -1, one.dim))
     indices = indices[:, :, 0]
     return NeighborResult(neighbors, indices, similarity[:, :, 0], ages.gather(1, indices))
-
-
-def _row_ids(sample_ids: Tensor, rows: int) -> Tensor:
-    if sample_ids.ndim != 1 or len(sample_ids) == 0 or rows % len(sample_ids):
-        raise InputError(
-            f"queue: {rows} rows to look up must be a whole number of views of sample_ids {tuple(sample_ids.shape)}"
-        )
-    return sample_ids.repeat(rows // len(sample_ids))

@@ -41,9 +41,12 @@ def nna_loss(
     negatives; targets and neighbors stay the rows of this rank. Returns the mean, or [..., B] with "none".
     """
     p, t, n = (F.normalize(x, dim=-1) for x in (predicted, targets, neighbors))
-    candidates = p if gather is None else _gather_rows(p, gather)  # [..., world*B, D]
-    batch = p.shape[-2]
-    own = torch.arange(batch, device=p.device) + (0 if gather is None else rank() * batch)
+    batch, candidates = p.shape[-2], p  # [..., world*B, D]
+    own = torch.arange(batch, device=p.device)
+    if gather is not None:  # one call on [B, (...)*D]
+        rows_first = p.movedim(-2, 0)
+        candidates = gather(rows_first.flatten(1)).reshape(-1, *rows_first.shape[1:]).movedim(0, -2)
+        own += rank() * batch
     positive = (n * p).sum(-1, keepdim=True) / temperature  # [..., B, 1]
     logits = (n if swap_negatives else t) @ candidates.mT / temperature  # [..., B, world*B]
     logits = logits.scatter(-1, own[:, None].expand_as(positive), positive)
@@ -70,12 +73,8 @@ def multi_view_nna_loss(
     prediction over the same pairs. Raises InputError when no pair exists or the shapes do not fit.
     """
     num_views, num_global = predicted.shape[-3], targets.shape[-3]
-    fit = targets.shape == neighbors.shape and targets.shape == (
-        *predicted.shape[:-3],
-        num_global,
-        *predicted.shape[-2:],
-    )
-    if not fit or temperature <= 0:
+    fitting = *predicted.shape[:-3], num_global, *predicted.shape[-2:]
+    if not targets.shape == neighbors.shape == fitting or temperature <= 0:
         raise InputError(
             f"NNA loss needs predicted [V,B,D], targets and neighbors [G,B,D] and a temperature above 0; got "
             f"{tuple(predicted.shape)}, {tuple(targets.shape)}, {tuple(neighbors.shape)} and {temperature}"
@@ -118,10 +117,3 @@ def view_pair_weights(
         other[:, : num_views - num_global] += 1
         return other
     raise InputError(f"unknown view_pairing {view_pairing!r}; use 'cross' or 'reference'")
-
-
-def _gather_rows(p: Tensor, gather: Gather) -> Tensor:
-    """Gather the rows of [..., B, D] with one collective call on [B, (...)*D]."""
-    rows_first = p.movedim(-2, 0)  # [B, ..., D]
-    gathered = gather(rows_first.flatten(1))
-    return gathered.reshape(-1, *rows_first.shape[1:]).movedim(0, -2)

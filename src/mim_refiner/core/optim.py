@@ -14,10 +14,8 @@ NO_DECAY_TOKENS = ("cls_token", "reg_token", "mask_token", "pos_embed")
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, scales: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Group trainable parameters by (lr_scale, weight_decay), those of blocks apart from the rest.
-
-    Biases, 1-d parameters and learned tokens are not decayed. ``scales`` maps parameter names to learning-rate
-    scales (layer decay, core.layer_decay); absent names get 1.
+    """Trainable parameters by (lr_scale, weight_decay), those of blocks apart from the rest. Biases, 1-d parameters and
+    learned tokens are not decayed. ``scales``: {name: learning-rate scale} (core.layer_decay); absent names get 1.
     """
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for name, parameter in parameters:

@@ -28,10 +28,7 @@ _RANKED_PAIRS = 128  # and pairs ranked at once
 
 @dataclass
 class Bank:
-    """Features [N, D] of any float type, standardised and L2-normalised on the fly, a part at a time.
-
-    float64 features are handled in float64, all others in float32.
-    """
+    """Features [N, D], standardised and L2-normalised on the fly, a part at a time: in float64, or else in float32."""
 
     features: Tensor
     mean: Tensor | None
@@ -81,11 +78,11 @@ class Bank:
         return torch.cat(found) / self.lengths[row]
 
 
-def search_dtype(precision: str, features: Tensor) -> torch.dtype:
-    """``auto``: int8 on a CPU, but full precision for float64 and on GPUs."""
+def search_dtype(features: Tensor) -> torch.dtype:
+    """In which candidates are found: int8 on a CPU, but full precision for float64 and on GPUs."""
     full = torch.promote_types(features.dtype, torch.float32)
     able = features.device.type == "cpu" and full == torch.float32 and features.shape[1] < 2**17  # sums fit 32 bits
-    return torch.int8 if able and precision in ("auto", "int8") else full
+    return torch.int8 if able else full
 
 
 class _Rough(NamedTuple):
@@ -119,10 +116,7 @@ def nearest(bank: Bank, queries: Tensor, k: int, *, dtype: torch.dtype, chunk_si
     """
     count = len(bank.features)
     group = 2 ** max(0, min(int(math.log2(_GROUP)), int(math.log2(max(1, count // (8 * k))))))
-    indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-    cosines = torch.empty(
-        len(queries), k, dtype=torch.promote_types(queries.dtype, torch.float32), device=queries.device
-    )
+    found: list[tuple[Tensor, Tensor]] = []
     rows = max(1, chunk_size // _ROWS) * _ROWS
     for start in range(0, len(queries), rows):
         parts = [_Tile(bank.prepare(part), k, dtype) for part in queries[start : start + rows].split(_ROWS)]
@@ -131,9 +125,8 @@ def nearest(bank: Bank, queries: Tensor, k: int, *, dtype: torch.dtype, chunk_si
         for number in crowded:  # too many rows that rounding cannot tell apart
             parts[number] = _Tile(parts[number].queries, k, parts[number].queries.dtype)
         _pass_over(bank, [parts[number] for number in crowded], group)
-        for number, part in enumerate(parts):
-            place = slice(start + number * _ROWS, start + number * _ROWS + len(part.queries))
-            indices[place], cosines[place] = part.ranked(bank)
+        found += [part.ranked(bank) for part in parts]
+    indices, cosines = map(torch.cat, zip(*found, strict=True))
     return indices, cosines
 
 
@@ -172,7 +165,9 @@ class _Tile:
         grouped = cosines.view(len(cosines), -1, group)
         peaks = grouped.amax(2) * self.rough.scale
         self.peaks = torch.cat([self.peaks, peaks], dim=1).topk(self.k).values
-        self.error = torch.maximum(self.error, self._bound(rows.error.max()))
+        # |rough cosine - cosine| of unit vectors: rounding of both vectors and of the sum
+        row_error, sum_error = rows.error.max(), (self.queries.shape[1] + 2) * torch.finfo(self.queries.dtype).eps
+        self.error = torch.maximum(self.error, self.rough.error * (1 + row_error) + row_error + sum_error)
         least = self._threshold()
         query, column = (peaks >= least[:, None]).nonzero(as_tuple=True)
         members = grouped.flatten(0, 1).index_select(0, query * grouped.shape[1] + column)  # [H, group]
@@ -205,11 +200,6 @@ class _Tile:
         """A rough cosine below it belongs to none of the k nearest: k rows are better by more than both errors."""
         return self.peaks[:, -1] - 2 * self.error
 
-    def _bound(self, row_error: Tensor) -> Tensor:
-        """|rough cosine - cosine| of unit vectors: rounding of both vectors and of the sum."""
-        sum_error = (self.queries.shape[1] + 2) * torch.finfo(self.queries.dtype).eps
-        return self.rough.error * (1 + row_error) + row_error + sum_error
-
     def _compact(self, *, always: bool = False) -> None:
         """Drop candidates that have fallen behind; beyond the limit keep the best of each query."""
         limit = _CANDIDATES * len(self.queries)
@@ -226,9 +216,8 @@ class _Tile:
 
 
 def _spread(count: int, group: int, device: torch.device) -> Tensor:
-    """``count`` numbers (and some more, to whole groups) so ordered that each ``group`` in a row comes from all over.
-
-    Rows of one class often stand together, and of a group the largest cosine alone raises the threshold.
+    """``count`` numbers (and some more, to whole groups) so ordered that each ``group`` in a row comes from all over:
+    rows of one class often stand together, and of a group the largest cosine alone raises the threshold.
     """
     return torch.arange(-(-count // group) * group, device=device).view(group, -1).T.reshape(-1)
 

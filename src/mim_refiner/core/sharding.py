@@ -61,9 +61,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with whole tensors, sharded ones on the CPU; every process must call it.
-
-    Rank 0 alone gets it, the others an empty one: none but it holds more than a tensor at a time.
+    """The state dict with whole tensors, sharded ones on the CPU, for rank 0; the others, which must call it too, get
+    none: none but rank 0 holds more than a tensor at a time.
     """
     state = {name: _whole(tensor) for name, tensor in module.state_dict().items()}
     return {name: tensor for name, tensor in state.items() if tensor is not None}
@@ -79,11 +78,8 @@ def load_full_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     if decide_on_rank_0(lambda: shapes != {name: tensor.shape for name, tensor in state.items()}):
         raise ValueError(f"the state is not that of this {type(module).__name__}")
     for name, tensor in own.items():
-        given = (
-            state[name].to(tensor.dtype)
-            if rank() == 0
-            else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        )
+        shape = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        given = state[name].to(tensor.dtype) if rank() == 0 else shape
         local(tensor).copy_(local(_part(given, tensor)))
 
 
@@ -96,9 +92,10 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load what :func:`full_optimizer_state` gave rank 0; see :func:`load_full_state`."""
-    if is_distributed():  # what there is, without what the large tensors hold
-        outline = {index: _each(_outline, values) for index, values in state.get("state", {}).items()}
-        outline = from_rank_0({**state, "state": outline})
+    if is_distributed():  # what there is, without what the tensors hold; a single number, as of steps, stays
+        shapes = {index: _each(lambda tensor: tensor.to("meta") if tensor.ndim else tensor, values)
+                  for index, values in state.get("state", {}).items()}  # fmt: skip
+        outline = from_rank_0({**state, "state": shapes})
         given = state["state"] if rank() == 0 else outline["state"]
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         parts = {
@@ -134,11 +131,6 @@ def _whole(tensor: Tensor) -> Tensor | None:
     if rank() > 0:
         return None
     return whole.cpu() if isinstance(tensor, DTensor) else whole
-
-
-def _outline(tensor: Tensor) -> Tensor:
-    """The tensor without its numbers; a single number, such as a count of steps, stays."""
-    return tensor.to("meta") if tensor.ndim else tensor
 
 
 def _part(tensor: Tensor, like: Tensor) -> Tensor:

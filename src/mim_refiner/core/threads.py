@@ -48,7 +48,7 @@ class Pace:
         """A piece of work took so long with the number of threads that was asked for last."""
         if self.looking:
             self._taken[self.threads].append(seconds)
-            self._go_on()
+            self._set(self._next())
         elif len(self._candidates) > 1:
             self._recent.append(seconds)
             if len(self._recent) == RECENT:
@@ -62,16 +62,15 @@ class Pace:
         if self.looking:
             self._set(self._candidates[0])
 
-    def _go_on(self) -> None:
-        """Try the next number of threads, or take the best."""
+    def _next(self) -> int:
+        """The number of threads to try next, or the best."""
         tries = min(map(len, self._taken.values()))
         best = min(self._taken, key=lambda count: median(self._taken[count] or [0.0]))
         others = [taken for count, taken in self._taken.items() if count != best]
         if tries >= TRIES or (tries > 1 and all(min(t) > CLEAR * max(self._taken[best]) for t in others)):
             self.looking, self.usual = False, median(self._taken[best])
-            self._set(best)
-        else:
-            self._set(min(self._taken, key=lambda count: len(self._taken[count])))
+            return best
+        return min(self._taken, key=lambda count: len(self._taken[count]))
 
 
 def pace_of(limit: float | None, device: torch.device) -> Pace:

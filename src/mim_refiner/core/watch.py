@@ -144,7 +144,12 @@ class Watch:
                 self.post(Trouble(2, self._gone(lost)))
             if self.trouble is not None:
                 if not self.settled.wait(GRACE):
-                    self._end(self.trouble)
+                    with writing:
+                        interrupted = self.trouble.code == INTERRUPTED
+                        line = "interrupted" if interrupted else f"error: {self.trouble.text}"
+                        cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # a live display may have hidden it
+                        print(f"{cursor}{line}", file=sys.stderr, flush=True)
+                        os._exit(self.trouble.code)
                 return
 
     def _lost(self) -> int | None:
@@ -161,13 +166,6 @@ class Watch:
             "of life: killed, stopped or cut off; start the same command again, a training run resumes from its last "
             f"checkpoint ({TIMEOUT_VARIABLE}={self.timeout:g} sets how many seconds are waited)"
         )
-
-    def _end(self, trouble: Trouble) -> None:
-        with writing:
-            line = "interrupted" if trouble.code == INTERRUPTED else f"error: {trouble.text}"
-            cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # a live display may have hidden it
-            print(f"{cursor}{line}", file=sys.stderr, flush=True)
-            os._exit(trouble.code)
 
 
 def life(rank: int) -> str:

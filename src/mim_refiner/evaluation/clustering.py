@@ -10,9 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, davies_bouldin_score, silhouette_score
+from sklearn.metrics import (
+    adjusted_mutual_info_score,
+    adjusted_rand_score,
+    davies_bouldin_score,
+    normalized_mutual_info_score,
+    silhouette_score,
+)
 
-from mim_refiner.core.metrics import accuracy_interval, clustering_hits, normalized_mutual_information, standardized
+from mim_refiner.core.metrics import accuracy_interval, clustering_hits, standardized
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import required_labels
 
@@ -75,11 +81,9 @@ def clustering_protocol(
 def agreement(labels: NDArray[np.int64], clusters: NDArray[np.int64]) -> tuple[dict[str, float], NDArray[np.bool_]]:
     """({accuracy, nmi, ami, ari} of clusters [N] with classes [N], hits [N])."""
     correct = clustering_hits(labels, clusters)
-    values = {"accuracy": float(correct.mean()), "nmi": normalized_mutual_information(labels, clusters)}
-    values["ami"], values["ari"] = (
-        float(f(labels, clusters)) for f in (adjusted_mutual_info_score, adjusted_rand_score)
-    )
-    return values, correct
+    scores = {"nmi": normalized_mutual_info_score, "ami": adjusted_mutual_info_score, "ari": adjusted_rand_score}
+    values = {name: float(score(labels, clusters)) for name, score in scores.items()}
+    return {"accuracy": float(correct.mean()), **values}, correct
 
 
 def class_separation(x: NDArray[np.float32], labels: NDArray[np.int64], seed: int = 0) -> dict[str, float]:

@@ -69,11 +69,7 @@ def cached_forward_backward(
     micro_batch: int,
     kept: int = 0,
 ) -> RefinerOutput:
-    """Leave the gradients of one step in the parameters and return its losses; ``rows`` of this process's views.
-
-    micro_batch: images (with all their views of one size) that pass through the encoder with a graph at a time; the
-    graphs of the first ``kept`` of them stay.
-    """
+    """As training.refine.forward_backward; ``rows`` of this process's views, ``kept`` graphs."""
     trains = not refiner.encoder_frozen
     features, pieces = _first_pass(refiner, views, run, rows, micro_batch, kept if trains else 0)
     for value in features.values():

@@ -22,72 +22,36 @@ class Domain:
 
 
 _NO_COLOUR = {"gray_prob": 0.0, "solarize_prob": (0.0, 0.0, 0.0)}
+_LITTLE_BLUR = {"blur_prob": (0.5, 0.1, 0.2)}
+_LARGE_CROPS = {"global_scale": (0.4, 1.0), "local_scale": (0.1, 0.4)}
+_MASKS = {"mask_rows": 0.15, "mask_columns": 0.15}
 DOMAINS: dict[str, Domain] = {
     PHOTOGRAPHS: Domain("the recipe's own views", {}),
     "medical": Domain(
         "brightness and contrast differ by device, colour and inversion carry meaning, and findings are small: no hue, "
         "no solarisation, larger crops, small turns",
-        {
-            **_NO_COLOUR,
-            "jitter": (0.3, 0.3, 0.0, 0.0),
-            "blur_prob": (0.5, 0.1, 0.2),
-            "global_scale": (0.4, 1.0),
-            "local_scale": (0.1, 0.4),
-            "rotate": 10.0,
-            "noise": 0.02,
-        },
+        {**_NO_COLOUR, **_LITTLE_BLUR, **_LARGE_CROPS, "jitter": (0.3, 0.3, 0.0, 0.0), "rotate": 10.0, "noise": 0.02},
     ),
     "multispectral": Domain(
         "channels are bands, not colours, and a scene seen from above has no way up: gain and noise of each band, "
         "flips both ways, no hue",
-        {
-            **_NO_COLOUR,
-            "jitter": (0.2, 0.2, 0.0, 0.0),
-            "blur_prob": (0.5, 0.1, 0.2),
-            "gain": 0.1,
-            "noise": 0.02,
-            "vflip": 0.5,
-        },
+        {**_NO_COLOUR, **_LITTLE_BLUR, "jitter": (0.2, 0.2, 0.0, 0.0), "gain": 0.1, "noise": 0.02, "vflip": 0.5},
     ),
     "spectrogram": Domain(
         "time has a direction and every frequency its place: crops along the longer axis only, no flips, masks of time "
         "and frequency, gain instead of colours",
-        {
-            **_NO_COLOUR,
-            "jitter_prob": 0.0,
-            "blur_prob": (0.0, 0.0, 0.0),
-            "flip": 0.0,
-            "crop_axes": "longer",
-            "global_scale": (0.5, 1.0),
-            "local_scale": (0.15, 0.45),
-            "gain": 0.2,
-            "mask_rows": 0.15,
-            "mask_columns": 0.15,
-        },
+        {**_NO_COLOUR, **_MASKS, "jitter_prob": 0.0, "blur_prob": (0.0, 0.0, 0.0), "flip": 0.0, "gain": 0.2}
+        | {"crop_axes": "longer", "global_scale": (0.5, 1.0), "local_scale": (0.15, 0.45)},
     ),
     "documents": Domain(
         "text cannot be mirrored and is read at one size: no flips, small turns, little blur, larger crops",
-        {
-            "jitter": (0.3, 0.3, 0.1, 0.02),
-            "solarize_prob": (0.0, 0.0, 0.0),
-            "blur_prob": (0.3, 0.1, 0.1),
-            "blur_sigma": (0.1, 1.0),
-            "flip": 0.0,
-            "global_scale": (0.4, 1.0),
-            "local_scale": (0.1, 0.4),
-            "rotate": 3.0,
-        },
+        {**_LARGE_CROPS, "jitter": (0.3, 0.3, 0.1, 0.02), "solarize_prob": (0.0, 0.0, 0.0), "flip": 0.0, "rotate": 3.0}
+        | {"blur_prob": (0.3, 0.1, 0.1), "blur_sigma": (0.1, 1.0)},
     ),
     "microscopy": Domain(
         "a slide has no way up and stains vary: full turns, flips both ways, mild colours, no solarisation",
-        {
-            "jitter": (0.3, 0.3, 0.2, 0.05),
-            "gray_prob": 0.1,
-            "solarize_prob": (0.0, 0.0, 0.0),
-            "blur_prob": (0.5, 0.1, 0.2),
-            "vflip": 0.5,
-            "rotate": 180.0,
-        },
+        {**_LITTLE_BLUR, "jitter": (0.3, 0.3, 0.2, 0.05), "gray_prob": 0.1, "vflip": 0.5, "rotate": 180.0}
+        | {"solarize_prob": (0.0, 0.0, 0.0)},
     ),
 }
 

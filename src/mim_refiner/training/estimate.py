@@ -11,20 +11,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim_refiner.core.collectives import agree, process_rows, world_size
 from mim_refiner.core.device import eagerly
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
-from mim_refiner.core.sharding import shard_count
 from mim_refiner.core.threads import CLEAR, threads_kept
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.data.photometric import BatchPhotometric, augment
@@ -34,11 +31,20 @@ from mim_refiner.models.refiner import Refiner
 from mim_refiner.reporting import number_of
 from mim_refiner.training.anchor import anchor_backward
 from mim_refiner.training.cached import refuse_batch_dependent
-from mim_refiner.training.memory import RESERVE, WASTE, Choice, Needs, even_parts, format_bytes, scratch_bytes
+from mim_refiner.training.memory import (
+    RESERVE,
+    WASTE,
+    Choice,
+    Needs,
+    even_parts,
+    format_bytes,
+    scratch_bytes,
+    shards_of,
+)
 from mim_refiner.training.pretrain import forward_backward as pretrain_forward_backward
 from mim_refiner.training.recipe import Phase, PretrainRecipe, RefineRecipe
 from mim_refiner.training.refine import NUM_GLOBAL, forward_backward, photometrics_of
-from mim_refiner.training.traces import LiveBytes, drop_gradients, fake_like
+from mim_refiner.training.traces import Trace
 from mim_refiner.training.view_pool import pooled_epochs
 from mim_refiner.types import ImageSize, height_width
 
@@ -64,15 +70,9 @@ class PhaseCost:
     alone: float = math.inf
     before: float = 0.0
 
-    @property
-    def hours(self) -> float:
-        """Of all its steps."""
-        return min(self.limit, self.before + self.steps * self.seconds) / AN_HOUR
-
-    @property
-    def hours_alone(self) -> float:
-        """The same on one thread."""
-        return min(self.limit, self.before + self.steps * self.alone) / AN_HOUR
+    def hours(self, *, alone: bool = False) -> float:
+        """Of all its steps; ``alone``: on one thread."""
+        return min(self.limit, self.before + self.steps * (self.alone if alone else self.seconds)) / AN_HOUR
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Estimate:
     @property
     def hours(self) -> float:
         """Of all phases; measuring the encoder before, between and after comes on top."""
-        return sum(phase.hours for phase in self.phases.values())
+        return sum(phase.hours() for phase in self.phases.values())
 
     @property
     def time(self) -> str:
@@ -112,7 +112,7 @@ class Estimate:
     @property
     def advice(self) -> str:
         """One thread where several wait for another process, or the setting with which it ends within an hour."""
-        alone = sum(phase.hours_alone for phase in self.phases.values())
+        alone = sum(phase.hours(alone=True) for phase in self.phases.values())
         if self.hours > CLEAR * alone:
             return (
                 f"other work holds this processor: on one thread about {format_hours(alone)}, with "
@@ -120,15 +120,13 @@ class Estimate:
             )
         if self.hours <= 1:
             return ""
-        *before, last = self.phases.values()
-        epochs = max(1, int((1 - sum(phase.hours for phase in before)) / max(last.hours, 1e-9) * last.epochs))
+        last = list(self.phases.values())[-1]
+        epochs = max(1, int((1 - self.hours + last.hours()) / max(last.hours(), 1e-9) * last.epochs))
         return f"for about an hour: --set {last.setting}={epochs}" if epochs < last.epochs else ""
 
     def record(self) -> dict[str, Any]:
         """For ``--plan``: hours and bytes, as numbers and in words."""
         needs, peak, held = self.picked.needs, self.picked.peak, self.picked.micro_batch or self.picked.needs.batch
-        phases = {name: {**asdict(phase), "hours": phase.hours, "time": format_hours(phase.hours)}
-                  for name, phase in self.phases.items()}  # fmt: skip
         parts = {
             "Python, its libraries and images": needs.process,
             "weights, gradients, moments, queues": needs.state,
@@ -136,24 +134,35 @@ class Estimate:
             f"activations of {held} images, beyond gradients": peak - needs.process - needs.state - needs.view_pool,
         }
         sizes = {key: value for key, value in vars(needs).items() if key not in ("batch", "image_graphs")}
-        sizes |= {"plain_step": needs.whole(), "one_image_at_a_time": needs.cached(1)}
         return {
             "images": self.images,
             "batch": self.batch,
-            "phases": phases,
+            "phases": {
+                name: {**vars(phase), "hours": phase.hours(), "time": format_hours(phase.hours())}
+                for name, phase in self.phases.items()
+            },
             "hours": self.hours,
             "time": self.time,
             "memory": {name: format_bytes(size) for name, size in parts.items() if size} | {"peak": self.memory},
-            "bytes": {"peak": peak, "free": self.free if self.free < math.inf else None, **sizes},
+            "bytes": {
+                "peak": peak,
+                "free": self.free if self.free < math.inf else None,
+                **sizes,
+                "plain_step": needs.whole(),
+                "one_image_at_a_time": needs.cached(1),
+            },
             "settings": f"micro_batch={held}" if held < needs.batch else "the whole batch at once",
             "verdict": "fits" if peak <= self.free else "does not fit",
             "to_change": self.advice,
         }
 
 
-def limit_of(phase: Phase) -> float:
-    """Seconds, infinite without ``max_seconds``."""
-    return phase.max_seconds or math.inf
+def cost_of(
+    phase: Phase, setting: str, steps: int, seconds: float, operations: float, alone: float, before: float = 0.0
+) -> PhaseCost:
+    """Of a phase of ``steps`` steps an epoch; see :class:`PhaseCost`."""
+    limit = phase.max_seconds or math.inf
+    return PhaseCost(setting, limit, phase.epochs, phase.epochs * steps, seconds, operations, alone, before)
 
 
 def format_hours(hours: float) -> str:
@@ -168,16 +177,13 @@ def format_hours(hours: float) -> str:
 # --- of a refinement
 
 
-def refine_estimate(
-    refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, picked: Choice, free: float, run: Run
-) -> Estimate:
-    """What both phases cost. The refiner stays as it is, but for ``checkpointing``, which becomes the recipe's.
-
-    A run that shares its weights is not measured: a process that held all gradients might not fit.
+def refine_phases(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, run: Run) -> dict[str, PhaseCost]:
+    """What each phase costs. The refiner stays as it is, but for ``checkpointing``, which becomes the recipe's. A run
+    that shares its weights is not measured: a process that held all gradients might not fit.
     """
     phases: dict[str, PhaseCost] = {}
-    if recipe.shard and shard_count() > 1:
-        return Estimate(len(loader.images), loader.batch_size, phases, picked, free)
+    if shards_of(recipe) > 1:
+        return phases
     step, on_pool, fill = refine_steps(refiner, recipe, run)
     epochs, steps = pooled_epochs(recipe), loader.steps_per_epoch
     refiner.backbone.set_checkpointing(recipe.checkpointing)
@@ -191,9 +197,9 @@ def refine_estimate(
             pooled = bool(epochs and (refiner.encoder_frozen or recipe.frozen_blocks))
             if phase.epochs:
                 cost = measured(on_pool if pooled else step, loader, run, loads=not pooled)
-                phases[name] = PhaseCost(setting, limit_of(phase), phase.epochs, phase.epochs * steps, *cost, before)
+                phases[name] = cost_of(phase, setting, steps, *cost, before)
                 before = 0.0
-    return Estimate(len(loader.images), loader.batch_size, phases, picked, free)
+    return phases
 
 
 def refine_steps(refiner: Refiner, recipe: RefineRecipe, run: Run) -> tuple[Step, Step, Step]:
@@ -244,28 +250,22 @@ def pretrain_estimate(
     run: Run,
     process: int = 0,
 ) -> tuple[PretrainRecipe, Estimate]:
-    """The recipe, with the micro-batch that fits if the whole batch does not, and what it costs. Raises InputError.
-
-    The autoencoder stays as it is. ``process``: bytes that lie beside the step.
+    """The recipe, with the micro-batch that fits if the whole batch does not, and what it costs. Raises InputError. The
+    autoencoder stays as it is. ``process``: bytes that lie beside the step.
     """
-
-    def step(batch: ViewBatch, micro_batch: int | None = None) -> None:
-        generator = torch.Generator().manual_seed(0)
-        images = photometric(batch.views[0].to(run.device), generator, process_rows(len(batch.sample_ids)))
-        pretrain_forward_backward(mae, images, generator, run, micro_batch)
-
-    batch, epochs = loader.batch_size // world_size(), recipe.training.epochs
     refuse_batch_dependent(mae, recipe.micro_batch)
-    needs = pretrain_needs(mae, batch, loader.views[0].size, run, process)
+    needs = pretrain_needs(mae, loader.batch_size // world_size(), loader.views[0].size, run, process)
     micro = _fitting(needs, recipe.micro_batch, free)
     refuse_batch_dependent(mae, micro)
+
+    def step(batch: ViewBatch) -> None:
+        generator = torch.Generator().manual_seed(0)
+        images = photometric(batch.views[0].to(run.device), generator, process_rows(len(batch.sample_ids)))
+        pretrain_forward_backward(mae, images, generator, run, micro)
+
     with unchanged(mae):
-        cost = measured(partial(step, micro_batch=micro), loader, run)
-    phases = {
-        "pre-training": PhaseCost(
-            "training.epochs", limit_of(recipe.training), epochs, epochs * loader.steps_per_epoch, *cost
-        )
-    }
+        cost = measured(step, loader, run)
+    phases = {"pre-training": cost_of(recipe.training, "training.epochs", loader.steps_per_epoch, *cost)}
     picked = Choice(needs, micro, 0, False, "the largest that fits")
     estimate = Estimate(len(loader.images), loader.batch_size, phases, picked, free)
     return recipe.model_copy(update={"micro_batch": micro}), estimate
@@ -273,17 +273,12 @@ def pretrain_estimate(
 
 def pretrain_needs(mae: MaskedAutoencoder, batch: int, size: ImageSize, run: Run, process: int = 0) -> Needs:
     """Trace the step of ``batch`` images a process, of so many pixels; ``process``: bytes beside it."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    traced = fake_like(mae, mode)
-    drop_gradients(traced)
+    traced = Trace(mae)
     shape = mae.encoder.patch_embed.proj.in_channels, *height_width(size)
 
     def peak(images: int) -> int:
-        with mode:
-            pixels = torch.empty(images, *shape, device=run.device)
-            with LiveBytes() as live:
-                pretrain_forward_backward(traced, pixels, None, run)
-        return live.peak
+        pixels = traced.empty(images, *shape)
+        return traced.peak(lambda: pretrain_forward_backward(traced.module, pixels, None, run))
 
     one, whole = peak(1), peak(batch)
     plain, parts = WASTE.get(run.device.type, WASTE["cuda"])
@@ -295,12 +290,8 @@ def pretrain_needs(mae: MaskedAutoencoder, batch: int, size: ImageSize, run: Run
         state=held + 3 * gradients + scratch_bytes(run.device, run.precision),
         gradients=gradients,
         images=4 * batch * math.prod(shape),
-        features=0,
-        prefix=0,
-        heads=0,
         encoder_base=int(parts * max(0.0, one - image)),
         encoder_image=int(parts * image),
-        image_graphs=(),
         plain=int(plain * whole),
         process=process,
     )
@@ -333,10 +324,18 @@ def measured(step: Step, loader: TrainLoader, run: Run, *, loads: bool = True) -
     images = min(FEW, batch)
 
     def seconds() -> float:
-        return agree(_seconds(step, loader, images, run, loads))
+        begun = time.perf_counter()
+        views = loader.first(images)
+        loaded = time.perf_counter()
+        step(views)
+        if run.device.type != "cpu":
+            torch.accelerator.synchronize()
+        loading, computing = (loaded - begun) * loads, time.perf_counter() - loaded
+        # loader processes work beside the step; without them loading adds to it
+        return agree(max(loading / loader.workers, computing) if loader.workers else loading + computing)
 
-    with eagerly():
-        cold = seconds()
+    with eagerly(), threads_kept():
+        cold, alone = seconds(), math.inf
         with FlopCounterMode(display=False) as counter:
             step(loader.first(images))
         operations = counter.get_total_flops() * batch / images
@@ -346,28 +345,11 @@ def measured(step: Step, loader: TrainLoader, run: Run, *, loads: bool = True) -
             while (found := seconds()) < ENOUGH and images < batch:
                 images = min(batch, 4 * images)
             found = min(found, seconds())  # others may have held the machine
-        return found * batch / images, operations, _alone(seconds, run) * batch / images
-
-
-def _alone(seconds: Callable[[], float], run: Run) -> float:
-    """Seconds on one thread. Threads meet after each operation; where another process holds a core, all wait."""
-    if run.device.type != "cpu" or torch.get_num_threads() == 1:
-        return math.inf
-    with threads_kept():
-        torch.set_num_threads(1)
-        return min(seconds() for _ in range(2))
-
-
-def _seconds(step: Step, loader: TrainLoader, images: int, run: Run, loads: bool) -> float:
-    begun = time.perf_counter()
-    batch = loader.first(images)
-    loaded = time.perf_counter()
-    step(batch)
-    if run.device.type != "cpu":
-        torch.accelerator.synchronize()
-    loading, computing = (loaded - begun) * loads, time.perf_counter() - loaded
-    # loader processes work beside the step; without them loading adds to it
-    return max(loading / loader.workers, computing) if loader.workers else loading + computing
+        if run.device.type == "cpu" and torch.get_num_threads() > 1:
+            # threads meet after each operation; where another process holds a core, all wait
+            torch.set_num_threads(1)
+            alone = min(seconds(), seconds())
+        return found * batch / images, operations, alone * batch / images
 
 
 @contextmanager

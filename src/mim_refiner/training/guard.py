@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -43,33 +43,28 @@ NOISE = 2.5  # standard deviations of a difference of two shares that count as n
 Encoder = TypeVar("Encoder", bound=torch.nn.Module)
 
 
+@dataclass
 class FeatureProbe:
     """Label-free measures of the last block's features, pooled and dense, on fixed crops of fixed images."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        images: ImageSet,
-        view: ViewSpec,
-        *,
-        count: int,
-        pooling: str,
-        run: Run,
-    ) -> None:
-        self.backbone, self.images, self.view, self.pooling, self.run = backbone, images, view, pooling, run
-        self.count = min(count, len(images))
-        self._crops: list[Tensor] | None = None
+    backbone: Backbone
+    images: ImageSet
+    view: ViewSpec
+    count: int  # images, at most
+    pooling: str
+    run: Run
+
+    def __post_init__(self) -> None:
+        self.count = min(self.count, len(self.images))
 
     def __call__(self) -> dict[str, float]:
-        """Return ``rank``, ``spread``, ``view_alignment``, ``retrieval`` of pooled features, ``dense_rank``,
-        ``dense_spread``, ``dense_image_spread`` of patch tokens; all NaN if any are.
-
-        spread: 1 - mean cosine of different images. view_alignment: mean cosine of the two crops of an image.
-        retrieval: share of images whose second crop is, by cosine of standardised features, the nearest to the first.
-        dense_spread: 1 - mean cosine of different patches of one image; dense_image_spread: of the same patch in
-        different images.
+        """Of pooled features ``rank``, ``spread`` (1 - mean cosine of different images), ``view_alignment`` (mean
+        cosine of the two crops of an image) and ``retrieval`` (share of images whose second crop is, by cosine of
+        standardised features, the nearest to the first); of patch tokens ``dense_rank``, ``dense_spread`` (1 - mean
+        cosine of different patches of one image) and ``dense_image_spread`` (of the same patch in different images).
+        All NaN if any are.
         """
-        (first, dense), (second, _) = (self._features(crops) for crops in self._two_crops())
+        (first, dense), (second, _) = (self._features(crops) for crops in self._two_crops)
         if not all(bool(torch.isfinite(found).all()) for found in (first, second, *dense.values())):
             return dict.fromkeys(("rank", "spread", "view_alignment", "retrieval", *dense), math.nan)
         a, b = F.normalize(first, dim=1), F.normalize(second, dim=1)
@@ -85,13 +80,13 @@ class FeatureProbe:
             **{name: value.mean().item() for name, value in dense.items()},
         }
 
+    @cached_property
     def _two_crops(self) -> list[Tensor]:
-        if self._crops is None:  # the same images and crops at every look, also after a resume
-            chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))[: self.count]
-            pixels = [self.images.load(int(index)) for index in chosen]
-            crops = (crop_batch(pixels, self.view, seed=0, epoch=0, position=0, view=view) for view in range(2))
-            self._crops = [torch.from_numpy(crop.transpose(0, 3, 1, 2).copy()) for crop in crops]
-        return self._crops
+        """The same images and crops at every look, also after a resume."""
+        chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))[: self.count]
+        pixels = [self.images.load(int(index)) for index in chosen]
+        crops = (crop_batch(pixels, self.view, seed=0, epoch=0, position=0, view=view) for view in range(2))
+        return [torch.from_numpy(crop.transpose(0, 3, 1, 2).copy()) for crop in crops]
 
     @torch.no_grad()
     def _features(self, crops: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -115,15 +110,6 @@ class FeatureProbe:
 def _spread(sums: Tensor, count: int) -> Tensor:
     """1 - mean cosine of pairs among ``count`` vectors of length 1, from their sums [..., D]."""
     return 1 - (sums.square().sum(-1) - count) / max(1, count * (count - 1))
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """When a measure is bad, and how to say so."""
-
-    measure: str
-    bad: Callable[[float, float], bool]  # (value, START's value)
-    words: str
 
 
 class Guard:
@@ -156,24 +142,23 @@ class Guard:
 
     def begin(self, total_step: int) -> None:
         """Measure the START, or remember it together with what was seen up to ``total_step``."""
-        if stored := decide_on_rank_0(lambda: self._stored(total_step)):
-            self.start, self.history, self.best_step = stored
+        self.start, self.history, self.best_step = decide_on_rank_0(lambda: self._stored(total_step))
         if not self.start:
             self.start = dict(from_rank_0(self.probe()))
             self._write()
 
-    def _stored(self, total_step: int) -> tuple[dict[str, float], list[dict[str, float]], int] | None:
-        """START, history up to ``total_step`` and best step as the run folder has them."""
-        if not self.file.exists():
-            return None
+    def _stored(self, total_step: int) -> tuple[dict[str, float], list[dict[str, float]], int]:
+        """START, history up to ``total_step`` and best step as the run folder has them; nothing in a new one."""
         try:
             stored = read_json(self.file)
-            start, history = _numbers(stored["start"]), [_numbers(entry) for entry in stored["history"]]
-            history = [entry for entry in history if entry["total_step"] <= total_step]
-            return start, history, operator.index(stored["best_step"])
+            history = [_numbers(entry) for entry in stored["history"]]
+            seen = [entry for entry in history if entry["total_step"] <= total_step]
+            return _numbers(stored["start"]), seen, operator.index(stored["best_step"])
+        except FileNotFoundError:
+            pass
         except Exception as error:
             self.folder.notes.append(f"{FILE} is damaged ({reason_of(error)}); the guard begins anew from here")
-            return None
+        return {}, [], 0
 
     @property
     def needs_start_knn(self) -> bool:
@@ -190,9 +175,8 @@ class Guard:
         return phase_end or total_step % self.every == 0
 
     def check(self, total_step: int, monitor: Callable[[], dict[str, float]] | None = None) -> dict[str, float]:
-        """Measure, with ``monitor`` the online k-NN too, and judge. Returns what was measured.
-
-        Raises GuardStopError with the reason; features that are not finite stop before k-NN would refuse them.
+        """Measure, with ``monitor`` the online k-NN too, and judge. Returns what was measured; raises GuardStopError
+        with the reason. Features that are not finite stop before k-NN would refuse them.
         """
         found: dict[str, float] = from_rank_0(self.probe())  # every rank looks: a sharded encoder needs them all
         entry: dict[str, float] = {"total_step": total_step, **found}
@@ -228,22 +212,17 @@ class Guard:
     def _reason(self) -> str:
         if not _finite(self.history[-1]):
             return "the features are not finite any more"
-        for rule in self.rules:
-            seen = [entry[rule.measure] for entry in self.history if rule.measure in entry]
-            recent = seen[-self.settings.patience :]
-            start = self.start.get(rule.measure)
-            if start is None or len(recent) < self.settings.patience:
-                continue
-            if all(rule.bad(value, start) for value in recent):
-                values = ", ".join(f"{value:.3g}" for value in recent)
-                return f"{rule.words} (at the start {start:.3g}, then {values})"
+        for measure, (words, bad) in self.rules.items():
+            recent = [entry[measure] for entry in self.history if measure in entry][-self.settings.patience :]
+            start = self.start.get(measure)
+            if start is not None and len(recent) == self.settings.patience and all(bad(now, start) for now in recent):
+                return f"{words} (at the start {start:.3g}, then {', '.join(f'{now:.3g}' for now in recent)})"
         return ""
 
     def _write(self, stopped: str = "") -> None:
         if self.folder.writes:
-            entries: Sequence[Any] = self.history
-            content = {"start": self.start, "history": entries, "best_step": self.best_step, "stopped": stopped or None}
-            write_json(self.file, content)
+            seen: dict[str, Any] = {"start": self.start, "history": self.history}
+            write_json(self.file, seen | {"best_step": self.best_step, "stopped": stopped or None})
 
 
 def load_best(folder: RunFolder, fresh: Encoder) -> Encoder:
@@ -258,29 +237,31 @@ def load_best(folder: RunFolder, fresh: Encoder) -> Encoder:
     return fresh
 
 
-def _rules(settings: GuardSettings, probe_images: int, knn_images: int) -> list[_Rule]:
+def _rules(
+    settings: GuardSettings, probe_images: int, knn_images: int
+) -> dict[str, tuple[str, Callable[[float, float], bool]]]:
+    """{measure: (how to say that it is bad, whether it is, of its value now and at the START)}."""
     retrieval_noise, knn_noise = (NOISE * math.sqrt(0.5 / max(1, count)) for count in (probe_images, knn_images))
     knn_drop = max(settings.max_knn_drop, knn_noise)
-    shares = {
-        "rank": (settings.min_rank, "the features collapse: effective rank"),
-        "spread": (settings.min_spread, "the features collapse: spread"),
-        "dense_rank": (settings.min_rank, "the patch tokens collapse: effective rank"),
-        "dense_spread": (settings.min_spread, "the patch tokens of an image collapse: spread"),
-        "dense_image_spread": (settings.min_spread, "the patch tokens of all images become the same: spread"),
+
+    def rank(now: float, start: float) -> bool:
+        return now < settings.min_rank * start
+
+    def spread(now: float, start: float) -> bool:
+        return now < settings.min_spread * start
+
+    def retrieval(now: float, start: float) -> bool:
+        return now < settings.min_retrieval * start and start - now > retrieval_noise
+
+    return {
+        "rank": ("the features collapse: effective rank", rank),
+        "spread": ("the features collapse: spread", spread),
+        "dense_rank": ("the patch tokens collapse: effective rank", rank),
+        "dense_spread": ("the patch tokens of an image collapse: spread", spread),
+        "dense_image_spread": ("the patch tokens of all images become the same: spread", spread),
+        "retrieval": ("the features lost what tells images apart: share of images found by another crop", retrieval),
+        "knn_top1": ("k-NN accuracy fell and stayed low", lambda now, start: start - now > knn_drop),
     }
-    return [
-        *(_Rule(name, partial(_below, least), words) for name, (least, words) in shares.items()),
-        _Rule(
-            "retrieval",
-            lambda now, start: now < settings.min_retrieval * start and start - now > retrieval_noise,
-            "the features lost what tells images apart: share of images found by another crop",
-        ),
-        _Rule("knn_top1", lambda now, start: start - now > knn_drop, "k-NN accuracy fell and stayed low"),
-    ]
-
-
-def _below(share: float, now: float, start: float) -> bool:
-    return now < share * start
 
 
 def _finite(entry: dict[str, float]) -> bool:

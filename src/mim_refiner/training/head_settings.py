@@ -1,10 +1,14 @@
-"""What a recipe says of its heads, for a given encoder: their blocks, and what each of them has of its own."""
+"""What a recipe says of its heads, for a given encoder and images: their blocks, what each has of its own, guidance."""
 
 from __future__ import annotations
 
 from typing import cast
 
-from mim_refiner.errors import InputError
+from mim_refiner.core.guidance import Guide, known_labels
+from mim_refiner.core.run import Run
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.errors import DataError, InputError
+from mim_refiner.models.refiner import Refiner
 from mim_refiner.reporting import number_of
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.types import BackboneInfo, Pooling
@@ -51,3 +55,29 @@ def resolve_pooling(recipe: RefineRecipe, info: BackboneInfo) -> None:
 def resolved_pooling(pooling: str, info: BackboneInfo) -> Pooling:
     """What "auto" stands for; else ``pooling`` itself."""
     return ("cls" if info.has_cls else "mean") if pooling == "auto" else cast(Pooling, pooling)
+
+
+def check_guidance(recipe: RefineRecipe, images: ImageSet) -> None:
+    """Raise DataError for guidance by labels that there are not, InputError where no neighbours are taken."""
+    if recipe.guidance != "none" and not recipe.heads.swap_positive:
+        raise InputError(
+            f"guidance={recipe.guidance} chooses among neighbours, and heads.swap_positive=false takes none; leave one "
+            "of them out"
+        )
+    if recipe.guidance != "none" and images.telling_labels is None:
+        labels, needs = ("labels of one class", "several") if images.labels is not None else ("no labels", "some")
+        why = "" if images.labels is not None else f" ({images.source.no_labels})"
+        raise DataError(
+            f"{images.source.counted}: {labels}{why}, and guidance={recipe.guidance} needs {needs}; give labelled "
+            "images, or leave guidance out"
+        )
+
+
+def guide_heads(refiner: Refiner, images: ImageSet, recipe: RefineRecipe, run: Run) -> None:
+    """Let every head look up with the labels that the recipe uses, if it does."""
+    check_guidance(recipe, images)
+    if recipe.guidance == "none" or images.labels is None:
+        return
+    labels = known_labels(images.labels, recipe.guidance_share, run.seed).to(run.device)
+    for block in refiner.blocks:
+        refiner.head(block).queue.guide = Guide(labels, restrict=recipe.guidance == "restrict")

@@ -18,9 +18,7 @@ LOCK = ".lock"
 
 def hold(folder: Path, holder: object) -> None:
     """Lock ``folder`` until ``holder`` is gone or the process ends, however it ends; RunFolderError if another has it.
-
-    A lock left by a killed process is stale: the system has let go of it, and it is taken over. Where the file system
-    knows no locks there is none.
+    What a killed process left is taken over: the system has let go of it. Where the file system knows no locks is none.
     """
     try:
         import fcntl

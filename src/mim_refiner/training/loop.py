@@ -6,8 +6,9 @@ uninterrupted one to the bit on the CPU: nothing but weights, optimizer state an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from mim_refiner.training.metric_log import MetricLog
 from mim_refiner.training.recipe import Phase, Recipe
 from mim_refiner.training.signals import interrupt_flag
 from mim_refiner.training.state import Position, RunFolder
+from mim_refiner.training.view_pool import ViewPool
 
 WORKER_RESTARTS = 3  # without a batch in between
 
@@ -43,70 +45,56 @@ class Monitor(Protocol):
     def warmed_up(self, folder: Path) -> None: ...  # the heads are; the run folder's log says how
 
 
-class BatchSource(Protocol):
-    """Batches of an epoch from a step on."""
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[ViewBatch, None, None]: ...
-
-
+@dataclass
 class Loop:
-    """One run in its folder. While it is entered, stop signals are noted and obeyed after the step they fall into.
+    """One run in its folder. Stop signals are noted, and obeyed after the step they fall into.
 
     ``modules`` {file name: module} and the optimizer of the running phase are what checkpoints hold. ``monitor``
     measures at ends of epochs, ``guard`` looks at the encoder while it moves.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        run: Run,
-        recipe: Recipe,
-        loader: TrainLoader,
-        modules: Mapping[str, nn.Module],
-        monitor: Monitor | None = None,
-        guard: Guard | None = None,
-    ) -> None:
-        self.folder, self.run, self.recipe, self.loader, self.modules = folder, run, recipe, loader, modules
-        self.monitor, self.guard = monitor, guard
-        self.finished = False
-        self._open = ExitStack()  # the signals' handlers and the stream of batches
-        self._interrupted: Callable[[], bool] = lambda: False
-
-    def __enter__(self) -> Loop:
-        self._interrupted = self._open.enter_context(interrupt_flag())
-        self._open.enter_context(threads_kept())
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
+    folder: RunFolder
+    run: Run
+    recipe: Recipe
+    loader: TrainLoader
+    modules: Mapping[str, nn.Module]
+    monitor: Monitor | None = None
+    guard: Guard | None = None
+    finished: bool = False
 
     # --- the run
 
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Resume, and after the block the run is ``finished``. A loss in it that is not finite gets one retry in the
+        life of a run: back to the last checkpoint, without that batch. Then NonFiniteLossError; KeyboardInterrupt
+        for a signal after the last step.
+        """
+        with interrupt_flag() as self._interrupted, threads_kept():
+            try:
+                self.resume()
+                yield
+                self.stop_if_asked()
+                self.finished = True
+                self.run.reporter.done()
+            except NonFiniteLossError as error:
+                if self.folder.skipped or error.batch is None:
+                    raise
+                self.folder.skip(*error.batch)
+                self.run.reporter.warning(f"{error}; going back to the last checkpoint once, without this batch")
+
     def resume(self) -> None:
         """Go to the newest whole checkpoint: ``position`` says which phase is to run, and from which step."""
-        self.position, self._optimizer_state, notes = self.folder.restore(self.modules)
+        self.position, self._optimizer_state = self.folder.restore(self.modules)
         if self.position.total_step:
             self.run.reporter.message(f"resuming after step {self.position.total_step}")
         elif not decide_on_rank_0(self.folder.last.exists):
             self.folder.save(self.position, self.modules, None)  # what a first step that fails goes back to
         if self.guard:
             self.guard.begin(self.position.total_step)
-        for note in (*notes, *self.folder.notes):
+        for note in self.folder.notes:
             self.run.reporter.warning(note)
         self.folder.notes.clear()
-
-    def leave_out(self, error: NonFiniteLossError) -> None:
-        """Once in the life of a run: from now on without the batch whose loss was not finite. Then raises the error."""
-        if self.folder.skipped or error.batch is None:
-            raise error
-        self.folder.skip(*error.batch)
-        self.run.reporter.warning(f"{error}; going back to the last checkpoint once, without this batch")
-
-    def finish(self) -> None:
-        """End the run; raises KeyboardInterrupt when a signal came after the last step's checkpoint."""
-        self.stop_if_asked()
-        self.finished = True
-        self.run.reporter.done()
 
     def stop_if_asked(self) -> None:
         """Raise KeyboardInterrupt after a stop signal to any rank; for work that leaves nothing to save."""
@@ -144,15 +132,19 @@ class Loop:
         self.limit = None if phase.max_seconds is None else max(0.0, phase.max_seconds - spent)
         self.run.reporter.progress(self.first, {})  # the speed counts from here
 
-    def batches(self, source: BatchSource | None = None) -> Generator[tuple[int, ViewBatch], None, None]:
-        """(step, batch) of the rest of the phase, from ``source`` or else from the loader.
-
-        A stop signal to any rank, or a batch that any of them cannot have, ends all with a checkpoint.
+    def batches(self, source: ViewPool | None = None) -> Generator[tuple[int, ViewBatch], None, None]:
+        """(step, batch) of the rest of the phase, from ``source`` or else from the loader. A stop signal to any rank,
+        or a batch that any of them cannot have, ends all with a checkpoint.
         """
         pace = pace_of(self.phase.max_seconds, self.run.device)
         with closing(self.stream(self.base + self.first, self.base + self.steps, source)) as stream:
             for step in range(self.first, self.steps):
-                batch, problem = _next(stream)
+                batch: ViewBatch | None = None
+                problem: DataError | None = None
+                try:
+                    batch = next(stream)
+                except DataError as error:
+                    problem = error
                 try:  # the one exchange about it in a step: a signal from here on waits for the next
                     stop = agree_on_end(self._interrupted(), problem)
                 except DataError:
@@ -188,10 +180,9 @@ class Loop:
         ends = self.began + (step + 1 - self.first) * self.limit / self.steps
         return decide_on_rank_0(lambda: monotonic() > ends)
 
-    def stream(self, step: int, stop: int, source: BatchSource | None = None) -> Generator[ViewBatch, None, None]:
-        """Batches of the run's steps ``step`` to ``stop`` - 1, counted over all phases: each sees different crops.
-
-        Dead or hanging loader processes are replaced: a batch is a function of its place, so nothing is lost.
+    def stream(self, step: int, stop: int, source: ViewPool | None = None) -> Generator[ViewBatch, None, None]:
+        """Batches of the run's steps ``step`` to ``stop`` - 1, counted over all phases: each sees different crops. Dead
+        or hanging loader processes are replaced: a batch is a function of its place, so nothing is lost.
         """
         restarts = 0
         while step < stop:
@@ -210,10 +201,6 @@ class Loop:
     def learning_rate(self, step: int) -> float:
         """The schedule's value; groups of parameters scale it by their "lr_scale"."""
         return learning_rate(self.phase, step, self.recipe.batch_size, self.loader.steps_per_epoch)
-
-    def generator(self, step: int) -> torch.Generator:
-        """Generator for all draws of the step; also seeds torch's global one (drop-path, dropout)."""
-        return step_generator(self.run.seed, self.number, step)
 
     # --- a step
 
@@ -245,27 +232,23 @@ class Loop:
             if self.guard:
                 self.guard.note_start_knn(seen["knn_top1"])
         self.log.seen.update(seen)
+        record: dict[str, Any] = {}
         if self.logs or self.measures:
-            self._write_line(step, total)
-        else:
-            self.run.reporter.progress(step + 1, {})
+            record = {
+                "phase": self.name,
+                "epoch": round((step + 1) / self.loader.steps_per_epoch, 4),
+                "step": step + 1,
+                "total_step": total,
+                **self.log.means(),
+                "lr": self.learning_rate(step),
+                "images_per_s": self.log.images_per_second(),
+                **self.log.seen,
+            }
+            self.folder.log(record)
+            self.log.reset()
+        self.run.reporter.progress(step + 1, record)
         if self.saves:
             self._save(Position(self.number + self.last, 0 if self.last else step + 1, total))
-
-    def _write_line(self, step: int, total: int) -> None:
-        record: dict[str, Any] = {
-            "phase": self.name,
-            "epoch": round((step + 1) / self.loader.steps_per_epoch, 4),
-            "step": step + 1,
-            "total_step": total,
-            **self.log.means(),
-            "lr": self.learning_rate(step),
-            "images_per_s": self.log.images_per_second(),
-            **self.log.seen,
-        }
-        self.folder.log(record)
-        self.run.reporter.progress(step + 1, record)
-        self.log.reset()
 
     def _save(self, position: Position) -> None:
         self.folder.save(position, self.modules, self.optimizer if position.phase == self.number else None)
@@ -303,11 +286,3 @@ def step_generator(seed: int, phase: int, step: int) -> torch.Generator:
     value = int(np.random.SeedSequence([seed, phase, step]).generate_state(1, np.uint64)[0]) >> 1
     torch.manual_seed(value)
     return torch.Generator().manual_seed(value)
-
-
-def _next(stream: Iterator[ViewBatch]) -> tuple[ViewBatch | None, DataError | None]:
-    """The next batch, or why there is none."""
-    try:
-        return next(stream), None
-    except DataError as error:
-        return None, error

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ByteSize
 
+from mim_refiner.core.collectives import world_size
 from mim_refiner.core.device import free_memory
+from mim_refiner.core.run import Run
+from mim_refiner.core.sharding import shard_count
 from mim_refiner.errors import InputError
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.models.stochastic import batch_dependent_layer
 from mim_refiner.training.recipe import RefineRecipe
-from mim_refiner.training.traces import TRACED, refiner_like
+from mim_refiner.training.traces import TRACED, RefinerTrace
+from mim_refiner.training.view_pool import view_tokens
 from mim_refiner.types import Checkpointing, ImageSize, height_width
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -42,13 +47,13 @@ class Needs:
     state: int  # weights, gradients, moments, average, queues
     gradients: int  # of the state: those of a plain step come as its activations go
     images: int  # the batch's views
-    features: int  # inputs of the heads and their gradients
-    prefix: int  # tokens after the frozen blocks, which a cached step keeps
-    heads: int  # graph of the heads on the whole batch
     encoder_base: int  # of the encoder's pass: what does not grow with its images
     encoder_image: int  # and what an image (all its views of the larger kind) adds
-    image_graphs: tuple[int, ...]  # an image's graph through all its views of one size, in the order of the sizes
     plain: int  # graph of everything at once
+    features: int = 0  # inputs of the heads and their gradients
+    prefix: int = 0  # tokens after the frozen blocks, which a cached step keeps
+    heads: int = 0  # graph of the heads on the whole batch
+    image_graphs: tuple[int, ...] = ()  # an image's graph through all its views of one size, in the order of the sizes
     view_pool: int = 0  # beside all of it
     warmup: int = 0  # peak of the warm-up on a view pool that goes with it
     process: int = 0  # what Python, its libraries and the images take
@@ -134,40 +139,37 @@ def measure_needs(
     ``shards``: processes that share the blocks' weights (core.sharding). ``waste`` multiplies what the allocator places
     anew every step; None: the device's own figures. A view pool without frozen blocks is gone when the encoder moves.
     """
-    traced = refiner_like(refiner, checkpointing)
-    views = sum(count for _, count in view_shapes)
-    dim, heads, channels = refiner.backbone.info.embed_dim, len(refiner.blocks), refiner.backbone.info.in_chans
-    trainable = sum(p.numel() * p.element_size() for p in traced.model.parameters() if p.requires_grad)
-    held = sum(t.numel() * t.element_size() for t in (*refiner.parameters(), *refiner.buffers()))
-    average = sum(p.numel() * p.element_size() for p in refiner.backbone.parameters())
-    tokens = [traced.tokens(size) for size, _ in view_shapes]
-    several = [traced.encoder(shape, precision, TRACED) for shape in view_shapes]
+    traced = RefinerTrace(refiner, precision, checkpointing)
+    info, frozen, views = refiner.backbone.info, refiner.frozen_blocks, sum(count for _, count in view_shapes)
+    trainable = sum(p.nbytes for p in traced.module.parameters() if p.requires_grad)
+    held = sum(tensor.nbytes for tensor in (*refiner.parameters(), *refiner.buffers()))
+    average = sum(parameter.nbytes for parameter in refiner.backbone.parameters())
+    several = [traced.encoder(shape, TRACED) for shape in view_shapes]
     largest = max(range(len(several)), key=several.__getitem__)
-    one = traced.encoder(view_shapes[largest], precision, 1)  # base: largest transients of weights, and their casts
+    one = traced.encoder(view_shapes[largest], 1)  # base: largest transients of weights, and their casts
     base = max(0.0, one - (several[largest] - one) / (TRACED - 1))
     slopes = [(peak - base) / TRACED for peak in several]
-    prefix = sum(batch * c * n * dim * 4 for (_, c), n in zip(view_shapes, tokens, strict=True))
-    features = heads * batch * views * dim * 4
-    heads_peak = traced.heads(batch, views, precision)
+    features = len(refiner.blocks) * batch * views * info.embed_dim * 4
+    heads = traced.heads(batch, views)
     plain, cached = WASTE.get(traced.device.type, WASTE["cuda"]) if waste is None else (waste, waste)
     scratch = scratch_bytes(traced.device, precision) if waste is None else 0
-    state = held + average + 3 * trainable + scratch - _elsewhere(traced.model, shards)
+    state = held + average + 3 * trainable + scratch - _elsewhere(traced.module, shards)
     return Needs(
         batch=batch,
         state=state,
-        images=sum(batch * count * channels * math.prod(height_width(size)) * 4 for size, count in view_shapes),
-        features=2 * features,
-        prefix=prefix if refiner.frozen_blocks else 0,
         gradients=0 if shards > 1 else trainable,
-        heads=int(cached * heads_peak),
+        images=sum(batch * count * info.in_chans * math.prod(height_width(size)) * 4 for size, count in view_shapes),
+        features=2 * features,
+        prefix=4 * batch * view_tokens(refiner.backbone, view_shapes) * info.embed_dim if frozen else 0,
+        heads=int(cached * heads),
         encoder_base=int(cached * base),
         encoder_image=int(cached * slopes[largest]),
         image_graphs=tuple(int(plain * slope) for slope in slopes),
-        plain=int(plain * (base + batch * sum(slopes) + heads_peak)),
-        view_pool=beside.pool if refiner.frozen_blocks else 0,
-        warmup=beside.process + state + beside.pool + features + int(cached * heads_peak) if beside.pool else 0,
+        plain=int(plain * (base + batch * sum(slopes) + heads)),
+        view_pool=beside.pool if frozen else 0,
+        warmup=beside.process + state + beside.pool + features + int(cached * heads) if beside.pool else 0,
         process=beside.process,
-        anchor_image=int(plain * traced.anchor(view_shapes[0][0], precision) / TRACED) if refiner.anchor else 0,
+        anchor_image=int(plain * traced.anchor(view_shapes[0][0]) / TRACED) if refiner.anchor else 0,
     )
 
 
@@ -180,119 +182,107 @@ def _elsewhere(refiner: Refiner, shards: int) -> int:
     """Bytes of blocks spread over ``shards`` that other processes hold; three whole blocks are here at a time."""
     if shards == 1:
         return 0
-    sizes = [
-        [(p.numel() * p.element_size(), p.requires_grad) for p in block.parameters()]
-        for block in refiner.backbone.model.blocks
-    ]
-    state = sum(2 * size + 3 * size * trains for block in sizes for size, trains in block)
-    return int(state * (1 - 1 / shards)) - 3 * max(sum(size for size, _ in block) for block in sizes)
+    blocks = [[(p.nbytes, p.requires_grad) for p in block.parameters()] for block in refiner.backbone.model.blocks]
+    state = sum(2 * size + 3 * size * trains for block in blocks for size, trains in block)
+    return int(state * (1 - 1 / shards)) - 3 * max(sum(size for size, _ in block) for block in blocks)
 
 
-def as_asked(
-    refiner: Refiner,
-    recipe: RefineRecipe,
-    batch: int,
-    free: float,
-    *,
-    precision: str,
-    shards: int = 1,
-    beside: Beside = Beside(),  # noqa: B008
-) -> Choice:
-    """The recipe's own setting; graphs, where it leaves their number open, as ``free`` bytes allow."""
-    options: dict[str, Any] = {"precision": precision, "shards": shards, "beside": beside}
-    needs = measure_needs(refiner, recipe.views.shapes, batch, checkpointing=recipe.checkpointing, **options)
-    micro = recipe.micro_batch
-    if micro is None or micro >= batch:
-        return Choice(needs, micro, 0, recipe.checkpointing, "as the recipe says")
-    return _cached(needs, recipe, [micro], recipe.checkpointing, free * (1 - RESERVE), "as the recipe says: ")
+class Planner:
+    """What a refinement can do about its memory. ``beside``: bytes that lie beside a step."""
 
+    def __init__(self, refiner: Refiner, recipe: RefineRecipe, run: Run, beside: Beside = Beside()) -> None:  # noqa: B008
+        self.recipe, self.backbone, self.pool = recipe, refiner.backbone, beside.pool
+        self.batch = recipe.batch_size // world_size()  # of a process
+        way: dict[str, Any] = {"precision": run.precision, "shards": shards_of(recipe), "beside": beside}
+        # of a number of images and ``checkpointing``; a trace takes seconds
+        self.needs = cache(partial(measure_needs, refiner, recipe.views.shapes, **way))
 
-def choose(
-    refiner: Refiner,
-    recipe: RefineRecipe,
-    batch: int,
-    budget: float,
-    *,
-    precision: str,
-    shards: int = 1,
-    limit: str = "--memory-budget",
-    beside: Beside = Beside(),  # noqa: B008
-) -> Choice:
-    """The cheapest setting that fits into ``budget`` bytes: plain, plain with selective checkpointing, cached with as
-    many graphs as fit, cached with checkpointing.
+    def as_asked(self, free: float) -> Choice:
+        """The recipe's own setting; graphs, where it leaves their number open, as ``free`` bytes allow."""
+        micro, kept = self.recipe.micro_batch, self.recipe.checkpointing
+        needs = self.needs(self.batch, checkpointing=kept)
+        if micro is None or micro >= self.batch:
+            return Choice(needs, micro, 0, kept, "as the recipe says")
+        return self._cached(needs, [micro], kept, free * (1 - RESERVE), "as the recipe says: ")
 
-    What the recipe sets is kept. Raises InputError when nothing fits, with what would; ``limit``: name of the budget.
-    """
-    usable, asked, micro = budget * (1 - RESERVE), recipe.checkpointing, recipe.micro_batch
-    layer = batch_dependent_layer(refiner.backbone)
+    def fitting(self, budget: float, limit: str = "--memory-budget") -> Choice:
+        """The cheapest setting that fits into ``budget`` bytes: plain, plain with selective checkpointing, cached with
+        as many graphs as fit, cached with checkpointing.
 
-    @cache
-    def needs(kept: Checkpointing, batch: int = batch) -> Needs:
-        options: dict[str, Any] = {"precision": precision, "checkpointing": kept, "shards": shards, "beside": beside}
-        return measure_needs(refiner, recipe.views.shapes, batch, **options)
+        What the recipe sets is kept. Raises InputError when nothing fits, with what would; ``limit`` names the budget.
+        """
+        usable, asked, micro = budget * (1 - RESERVE), self.recipe.checkpointing, self.recipe.micro_batch
+        layer, whole = batch_dependent_layer(self.backbone), self.needs(self.batch, checkpointing=asked).whole()
+        if micro is None:
+            # selective checkpointing leaves more than half
+            able = self.backbone.runner is not None and not self.recipe.compile
+            worth = able and not asked and not layer and whole < 2 * usable
+            ways: tuple[Checkpointing, ...] = (asked, "selective") if worth else (asked,)
+            for kept in ways:
+                needs = self.needs(self.batch, checkpointing=kept)
+                if needs.whole() <= usable:
+                    words = f"the plain step fits into {format_bytes(budget)}"
+                    words += ", norms and GELU computed twice" if kept == "selective" else ""
+                    return Choice(needs, None, 0, kept, words)
+        if layer:
+            raise InputError(
+                f"{limit} {format_bytes(budget)}: the step needs {format_bytes(whole / (1 - RESERVE))}, and the "
+                f"encoder's layer {layer} makes the outputs of an image depend on the other images of the batch, so "
+                "micro-batches would change the training; set a smaller batch_size"
+            )
+        for kept in dict.fromkeys((asked, True)):
+            needs = self.needs(self.batch, checkpointing=kept)
+            fits = needs.largest_micro_batch(usable)
+            halves = [even_parts(max(1, fits >> halved), self.batch) for halved in range(fits.bit_length())]
+            sizes = [size for size in ([micro] if micro else halves) if size <= fits]
+            if self.recipe.kept_graphs != "auto":
+                sizes = [size for size in sizes if needs.cached(size, self.recipe.graphs) <= usable][:1]
+            if sizes:
+                return self._cached(needs, sizes[:3], kept, usable, f"for {format_bytes(budget)} the ")
+        raise self._refused(budget, limit)
 
-    if micro is None:
-        # selective checkpointing leaves more than half; its trace takes seconds
-        able = refiner.backbone.runner is not None and not recipe.compile
-        worth = able and not asked and not layer and needs(False).whole() < 2 * usable
-        ways: tuple[Checkpointing, ...] = (asked, "selective") if worth else (asked,)
-        for kept in ways:
-            if needs(kept).whole() <= usable:
-                words = f"the plain step fits into {format_bytes(budget)}"
-                words += ", norms and GELU computed twice" if kept == "selective" else ""
-                return Choice(needs(kept), None, 0, kept, words)
-    if layer:
-        raise InputError(
-            f"{limit} {format_bytes(budget)}: the step needs {format_bytes(needs(asked).whole() / (1 - RESERVE))}, and "
-            f"the encoder's layer {layer} makes the outputs of an image depend on the other images of the batch, so "
-            "micro-batches would change the training; set a smaller batch_size"
+    def _refused(self, budget: float, limit: str) -> InputError:
+        """The line for what fits no way, with what would."""
+        batch, usable, micro, graphs = self.batch, budget * (1 - RESERVE), self.recipe.micro_batch, self.recipe.graphs
+        least = self.needs(batch, checkpointing=True)
+
+        def fits(size: int) -> bool:
+            needs = self.needs(size, checkpointing=True)
+            return needs.cached(min(micro or 1, size), graphs) <= usable
+
+        halves = [batch >> halved for halved in range(1, batch.bit_length() - 1)]
+        smaller = [size for size in halves if batch % size == 0 and least.state + least.process < usable]
+        fitting = next(filter(fits, smaller), None)
+        other = f"--set batch_size={self.recipe.batch_size * fitting // batch}, " if fitting else ""
+        needed = least.cached(micro or 1, graphs) / (1 - RESERVE)
+        parts = {"weights, optimizer and queues": least.state, "the heads on the whole batch": least.heads}
+        parts |= {"the view pool (view_pool)": self.pool, "Python, its libraries and the images": least.process}
+        return InputError(
+            f"{limit} {format_bytes(budget)}: the step needs {format_bytes(needed)} even with micro_batch={micro or 1} "
+            f"and checkpointing ({', '.join(f'{format_bytes(size)} {name}' for name, size in parts.items() if size)}); "
+            f"give {other}--memory-budget {math.ceil(needed / 1e6)}MB if the machine has as much, or "
+            "--set frozen_blocks=..., fewer --head-blocks or more processes"
         )
-    for kept in dict.fromkeys((asked, True)):
-        fits = needs(kept).largest_micro_batch(usable)
-        halves = [even_parts(max(1, fits >> halved), batch) for halved in range(fits.bit_length())]
-        sizes = [size for size in ([micro] if micro else halves) if size <= fits]
-        if recipe.kept_graphs != "auto":
-            sizes = [size for size in sizes if needs(kept).cached(size, recipe.graphs) <= usable][:1]
-        if sizes:
-            return _cached(needs(kept), recipe, sizes[:3], kept, usable, f"for {format_bytes(budget)} the ")
-    raise _refused(needs, recipe, batch, budget, limit, beside.pool)
+
+    def _cached(self, needs: Needs, sizes: Sequence[int], kept: Checkpointing, usable: float, words: str) -> Choice:
+        """The cached step with the micro-batch of ``sizes`` (large ones first) by which most graphs can be kept."""
+        auto, groups = self.recipe.kept_graphs == "auto", len(needs.image_graphs)
+
+        def count(size: int) -> int:
+            most = -(-needs.batch // size) * groups
+            return needs.most_graphs(size, usable) if auto else min(self.recipe.graphs, most)
+
+        micro = max(sizes, key=lambda size: needs.graphs(size, count(size)))
+        graphs, parts = count(micro), -(-needs.batch // micro)
+        words += f"cached step of {parts} micro-batches, {graphs} of {parts * groups} graphs kept: "
+        words += "for the others one more forward pass of the trained blocks"
+        words += ", and for all one for checkpointing" if kept is True else ""
+        return Choice(needs, micro, graphs, kept, words)
 
 
-def _refused(
-    needs: Callable[..., Needs], recipe: RefineRecipe, batch: int, budget: float, limit: str, pool: int
-) -> InputError:
-    """The line for what fits no way, with what would. ``needs`` of checkpointing and batch."""
-    least, usable, micro = needs(True), budget * (1 - RESERVE), recipe.micro_batch
-    smaller = (size for size in (batch >> halved for halved in range(1, batch.bit_length() - 1)) if batch % size == 0)
-    fitting = next((size for size in smaller if least.state + least.process < usable
-                    and needs(True, size).cached(min(micro or 1, size), recipe.graphs) <= usable), None)  # fmt: skip
-    other = f"--set batch_size={recipe.batch_size * fitting // batch}, " if fitting else ""
-    needed = least.cached(micro or 1, recipe.graphs) / (1 - RESERVE)
-    parts = {"weights, optimizer and queues": least.state, "the heads on the whole batch": least.heads}
-    parts |= {"the view pool (view_pool)": pool, "Python, its libraries and the images": least.process}
-    return InputError(
-        f"{limit} {format_bytes(budget)}: the step needs {format_bytes(needed)} even with micro_batch={micro or 1} and "
-        f"checkpointing ({', '.join(f'{format_bytes(size)} {name}' for name, size in parts.items() if size)}); give "
-        f"{other}--memory-budget {math.ceil(needed / 1e6)}MB if the machine has as much, or --set frozen_blocks=..., "
-        "fewer --head-blocks or more processes"
-    )
-
-
-def _cached(
-    needs: Needs, recipe: RefineRecipe, sizes: Sequence[int], kept: Checkpointing, usable: float, words: str = ""
-) -> Choice:
-    """The cached step with the micro-batch of ``sizes`` (large ones first) by which most can be kept of the graphs."""
-
-    def count(size: int) -> int:
-        most = -(-needs.batch // size) * len(needs.image_graphs)
-        return needs.most_graphs(size, usable) if recipe.kept_graphs == "auto" else min(recipe.graphs, most)
-
-    micro = max(sizes, key=lambda size: needs.graphs(size, count(size)))
-    graphs, parts = count(micro), -(-needs.batch // micro)
-    words += f"cached step of {parts} micro-batches, {graphs} of {parts * len(needs.image_graphs)} graphs kept: "
-    words += "for the others one more forward pass of the trained blocks"
-    words += ", and for all one for checkpointing" if kept is True else ""
-    return Choice(needs, micro, graphs, kept, words)
+def shards_of(recipe: RefineRecipe) -> int:
+    """Processes that share the weights of the encoder's blocks."""
+    return shard_count() if recipe.shard else 1
 
 
 def even_parts(micro_batch: int, batch: int) -> int:
@@ -316,7 +306,4 @@ def parse_budget(text: str, device: torch.device) -> float:
 
 def format_bytes(count: float) -> str:
     """``"23.4 GB"``."""
-    for unit in ("TB", "GB", "MB"):
-        if count >= UNITS[unit]:
-            return f"{count / UNITS[unit]:.1f} {unit}"
-    return f"{count / 1e3:.1f} KB"
+    return ByteSize(count).human_readable(decimal=True, separator=" ")

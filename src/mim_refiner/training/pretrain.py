@@ -12,9 +12,8 @@ from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
 from mim_refiner.core.run import Run
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.photometric import BatchPhotometric
-from mim_refiner.errors import NonFiniteLossError
 from mim_refiner.models.mae import MaskedAutoencoder
-from mim_refiner.training.loop import Loop, Monitor
+from mim_refiner.training.loop import Loop, Monitor, step_generator
 from mim_refiner.training.recipe import PretrainRecipe
 from mim_refiner.training.state import RunFolder
 
@@ -32,15 +31,11 @@ def pretrain(
 
     Stops, retries and raises as refinement does (training.refine.train).
     """
-    with Loop(folder, run, recipe, loader, {"model": mae}, monitor) as loop:
-        while not loop.finished:
-            try:
-                loop.resume()
-                if loop.position.phase == 0:
-                    train_steps(mae, recipe, photometric, loop)
-                loop.finish()
-            except NonFiniteLossError as error:
-                loop.leave_out(error)
+    loop = Loop(folder, run, recipe, loader, {"model": mae}, monitor)
+    while not loop.finished:
+        with loop.attempt():
+            if loop.position.phase == 0:
+                train_steps(mae, recipe, photometric, loop)
 
 
 def train_steps(mae: MaskedAutoencoder, recipe: PretrainRecipe, photometric: BatchPhotometric, loop: Loop) -> None:
@@ -51,7 +46,7 @@ def train_steps(mae: MaskedAutoencoder, recipe: PretrainRecipe, photometric: Bat
     loop.begin(0, "pretrain", recipe.training, optimizer)
     with closing(loop.batches()) as batches:
         for step, batch in batches:
-            generator = loop.generator(step)  # of all the step's draws
+            generator = step_generator(run.seed, 0, step)  # of all the step's draws
             crops = batch.views[0].to(run.device, non_blocking=True)
             images = photometric(crops, generator, process_rows(len(crops)))
             if is_distributed():  # other masks on every rank

@@ -32,7 +32,8 @@ def _paper(
     *,
     epochs: int = 30,
     batch_size: int = 1024,
-    local_size: int = 96,
+    global_size: int | None = 224,
+    local_size: int | None = 96,
     frozen_blocks: int = 0,
     **heads: Any,
 ) -> RefineRecipe:
@@ -41,7 +42,7 @@ def _paper(
         name=name,
         expected=expected and f"k-NN accuracy {expected} (paper, ImageNet-1K)",
         batch_size=batch_size,
-        views=Views(global_size=224, local_size=local_size),
+        views=Views(global_size=global_size, local_size=local_size),
         heads=Heads(**{"blocks": list(range(16, 24)), "pooling": "cls", **heads}),
         refinement=EncoderPhase(epochs=epochs, base_lr=4e-4, top_k=20, layer_decay=0.65),
         frozen_blocks=frozen_blocks,
@@ -127,23 +128,14 @@ PRETRAIN_RECIPES: dict[str, Callable[[], PretrainRecipe]] = {"mae": mae, "tiny_m
 def refine_recipe(
     name_or_file: str | None, settings: Sequence[str] = (), *, image_size: int, images: int | None = None
 ) -> RefineRecipe:
-    """A named recipe, a recipe file, or (None) ``tiny`` up to 64 px and the ViT-L/16 MAE recipe's values above, with
-    ``settings`` (key=value) laid over.
-
-    The paper's values with heads on the last third of whatever depth the encoder has; fitted to the number of
-    ``images``. What the user names is taken as it is.
+    """A named recipe, a recipe file, or (None) ``tiny`` up to 64 px and above that the ViT-L/16 MAE recipe's values,
+    with heads on the last third of the encoder, fitted to the number of ``images``; ``settings`` (key=value) laid
+    over.
     """
     if name_or_file is not None:
         return _lookup(name_or_file, settings, REFINE_RECIPES, tiny())
-    return override(fit_to_images(_default_refine(image_size), images), settings)
-
-
-def _default_refine(image_size: int) -> RefineRecipe:
-    if image_size <= 64:
-        return tiny()
-    recipe = _paper("default", pooling="auto", blocks="last_third")
-    recipe.views.global_size = recipe.views.local_size = None
-    return recipe
+    paper = _paper("default", global_size=None, local_size=None, pooling="auto", blocks="last_third")
+    return override(fit_to_images(tiny() if image_size <= 64 else paper, images), settings)
 
 
 def pretrain_recipe(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,20 +27,19 @@ from mim_refiner.data.domain import DomainSpec
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.data.photometric import BatchPhotometric, augment
 from mim_refiner.data.views import ViewSpec, multi_crop_views
-from mim_refiner.errors import InputError, NonFiniteLossError
+from mim_refiner.errors import InputError
 from mim_refiner.models.anchor import DenseAnchor
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadConfig, Objective
+from mim_refiner.models.lora import add_lora
 from mim_refiner.models.positions import check_image_size
 from mim_refiner.models.refiner import Refiner, RefinerOutput
 from mim_refiner.training.anchor import anchor_backward, carries_anchor
 from mim_refiner.training.cached import cached_forward_backward, refuse_batch_dependent
 from mim_refiner.training.graphed import Graphed, uses_graph
 from mim_refiner.training.guard import FeatureProbe, Guard
-from mim_refiner.training.guidance import guide_heads
-from mim_refiner.training.head_settings import head_blocks, order_heads, resolve_pooling
+from mim_refiner.training.head_settings import guide_heads, head_blocks, order_heads, resolve_pooling
 from mim_refiner.training.loop import Loop, Monitor, step_generator
-from mim_refiner.training.lora import adapt
 from mim_refiner.training.metric_log import metrics_of
 from mim_refiner.training.recipe import RefineRecipe, Views
 from mim_refiner.training.state import RunFolder
@@ -50,6 +50,9 @@ WARMUP, REFINEMENT = 0, 1  # numbers of the phases
 NUM_GLOBAL = 2
 POOL_SHARE = 0.6  # of a phase's limited time that a view pool may take
 START_SHARE = 0.1  # of the START in an average that is worth having
+SAME = (  # settings of views that go to them as they are
+    "flip", "vflip", "crop_axes", "jitter_prob", "gray_prob", "blur_prob", "blur_sigma", "solarize_prob"
+)  # fmt: skip
 
 
 # --- resolve the recipe
@@ -107,18 +110,13 @@ def local_size(views: Views, patch_size: tuple[int, int]) -> ImageSize:
 
 def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
     """The encoder with its heads; raises InputError for a batch that the queues cannot hold."""
-    heads = recipe.heads
-    if recipe.batch_size > heads.queue_size:
-        raise InputError(
-            f"batch_size {recipe.batch_size} is larger than the queue of {heads.queue_size}; "
-            "set a smaller batch_size or a larger heads.queue_size"
-        )
-    top_k = max(recipe.warmup.top_k, recipe.refinement.top_k)
-    if top_k > heads.queue_size:
-        raise InputError(
-            f"top_k {top_k} is larger than the queue of {heads.queue_size}; "
-            "set a smaller refinement.top_k or a larger heads.queue_size"
-        )
+    heads, top_k = recipe.heads, max(recipe.warmup.top_k, recipe.refinement.top_k)
+    for name, size, setting in (("batch_size", recipe.batch_size, ""), ("top_k", top_k, "refinement.")):
+        if size > heads.queue_size:
+            raise InputError(
+                f"{name} {size} is larger than the queue of {heads.queue_size}; "
+                f"set a smaller {setting}{name} or a larger heads.queue_size"
+            )
     adapt(backbone, recipe)
     config, objective = objective_of(recipe)
     blocks = head_blocks(recipe, backbone.info.depth)
@@ -127,6 +125,15 @@ def make_refiner(backbone: Backbone, recipe: RefineRecipe) -> Refiner:
         refiner.anchor = DenseAnchor(backbone, {"last": [-1], "heads": refiner.blocks}[recipe.anchor.blocks])
     refuse_batch_dependent(backbone, recipe.micro_batch, recipe.checkpointing)
     return refiner
+
+
+def adapt(backbone: Backbone, recipe: RefineRecipe) -> None:
+    """Add the recipe's adapters, if any; raises InputError where they cannot be."""
+    if recipe.adapter == "none":
+        return
+    if recipe.shard or recipe.compile:
+        raise InputError("adapter=lora goes neither with shard nor with compile; set shard=false and compile=false")
+    add_lora(backbone, recipe.lora.targets, recipe.lora.rank, recipe.lora.alpha, recipe.frozen_blocks)
 
 
 def objective_of(recipe: RefineRecipe) -> tuple[HeadConfig, Objective | list[Objective]]:
@@ -144,27 +151,12 @@ def view_specs(recipe: RefineRecipe) -> list[ViewSpec]:
     views = recipe.views
     assert views.global_size is not None
     assert views.local_size is not None
-    brightness, contrast, saturation, hue = (strength * views.jitter_strength for strength in views.jitter)
-    return multi_crop_views(
-        views.global_size,
-        views.local_size,
-        views.num_local,
-        views.global_scale,
-        views.local_scale,
-        flip=views.flip,
-        vflip=views.vflip,
-        crop_axes=views.crop_axes,
-        jitter_prob=views.jitter_prob,
-        brightness=brightness,
-        contrast=contrast,
-        saturation=saturation,
-        hue=hue,
-        blur_prob=views.blur_prob,
-        blur_sigma=views.blur_sigma,
-        gray_prob=views.gray_prob,
-        solarize_prob=views.solarize_prob,
-        domain=DomainSpec(views.rotate, views.gain, views.noise, views.mask_rows, views.mask_columns),
-    )
+    sizes = views.global_size, views.local_size, views.num_local, views.global_scale, views.local_scale
+    same: dict[str, Any] = {name: getattr(views, name) for name in SAME}
+    for name, strength in zip(("brightness", "contrast", "saturation", "hue"), views.jitter, strict=True):
+        same[name] = strength * views.jitter_strength
+    domain = DomainSpec(views.rotate, views.gain, views.noise, views.mask_rows, views.mask_columns)
+    return multi_crop_views(*sizes, **same, domain=domain)
 
 
 def photometrics_of(recipe: RefineRecipe, info: BackboneInfo) -> list[BatchPhotometric]:
@@ -207,25 +199,20 @@ def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run)
 def train(refinement: Refinement, folder: RunFolder, monitor: Monitor | None = None) -> None:
     """Both phases, from wherever the run in ``folder`` stands. ``monitor`` measures the encoder at ends of epochs.
 
-    A loss that is not finite gets one retry in the life of a run: back to the last checkpoint, without that batch.
-    Raises NonFiniteLossError the second time; GuardStopError; DataError, with a checkpoint written; KeyboardInterrupt
-    after a stop signal, with a checkpoint written.
+    Raises NonFiniteLossError (see Loop.attempt); GuardStopError; DataError, and KeyboardInterrupt after a stop signal,
+    with a checkpoint written.
     """
     recipe, loader, run = refinement.recipe, refinement.loader, refinement.run
     modules = {"model": refinement.refiner, "ema": refinement.ema}
     guard = make_guard(refinement, folder, monitor) if recipe.guard.enabled else None
     pool = make_pool(recipe, loader, run.seed)
-    with Loop(folder, run, recipe, loader, modules, monitor, guard) as loop:
-        while not loop.finished:
-            try:
-                loop.resume()
-                for number in range(loop.position.phase, REFINEMENT + 1):
-                    if monitor and number == REFINEMENT and not loop.position.step:
-                        monitor.warmed_up(folder.path)
-                    train_phase(refinement, loop, number, pool)
-                loop.finish()
-            except NonFiniteLossError as error:
-                loop.leave_out(error)
+    loop = Loop(folder, run, recipe, loader, modules, monitor, guard)
+    while not loop.finished:
+        with loop.attempt():
+            for number in range(loop.position.phase, REFINEMENT + 1):
+                if monitor and number == REFINEMENT and not loop.position.step:
+                    monitor.warmed_up(folder.path)
+                train_phase(refinement, loop, number, pool)
 
 
 def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool | None = None) -> None:
@@ -245,7 +232,7 @@ def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool 
     parts = recipe.micro_batch, recipe.graphs
     with closing(loop.batches(pool)) as batches:
         for step, batch in batches:
-            generator = loop.generator(step)  # of all the step's draws
+            generator = step_generator(run.seed, number, step)  # of all the step's draws
             optimizer.zero_grad(set_to_none=True)
             views, sample_ids = make_views(refinement, batch, generator)
             if graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import signal
 from collections.abc import Callable, Iterator
@@ -43,11 +44,9 @@ def stops_cleanly(verb: Callable[P, T]) -> Callable[P, T]:
 @contextmanager
 def _handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
     previous: dict[int, Any] = {}
-    try:
+    with contextlib.suppress(ValueError):  # not in the main thread: signals are left to the caller
         for number in STOP_SIGNALS:
             previous[number] = signal.signal(number, handler)
-    except ValueError:  # not in the main thread: leave signals to the caller
-        previous = {}
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import operator
 import os
 import platform
@@ -35,6 +36,7 @@ from mim_refiner.files import (
     clear_leftovers,
     dotted,
     dump_yaml,
+    errors_as,
     load_yaml,
     read_json,
     read_regular,
@@ -95,37 +97,33 @@ class RunFolder:
         run = cls(Path(path), keep_checkpoints=keep_checkpoints)
 
         def prepare() -> tuple[bool, list[tuple[int, int]]]:
-            try:
-                run._prepare(recipe, overwrite)
-            except OSError as error:
-                raise RunFolderError(
-                    f"{path}: cannot write the run folder ({error.strerror}); choose a writable --out"
-                ) from None
-            return run.resumed, run._read_skips()
+            with errors_as(RunFolderError, f"{path}: cannot write the run folder", "choose a writable --out", OSError):
+                return run._prepare(recipe, overwrite), run._read_skips()
 
         run.resumed, run.skipped = decide_on_rank_0(prepare)
         return run
 
-    def _prepare(self, recipe: dict[str, Any], overwrite: bool) -> None:
+    def _prepare(self, recipe: dict[str, Any], overwrite: bool) -> bool:
+        """Whether there is a run to go on with."""
         path, recipe_file = self.path, self.path / "recipe.yaml"
         _check_place(path)
-        there = recipe_file.exists()
-        if not overwrite:
+        resumed = recipe_file.exists() and not overwrite
+        if resumed:
             refuse_other_recipe(path, recipe)
         path.mkdir(parents=True, exist_ok=True)
         hold(path, self)
-        if there and overwrite:
+        if not resumed:
             for each in path.iterdir():
                 if each.name != LOCK:
                     remove(each)
-        self.resumed = there and not overwrite
-        if not self.resumed:  # first of all files: a folder with others but without it is taken for a foreign one
+            # first of all files: a folder with others but without it is taken for a foreign one
             write_bytes(recipe_file, dump_yaml(recipe))
         self.checkpoints.mkdir(exist_ok=True)
         if not (path / "environment.json").exists():
             write_json(path / "environment.json", environment())
         for folder in (path, self.checkpoints, path / "evaluation"):  # of a run that was killed while writing
             clear_leftovers(folder)
+        return resumed
 
     def _read_skips(self) -> list[tuple[int, int]]:
         try:
@@ -165,9 +163,8 @@ class RunFolder:
     def save(
         self, position: Position, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None
     ) -> Path:
-        """Write a checkpoint; it exists whole or not at all. Raises RunFolderError when the disk refuses.
-
-        Every rank calls it, and returns when rank 0, which alone holds whole states, has written.
+        """Write a checkpoint; it exists whole or not at all. Raises RunFolderError when the disk refuses. Every rank
+        calls it, and returns when rank 0, which alone holds whole states, has written.
         """
         target = self.checkpoints / f"step-{position.total_step:06d}"
         states = {key: full_state(module) for key, module in modules.items()}
@@ -178,56 +175,63 @@ class RunFolder:
     def _write(
         self, target: Path, position: Position, states: Mapping[str, State], optimizer_state: State | None
     ) -> None:
-        try:
+        remedy = (
+            "free space or mend permissions, then run the same command again: it resumes from the checkpoint before"
+        )
+        problem = f"{target}: cannot write the checkpoint"
+        # torch and safetensors wrap the system's refusal
+        with errors_as(RunFolderError, problem, remedy, OSError, SafetensorError, RuntimeError):
             with writing, atomic_folder(target) as folder:
-                _fill(folder, position, states, optimizer_state, self.seconds)
+                for key, state in states.items():
+                    save_file(
+                        {name: tensor.contiguous() for name, tensor in state.items()}, folder / f"{key}.safetensors"
+                    )
+                if optimizer_state is not None:
+                    torch.save(optimizer_state, folder / "optimizer.pt")
+                hashes = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
+                stands = {**dataclasses.asdict(position), "seconds": self.seconds, "sha256": hashes}
+                write_json(folder / "state.json", {**stands, "digest": _digest(stands)})
             link = self.checkpoints / ".last.tmp"
             link.unlink(missing_ok=True)
             link.symlink_to(target.name)
             link.replace(self.last)
             sync(self.checkpoints)
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap the system's refusal
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-            raise RunFolderError(
-                f"{target}: cannot write the checkpoint ({reason}); free space or mend permissions, then run "
-                "the same command again: it resumes from the checkpoint before"
-            ) from None
         for folder in self._saved()[: -self.keep_checkpoints]:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def restore(self, modules: Mapping[str, nn.Module]) -> tuple[Position, State | None, list[str]]:
+    def restore(self, modules: Mapping[str, nn.Module]) -> tuple[Position, State | None]:
         """Load the newest whole checkpoint; without one all ranks go on from rank 0's modules.
 
-        Returns its position, the optimizer's state (empty but on rank 0, see core.sharding; None where none was kept),
-        and a note on every damaged checkpoint passed over.
+        Returns its position and the optimizer's state (empty but on rank 0, see core.sharding; None where none was
+        kept). Damaged checkpoints are passed over, with a note.
         """
-        newest, position, notes = decide_on_rank_0(self._newest)
+        newest, position = decide_on_rank_0(self._newest)
         if newest is None:
             broadcast_state(modules.values())
-            return position, None, notes
+            return position, None
         for key, module in modules.items():
             load_full_state(module, load_state(newest / f"{key}.safetensors", module) if self.writes else {})
         optimizer_file = newest / "optimizer.pt"
         if not decide_on_rank_0(optimizer_file.exists):
-            return position, None, notes
-        return position, load_state(optimizer_file) if self.writes else {}, notes
+            return position, None
+        return position, load_state(optimizer_file) if self.writes else {}
 
-    def _newest(self) -> tuple[Path | None, Position, list[str]]:
-        """The newest whole checkpoint, its position, and notes on damaged ones; drops the log lines behind it."""
-        notes: list[str] = []
-        newest, position = None, Position()
+    def _newest(self) -> tuple[Path | None, Position]:
+        """The newest whole checkpoint and its position; drops the log lines behind it."""
+        newest, position, seconds = None, Position(), 0.0
         for folder in reversed(self._saved()):
-            problem = _damage(folder)
-            if not problem:
-                state = read_json(folder / "state.json")
-                newest, position = folder, Position(state["phase"], state["step"], state["total_step"])
-                if self._before is None:
-                    self._before = float(state.get("seconds", 0.0))
+            try:
+                position, seconds = _whole(folder)
+            except Exception as error:  # whatever is wrong with it, the one before may be whole
+                problem = error if isinstance(error, RunFolderError) else "incomplete"
+                self.notes.append(f"{folder.name} is damaged ({problem}); using the checkpoint before it")
+            else:
+                newest = folder
                 break
-            notes.append(f"{folder.name} is damaged ({problem}); using the checkpoint before it")
-        self._before = self._before or 0.0  # going back later adds nothing
+        if self._before is None:  # going back later adds nothing
+            self._before = seconds
         self._forget_metrics_after(position)
-        return newest, position, notes
+        return newest, position
 
     def _forget_metrics_after(self, position: Position) -> None:
         """Drop log lines of steps that will be run again, and damaged ones."""
@@ -236,12 +240,10 @@ class RunFolder:
             return
         with reading(path, "move the file away; the run goes on without it", RunFolderError):
             *lines, _torn = read_regular(path).split(b"\n")
-            steps = [_total_step(line) for line in lines]
-        damaged = sum(step is None for step in steps)
-        if damaged:
+        steps = list(map(_total_step, lines))
+        if damaged := steps.count(math.inf):
             self.notes.append(f"metrics.jsonl: left out: {number_of(damaged, 'damaged lines')}")
-        kept = [line + b"\n" for line, step in zip(lines, steps, strict=True)
-                if step is not None and step <= position.total_step]  # fmt: skip
+        kept = [line + b"\n" for line, step in zip(lines, steps, strict=True) if step <= position.total_step]
         write_bytes(path, b"".join(kept))
 
     def _saved(self) -> list[Path]:
@@ -287,37 +289,24 @@ def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _damage(folder: Path) -> str | None:
-    try:
-        state = read_json(folder / "state.json")
-        if state.pop("digest") != _digest(state):
-            return "state.json was changed"
-        Position(*(operator.index(state[key]) for key in ("phase", "step", "total_step")))
-        hashes = {str(name): digest for name, digest in state["sha256"].items()}
-        wrong = [name for name, digest in hashes.items() if file_sha256(folder / os.path.basename(name)) != digest]
-    except Exception:  # whatever is wrong with it, the one before may be whole
-        return "incomplete"
-    return f"hash of {wrong[0]} differs" if wrong else None
+def _whole(folder: Path) -> tuple[Position, float]:
+    """Where a checkpoint stands, and the seconds until there; raises anything for a damaged one."""
+    state = read_json(folder / "state.json")
+    if state.pop("digest") != _digest(state):
+        raise RunFolderError("state.json was changed")
+    for name, digest in state["sha256"].items():
+        if file_sha256(folder / os.path.basename(name)) != digest:
+            raise RunFolderError(f"hash of {name} differs")
+    place = (operator.index(state[key]) for key in ("phase", "step", "total_step"))
+    return Position(*place), float(state.get("seconds", 0.0))
 
 
-def _total_step(line: bytes) -> float | None:
-    """The step of a log line; None where the line is damaged."""
+def _total_step(line: bytes) -> float:
+    """The step of a log line; infinity where the line is damaged."""
     try:
         return float(json.loads(line).get("total_step", 0))
     except Exception:  # a crashed file system leaves anything
-        return None
-
-
-def _fill(
-    folder: Path, position: Position, states: Mapping[str, State], optimizer_state: State | None, seconds: float
-) -> None:
-    for key, state in states.items():
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / f"{key}.safetensors")
-    if optimizer_state is not None:
-        torch.save(optimizer_state, folder / "optimizer.pt")
-    hashes = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
-    stands = {**dataclasses.asdict(position), "seconds": seconds, "sha256": hashes}
-    write_json(folder / "state.json", {**stands, "digest": _digest(stands)})
+        return math.inf
 
 
 def refuse_place(out: str | Path) -> None:

@@ -35,11 +35,10 @@ SWEEP = 2  # number of the phase that its draws belong to; 0 and 1 are the run's
 
 
 def sweep_heads(recipe: RefineRecipe, backbone: Backbone, loader: TrainLoader, run: Run) -> dict[str, Any]:
-    """{"chosen": {"temperature", "pooling"}, "measure", "values": {choice: share}, "lead", "reason"} of the sweep.
-
-    ``chosen`` holds what is swept. The recipe must be resolved. On the last head block: one epoch of ``loader``, or as
-    many as have ``STEPS`` steps; the share is over the images of the second half. ``lead``: how far the best one is
-    ahead of the next ("over"), with a paired 95 % interval over these images; it is chosen in any case.
+    """{"chosen": what of temperature and pooling is swept, "measure", "values": {choice: share}, "lead", "reason"}. The
+    recipe must be resolved. On the last head block: one epoch of ``loader``, or as many as have ``STEPS`` steps; the
+    share is over the images of the second half. ``lead``: how far the best one is ahead of the next ("over"), with a
+    paired 95 % interval over these images; it is chosen in any case.
     """
     choices, block = choices_of(recipe), int(recipe.heads.blocks[-1])
     config, objective = objective_of(recipe)

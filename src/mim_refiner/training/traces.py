@@ -7,9 +7,9 @@ formula to keep in step with the model, no memory, and only as much time as it t
 from __future__ import annotations
 
 import copy
-import math
 import weakref
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mim_refiner.core.modules import device_of
 from mim_refiner.core.run import Run
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.types import Checkpointing, ImageSize, height_width
@@ -36,98 +37,95 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            # an output in a given storage is a view, for example of a weight
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
-                self._see(leaf.untyped_storage())
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in given and key not in self._sizes:  # an output in a given one is a view, as of a weight
+                self._sizes[key] = size
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, key)
         return result
-
-    def _see(self, storage: Any) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)
 
 
-def fake_like(module: Module, mode: FakeTensorMode) -> Module:
-    """A copy of a module made of fake tensors, whose passes can be traced."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(mode.from_tensor(parameter.detach()), parameter.requires_grad)
-    for buffer in module.buffers():
-        memo[id(buffer)] = mode.from_tensor(buffer)
-    return copy.deepcopy(module, memo)
+class Trace(Generic[Module]):
+    """A copy ``module`` of a module, made of fake tensors; ``peak`` tells what its passes would hold.
 
-
-def drop_gradients(module: nn.Module) -> None:
-    """Gradients go as they come, and count as state. They are whole only when the activations are gone, so with few
-    images a trace that kept them would see their peak and not that of the activations.
+    Gradients go as they come, and count as state: they are whole only when the activations are gone, so with few images
+    a trace that kept them would see their peak and not that of the activations.
     """
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda own: setattr(own, "grad", None))
 
-
-class refiner_like:  # noqa: N801  (reads as a function)
-    """A copy of a refiner made of fake tensors."""
-
-    def __init__(self, refiner: Refiner, checkpointing: Checkpointing) -> None:
+    def __init__(self, module: Module) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.model = fake_like(refiner, self.mode)
-        self.model.unfreeze_encoder()
-        self.model.backbone.set_checkpointing(checkpointing)
-        self.device = next(refiner.parameters()).device
-        drop_gradients(self.model)
+        self.device = device_of(module)
+        memo: dict[int, Any] = {id(buffer): self.mode.from_tensor(buffer) for buffer in module.buffers()}
+        for parameter in module.parameters():
+            memo[id(parameter)] = fake = nn.Parameter(self.mode.from_tensor(parameter.detach()))
+            fake.register_post_accumulate_grad_hook(lambda own: setattr(own, "grad", None))
+            fake.requires_grad_(parameter.requires_grad)
+        self.module = copy.deepcopy(module, memo)
 
-    def tokens(self, size: ImageSize) -> int:
-        info = self.model.backbone.info
-        sides = zip(height_width(size), info.patch_size, strict=True)
-        return math.prod(side // patch for side, patch in sides) + info.num_prefix_tokens
+    def peak(self, work: Callable[[], object]) -> int:
+        """Most bytes that ``work`` makes at a time."""
+        with self.mode, LiveBytes() as live:
+            work()
+        return live.peak
 
-    def encoder(self, shape: tuple[ImageSize, int], precision: str, images: int) -> int:
+    def empty(self, *shape: int, **options: Any) -> Tensor:
+        """A tensor to work on."""
+        with self.mode:
+            return torch.empty(*shape, device=self.device, **options)
+
+
+class RefinerTrace(Trace[Refiner]):
+    """Of the parts of a step of refinement."""
+
+    def __init__(self, refiner: Refiner, precision: str, checkpointing: Checkpointing = False) -> None:
+        super().__init__(refiner)
+        self.run = Run(self.device, precision)
+        self.module.unfreeze_encoder()
+        self.module.backbone.set_checkpointing(checkpointing)
+
+    def encoder(self, shape: tuple[ImageSize, int], images: int) -> int:
         """Peak bytes of forward and backward pass of the encoder on ``images`` images' views of one size."""
         size, count = shape
-        with self.mode, LiveBytes() as live:
-            pixels = torch.empty(
-                images * count, self.model.backbone.info.in_chans, *height_width(size), device=self.device
-            )
-            with Run(self.device, precision).autocast():
-                outputs = self.model.pooled_blocks(self.model.frozen_prefix(pixels))
-            values = list(outputs.values())
+
+        def work() -> None:
+            pixels = self._pixels(size, images * count)
+            with self.run.autocast():
+                values = list(self.module.pooled_blocks(self.module.frozen_prefix(pixels)).values())
             torch.autograd.backward(values, [torch.empty_like(value) for value in values])
-            del outputs, values, pixels
-        return live.peak
 
-    def anchor(self, size: ImageSize, precision: str) -> int:
+        return self.peak(work)
+
+    def anchor(self, size: ImageSize) -> int:
         """Peak bytes of the dense anchor's forward and backward pass on TRACED images' global views."""
-        assert self.model.anchor is not None
-        with self.mode, LiveBytes() as live:
-            channels = self.model.backbone.info.in_chans
-            pixels = torch.empty(2 * TRACED, channels, *height_width(size), device=self.device)
-            with Run(self.device, precision).autocast():
-                prefix = self.model.frozen_prefix(pixels)
-                distance = self.model.anchor(self.model.backbone, prefix, self.model.frozen_blocks)
-            distance.backward()
-            del distance, prefix, pixels
-        return live.peak
+        model = self.module
+        assert model.anchor is not None
+        anchor = model.anchor
 
-    def heads(self, batch: int, views: int, precision: str) -> int:
+        def work() -> None:
+            pixels = self._pixels(size, 2 * TRACED)
+            with self.run.autocast():
+                distance = anchor(model.backbone, model.frozen_prefix(pixels), model.frozen_blocks)
+            distance.backward()
+
+        return self.peak(work)
+
+    def heads(self, batch: int, views: int) -> int:
         """Peak bytes of forward and backward pass of all heads on a batch."""
-        dim = self.model.backbone.info.embed_dim
-        with self.mode:
-            features = {
-                block: torch.empty(views, batch, dim, device=self.device, requires_grad=True)
-                for block in self.model.blocks
-            }
-            ids = torch.empty(batch, dtype=torch.long, device=self.device)
-            with LiveBytes() as live:
-                with Run(self.device, precision).autocast():
-                    output = self.model.head_losses(features, ids)
-                output.loss.backward()
-                del output
-        return live.peak
+        width, blocks = self.module.backbone.info.embed_dim, self.module.blocks
+        features = {block: self.empty(views, batch, width, requires_grad=True) for block in blocks}
+        ids = self.empty(batch, dtype=torch.long)
+
+        def work() -> None:
+            with self.run.autocast():
+                output = self.module.head_losses(features, ids)
+            output.loss.backward()
+
+        return self.peak(work)
+
+    def _pixels(self, size: ImageSize, count: int) -> Tensor:
+        return self.empty(count, self.module.backbone.info.in_chans, *height_width(size))

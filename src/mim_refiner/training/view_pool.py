@@ -8,7 +8,9 @@ image is drawn from those that the pool has of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,24 +21,28 @@ from mim_refiner.core.run import Run, send
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.data.photometric import seeded_generator
 from mim_refiner.errors import InputError
+from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.recipe import RefineRecipe
-from mim_refiner.types import height_width
+from mim_refiner.types import ImageSize, height_width
 
 SHARE = 0.5  # of the free memory that a pool may take
 _DRAWS = 1  # first number of the paths of this file's random draws
 
 
+@dataclass
 class ViewPool:
-    """Frozen features of ``steps`` batches, float16 unless ``dtype`` says else; read like a TrainLoader."""
+    """Frozen features of ``steps`` batches; read like a TrainLoader."""
 
-    def __init__(
-        self, epochs: int, steps_per_epoch: int, batch_size: int, seed: int, dtype: torch.dtype = torch.float16
-    ) -> None:
-        self.epochs, self.steps_per_epoch, self.batch_size = epochs, steps_per_epoch, batch_size
-        self.seed, self.dtype = seed, dtype
-        self.steps = epochs * steps_per_epoch
-        self.sample_ids = torch.empty(self.steps * batch_size, dtype=torch.int64)
+    epochs: int
+    steps_per_epoch: int
+    batch_size: int
+    seed: int
+    dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        self.steps = self.epochs * self.steps_per_epoch
+        self.sample_ids = torch.empty(self.steps * self.batch_size, dtype=torch.int64)
         self._features: list[Tensor] = []  # of every view [steps * B, ...]
         self._stored = 0
 
@@ -103,15 +109,16 @@ def pooled_epochs(recipe: RefineRecipe) -> int:
 
 def pool_bytes(recipe: RefineRecipe, refiner: Refiner, images: int) -> int:
     """Size of the pool over ``images`` images."""
-    info, views = refiner.backbone.info, recipe.views
-    assert views.global_size is not None
-    assert views.local_size is not None
-    numbers = 0  # an image and epoch
-    for size, count in ((views.global_size, 2), (views.local_size, views.num_local)):
-        rows, columns = refiner.backbone.grid_of(height_width(size))
-        tokens = (info.num_prefix_tokens + rows * columns) * info.embed_dim
-        numbers += count * (tokens if recipe.frozen_blocks else sum(refiner.feature_widths))
-    return 2 * numbers * images * pooled_epochs(recipe)
+    shapes = recipe.views.shapes
+    tokens = view_tokens(refiner.backbone, shapes) * refiner.backbone.info.embed_dim
+    pooled = sum(count for _, count in shapes) * sum(refiner.feature_widths)
+    return 2 * (tokens if recipe.frozen_blocks else pooled) * images * pooled_epochs(recipe)
+
+
+def view_tokens(backbone: Backbone, shapes: Sequence[tuple[ImageSize, int]]) -> int:
+    """Tokens of all views of an image; ``shapes``: (pixels, how many such views)."""
+    prefix = backbone.info.num_prefix_tokens
+    return sum(count * (prefix + math.prod(backbone.grid_of(height_width(size)))) for size, count in shapes)
 
 
 def refuse_pool(recipe: RefineRecipe, refiner: Refiner, images: int, run: Run) -> None:
