@@ -34,7 +34,7 @@ class Told:
         print(text, flush=True)
 
 
-@launch.together
+@launch.together()
 def work(what: str, rank: int) -> None:
     """Join, then meet with what the case is about while the others wait in an exchange."""
     if what == "version" and rank == 1:

@@ -39,7 +39,7 @@ from mim_refiner.reporting import Reporter, listener, metric_title
 TRANSFER_PROTOCOLS = ("knn", "linear")  # unless protocols are named
 
 
-@together
+@together()
 def evaluate(
     *,
     model: Any,

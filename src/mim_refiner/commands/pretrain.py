@@ -53,8 +53,8 @@ from mim_refiner.training.state import RunFolder
 from mim_refiner.types import ImageSize, height_width
 
 
-@stops_cleanly
-@together
+@stops_cleanly()
+@together()
 @logged
 def pretrain(
     *,

@@ -148,8 +148,8 @@ def refine(
         )
 
 
-@stops_cleanly
-@together
+@stops_cleanly()
+@together()
 def refine_and_compare(
     *,
     data: Any,

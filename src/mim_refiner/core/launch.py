@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import atexit
-import functools
 import json
 import os
 import platform
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,6 @@ from mim_refiner.reporting import Reporter
 LISTED = 5  # differences named in a message
 STUCK = timedelta(minutes=30)  # an exchange among processes that are all alive
 
-P = ParamSpec("P")
-T = TypeVar("T")
 _watch: Watch | None = None
 
 
@@ -63,20 +61,16 @@ def join_processes(device: torch.device, reporter: Reporter | None = None) -> to
     return own
 
 
-def together(verb: Callable[P, T]) -> Callable[P, T]:
-    """For a verb that several processes run as one: an error of one ends all, with its line and exit code."""
-
-    @functools.wraps(verb)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return verb(*args, **kwargs)
-        except (Exception, KeyboardInterrupt) as error:
-            reason = _agreed(error)
-            if reason is error:
-                raise
-            raise reason from None
-
-    return wrapped
+@contextmanager
+def together() -> Iterator[None]:
+    """Around a verb that several processes run as one: an error of one ends all, with its line and exit code."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        reason = _agreed(error)
+        if reason is error:
+            raise
+        raise reason from None
 
 
 def refuse_difference(facts: Callable[[], Mapping[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -112,31 +112,29 @@ def _spread(sums: Tensor, count: int) -> Tensor:
     return 1 - (sums.square().sum(-1) - count) / max(1, count * (count - 1))
 
 
+@dataclass
 class Guard:
     """Measures, remembers in guard.json, keeps the best encoder in checkpoints/best, and stops the run.
 
     ``knn_images``: number of test images of the online k-NN, 0 without labels; with labels it decides what is best.
     """
 
-    def __init__(
-        self,
-        probe: Callable[[], dict[str, float]],
-        encoder: torch.nn.Module,
-        folder: RunFolder,
-        settings: GuardSettings,
-        *,
-        steps: int,
-        probe_images: int,
-        knn_images: int = 0,
-    ) -> None:
-        self.probe, self.encoder, self.folder, self.settings = probe, encoder, folder, settings
-        self.every = max(1, min(settings.every, steps // 5))  # a short run is looked at too
-        self.score = "knn_top1" if knn_images else "retrieval"
-        self.rules = _rules(settings, probe_images, knn_images)
-        self.file = folder.path / FILE
-        self.start: dict[str, float] = {}
-        self.history: list[dict[str, float]] = []
-        self.best_step = 0  # the START
+    probe: Callable[[], dict[str, float]]
+    encoder: torch.nn.Module
+    folder: RunFolder
+    settings: GuardSettings
+    steps: int  # of the refinement
+    probe_images: int
+    knn_images: int = 0
+    start: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_step: int = 0  # the START
+
+    def __post_init__(self) -> None:
+        self.every = max(1, min(self.settings.every, self.steps // 5))  # a short run is looked at too
+        self.score = "knn_top1" if self.knn_images else "retrieval"
+        self.rules = _rules(self.settings, self.probe_images, self.knn_images)
+        self.file = self.folder.path / FILE
 
     # --- what the loop calls
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from mim_refiner.errors import DataError, NonFiniteLossError, WorkerError
 from mim_refiner.training.guard import Guard
 from mim_refiner.training.metric_log import MetricLog
 from mim_refiner.training.recipe import Phase, Recipe
-from mim_refiner.training.signals import interrupt_flag
+from mim_refiner.training.signals import stops_cleanly
 from mim_refiner.training.state import Position, RunFolder
 from mim_refiner.training.view_pool import ViewPool
 
@@ -61,6 +61,7 @@ class Loop:
     monitor: Monitor | None = None
     guard: Guard | None = None
     finished: bool = False
+    signals: list[int] = field(default_factory=list)  # that ask for a stop
 
     # --- the run
 
@@ -70,7 +71,7 @@ class Loop:
         life of a run: back to the last checkpoint, without that batch. Then NonFiniteLossError; KeyboardInterrupt
         for a signal after the last step.
         """
-        with interrupt_flag() as self._interrupted, threads_kept():
+        with stops_cleanly(lambda received, frame: self.signals.append(received)), threads_kept():
             try:
                 self.resume()
                 yield
@@ -98,7 +99,7 @@ class Loop:
 
     def stop_if_asked(self) -> None:
         """Raise KeyboardInterrupt after a stop signal to any rank; for work that leaves nothing to save."""
-        if agree_on_end(self._interrupted(), None):
+        if agree_on_end(bool(self.signals), None):
             raise KeyboardInterrupt
 
     # --- a phase
@@ -146,7 +147,7 @@ class Loop:
                 except DataError as error:
                     problem = error
                 try:  # the one exchange about it in a step: a signal from here on waits for the next
-                    stop = agree_on_end(self._interrupted(), problem)
+                    stop = agree_on_end(bool(self.signals), problem)
                 except DataError:
                     self._save_before(step)
                     raise
