@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -210,23 +211,21 @@ def refine_steps(refiner: Refiner, recipe: RefineRecipe, run: Run) -> tuple[Step
     def crops(batch: ViewBatch) -> list[Tensor]:
         return augment(batch.views, photometrics, generator, run.device, process_rows(len(batch.sample_ids)))
 
-    def learn(views: list[Tensor], batch: ViewBatch) -> None:
+    def fill(batch: ViewBatch) -> None:
+        with evaluation_mode(refiner.backbone), run.autocast():
+            kept[len(batch.sample_ids)] = refiner.frozen_features(crops(batch))
+
+    def step(batch: ViewBatch, *, pooled: bool = False) -> None:
         ids = batch.sample_ids.to(run.device)
+        if pooled and len(ids) not in kept:
+            fill(batch)
+        views = [feature.float() for feature in kept[len(ids)]] if pooled else crops(batch)
         parts = parts_of(recipe, len(ids))
         forward_backward(refiner, views, ids, generator, run, *parts)
         if refiner.anchor and not refiner.encoder_frozen:  # as in every step, whatever its share
             anchor_backward(refiner, views[:NUM_GLOBAL], generator, run, recipe.anchor.weight, parts[0])
 
-    def fill(batch: ViewBatch) -> None:
-        with evaluation_mode(refiner.backbone), run.autocast():
-            kept[len(batch.sample_ids)] = refiner.frozen_features(crops(batch))
-
-    def on_pool(batch: ViewBatch) -> None:
-        if len(batch.sample_ids) not in kept:
-            fill(batch)
-        learn([feature.float() for feature in kept[len(batch.sample_ids)]], batch)
-
-    return lambda batch: learn(crops(batch), batch), on_pool, fill
+    return step, partial(step, pooled=True), fill
 
 
 def parts_of(recipe: RefineRecipe, images: int) -> tuple[int | None, int]:

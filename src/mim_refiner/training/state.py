@@ -82,8 +82,9 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, *, keep_checkpoints: int = 2) -> None:
-        self.path = path
-        self.keep_checkpoints = keep_checkpoints
+        self.path, self.keep_checkpoints = path, keep_checkpoints
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last"
         self.resumed = False
         self.writes = rank() == 0
         self.notes: list[str] = []  # what was damaged and done without
@@ -144,14 +145,6 @@ class RunFolder:
     def seconds(self) -> float:
         """What the run took until now, in all processes one after the other."""
         return (self._before or 0.0) + time.perf_counter() - self.began
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def last(self) -> Path:
-        return self.checkpoints / "last"
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one JSON object to metrics.jsonl."""
