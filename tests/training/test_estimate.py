@@ -174,7 +174,7 @@ def test_the_line_names_the_setting_that_ends_within_an_hour():
     assert told.hours == pytest.approx(10.5)
     assert told.line == (
         "cost: 600 images, 2 epochs of warm-up and 30 epochs of refinement: about 10 hours; memory: about 2.7 GB of "
-        "8.0 GB free; for about an hour: --set refinement.epochs=1"
+        "8.0 GB free; for about an hour: --set refinement.epochs=1 with another --out or --overwrite"
     )
     assert replace(long, limit=60.0).hours() == 1 / 60
     assert Estimate(600, 64, {"warm-up": warm}, picked, 8e9).advice == ""
