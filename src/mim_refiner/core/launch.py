@@ -50,7 +50,6 @@ def join_processes(device: torch.device, reporter: Reporter | None = None) -> to
         )
         store, names = _meet(place, 2 * timeout)
         _watch = Watch(store, place, names, timeout)
-        _watch.start()
         atexit.register(_leave)
     own = _own_device(device, place)
     if not dist.is_initialized():

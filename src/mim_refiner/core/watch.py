@@ -56,9 +56,6 @@ class Watch:
         self._readers = 0  # processes that know the trouble
         self._suspicious = False
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._judge)]
-
-    def start(self) -> None:
-        """Begin."""
         for thread in self._threads:
             thread.start()
 

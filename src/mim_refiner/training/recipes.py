@@ -129,8 +129,7 @@ def refine_recipe(
     name_or_file: str | None, settings: Sequence[str] = (), *, image_size: int, images: int | None = None
 ) -> RefineRecipe:
     """A named recipe, a recipe file, or (None) ``tiny`` up to 64 px and above that the ViT-L/16 MAE recipe's values,
-    with heads on the last third of the encoder, fitted to the number of ``images``; ``settings`` (key=value) laid
-    over.
+    with heads on the last third of the encoder, fitted to the number of ``images``; ``settings`` (key=value) laid over.
     """
     if name_or_file is not None:
         return _lookup(name_or_file, settings, REFINE_RECIPES, tiny())
