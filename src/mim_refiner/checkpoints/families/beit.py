@@ -9,21 +9,29 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import DROPPED, GUESS, PROJECTION, Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.base import GUESS, Family, View, Wishes
 from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.checkpoints.families.mae import has_decoder
-from mim_refiner.checkpoints.families.plain_vit import Structure, choose_heads, has_any, size_arguments, table_grid
+from mim_refiner.checkpoints.families.plain_vit import (
+    Prepare,
+    Structure,
+    choose_heads,
+    has_any,
+    make_family,
+    size_arguments,
+    table_grid,
+)
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
-BEIT_MEAN = BEIT_STD = (0.5, 0.5, 0.5)
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+_IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 _NAME = re.compile(
     r"blocks\.\d+\.(norm[12]\.(weight|bias)|attn\.(q_bias|v_bias|qkv\.weight|proj\.(weight|bias)"
     r"|relative_position_bias_table)|mlp\.fc[12]\.(weight|bias)|gamma_[12])"
@@ -45,7 +53,7 @@ def infer_beit(
     index: Tensor | None = None,
     known_heads: int = 0,
     known_size: tuple[int, int] | None = None,
-    name: str = "beit",
+    kind: str = "beit",
 ) -> Structure:
     """Structure of the Beit that ``tensors`` (timm names) belong to.
 
@@ -78,7 +86,7 @@ def infer_beit(
         "global_pool": "avg" if fc_norm else "token",
     }
     size = _STANDARD.get((width, depth, heads), "base")
-    return Structure(f"{name}_{size}_patch16_224", arguments, heads, (*notes, *grid_notes))
+    return Structure(f"{kind}_{size}_patch16_224", arguments, heads, (*notes, *grid_notes))
 
 
 def _relative_grid(
@@ -120,36 +128,13 @@ def has_beit(view: View) -> bool:
     return view.config is None and {"blocks.0.attn.q_bias", "cls_token"} <= names and not has_decoder(view)
 
 
-def convert_as(
-    view: View,
-    wishes: Wishes,
-    name: str,
-    *,
-    imagenet: bool,
-    keys: KeyMap = BEIT_NAMES,
-    dropped: Mapping[str, str] | None = None,
-    notes: tuple[str, ...] = (),
-    **facts: Any,
-) -> Converted:
-    """The conversion that all families of BEiT's architecture share; ``name`` starts timm's architecture name.
-
-    The file's own options say more of mean and std than ``imagenet``; ``facts`` are fields of :class:`Converted`.
-    """
-    mapped = keys.to_timm(view.tensors)
+def prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    """What a file of BEiT's architecture says; its own options say more of mean and std than the family."""
     index = next((tensor for key, tensor in view.tensors.items() if key.endswith("relative_position_index")), None)
-    beit = infer_beit(mapped.tensors, wishes, view.where, index=index, name=name)
+    by_token = "head.weight" in view.tensors and "norm.weight" in tensors  # a classifier behind the final norm
+    said: dict[str, Any] = {"index": index, "pooling": "cls" if by_token else "mean"}
     option = view.contents.fact("imagenet_default_mean_and_std")
-    imagenet = imagenet if option is None else bool(option)
-    values = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if imagenet else {"mean": BEIT_MEAN, "std": BEIT_STD}
-    by_token = "head.weight" in view.tensors and "norm.weight" in mapped.tensors  # a classifier behind the final norm
-    return Converted(
-        beit.architecture,
-        beit.arguments,
-        beit.num_heads,
-        **account(view, mapped, {**(dropped or {}), **DROPPED}),
-        notes=beit.notes + notes,
-        **({"position_rule": "bicubic", "pooling": "cls" if by_token else "mean"} | values | facts),
-    )
+    return said if option is None else said | (_IMAGENET if option else HALF)
 
 
 # --- BEiT (Bao et al., arXiv 2106.08254; microsoft/unilm, beit)
@@ -157,12 +142,9 @@ def convert_as(
 _ALIKE = "fine-tuned files of BEiT and BEiT v2 are alike; v2 wants ImageNet's mean and std instead of 0.5"
 
 
-def _convert(view: View, wishes: Wishes) -> Converted:
-    fine_tuned = "fc_norm.weight" in view.tensors
-    return convert_as(view, wishes, "beit", imagenet=False, notes=(_ALIKE,) if fine_tuned else ())
+def _prepare_beit(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    return {"notes": (_ALIKE,) if "fc_norm.weight" in tensors else ()} | prepare(view, tensors, wishes)
 
-
-BEIT = Family("beit", PROJECTION, has_beit, _convert)
 
 # --- BEiT v2 (arXiv 2208.06366; microsoft/unilm, beit2): pre-training files have a shallow head on the class token; its
 # fine-tuned files are BEiT's. SimMIM with a ViT (arXiv 2111.09886; microsoft/SimMIM): a decoder of one layer. CAE
@@ -172,14 +154,15 @@ BEIT = Family("beit", PROJECTION, has_beit, _convert)
 _CODEBOOK = 8192  # entries, of BEiT's visual tokens; the features of CLIP that EVA-01 predicts are narrower
 
 
-def _family(name: str, is_it: Callable[[View], bool], *, kind: str = "beit", **facts: Any) -> Family:
-    """A family of ImageNet's mean and std, unless ``facts`` or the file's options say others."""
-
-    def convert(view: View, wishes: Wishes) -> Converted:
-        said = {} if view.contents.fact("imagenet_default_mean_and_std") else facts
-        return convert_as(view, wishes, kind, imagenet=True, **said)
-
-    return replace(BEIT, name=name, matches=lambda view: has_beit(view) and is_it(view), convert=convert)
+def _family(name: str, is_it: Callable[[View], bool], prepare: Prepare = prepare, **facts: Any) -> Family:
+    return make_family(
+        name,
+        lambda view: has_beit(view) and is_it(view),
+        to_timm=BEIT_NAMES.to_timm,
+        infer=infer_beit,
+        prepare=prepare,
+        **facts,
+    )
 
 
 def _is_eva01(view: View) -> bool:
@@ -195,10 +178,16 @@ def _is_eva01(view: View) -> bool:
     return features or "blocks.0.gamma_1" not in names
 
 
+def _prepare_eva01(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    said = prepare(view, tensors, wishes)
+    clip = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD}
+    return said if view.contents.fact("imagenet_default_mean_and_std") else said | clip
+
+
+BEIT = _family("beit", lambda view: True, _prepare_beit, **HALF)
 BEIT2 = _family("beit2", lambda view: any(name.startswith("cls_pt_layers.") for name in view.tensors), kind="beitv2")
 SIMMIM = _family("simmim", lambda view: "encoder" in view.prefix.split(".") and "decoder.0.weight" in view.beside)
-CAE = replace(
-    _family("cae", lambda view: any(name.startswith("pretext_neck.") for name in view.beside)),
-    default_encoder=("encoder",),
+CAE = _family(
+    "cae", lambda view: any(name.startswith("pretext_neck.") for name in view.beside), default_encoder=("encoder",)
 )
-EVA01 = _family("eva01", _is_eva01, mean=OPENAI_CLIP_MEAN, std=OPENAI_CLIP_STD)
+EVA01 = _family("eva01", _is_eva01, _prepare_eva01)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import View, Wishes
-from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, has_plain_vit, is_bare_vit, vit_family
+from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES, has_plain_vit, is_bare_vit, make_family
 
 # --- iBOT and DINO (arXiv 2111.07832, 2104.14294; github.com/bytedance/ibot, facebookresearch/dino): training
 # checkpoints {"student": ..., "teacher": ...}, and iBOT's extracted teacher, a plain ViT alone under "state_dict". The
@@ -35,7 +35,7 @@ def _prepare_ibot(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dic
 
 
 _HEADS = {192: 3, 384: 6}
-IBOT = vit_family("ibot", _is_ibot, prepare=_prepare_ibot, final_norm=True, position_rule="dino", heads=_HEADS)
+IBOT = make_family("ibot", _is_ibot, prepare=_prepare_ibot, final_norm=True, position_rule="dino", heads=_HEADS)
 
 # --- DINOv2's own files (Oquab et al., arXiv 2304.07193; github.com/facebookresearch/dinov2): hub files with and
 # without registers, and training files {"teacher": ...} whose blocks may lie in chunks. The table counts the class
@@ -64,13 +64,13 @@ def _prepare_dinov2(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> d
     return {"position_rule": "timm" if "reg_token" in tensors else "dino"}  # as the authors' hub has it
 
 
-DINOV2 = vit_family("dinov2", _is_dinov2, prepare=_prepare_dinov2, final_norm=True, heads={384: 6})
+DINOV2 = make_family("dinov2", _is_dinov2, prepare=_prepare_dinov2, final_norm=True, heads={384: 6})
 
 # --- I-JEPA (Assran et al., arXiv 2301.08243; github.com/facebookresearch/ijepa): {"encoder": ..., "target_encoder":
 # ..., "predictor": ...}; no class token. The target encoder (a running average) is the one that the authors evaluate.
 
 
-IJEPA = vit_family(
+IJEPA = make_family(
     "ijepa",
     lambda view: (
         not {"encoder", "target_encoder"}.isdisjoint(view.section.split("."))

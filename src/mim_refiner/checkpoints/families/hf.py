@@ -8,14 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families import base
-from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes, account
-from mim_refiner.checkpoints.families.beit import BEIT_MEAN, BEIT_STD, infer_beit
+from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes
+from mim_refiner.checkpoints.families.beit import HALF, infer_beit
 from mim_refiner.checkpoints.families.distilled import free_registers
 from mim_refiner.checkpoints.families.keymap import KeyMap, Template
-from mim_refiner.checkpoints.families.plain_vit import vit_family
+from mim_refiner.checkpoints.families.plain_vit import make_family
 from mim_refiner.errors import CheckpointError
-from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 ANCHOR = "embeddings.patch_embeddings.projection.weight"
 NORM_EPS = 1e-12  # default of every transformers ViT; 4e-6 off in the features with timm's 1e-6
@@ -59,7 +57,7 @@ BEIT_KEYS = KeyMap(
         ("pooler.layernorm.{p}", "fc_norm.{p}"),
     ]
 )
-DROPPED = base.DROPPED | {"pooler.dense.": "pooler of the classifier"}
+DROPPED = {"pooler.dense.": "pooler of the classifier"}
 
 
 def has_query_bias_only(view: View) -> bool:
@@ -75,7 +73,7 @@ def is_kind(view: View, *model_types: str) -> bool:
 
 
 def said(view: View, *_: Any, default_eps: float = NORM_EPS) -> dict[str, Any]:
-    """What the configs beside a ViT say, for :func:`vit_family`; CheckpointError for an activation that timm lacks."""
+    """What the configs beside a ViT say, for :func:`make_family`; CheckpointError for an activation that timm lacks."""
     config = view.config or {}
     if (activation := config.get("hidden_act", "gelu")) != "gelu":
         raise CheckpointError(f"{view.where}: its config says hidden_act '{activation}'; choose one with gelu")
@@ -88,18 +86,16 @@ def said(view: View, *_: Any, default_eps: float = NORM_EPS) -> dict[str, Any]:
     }
 
 
-def mean_and_std(
-    view: View, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
-) -> dict[str, Any]:
-    """Fields mean and std: those of preprocessor_config.json, else the defaults given."""
+def mean_and_std(view: View) -> dict[str, Any]:
+    """Fields mean and std where preprocessor_config.json says them."""
     found: Mapping[str, Any] = (view.config or {}).get("preprocessor") or {}
-    return {"mean": tuple(found.get("image_mean") or mean), "std": tuple(found.get("image_std") or std)}
+    return {field: tuple(found[f"image_{field}"]) for field in ("mean", "std") if found.get(f"image_{field}")}
 
 
 def _family(name: str, matches: Callable[[View], bool], keys: KeyMap = VIT_KEYS, **options: Any) -> Family:
-    """A family of plain ViTs; ``options`` as of :func:`vit_family`."""
+    """``options`` as of :func:`make_family`."""
     given: dict[str, Any] = {"prepare": said, "position_rule": "hf"} | options
-    return vit_family(name, matches, keys=keys, anchor=ANCHOR, dropped=DROPPED, final_norm=True, **given)
+    return make_family(name, matches, to_timm=keys.to_timm, anchor=ANCHOR, dropped=DROPPED, **given)
 
 
 # --- ViTMAE, and ViT and ViTMSN, which have the same encoder, encoder only or with decoder; I-JEPA, without class token
@@ -116,9 +112,12 @@ def _prepare_vitmae(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> d
     return said(view) | {"family": None if is_mae else "hf_vit"}
 
 
-VITMAE = _family("hf_vitmae", _is_vitmae, prepare=_prepare_vitmae)
+VITMAE = _family("hf_vitmae", _is_vitmae, prepare=_prepare_vitmae, final_norm=True)
 IJEPA = _family(
-    "hf_ijepa", lambda view: is_kind(view, "ijepa") and "embeddings.cls_token" not in view.tensors, pooling="mean"
+    "hf_ijepa",
+    lambda view: is_kind(view, "ijepa") and "embeddings.cls_token" not in view.tensors,
+    pooling="mean",
+    final_norm=True,
 )
 
 # --- DINOv2, with and without registers (our exports of ViTs with layer scale or registers)
@@ -153,14 +152,22 @@ DINOV2 = _family(
     ),
     DINOV2_KEYS,
     prepare=_prepare_dinov2,
+    final_norm=True,
 )
 
 # --- BEiT with relative tables shared or per block, or absolute positions; Data2VecVision, the first data2vec, has
 # BEiT's architecture and names
 
 
+def _prepare_beit(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+    # A model that pools by the mean has its norm in the pooler, and none without pooler.
+    mean_pooling = (view.config or {}).get("use_mean_pooling", True)
+    has_norm = any(name.startswith(("norm.", "fc_norm.")) for name in tensors)
+    without = ("norm", "fc_norm") if mean_pooling and not has_norm else ()
+    return said(view) | {"without": without, "pooling": "mean" if mean_pooling else "cls"}
+
+
 def _convert_beit(view: View, wishes: Wishes) -> Converted:
-    facts = said(view)
     outer = {short: name for short, name in view.beside.items() if short.startswith("layernorm.")}
     if outer and "layernorm.weight" not in view.tensors:  # in BeitForMaskedImageModeling it lies outside "beit."
         section = view.contents.section(view.section)
@@ -170,35 +177,22 @@ def _convert_beit(view: View, wishes: Wishes) -> Converted:
             names=view.names | outer,
             outside={short: name for short, name in view.outside.items() if name not in outer.values()},
         )
-    mapped = BEIT_KEYS.to_timm(view.tensors)
-    known = {key: facts[key] for key in ("known_heads", "known_size")}
-    beit = infer_beit(mapped.tensors, wishes, view.where, **known)
-    # A model that pools by the mean has its norm in the pooler, and none without pooler.
-    mean_pooling = (view.config or {}).get("use_mean_pooling", True)
-    has_norm = any(name.startswith(("norm.", "fc_norm.")) for name in mapped.tensors)
+    found = _BEIT.convert(view, wishes)
     # transformers reads a relative table columns first, which matters where the image is no square.
-    relative = any(name.endswith("relative_position_bias_table") for name in mapped.tensors)
-    height, width = beit.arguments["img_size"]
-    return Converted(
-        beit.architecture,
-        beit.arguments,
-        beit.num_heads,
-        **account(view, mapped, DROPPED),
-        **mean_and_std(view, BEIT_MEAN, BEIT_STD),
-        norm_eps=facts["norm_eps"],
-        without=("norm", "fc_norm") if mean_pooling and not has_norm else (),
-        position_rule="hf_transposed" if relative and height != width else "hf",
-        pooling="mean" if mean_pooling else "cls",
-        notes=beit.notes,
-    )
+    height, width = found.arguments["img_size"]
+    relative = any(name.endswith("relative_position_bias_table") for name in found.tensors)
+    return replace(found, position_rule="hf_transposed") if relative and height != width else found
 
 
-BEIT = Family(
+_BEIT = _family(
     "hf_beit",
-    ANCHOR,
     lambda view: is_kind(view, "beit") and has_query_bias_only(view),
-    _convert_beit,
+    BEIT_KEYS,
+    infer=infer_beit,
+    prepare=_prepare_beit,
+    **HALF,
 )
+BEIT = replace(_BEIT, convert=_convert_beit)
 DATA2VEC = replace(  # told by its config.json, else by the prefix of its task models
     BEIT,
     name="hf_data2vec_vision",

@@ -13,7 +13,7 @@ from mim_refiner.checkpoints.families.plain_vit import (
     has_plain_vit,
     is_bare_vit,
     is_square,
-    vit_family,
+    make_family,
 )
 from mim_refiner.errors import InputError
 from mim_refiner.models.positions import sinusoid_table
@@ -50,7 +50,7 @@ def _is_mae(view: View) -> bool:
     return has_decoder(view) or (published and ("head.weight" not in names or "fc_norm.weight" in names))
 
 
-MAE = vit_family("mae", _is_mae, prepare=_norm_of_file)
+MAE = make_family("mae", _is_mae, prepare=_norm_of_file)
 
 # --- dBOT (Liu et al., arXiv 2209.03917; github.com/liuxingbin/dbot): MAE's layout with a last layer of its own that
 # predicts features. An encoder-only file cannot be told from MAE's and is taken for one; both load alike.
@@ -65,7 +65,7 @@ DBOT = replace(
 # to the encoder's tokens. It reads a weighted sum of all blocks, so the encoder has no final norm; where it reads the
 # last block only, there is one. Features are pooled by the mean of the patch tokens.
 
-CROSSMAE = vit_family(
+CROSSMAE = make_family(
     "crossmae",
     lambda view: has_decoder(view) and any(".cross_attn." in name for name in view.tensors),
     dropped={"dec_norms.": "norms of the decoder's inputs", "wfm.": "weights of the sum over blocks for the decoder"},
@@ -81,7 +81,7 @@ CROSSMAE = vit_family(
 _SCALE_HEADS = ("fpn.", "fcn.", "fcn_high.", "fcn_low.")
 
 
-SCALE_MAE = vit_family(
+SCALE_MAE = make_family(
     "scale_mae",
     lambda view: is_bare_vit(view) and any(name.startswith(_SCALE_HEADS) for name in view.tensors),
     dropped=dict.fromkeys((*_SCALE_HEADS, "pos_emb_projection."), "head of the decoder"),
@@ -104,7 +104,7 @@ def _is_mae_ct(view: View) -> bool:
     return free or any(path.startswith("ctor_kwargs.") for path in view.contents.facts)
 
 
-MAE_CT = vit_family(
+MAE_CT = make_family(
     "mae_ct",
     _is_mae_ct,
     prepare=lambda view, *_: {"known_heads": view.contents.fact("attention_heads") or 0},
@@ -140,7 +140,7 @@ def _prepare_pytorch(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> 
     return said | {"notes": tuple(notes)}
 
 
-MAE_PYTORCH = vit_family("mae_pytorch", _is_mae_pytorch, prepare=_prepare_pytorch, pooling="mean", heads={384: 6})
+MAE_PYTORCH = make_family("mae_pytorch", _is_mae_pytorch, prepare=_prepare_pytorch, pooling="mean", heads={384: 6})
 
 # --- TinyMIM (Ren et al., arXiv 2301.01296; github.com/OliverRensu/TinyMIM), pre-training files: no decoder. The last
 # block has other heads than the rest, for it imitates relations of a larger teacher; what comes after its attention was
@@ -160,7 +160,7 @@ def _prepare_tinymim(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> 
     return {"known_heads": heads, "arguments": arguments, "notes": (_TINY_NOTE.format(last, heads),)}
 
 
-TINYMIM = vit_family(
+TINYMIM = make_family(
     "tinymim",
     lambda view: str(view.contents.fact("model")).startswith("tinymim") and is_bare_vit(view) and not has_decoder(view),
     prepare=_prepare_tinymim,
@@ -199,7 +199,7 @@ def _prepare_bird(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dic
     return {"known_size": _BIRD_SIZE, "notes": (_BIRD_NOTE, guess)}
 
 
-BIRD_MAE = vit_family(
+BIRD_MAE = make_family(
     "bird_mae",
     _is_bird_mae,
     dropped={"norm.": "unused: the pooled mean has a norm of its own"},

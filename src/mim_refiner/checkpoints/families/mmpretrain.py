@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from mim_refiner.checkpoints.families import beit
-from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes
+from mim_refiner.checkpoints.families.base import View, Wishes
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
-from mim_refiner.checkpoints.families.plain_vit import vit_family
+from mim_refiner.checkpoints.families.plain_vit import make_family
 
 ANCHOR = "patch_embed.projection.weight"
 _LAYER = "layers.{i}."
@@ -59,26 +59,27 @@ def _mean_and_std(view: View) -> dict[str, Any]:
     return {key: tuple((tensor.flatten() / 255).tolist()) for key, tensor in found.items() if tensor is not None}
 
 
-def _convert_beit(view: View, wishes: Wishes) -> Converted:
+def _prepare_beit(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
     """ImageNet's mean and std in pre-training, 0.5 in fine-tuning."""
-    fine_tuned = "ln2.weight" in view.tensors
-    return beit.convert_as(
-        view, wishes, "beit", imagenet=not fine_tuned, keys=BEIT_KEYS, dropped=_DROPPED, **_mean_and_std(view)
-    )
+    usual = beit.HALF if "fc_norm.weight" in tensors else {}
+    return usual | beit.prepare(view, tensors, wishes) | _mean_and_std(view)
 
 
-VIT = vit_family(
+VIT = make_family(
     "mmpretrain",
     lambda view: "layers.0.attn.qkv.weight" in view.tensors,
-    keys=VIT_KEYS,
+    to_timm=VIT_KEYS.to_timm,
     anchor=ANCHOR,
     dropped=_DROPPED,
     prepare=_prepare,
     heads={192: 3, 384: 6},
 )
-BEIT = Family(  # asked before VIT
+BEIT = make_family(  # asked before VIT
     "mmpretrain_beit",
-    ANCHOR,
     lambda view: {"layers.0.attn.q_bias", "cls_token"} <= view.tensors.keys(),
-    _convert_beit,
+    to_timm=BEIT_KEYS.to_timm,
+    infer=beit.infer_beit,
+    anchor=ANCHOR,
+    dropped=_DROPPED,
+    prepare=_prepare_beit,
 )

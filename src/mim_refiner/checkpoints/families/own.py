@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from timm.models import is_model_in_modules
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.base import PROJECTION, Family, Wishes
 from mim_refiner.checkpoints.families.distilled import free_registers
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
-from mim_refiner.checkpoints.families.plain_vit import infer_structure, is_square
+from mim_refiner.checkpoints.families.plain_vit import Structure, infer_structure, is_square, make_family
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean, one_line
 from mim_refiner.files import read_yaml
 from mim_refiner.models.mae import sincos_position_table
@@ -95,56 +96,55 @@ def own_family(given: Mapping[str, Any] | str | Path) -> Family:
         raise InputError(f"key map: {PROJECTION} cannot be joined of several tensors; name one")
     anchor = anchor.replace("{p}", "weight")
 
-    def convert(view: View, wishes: Wishes) -> Converted:
-        return _convert(view, wishes, key_map, keys)
+    def infer(tensors: dict[str, Tensor], wishes: Wishes, where: str) -> Structure:
+        return _infer(tensors, wishes, where, key_map)
 
-    # it matches, for the caller says so; what does not fit shows in the coverage
-    return Family(key_map.family, anchor, lambda view: True, convert, any_names=True)
-
-
-def _convert(view: View, wishes: Wishes, key_map: OwnKeyMap, keys: KeyMap) -> Converted:
-    mapped = keys.to_timm(view.tensors)
-    given = key_map.arguments.items()
-    arguments: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
-    notes: tuple[str, ...] = ()
-    architecture = key_map.architecture
-    by_block = key_map.num_heads if isinstance(key_map.num_heads, list) and not wishes.num_heads else None
-    if by_block is not None:
-        arguments["block_heads"] = tuple(by_block)
-        architecture = "vit_variant" if architecture == "vit" else architecture
-    said = key_map.num_heads[0] if isinstance(key_map.num_heads, list) else key_map.num_heads
-    by_argument = arguments.pop("num_heads", 0)
-    if type(by_argument) is not int:
-        raise InputError(f"key map: arguments: num_heads={ascii(by_argument)[:40]} is no whole number; correct it")
-    heads: int = wishes.num_heads or said or by_argument
-    _check_channels(mapped.tensors, key_map, wishes, int(arguments.get("in_chans", 3)))
-    plain = architecture == "vit" or architecture in _SIZED_BY_TENSORS
-    if not plain and not timm.is_model(architecture.partition(".")[0]):
-        close = did_you_mean(architecture, timm.list_models())
-        raise InputError(f"key map: architecture '{architecture}' is unknown to timm{close}")
-    if plain or is_model_in_modules(architecture.partition(".")[0], ["vision_transformer", "deit"]):
-        if PROJECTION not in mapped.tensors:
-            raise CheckpointError(
-                f"{view.where}: the key map leads no tensor to {PROJECTION}; name the first convolution in its keys"
-            )
-        size = _size(arguments.get("img_size")) or wishes.told_size
-        _complete_table(mapped.tensors, key_map.positions, size or wishes.image_size, view.where)
-        vit = infer_structure(mapped.tensors, wishes, view.where, known_heads=heads, known_size=size)
-        arguments, heads, notes = vit.arguments | arguments, vit.num_heads, vit.notes
-        architecture = vit.architecture if architecture == "vit" else architecture
-    return Converted(
-        architecture,
-        arguments,
-        heads if heads or plain else -1,
-        **account(view, mapped, key_map.drop),
+    computed = key_map.positions if key_map.positions != "table" else "timm"
+    family = make_family(
+        key_map.family,
+        lambda view: True,  # for the caller says so; what does not fit shows in the coverage
+        anchor=anchor,
+        to_timm=keys.to_timm,
+        infer=infer,
+        dropped=key_map.drop,
         mean=key_map.mean,
         std=key_map.std,
         licence=key_map.licence,
         norm_eps=key_map.norm_eps,
-        position_rule=key_map.position_rule or (key_map.positions if key_map.positions != "table" else "timm"),
+        position_rule=key_map.position_rule or computed,
         pooling=key_map.pooling,
-        notes=notes,
     )
+    return replace(family, any_names=True)
+
+
+def _infer(tensors: dict[str, Tensor], wishes: Wishes, where: str, key_map: OwnKeyMap) -> Structure:
+    given = key_map.arguments.items()
+    arguments: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
+    architecture, by_block = key_map.architecture, key_map.num_heads if isinstance(key_map.num_heads, list) else None
+    if by_block and not wishes.num_heads:
+        arguments["block_heads"] = tuple(by_block)
+        architecture = "vit_variant" if architecture == "vit" else architecture
+    by_argument = arguments.pop("num_heads", 0)
+    if type(by_argument) is not int:
+        raise InputError(f"key map: arguments: num_heads={ascii(by_argument)[:40]} is no whole number; correct it")
+    said = by_block[0] if by_block else key_map.num_heads
+    heads: Any = wishes.num_heads or said or by_argument
+    _check_channels(tensors, key_map, wishes, int(arguments.get("in_chans", 3)))
+    plain = architecture == "vit" or architecture in _SIZED_BY_TENSORS
+    if not plain and not timm.is_model(architecture.partition(".")[0]):
+        close = did_you_mean(architecture, timm.list_models())
+        raise InputError(f"key map: architecture '{architecture}' is unknown to timm{close}")
+    if not plain and not is_model_in_modules(architecture.partition(".")[0], ["vision_transformer", "deit"]):
+        return Structure(architecture, arguments, heads or -1, ())
+    if PROJECTION not in tensors:
+        raise CheckpointError(
+            f"{where}: the key map leads no tensor to {PROJECTION}; name the first convolution in its keys"
+        )
+    size = _size(arguments.get("img_size")) or wishes.told_size
+    _complete_table(tensors, key_map.positions, size or wishes.image_size, where)
+    vit = infer_structure(tensors, wishes, where, known_heads=heads, known_size=size)
+    architecture = vit.architecture if architecture == "vit" else architecture
+    return Structure(architecture, vit.arguments | arguments, vit.num_heads or (0 if plain else -1), vit.notes)
 
 
 def _check_channels(tensors: Mapping[str, Tensor], key_map: OwnKeyMap, wishes: Wishes, usual: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from mim_refiner.checkpoints.families.base import (
     Wishes,
     account,
 )
-from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
+from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Mapped, Template
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.vit import BASE_ARCHITECTURE, IMAGENET_MEAN, IMAGENET_STD, mlp_ratio, standard_name
 
@@ -304,53 +304,48 @@ def has_any(tensors: Mapping[str, Tensor], ending: str) -> bool:
     return any(name.endswith(ending) for name in tensors)
 
 
-# --- families of plain ViTs
+# --- what families share
 
 # (view, tensors under timm's names, wishes) -> what the file says; may change the tensors, and take some out.
 Prepare = Callable[[View, dict[str, Tensor], Wishes], dict[str, Any]]
-_TO_STRUCTURE = ("final_norm", "known_heads", "known_size")
+_FIELDS = {field.name for field in fields(Converted)}
 
 
-def vit_family(
+def make_family(
     name: str,
     matches: Callable[[View], bool],
     *,
-    keys: KeyMap = VIT_NAMES,
     anchor: str = PROJECTION,
+    to_timm: Callable[[Mapping[str, Tensor]], Mapped] = VIT_NAMES.to_timm,
+    infer: Callable[..., Structure] = infer_structure,
     dropped: Mapping[str, str] | None = None,
     prepare: Prepare | None = None,
     default_encoder: tuple[str, ...] = (),
     heads: Mapping[int, int] | None = None,
     **facts: Any,
 ) -> Family:
-    """A family of plain ViTs.
+    """A family by what it differs in from others.
 
-    ``keys``: its names. ``dropped``: start of a name -> why the encoder does not take it, beside DROPPED. ``heads``:
-    those of the authors' models by width, where other ViTs of that width have others. ``facts``: fields of
-    :class:`Converted` (ImageNet's mean and std and the rule "bicubic" by default), or ``final_norm``, ``known_heads``,
-    ``known_size`` of :func:`infer_structure`; those that depend on the file come from ``prepare``.
+    ``to_timm``: its names. ``infer``: its structure, from (tensors, wishes, where, ...). ``dropped``: start of a name
+    -> why the encoder does not take it, beside DROPPED. ``heads``: those of the authors' models by width, where other
+    ViTs of that width have others. ``facts``: fields of :class:`Converted` (ImageNet's mean and std and the rule
+    "bicubic" by default), or further arguments of ``infer``; those that depend on the file come from ``prepare``.
     """
 
     def convert(view: View, wishes: Wishes) -> Converted:
-        mapped = keys.to_timm(view.tensors)
-        said = facts | (prepare(view, mapped.tensors, wishes) if prepare else {})
+        mapped = to_timm(view.tensors)
+        said: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "position_rule": "bicubic"} | facts
+        said |= prepare(view, mapped.tensors, wishes) if prepare else {}
         out = tuple(name for name, target in mapped.origin.items() if target not in mapped.tensors)
         origin = {name: target for name, target in mapped.origin.items() if name not in out}
         mapped = replace(mapped, origin=origin, rest=mapped.rest + out)
-        structure = {key: said.pop(key) for key in _TO_STRUCTURE if key in said}
+        structure = {key: said.pop(key) for key in said.keys() - _FIELDS}
         if heads and PROJECTION in mapped.tensors and wishes.told_heads < 1:
             structure.setdefault("known_heads", heads.get(mapped.tensors[PROJECTION].shape[0], 0))
-        vit = infer_structure(mapped.tensors, wishes, view.where, **structure)
-        notes = vit.notes + tuple(said.pop("notes", ()))
-        arguments = vit.arguments | said.pop("arguments", {})
-        defaults = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "position_rule": "bicubic"}
-        return Converted(
-            said.pop("architecture", vit.architecture),
-            arguments,
-            vit.num_heads,
-            **account(view, mapped, {**(dropped or {}), **DROPPED}),
-            **(defaults | said),
-            notes=notes,
-        )
+        found = infer(mapped.tensors, wishes, view.where, **structure)
+        said["notes"] = found.notes + tuple(said.get("notes", ()))
+        said["arguments"] = found.arguments | said.get("arguments", {})
+        said |= account(view, mapped, {**(dropped or {}), **DROPPED})
+        return Converted(said.pop("architecture", found.architecture), num_heads=found.num_heads, **said)
 
     return Family(name, anchor, matches, convert, default_encoder=default_encoder)

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from mim_refiner.checkpoints.families import hf
-from mim_refiner.checkpoints.families.base import DROPPED, GUESS, PROJECTION, Converted, Family, View, Wishes, account
+from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, View, Wishes
 from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.checkpoints.families.plain_vit import (
     PARTS,
+    Structure,
     choose_heads,
     has_plain_vit,
     is_encoder_name,
+    make_family,
     size_arguments,
-    vit_family,
 )
 from mim_refiner.errors import CheckpointError, InputError
-from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from mim_refiner.types import BackboneInfo
 
 # --- Released MIM-Refiner files (layout of github.com/ml-jku/MIM-Refiner): {"state_dict": ...}, pre- or post-norm.
@@ -71,10 +71,10 @@ def to_mim_refiner(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str,
     return _REFINER_KEYS.from_timm(tensors)
 
 
-MIM_REFINER = vit_family(
+MIM_REFINER = make_family(
     "mim_refiner",
     lambda view: {"pos_embed.embed", "cls_tokens.tokens", "blocks.0.attn.qkv.weight"} <= view.tensors.keys(),
-    keys=_REFINER_KEYS,
+    to_timm=_REFINER_KEYS.to_timm,
     prepare=_prepare_refiner,
 )
 
@@ -92,10 +92,10 @@ DATA2VEC2_KEYS = KeyMap(
     ],
     same=lambda name: name.startswith("blocks.") and is_encoder_name(name),
 )
-DATA2VEC2 = vit_family(
+DATA2VEC2 = make_family(
     "data2vec2",
     lambda view: view.config is None and "blocks.0.attn.qkv.weight" in view.tensors,
-    keys=DATA2VEC2_KEYS,
+    to_timm=DATA2VEC2_KEYS.to_timm,
     anchor=f"{_D2V}local_encoder.proj.weight",
     dropped={
         f"{_D2V}decoder.": "decoder, used only for reconstruction",
@@ -132,10 +132,10 @@ def _prepare_multimae(view: View, tensors: dict[str, Tensor], wishes: Wishes) ->
     return {"known_size": tuple(side * patch for side, patch in zip(table.shape[2:], weight.shape[2:], strict=True))}
 
 
-MULTIMAE = vit_family(
+MULTIMAE = make_family(
     "multimae",
     lambda view: {"global_tokens", "encoder.0.attn.qkv.weight"} <= view.tensors.keys(),
-    keys=_MULTIMAE_KEYS,
+    to_timm=_MULTIMAE_KEYS.to_timm,
     anchor=f"{_RGB}proj.weight",
     dropped={"input_adapters.": "another modality", "output_adapters.": "decoder, used only in pre-training"},
     prepare=_prepare_multimae,
@@ -189,7 +189,7 @@ def _entries_of_a_date(patches: Tensor, where: str) -> int:
     return same if 1 < same < total and total % same == 0 else next(n for n in squares if math.isqrt(n) ** 2 == n)
 
 
-PRITHVI = vit_family(
+PRITHVI = make_family(
     "prithvi",
     # patches are three-dimensional and one date deep
     lambda view: (
@@ -243,23 +243,23 @@ def _prepare_vitpose(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> 
 
 
 _VITPOSE: dict[str, Any] = {"final_norm": True, "architecture": "vit_variant", "heads": {384: 12}}
-VITPOSE = vit_family(
+VITPOSE = make_family(
     "vitpose",
     lambda view: (
         {"last_norm.weight", "pos_embed"} <= view.tensors.keys()
         and "cls_token" not in view.tensors
         and has_plain_vit(view.tensors)
     ),
-    keys=KeyMap([("last_norm.{p}", "norm.{p}")], same=is_encoder_name),
+    to_timm=KeyMap([("last_norm.{p}", "norm.{p}")], same=is_encoder_name).to_timm,
     prepare=_prepare_vitpose,
     **_VITPOSE,
 )
-HF_VITPOSE = vit_family(
+HF_VITPOSE = make_family(
     "hf_vitpose",
     _is_hf_vitpose,
-    keys=KeyMap(
+    to_timm=KeyMap(
         [*hf.VIT_RULES, *((f"encoder.layer.{{i}}.mlp.fc{n}.{{p}}", f"blocks.{{i}}.mlp.fc{n}.{{p}}") for n in (1, 2))]
-    ),
+    ).to_timm,
     anchor=hf.ANCHOR,
     dropped=hf.DROPPED,
     prepare=_prepare_hf_vitpose,
@@ -287,30 +287,24 @@ CAPI_KEYS = KeyMap(
 )
 
 
-def _convert_capi(view: View, wishes: Wishes) -> Converted:
-    mapped = CAPI_KEYS.to_timm(view.tensors)
-    tensors = mapped.tensors
+def _infer_capi(tensors: dict[str, Tensor], wishes: Wishes, where: str) -> Structure:
     # Positions are relative to the image, so the file has no size: 224 px with patches of 14.
-    sizes, patch = size_arguments(tensors, view.where)
-    if patch[0] != patch[1] or tensors["reg_token"].shape[1] % 4:
-        raise CheckpointError(f"{view.where}: CAPI has square patches and 4, 8, ... registers; download it again")
+    sizes, patch = size_arguments(tensors, where)
+    registers = tensors["reg_token"].shape[1]
+    if patch[0] != patch[1] or registers % 4:
+        raise CheckpointError(f"{where}: CAPI has square patches and 4, 8, ... registers; download it again")
     width, per_head = sizes["embed_dim"], tensors["blocks.0.attn.freqs"].shape[1]
-    heads, notes = choose_heads(width, sizes["depth"], width // per_head, wishes, view.where)
-    return Converted(
-        "vit_capi",
-        sizes | {"img_size": wishes.image_size or 16 * patch[0], "reg_tokens": tensors["reg_token"].shape[1]},
-        heads,
-        **account(view, mapped, DROPPED),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        pooling="mean",
-        notes=tuple(notes),
-    )
+    heads, notes = choose_heads(width, sizes["depth"], width // per_head, wishes, where)
+    arguments = sizes | {"img_size": wishes.image_size or 16 * patch[0], "reg_tokens": registers}
+    return Structure("vit_capi", arguments, heads, tuple(notes))
 
 
-CAPI = Family(
+CAPI = make_family(
     "capi",
-    "patch_embed.weight",
     lambda view: {"registers", "encoder.blocks.0.residual1.fn.rope.freqs"} <= view.tensors.keys(),
-    _convert_capi,
+    to_timm=CAPI_KEYS.to_timm,
+    infer=_infer_capi,
+    anchor="patch_embed.weight",
+    pooling="mean",
+    position_rule="timm",
 )

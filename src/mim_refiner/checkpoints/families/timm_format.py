@@ -20,7 +20,7 @@ from mim_refiner.checkpoints.families.base import (
     is_buffer,
 )
 from mim_refiner.checkpoints.families.keymap import Mapped
-from mim_refiner.checkpoints.families.plain_vit import has_plain_vit, vit_family
+from mim_refiner.checkpoints.families.plain_vit import has_plain_vit, make_family
 from mim_refiner.checkpoints.store import OWN_FACTS
 from mim_refiner.errors import CheckpointError
 
@@ -32,7 +32,7 @@ def matches(view: View) -> bool:
 
 # timm drops init_values=None and takes the name's own value; 0 leaves layer scale out of these.
 _UNSCALED_BY_ZERO = ["beit", "vision_transformer", "deit"]
-_BARE = vit_family("timm", matches, mean=None, std=None, position_rule="timm")
+_BARE = make_family("timm", matches, mean=None, std=None, position_rule="timm")
 
 
 def convert(view: View, wishes: Wishes) -> Converted:
