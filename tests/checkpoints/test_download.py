@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from mim_refiner.checkpoints import catalog, download, load_backbone, resolve
-from mim_refiner.checkpoints.catalog import CATALOGUE, Entry, family_licence
-from mim_refiner.checkpoints.download import cached_path, fetch
+from mim_refiner.checkpoints import catalog, load_backbone, resolve
+from mim_refiner.checkpoints.catalog import CATALOGUE, Entry, cached_path, family_licence, fetch
 from mim_refiner.errors import CheckpointError
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -64,7 +63,7 @@ def server() -> Iterator[Any]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("MIM_REFINER_OFFLINE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(download.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(catalog.CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -146,7 +145,7 @@ def test_busy_server_is_asked_again_and_a_missing_file_is_not(server: Any) -> No
 
 
 def test_no_room_on_the_disk(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "_SPARE_BYTES", 10**18)
+    monkeypatch.setattr(catalog, "_SPARE_BYTES", 10**18)
     assert "make room" in fails(entry(server))
 
 
@@ -164,7 +163,7 @@ def test_files_behind_a_web_page(server: Any) -> None:
 
 def test_a_cache_that_cannot_be_written(server: Any, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
-    assert download.CACHE_VARIABLE in fails(entry(server))
+    assert catalog.CACHE_VARIABLE in fails(entry(server))
 
 
 def test_load_backbone_by_catalogue_name(
@@ -187,7 +186,7 @@ def test_catalogue_entries_are_whole() -> None:
         assert each.licence
         assert each.page.startswith("https://")
         assert each.address == "" or each.address.startswith(("https://", "hf-hub:"))
-        assert "?" not in each.file_name
+        assert "?" not in cached_path(each).name
         assert len(each.sha256) in (0, 64)
     families = {each.family for each in CATALOGUE.values()}
     assert families >= {

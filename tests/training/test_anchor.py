@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mim_refiner.core.run import Run
-from mim_refiner.models.anchor import DenseAnchor, gram_distance
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
-from mim_refiner.models.refiner import Refiner
+from mim_refiner.models.refiner import DenseAnchor, Refiner, gram_distance
 from mim_refiner.training.anchor import anchor_backward, carries_anchor
 from mim_refiner.training.memory import measure_needs
 from mim_refiner.training.metric_log import MetricLog

@@ -16,10 +16,9 @@ import torch
 
 from mim_refiner.core.run import Run
 from mim_refiner.errors import InputError, RecipeError
-from mim_refiner.models.anchor import DenseAnchor
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
-from mim_refiner.models.refiner import Refiner
+from mim_refiner.models.refiner import DenseAnchor, Refiner
 from mim_refiner.training import memory
 from mim_refiner.training.anchor import anchor_backward
 from mim_refiner.training.memory import (

@@ -34,10 +34,9 @@ from mim_refiner.data.domain import DomainSpec, hashed_normal
 from mim_refiner.data.photometric import BatchPhotometric, augment
 from mim_refiner.data.views import multi_crop_views
 from mim_refiner.models import heads
-from mim_refiner.models.anchor import DenseAnchor
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig, RefinerHead
-from mim_refiner.models.refiner import Refiner
+from mim_refiner.models.refiner import DenseAnchor, Refiner
 from mim_refiner.models.stochastic import draw_by_row
 from mim_refiner.training import refine, sweep
 from mim_refiner.training.anchor import anchor_backward

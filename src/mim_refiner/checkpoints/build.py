@@ -18,7 +18,7 @@ from mim_refiner.checkpoints.families import Converted
 from mim_refiner.checkpoints.families.base import LAYER_SCALE
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.files import errors_as
-from mim_refiner.models import capi, kinds  # noqa: F401  (registers their architectures with timm)
+from mim_refiner.models import kinds  # noqa: F401  (registers their architectures with timm)
 from mim_refiner.models.vit import create_vit
 
 # Bounds on what a file may make us build: a name or a config.json must not cost memory that no encoder needs.

@@ -1,4 +1,4 @@
-"""Published masked-image-model encoders by name: where they are, what they are, and under which licence.
+"""Published masked-image-model encoders by name: where they are, what they are, under which licence; their download.
 
 Facts come from the authors' repositories and model pages (``page``). What is not stated there is left empty: a size
 or hash is given only where the publisher gives one. Weights trained by others carry their own licence.
@@ -7,11 +7,35 @@ or hash is given only where the publisher gives one. Weights trained by others c
 from __future__ import annotations
 
 import csv
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from mim_refiner._version import __version__
+from mim_refiner.errors import CheckpointError, one_line
+from mim_refiner.files import CACHE_VARIABLE, cache_folder, write_json
+
 UNKNOWN_LICENCE = "unknown"
+_OFFLINE_VARIABLES = ("MIM_REFINER_OFFLINE", "HF_HUB_OFFLINE")
+_ATTEMPTS = 5
+_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between the attempts
+_TIMEOUT = 30.0  # seconds without a byte
+_LOCK_TIMEOUT = 3600.0  # another process may be downloading the same file
+_CHUNK = 2**20
+_SPARE_BYTES = 64 * 2**20  # left free on the disk
 
 
 @dataclass(frozen=True)
@@ -26,7 +50,7 @@ class Entry:
     name: str
     family: str
     architecture: str
-    image_size: int | str  # "512x128" where it is no square
+    image_size: str  # "224", or "512x128" where it is no square
     data: str
     licence: str
     address: str
@@ -35,22 +59,9 @@ class Entry:
     sha256: str = ""
     hash_start: str = ""
 
-    @property
-    def file_name(self) -> str:
-        """Name of the file in the cache: that of the address."""
-        return self.address.rpartition("/")[2]
 
-
-def _read_table() -> dict[str, Entry]:
-    """The entries of assets/catalogue.csv, a line an encoder."""
-    table = files("mim_refiner").joinpath("assets/catalogue.csv").read_text(encoding="utf-8")
-    rows = [dict[str, Any](row) for row in csv.DictReader(table.splitlines())]
-    for row in rows:
-        row["image_size"] = int(row["image_size"]) if row["image_size"].isdigit() else row["image_size"]
-    return {row["name"]: Entry(**row) for row in rows}
-
-
-CATALOGUE = _read_table()
+_TABLE = files("mim_refiner").joinpath("assets/catalogue.csv").read_text(encoding="utf-8")
+CATALOGUE = {row["name"]: Entry(**row) for row in csv.DictReader(_TABLE.splitlines())}
 
 
 def family_licence(family: str) -> str:
@@ -65,6 +76,8 @@ def family_licence(family: str) -> str:
 def record(entry: Entry) -> dict[str, Any]:
     """The entry as a flat mapping; what nobody states is "unknown"."""
     facts = asdict(entry)
+    if entry.image_size.isdigit():
+        facts["image_size"] = int(entry.image_size)
     for key in ("size", "sha256"):
         facts[key] = facts[key] or "unknown"
     algorithm, _, digits = facts.pop("hash_start").partition(":")
@@ -72,3 +85,144 @@ def record(entry: Entry) -> dict[str, Any]:
         facts[f"{algorithm} starts with"] = f"{digits} (only these digits are published)"
     facts["address"] = entry.address or f"none for programs; see {entry.page}"
     return facts
+
+
+# --- download into the cache: resumed, verified, complete or absent
+
+
+class _TryAgainError(Exception):
+    """The transfer broke; another attempt may get further."""
+
+
+def cached_path(entry: Entry) -> Path:
+    """Where the file of ``entry`` is, or would be after a download."""
+    return cache_folder() / entry.name / entry.address.rpartition("/")[2]
+
+
+def fetch(entry: Entry, *, sleep: Callable[[float], None] = time.sleep) -> Path:
+    """Path of the entry's file, downloaded on the first call.
+
+    An interrupted transfer goes on where it stopped, if the server still has the same file. The file gets its name
+    only when its length and (where known) its hash are right. Raises CheckpointError in one line that says how to get
+    the file by hand: offline, server gone after a few attempts, wrong hash (the file is removed), disk full.
+    """
+    path = cached_path(entry)
+    if path.is_file():
+        return path
+    if not entry.address.startswith(("http://", "https://")):
+        raise CheckpointError(f"'{entry.name}' is not for programs; get the file from {entry.page}, pass its path")
+    if any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in _OFFLINE_VARIABLES):
+        raise _by_hand(entry, path, "offline mode is on")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_TIMEOUT):
+            if not path.is_file():
+                _download(entry, path, sleep)
+    except Timeout as error:
+        raise _by_hand(entry, path, "another process has been downloading it for an hour") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"'{entry.name}': cannot write to the cache {path.parent} ({error.strerror or error}); choose another "
+            f"folder with {CACHE_VARIABLE}"
+        ) from error
+    return path
+
+
+def _by_hand(entry: Entry, path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"'{entry.name}': cannot download {entry.address} ({reason}); download it elsewhere and pass its path, or put "
+        f"it at {path}"
+    )
+
+
+def _download(entry: Entry, path: Path, sleep: Callable[[float], None]) -> None:
+    part, notes = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
+    reason = ""
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            sleep(_WAITS[min(attempt, len(_WAITS)) - 1])
+        try:
+            _transfer(entry, path, part, notes)
+        except _TryAgainError as error:
+            reason = str(error)
+            continue
+        _verify(entry, part, notes)
+        part.replace(path)
+        notes.unlink(missing_ok=True)
+        return
+    kept = part.stat().st_size if part.exists() else 0
+    so_far = f", {kept} bytes are kept and the next call goes on" if kept else ""
+    raise _by_hand(entry, path, f"{reason} after {_ATTEMPTS} attempts{so_far}")
+
+
+def _transfer(entry: Entry, path: Path, part: Path, notes: Path) -> None:
+    """Fetch what is missing of ``part``; raises _TryAgainError when the connection fails or ends early."""
+    try:
+        known = json.loads(notes.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = None
+    usable = isinstance(known, dict) and known.get("address") == entry.address and known.get("validator")
+    have = part.stat().st_size if part.exists() and usable else 0
+    headers = {"User-Agent": f"mim-refiner/{__version__}", "Accept-Encoding": "identity"}
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": str(usable)}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(entry.address, headers=headers), timeout=_TIMEOUT) as answer:
+            start, total = 0, answer.headers.get("Content-Length", "")
+            if answer.status == 206:
+                match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+                if not match or int(match[1]) != have:
+                    raise _TryAgainError("the server sent another part than asked for")
+                start, total = have, match[2]
+            total = int(total) if total.isdigit() else None
+            validator = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+            if validator.startswith("W/"):
+                validator = ""  # a weak tag does not promise the same bytes
+            needed, free = (total or 0) - start, shutil.disk_usage(path.parent).free
+            if needed + _SPARE_BYTES > free:
+                raise CheckpointError(
+                    f"'{entry.name}': needs {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} GB free; make "
+                    f"room or choose another folder with {CACHE_VARIABLE}"
+                )
+            write_json(notes, {"address": entry.address, "validator": validator, "total": total})
+            with part.open("r+b" if start else "wb") as file:
+                file.seek(start)
+                file.truncate()
+                done = start
+                while chunk := answer.read(_CHUNK):
+                    done += len(chunk)
+                    if total is not None and done > total:
+                        raise _TryAgainError(f"the server sent more than the {total} bytes it announced")
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:  # our part is longer than the file: begin anew
+            part.unlink(missing_ok=True)
+            raise _TryAgainError("the server has another file now") from error
+        if error.code in (408, 429) or error.code >= 500:
+            raise _TryAgainError(f"the server answers {error.code} {error.reason}") from error
+        raise _by_hand(entry, path, f"the server answers {error.code} {error.reason}") from error
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        reason = getattr(error, "reason", error)
+        raise _TryAgainError(one_line(getattr(reason, "strerror", None) or reason or type(reason).__name__)) from error
+    if total is not None and done < total:
+        raise _TryAgainError(f"the connection ended at {done} of {total} bytes")
+
+
+def _verify(entry: Entry, part: Path, notes: Path) -> None:
+    """Compare the whole file with the catalogue's hash; a wrong file is removed."""
+    for told in (f"sha256:{entry.sha256}", entry.hash_start):
+        algorithm, _, expected = told.partition(":")
+        if not expected:
+            continue
+        with part.open("rb") as file:
+            found = hashlib.file_digest(file, algorithm).hexdigest()
+        if not found.startswith(expected):
+            part.unlink()
+            notes.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"'{entry.name}': {entry.address} has {algorithm.upper()} {found[: len(expected)]} and not {expected} "
+                "as published, so it was removed; try again, and do not use a copy with this hash"
+            )

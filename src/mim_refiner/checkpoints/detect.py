@@ -42,15 +42,17 @@ def detect(contents: Contents, wishes: Wishes, own: Family | None = None) -> Det
     prefers another. Raises CheckpointError for a file that no family claims, with a guess at what it is, and InputError
     for an encoder that is not there.
     """
-    if own is None:
-        _refuse_by_name(contents)
+    for section, held in contents.sections.items() if own is None else ():
+        named = {} if section.startswith("opt") else {strip_wrappers(name): value for name, value in held.items()}
+        if what := next((what for matches, what in _REFUSED if matches(named)), None):
+            raise CheckpointError(f"{contents.source}: is {what}")
     if wishes.encoder is None:
         refuse_lists(contents)
     for family in FAMILIES if own is None else (own,):
         views = list(_views(contents, family))
         found = [view for view in views if family.matches(view)]
         if found:
-            found = [view for view in views if any(view is one for one in found) or _is_alike(view, found[0])]
+            found = [view for view in views if view in found or _is_alike(view, found[0])]
             counts = Counter(view.label for view in found)
             found = [  # those of one label are called by their full place
                 replace(view, label=f"{view.section}:{view.prefix.rstrip('.')}".strip(":"))
@@ -71,9 +73,7 @@ def _views(contents: Contents, family: Family) -> Iterator[View]:
         if len(set(stripped.values())) < len(stripped):
             twice = Counter(stripped.values()).most_common(1)[0][0]
             raise CheckpointError(f"{contents.source}: two tensors mean {twice}; save the encoder alone")
-        prefixes = [
-            name.removesuffix(anchor) for name in stripped.values() if name == anchor or name.endswith("." + anchor)
-        ]
+        prefixes = [name.removesuffix(anchor) for name in stripped.values() if f".{name}".endswith(f".{anchor}")]
         told = family.any_names or (family.reads_config and contents.config is not None)
         if told and not prefixes and not section.startswith("opt"):
             prefixes = [""]
@@ -101,19 +101,18 @@ def _label(section: str, prefix: str) -> str:
 
 
 def _choose(views: list[View], family: Family, wishes: Wishes) -> tuple[View, str]:
-    by_label = {view.label: view for view in views}
-    if wishes.encoder is not None:
-        close = [label for label in by_label if wishes.encoder.lower() in words(label)]
-        if wishes.encoder not in by_label and len(close) == 1:
-            return by_label[close[0]], ""
-        if wishes.encoder not in by_label:
-            raise InputError(
-                f"{views[0].where}: has no encoder '{wishes.encoder}'{did_you_mean(wishes.encoder, by_label)}; "
-                f"it holds {', '.join(by_label)}; pass one of them as encoder= (--encoder)"
-            )
-        return by_label[wishes.encoder], ""
-    preferred = [label for label in family.default_encoder if label in by_label]
-    return (by_label[preferred[0]], "") if preferred else _best_named(views)
+    by_label, wanted = {view.label: view for view in views}, wishes.encoder
+    if wanted is None:
+        preferred = [by_label[label] for label in family.default_encoder if label in by_label]
+        return (preferred[0], "") if preferred else _best_named(views)
+    close = [label for label in by_label if wanted.lower() in words(label)]
+    wanted = close[0] if wanted not in by_label and len(close) == 1 else wanted
+    if wanted not in by_label:
+        raise InputError(
+            f"{views[0].where}: has no encoder '{wanted}'{did_you_mean(wanted, by_label)}; "
+            f"it holds {', '.join(by_label)}; pass one of them as encoder= (--encoder)"
+        )
+    return by_label[wanted], ""
 
 
 def _best_named(views: list[View]) -> tuple[View, str]:
@@ -122,7 +121,7 @@ def _best_named(views: list[View]) -> tuple[View, str]:
     What has other shapes than every model of the file is no average of one. mmengine's EMAHook swaps the two on saving.
     """
     if swapped := [view for view in views if _is_swapped(view)]:
-        views = [view for view in views if not any(view is one for one in swapped)] or views
+        views = [view for view in views if view not in swapped] or views
         note = "mmengine saves the running average as state_dict, and the weights in training as ema_state_dict"
         return min(views, key=_rank), note
     best, models = min(views, key=_rank), [view for view in views if _rank(view) >= len(_AVERAGES)]
@@ -167,15 +166,6 @@ def _rank(view: View) -> int:
     return next((rank for rank, name in enumerate(_AVERAGES) if name in found), len(_AVERAGES))
 
 
-def _strange_parts(contents: Contents) -> list[str]:
-    """Names in the file of what stands in the blocks of a ViT that would be plain without it."""
-    for view in _views(contents, TIMM):
-        inside = {name: held for name, held in view.names.items() if name.startswith("blocks.")}
-        if any(name.endswith(".norm1.weight") for name in inside) and any(".attn." in name for name in inside):
-            return [held for name, held in inside.items() if not VIT_NAMES.knows(name)]
-    return []
-
-
 def _unknown(contents: Contents) -> CheckpointError:
     names = [f"{path}.{strip_wrappers(name)}".lstrip(".") for path, held in contents.sections.items() for name in held]
     if all(name.startswith(("optim", "fp32_flat_groups", "single_partition")) for name in names):
@@ -185,13 +175,17 @@ def _unknown(contents: Contents) -> CheckpointError:
     kind = None if contents.config is None else contents.config.get("model_type")
     guess = f"a Hugging Face model of type '{kind}'" if kind else None
     guess = guess or next((what for part, what in _KNOWN_OTHERS if any(part in name for name in names)), None)
-    if guess is None and (strange := _strange_parts(contents)):
-        return CheckpointError(
-            f"{contents.source}: {len(strange)} tensors in its blocks are none of a plain ViT's: {some(strange)}; "
-            "merge them into the weights in the tool that added them (LoRA, pruning, parametrizations); or, if it "
-            "works without them, name them under drop: in a key map (--key-map); give another architecture of timm as "
-            "a folder with its config.json"
-        )
+    for view in _views(contents, TIMM) if guess is None else ():
+        inside = {name: held for name, held in view.names.items() if name.startswith("blocks.")}
+        strange = [held for name, held in inside.items() if not VIT_NAMES.knows(name)]
+        like_vit = any(name.endswith(".norm1.weight") for name in inside) and any(".attn." in name for name in inside)
+        if strange and like_vit:
+            return CheckpointError(
+                f"{contents.source}: {len(strange)} tensors in its blocks are none of a plain ViT's: {some(strange)}; "
+                "merge them into the weights in the tool that added them (LoRA, pruning, parametrizations); or, if it "
+                "works without them, name them under drop: in a key map (--key-map); give another architecture of timm "
+                "as a folder with its config.json"
+            )
     if guess is None and any("attn.qkv.weight" in name for name in names):
         guess = "a transformer without patch_embed.proj.weight"
     seen = f"it looks like {guess}" if guess else f"its tensors are named {', '.join(names[:3])}"
@@ -205,15 +199,6 @@ def _unknown(contents: Contents) -> CheckpointError:
 # --- files that are known and refused by name, each with the reason or the way to load it
 
 Tensors = Mapping[str, Tensor]  # of a section, by name without wrappers
-
-
-def _refuse_by_name(contents: Contents) -> None:
-    """CheckpointError for a file that a family would take for one of its own, or that no image alone is encoded by."""
-    for section, held in contents.sections.items():
-        tensors = {} if section.startswith("opt") else {strip_wrappers(name): value for name, value in held.items()}
-        for matches, what in _REFUSED:
-            if matches(tensors):
-                raise CheckpointError(f"{contents.source}: is {what}")
 
 
 def _starts(*parts: str) -> Callable[[Tensors], bool]:

@@ -20,15 +20,13 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from mim_refiner.checkpoints.adapters import plain_weights, with_adapter
-from mim_refiner.checkpoints.catalog import CATALOGUE
-from mim_refiner.checkpoints.download import fetch
+from mim_refiner.checkpoints.catalog import CATALOGUE, fetch
 from mim_refiner.checkpoints.held import Stub
 from mim_refiner.checkpoints.pickles import read_pickle, read_torch
 from mim_refiner.checkpoints.store import (
     OWN_FACTS,
     Contents,
-    check_inside,
-    check_regular,
+    check_file,
     contents_of,
     leaves,
     read_checkpoint,
@@ -228,7 +226,6 @@ def _read_shards(index: Path) -> Contents:
         path = folder / name
         if Path(name).name != name:
             raise CheckpointError(f"{index}: names {ascii(name)[:80]}, which is not in its folder; download it again")
-        check_inside(folder, path)
         if not path.exists():
             raise CheckpointError(f"{path}: this shard of the model is missing; download it into the folder")
         tensors |= read_checkpoint(path, config={}).section("")
@@ -271,8 +268,7 @@ def _read_distributed(folder: Path) -> Contents:
 
     Raises CheckpointError for a damaged folder. Nothing pickled in it is built, and only links inside it are followed.
     """
-    check_inside(folder, folder / _METADATA)
-    check_regular(folder / _METADATA)
+    check_file(folder / _METADATA, folder)
     module = "torch.distributed.checkpoint"
     remedy = f"copy it again, or turn it into a file: python -m {module}.format_utils dcp_to_torch FOLDER FILE"
     with errors_as(CheckpointError, f"{folder}: is a damaged folder of {module}", remedy):
@@ -326,8 +322,7 @@ def _chunk(folder: Path, place: Mapping[Any, Any]) -> Tensor:
     if place.get("transform_descriptors"):
         raise ValueError("its data are compressed")
     path = folder / name
-    check_inside(folder, path)
-    check_regular(path)
+    check_file(path, folder)
     if not 0 <= start <= start + length <= path.stat().st_size:
         raise ValueError(f"{name} is cut off")
     with path.open("rb") as file:

@@ -7,7 +7,6 @@ import re
 import stat
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,10 +90,8 @@ def read_checkpoint(path: Path, *, config: Mapping[str, Any] | None = None) -> C
     CheckpointError for a file that is missing, no regular file, empty, truncated, no checkpoint, claims more than it
     holds, holds no tensor, or holds pickled objects other than plain data; such objects are never built.
     """
-    if config is not None:
-        check_inside(path.parent, path)
-    check_regular(path)
-    with _readable(path), path.open("rb") as file:
+    check_file(path, None if config is None else path.parent)
+    with path.open("rb") as file:
         start = file.read(9)
     if not start:
         raise CheckpointError(f"{path}: the file is empty; copy or download it again")
@@ -125,46 +122,33 @@ def contents_of(payload: Any, path: Path, config: Mapping[str, Any] | None = Non
     return Contents(source=str(path), sections=sections, config=config, facts=facts)
 
 
-def check_regular(path: Path) -> None:
-    """CheckpointError unless ``path`` (links followed) is a regular file: a pipe would block, a device never end."""
-    with _readable(path):
-        mode = path.stat().st_mode
+def check_file(path: Path, folder: Path | None = None) -> None:
+    """CheckpointError unless ``path`` (links followed) is a regular file: a pipe would block, a device never end.
+
+    And where a link leads out of ``folder``. The hub's cache is the exception: what lies in a snapshot, at any depth,
+    links to the blobs beside the snapshots.
+    """
+    with reading(one_line(path, 400), "check path and permissions", CheckpointError):
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path}: is a link to nothing; copy the file into the folder")
+        mode, target = path.stat().st_mode, path.resolve(strict=True)
+        root = target.parent if folder is None else folder.resolve(strict=True)
+    blobs = [place.parent.parent / "blobs" for place in (root, *root.parents) if place.parent.name == "snapshots"]
+    if not any(target.is_relative_to(place) for place in (root, *blobs)):
+        raise CheckpointError(
+            f"{path}: is a link that leads out of its folder (to {target}), so it was not read; copy the file into the "
+            "folder, or give its own path"
+        )
     if stat.S_ISDIR(mode):
         raise CheckpointError(f"{path}: is a folder, not a file; give the weight file, or a folder with a config.json")
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: is a pipe, socket or device, not a file; copy its content to a file first")
 
 
-def check_inside(folder: Path, path: Path) -> None:
-    """CheckpointError when a link leads from ``path`` out of ``folder``.
-
-    The hub's cache is the exception: what lies in a snapshot, at any depth, links to the blobs beside the snapshots.
-    """
-    with _readable(path):
-        if not path.exists():
-            if path.is_symlink():
-                raise CheckpointError(f"{path}: is a link to nothing; copy the file into the folder")
-            return  # a missing file is reported by who needs it
-        target, roots = path.resolve(strict=True), [folder.resolve(strict=True)]
-    roots += [
-        place.parent.parent / "blobs" for place in (roots[0], *roots[0].parents) if place.parent.name == "snapshots"
-    ]
-    if not any(target.is_relative_to(root) for root in roots):
-        raise CheckpointError(
-            f"{path}: is a link that leads out of its folder (to {target}), so it was not read; copy the file into the "
-            "folder, or give its own path"
-        )
-
-
-def _readable(path: Path) -> AbstractContextManager[None]:
-    return reading(one_line(path, 400), "check path and permissions", CheckpointError)
-
-
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """The config.json of ``folder`` as a dict; CheckpointError if missing or no JSON object."""
     path = folder / name
-    check_inside(folder, path)
-    check_regular(path)
+    check_file(path, folder)
     with errors_as(CheckpointError, f"{path}: is no readable JSON", "download it again"):
         content = read_regular(path, most=_MAX_CONFIG_BYTES)
         if content[:64].lstrip().startswith((_LFS, b"<")):

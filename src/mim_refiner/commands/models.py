@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mim_refiner.checkpoints.catalog import CATALOGUE, record
-from mim_refiner.checkpoints.download import cached_path
+from mim_refiner.checkpoints.catalog import CATALOGUE, cached_path, record
 from mim_refiner.errors import InputError, did_you_mean
 
 
@@ -20,5 +19,5 @@ def models(*, name: str | None = None) -> dict[str, Any]:
         close = did_you_mean(name, CATALOGUE)
         raise InputError(f"no model '{name}' in the catalogue{close}; mim-refiner models lists them")
     entry = CATALOGUE[name]
-    here = cached_path(entry) if entry.file_name else None
+    here = cached_path(entry) if entry.address else None
     return record(entry) | {"downloaded": str(here) if here is not None and here.is_file() else "no"}

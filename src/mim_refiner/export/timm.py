@@ -20,7 +20,7 @@ from mim_refiner.errors import InputError
 from mim_refiner.export.writing import Format, Pairs, every_block, write_export
 from mim_refiner.files import errors_as
 from mim_refiner.models.backbone import Backbone, norm_eps
-from mim_refiner.models.capi import CapiVisionTransformer
+from mim_refiner.models.kinds import CapiVisionTransformer
 from mim_refiner.models.vit import BASE_ARCHITECTURE, registered_name, standard_name, vit_arguments
 from mim_refiner.types import side_or_pair
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from inspect import signature
@@ -16,6 +17,7 @@ from mim_refiner.errors import InputError
 from mim_refiner.models.positions import RULES, Grid, check_image_size, resize_absolute, resize_relative
 from mim_refiner.models.recompute import checkpointed
 from mim_refiner.models.runners import (
+    Extras,
     PlainRunner,
     built_at,
     class_token_after,
@@ -23,7 +25,6 @@ from mim_refiner.models.runners import (
     rebuilt,
     resized_state,
     runner_for,
-    unwarned,
 )
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, create_vit, in_channels
 from mim_refiner.types import BackboneInfo, BlockOutput, Checkpointing, Pooling
@@ -145,8 +146,7 @@ class Backbone(nn.Module):
 
     def grid(self, images: Tensor) -> Grid:
         """Rows and columns of patches of ``images`` [B, C, H, W]."""
-        rows, columns = (side // patch for side, patch in zip(images.shape[-2:], self.info.patch_size, strict=True))
-        return rows, columns
+        return self.grid_of((images.shape[-2], images.shape[-1]))
 
     def embed(self, images: Tensor) -> Tensor:
         """Tokens [B, P+N, D] that enter block 0, prefix tokens first, for ``images`` [B, C, H, W].
@@ -178,13 +178,13 @@ class Backbone(nn.Module):
         """
         if self.runner is None:
             return self._run_intermediates(tokens, start, stop, wanted)
-        context = None
+        extras: Extras = [()] * stop
         if not self.is_plain_vit:
             grid = grid or self._square_grid(tokens)
-            context = self.runner.context(self.model, grid, self.info.position_rule, tokens.device)
+            extras = self.runner.extras(self.model, grid, self.info.position_rule, tokens.device)
         outputs: dict[int, Tensor] = {}
         for index in range(start, stop):
-            block, arguments = self.model.blocks[index], self.runner.arguments(context, index)
+            block, arguments = self.model.blocks[index], extras[index]
             alone = class_token_after(block, tokens, arguments) if class_token_last and index == stop - 1 else None
             if alone is not None:
                 tokens = alone
@@ -245,7 +245,7 @@ class Backbone(nn.Module):
             self.info = replace(self.info, image_size=image_size)
             return
         resized = self._resized_tables(self.grid_of(image_size))
-        with unwarned():
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of torch's future, by relative tables
             self.model.set_input_size(img_size=image_size)
         parameters = dict(self.model.named_parameters())
         for name, table in resized.items():  # in place of timm's own resizing

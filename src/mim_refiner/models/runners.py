@@ -12,30 +12,32 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat, resample_abs_pos_embed
 from timm.models.beit import Attention as BeitAttention
-from timm.models.beit import Beit
+from timm.models.beit import Beit, gen_relative_position_index
 from timm.models.beit import Block as BeitBlock
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from mim_refiner.errors import InputError
-from mim_refiner.models.beit import GridAttention, OwnTable, enable_any_grid, relative_bias, shared_bias
-from mim_refiner.models.capi import CapiVisionTransformer, token_positions
-from mim_refiner.models.kinds import PostNormBlock, PostNormVisionTransformer, VariantVisionTransformer
-from mim_refiner.models.positions import Grid, resize_absolute
+from mim_refiner.models.kinds import (
+    CapiVisionTransformer,
+    PostNormBlock,
+    PostNormVisionTransformer,
+    VariantVisionTransformer,
+    token_positions,
+)
+from mim_refiner.models.positions import Grid, made_once, resize_absolute, resize_relative
 from mim_refiner.models.vit import architecture_name, registered_name
 
-_PRE_NORM, _POST_NORM = (Block, BeitBlock, EvaBlock), (PostNormBlock,)
-_ATTENTIONS = (Attention, BeitAttention, GridAttention, EvaAttention)
+Extras = Sequence[tuple[Any, ...]]  # what each block takes after the tokens
 
 
 class PlainRunner:
@@ -71,30 +73,26 @@ class PlainRunner:
             tokens = model.patch_drop(tokens)
         return model.norm_pre(tokens)
 
-    def context(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Any:
-        """What all blocks need beside the tokens; built once a call."""
-        return None
-
-    def arguments(self, context: Any, index: int) -> tuple[Any, ...]:
-        """Arguments of block ``index`` after the tokens."""
-        return ()
+    def extras(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Extras:
+        """Arguments of every block after the tokens; built once a call."""
+        return [()] * len(model.blocks)
 
 
 class RotaryRunner(PlainRunner):
     """CAPI: positions instead of a table."""
 
-    def context(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Tensor:
-        return token_positions(grid, model.num_reg_tokens, device)
-
-    def arguments(self, context: Any, index: int) -> tuple[Any, ...]:
-        return (context,)
+    def extras(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Extras:
+        return [(token_positions(grid, model.num_reg_tokens, device),)] * len(model.blocks)
 
 
 class BeitRunner(PlainRunner):
     """timm's Beit: a bias of relative positions, shared or in every block, beside or instead of the table."""
 
     def prepare(self, model: Any) -> None:
-        enable_any_grid(model)
+        model.patch_embed.strict_img_size = False
+        for block in model.blocks:
+            if type(block.attn) is BeitAttention:
+                block.attn.__class__ = GridAttention
 
     def embed(self, model: Any, images: Tensor, rule: str) -> Tensor:
         tokens = model.patch_embed(images)
@@ -103,14 +101,15 @@ class BeitRunner(PlainRunner):
             native = tuple(model.patch_embed.grid_size)
             grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
             tokens = tokens + resize_absolute(model.pos_embed, native, grid, num_prefix=1, rule=rule)
-        tokens = model.pos_drop(tokens)
-        return tokens
+        return model.pos_drop(tokens)
 
-    def context(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Any:
-        return shared_bias(model, grid, rule)
-
-    def arguments(self, context: Any, index: int) -> tuple[Any, ...]:
-        return (context,)
+    def extras(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Extras:
+        bias: Tensor | OwnTable | None = None
+        if (shared := model.rel_pos_bias) is not None:
+            bias = relative_bias(shared.relative_position_bias_table, tuple(shared.window_size), grid, rule)
+        elif model.blocks[0].attn.relative_position_bias_table is not None:
+            bias = OwnTable(grid, rule)
+        return [(bias,)] * len(model.blocks)
 
 
 class EvaRunner(PlainRunner):
@@ -121,25 +120,64 @@ class EvaRunner(PlainRunner):
         if getattr(model.rope, "_use_cached_embed", False) and hasattr(model.rope, "bands"):
             model.rope._use_cached_embed = False  # computed for the grid asked for, not kept for one
 
-    def context(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Any:
-        rope = model.rope
-        if rope is None:
-            return None
-        if model.rope_mixed:  # learned
+    def extras(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Extras:
+        rope, shape, known = model.rope, list(grid), None
+        if rope is not None and model.rope_mixed:  # learned, an embedding for each block
             if hasattr(rope, "update_feat_shape"):
-                rope.update_feat_shape(list(grid))  # of kinds that keep the embedding of one grid
-            return list(rope.get_embed(shape=list(grid)))
-        if rope.training and getattr(rope, "aug_active", False):
-            return rope.get_embed(shape=list(grid))
-        frequencies = next(rope.buffers())
-        known, key = rope.__dict__.setdefault("_known", {}), (grid, frequencies.device, frequencies.dtype)
-        if key not in known:  # timm makes it on the host, which would wait for the copy at every step
-            with torch.inference_mode(False):
-                known[key] = rope.get_embed(shape=list(grid))
-        return known[key]
+                rope.update_feat_shape(shape)  # of kinds that keep the embedding of one grid
+            return [(embedding,) for embedding in rope.get_embed(shape=shape)]
+        if rope is not None and rope.training and getattr(rope, "aug_active", False):
+            known = rope.get_embed(shape=shape)
+        elif rope is not None:
+            frequencies = next(rope.buffers())
+            kept, key = rope.__dict__.setdefault("_known", {}), (grid, frequencies.device, frequencies.dtype)
+            if key not in kept:  # timm makes it on the host, which would wait for the copy at every step
+                with torch.inference_mode(False):
+                    kept[key] = rope.get_embed(shape=shape)
+            known = kept[key]
+        return [(known,)] * len(model.blocks)
 
-    def arguments(self, context: Any, index: int) -> tuple[Any, ...]:
-        return (context[index] if isinstance(context, list) else context,)
+
+# --- timm's Beit at any image size: the attention takes its table of relative positions for the grid it is given
+
+
+class OwnTable(NamedTuple):
+    """Stands for the shared bias in a call of a block whose attention has a table of its own."""
+
+    grid: Grid
+    rule: str
+
+
+class GridAttention(BeitAttention):  # type: ignore[misc]
+    """timm's attention; with :class:`OwnTable` in place of the shared bias it uses its own table for that grid."""
+
+    _wanted: OwnTable | None = None
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | OwnTable | None = None) -> Tensor:
+        # Set anew in every call, so that a recomputed block sees the grid of its own images.
+        self._wanted = shared_rel_pos_bias if isinstance(shared_rel_pos_bias, OwnTable) else None
+        return super().forward(x, shared_rel_pos_bias=None if self._wanted else shared_rel_pos_bias)
+
+    def _get_rel_pos_bias(self) -> Tensor:
+        if self._wanted is None:
+            return super()._get_rel_pos_bias()
+        return relative_bias(self.relative_position_bias_table, tuple(self.window_size), *self._wanted)
+
+
+def relative_bias(table: Tensor, native: Grid, grid: Grid, rule: str) -> Tensor:
+    """Bias of the attention [1, K, 1+N, 1+N] for ``grid`` from the table of grid ``native``."""
+    index = _index(table, grid)
+    bias = resize_relative(table, native, grid, rule=rule)[index.flatten()]
+    return bias.view(*index.shape, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
+
+
+@made_once
+def _index(grid: Grid) -> Tensor:
+    index: Tensor = gen_relative_position_index(grid)
+    return index
+
+
+# --- other image sizes of models that do not run block by block
 
 
 def free_image_size(model: Any) -> None:
@@ -173,14 +211,6 @@ def built_at(model: Any, image_size: tuple[int, int]) -> Any:
         ) from error
 
 
-@contextmanager
-def unwarned() -> Iterator[None]:
-    """timm's resizing of relative tables warns of torch's future, which nobody here can change."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
 def resized_state(model: Any, new: Any) -> dict[str, Tensor]:
     """State dict of ``model`` for ``new``, which is built at another size; on the device of ``new``.
 
@@ -190,7 +220,7 @@ def resized_state(model: Any, new: Any) -> dict[str, Tensor]:
     wanted = new.state_dict()
     state = {name: tensor.to(next(iter(wanted.values())).device) for name, tensor in model.state_dict().items()}
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    with unwarned():
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of torch's future, by relative tables
         state = dict(convert(state, new) if convert else state)
     for key, value in wanted.items():
         if key.rpartition(".")[2] == "pos_embed" and state[key].ndim == 3 and state[key].shape != value.shape:
@@ -235,6 +265,9 @@ def runner_for(model: Any) -> PlainRunner | None:
 
 # --- a block for the class token alone
 
+_PRE_NORM, _POST_NORM = (Block, BeitBlock, EvaBlock), (PostNormBlock,)
+_ATTENTIONS = (Attention, BeitAttention, GridAttention, EvaAttention)
+
 
 def class_token_after(block: Any, tokens: Tensor, arguments: tuple[Any, ...] = ()) -> Tensor | None:
     """Class token [B, 1, D] after ``block`` on ``tokens`` [B, L, D], class token first; None for other kinds of block.
@@ -266,7 +299,9 @@ def _attended(attention: Any, x: Tensor, extra: Any = None) -> Tensor:
     """The attention's output [B, 1, D] for its first token; ``extra``: Beit's bias, or Eva's rotations."""
     heads = attention.num_heads
     query, key, value = attention.qkv.weight.unflatten(0, (3, heads, -1)).unbind(0)  # [K, d, D]
-    query_bias, key_bias, value_bias = _biases(attention)
+    query_bias, key_bias, value_bias = (getattr(attention, f"{name}_bias", None) for name in "qkv")
+    if isinstance(attention, Attention) and attention.qkv.bias is not None:
+        query_bias, key_bias, value_bias = attention.qkv.bias.chunk(3)
     q = F.linear(x[:, 0], query.flatten(0, 1), query_bias).unflatten(1, (heads, -1))  # [B, K, d]
     rotations = extra if isinstance(attention, EvaAttention) else None
     normed = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
@@ -276,7 +311,9 @@ def _attended(attention: Any, x: Tensor, extra: Any = None) -> Tensor:
     else:
         logits = _logits_of_keys(attention, q, F.linear(x, key.flatten(0, 1), key_bias), rotations)
     logits = logits * attention.scale
-    bias = None if rotations is not None else _relative_bias(attention, extra)
+    if isinstance(extra, OwnTable):
+        extra = relative_bias(attention.relative_position_bias_table, tuple(attention.window_size), *extra)
+    bias = extra if isinstance(attention, BeitAttention) else None
     weights = (logits if bias is None else logits + bias[:, :, 0]).softmax(-1)  # [B, K, L]
     weights = attention.attn_drop(weights.unsqueeze(2)).squeeze(2)
     mixed = torch.bmm(weights.to(x.dtype), x)  # [B, K, D]
@@ -295,18 +332,3 @@ def _logits_of_keys(attention: Any, q: Tensor, keys: Tensor, rotations: Tensor |
         turned = apply_rot_embed_cat(keys[:, :, prefix:], rotations, half=getattr(attention, "rotate_half", False))
         keys = torch.cat([keys[:, :, :prefix], turned], dim=2).type_as(q)
     return torch.matmul(attention.q_norm(q).unsqueeze(2), keys.mT).squeeze(2)
-
-
-def _biases(attention: Any) -> Sequence[Tensor | None]:
-    if isinstance(attention, Attention):
-        return (None,) * 3 if attention.qkv.bias is None else attention.qkv.bias.chunk(3)
-    return attention.q_bias, attention.k_bias, attention.v_bias
-
-
-def _relative_bias(attention: Any, extra: Tensor | OwnTable | None) -> Tensor | None:
-    """Beit's bias [1, K, L, L]; None where there is none."""
-    if not isinstance(attention, BeitAttention):
-        return None
-    if isinstance(extra, OwnTable):
-        return relative_bias(attention.relative_position_bias_table, tuple(attention.window_size), *extra)
-    return extra

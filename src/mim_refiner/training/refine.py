@@ -28,12 +28,11 @@ from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.data.photometric import BatchPhotometric, augment
 from mim_refiner.data.views import ViewSpec, multi_crop_views
 from mim_refiner.errors import InputError
-from mim_refiner.models.anchor import DenseAnchor
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadConfig, Objective
 from mim_refiner.models.lora import add_lora
 from mim_refiner.models.positions import check_image_size
-from mim_refiner.models.refiner import Refiner, RefinerOutput
+from mim_refiner.models.refiner import DenseAnchor, Refiner, RefinerOutput
 from mim_refiner.training.anchor import anchor_backward, carries_anchor
 from mim_refiner.training.cached import cached_forward_backward, refuse_batch_dependent
 from mim_refiner.training.graphed import Graphed, uses_graph

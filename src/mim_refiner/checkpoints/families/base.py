@@ -48,7 +48,7 @@ class Wishes:
     told_size: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class View:
     """One group of tensors in a file that may be an encoder, under names without wrappers and common prefix."""
 
@@ -135,9 +135,9 @@ def account(view: View, mapped: Mapped, reasons: Mapping[str, str]) -> dict[str,
 
     ``reasons``: start of a short name -> why it is left out. What lies outside the encoder is left out in any case.
     """
-    rest = {view.names[short]: _reason(short, reasons) for short in mapped.rest}
+    rest = {view.names[short]: reason_to_drop(short, reasons) for short in mapped.rest}
     outside = dict.fromkeys(view.outside.values(), f"outside the encoder, whose names start with '{view.prefix}'")
-    outside |= {name: reason for short, name in view.beside.items() if (reason := _reason(short, reasons))}
+    outside |= {name: reason for short, name in view.beside.items() if (reason := reason_to_drop(short, reasons))}
     return {
         "tensors": mapped.tensors,
         "origin": {view.names[short]: target for short, target in mapped.origin.items()},
@@ -146,11 +146,7 @@ def account(view: View, mapped: Mapped, reasons: Mapping[str, str]) -> dict[str,
     }
 
 
-def _reason(name: str, reasons: Mapping[str, str]) -> str | None:
+def reason_to_drop(name: str, reasons: Mapping[str, str]) -> str | None:
+    """Why a tensor is left out, by the start of its name; also what older versions saved and is computed today."""
     told = next((reason for start, reason in reasons.items() if name.startswith(start)), None)
     return told or next((reason for end, reason in _BUFFERS.items() if name.endswith(end)), None)
-
-
-def is_buffer(name: str) -> bool:
-    """Whether older versions saved under this name what is computed today."""
-    return name.endswith(tuple(_BUFFERS))

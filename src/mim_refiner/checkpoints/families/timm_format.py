@@ -17,7 +17,7 @@ from mim_refiner.checkpoints.families.base import (
     View,
     Wishes,
     account,
-    is_buffer,
+    reason_to_drop,
 )
 from mim_refiner.checkpoints.families.keymap import Mapped
 from mim_refiner.checkpoints.families.plain_vit import has_plain_vit, make_family
@@ -64,10 +64,7 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
     reasons = {f"{head}.": "classifier" for head in heads}
     reasons |= {f"{name}.": "only there for timm, not part of the encoder" for name in without}
     reasons |= {name: DROPPED[name] for name in ("mask_token", "masked_embed", "decoder", "lm_head.")}
-    starts = tuple(reasons)
-    tensors = {
-        name: tensor for name, tensor in view.tensors.items() if not name.startswith(starts) and not is_buffer(name)
-    }
+    tensors = {name: tensor for name, tensor in view.tensors.items() if not reason_to_drop(name, reasons)}
     rest = tuple(name for name in view.tensors if name not in tensors)
     mapped = Mapped(tensors, {name: name for name in tensors}, rest)
     return Converted(
