@@ -7,10 +7,10 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,12 +74,12 @@ def load_backbone(
     if isinstance(source, nn.Module):
         return _held(source, _pair(image_size))
     found = _examine(source, key_map, image_size=image_size, num_heads=num_heads, in_chans=in_chans, encoder=encoder)
-    bare, converted, expected = found.source, found.converted, found.backbone.model.state_dict()
+    bare, converted, expected = found.report.source, found.converted, found.sketch.state_dict()
     is_gap = isinstance(found.problem, _GapError)
     if found.problem is not None and (strict or not is_gap):
         raise found.problem
     if is_gap:
-        consequence = "the missing ones stay RANDOM" if found.missing else "they are ignored"
+        consequence = "the missing ones stay RANDOM" if found.report.missing else "they are ignored"
         gap = str(found.problem).partition(";")[0]
         warnings.warn(f"{gap}; {consequence}", PartialCheckpointWarning, stacklevel=2)
         if (wrong := _wrong_numbers(converted.tensors, expected, bare)) is not None:
@@ -88,13 +88,13 @@ def load_backbone(
     if wanted > 8 * given + 2**27:  # config and options take no memory that nothing fills
         raise CheckpointError(f"{bare}: its config is of a far larger encoder; take both from one source")
     with torch.random.fork_rng(devices=[]):  # timm draws initial weights
-        model = build(converted, found.detected.view.where)
+        model = build(converted, bare)
     tensors = {name: tensor for name, tensor in converted.tensors.items() if name in expected}
     model.load_state_dict(tensors, strict=False)
-    backbone = _wrap(converted, model, bare, found.missing)
-    if found.image_size is not None:
-        backbone.set_image_size(found.image_size)
-    for note in found.notes:
+    backbone = _wrap(converted, model, bare, found.report.missing)
+    if found.report.image_size != backbone.info.image_size:
+        backbone.set_image_size(found.report.image_size)
+    for note in found.report.notes:
         if note.startswith(GUESS) and os.environ.get("RANK", "0") == "0":
             _LOGGER.warning("note: %s: %s", bare, note)
     return backbone.eval()
@@ -128,42 +128,31 @@ def inspect_checkpoint(
     unknown) is reported: ``problem`` is the line that loading ends with. Raises CheckpointError if it cannot be read
     safely or is of no known family, InputError for an unusable option.
     """
-    found = _examine(source, key_map, image_size=image_size, num_heads=num_heads, in_chans=in_chans, encoder=encoder)
-    facts = vars(found.backbone.info)
-    if found.converted.num_heads == 0:  # nobody tells
-        facts = facts | {"num_heads": 0, "architecture": facts["architecture"].replace("heads=1,", "heads=?,")}
-    return CheckpointReport(
-        **facts | {"image_size": found.image_size or facts["image_size"]},
-        tensors=tuple(found.records),
-        missing=tuple(found.missing),
-        notes=tuple(found.notes),
-        problem="" if found.problem is None else str(found.problem),
-        encoder=found.detected.view.label,
-        encoders=found.detected.encoders,
-    )
+    options = {"image_size": image_size, "num_heads": num_heads, "in_chans": in_chans, "encoder": encoder}
+    return _examine(source, key_map, **options).report
 
 
-@dataclass(frozen=True)
-class _Examined:
+class _Examined(NamedTuple):
     """A source as far as it can be judged without building weights; ``problem``: the error that loading ends with."""
 
-    source: str  # without options
-    image_size: tuple[int, int] | None  # asked for
-    detected: Detected
+    report: CheckpointReport
     converted: Converted
-    backbone: Backbone  # without memory for its weights
-    records: list[TensorRecord]
-    missing: list[str]
-    notes: list[str]
+    sketch: Any  # the model, without memory for its weights
     problem: MimRefinerError | None
 
 
 def _examine(given: str | Path, key_map: KeyMapLike, **options: Any) -> _Examined:
-    source, wishes, key_map = _merge(given, options, key_map)
+    source, asked = split_options(given)  # arguments win over what stands in the source
+    in_source = asked.pop("key_map", None)
+    key_map = in_source if key_map is None else key_map
+    asked |= {name: value for name, value in options.items() if value is not None}
+    size = asked["image_size"] = _pair(asked.get("image_size"))
+    if size is not None and (min(size) < 1 or size[0] * size[1] > MAX_PIXELS):
+        raise InputError(f"image_size {size[0]}x{size[1]} is no image size that an encoder takes; correct it")
     with reading(one_line(source, 300), "check it, or take the file from its source again", CheckpointError):
         contents = read_source(source)
     own = None if key_map is None else own_family(key_map)
-    wishes = told(wishes, contents)
+    wishes = told(Wishes(**asked), contents)
     remedy = "take the files from their source again"
     # Shapes and config entries of a damaged file can fail anywhere; all mean the same to the user.
     with errors_as(CheckpointError, f"{contents.source}: its tensors or its config.json are of no encoder", remedy):
@@ -183,27 +172,27 @@ def _examine(given: str | Path, key_map: KeyMapLike, **options: Any) -> _Examine
         problem = InputError(f"{source}: {heads_question(converted.arguments)}")
     elif missing or unplaced:
         problem = _gap(source, len(expected), missing, unplaced)
-    elif (problem := _wrong_numbers(converted.tensors, expected, source)) is None and wishes.image_size is not None:
+    elif (problem := _wrong_numbers(converted.tensors, expected, source)) is None and size is not None:
         try:
-            backbone.check_new_size(wishes.image_size)
+            backbone.check_new_size(size)
         except InputError as error:
             problem = error
-    notes = _notes(detected, converted, backbone, unplaced)
-    return _Examined(source, wishes.image_size, detected, converted, backbone, records, missing, notes, problem)
+    facts = vars(backbone.info) | {"image_size": size or backbone.info.image_size}
+    if converted.num_heads == 0:  # nobody tells
+        facts |= {"num_heads": 0, "architecture": facts["architecture"].replace("heads=1,", "heads=?,")}
+    report = CheckpointReport(
+        **facts,
+        tensors=tuple(records),
+        missing=tuple(missing),
+        notes=tuple(_notes(detected, converted, backbone, unplaced)),
+        problem="" if problem is None else str(problem),
+        encoder=detected.view.label,
+        encoders=detected.encoders,
+    )
+    return _Examined(report, converted, sketch, problem)
 
 
-def _merge(source: str | Path, given: Mapping[str, Any], key_map: KeyMapLike) -> tuple[str, Wishes, KeyMapLike]:
-    """(source, wishes, key map) with the options that stand in the source; arguments win over them."""
-    bare, options = split_options(source)
-    in_source = options.pop("key_map", None)
-    options |= {name: value for name, value in given.items() if value is not None}
-    size = options["image_size"] = _pair(options.get("image_size"))
-    if size is not None and (min(size) < 1 or size[0] * size[1] > MAX_PIXELS):
-        raise InputError(f"image_size {size[0]}x{size[1]} is no image size that an encoder takes; correct it")
-    return bare, Wishes(**options), in_source if key_map is None else key_map
-
-
-def _wrap(converted: Converted, model: Any, source: str, missing: list[str]) -> Backbone:
+def _wrap(converted: Converted, model: Any, source: str, missing: Sequence[str]) -> Backbone:
     family, total = converted.family or "", len(model.state_dict())
     return Backbone.wrap(
         model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mim_refiner.checkpoints.families import beit, distilled, hf, mae, mmpretrain, renamed, swin, timm_format
+from mim_refiner.checkpoints.families import beit, hf, mae, mmpretrain, renamed, swin, timm_format
 from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes
 
 # Asked in this order: the most specific first, timm's own names last.
@@ -11,7 +11,7 @@ FAMILIES: tuple[Family, ...] = (
     mmpretrain.BEIT, mmpretrain.VIT, swin.MM_FAMILY, swin.FAMILY, renamed.PRITHVI, mae.MAE_PYTORCH,
     renamed.VITPOSE, renamed.HF_VITPOSE, hf.DATA2VEC, hf.BEIT, hf.DINOV2, hf.IJEPA, hf.VITMAE,
     beit.SIMMIM, beit.CAE, beit.EVA01, beit.BEIT2, beit.BEIT,
-    distilled.IJEPA, distilled.DINOV2, mae.BIRD_MAE, mae.MAE_CT, distilled.IBOT,
+    mae.IJEPA, mae.DINOV2, mae.BIRD_MAE, mae.MAE_CT, mae.IBOT,
     mae.CROSSMAE, mae.DBOT, mae.SCALE_MAE, mae.TINYMIM, mae.MAE, timm_format.FAMILY,
 )  # fmt: skip
 

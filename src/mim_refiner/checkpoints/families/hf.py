@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes
 from mim_refiner.checkpoints.families.beit import HALF, infer_beit
-from mim_refiner.checkpoints.families.distilled import free_registers
 from mim_refiner.checkpoints.families.keymap import KeyMap, Template
+from mim_refiner.checkpoints.families.mae import free_registers
 from mim_refiner.checkpoints.families.plain_vit import make_family
 from mim_refiner.errors import CheckpointError
 

@@ -38,14 +38,14 @@ class KeyMap:
 
     def __init__(self, rules: Sequence[tuple[Template, str]] = (), same: Callable[[str], bool] | None = None) -> None:
         self._same = same or (lambda name: False)
-        self._rules = [((source,) if isinstance(source, str) else source, target) for source, target in rules]
+        joined = [((source,) if isinstance(source, str) else source, target) for source, target in rules]
         self._forward = [
             (_pattern(template), target, part, sources)
-            for sources, target in self._rules
+            for sources, target in joined
             for part, template in enumerate(sources)
             if template != ZEROS
         ]
-        self._backward = [(_pattern(target), sources) for sources, target in self._rules]
+        self._backward = [(_pattern(target), sources) for sources, target in joined]
 
     def knows(self, name: str) -> bool:
         """Whether the source format has a tensor of this name in the encoder."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,8 +16,8 @@ from timm.models import is_model_in_modules
 from torch import Tensor
 
 from mim_refiner.checkpoints.families.base import PROJECTION, Family, Wishes
-from mim_refiner.checkpoints.families.distilled import free_registers
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
+from mim_refiner.checkpoints.families.mae import free_registers
 from mim_refiner.checkpoints.families.plain_vit import Structure, infer_structure, is_square, make_family
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean, one_line
 from mim_refiner.files import read_yaml
@@ -24,6 +25,7 @@ from mim_refiner.models.mae import sincos_position_table
 from mim_refiner.models.positions import sinusoid_table
 from mim_refiner.reporting import number_of
 from mim_refiner.settings import said
+from mim_refiner.types import height_width
 
 _SIZED_BY_TENSORS = ("vit_postnorm", "vit_variant")  # beside timm's plain ViTs
 
@@ -96,16 +98,13 @@ def own_family(given: Mapping[str, Any] | str | Path) -> Family:
         raise InputError(f"key map: {PROJECTION} cannot be joined of several tensors; name one")
     anchor = anchor.replace("{p}", "weight")
 
-    def infer(tensors: dict[str, Tensor], wishes: Wishes, where: str) -> Structure:
-        return _infer(tensors, wishes, where, key_map)
-
     computed = key_map.positions if key_map.positions != "table" else "timm"
     family = make_family(
         key_map.family,
         lambda view: True,  # for the caller says so; what does not fit shows in the coverage
         anchor=anchor,
         to_timm=keys.to_timm,
-        infer=infer,
+        infer=partial(_infer, key_map=key_map),
         dropped=key_map.drop,
         mean=key_map.mean,
         std=key_map.std,
@@ -140,7 +139,7 @@ def _infer(tensors: dict[str, Tensor], wishes: Wishes, where: str, key_map: OwnK
         raise CheckpointError(
             f"{where}: the key map leads no tensor to {PROJECTION}; name the first convolution in its keys"
         )
-    size = _size(arguments.get("img_size")) or wishes.told_size
+    size = height_width(arguments["img_size"]) if "img_size" in arguments else wishes.told_size
     _complete_table(tensors, key_map.positions, size or wishes.image_size, where)
     vit = infer_structure(tensors, wishes, where, known_heads=heads, known_size=size)
     architecture = vit.architecture if architecture == "vit" else architecture
@@ -179,7 +178,3 @@ def _complete_table(tensors: dict[str, Tensor], positions: str, size: tuple[int,
         lengths = {table.shape[1] - rest for rest in (0, 1 + tensors["reg_token"].shape[1])}
         if not any(map(is_square, lengths)):
             free_registers(tensors)
-
-
-def _size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    return (size, size) if isinstance(size, int) else size
