@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mim_refiner.checkpoints import load_backbone
+from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.checkpoints.options import with_options
 from mim_refiner.cli.app import main
 from mim_refiner.errors import MimRefinerError

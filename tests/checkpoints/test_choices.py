@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mim_refiner.checkpoints import load_backbone
+from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.backbone import create_vit
 

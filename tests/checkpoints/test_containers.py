@@ -20,7 +20,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mim_refiner.checkpoints import inspect_checkpoint, load_backbone, resolve
+from mim_refiner.checkpoints import resolve
+from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.backbone import Backbone
 

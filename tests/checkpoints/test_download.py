@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from mim_refiner.checkpoints import catalog, load_backbone, resolve
+from mim_refiner.checkpoints import catalog, resolve
 from mim_refiner.checkpoints.catalog import CATALOGUE, Entry, cached_path, family_licence, fetch
+from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.errors import CheckpointError
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
 from mim_refiner.checkpoints.families import beit, hf, plain_vit, renamed
+from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.backbone import Backbone, create_vit
 

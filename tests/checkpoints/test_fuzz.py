@@ -27,7 +27,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
+from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
 from mim_refiner.errors import MimRefinerError
 
 State = dict[str, Tensor]

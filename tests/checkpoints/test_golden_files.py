@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
+from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
 from mim_refiner.errors import InputError
 from mim_refiner.types import CheckpointReport
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mim_refiner.checkpoints import load_backbone
+from mim_refiner.checkpoints.load import load_backbone
 
 GOLDEN: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "golden/public_layouts.json").read_text())
 

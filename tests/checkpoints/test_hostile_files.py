@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
+from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
 from mim_refiner.errors import MimRefinerError
 
 Case = tuple[str, Path]  # what it is; what to load

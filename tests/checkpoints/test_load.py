@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mim_refiner.checkpoints import PartialCheckpointWarning, inspect_checkpoint, load_backbone, resolve
+from mim_refiner.checkpoints import resolve
+from mim_refiner.checkpoints.load import PartialCheckpointWarning, inspect_checkpoint, load_backbone
 from mim_refiner.errors import CheckpointError, InputError
-from mim_refiner.export import export_timm
+from mim_refiner.export.timm import export_timm
 from mim_refiner.models.backbone import create_vit
 
 State = dict[str, Tensor]

@@ -24,7 +24,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mim_refiner.checkpoints import load_backbone, pickles
+from mim_refiner.checkpoints import pickles
+from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.checkpoints.pickles import BrokenPickleError, UnsafePickleError, read_pickle
 from mim_refiner.checkpoints.store import read_checkpoint
 from mim_refiner.errors import CheckpointError

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor
 
-from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
+from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import sinusoid_table

@@ -13,12 +13,11 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor
 
-from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
+from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
 from mim_refiner.errors import InputError
 from mim_refiner.export.huggingface import HUGGING_FACE
-from mim_refiner.export.parity import CheckImages
 from mim_refiner.export.timm import export_timm
-from mim_refiner.export.writing import write_export
+from mim_refiner.export.writing import CheckImages, write_export
 
 _BLOCKS = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 _STAGES = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "img_size": 32}

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mim_refiner.checkpoints import load_backbone
+from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.checkpoints.store import read_checkpoint
 from mim_refiner.errors import CheckpointError
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
+from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
 from mim_refiner.errors import CheckpointError, InputError
 
 State = dict[str, Tensor]

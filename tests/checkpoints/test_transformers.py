@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mim_refiner.checkpoints import inspect_checkpoint, load_backbone
 from mim_refiner.checkpoints.families import hf
+from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
 
 transformers = pytest.importorskip("transformers")
 SHARED, OWN = {"use_shared_relative_position_bias": True}, {"use_relative_position_bias": True}

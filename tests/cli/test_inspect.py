@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mim_refiner.checkpoints import load_backbone
+from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.cli.app import main
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.backbone import create_vit

@@ -24,7 +24,7 @@ from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError, InputError, RunFolderError
 from mim_refiner.evaluation import embedding
 from mim_refiner.evaluation.features import extract_features
-from mim_refiner.export import export_timm
+from mim_refiner.export.timm import export_timm
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.reporting import Reporter
 

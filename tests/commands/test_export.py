@@ -12,7 +12,7 @@ import torch
 from mim_refiner import export, load_backbone
 from mim_refiner.cli.app import main
 from mim_refiner.errors import InputError
-from mim_refiner.export import export_timm
+from mim_refiner.export.timm import export_timm
 from mim_refiner.models.backbone import Backbone, create_vit
 
 CARD = {

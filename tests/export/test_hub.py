@@ -15,7 +15,8 @@ import huggingface_hub
 import pytest
 
 from mim_refiner.errors import InputError
-from mim_refiner.export import export_timm, push_to_hub
+from mim_refiner.export.hub import push_to_hub
+from mim_refiner.export.timm import export_timm
 from mim_refiner.models.backbone import Backbone, create_vit
 
 TOKEN = "hf_of_the_test"

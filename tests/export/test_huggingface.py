@@ -11,10 +11,10 @@ import pytest
 import timm
 import torch
 
-from mim_refiner.checkpoints import load_backbone
+from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.errors import InputError
-from mim_refiner.export import write_export
 from mim_refiner.export.huggingface import HUGGING_FACE, architecture
+from mim_refiner.export.writing import write_export
 from mim_refiner.models.backbone import Backbone, create_vit
 
 transformers = pytest.importorskip("transformers")

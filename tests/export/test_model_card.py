@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mim_refiner.export import export_timm
+from mim_refiner.export.timm import export_timm
 from mim_refiner.models.backbone import Backbone, create_vit
 
 CARD = {

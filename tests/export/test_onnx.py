@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mim_refiner.errors import InputError
-from mim_refiner.export import write_export
 from mim_refiner.export.onnx import ONNX
+from mim_refiner.export.writing import write_export
 from mim_refiner.models.backbone import Backbone, create_vit
 
 onnx = pytest.importorskip("onnx")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mim_refiner.checkpoints import load_backbone
+from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.errors import InputError
-from mim_refiner.export import write_export
 from mim_refiner.export.refiner import REFINER
+from mim_refiner.export.writing import write_export
 from mim_refiner.models.backbone import Backbone, create_vit
 
 HEADS = {"prenorm_d64": 4, "postnorm_d64": 4}

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mim_refiner.checkpoints import load_backbone
+from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.errors import InputError
-from mim_refiner.export import write_export
 from mim_refiner.export.huggingface import HUGGING_FACE, architecture
 from mim_refiner.export.refiner import REFINER
 from mim_refiner.export.timm import TIMM
-from mim_refiner.export.writing import Format
+from mim_refiner.export.writing import Format, write_export
 from mim_refiner.models.backbone import Backbone
 
 # Source in golden/checkpoints or golden/hub -> formats that it is exported to, beside timm.

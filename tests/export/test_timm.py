@@ -12,9 +12,10 @@ import timm
 import torch
 
 from mim_refiner import refine
-from mim_refiner.checkpoints import load_backbone
+from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.errors import InputError
-from mim_refiner.export import CheckImages, export_timm
+from mim_refiner.export.timm import export_timm
+from mim_refiner.export.writing import CheckImages
 from mim_refiner.models.backbone import Backbone, create_vit
 
 VARIANTS: list[dict[str, Any]] = [

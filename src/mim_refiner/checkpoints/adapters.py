@@ -122,8 +122,8 @@ def _refuse_quantised(contents: Contents) -> None:
             if mark is None:
                 continue
             weights = {name: tensor for name, tensor in names.items() if name.endswith(".weight")}
-            floats = {name for name, t in weights.items() if t.is_floating_point() and t.element_size() > 1}
-            if floats != weights.keys() or not any(name.endswith("qkv.weight") for name in floats):
+            floats = all(t.is_floating_point() and t.element_size() > 1 for t in weights.values())
+            if not floats or not any(name.endswith("qkv.weight") for name in weights):
                 raise CheckpointError(
                     f"{contents.source}: holds {kind} ({mark}), which are not exact; load the model in the tool that "
                     "wrote it, dequantise it there and save it in float"

@@ -123,35 +123,28 @@ class Array(Stub):
     def build(self, state: Any) -> None:
         if isinstance(state, tuple) and len(state) == 5:
             _, shape, kind, fortran, data = state
-            self.tensor = _array(data, kind, shape, "F" if fortran else "C")
+            found = _array(data, kind, shape, "F" if fortran else "C")
+            self.tensor = found if isinstance(found, Tensor) else None
 
 
-def _array(data: Any, kind: Any, shape: Any, order: Any) -> Tensor | None:
+def _array(data: Any, kind: Any, shape: Any, order: Any) -> Tensor | Stub:
     dtype = kind.dtype if isinstance(kind, _Dtype) else None
     data = data.encode("latin1") if isinstance(data, str) else data
     if dtype is None or not isinstance(data, bytes) or not is_size(shape):
-        return None
+        return Stub("numpy.ndarray")
     if math.prod(shape) * dtype.itemsize != len(data):
         raise BrokenPickleError("an array has another size than its shape says")
     values = np.frombuffer(data, dtype).reshape(shape, order="F" if order == "F" else "C")
     try:
         return torch.from_numpy(np.array(values, dtype.newbyteorder("="), order="C"))
     except TypeError:  # a kind of number that torch has not
-        return None
-
-
-def _from_buffer(*given: Any) -> Tensor | Stub:
-    tensor = _array(*given)
-    return Stub("numpy.ndarray") if tensor is None else tensor
+        return Stub("numpy.ndarray")
 
 
 def _scalar(kind: Any, data: Any = b"") -> Any:
     """A NumPy scalar as a Python number; a stub for text, times and objects."""
-    dtype = kind.dtype if isinstance(kind, _Dtype) else None
-    data = data.encode("latin1") if isinstance(data, str) else data
-    if dtype is None or not isinstance(data, bytes) or len(data) != dtype.itemsize:
-        return Stub("numpy.scalar")
-    return np.frombuffer(data, dtype)[0].item()
+    value = _array(data, kind, (), "C")
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def numbers(content: memoryview, dtype: torch.dtype) -> Tensor:
@@ -239,7 +232,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
     **{f"numpy.{core}.multiarray.scalar": _scalar for core in _CORES},
     **{f"numpy.{core}.multiarray._reconstruct": lambda *_: Array("numpy.ndarray") for core in _CORES},
-    **{f"numpy.{core}.numeric._frombuffer": _from_buffer for core in _CORES},
+    **{f"numpy.{core}.numeric._frombuffer": _array for core in _CORES},
     **{name: lambda *_, name=name: Stub(name) for name in NO_DENSE},
     "copyreg._reconstructor": lambda kind, *_: Stub(kind.name), "copyreg.__newobj__": lambda kind, *_: Stub(kind.name),
 }  # fmt: skip

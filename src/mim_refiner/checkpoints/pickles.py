@@ -333,8 +333,16 @@ def _read_zip(file: IO[bytes], data: memoryview, where: str) -> Any:
             )
     found: dict[str, memoryview] = {}
     for member in members:
-        _check_member(where, member, found)
-        found[member.filename] = _content(data, member)
+        name, shown = member.filename, ascii(member.filename)[:80]
+        if name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
+            raise CheckpointError(f"{where}: member {shown} points out of the archive, so it was not read; {_DOWNLOAD}")
+        if name in found:
+            raise CheckpointError(f"{where}: holds {shown} twice, so it is not clear which one counts; {_DOWNLOAD}")
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            raise CheckpointError(f"{where}: member {shown} is compressed, as torch.save never does; {_SAVE_AGAIN}")
+        if member.flag_bits & 0x1:
+            raise CheckpointError(f"{where}: member {shown} is encrypted; {_SAVE_AGAIN}")
+        found[name] = _content(data, member)
     if sum(map(len, found.values())) > len(data):
         raise CheckpointError(f"{where}: claims to hold more than its {len(data)} bytes; {_DOWNLOAD}")
     pickles = [name for name in found if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -369,16 +377,3 @@ def _content(data: memoryview, member: zipfile.ZipInfo) -> memoryview:
     if len(content) != member.file_size:
         raise zipfile.BadZipFile("a member is cut off")
     return content
-
-
-def _check_member(where: str, member: zipfile.ZipInfo, seen: Mapping[str, object]) -> None:
-    name = member.filename
-    shown = ascii(name)[:80]
-    if name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
-        raise CheckpointError(f"{where}: member {shown} points out of the archive, so it was not read; {_DOWNLOAD}")
-    if name in seen:
-        raise CheckpointError(f"{where}: holds {shown} twice, so it is not clear which one counts; {_DOWNLOAD}")
-    if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
-        raise CheckpointError(f"{where}: member {shown} is compressed, as torch.save never does; {_SAVE_AGAIN}")
-    if member.flag_bits & 0x1:
-        raise CheckpointError(f"{where}: member {shown} is encrypted; {_SAVE_AGAIN}")

@@ -14,10 +14,9 @@ from mim_refiner.export.hub import check_repository
 from mim_refiner.export.hub import push_to_hub as upload
 from mim_refiner.export.huggingface import HUGGING_FACE
 from mim_refiner.export.onnx import ONNX, check_options
-from mim_refiner.export.parity import check_images
 from mim_refiner.export.refiner import REFINER
 from mim_refiner.export.timm import TIMM
-from mim_refiner.export.writing import check_target, source_facts, write_export
+from mim_refiner.export.writing import check_images, check_target, source_facts, write_export
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import Reporter, listener
 

@@ -198,13 +198,9 @@ def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, An
 
 
 def _load(folder: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of transformers about itself
-            from transformers import AutoModel
-    except ImportError as error:
-        lacks = f"--format hf needs transformers (missing: {error.name})"
-        raise InputError(f"{lacks}; install it: {install('hf')}") from error
+    needs = errors_as(InputError, "--format hf needs transformers", f"install it: {install('hf')}", ImportError)
+    with needs, warnings.catch_warnings(action="ignore"):  # of transformers about itself
+        from transformers import AutoModel
     problem = "export: transformers cannot load the exported model"
     with errors_as(InputError, problem, "choose --format timm"), _quiet():
         model, report = AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
@@ -223,8 +219,7 @@ def _quiet() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         transformers_logging.set_verbosity(level)

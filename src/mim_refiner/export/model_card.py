@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment
 
-from mim_refiner.export.parity import Parity
 from mim_refiner.files import dotted
 from mim_refiner.reporting import metric_title, number_of
 from mim_refiner.types import BackboneInfo
@@ -20,6 +20,26 @@ from mim_refiner.types import BackboneInfo
 # The front matter's library_name: who loads the folder.
 _LIBRARIES = {"timm": "timm", "hf": "transformers", "onnx": "onnx", "refiner": "mim-refiner"}
 _SHARES = {"knn_top1", "linear_top1", "cluster_accuracy", "nmi"}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest difference between the exported model and the encoder, over everything compared."""
+
+    max_abs_difference: float
+    largest_value: float  # largest absolute value compared
+    tolerance: float  # allowed difference, times the largest value of the tensor where that is above 1
+    images: int
+    source: str
+    compared: str
+
+    def sentence(self) -> str:
+        """One line for a model card."""
+        return (
+            f"largest difference to the encoder {self.max_abs_difference:.2g} (values up to {self.largest_value:.3g}, "
+            f"tolerance {self.tolerance:.0e} of the largest value) over {self.compared} of {self.images} images, "
+            f"{self.source}"
+        )
 
 
 def model_card(info: BackboneInfo, card: Mapping[str, Any], facts: Mapping[str, Any]) -> str:

@@ -91,17 +91,14 @@ def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str,
     onnx.save(graph, str(folder / _FILE))
     with torch.inference_mode():
         shape = list(module(example).shape)
+    images = "batch" if batch == "dynamic" else batch
     return {
         "file": _FILE,
         "opset": _OPSET,
-        "input": {"name": "images", "type": "float32", "shape": [_batch_name(batch), *example.shape[1:]]},
-        "output": {"name": "features", "type": "float32", "shape": [_batch_name(batch), *shape[1:]]},
+        "input": {"name": "images", "type": "float32", "shape": [images, *example.shape[1:]]},
+        "output": {"name": "features", "type": "float32", "shape": [images, *shape[1:]]},
         "num_prefix_tokens": info.num_prefix_tokens,
     }
-
-
-def _batch_name(batch: int | str) -> int | str:
-    return "batch" if batch == "dynamic" else batch
 
 
 def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, Any]) -> Pairs:
@@ -140,8 +137,7 @@ def _silence() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.disable(disabled)

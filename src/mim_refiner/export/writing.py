@@ -1,11 +1,15 @@
-"""What all export formats share: a folder that is complete or absent, the comparison, and the facts kept with it."""
+"""What all export formats share: a folder that is complete or absent, the facts kept with it, and a comparison.
+
+Does the exported model compute what the encoder computes? Measured on real images at every export.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +18,18 @@ from torch import Tensor
 
 from mim_refiner._version import __version__
 from mim_refiner.checkpoints.store import OWN_FACTS
-from mim_refiner.errors import InputError
-from mim_refiner.export.model_card import model_card
-from mim_refiner.export.parity import CheckImages, check_images, compare
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.loaders import eval_batches
+from mim_refiner.data.photometric import normalize
+from mim_refiner.data.sources import open_source
+from mim_refiner.errors import DataError, InputError
+from mim_refiner.export.model_card import Parity, model_card
 from mim_refiner.files import atomic_folder, errors_as, read_json
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.types import BackboneInfo, side_or_pair
 
+_CHECK_IMAGES = 4
+_DEMO_IMAGES = "CIFAR-10 test images embedded in mim-refiner"
 Pairs = Iterator[tuple[Tensor, Tensor]]
 
 
@@ -33,6 +43,14 @@ class Format:
     compared: str  # what the comparison covers
     write: Callable[[Backbone, Path, dict[str, Any]], dict[str, Any]]  # (encoder, folder, facts) -> config.json
     pairs: Callable[[Backbone, Path, Tensor, dict[str, Any]], Pairs]  # ... images -> (expected, exported) tensors
+
+
+@dataclass(frozen=True)
+class CheckImages:
+    """Images for the comparison, normalised [B, C, H, W], and where they come from, in words."""
+
+    pixels: Tensor
+    source: str
 
 
 def write_export(
@@ -150,3 +168,39 @@ def source_facts(source: str | Path) -> dict[str, Any]:
         own = config.get(OWN_FACTS) if isinstance(config, dict) else None
         return own if isinstance(own, dict) else {}
     return {}
+
+
+def check_images(info: BackboneInfo, images: ImageSet | None = None, source: str | None = None) -> CheckImages:
+    """The first images of ``images`` as the encoder wants them; those embedded in the package when None.
+
+    An encoder of other than three channels gets the colour channels in turn: real pixels, if not its own kind of data.
+    """
+    if images is None:
+        with as_file(files("mim_refiner") / "assets" / "cifar10_test.parquet") as path:
+            return check_images(info, ImageSet(open_source(f"{path}[:{_CHECK_IMAGES}]"), cache=False), _DEMO_IMAGES)
+    size = side_or_pair(info.image_size)
+    batch = next(eval_batches(images, size, _CHECK_IMAGES, indices=range(min(len(images), 64))), None)
+    if batch is None:
+        raise DataError(f"{images.description}: none of the first images can be read; give readable ones")
+    pixels = batch[0][:, torch.arange(info.in_chans) % batch[0].shape[1]]
+    return CheckImages(normalize(pixels, info.mean, info.std), source or images.description)
+
+
+def compare(
+    pairs: Iterable[tuple[Tensor, Tensor]], tolerance: float, images: CheckImages, *, what: str, compared: str
+) -> Parity:
+    """Compare (expected, exported) tensors; InputError when a difference is above ``tolerance`` x max(1, largest).
+
+    ``what`` names the exported model in the message, ``compared`` what the tensors are.
+    """
+    worst, largest = 0.0, 0.0
+    for expected, got in pairs:
+        same, scale = expected.shape == got.shape, float(expected.abs().max())
+        difference = float((expected - got).abs().max()) if same else float("inf")
+        allowed = tolerance * max(1.0, scale)
+        if not difference <= allowed:
+            found = f"differs by {difference:.2g} (allowed {allowed:.2g})"
+            found = found if same else f"gives shape {list(got.shape)} instead of {list(expected.shape)}"
+            raise InputError(f"export: {what} {found}: the format lacks parts of this encoder; choose another --format")
+        worst, largest = max(worst, difference), max(largest, scale)
+    return Parity(worst, largest, tolerance, len(images.pixels), images.source, compared)

@@ -236,20 +236,17 @@ def table_grid(
     Raises CheckpointError where nothing tells, and where the square is no better than other shapes.
     """
     patch, in_chans = pixels
-    known_size = known
-    known, told, wished = (
-        None if size is None else (size[0] // patch[0], size[1] // patch[1])
-        for size in (known, wishes.told_size, wishes.image_size)
-    )
+    sizes = (known, wishes.told_size, wishes.image_size)
+    grids = [size and (size[0] // patch[0], size[1] // patch[1]) for size in sizes]
     if table is None:
-        return known or told or wished or (224 // patch[0] or 1, 224 // patch[1] or 1), 0, []
+        return next(filter(None, grids), (224 // patch[0] or 1, 224 // patch[1] or 1)), 0, []
     if table.ndim != 3:
         raise CheckpointError(f"{where}: its position table is {list(table.shape)}; save it as [1, entries, width]")
     length = table.shape[1]
     squares = [p for p in (num_prefix, 0) if is_square(length - p)]
-    for grid in (known, told, wished):
+    for grid in grids:
         # A size that is only asked for may be one to resize to: it says nothing against a square of another number.
-        for prefix in (num_prefix, 0) if grid is not wished or not squares else squares[:1]:
+        for prefix in squares[:1] if grid is grids[2] and squares else (num_prefix, 0):
             if grid and 0 not in grid and grid[0] * grid[1] == length - prefix:
                 return grid, prefix, []
     if squares:
@@ -267,7 +264,7 @@ def table_grid(
             )
         note = f"{GUESS}images of {size} px in training, since {side * side} positions make a square; pass "
         return (side, side), squares[0], [f"{note}image_size= if not"] if side > 1 else []
-    for pixels_told in filter(None, (known_size, wishes.told_size)):
+    for pixels_told in filter(None, sizes[:2]):
         if stride := _overlap(pixels_told, patch, length - num_prefix):
             shown = f"{pixels_told[0]}x{pixels_told[1]} px, every {stride} px"
             raise CheckpointError(
