@@ -32,10 +32,7 @@ _QUANTISED = (  # endings of names beside weights that are no floats
 
 
 def plain_weights(contents: Contents) -> Contents:
-    """``contents`` with LoRA layers merged and PEFT's names undone; averages without names get the model's.
-
-    Raises CheckpointError for quantised weights, and for adapters that cannot be merged exactly.
-    """
+    """``contents`` with LoRA layers merged, PEFT's names undone, averages named; refuses quantised weights."""
     _refuse_quantised(contents)
     sections = {path: _merged(contents, names) for path, names in contents.sections.items()}
     models = [held for path, held in sections.items() if not (path.startswith("opt") or all(map(str.isdecimal, held)))]

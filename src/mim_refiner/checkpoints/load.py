@@ -260,10 +260,7 @@ def _wrong_numbers(
 def _fates(
     detected: Detected, converted: Converted, expected: Mapping[str, Tensor]
 ) -> tuple[list[TensorRecord], list[str], list[str]]:
-    """Return (fate of every tensor, encoder tensors not provided, file tensors without a place).
-
-    Raises CheckpointError for a tensor of the wrong shape.
-    """
+    """(fate of every tensor, encoder tensors not provided, file tensors without a place); refuses a wrong shape."""
     view, sections = detected.view, detected.view.contents.sections
     section = sections[view.section]
     sources: dict[str, list[str]] = {}

@@ -56,10 +56,7 @@ Outside = Callable[[str, torch.dtype, int], Tensor]  # numbers [n] of the storag
 
 
 class UnsafePickleError(Exception):
-    """The pickle names classes or functions (``names``) that are not on the list.
-
-    ``value``: what it holds, inert. ``plain``: torch did not write the file.
-    """
+    """It names things that are not on the list; ``value``: what it holds, inert; ``plain``: torch did not write it."""
 
     def __init__(self, names: list[str], value: Any = None, *, plain: bool = False) -> None:
         super().__init__(", ".join(name[:80] for name in names[:3]))
@@ -263,11 +260,7 @@ def read_legacy(data: memoryview, *, nested: bool = False) -> Any:
 
 
 def read_torch_file(path: Path) -> Any:
-    """What the torch file at ``path`` holds: plain containers, stubs, and tensors.
-
-    Raises CheckpointError for a file that is damaged, claims more than it holds, or names a class or function that is
-    not on the list. Nothing in it is run.
-    """
+    """What the torch file at ``path`` holds: plain containers, stubs, and tensors. Nothing in it is run."""
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # lives as long as the tensors; read when used
         return read_torch(file, memoryview(data), str(path))

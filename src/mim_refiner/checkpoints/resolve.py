@@ -52,10 +52,7 @@ _NO_MODELS = {"training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", 
 
 
 def read_source(source: str | Path) -> Contents:
-    """All tensors behind ``source``; see :func:`mim_refiner.checkpoints.load.load_backbone` for what it may be.
-
-    Raises CheckpointError if nothing is found there, or it cannot be read safely or downloaded.
-    """
+    """All tensors behind ``source`` (what it may be: load.load_backbone); CheckpointError where it cannot be read."""
     text = str(source).removeprefix("local-dir:")
     path = Path(text).expanduser()
     if path.is_dir():
@@ -96,10 +93,7 @@ def _read_hub(repository: str, revision: str | None, source: str) -> Contents:
 
 
 def _read_folder(folder: Path) -> Contents:
-    """All tensors of the model in ``folder``, with the configs beside them.
-
-    Raises CheckpointError where there is none, several, or only a part of one.
-    """
+    """All tensors of the model in ``folder``, with its configs; CheckpointError for none, several or a part of one."""
     folder = _inner(folder)
     return _read_adapter(folder) if (folder / _ADAPTER).exists() else _read_model(folder)
 
@@ -264,10 +258,7 @@ Place = tuple[str, tuple[int, ...]]  # name of a tensor, where a chunk of it beg
 
 
 def _read_distributed(folder: Path) -> Contents:
-    """The tensors of the folder, put together from their chunks; the optimiser's are left out unread.
-
-    Raises CheckpointError for a damaged folder. Nothing pickled in it is built, and only links inside it are followed.
-    """
+    """The tensors of the folder, put together from their chunks; the optimiser's are left out unread."""
     check_file(folder / _METADATA, folder)
     module = "torch.distributed.checkpoint"
     remedy = f"copy it again, or turn it into a file: python -m {module}.format_utils dcp_to_torch FOLDER FILE"

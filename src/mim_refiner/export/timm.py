@@ -26,10 +26,7 @@ from mim_refiner.types import side_or_pair
 
 
 def timm_config(backbone: Backbone) -> dict[str, Any]:
-    """The config.json of the folder, in the layout that timm's ``local-dir:`` and ``hf-hub:`` sources read.
-
-    Raises InputError for a model that timm cannot rebuild from it.
-    """
+    """The folder's config.json in timm's layout; InputError for a model that timm cannot rebuild from it."""
     model, info = backbone.model, backbone.info
     if type(model) is VisionTransformer:
         arguments = {name: value for name, value in vit_arguments(model).items() if value is not None}

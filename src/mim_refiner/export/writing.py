@@ -146,10 +146,7 @@ def check_target(out: Path) -> None:
 
 
 def is_own_export(folder: Path) -> bool:
-    """Whether ``folder`` holds an export of ours and nothing that an export does not write.
-
-    Its config.json says so; in a run folder it may be damaged.
-    """
+    """Whether ``folder`` holds an export of ours (in a run folder also a damaged one) and nothing else."""
     known = {"config.json", "README.md", "preprocessor_config.json"}
     weights = ("model.safetensors", "model.onnx", "model.onnx.data", "model.th")
     if any(path.name not in known and path.name not in weights for path in folder.iterdir()):
@@ -189,10 +186,7 @@ def check_images(info: BackboneInfo, images: ImageSet | None = None, source: str
 def compare(
     pairs: Iterable[tuple[Tensor, Tensor]], tolerance: float, images: CheckImages, *, what: str, compared: str
 ) -> Parity:
-    """Compare (expected, exported) tensors; InputError when a difference is above ``tolerance`` x max(1, largest).
-
-    ``what`` names the exported model in the message, ``compared`` what the tensors are.
-    """
+    """Compare (expected, exported) tensors; InputError for a difference above ``tolerance`` x max(1, largest)."""
     worst, largest = 0.0, 0.0
     for expected, got in pairs:
         same, scale = expected.shape == got.shape, float(expected.abs().max())

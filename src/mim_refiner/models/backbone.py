@@ -149,11 +149,7 @@ class Backbone(nn.Module):
         return self.grid_of((images.shape[-2], images.shape[-1]))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Tokens [B, P+N, D] that enter block 0, prefix tokens first, for ``images`` [B, C, H, W].
-
-        Architectures that do not run block by block embed inside their own forward pass; there the images pass
-        through.
-        """
+        """Tokens [B, P+N, D] that enter block 0, prefix tokens first; the images where blocks do not run one by one."""
         self._check_images(images)
         if self.runner is None:
             return images
@@ -296,10 +292,7 @@ class Backbone(nn.Module):
             self.model.set_grad_checkpointing()
 
     def shard_blocks(self, *, bf16: bool = False) -> None:
-        """Spread the blocks' weights over the processes (core.sharding); all are to call it, with the same weights.
-
-        ``bf16``: they run under autocast. Raises InputError for a model that does not run block by block.
-        """
+        """Spread the blocks' weights over the processes, which all call it (core.sharding); ``bf16``: in autocast."""
         if self.runner is None:
             raise InputError(f"shard: {self.info.architecture} does not run block by block; leave shard out")
         shard(self, self.model.blocks, method="run_blocks", bf16=bf16)

@@ -145,10 +145,7 @@ def run_heads(
 def draw_choices(
     heads: Sequence[RefinerHead], num_global: int, batch: int, generator: torch.Generator | None, device: torch.device
 ) -> list[Tensor] | None:
-    """Which of their nearest neighbours the heads' targets take, [G*B] each; sent in one copy. None: the nearest.
-
-    Drawn for the rows of all ranks, so that their number changes nothing.
-    """
+    """Which nearest neighbours the heads' targets take, [G*B] each, drawn for all ranks' rows; None: the nearest."""
     rows = process_rows(batch)
     drawn = [head.queue.draw(num_global * rows.total, generator) for head in heads]
     taken = [rows.take(own) for own in drawn if own is not None]

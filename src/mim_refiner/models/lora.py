@@ -35,10 +35,7 @@ class LowRankChange(nn.Module):
 
 
 def add_lora(backbone: Backbone, targets: Sequence[str], rank: int, alpha: float, first_block: int = 0) -> None:
-    """Adapt every linear layer of the blocks from ``first_block`` on whose name ends with one of ``targets``.
-
-    Raises InputError for a target that no block has, and for a rank above what a layer's weight can have.
-    """
+    """Adapt the linear layers named in ``targets`` of the blocks from ``first_block`` on; InputError where none is."""
     layers = {
         name: module
         for name, module in backbone.model.named_modules()

@@ -50,10 +50,7 @@ def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 
 class MaskedAutoencoder(nn.Module):
-    """A timm ViT encoder that sees a random quarter of the patches, and a light decoder that predicts the rest.
-
-    The decoder's parameter names are those of the public MAE files.
-    """
+    """A timm ViT that sees a random quarter of the patches, and a light decoder (MAE's names) that tells the rest."""
 
     def __init__(
         self,
@@ -88,10 +85,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pred = nn.Linear(decoder_dim, self.patch_size[0] * self.patch_size[1] * in_chans)
 
     def initialize(self, *, encoder: bool = True) -> MaskedAutoencoder:
-        """Initialise from scratch as MAE does, the decoder alone when ``encoder`` is False.
-
-        The encoder's positions become fixed sine-cosine tables.
-        """
+        """Initialise as MAE does, with fixed sine-cosine positions; the decoder alone when ``encoder`` is False."""
         kept = set() if encoder else set(self.encoder.modules())
         for module in self.modules():
             if module in kept:

@@ -96,10 +96,7 @@ def resize_relative(table: Tensor, old: Grid, new: Grid, *, rule: str) -> Tensor
 
 @made_once
 def _geometric(old: Grid, new: Grid) -> Tensor:
-    """BEiT's resizing of a relative table as a matrix [entries of new, entries of old].
-
-    As a matrix it is fast, and gradients pass through it to the table.
-    """
+    """BEiT's resizing of a relative table as a matrix [entries of new, of old]: fast, and differentiable."""
     rows, columns = (_interpolation(before, after) for before, after in zip(_span(old), _span(new), strict=True))
     return torch.block_diag(torch.kron(rows, columns), torch.eye(_CLASS_ENTRIES))
 

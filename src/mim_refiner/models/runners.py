@@ -190,10 +190,7 @@ def free_image_size(model: Any) -> None:
 
 
 def built_at(model: Any, image_size: tuple[int, int]) -> Any:
-    """A new model of ``model``'s kind for images of (H, W) pixels, as timm builds it; ``model`` if that takes any size.
-
-    Raises InputError for a size that it cannot be built at.
-    """
+    """A new model of this kind for images of (H, W) pixels; ``model`` if that takes any, InputError if timm cannot."""
     name, arguments = registered_name(model), getattr(model, "_model_args", {})
     try:
         with torch.random.fork_rng(devices=[]):

@@ -85,10 +85,7 @@ def parse_architecture(arch: str) -> tuple[str, dict[str, Any]]:
 
 
 def architecture_name(model: Any) -> str:
-    """timm's name of a built encoder if its size is a registered one, else "vit(dim=..,depth=..,heads=..,patch=..)".
-
-    A model of another kind is called what timm calls it.
-    """
+    """timm's name of a registered size or another kind, else one as vit(dim=128,depth=12,heads=4,patch=8)."""
     registered, kind = registered_name(model), _KINDS.get(type(model).__name__)
     if kind is None:
         return str(registered or type(model).__name__)

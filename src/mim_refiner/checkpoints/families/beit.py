@@ -92,10 +92,7 @@ def infer_beit(
 def _relative_grid(
     table: Tensor, index: Tensor | None, patch: tuple[int, int], sizes: tuple[tuple[int, int] | None, ...], where: str
 ) -> tuple[tuple[int, int], list[str]]:
-    """Grid of a table with (2 rows - 1)(2 columns - 1) + 3 entries, and what to remark.
-
-    ``sizes``: image sizes that a config, the file's arguments and the caller name, in this order.
-    """
+    """Grid of a table of (2 rows - 1)(2 columns - 1) + 3 entries, and what to remark; ``sizes`` are asked in order."""
     entries = table.shape[0] - 3
     named = [None if size is None else (size[0] // patch[0], size[1] // patch[1]) for size in sizes]
     for grid in (named[0], None if index is None else _grid_of_index(index), *named[1:]):
@@ -120,10 +117,7 @@ def _grid_of_index(index: Tensor) -> tuple[int, int] | None:
 
 
 def has_beit(view: View) -> bool:
-    """Blocks with separate query and value biases under timm's (and the original) names, no config beside them.
-
-    Not beside a decoder of MAE's (MSM-MAE has these biases).
-    """
+    """Query and value biases under timm's (the original) names; no config, nor MAE's decoder (MSM-MAE has them)."""
     names = view.tensors.keys()
     return view.config is None and {"blocks.0.attn.q_bias", "cls_token"} <= names and not has_decoder(view)
 

@@ -157,10 +157,7 @@ def _check_channels(tensors: Mapping[str, Tensor], key_map: OwnKeyMap, wishes: W
 
 
 def _complete_table(tensors: dict[str, Tensor], positions: str, size: tuple[int, int] | None, where: str) -> None:
-    """Compute the table that the code behind the file computes; a table without entries of registers is freed of them.
-
-    Raises InputError where the image size is needed and not known, or the file has a table of its own.
-    """
+    """Compute the table that the code behind the file computes; free a table of the entries of registers."""
     table, weight = tensors.get("pos_embed"), tensors[PROJECTION]
     if positions != "table":
         if table is not None:
