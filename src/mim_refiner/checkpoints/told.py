@@ -43,8 +43,8 @@ def told(wishes: Wishes, contents: Contents) -> Wishes:
     """``wishes`` with heads and image size of the file's own arguments."""
     return replace(
         wishes,
-        told_heads=_count(contents.fact(*_HEADS)),
-        told_head_dim=_count(contents.fact("head_dim", "dim_head")),
+        told_heads=_count(contents, *_HEADS),
+        told_head_dim=_count(contents, "head_dim", "dim_head"),
         told_model=_named(contents.fact(*_MODELS)),
         told_size=_size(contents),
     )
@@ -59,18 +59,10 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _count(value: Any) -> int:
+def _count(contents: Contents, *names: str) -> int:
     """A whole number above 0 in any spelling (4, 4.0, "4"), 0 for anything else."""
-    number = _number(value)
+    number = _number(contents.fact(*names))
     return int(number) if number and 0 < number < 2**31 and number == int(number) else 0
-
-
-def _listed(values: Any) -> Any:
-    """Text of a list ("[0.5, 0.5, 0.5]") as a tuple; anything else as it is."""
-    if not isinstance(values, str) or len(values) > 1000:
-        return values
-    parts = tuple(_number(part.strip()) for part in values.strip("()[] ").split(","))
-    return values if None in parts else parts
 
 
 def _named(model: Any) -> tuple[int, int]:
@@ -127,7 +119,11 @@ def with_own_facts(converted: Converted, contents: Contents, *, by_key_map: bool
 
 def _normalisation(contents: Contents) -> dict[str, Any]:
     """Mean and std that the file's arguments name, on the scale 0-1, with a note on it; {} unless both are there."""
-    mean, std = _listed(contents.fact(*_MEANS)), _listed(contents.fact(*_STDS))
+    found: list[Any] = [contents.fact(*names) for names in (_MEANS, _STDS)]
+    for place, text in enumerate(found):
+        if isinstance(text, str) and len(text) < 1000:  # of a list: "[0.5, 0.5, 0.5]"
+            found[place] = tuple(map(_number, text.strip("()[] ").split(",")))
+    mean, std = found
     if not (_numbers(mean) and _numbers(std) and len(mean) == len(std) and len(mean) > 1 and min(std) > 0):
         return {}
     top = max(*mean, *std)
@@ -140,17 +136,15 @@ def _normalisation(contents: Contents) -> dict[str, Any]:
 
 def guesses(converted: Converted, contents: Contents, channels: int) -> tuple[str, ...]:
     """What is not known about how images go in."""
-    config = contents.config or {}
-    told = "model_type" not in config or bool(config.get("preprocessor"))  # transformers keeps them in a second file
-    if told and converted.mean is not None and converted.std is not None and len(converted.mean) == channels:
-        return ()
-    if converted.mean is not None and len(converted.mean) == channels:
-        shown = " ".join(f"{value:g}" for value in converted.mean)
+    config, mean = contents.config or {}, converted.mean
+    if mean is None or len(mean) != channels:
+        named = "ImageNet's" if channels == 3 else f"ImageNet's, for {channels} channels"
+        remedy = "refine with normalization=data, or say them by a key map"
+        return (f"{GUESS}mean and std ({named}), which nothing tells; {remedy}",)
+    if converted.std is None or ("model_type" in config and not config.get("preprocessor")):
+        shown = " ".join(f"{value:g}" for value in mean)  # transformers keeps them in a second file
         return (f"{GUESS}mean ({shown}) and std of the family, since there is no preprocessor_config.json",)
-    named = "ImageNet's" if channels == 3 else f"ImageNet's, for {channels} channels"
-    return (
-        f"{GUESS}mean and std ({named}), which nothing tells; refine with normalization=data, or say them by a key map",
-    )
+    return ()
 
 
 def _numbers(values: Any) -> bool:
