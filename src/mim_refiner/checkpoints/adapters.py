@@ -81,33 +81,29 @@ def with_adapter(base: Contents, adapter: Contents) -> Contents:
         raise _cannot(adapter.source, f"is an adapter with {changed}, which changes what the base model computes")
     section = max(base.sections, key=lambda path: len(base.sections[path]))
     weights = dict(base.sections[section])
-    heads = {name: t for name, t in adapter.section("").items() if _is_head(name, config, weights)}
-    encoder = {name: tensor for name, tensor in adapter.section("").items() if name not in heads}
+    given = adapter.section("").items()
+    heads = {name: tensor for name, tensor in given if _is_head(name.removeprefix(_START), weights)}
+    encoder = {name.removeprefix(_START): tensor for name, tensor in given if name not in heads}
     for name, tensor in encoder.items():
         if _PART.fullmatch(name) is None:  # a part that was trained whole
-            weights[_target(weights, name.removeprefix(_START).replace(".modules_to_save", ""), adapter)] = tensor
+            weights[_target(weights, name.replace(".modules_to_save", ""), adapter)] = tensor
     pairs = _pairs(encoder, adapter.source)
+    places = {layer: _target(weights, f"{layer}.weight", adapter) for layer in pairs}
     if "base_sha256" in config:  # of the adapted weights, as our own export writes it
-        shorts = [layer.removeprefix(_START) for layer in pairs]
-        theirs = {short: weights[_target(weights, f"{short}.weight", adapter)].float() for short in shorts}
-        found = tensors_sha256(theirs)
-        if found != config["base_sha256"]:
+        theirs = tensors_sha256({layer: weights[name].float() for layer, name in places.items()})
+        if theirs != config["base_sha256"]:
             raise CheckpointError(
                 f"{adapter.source}: is an adapter of other weights than {base.source} has (base_sha256 in its "
                 "adapter_config.json); name the encoder that it was made of there"
             )
-    for layer, (a, b) in pairs.items():
-        short = layer.removeprefix(_START)
-        name = _target(weights, f"{short}.weight", adapter)
-        scale = _scale(config, short, a.shape[0], f"{adapter.source}/adapter_config.json")
-        weights[name] = _sum(weights[name], a, b, scale, adapter.source)
+    _add(weights, places, pairs, config, f"{adapter.source}/adapter_config.json")
     saved = {SAVED_HEAD: heads} if heads else {}
     return replace(base, source=adapter.source, sections={**base.sections, section: weights, **saved})
 
 
-def _is_head(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> bool:
+def _is_head(name: str, weights: Mapping[str, Tensor]) -> bool:
     """Whether the tensor of an adapter is of a classifier that the base model has not."""
-    parts = name.removeprefix(_START).split(".")
+    parts = name.split(".")
     known = any(known.endswith(f"{parts[0]}.{parts[-1]}") for known in weights)
     return parts[0] in {"head", "heads", "fc", "classifier", "score"} and not known
 
@@ -135,36 +131,25 @@ def _merged(contents: Contents, names: Mapping[str, Tensor]) -> dict[str, Tensor
         raise _cannot(contents.source, "holds DoRA layers")
     if contents.fact("use_qalora"):
         raise _cannot(contents.source, "holds LoRA layers with use_qalora")
+    names = {name.replace(_START, "", 1): tensor for name, tensor in names.items()}
     pairs = _pairs(names, contents.source)
     if not pairs or not any(".base_layer." in name for name in names):
         base = contents.fact("base_model_name_or_path") or "its base model"
         raise _cannot(contents.source, f"holds LoRA layers without the weights of {base} in PEFT's layout")
-    config = _options(contents)
-    plain: dict[str, Tensor] = {}
-    for name, tensor in names.items():
-        if "lora_" in name or ".original_module." in name:
-            continue
-        short = re.sub(r"\.modules_to_save\.\w+\.", ".", name.replace(".base_layer.", "."))
-        plain[short.replace(_START, "", 1)] = tensor
-    for layer, (a, b) in pairs.items():
-        short = layer.replace(_START, "", 1)
-        name = f"{short}.weight"
-        if name not in plain:
-            raise _cannot(contents.source, f"holds a LoRA layer for {name}, which is not there")
-        if bool(b.any()):
-            plain[name] = _sum(plain[name], a, b, _scale(config, short, a.shape[0], contents.source), contents.source)
-    return plain
-
-
-def _options(contents: Contents) -> dict[str, Any]:
-    """PEFT's options among the values beside one file's weights, as an adapter_config.json has them; ranks are told."""
-    patterns = {
-        path.partition("alpha_pattern.")[2]: value
-        for path, value in contents.facts.items()
-        if ".alpha_pattern." in f".{path}"
+    plain = {
+        re.sub(r"\.modules_to_save\.\w+\.", ".", name.replace(".base_layer.", ".")): tensor
+        for name, tensor in names.items()
+        if "lora_" not in name and ".original_module." not in name
     }
+    places = {layer: f"{layer}.weight" for layer in pairs}
+    if absent := next((name for name in places.values() if name not in plain), None):
+        raise _cannot(contents.source, f"holds a LoRA layer for {absent}, which is not there")
+    # PEFT's options among the values beside one file's weights, as an adapter_config.json has them; ranks are told
+    paths = contents.facts.items()
+    patterns = {p.partition("alpha_pattern.")[2]: value for p, value in paths if ".alpha_pattern." in f".{p}"}
     said = {name: contents.fact(name) for name in ("lora_alpha", "use_rslora")}
-    return said | {"alpha_pattern": patterns, "r": None}
+    _add(plain, places, pairs, said | {"alpha_pattern": patterns, "r": None}, contents.source)
+    return plain
 
 
 def _pairs(names: Mapping[str, Tensor], source: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -182,12 +167,23 @@ def _pairs(names: Mapping[str, Tensor], source: str) -> dict[str, tuple[Tensor, 
     return {layer: (held["A"], held["B"]) for layer, held in parts.items()}
 
 
-def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float, source: str) -> Tensor:
-    try:
-        change = (b.float().flatten(1) @ a.float().flatten(1)).reshape(weight.shape)
-    except RuntimeError as error:
-        raise _cannot(source, f"has LoRA layers of shapes {list(a.shape)} and {list(b.shape)}") from error
-    return weight.float() + scale * change  # in half precision, as many bases are stored, small changes would be lost
+def _add(
+    weights: dict[str, Tensor],
+    places: Mapping[str, str],
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    config: Mapping[str, Any],
+    where: str,
+) -> None:
+    """Add scale x B A of every layer to its weight, in float32: in half precision small changes would be lost."""
+    for layer, (a, b) in pairs.items():
+        if not bool(b.any()):
+            continue
+        weight, scale = weights[places[layer]], _scale(config, layer, a.shape[0], where)
+        try:
+            change = (b.float().flatten(1) @ a.float().flatten(1)).reshape(weight.shape)
+        except RuntimeError as error:
+            raise _cannot(where, f"has LoRA layers of shapes {list(a.shape)} and {list(b.shape)}") from error
+        weights[places[layer]] = weight.float() + scale * change
 
 
 def _scale(config: Mapping[str, Any], layer: str, rank: int, where: str) -> float:
