@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle, islice
 from typing import Any
 
 import timm
@@ -39,7 +40,13 @@ def build(converted: Converted, where: str) -> Any:
         arguments["num_heads"] = converted.num_heads
     if ":" in converted.architecture or "/" in converted.architecture:  # timm would fetch or open it
         raise CheckpointError(f"{where}: {ascii(converted.architecture)[:60]} is an address; name a timm model")
-    _check_arguments(arguments, where)
+    for name, value in arguments.items():  # beyond any encoder's: a damaged or hostile name or config.json
+        bound, values = (
+            _MAX_DEPTH if "depth" in name else _MAX_SIZE,
+            value if isinstance(value, list | tuple) else [value],
+        )
+        if any(isinstance(n, int | float) and not abs(n) <= bound for n in values):
+            raise CheckpointError(f"{where}: {name}={str(value)[:40]} is beyond any encoder's; correct its config.json")
     remedy = "correct its config.json, or take the files from their source again"
     problem = f"{where}: timm cannot build '{converted.architecture}' as described"
     with errors_as(CheckpointError, problem, remedy, Exception):  # raised is almost anything for what does not fit
@@ -64,16 +71,6 @@ def build(converted: Converted, where: str) -> Any:
     return model
 
 
-def _check_arguments(arguments: Mapping[str, Any], where: str) -> None:
-    """CheckpointError for constructor arguments beyond any encoder's: a damaged or hostile name or config.json."""
-    for name, value in arguments.items():
-        bound = _MAX_DEPTH if "depth" in name else _MAX_SIZE
-        values = value if isinstance(value, list | tuple) else (value,)
-        numbers = [number for number in values if isinstance(number, int | float) and not isinstance(number, bool)]
-        if any(not abs(number) <= bound for number in numbers):
-            raise CheckpointError(f"{where}: {name}={str(value)[:40]} is beyond any encoder's; correct its config.json")
-
-
 def adapt_channels(converted: Converted, in_chans: int) -> Converted:
     """Patch projection for another number of input channels, as timm does it.
 
@@ -90,6 +87,10 @@ def adapt_channels(converted: Converted, in_chans: int) -> Converted:
     channels = weight.shape[1]
     if channels == in_chans:
         return converted
+
+    def repeat(values: tuple[float, ...]) -> tuple[float, ...]:  # as the projection's channels are laid out
+        return (sum(values) / len(values),) if in_chans == 1 else tuple(islice(cycle(values), in_chans))
+
     adapted = weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
     if in_chans == 1:
         adapted = weight.sum(dim=1, keepdim=True)
@@ -97,19 +98,10 @@ def adapt_channels(converted: Converted, in_chans: int) -> Converted:
         converted,
         arguments=converted.arguments | {"in_chans": in_chans},
         tensors=converted.tensors | {converted.projection: adapted},
-        mean=_repeat(converted.mean, in_chans),
-        std=_repeat(converted.std, in_chans),
+        mean=converted.mean and repeat(converted.mean),
+        std=converted.std and repeat(converted.std),
         notes=(*converted.notes, f"the patch projection was adapted from {channels} to {in_chans} channels"),
     )
-
-
-def _repeat(values: tuple[float, ...] | None, in_chans: int) -> tuple[float, ...] | None:
-    """Mean or std per channel as the projection's channels are laid out: repeated in order, averaged for one."""
-    if values is None:
-        return None
-    if in_chans == 1:
-        return (sum(values) / len(values),)
-    return tuple(values[index % len(values)] for index in range(in_chans))
 
 
 class _NoDraws(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def split_options(source: str | Path) -> tuple[str, dict[str, Any]]:
         raise InputError(f"model is a {type(source).__name__}; give a path, a model name, a timm module or a Backbone")
     text = str(source)
     bare, mark, listed = text.rpartition(_MARK)
-    if not mark or "=" not in listed or _exists(text):
+    if not mark or "=" not in listed or os.path.exists(text):
         return text, {}
     values: dict[str, Any] = {}
     for item in listed.split(","):
@@ -41,9 +42,10 @@ def split_options(source: str | Path) -> tuple[str, dict[str, Any]]:
         if name not in _KNOWN or not equals or not value:
             use = f"use NAME=VALUE with {', '.join(_KNOWN)}"
             raise InputError(f"{text[:200]}: '{item[:80]}' is no option{did_you_mean(name, _KNOWN)}; {use}")
-        values[name] = _number(name, value) if name in ("num_heads", "in_chans") else value
-    if "image_size" in values:
-        values["image_size"] = parse_size(values["image_size"])
+        if name in ("num_heads", "in_chans") and not re.fullmatch(r"0*[1-9]\d{0,5}", value, re.ASCII):
+            raise InputError(f"{name} '{value[:40]}': give a whole number from 1 to 999999")
+        readers: dict[str, Any] = {"num_heads": int, "in_chans": int, "image_size": parse_size}
+        values[name] = readers.get(name, str)(value)
     return bare, values
 
 
@@ -53,16 +55,3 @@ def parse_size(text: str) -> tuple[int, int]:
     if match is None:
         raise InputError(f"image_size '{text[:40]}': give one number or HEIGHTxWIDTH, for example 224 or 192x256")
     return int(match[1]), int(match[2] or match[1])
-
-
-def _exists(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
-def _number(name: str, value: str) -> int:
-    if not re.fullmatch(r"0*[1-9]\d{0,5}", value, re.ASCII):
-        raise InputError(f"{name} '{value[:40]}': give a whole number from 1 to 999999")
-    return int(value)
