@@ -60,7 +60,7 @@ def test_equal_to_timm_and_to_itself_in_parts(name: str, arguments: dict[str, An
     patch = backbone.info.patch_size[0]
     for shape in ((size, size), (local, local), (2 * patch, 4 * patch)):
         images = torch.randn(2, 3, *shape)
-        grid = backbone.grid(images)
+        grid = backbone.grid_of(tuple(images.shape[-2:]))
         with torch.no_grad():
             tokens, _ = backbone.run_blocks(backbone.embed(images), 0, 1, grid=grid)
         tokens, outputs = backbone.run_blocks(tokens, 1, 3, (2,), grid=grid)

@@ -41,11 +41,9 @@ def build(converted: Converted, where: str) -> Any:
     if ":" in converted.architecture or "/" in converted.architecture:  # timm would fetch or open it
         raise CheckpointError(f"{where}: {ascii(converted.architecture)[:60]} is an address; name a timm model")
     for name, value in arguments.items():  # beyond any encoder's: a damaged or hostile name or config.json
-        bound, values = (
-            _MAX_DEPTH if "depth" in name else _MAX_SIZE,
-            value if isinstance(value, list | tuple) else [value],
-        )
-        if any(isinstance(n, int | float) and not abs(n) <= bound for n in values):
+        bound = _MAX_DEPTH if "depth" in name else _MAX_SIZE
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(number, int | float) and not abs(number) <= bound for number in values):
             raise CheckpointError(f"{where}: {name}={str(value)[:40]} is beyond any encoder's; correct its config.json")
     remedy = "correct its config.json, or take the files from their source again"
     problem = f"{where}: timm cannot build '{converted.architecture}' as described"

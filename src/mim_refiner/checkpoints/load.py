@@ -197,8 +197,8 @@ def _wrap(converted: Converted, model: Any, source: str, missing: Sequence[str])
     return Backbone.wrap(
         model,
         family=family,
-        mean=_per_channel(converted, converted.mean),
-        std=_per_channel(converted, converted.std),
+        mean=converted.mean,
+        std=converted.std,
         licence=converted.licence or family_licence(family),
         coverage=(total - len(missing)) / total,
         source=source,
@@ -309,12 +309,6 @@ def _why_not(path: str, encoders: tuple[str, ...]) -> str:
     if "loss" in first or first in ("scaler", "amp_scaler", "lr_scheduler", "criterion"):
         return "state of the training"
     return "not part of the encoder"
-
-
-def _per_channel(converted: Converted, values: tuple[float, ...] | None) -> tuple[float, ...] | None:
-    """Mean or std of the family where it fits the file's channels; None = default."""
-    channels = converted.tensors[converted.projection].shape[1] if converted.projection in converted.tensors else 3
-    return values if values is not None and len(values) == channels else None
 
 
 def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

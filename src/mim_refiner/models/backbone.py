@@ -129,7 +129,8 @@ class Backbone(nn.Module):
         indices = self.resolve_blocks(block_indices)
         if not indices:
             return []
-        way: dict[str, Any] = {"grid": self.grid(images), "class_token_last": class_token_last}
+        grid = self.grid_of((images.shape[-2], images.shape[-1]))
+        way: dict[str, Any] = {"grid": grid, "class_token_last": class_token_last}
         _, tokens = self.run_blocks(self.embed(images), 0, max(indices) + 1, indices, **way)
         return [self.split(self.final_norm(tokens[index]) if norm else tokens[index]) for index in indices]
 
@@ -144,13 +145,14 @@ class Backbone(nn.Module):
                 )
         return [index % depth for index in indices]
 
-    def grid(self, images: Tensor) -> Grid:
-        """Rows and columns of patches of ``images`` [B, C, H, W]."""
-        return self.grid_of((images.shape[-2], images.shape[-1]))
-
     def embed(self, images: Tensor) -> Tensor:
         """Tokens [B, P+N, D] that enter block 0, prefix tokens first; the images where blocks do not run one by one."""
-        self._check_images(images)
+        if images.ndim != 4 or images.shape[1] != self.info.in_chans:
+            raise InputError(
+                f"images must have shape [B, {self.info.in_chans}, H, W], got {list(images.shape)}; "
+                "stack and convert them to the encoder's channels first"
+            )
+        check_image_size((images.shape[2], images.shape[3]), self.info.patch_size)
         if self.runner is None:
             return images
         return self.runner.embed(self.model, images, self.info.position_rule)
@@ -168,7 +170,7 @@ class Backbone(nn.Module):
         """Run blocks ``start`` to ``stop - 1`` on the output of :meth:`embed` or of an earlier call.
 
         Returns the tokens [B, P+N, D] after the last of them and {block: raw tokens} for the ``wanted`` ones.
-        So a frozen prefix can run under ``torch.no_grad()`` and the rest with gradients. ``grid`` (:meth:`grid` of
+        So a frozen prefix can run under ``torch.no_grad()`` and the rest with gradients. ``grid`` (:meth:`grid_of`
         the images) is for blocks that know positions; None = that of square images. ``class_token_last``: of the last
         block run only the class token will be read, so that its output may be [B, 1, D] (models.class_token).
         """
@@ -240,14 +242,21 @@ class Backbone(nn.Module):
             self.model = rebuilt(self.model, image_size)
             self.info = replace(self.info, image_size=image_size)
             return
-        resized = self._resized_tables(self.grid_of(image_size))
+        old, new, rule = self.grid_of(self.info.image_size), self.grid_of(image_size), self.info.position_rule
+        resized = {}
+        for name, table in self.model.named_parameters():
+            if name.endswith("relative_position_bias_table"):
+                resized[name] = resize_relative(table, old, new, rule=rule)
+            elif name == "pos_embed":
+                num_prefix = table.shape[1] - old[0] * old[1]
+                resized[name] = resize_absolute(table, old, new, num_prefix=num_prefix, rule=rule)
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of torch's future, by relative tables
             self.model.set_input_size(img_size=image_size)
         parameters = dict(self.model.named_parameters())
         for name, table in resized.items():  # in place of timm's own resizing
             parameters[name].copy_(table)
-        rule = self.info.position_rule.removesuffix("_transposed")  # a resized table is in order
-        self.info = replace(self.info, image_size=image_size, position_rule=rule)
+        ordered = rule.removesuffix("_transposed")  # as a resized table is
+        self.info = replace(self.info, image_size=image_size, position_rule=ordered)
 
     def check_new_size(self, image_size: tuple[int, int]) -> None:
         """InputError for a size that :meth:`set_image_size` cannot bring the encoder to, or that no machine holds."""
@@ -264,18 +273,6 @@ class Backbone(nn.Module):
     def grid_of(self, image_size: tuple[int, int]) -> Grid:
         """Rows and columns of patches of an image of (H, W) pixels."""
         return image_size[0] // self.info.patch_size[0], image_size[1] // self.info.patch_size[1]
-
-    def _resized_tables(self, new: Grid) -> dict[str, Tensor]:
-        """Every table of positions at grid ``new``, by parameter name."""
-        old, rule = self.grid_of(self.info.image_size), self.info.position_rule
-        tables = {}
-        for name, table in self.model.named_parameters():
-            if name.endswith("relative_position_bias_table"):
-                tables[name] = resize_relative(table, old, new, rule=rule)
-            elif name == "pos_embed":
-                num_prefix = table.shape[1] - old[0] * old[1]
-                tables[name] = resize_absolute(table, old, new, num_prefix=num_prefix, rule=rule)
-        return tables
 
     def use_math_attention(self) -> None:
         """Use plain products for attention: in bf16 on a CPU both passes take a fifth of the fused kernel's time."""
@@ -334,14 +331,6 @@ class Backbone(nn.Module):
         outputs = {index: _as_tokens(value) for index, value in zip(indices, intermediates, strict=True)}
         return outputs[stop - 1], {index: outputs[index] for index in indices if index in wanted}
 
-    def _check_images(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != self.info.in_chans:
-            raise InputError(
-                f"images must have shape [B, {self.info.in_chans}, H, W], got {list(images.shape)}; "
-                "stack and convert them to the encoder's channels first"
-            )
-        check_image_size((images.shape[2], images.shape[3]), self.info.patch_size)
-
 
 def _structure(model: Any, image_size: tuple[int, int] | None) -> dict[str, Any]:
     """Width, depth, heads, patch, tokens and image size of any timm model, as far as it shows them."""
@@ -373,8 +362,8 @@ def _gives_prefix(model: Any) -> bool:
 
 
 def _per_channel(given: Sequence[float] | None, imagenet: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """``given`` as floats; by default ImageNet's values, or their mean per channel where there are not three."""
-    if given is not None:
+    """``given`` as floats where it fits; else ImageNet's values, or their mean for each of other than three channels."""
+    if given is not None and len(given) == channels:
         return tuple(float(value) for value in given)
     return imagenet if channels == 3 else (sum(imagenet) / 3,) * channels
 
