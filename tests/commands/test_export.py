@@ -119,7 +119,9 @@ def test_what_a_format_cannot_express_is_one_line_and_leaves_nothing(
     [
         ({"format": "tim"}, "unknown format; use timm, hf, onnx, refiner; did you mean 'timm'"),
         ({"pooling": "tokens"}, "--pooling tokens is for --format onnx"),
+        ({"pooling": "max"}, "--pooling max: unknown"),
         ({"format": "onnx", "batch": "none"}, "--batch none: give 'dynamic' or a number"),
+        ({"format": "onnx", "batch": "0"}, "--batch 0: give 'dynamic' or a number"),
         ({"block": 3}, "block 3 is out of range"),
         ({"device": "tpu"}, "--device 'tpu': unknown device"),
         ({"image_size": 15}, "not a multiple of the patch size"),

@@ -129,17 +129,3 @@ def test_a_refusal_is_one_plain_line_with_the_cause(tmp_path: Path, monkeypatch:
     assert re.search(r"ONNX graph \(no size for s0\); choose --format timm$", str(caught.value))
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"pooling": "max"}, "--pooling max: unknown"),
-        ({"batch": 0}, "--batch 0"),
-        ({"block": 2}, "block 2 is out of range"),
-    ],
-)
-def test_unusable_options(tmp_path: Path, options: dict[str, Any], match: str) -> None:
-    with pytest.raises(InputError, match=match):
-        write_export(ONNX, make(), tmp_path / "out", facts=facts(**options))
-    assert list(tmp_path.iterdir()) == []

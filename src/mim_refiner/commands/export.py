@@ -13,7 +13,7 @@ from mim_refiner.errors import InputError, did_you_mean
 from mim_refiner.export.hub import check_repository
 from mim_refiner.export.hub import push_to_hub as upload
 from mim_refiner.export.huggingface import HUGGING_FACE
-from mim_refiner.export.onnx import ONNX, check_options
+from mim_refiner.export.onnx import ONNX
 from mim_refiner.export.refiner import REFINER
 from mim_refiner.export.timm import TIMM
 from mim_refiner.export.writing import check_images, check_target, source_facts, write_export
@@ -64,8 +64,9 @@ def export(
     backbone = load_backbone(model, image_size=image_size)
     card, facts = _about(bare, backbone, block, pooling, norm)
     if format == "onnx":
-        facts["batch"] = _batch(batch)
-        check_options(backbone, facts["block"], facts["pooling"], facts["batch"])
+        if batch != "dynamic" and (not batch.isdigit() or int(batch) < 1):
+            raise InputError(f"--batch {batch}: give 'dynamic' or a number of images from 1")
+        facts["batch"] = batch if batch == "dynamic" else int(batch)
     elif facts["pooling"] == "tokens":
         raise InputError(f"--pooling tokens is for --format onnx; leave it out, {format} always gives all tokens")
     images = check_images(backbone.info, open_images(data, reporter, channels=backbone.info.in_chans) if data else None)
@@ -105,11 +106,3 @@ def _about(
         raise InputError(f"--pooling {facts['pooling']}: unknown; use cls, mean or tokens")
     backbone.resolve_blocks([block])
     return card, facts
-
-
-def _batch(text: str) -> int | str:
-    if text == "dynamic":
-        return text
-    if not text.isdigit() or int(text) < 1:
-        raise InputError(f"--batch {text}: give 'dynamic' or a number of images from 1")
-    return int(text)

@@ -20,7 +20,6 @@ from mim_refiner.export.writing import Format, Pairs
 from mim_refiner.files import errors_as
 from mim_refiner.models.backbone import Backbone
 
-POOLINGS = ("cls", "mean", "tokens")
 _FILE = "model.onnx"
 _OPSET = 18
 _EXTERNAL_BYTES = 1_500_000_000  # a protobuf file ends at 2 GB; larger weights go to model.onnx.data
@@ -43,21 +42,9 @@ class Features(nn.Module):
         return tokens if self.pooling == "tokens" else self.backbone.split(tokens).pooled(self.pooling)
 
 
-def check_options(backbone: Backbone, block: int, pooling: str, batch: int | str) -> None:
-    """Raise InputError for a pooling, block or batch that the graph cannot have."""
-    if pooling not in POOLINGS:
-        raise InputError(f"--pooling {pooling}: unknown; use cls, mean or tokens")
-    if pooling == "cls" and not backbone.info.has_cls:
-        raise InputError(f"--pooling cls: {backbone.info.architecture} has no class token; use mean or tokens")
-    if batch != "dynamic" and (not isinstance(batch, int) or batch < 1):
-        raise InputError(f"--batch {batch}: give 'dynamic' or a number of images from 1")
-    backbone.resolve_blocks([block])
-
-
 def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     onnx, _ = _libraries()
     info, batch = backbone.info, facts["batch"]
-    check_options(backbone, facts["block"], facts["pooling"], batch)
     module = Features(backbone, facts["block"], facts["pooling"], facts["norm"]).eval()
     # Two images: torch.export takes a size of one for a constant.
     example = torch.zeros(2 if batch == "dynamic" else batch, info.in_chans, *info.image_size)

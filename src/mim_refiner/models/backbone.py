@@ -362,7 +362,7 @@ def _gives_prefix(model: Any) -> bool:
 
 
 def _per_channel(given: Sequence[float] | None, imagenet: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """``given`` as floats where it fits; else ImageNet's values, or their mean for each of other than three channels."""
+    """``given`` as floats where it fits; else ImageNet's values, or their mean where channels are not three."""
     if given is not None and len(given) == channels:
         return tuple(float(value) for value in given)
     return imagenet if channels == 3 else (sum(imagenet) / 3,) * channels
