@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Pooling = Literal["cls", "mean"]
-Checkpointing = bool | Literal["selective"]  # what is computed again in the backward pass: models.recompute
+Checkpointing = bool | Literal["selective"]  # what is computed again in the backward pass: models.runners
 ImageSize = int | tuple[int, int]  # pixels: side of a square, or (height, width)
 
 

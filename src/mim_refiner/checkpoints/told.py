@@ -15,16 +15,16 @@ from mim_refiner.checkpoints.families.base import GUESS
 from mim_refiner.checkpoints.store import OWN_FACTS, Contents
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.positions import RULES
+from mim_refiner.models.vit import SIZES
 
 _HEADS = (
     "encoder_num_heads", "num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "nheads", "heads",
     "vit_heads",
 )  # fmt: skip
 _MODELS = ("model_name", "model", "arch", "architecture", "backbone", "encoder")
-_NAMED = {  # size in a ViT's name: width and heads
-    "tiny": (192, 3), "little": (320, 5), "small": (384, 6), "medium": (512, 8), "base": (768, 12), "large": (1024, 16),
-    "huge": (1280, 16), "giant": (1408, 16),
-}  # fmt: skip
+# size in a ViT's name: width and heads
+_NAMED = {name: (width, heads) for (width, _, heads), name in SIZES.items()}
+_NAMED |= {"little": (320, 5), "medium": (512, 8), "giant": (1408, 16)}
 # Names that public code gives to encoders of 3 and 12 (MAE-Lite), or 6 and 12 heads (DINO and MoCo v3).
 _DOUBTFUL = re.compile(r"mae_.*(tiny|small).*|(vit|deit)_tiny_.*|(vit|deit)_small")
 _SIZES = ("input_size", "img_size", "image_size", "input_resolution", "imgsz", "global_crops_size")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,19 +77,13 @@ def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str,
         config["model_args"] |= {"use_fc_norm": True, "global_pool": "avg"}
         state |= {"fc_norm.weight": torch.ones(width), "fc_norm.bias": torch.zeros(width)}
         facts["without"] = ["fc_norm"]
-    eps = norm_eps(_build(config))
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in config["model_args"].items()}
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # what timm builds of it, without memory
+        eps = norm_eps(timm.create_model(config["architecture"], pretrained=False, num_classes=0, **given))
     if backbone.info.norm_eps not in (None, eps):
         facts["set_norm_eps"] = backbone.info.norm_eps  # no argument of timm's says it; the card's snippet does
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return config
-
-
-def _build(config: Mapping[str, Any]) -> Any:
-    """What timm builds of a config, without memory for its weights."""
-    given = config["model_args"].items()
-    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return timm.create_model(config["architecture"], pretrained=False, num_classes=0, **arguments)
 
 
 def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, Any]) -> Pairs:

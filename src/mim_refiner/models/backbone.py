@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from mim_refiner.core.sharding import shard
 from mim_refiner.errors import InputError
 from mim_refiner.models.positions import RULES, Grid, check_image_size, resize_absolute, resize_relative
-from mim_refiner.models.recompute import checkpointed
 from mim_refiner.models.runners import (
     Extras,
     PlainRunner,
     built_at,
+    checkpointed,
     class_token_after,
     free_image_size,
     rebuilt,
@@ -281,7 +281,7 @@ class Backbone(nn.Module):
                 module.fused_attn = False
 
     def set_checkpointing(self, kept: Checkpointing) -> None:
-        """Compute blocks again in the backward pass (models.recompute); InputError for a model that cannot."""
+        """Compute blocks again in the backward pass (models.runners); InputError for a model that cannot."""
         self.checkpointing = kept
         if self.runner is None and kept == "selective":
             raise InputError(f"checkpointing=selective: {self.info.architecture} does not run block by block; use true")

@@ -122,7 +122,9 @@ class MaskedAutoencoder(nn.Module):
 
         ``noise`` [B, N] decides the mask (the smallest values stay visible); drawn from ``generator`` if not given.
         """
-        patches = self._embed_patches(images)
+        patches = self.encoder.patch_embed(images)
+        patches = patches.flatten(1, 2) if patches.ndim == 4 else patches  # timm keeps the grid for dynamic sizes
+        patches = patches + self.encoder.pos_embed[:, -patches.shape[1] :]
         batch, count, _ = patches.shape
         if noise is None:
             noise = send([torch.rand(batch, count, generator=generator)], patches.device)[0]
@@ -136,11 +138,6 @@ class MaskedAutoencoder(nn.Module):
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         error = (prediction.float() - target).square().mean(-1)
         return MAEOutput((error * mask).sum() / mask.sum(), prediction, mask)
-
-    def _embed_patches(self, images: Tensor) -> Tensor:
-        patches = self.encoder.patch_embed(images)
-        patches = patches.flatten(1, 2) if patches.ndim == 4 else patches  # timm keeps the grid for dynamic sizes
-        return patches + self.encoder.pos_embed[:, -patches.shape[1] :]
 
     def _encode(self, patches: Tensor) -> Tensor:
         encoder = self.encoder

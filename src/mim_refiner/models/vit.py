@@ -23,7 +23,7 @@ _SHORT = re.compile(r"vit_w(\d+)_d(\d+)_h(\d+)_p(\d+)")
 _LONG = re.compile(r"vit\(dim=(\d+),depth=(\d+),heads=(\d+),patch=(\d+)\)")
 
 # (width, depth, heads) -> size name in timm's registry.
-_TIMM_SIZES = {
+SIZES = {
     (192, 12, 3): "tiny",
     (384, 12, 6): "small",
     (768, 12, 12): "base",
@@ -91,7 +91,7 @@ def architecture_name(model: Any) -> str:
         return str(registered or type(model).__name__)
     width, depth, heads = model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads
     patch = model.patch_embed.patch_size
-    size = _TIMM_SIZES.get((width, depth, heads))
+    size = SIZES.get((width, depth, heads))
     if size and registered and f"_{size}_patch{patch[0]}_" in registered:
         return registered
     standard = standard_name(width, depth, heads, patch) if kind == "vit" else None
@@ -103,7 +103,7 @@ def architecture_name(model: Any) -> str:
 
 def standard_name(width: int, depth: int, heads: int, patch_size: tuple[int, int]) -> str | None:
     """timm's name of the plain ViT of this size ("vit_base_patch16_224"), None for a size it does not have."""
-    size = _TIMM_SIZES.get((width, depth, heads))
+    size = SIZES.get((width, depth, heads))
     name = f"vit_{size}_patch{patch_size[0]}_224"
     return name if size and patch_size[0] == patch_size[1] and timm.is_model(name) else None
 

@@ -28,7 +28,7 @@ from mim_refiner.checkpoints.families.plain_vit import (
     table_grid,
 )
 from mim_refiner.errors import CheckpointError
-from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, SIZES
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 _IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
@@ -40,7 +40,6 @@ _NAME = re.compile(
 )
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 OWN_TABLE = "blocks.0.attn.relative_position_bias_table"
-_STANDARD = {(768, 12, 12): "base", (1024, 24, 16): "large"}
 
 BEIT_NAMES = KeyMap(same=lambda name: _NAME.fullmatch(name) is not None)
 
@@ -85,7 +84,7 @@ def infer_beit(
         "use_fc_norm": fc_norm,
         "global_pool": "avg" if fc_norm else "token",
     }
-    size = _STANDARD.get((width, depth, heads), "base")
+    size = "large" if SIZES.get((width, depth, heads)) == "large" else "base"
     return Structure(f"{kind}_{size}_patch16_224", arguments, heads, (*notes, *grid_notes))
 
 

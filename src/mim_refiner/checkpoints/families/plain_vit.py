@@ -22,7 +22,7 @@ from mim_refiner.checkpoints.families.base import (
 )
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Mapped, Template
 from mim_refiner.errors import CheckpointError, InputError
-from mim_refiner.models.vit import BASE_ARCHITECTURE, IMAGENET_MEAN, IMAGENET_STD, mlp_ratio, standard_name
+from mim_refiner.models.vit import BASE_ARCHITECTURE, IMAGENET_MEAN, IMAGENET_STD, SIZES, mlp_ratio, standard_name
 
 _BLOCK_PARTS = (
     r"norm[12]\.(weight|bias)|attn\.(qkv|proj)\.(weight|bias)|attn\.[qk]_norm\.(weight|bias)"
@@ -36,10 +36,7 @@ _ENCODER_NAME = re.compile(
 GATED_ARCHITECTURE = "vit_giant_patch14_dinov2"  # timm's ViT whose MLP is a SwiGLU
 
 # Width alone tells the number of heads only for the standard sizes.
-_HEADS_BY_WIDTH_AND_DEPTH = {
-    (192, 12): 3, (384, 12): 6, (768, 12): 12, (1024, 24): 16, (1280, 32): 16, (2560, 24): 32, (1408, 40): 16,
-    (1536, 40): 24,
-}  # fmt: skip
+_HEADS = {(width, depth): heads for width, depth, heads in SIZES} | {(2560, 24): 32, (1408, 40): 16, (1536, 40): 24}
 USUAL_HEADS = {192: (3, 12), 384: (6, 12)}  # widths that public encoders have with several numbers of heads
 _USUAL_SIDE = 96  # pixels; images of pre-training are rarely smaller, except square ones of a few positions
 
@@ -124,10 +121,12 @@ def infer_structure(
     width, depth, in_chans = sizes["embed_dim"], sizes["depth"], sizes["in_chans"]
     fc_norm = "fc_norm.weight" in tensors
     num_registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
-    class_token = "cls_token" in tensors or _table_counts_a_class_token(tensors)
-    grid, prefix_in_table, grid_notes = table_grid(
-        tensors.get("pos_embed"), int(class_token) + num_registers, (patch, in_chans), known_size, wishes, where
-    )
+    table = tensors.get("pos_embed")
+    entries = 0 if table is None or table.ndim != 3 else table.shape[1]
+    # a file without ``cls_token`` whose table counts one is incomplete, not another ViT
+    class_token = "cls_token" in tensors or (is_square(entries - 1) and not is_square(entries))
+    num_prefix, pixels = int(class_token) + num_registers, (patch, in_chans)
+    grid, prefix_in_table, grid_notes = table_grid(table, num_prefix, pixels, known_size, wishes, where)
     if depth == 0:
         others = [name for name in tensors if not is_encoder_name(name)] or list(tensors)
         raise CheckpointError(
@@ -150,12 +149,12 @@ def infer_structure(
         "fc_norm": fc_norm,
         "global_pool": "avg" if fc_norm or not class_token else "token",
     }
-    if has_any(tensors, "ls1.gamma"):
-        arguments["init_values"] = 1e-5  # only switches layer scale on; the weights replace the value
     mlp = {end: t.shape for n, t in tensors.items() for end in ("fc1", "fc2") if n.endswith(f"mlp.{end}.weight")}
     gated = len(mlp) == 2 and mlp["fc1"][0] == 2 * mlp["fc2"][-1]  # SwiGLU: half of fc1's outputs gate the others
-    if gated:  # timm's name brings the kind of MLP; a value of None would be dropped, and the name's own used
-        arguments["init_values"] = arguments.get("init_values", 0.0)
+    if has_any(tensors, "ls1.gamma"):
+        arguments["init_values"] = 1e-5  # only switches layer scale on; the weights replace the value
+    elif gated:  # timm's name brings the kind of MLP; a value of None would be dropped, and the name's own used
+        arguments["init_values"] = 0.0
     from_norm = next((width // t.shape[0] for n, t in tensors.items() if n.endswith("attn.q_norm.weight")), 0)
     heads, notes = choose_heads(width, depth, known_heads or from_norm, wishes, where)
     notes += grid_notes
@@ -196,7 +195,7 @@ def choose_heads(width: int, depth: int, known: int, wishes: Wishes, where: str)
     The caller's word counts first, then ``known`` (what tensors or config tell), then the file's own arguments, then
     the standard size, if that is the only usual number.
     """
-    standard = 0 if width in USUAL_HEADS else _HEADS_BY_WIDTH_AND_DEPTH.get((width, depth), 0)
+    standard = 0 if width in USUAL_HEADS else _HEADS.get((width, depth), 0)
     by_size = width // wishes.told_head_dim if wishes.told_head_dim > 0 and width % wishes.told_head_dim == 0 else 0
     by_name = wishes.told_model[1] if wishes.told_model[0] == width else 0
     told = wishes.told_heads if wishes.told_heads > 0 and width % wishes.told_heads == 0 else by_size or by_name
@@ -289,12 +288,6 @@ def _overlap(size: tuple[int, int], patch: tuple[int, int], positions: int) -> i
 
 def is_square(count: int) -> bool:
     return count > 0 and math.isqrt(count) ** 2 == count
-
-
-def _table_counts_a_class_token(tensors: Mapping[str, Tensor]) -> bool:
-    """True for a table of rows * rows + 1 entries: then a file without ``cls_token`` is incomplete, not another ViT."""
-    length = tensors["pos_embed"].shape[1] if "pos_embed" in tensors and tensors["pos_embed"].ndim == 3 else 0
-    return is_square(length - 1) and not is_square(length)
 
 
 def has_any(tensors: Mapping[str, Tensor], ending: str) -> bool:

@@ -55,7 +55,7 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
     by_zero = unscaled and is_model_in_modules(architecture.partition(".")[0], _UNSCALED_BY_ZERO)
     if by_zero:
         arguments["init_values"] = 0.0
-    first_conv = preprocessing.get("first_conv")
+    first_conv, shape = preprocessing.get("first_conv"), preprocessing.get("input_size")
     known = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
     classifier = preprocessing.get("classifier") or (known.classifier if known else None) or "head"
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -80,7 +80,7 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
         position_rule=facts.get("position_rule") or ("flexi" if architecture.startswith("flexi") else "timm"),
         pooling=facts.get("encoder_pooling"),
         without=without,
-        image_size=_size(preprocessing.get("input_size")),
+        image_size=(int(shape[1]), int(shape[2])) if isinstance(shape, list) and len(shape) == 3 else None,
         projection=f"{first_conv}.weight" if isinstance(first_conv, str) else PROJECTION,
     )
 
@@ -90,10 +90,6 @@ def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, An
     if not isinstance(value, Mapping):
         raise CheckpointError(f"{where}: '{key}' in its config.json must be a JSON object; write or download it again")
     return value
-
-
-def _size(shape: Any) -> tuple[int, int] | None:
-    return (int(shape[1]), int(shape[2])) if isinstance(shape, list) and len(shape) == 3 else None
 
 
 def _floats(values: Any) -> tuple[float, ...] | None:
