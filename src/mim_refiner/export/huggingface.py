@@ -5,11 +5,9 @@ A masked autoencoder becomes a ``ViTModel``, not a ``ViTMAEModel``: that one mas
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from mim_refiner.checkpoints.families import hf
 from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.data.loaders import default_crop_ratio
 from mim_refiner.errors import InputError, install
-from mim_refiner.export.writing import Format, Pairs, every_block
+from mim_refiner.export.writing import Format, Pairs, every_block, silence
 from mim_refiner.files import errors_as
 from mim_refiner.models.backbone import Backbone
 
@@ -202,29 +200,12 @@ def _load(folder: Path) -> Any:
     with needs, warnings.catch_warnings(action="ignore"):  # of transformers about itself
         from transformers import AutoModel
     problem = "export: transformers cannot load the exported model"
-    with errors_as(InputError, problem, "choose --format timm"), _quiet():
+    with errors_as(InputError, problem, "choose --format timm"), silence():
         model, report = AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     problems = {key: sorted(map(str, value)) for key, value in report.items() if key.endswith("_keys") and value}
     if problems:
         raise InputError(f"export: transformers reads the exported weights in part ({problems}); choose --format timm")
     return model.eval()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and reports of transformers; what matters is checked and raised here."""
-    from transformers.utils import logging as transformers_logging
-
-    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _renamed(keys: KeyMap) -> Callable[[Backbone], dict[str, Tensor]]:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import re
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mim_refiner.errors import InputError, install, one_line
-from mim_refiner.export.writing import Format, Pairs
+from mim_refiner.export.writing import Format, Pairs, silence
 from mim_refiner.files import errors_as
 from mim_refiner.models.backbone import Backbone
 
@@ -51,7 +46,7 @@ def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str,
     shapes = {"images": {0: torch.export.Dim("batch")}} if batch == "dynamic" else None
     size = sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters())
     try:
-        with _silence():
+        with silence():
             torch.onnx.export(
                 module,
                 (example,),
@@ -116,18 +111,6 @@ def _libraries() -> tuple[Any, Any]:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch's exporter needs it
     return onnx, onnxruntime
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """The exporter talks on stdout, in logs and in warnings about its own parts."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 ONNX = Format("onnx", 1e-4, "onnxruntime", "the features", _write, _pairs)

@@ -5,8 +5,12 @@ Does the exported model compute what the encoder computes? Measured on real imag
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
@@ -101,6 +105,19 @@ def write_export(
         "tolerance": format.tolerance,
         "checked": parity.sentence(),
     }
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Exporters and readers talk on stdout and stderr, in logs and in warnings about their own parts."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    quiet = warnings.catch_warnings(action="ignore")
+    try:
+        with quiet, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def every_block(backbone: Backbone, images: Tensor) -> list[Tensor]:
