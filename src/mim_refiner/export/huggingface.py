@@ -25,6 +25,7 @@ from mim_refiner.errors import InputError, install
 from mim_refiner.export.writing import Format, Pairs, every_block, silence
 from mim_refiner.files import errors_as
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.types import side_or_pair
 
 
 def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -102,8 +103,8 @@ def _config(backbone: Backbone, kind: str) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": block.norm1.eps,
-        "image_size": _square(info.image_size),
-        "patch_size": _square(info.patch_size),
+        "image_size": side_or_pair(info.image_size),
+        "patch_size": side_or_pair(info.patch_size),
         "num_channels": info.in_chans,
     }
     if kind in ("beit", "data2vec-vision"):
@@ -180,10 +181,6 @@ def _preprocessing(backbone: Backbone) -> dict[str, Any]:
         "image_std": list(backbone.info.std),
         "do_convert_rgb": backbone.info.in_chans == 3,
     }
-
-
-def _square(size: tuple[int, int]) -> int | list[int]:
-    return size[0] if size[0] == size[1] else list(size)
 
 
 def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, Any]) -> Pairs:

@@ -73,14 +73,6 @@ def fixed_beside_lora(backbone: Backbone) -> Iterator[nn.Parameter]:
         yield from (parameter for name, parameter in backbone.named_parameters() if _INSIDE not in name)
 
 
-def lora_tensors(backbone: Backbone) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """(base weight, A, B) of every adapted layer, on the CPU."""
-    return {
-        name: (parts.original.detach().cpu(), parts[0].a.detach().cpu(), parts[0].b.detach().cpu())
-        for name, parts in adapted(backbone).items()
-    }
-
-
 def lora_share(backbone: Backbone) -> float:
     """Adapter parameters as a share of the encoder's."""
     sizes = [(parameter.numel(), _INSIDE in name) for name, parameter in backbone.named_parameters()]

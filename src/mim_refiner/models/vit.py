@@ -11,6 +11,7 @@ from torch import nn
 
 from mim_refiner.errors import InputError, did_you_mean
 from mim_refiner.models.positions import check_image_size
+from mim_refiner.types import side_or_pair
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -127,7 +128,7 @@ def vit_arguments(model: VisionTransformer) -> dict[str, Any]:
     has_norm = not isinstance(model.norm, nn.Identity)
     return {
         "img_size": list(model.patch_embed.img_size),
-        "patch_size": _square(model.patch_embed.patch_size),
+        "patch_size": side_or_pair(tuple(model.patch_embed.patch_size)),
         "in_chans": in_channels(model),
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
@@ -158,7 +159,3 @@ def in_channels(model: nn.Module) -> int:
 def mlp_ratio(hidden: int, width: int) -> float:
     """What timm multiplies ``width`` by, and rounds down, to get ``hidden``."""
     return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
-
-
-def _square(size: tuple[int, int]) -> int | list[int]:
-    return size[0] if size[0] == size[1] else list(size)

@@ -18,6 +18,7 @@ DROPPED = {
     **dict.fromkeys(("mask_token", "masked_embed", "embeddings.mask_token"), "mask token, used only in pre-training"),
     **dict.fromkeys(("head.", "head_dist.", "fc.", "classifier."), "head of the training (classifier, projection)"),
     **dict.fromkeys(("lm_head.", "cls_pt_layers.", "dino_head.", "ibot_head."), "head of the pre-training"),
+    "pooler.dense.": "pooler of the classifier",
     "neck.": "decoder or head, used only in training",
     "data_preprocessor.": "mean and std",
     "n_averaged": "number of averaged states",

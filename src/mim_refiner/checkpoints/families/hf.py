@@ -57,7 +57,6 @@ BEIT_KEYS = KeyMap(
         ("pooler.layernorm.{p}", "fc_norm.{p}"),
     ]
 )
-DROPPED = {"pooler.dense.": "pooler of the classifier"}
 
 
 def has_query_bias_only(view: View) -> bool:
@@ -95,7 +94,7 @@ def mean_and_std(view: View) -> dict[str, Any]:
 def _family(name: str, matches: Callable[[View], bool], keys: KeyMap = VIT_KEYS, **options: Any) -> Family:
     """``options`` as of :func:`make_family`."""
     given: dict[str, Any] = {"prepare": said, "position_rule": "hf"} | options
-    return make_family(name, matches, to_timm=keys.to_timm, anchor=ANCHOR, dropped=DROPPED, **given)
+    return make_family(name, matches, to_timm=keys.to_timm, anchor=ANCHOR, **given)
 
 
 # --- ViTMAE, and ViT and ViTMSN, which have the same encoder, encoder only or with decoder; I-JEPA, without class token

@@ -261,7 +261,6 @@ HF_VITPOSE = make_family(
         [*hf.VIT_RULES, *((f"encoder.layer.{{i}}.mlp.fc{n}.{{p}}", f"blocks.{{i}}.mlp.fc{n}.{{p}}") for n in (1, 2))]
     ).to_timm,
     anchor=hf.ANCHOR,
-    dropped=hf.DROPPED,
     prepare=_prepare_hf_vitpose,
     **_VITPOSE,
 )
