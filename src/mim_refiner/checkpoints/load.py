@@ -82,8 +82,7 @@ def load_backbone(
         consequence = "the missing ones stay RANDOM" if found.report.missing else "they are ignored"
         gap = str(found.problem).partition(";")[0]
         warnings.warn(f"{gap}; {consequence}", PartialCheckpointWarning, stacklevel=2)
-        if (wrong := _wrong_numbers(converted.tensors, expected, bare)) is not None:
-            raise wrong
+        _check_numbers(converted.tensors, expected, bare)
     wanted, given = (sum(tensor.numel() for tensor in part.values()) for part in (expected, converted.tensors))
     if wanted > 8 * given + 2**27:  # config and options take no memory that nothing fills
         raise CheckpointError(f"{bare}: its config is of a far larger encoder; take both from one source")
@@ -167,15 +166,17 @@ def _examine(given: str | Path, key_map: KeyMapLike, **options: Any) -> _Examine
     expected = sketch.state_dict()
     records, missing, unplaced = _fates(detected, converted, expected)
     backbone = _wrap(converted, sketch, source, missing)
-    problem: MimRefinerError | None
+    problem: MimRefinerError | None = None
     if converted.num_heads == 0:
         problem = InputError(f"{source}: {heads_question(converted.arguments)}")
     elif missing or unplaced:
         problem = _gap(source, len(expected), missing, unplaced)
-    elif (problem := _wrong_numbers(converted.tensors, expected, source)) is None and size is not None:
+    else:
         try:
-            backbone.check_new_size(size)
-        except InputError as error:
+            _check_numbers(converted.tensors, expected, source)
+            if size is not None:
+                backbone.check_new_size(size)
+        except MimRefinerError as error:
             problem = error
     facts = vars(backbone.info) | {"image_size": size or backbone.info.image_size}
     if converted.num_heads == 0:  # nobody tells
@@ -240,21 +241,18 @@ def _gap(source: str, total: int, missing: list[str], unplaced: list[str]) -> _G
     return _GapError(f"{source}: {' and '.join(problems)}; {advice}")
 
 
-def _wrong_numbers(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str
-) -> CheckpointError | None:
-    """The error that names the first tensor whose numbers are not real and finite."""
+def _check_numbers(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    """CheckpointError for the first tensor whose numbers are not real and finite."""
     for name, tensor in tensors.items():
         if name in expected and expected[name].is_floating_point() and not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
-            return CheckpointError(
+            raise CheckpointError(
                 f"{source}: {name} holds {kind} numbers instead of floats; save the weights as floats"
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            return CheckpointError(
+            raise CheckpointError(
                 f"{source}: {name} holds NaN or infinite values; the file is unusable, take an earlier one"
             )
-    return None
 
 
 def _fates(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import timm
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from timm.models import is_model_in_modules
 from torch import Tensor
@@ -19,8 +18,8 @@ from mim_refiner.checkpoints.families.base import PROJECTION, Family, Wishes
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
 from mim_refiner.checkpoints.families.mae import free_registers
 from mim_refiner.checkpoints.families.plain_vit import Structure, infer_structure, is_square, make_family
-from mim_refiner.errors import CheckpointError, InputError, did_you_mean, one_line
-from mim_refiner.files import read_yaml
+from mim_refiner.errors import CheckpointError, InputError, did_you_mean
+from mim_refiner.files import errors_as, read_yaml
 from mim_refiner.models.mae import sincos_position_table
 from mim_refiner.models.positions import sinusoid_table
 from mim_refiner.reporting import number_of
@@ -63,10 +62,8 @@ def read_key_map(given: Mapping[str, Any] | str | Path) -> OwnKeyMap:
     where = "key_map"
     if isinstance(given, str | Path):
         where = str(given)
-        try:
+        with errors_as(InputError, f"{where}: the key map cannot be read", "give a YAML file"):
             given = read_yaml(Path(given).expanduser())
-        except (OSError, ValueError, RuntimeError, yaml.YAMLError) as error:
-            raise InputError(f"{where}: the key map cannot be read ({one_line(error)}); give a YAML file") from error
     if not isinstance(given, Mapping):
         raise InputError(f"{where}: a key map is a mapping with the entry 'keys'; see the README")
     try:
@@ -96,22 +93,16 @@ def own_family(given: Mapping[str, Any] | str | Path) -> Family:
     anchor = next(to_projection, PROJECTION)
     if not isinstance(anchor, str):
         raise InputError(f"key map: {PROJECTION} cannot be joined of several tensors; name one")
-    anchor = anchor.replace("{p}", "weight")
-
     computed = key_map.positions if key_map.positions != "table" else "timm"
     family = make_family(
         key_map.family,
         lambda view: True,  # for the caller says so; what does not fit shows in the coverage
-        anchor=anchor,
+        anchor=anchor.replace("{p}", "weight"),
         to_timm=keys.to_timm,
         infer=partial(_infer, key_map=key_map),
         dropped=key_map.drop,
-        mean=key_map.mean,
-        std=key_map.std,
-        licence=key_map.licence,
-        norm_eps=key_map.norm_eps,
         position_rule=key_map.position_rule or computed,
-        pooling=key_map.pooling,
+        **key_map.model_dump(include={"mean", "std", "licence", "norm_eps", "pooling"}),
     )
     return replace(family, any_names=True)
 
