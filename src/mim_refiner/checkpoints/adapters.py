@@ -81,7 +81,7 @@ def with_adapter(base: Contents, adapter: Contents) -> Contents:
         raise _cannot(adapter.source, f"is an adapter with {changed}, which changes what the base model computes")
     section = max(base.sections, key=lambda path: len(base.sections[path]))
     weights = dict(base.sections[section])
-    given = adapter.section("").items()
+    given = adapter.sections.get("", {}).items()
     heads = {name: tensor for name, tensor in given if _is_head(name.removeprefix(_START), weights)}
     encoder = {name.removeprefix(_START): tensor for name, tensor in given if name not in heads}
     for name, tensor in encoder.items():
@@ -227,7 +227,8 @@ def _target(weights: Mapping[str, Tensor], name: str, adapter: Contents) -> str:
 def _place(name: str) -> tuple[str, int] | None:
     """What a name of transformers 4 or 5 means, whatever the model stands in; None for a decoder's."""
     inner = re.search(r"(?:^|\.)((?:encoder\.layer|layers|embeddings|layernorm)\..+)", name)
-    return VIT_KEYS.place(inner[1]) if inner and "decoder" not in name else None
+    found = VIT_KEYS.target(inner[1]) if inner and "decoder" not in name else None
+    return found and found[:2]
 
 
 def _cannot(source: str, what: str) -> CheckpointError:

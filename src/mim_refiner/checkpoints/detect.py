@@ -141,7 +141,7 @@ def _is_swapped(view: View) -> bool:
     contents = view.contents
     if view.section.split(".")[0] != "ema_state_dict" or "state_dict" not in contents.sections:
         return False
-    return "steps" in contents.section("ema_state_dict") or any(
+    return "steps" in contents.sections.get("ema_state_dict", {}) or any(
         path.startswith("message_hub.") or path == "meta.mmengine_version" for path in contents.facts
     )
 

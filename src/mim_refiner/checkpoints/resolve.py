@@ -222,7 +222,7 @@ def _read_shards(index: Path) -> Contents:
             raise CheckpointError(f"{index}: names {ascii(name)[:80]}, which is not in its folder; download it again")
         if not path.exists():
             raise CheckpointError(f"{path}: this shard of the model is missing; download it into the folder")
-        tensors |= read_checkpoint(path, config={}).section("")
+        tensors |= read_checkpoint(path, config={}).sections.get("", {})
     missing = [name for name in files if name not in tensors]
     if missing:
         raise CheckpointError(f"{index}: its shards lack {missing[0][:80]} and {len(missing) - 1} more; download again")

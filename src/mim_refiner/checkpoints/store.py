@@ -50,9 +50,6 @@ class Contents:
     config: Mapping[str, Any] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def section(self, path: str) -> dict[str, Tensor]:
-        return self.sections.get(path, {})
-
     def fact(self, *names: str) -> Any:
         """What the file's own arguments, else the config beside it, say under the first of ``names`` that they have.
 

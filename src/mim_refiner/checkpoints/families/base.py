@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -112,7 +112,7 @@ class Converted:
     projection: str = PROJECTION  # the first convolution's weight, for other numbers of channels
     position_rule: str = "timm"  # how tables are resized to other resolutions, see models.positions
     pooling: Pooling | None = None  # what the family's authors pool by, where it is not the class token
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def _prepare_beit(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dic
 def _convert_beit(view: View, wishes: Wishes) -> Converted:
     outer = {short: name for short, name in view.beside.items() if short.startswith("layernorm.")}
     if outer and "layernorm.weight" not in view.tensors:  # in BeitForMaskedImageModeling it lies outside "beit."
-        section = view.contents.section(view.section)
+        section = view.contents.sections[view.section]
         view = replace(
             view,
             tensors=view.tensors | {short: section[name] for short, name in outer.items()},

@@ -49,12 +49,17 @@ class KeyMap:
 
     def knows(self, name: str) -> bool:
         """Whether the source format has a tensor of this name in the encoder."""
-        return self._target(name) is not None
+        return self.target(name) is not None
 
-    def place(self, name: str) -> tuple[str, int] | None:
-        """timm's name of what a source name means, and which part of it; None for a name that no rule knows."""
-        found = self._target(name)
-        return found and found[:2]
+    def target(self, name: str) -> tuple[str, int, tuple[str, ...]] | None:
+        """timm's name of what a source name means, which part of it, and all its parts; None where no rule knows it."""
+        if self._same(name):
+            return name, 0, (name,)
+        for pattern, target, part, sources in self._forward:
+            match = pattern.fullmatch(name)
+            if match:
+                return target.format(**match.groupdict()), part, sources
+        return None
 
     def to_timm(self, state: Mapping[str, Tensor]) -> Mapped:
         """Rename and join; a joined tensor appears only if all its parts are there."""
@@ -62,7 +67,7 @@ class KeyMap:
         wanted: dict[str, tuple[str, ...]] = {}
         rest = []
         for name in state:
-            found = self._target(name)
+            found = self.target(name)
             if found is None:
                 rest.append(name)
                 continue
@@ -107,15 +112,6 @@ class KeyMap:
                     continue
                 state[source.format(**match.groupdict())] = value.clone() if len(sources) > 1 else value
         return state
-
-    def _target(self, name: str) -> tuple[str, int, tuple[str, ...]] | None:
-        if self._same(name):
-            return name, 0, (name,)
-        for pattern, target, part, sources in self._forward:
-            match = pattern.fullmatch(name)
-            if match:
-                return target.format(**match.groupdict()), part, sources
-        return None
 
 
 def _pattern(template: str) -> re.Pattern[str]:

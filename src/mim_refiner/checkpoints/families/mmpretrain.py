@@ -52,7 +52,7 @@ def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str
 
 def _mean_and_std(view: View) -> dict[str, Any]:
     """Those of the file, where it keeps them (0-255)."""
-    section = view.contents.section(view.section)
+    section = view.contents.sections[view.section]
     found = {key: section.get(view.beside.get(f"data_preprocessor.{key}", "")) for key in ("mean", "std")}
     if any(tensor is None or not bool(tensor.any()) for tensor in found.values()):
         return {}

@@ -119,7 +119,12 @@ def _infer(tensors: dict[str, Tensor], wishes: Wishes, where: str, key_map: OwnK
         raise InputError(f"key map: arguments: num_heads={ascii(by_argument)[:40]} is no whole number; correct it")
     said = by_block[0] if by_block else key_map.num_heads
     heads: Any = wishes.num_heads or said or by_argument
-    _check_channels(tensors, key_map, wishes, int(arguments.get("in_chans", 3)))
+    weight = tensors.get(PROJECTION)
+    channels = int(arguments.get("in_chans", 3)) if weight is None or weight.ndim < 2 else weight.shape[1]
+    for name, values in (("mean", key_map.mean), ("std", key_map.std)):
+        if values is not None and len(values) not in (channels, wishes.in_chans):
+            has = f"has {number_of(len(values), 'values')}, the encoder has {number_of(channels, 'channels')}"
+            raise InputError(f"key map: {name}: {has}; give one a channel")
     plain = architecture == "vit" or architecture in _SIZED_BY_TENSORS
     if not plain and not timm.is_model(architecture.partition(".")[0]):
         close = did_you_mean(architecture, timm.list_models())
@@ -135,16 +140,6 @@ def _infer(tensors: dict[str, Tensor], wishes: Wishes, where: str, key_map: OwnK
     vit = infer_structure(tensors, wishes, where, known_heads=heads, known_size=size)
     architecture = vit.architecture if architecture == "vit" else architecture
     return Structure(architecture, vit.arguments | arguments, vit.num_heads or (0 if plain else -1), vit.notes)
-
-
-def _check_channels(tensors: Mapping[str, Tensor], key_map: OwnKeyMap, wishes: Wishes, usual: int) -> None:
-    """InputError for a mean or std of another number of values than the encoder has channels."""
-    weight = tensors.get(PROJECTION)
-    channels = usual if weight is None or weight.ndim < 2 else weight.shape[1]
-    for name, values in (("mean", key_map.mean), ("std", key_map.std)):
-        if values is not None and len(values) not in (channels, wishes.in_chans):
-            has = f"has {number_of(len(values), 'values')}, the encoder has {number_of(channels, 'channels')}"
-            raise InputError(f"key map: {name}: {has}; give one a channel")
 
 
 def _complete_table(tensors: dict[str, Tensor], positions: str, size: tuple[int, int] | None, where: str) -> None:

@@ -33,8 +33,6 @@ _ENCODER_NAME = re.compile(
     r"|cls_token|reg_token|pos_embed"
 )
 
-GATED_ARCHITECTURE = "vit_giant_patch14_dinov2"  # timm's ViT whose MLP is a SwiGLU
-
 # Width alone tells the number of heads only for the standard sizes.
 _HEADS = {(width, depth): heads for width, depth, heads in SIZES} | {(2560, 24): 32, (1408, 40): 16, (1536, 40): 24}
 USUAL_HEADS = {192: (3, 12), 384: (6, 12)}  # widths that public encoders have with several numbers of heads
@@ -160,7 +158,8 @@ def infer_structure(
     notes += grid_notes
     if not final_norm and not told:
         notes.append("the file has no final norm, so the encoder has none")
-    name = GATED_ARCHITECTURE if gated else standard_name(width, depth, heads, patch) or BASE_ARCHITECTURE
+    name = standard_name(width, depth, heads, patch) or BASE_ARCHITECTURE
+    name = "vit_giant_patch14_dinov2" if gated else name  # timm's ViT whose MLP is a SwiGLU
     return Structure(name, arguments, heads, tuple(notes))
 
 
