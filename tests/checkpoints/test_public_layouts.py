@@ -323,7 +323,9 @@ def test_a_whole_model_below_a_prefix_is_the_same(tmp_path: Path) -> None:
 def tokens(backbone: Backbone, images: Tensor) -> list[Tensor]:
     depth = backbone.info.depth
     with torch.inference_mode():
-        blocks = backbone.run_blocks(backbone.embed(images), 0, depth, range(depth), grid=backbone.grid(images))[1]
+        blocks = backbone.run_blocks(
+            backbone.embed(images), 0, depth, range(depth), grid=backbone.grid_of(tuple(images.shape[-2:]))
+        )[1]
     return list(blocks.values())
 
 

@@ -81,7 +81,6 @@ CROSSMAE = make_family(
 
 _SCALE_HEADS = ("fpn.", "fcn.", "fcn_high.", "fcn_low.")
 
-
 SCALE_MAE = make_family(
     "scale_mae",
     lambda view: is_bare_vit(view) and any(name.startswith(_SCALE_HEADS) for name in view.tensors),
