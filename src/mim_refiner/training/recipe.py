@@ -135,7 +135,7 @@ class GuardSettings(Settings):
 
 
 class AnchorSettings(Settings):
-    """Dense anchor (models/anchor.py): patches shall stay as alike to each other as they were at the START."""
+    """Dense anchor (models/refiner.py): patches shall stay as alike to each other as they were at the START."""
 
     weight: NonNegativeFloat = 0.0  # of its distance, added to the loss of the heads; 0: no anchor
     blocks: Literal["last", "heads"] = "last"  # whose patch tokens
