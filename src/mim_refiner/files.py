@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import yaml
@@ -80,6 +81,14 @@ def dump_yaml(value: Any) -> bytes:
 def read_json(path: str | os.PathLike[str]) -> Any:
     """The value in a JSON file; use it within :func:`reading`."""
     return json.loads(read_regular(path))
+
+
+def read_mapping(path: str | os.PathLike[str], read: Callable[[Any], Any] = read_json) -> dict[str, Any]:
+    """What a file of ours says; nothing where it is not there or damaged."""
+    with contextlib.suppress(Exception):
+        value = read(path)
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 @contextlib.contextmanager
@@ -196,13 +205,25 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_bytes(path, (json.dumps(json_value(value), indent=2, allow_nan=False) + "\n").encode())
 
 
-def json_value(value: Any) -> Any:
-    """Tuples to lists, and numbers that JSON lacks to text: a k-NN temperature of ``"inf"``."""
+def json_value(value: Any, nonfinite: Callable[[float], Any] = str) -> Any:
+    """Dataclasses, paths, arrays and scalars of numpy or torch as plain values; of a number that JSON lacks what
+    ``nonfinite`` says: by default its text, such as a k-NN temperature of ``"inf"``. TypeError for anything else.
+    """
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else nonfinite(value)
+    if isinstance(value, PurePath):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): json_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_value(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        return {str(key): json_value(item, nonfinite) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [json_value(item, nonfinite) for item in value]
+    if hasattr(value, "tolist"):
+        return json_value(value.tolist(), nonfinite)
+    raise TypeError(f"a {type(value).__name__} has no JSON form")
 
 
 def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

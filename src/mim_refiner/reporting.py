@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 PER_HEAD = {"loss": "loss", "alignment": "alignment", "neighbor_similarity": "neighbour similarity"}
 KNN = "knn_top1"
@@ -131,35 +131,23 @@ def listener(reporter: Reporter | None) -> Reporter:
     return PlainReporter(sys.stdout) if shell is not None and hasattr(shell, "kernel") else Reporter()
 
 
+def _to_all(name: str) -> Any:
+    def call(self: Tee, *given: Any) -> None:
+        for reporter in self.reporters:
+            getattr(reporter, name)(*given)
+
+    return call
+
+
 class Tee(Reporter):
     """Passes every call on to several reporters."""
 
     def __init__(self, reporters: Sequence[Reporter]) -> None:
         self.reporters = list(reporters)
 
-    def phase(self, name: str, total: int) -> None:
-        for reporter in self.reporters:
-            reporter.phase(name, total)
-
-    def progress(self, step: int, values: Mapping[str, float]) -> None:
-        for reporter in self.reporters:
-            reporter.progress(step, values)
-
-    def message(self, text: str) -> None:
-        for reporter in self.reporters:
-            reporter.message(text)
-
-    def warning(self, text: str) -> None:
-        for reporter in self.reporters:
-            reporter.warning(text)
-
-    def opened(self, folder: Path) -> None:
-        for reporter in self.reporters:
-            reporter.opened(folder)
-
-    def done(self) -> None:
-        for reporter in self.reporters:
-            reporter.done()
+    phase, progress, message, warning, opened, done = map(
+        _to_all, ("phase", "progress", "message", "warning", "opened", "done")
+    )
 
 
 class PlainReporter(Reporter):

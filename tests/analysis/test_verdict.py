@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ RECIPE = {
 }  # fmt: skip
 
 
-AGAIN: dict[str, Any] = {"again": "--out there", "compared": "mim-refiner evaluate --model a --compare b"}
+AGAIN: dict[str, Any] = {"again": repeat("--out there"), "compared": "mim-refiner evaluate --model a --compare b"}
 
 
 def test_what_to_try_next_follows_from_the_evidence():

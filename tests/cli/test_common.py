@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from mim_refiner.cli.common import execute, to_jsonable
+from mim_refiner.cli.common import execute
 from mim_refiner.cli.tables import format_value, lines_of, print_result
 from mim_refiner.errors import InputError
+from mim_refiner.files import json_value
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Point:
     value: float
 
 
-def test_to_jsonable_covers_what_verbs_return():
+def test_what_is_printed_as_json_covers_what_verbs_return():
     value = {
         "point": Point(Path("a"), float("nan")),
         1: (torch.tensor(2), np.float64(0.5), np.array([1.0, np.inf])),
@@ -31,12 +32,12 @@ def test_to_jsonable_covers_what_verbs_return():
         "nothing": None,
     }
     expected = {"point": {"path": "a", "value": None}, "1": [2, 0.5, [1.0, None]], "flag": True, "nothing": None}
-    assert to_jsonable(value) == expected
+    assert json_value(value, lambda _: None) == expected
 
 
-def test_to_jsonable_refuses_the_unknown():
+def test_json_refuses_the_unknown():
     with pytest.raises(TypeError, match="object"):
-        to_jsonable(object())
+        json_value(object())
 
 
 def test_json_keeps_stdout_pure(capsys):
@@ -124,11 +125,11 @@ def test_nested_values_become_lines():
     }
     assert lines_of("verdict", verdict) == [
         "verdict: verdict better, change 0.05",
-        "verdict.interval: 0.01 0.09",
-        "verdict.statements:",
+        "verdict, interval: 0.01 0.09",
+        "verdict, statements:",
         "  a peak",
         "  no peak",
     ]
     assert lines_of("nothing", None) == []
     assert lines_of("none_found", False) == ["none found: False"]
-    assert lines_of("seconds_all", {"my_runs/mae": {"low_shot": 1.5}}) == ["seconds_all.my_runs/mae: low shot 1.5"]
+    assert lines_of("seconds_all", {"my_runs/mae": {"low_shot": 1.5}}) == ["seconds all, my_runs/mae: low shot 1.5"]

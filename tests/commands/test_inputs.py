@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_refiner.commands.inputs import run_fast, split_images, tell_trained_on, training_images
+from mim_refiner.commands.inputs import run_fast, tell_trained_on, training_images
 from mim_refiner.core.run import Run
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.reporting import Reporter
@@ -28,7 +28,8 @@ def labelled(tmp_path):
 
 
 def split(spec, share=0.1, seed=0):
-    return split_images(spec, share, Reporter(), seed=seed, channels=3, exclude=None)
+    recipe = override(refine_recipe("tiny", image_size=8), [f"hold_out={share}"])
+    return training_images(spec, recipe, (), None, Run(seed=seed), 3, None)
 
 
 def numbers(images):

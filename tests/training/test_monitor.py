@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mim_refiner.commands import monitor
-from mim_refiner.commands.monitor import OnlineKnn, Warming
+from mim_refiner.commands.monitor import OnlineKnn
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.run import Run
 from mim_refiner.data.loaders import eval_batches
@@ -37,7 +37,7 @@ def test_features_of_a_frozen_encoder_are_computed_once_and_read_by_the_last_hea
     monkeypatch.setattr(refiner, "head", lambda _: head)
     heard = Heard()
     knn = OnlineKnn(refiner.backbone, images, blocks=[0, block], pooling="mean", run=Run(reporter=heard),
-                    warming=Warming(refiner, 49_664))  # fmt: skip
+                    refiner=refiner, draws=49_664)  # fmt: skip
     knn.warmed_up(tmp_path)
     assert heard.lines == []  # nothing was measured
     refiner.freeze_encoder()

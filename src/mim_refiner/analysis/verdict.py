@@ -6,7 +6,7 @@ where k-NN stands.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ def what_next(
     found: Mapping[str, Any],
     recipe: Mapping[str, Any],
     *,
-    again: str,
+    again: Iterator[str],
     compared: str,
     test_images: int,
     draws: int,
@@ -55,7 +55,7 @@ def what_next(
 ) -> list[str]:
     """What to try after "worse", "no clear change" or a stop, from the evidence of the run; nothing after other words.
 
-    ``found``: the verdict; ``recipe``: the settings; ``again``: options that name another run folder, to be added to
+    ``found``: the verdict; ``recipe``: the settings; ``again``: options that each name a run folder, to be added to
     the run's own command with those of a line; ``compared``: the command that measures START and run on other images;
     ``draws``: images drawn for the encoder to learn from; ``knn``: online k-NN accuracy of the last block in the order
     of training; ``recommendation``: the features to use by the atlas; ``stopped``: the run was, as it went wrong, and
@@ -69,15 +69,15 @@ def what_next(
         share = (best + 1) / len(knn)
         lines.append(
             f"a shorter run: online k-NN accuracy was best ({100 * knn[best]:.1f} %) after {100 * share:.0f} % of it: "
-            f"--set refinement.epochs={max(1, round(share * phase['epochs']))} {again}"
+            f"--set refinement.epochs={max(1, round(share * phase['epochs']))} {next(again)}"
         )
     if word == WORSE or stopped:
-        lines.append(f"smaller steps: --set refinement.base_lr={phase['base_lr'] / 2:.3g} {again}")
+        lines.append(f"smaller steps: --set refinement.base_lr={phase['base_lr'] / 2:.3g} {next(again)}")
         if not recipe["anchor"]["weight"]:
-            lines.append(f"an anchor that holds the encoder near its start: --set anchor.weight=1 {again}")
+            lines.append(f"an anchor that holds the encoder near its start: --set anchor.weight=1 {next(again)}")
         if draws < MANY_DRAWS:
             lines.append(
-                f"more images: few drawn often ({draws:,} draws here) are learned by heart: --data MORE {again}"
+                f"more images: few drawn often ({draws:,} draws here) are learned by heart: --data MORE {next(again)}"
             )
     elif word == UNCLEAR:
         low, high = found.get("ci95") or next((each["ci95"] for each in found.get("measures", ())), (0.0, 0.0))
@@ -89,12 +89,12 @@ def what_next(
         if draws < MANY_DRAWS:
             lines.append(
                 f"a longer run: the encoder saw {draws:,} draws, and gains grew with every epoch up to a million: "
-                f"--set refinement.epochs={max(1, 2 * phase['epochs'])} {again}"
+                f"--set refinement.epochs={max(1, 2 * phase['epochs'])} {next(again)}"
             )
             if recipe["heads"]["swap_positive"] and recipe["guidance"] == "none":
                 lines.append(
                     "positives without neighbours, which gave a small encoder more in a short run (docs/evidence.md): "
-                    f"--set heads.swap_positive=false {again}"
+                    f"--set heads.swap_positive=false {next(again)}"
                 )
     if recommendation and last_block is not None and recommendation.get("block") not in (None, last_block):
         where = f"--block {recommendation['block']} --pooling {recommendation['pooling']}"

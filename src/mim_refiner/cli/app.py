@@ -103,43 +103,34 @@ def parser() -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; expected failures print one line on stderr."""
+    words, said = list(sys.argv[1:] if arguments is None else arguments) or ["--help"], ""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths may be no UTF-8; stderr does so by itself
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        return _main(arguments)
+        try:
+            code = parser()(words, prog_name=PROGRAM, standalone_mode=False)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read our output has gone; without this the interpreter complains once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_BROKEN_PIPE
+        except (KeyboardInterrupt, typer.Abort):
+            code = EXIT_INTERRUPTED
+        except Exception as error:
+            if os.environ.get(DEBUG_VARIABLE):
+                traceback.print_exception(error, file=sys.stderr)
+            code, text = _explain(error)
+            said = f"error: {' '.join(text.split())}"
+    if said or code == EXIT_INTERRUPTED:
+        print(broken(said or "interrupted", sys.stderr), file=sys.stderr)
+    return int(code or 0)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Ours in one line; those of libraries are no user's to mend (MIM_REFINER_DEBUG=1 shows them)."""
     if category.__module__.startswith("mim_refiner") or os.environ.get(DEBUG_VARIABLE):
         print(broken(f"warning: {' '.join(str(message).split())}", sys.stderr), file=sys.stderr)
-
-
-def _main(arguments: Sequence[str] | None) -> int:
-    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # paths may be no UTF-8; stderr does so by itself
-    try:
-        code = parser()(words, prog_name=PROGRAM, standalone_mode=False)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read our output has gone; without this the interpreter complains once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
-    except (KeyboardInterrupt, typer.Abort):
-        code = EXIT_INTERRUPTED
-    except Exception as error:
-        return _report(error)
-    if code == EXIT_INTERRUPTED:
-        print("interrupted", file=sys.stderr)
-    return int(code or 0)
-
-
-def _report(error: Exception) -> int:
-    if os.environ.get(DEBUG_VARIABLE):
-        traceback.print_exception(error, file=sys.stderr)
-    code, text = _explain(error)
-    print(broken(f"error: {' '.join(text.split())}", sys.stderr), file=sys.stderr)
-    return code
 
 
 def _explain(error: Exception) -> tuple[int, str]:

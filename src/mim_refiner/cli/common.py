@@ -6,19 +6,16 @@ Nothing here imports torch, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 import inspect
 import json
 import logging
-import math
 import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import PurePath
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -26,6 +23,7 @@ import typer
 from mim_refiner.cli.progress import make_reporter
 from mim_refiner.core.processes import started_as
 from mim_refiner.errors import InputError
+from mim_refiner.files import json_value
 from mim_refiner.reporting import remarks
 
 IN_MANY_PROCESSES = ("demo", "evaluate", "pretrain", "refine")  # share their work; of another verb one process does all
@@ -42,62 +40,50 @@ def broken(text: str, stream: TextIO) -> str:
     return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False) if width > 0 else text
 
 
-def names(option: typer.CallbackParam, text: str | None) -> tuple[str, ...] | None:
+def names(of: typer.CallbackParam, text: str | None) -> tuple[str, ...] | None:
     """Callback of the options that take names separated by commas; raises InputError when one is empty."""
     found = tuple(name.strip() for name in (text or "").split(","))
     if text is not None and not all(found):
-        raise InputError(
-            f"{option.opts[0]} is {text!r}, which has an empty name; give names separated by single commas"
-        )
+        raise InputError(f"{of.opts[0]} is {text!r}, which has an empty name; give names separated by single commas")
     return None if text is None else found
 
 
-DataOption = Annotated[str, typer.Option(metavar="SRC", help=f"Images: {SOURCES}.")]
-ModelOption = Annotated[str, typer.Option(metavar="SRC", help=f"Encoder: {MODELS}.")]
-EncoderOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Which of several encoders, such as student or teacher.")
-]
-HeadsOption = Annotated[int | None, typer.Option(min=1, help="Attention heads, where the weights do not tell them.")]
-KeyMapOption = Annotated[
-    str | None, typer.Option(metavar="FILE", help="YAML file that names the tensors of your own encoder.")
-]
-TestOption = Annotated[
-    str | None, typer.Option(metavar="SRC", help="Test images; without it a part of --data is held out.")
-]
-RunFolderOption = Annotated[
-    str, typer.Option(metavar="DIR", help="Run folder. The same command on the same folder resumes.")
-]
-OutOption = Annotated[str, typer.Option(metavar="DIR", help="Folder for the results.")]
-RecipeOption = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="Recipe by name, or a YAML file.")]
+def option(metavar: str | None, help: str, **more: Any) -> Any:
+    """What typer has to know of an option whose name is that of its parameter."""
+    return typer.Option(metavar=metavar, help=help, **more)
+
+
+DataOption = Annotated[str, option("SRC", f"Images: {SOURCES}.")]
+ModelOption = Annotated[str, option("SRC", f"Encoder: {MODELS}.")]
+EncoderOption = Annotated[str | None, option("NAME", "Which of several encoders, such as student or teacher.")]
+HeadsOption = Annotated[int | None, option(None, "Attention heads, where the weights do not tell them.", min=1)]
+KeyMapOption = Annotated[str | None, option("FILE", "YAML file that names the tensors of your own encoder.")]
+TestOption = Annotated[str | None, option("SRC", "Test images; without it a part of --data is held out.")]
+RunFolderOption = Annotated[str, option("DIR", "Run folder. The same command on the same folder resumes.")]
+OutOption = Annotated[str, option("DIR", "Folder for the results.")]
+RecipeOption = Annotated[str | None, option("NAME|FILE", "Recipe by name, or a YAML file.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; repeatable.")
 ]
-DeviceOption = Annotated[
-    str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="auto takes the CUDA GPU if there is one.")
-]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random choice.")]
+DeviceOption = Annotated[str, option("auto|cpu|cuda|cuda:N|mps", "auto takes the CUDA GPU if there is one.")]
+SeedOption = Annotated[int, option(None, "Seed of every random choice.", min=0, max=2**32 - 1)]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Start anew in a folder that holds another run; its files are replaced.")
 ]
-ExcludeOption = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Images to leave out: the list that doctor writes.")
-]
+ExcludeOption = Annotated[str | None, option("FILE", "Images to leave out: the list that doctor writes.")]
 LogOption = Annotated[
-    str | None,
-    typer.Option(metavar="NAMES", help="Further loggers, comma-separated: tensorboard, wandb, mlflow.", callback=names),
+    str | None, option("NAMES", "Further loggers, comma-separated: tensorboard, wandb, mlflow.", callback=names)
 ]
 MemoryBudgetOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="SIZE|auto",
-        help="Memory for a step, such as 24GB; the micro-batch is chosen so that it fits. Default: what is free.",
+    option(
+        "SIZE|auto",
+        "Memory for a step, such as 24GB; the micro-batch is chosen so that it fits. Default: what is free.",
     ),
 ]
 PlanOption = Annotated[bool, typer.Option("--plan", help="Only print what the run will cost: hours, memory, advice.")]
 NormOption = Annotated[bool, typer.Option("--norm/--no-norm", help="Apply the encoder's final norm to the features.")]
-CacheOption = Annotated[
-    str | None, typer.Option(metavar="DIR|off", help="Feature cache. Default: $MIM_REFINER_CACHE, or ~/.cache.")
-]
+CacheOption = Annotated[str | None, option("DIR|off", "Feature cache. Default: $MIM_REFINER_CACHE, or ~/.cache.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no messages.")]
 
@@ -134,7 +120,9 @@ def verb(
             arguments = {key: given[key] for key in (*own, *shared)}
             declared(**{key: given[key] for key in own})
             if trains:
-                check_recipe(name, given["recipe"], given["settings"])
+                from mim_refiner.training import recipes  # mistyped ones, before timm, images and weights are loaded
+
+                getattr(recipes, f"{name}_recipe")(given["recipe"], given["settings"] or [], image_size=0)
             run = getattr(importlib.import_module(f"mim_refiner.commands.{name}"), name)
             if reads:
                 from mim_refiner.checkpoints.options import with_options
@@ -155,13 +143,6 @@ def verb(
 def example(*lines: str) -> str:
     """Return a help epilog that shows the lines one below the other."""
     return "\n\n".join(("Example:", *(f"  {line}" for line in lines)))
-
-
-def check_recipe(verb: str, recipe: str | None, settings: list[str] | None) -> None:
-    """Raise RecipeError for a mistyped recipe or setting before timm, images and weights are loaded."""
-    from mim_refiner.training import recipes
-
-    getattr(recipes, f"{verb}_recipe")(recipe, settings or [], image_size=0)
 
 
 def execute(
@@ -188,10 +169,8 @@ def execute(
             result = run(**arguments, reporter=reporter)
         finally:
             reporter.done()
-    if speaks and printer is not None and not as_json:
-        printer(to_jsonable(result), sys.stdout)
-    elif speaks:
-        show(result, as_json=as_json)
+    if speaks:
+        show(result, as_json=as_json, printer=printer)
     return result
 
 
@@ -207,30 +186,12 @@ def silenced(quiet: bool) -> Iterator[None]:
         logger.disabled = before
 
 
-def show(result: Any, *, as_json: bool) -> None:
-    """Print a result on stdout, as JSON or as tables."""
+def show(result: Any, *, as_json: bool, printer: Callable[[Any, TextIO], None] | None = None) -> None:
+    """Print a result on stdout, as JSON or (by ``printer`` where one is given) as tables."""
+    value = json_value(result, nonfinite=lambda _: None)
     if as_json:
-        print(json.dumps(to_jsonable(result), allow_nan=False), flush=True)
+        print(json.dumps(value, allow_nan=False), flush=True)
         return
     from mim_refiner.cli.tables import print_result
 
-    print_result(to_jsonable(result), sys.stdout)
-
-
-def to_jsonable(value: Any) -> Any:
-    """Turn dataclasses, paths, arrays and scalars of numpy or torch into plain JSON values; NaN and inf become null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [to_jsonable(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int | bool):
-        return value
-    if isinstance(value, PurePath):
-        return str(value)
-    if hasattr(value, "tolist"):
-        return to_jsonable(value.tolist())
-    raise TypeError(f"a verb returned a {type(value).__name__}, which has no JSON form")
+    (printer or print_result)(value, sys.stdout)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
-import typer
-
-from mim_refiner.cli.common import DataOption, DeviceOption, RecipeOption, verb
+from mim_refiner.cli.common import DataOption, DeviceOption, RecipeOption, option, verb
 from mim_refiner.reporting import number_of
 
 if TYPE_CHECKING:
@@ -62,15 +60,9 @@ def _lines_of_fact(key: str, value: Any) -> list[str]:
 @verb(print_findings)
 def doctor(
     data: DataOption,
-    model: Annotated[
-        str | None, typer.Option(metavar="SRC", help="Encoder to check too: coverage, memory, disk, time.")
-    ] = None,
-    test: Annotated[
-        str | None, typer.Option(metavar="SRC", help="Test images: none of them may be among --data.")
-    ] = None,
-    out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder for doctor.json and exclude.txt (for refine --exclude).")
-    ] = None,
+    model: Annotated[str | None, option("SRC", "Encoder to check too: coverage, memory, disk, time.")] = None,
+    test: Annotated[str | None, option("SRC", "Test images: none of them may be among --data.")] = None,
+    out: Annotated[str | None, option("DIR", "Folder for doctor.json and exclude.txt (for refine --exclude).")] = None,
     recipe: RecipeOption = None,
     device: DeviceOption = "auto",
 ) -> None:

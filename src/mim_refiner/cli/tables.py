@@ -33,17 +33,12 @@ LAST = ("verdict", "recommendation")
 FILE_WIDTH = 400  # columns of tables in a file or pipe
 
 
-def console_for(file: TextIO) -> Console:
-    """For tables as wide as the terminal, or as COLUMNS says."""
-    known = file.isatty() or os.environ.get("COLUMNS")
-    return Console(file=file, highlight=False, width=None if known else FILE_WIDTH)
-
-
 def write_parts(file: TextIO, parts: Iterable[str | Table]) -> None:
-    """Tables, and lines: broken at spaces on a terminal, whole in a file or pipe whatever COLUMNS says, which Python
-    with readline (a notebook, pytest's workers) hands to what it starts.
+    """Tables as wide as the terminal, or as COLUMNS says, and lines: broken at spaces on a terminal, whole in a file or
+    pipe whatever COLUMNS says, which Python with readline (a notebook, pytest's workers) hands to what it starts.
     """
-    console = console_for(file)
+    known = file.isatty() or os.environ.get("COLUMNS")
+    console = Console(file=file, highlight=False, width=None if known else FILE_WIDTH)
     for part in parts:
         if isinstance(part, str):
             console.print(escape(part), soft_wrap=not console.is_terminal)
@@ -78,6 +73,8 @@ def printed(key: str, value: Any, result: Mapping[str, Any]) -> list[str | Table
         return [plan_table(value)]
     if isinstance(value, Mapping) and "reason" in value:  # it says all in words
         return [f"{TITLES.get(key, key.replace('_', ' '))}: {value['reason']}"]
+    if key == "measured_on" and isinstance(value, str):
+        return [value]
     if key == "readout":
         return [text_table("refine or read out", *readout_rows(value))]
     if key in ("results", "transfer") and is_records(value) and "model" in value[0]:

@@ -21,6 +21,7 @@ from mim_refiner.cli.common import (
     SetOption,
     TestOption,
     names,
+    option,
     show,
     verb,
 )
@@ -35,9 +36,7 @@ def _first_screen(result: Any, file: TextIO) -> None:
 @verb(_first_screen)
 def demo(
     out: OutOption = "demo-out",
-    minutes: Annotated[
-        float, typer.Option(metavar="N", help="Time for the demo's own work; more is a better live run.")
-    ] = 4.0,
+    minutes: Annotated[float, option("N", "Time for the demo's own work; more is a better live run.")] = 4.0,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps only: shows that everything runs.")] = False,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -49,8 +48,8 @@ def demo(
 def pretrain(
     data: DataOption,
     out: RunFolderOption,
-    arch: Annotated[str | None, typer.Option(metavar="TIMM_NAME", help="A new ViT of timm, by its model name.")] = None,
-    model: Annotated[str | None, typer.Option(metavar="SRC", help="Go on from this ViT instead of a new one.")] = None,
+    arch: Annotated[str | None, option("TIMM_NAME", "A new ViT of timm, by its model name.")] = None,
+    model: Annotated[str | None, option("SRC", "Go on from this ViT instead of a new one.")] = None,
 ) -> None:
     """Pre-train a masked autoencoder on images without labels, to refine it afterwards."""
 
@@ -61,19 +60,14 @@ def refine(
     model: ModelOption,
     out: RunFolderOption,
     eval_data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SRC", help="Labelled images to measure on; without them a tenth of labelled data is held out."
-        ),
+        str | None, option("SRC", "Labelled images to measure on; without them a tenth of labelled data is held out.")
     ] = None,
-    eval_test: Annotated[
-        str | None, typer.Option(metavar="SRC", help="Labelled test images that go with --eval-data.")
-    ] = None,
+    eval_test: Annotated[str | None, option("SRC", "Labelled test images that go with --eval-data.")] = None,
     head_blocks: Annotated[
         str | None,
-        typer.Option(
-            metavar="auto|last_third|8,9",
-            help="Blocks that get a head; auto measures every block of the encoder first. Default: the recipe's.",
+        option(
+            "auto|last_third|8,9",
+            "Blocks that get a head; auto measures every block of the encoder first. Default: the recipe's.",
         ),
     ] = None,
 ) -> None:
@@ -86,47 +80,37 @@ def evaluate(
     data: DataOption,
     test: TestOption = None,
     compare: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SRC", help="A further encoder; repeatable. Differences are it minus --model."),
+        list[str] | None, option("SRC", "A further encoder; repeatable. Differences are it minus --model.")
     ] = None,
     suite: Annotated[
         Literal["quick", "paper", "dense"] | None,
-        typer.Option(
-            help="quick: knn, linear, low_shot, clustering, rank. paper: the paper's protocols and settings (hours). "
-            "dense: segmentation."
+        option(
+            None,
+            "quick: knn, linear, low_shot, clustering, rank. paper: the paper's protocols and settings (hours). "
+            "dense: segmentation.",
         ),
     ] = None,
     protocols: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Comma-separated: knn, linear, attentive, low_shot, clustering, rank, finetune, long_tail, "
+        option(
+            "NAMES",
+            "Comma-separated: knn, linear, attentive, low_shot, clustering, rank, finetune, long_tail, "
             "robustness, segmentation. Default: knn,linear,clustering.",
             callback=names,
         ),
     ] = None,
-    blocks: Annotated[
-        str, typer.Option(metavar="BLOCKS", help="all, or block numbers such as 8,9 or -1 (the last).")
-    ] = "-1",
+    blocks: Annotated[str, option("BLOCKS", "all, or block numbers such as 8,9 or -1 (the last).")] = "-1",
     pooling: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="Comma-separated: cls, mean. Default: all the encoder has.", callback=names),
+        str | None, option("NAMES", "Comma-separated: cls, mean. Default: all the encoder has.", callback=names)
     ] = None,
     norm: NormOption = False,
     shifted: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=SRC", help="A test set for robustness (ImageNet-C/A/R ...); repeatable."),
+        list[str] | None, option("NAME=SRC", "A test set for robustness (ImageNet-C/A/R ...); repeatable.")
     ] = None,
-    transfer: Annotated[
-        str | None, typer.Option(metavar="CSV", help="Further data sets: lines name,train[,test].")
-    ] = None,
-    out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder for the results; without it they are only printed.")
-    ] = None,
+    transfer: Annotated[str | None, option("CSV", "Further data sets: lines name,train[,test].")] = None,
+    out: Annotated[str | None, option("DIR", "Folder for the results; without it they are only printed.")] = None,
     cache: CacheOption = None,
-    cache_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Largest size of the cache. Default: 5GB.")
-    ] = None,
+    cache_size: Annotated[str | None, option("SIZE", "Largest size of the cache. Default: 5GB.")] = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -140,14 +124,13 @@ def analyze(
     data: DataOption,
     out: OutOption,
     compare: Annotated[
-        str | None,
-        typer.Option(metavar="SRC", help="A second encoder (after --model); differences are second minus first."),
+        str | None, option("SRC", "A second encoder (after --model); differences are second minus first.")
     ] = None,
     test: TestOption = None,
     parts: Annotated[
         str,
-        typer.Option(
-            help="atlas, verdict, readout, similarity, reconstruction, heads; comma-separated, or all.", callback=names
+        option(
+            None, "atlas, verdict, readout, similarity, reconstruction, heads; comma-separated, or all.", callback=names
         ),
     ] = "all",
     cache: CacheOption = None,
@@ -165,30 +148,23 @@ def analyze(
 def embed(
     model: ModelOption,
     data: DataOption,
-    out: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE", help="Features, by ending: .parquet, .npy, .safetensors. The same command resumes."
-        ),
-    ],
-    block: Annotated[int, typer.Option(help="Encoder block, from 0; -1 is the last.")] = -1,
+    out: Annotated[str, option("FILE", "Features, by ending: .parquet, .npy, .safetensors. The same command resumes.")],
+    block: Annotated[int, option(None, "Encoder block, from 0; -1 is the last.")] = -1,
     pooling: Annotated[
         Literal["cls", "mean", "patches"] | None,
-        typer.Option(
-            help="Class token, mean of the patch tokens, or all patch tokens. Default: what the encoder's authors "
-            "pool by.",
+        option(
+            None,
+            "Class token, mean of the patch tokens, or all patch tokens. Default: what the encoder's authors pool by.",
             show_default=False,
         ),
     ] = None,
     norm: NormOption = False,
-    image_size: Annotated[
-        str | None, typer.Option(metavar="PIXELS", help="A side or HEIGHTxWIDTH; default: the encoder's own.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 256,
+    image_size: Annotated[str | None, option("PIXELS", "A side or HEIGHTxWIDTH; default: the encoder's own.")] = None,
+    batch_size: Annotated[int, option(None, "Images a forward pass.", min=1)] = 256,
     precision: Annotated[
-        Literal["fp32", "bf16", "auto"], typer.Option(help="Of the forward pass; auto: bf16 on a GPU.")
+        Literal["fp32", "bf16", "auto"], option(None, "Of the forward pass; auto: bf16 on a GPU.")
     ] = "fp32",
-    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of the numbers in the file.")] = "float32",
+    dtype: Annotated[Literal["float32", "float16"], option(None, "Of the numbers in the file.")] = "float32",
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -201,36 +177,28 @@ def export(
     out: OutOption,
     format: Annotated[  # the contract's name of the option, a builtin's name too
         Literal["timm", "hf", "onnx", "refiner"],
-        typer.Option(
-            help="timm: a folder that timm.create_model loads. hf: one for transformers' AutoModel. onnx: a graph for "
-            "onnxruntime. refiner: the state dict of the published MIM-Refiner checkpoints."
+        option(
+            None,
+            "timm: a folder that timm.create_model loads. hf: one for transformers' AutoModel. onnx: a graph for "
+            "onnxruntime. refiner: the state dict of the published MIM-Refiner checkpoints.",
         ),
     ] = "timm",
     block: Annotated[
-        int | None, typer.Option(help="Block that the card recommends and an ONNX graph ends at; -1 is the last.")
+        int | None, option(None, "Block that the card recommends and an ONNX graph ends at; -1 is the last.")
     ] = None,
     pooling: Annotated[
         Literal["cls", "mean", "tokens"] | None,
-        typer.Option(help="Class token, mean of the patch tokens, or (onnx) all tokens, prefix tokens first."),
+        option(None, "Class token, mean of the patch tokens, or (onnx) all tokens, prefix tokens first."),
     ] = None,
     norm: Annotated[
         bool | None, typer.Option("--norm/--no-norm", help="With the final norm.", show_default=False)
     ] = None,
-    batch: Annotated[
-        str, typer.Option(metavar="dynamic|N", help="Images a run of an ONNX graph: any number, or exactly N.")
-    ] = "dynamic",
-    image_size: Annotated[
-        int | None, typer.Option(min=1, metavar="PIXELS", help="Resize the position table to this size.")
-    ] = None,
+    batch: Annotated[str, option("dynamic|N", "Images a run of an ONNX graph: any number, or exactly N.")] = "dynamic",
+    image_size: Annotated[int | None, option("PIXELS", "Resize the position table to this size.", min=1)] = None,
     data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SRC", help="Images on which the export is compared with the encoder. Default: built-in ones."
-        ),
+        str | None, option("SRC", "Images on which the export is compared with the encoder. Default: built-in ones.")
     ] = None,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to the Hugging Face Hub.")
-    ] = None,
+    push_to_hub: Annotated[str | None, option("OWNER/NAME", "Upload the folder to the Hugging Face Hub.")] = None,
     private: Annotated[
         bool, typer.Option("--private", help="A repository made by --push-to-hub is not public.")
     ] = False,
@@ -242,9 +210,7 @@ def export(
 @verb()
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders; several are compared on one page.")],
-    out: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The HTML file. Default: report.html in the run folder.")
-    ] = None,
+    out: Annotated[str | None, option("FILE", "The HTML file. Default: report.html in the run folder.")] = None,
 ) -> None:
     """Write one offline HTML page of a run, or of several side by side, from their result files."""
 

@@ -213,13 +213,11 @@ def advice(
     """
     if "full" in summary:
         return []
-    beside = (f"{out}-{number}" for number in count(2))
-    free = next(path for path in beside if not Path(path).exists())
     log = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
     return what_next(
         summary["verdict"],
         recipe.model_dump(),
-        again=f"--out {quote(free)}",
+        again=(f"--out {quote(f'{out}-{number}')}" for number in count(2) if not Path(f"{out}-{number}").exists()),
         compared=f"mim-refiner evaluate --model {quote(name_of(model))} --compare {quote(str(out))}",
         test_images=len(on.tested),
         draws=next((each["step"] for each in log[::-1] if each.get("phase") == "refinement"), 0) * recipe.batch_size,

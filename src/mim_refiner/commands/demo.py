@@ -59,7 +59,9 @@ def demo(
             data, test = f"{data}[:512]", f"{test}[:256]"
         images, count = ImageSet(open_source(data)), len(open_source(test))
         run = Run(join_processes(pick_device(device), reporter), seed=seed)
-        recorded = decide_on_rank_0(lambda: _recipe_of(out))
+        decide_on_rank_0(lambda: refuse_place(out))
+        begun = Path(out).expanduser() / "recipe.yaml"  # of a run to go on with
+        recorded = decide_on_rank_0(lambda: str(begun) if begun.is_file() else None)
         recipe = refine_recipe(recorded or "demo", image_size=32)
         if is_distributed():  # a view pool belongs to one process
             recipe = override(recipe, ["view_pool=0"])
@@ -108,10 +110,3 @@ def plan_lines(plan: Plan, recipe: RefineRecipe, images: int, full_draws: int) -
         f"both phases of the live run draw {draws:,} images, {draws / full_draws:.1%} of the {full_draws:,} of the "
         "shipped full refinement; --minutes gives it more",
     ]
-
-
-def _recipe_of(out: str) -> str | None:
-    """The recipe of a run that was begun in the folder, if there is one; RunFolderError where none can be."""
-    refuse_place(out)
-    path = Path(out).expanduser() / "recipe.yaml"
-    return str(path) if path.is_file() else None

@@ -98,18 +98,19 @@ def _scan(source: ImageSource, what: str, reporter: Reporter, channels: int) -> 
 
 
 def _duplicates(found: Scan, source: ImageSource) -> list[Finding]:
-    """Exact duplicates, and near ones among the images that are not constant and not exact duplicates."""
+    """Exact duplicates, and near ones among the images that are not exact duplicates."""
+    structured, labels = _structured(found), source.labels
     exact = exact_duplicates(found.digests)
-    singles = np.setdiff1d(_structured(found), [row for _, row in exact]).astype(np.int64)
+    singles = np.setdiff1d(structured, [row for _, row in exact]).astype(np.int64)
     near = [(int(singles[a]), int(singles[b])) for a, b in near_duplicates(found.thumbs[singles])]
-    findings, labels, constant = [], source.labels, _constant(found)
+    compared, findings = set(structured.tolist()), []
+    exact = [pair for pair in exact if pair[1] in compared]
     for kind, pairs in (("exact duplicate", exact), ("near duplicate", near)):
         for first, row in pairs:
             index, other = int(found.rows[row]), int(found.rows[first])
-            if index not in constant:  # one finding is enough
-                relabelled = labels is not None and labels[index] != labels[other]
-                detail = f"of {source.name(other)}{', with another label' if relabelled else ''}"
-                findings.append(Finding(kind, index, source.name(index), detail))
+            relabelled = labels is not None and labels[index] != labels[other]
+            detail = f"of {source.name(other)}{', with another label' if relabelled else ''}"
+            findings.append(Finding(kind, index, source.name(index), detail))
     return findings
 
 
@@ -128,13 +129,10 @@ def _leaks(found: Scan, test: Scan, source: ImageSource, held_out: ImageSource) 
     return findings
 
 
-def _constant(found: Scan) -> set[int]:
-    return {finding.index for finding in found.findings if finding.kind == "constant"}
-
-
 def _structured(found: Scan) -> NDArray[np.int64]:
-    """Rows to compare: a one-coloured image would be near to every picture of about its tint."""
-    return np.flatnonzero(~np.isin(found.rows, list(_constant(found))))
+    """Rows to compare: a one-coloured image, which is a finding already, would be near to many of about its tint."""
+    constant = [finding.index for finding in found.findings if finding.kind == "constant"]
+    return np.flatnonzero(~np.isin(found.rows, constant))
 
 
 def _pixels(found: Scan) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from mim_refiner.evaluation.embedding import (
     rows_file,
     write_features,
 )
-from mim_refiner.files import json_value, name_of, read_json, write_json
+from mim_refiner.files import json_value, name_of, read_mapping, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import Reporter, listener
 from mim_refiner.types import ImageSize, side_or_pair
@@ -114,16 +114,16 @@ def _to_file(
     settings = _settings(spec, backbone, images, run.device.type)
     manifest_file, parts = (path.with_name(path.name + ending) for ending in (".manifest.json", ".parts"))
     if path.exists() and not overwrite:
-        stored = _object(manifest_file)
+        stored = read_mapping(manifest_file)
         _refuse_difference(path, stored if stored or not parts.exists() else settings, settings)
-        if stored is not None and stored.get("bytes") == path.stat().st_size:
+        if stored.get("bytes") == path.stat().st_size:
             shutil.rmtree(parts, ignore_errors=True)
             run.reporter.message(f"{path} is complete already")
             return _result(path, manifest_file, stored, images_per_s=None)
     if overwrite:
         shutil.rmtree(parts, ignore_errors=True)
     if parts.exists() and any(parts.iterdir()):
-        _refuse_difference(parts, _object(parts / "settings.json"), settings)
+        _refuse_difference(parts, read_mapping(parts / "settings.json"), settings)
         run.reporter.message(f"going on with what is finished in {parts}")
     write_json(parts / "settings.json", settings)
     try:
@@ -154,18 +154,9 @@ def _to_file(
     return _result(path, manifest_file, manifest, images_per_s=found.images_per_s)
 
 
-def _object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None when there is no readable one."""
-    try:
-        value = read_json(path)
-    except Exception:  # a damaged file is as good as none
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _refuse_difference(path: Path, stored: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
+def _refuse_difference(path: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raise RunFolderError naming what differs between the features at ``path`` and those asked for."""
-    if stored is None:
+    if not stored:
         raise RunFolderError(f"{path}: is not the work of embed; choose another --out, or --overwrite to replace it")
     wanted = json_value(settings)
     changed = [f"{key}: {stored.get(key)} there, {wanted[key]} now" for key in wanted if stored.get(key) != wanted[key]]

@@ -60,7 +60,10 @@ def export(
         check_repository(push_to_hub)
     pick_device(device)
     bare = bare_source(model)
-    _check_place(bare, Path(out))
+    source, place = Path(bare.removeprefix("local-dir:")).expanduser(), Path(out)
+    if source.exists() and place.resolve() in (source.resolve(), (source / "export").resolve()):
+        raise InputError(f"--out {out}: is the folder that --model is read from; choose another")
+    check_target(place.absolute())
     backbone = load_backbone(model, image_size=image_size)
     card, facts = _about(bare, backbone, block, pooling, norm)
     if format == "onnx":
@@ -76,14 +79,6 @@ def export(
         report["repository"] = upload(out, push_to_hub, private=private)
     reporter.done()
     return report | {"features": features}
-
-
-def _check_place(model: str, out: Path) -> None:
-    """Refuse an ``out`` that is taken, or that the model itself is read from, before anything is computed."""
-    source = Path(model.removeprefix("local-dir:")).expanduser()
-    if source.exists() and out.resolve() in (source.resolve(), (source / "export").resolve()):
-        raise InputError(f"--out {out}: is the folder that --model is read from; choose another")
-    check_target(out.absolute())
 
 
 def _about(

@@ -29,7 +29,7 @@ from mim_refiner.data.workers import worker_count
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.evaluation.suite import class_numbers
-from mim_refiner.files import dotted, read_json, read_yaml, write_bytes, write_json
+from mim_refiner.files import dotted, read_mapping, read_yaml, write_bytes, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import Reporter, number_of
 from mim_refiner.settings import read_setting
@@ -70,40 +70,29 @@ def training_images(
     channels: int,
     exclude: str | None,
 ) -> tuple[ImageSet, ImageSet | None]:
-    """Images to train on, and the share ``hold_out`` of them to measure on: none beside ``eval_data``.
-
-    Where ``settings`` name a share and none is held out, that is said.
+    """Images to train on and, where they have labels, the share ``hold_out`` of every class (5,000 at most) to measure
+    on: none beside ``eval_data``. Where ``settings`` name a share and none is held out, that is said.
     """
-    share = recipe.hold_out if eval_data is None else 0.0
-    images, held_out = split_images(spec, share, run.reporter, seed=run.seed, channels=channels, exclude=exclude)
-    if recipe.hold_out and held_out is None and "hold_out" in dict(map(read_setting, settings)):
-        none = (
-            "the images are not labelled with two classes or more, or too few; --eval-data gives others to measure on"
-        )
-        why = none if eval_data is None else "--eval-data gives the images to measure on"
+    source, share = open_listed(spec, exclude), recipe.hold_out if eval_data is None else 0.0
+    announce(source, run.reporter)
+    if share and source.labels is not None and len(np.unique(source.labels)) > 1:
+        with contextlib.suppress(DataError):  # too few images, or none of them can be read
+            rows = stratified_split(source.labels, min(share, MOST_HELD_OUT / len(source)), run.seed)
+            names = (f"{source.description}, {what}" for what in ("without the images held out", "images held out"))
+            train, test = (
+                ImageSet(Selection(source, part, name), channels=channels)
+                for part, name in zip(rows, names, strict=True)
+            )
+            run.reporter.message(
+                f"{len(test)} of {len(source)} images are held out to measure on (seed {run.seed}, as many of every "
+                "class); --eval-data and --eval-test give other images, --set hold_out=0 trains on all"
+            )
+            return train, test
+    if recipe.hold_out and "hold_out" in dict(map(read_setting, settings)):
+        why = "--eval-data gives the images to measure on"
+        if eval_data is None:
+            why = "the images are not labelled with two classes or more, or too few; --eval-data gives others"
         run.reporter.warning(f"--set hold_out={recipe.hold_out} has no effect: {why}")
-    return images, held_out
-
-
-def split_images(
-    spec: Any, share: float, reporter: Reporter, *, seed: int, channels: int, exclude: str | None
-) -> tuple[ImageSet, ImageSet | None]:
-    """Open images to train on and, where they have labels, a share of every class (5,000 at most) held out of them."""
-    source = open_listed(spec, exclude)
-    announce(source, reporter)
-    if source.labels is None or len(np.unique(source.labels)) < 2 or not share:
-        return ImageSet(source, channels=channels), None
-    with contextlib.suppress(DataError):  # too few images, or none of them can be read
-        rows = stratified_split(source.labels, min(share, MOST_HELD_OUT / len(source)), seed)
-        names = (f"{source.description}, {what}" for what in ("without the images held out", "images held out"))
-        train, test = (
-            ImageSet(Selection(source, part, name), channels=channels) for part, name in zip(rows, names, strict=True)
-        )
-        reporter.message(
-            f"{len(test)} of {len(source)} images are held out to measure on (seed {seed}, as many of every class); "
-            "--eval-data and --eval-test give other images, --set hold_out=0 trains on all"
-        )
-        return train, test
     return ImageSet(source, channels=channels), None
 
 
@@ -141,10 +130,7 @@ def tell_trained_on(models: Iterable[str], tested: Any, reporter: Reporter) -> l
     said, where = [], os.path.abspath(tested) if isinstance(tested, str | os.PathLike) else ""
     for model in models:
         for file in (Path(model) / "recipe.yaml", Path(model).parent / "recipe.yaml"):  # of a run, or of its export/
-            recipe: Any = None
-            with contextlib.suppress(Exception):  # no run folder, or a damaged one
-                recipe = read_yaml(file)
-            data = recipe.get("data") if isinstance(recipe, dict) else None
+            data = read_mapping(file, read_yaml).get("data")
             if isinstance(data, str) and os.path.abspath(data) == where:
                 said.append(
                     f"{model} is measured on images it trained on ({file} names {tested}); give others by --test"
@@ -198,12 +184,6 @@ def normalize_by(images: ImageSet, backbone: Backbone) -> None:
     """From now on the encoder, and what is exported of it, normalises by these images' channels."""
     mean, std = decide_on_rank_0(lambda: channel_moments(images))  # what one process cannot read others may
     backbone.info = replace(backbone.info, mean=mean, std=std)
-
-
-def normalize_as(one: Backbone, *others: Backbone) -> None:
-    """From now on the others normalise as the one does."""
-    for backbone in others:
-        backbone.info = replace(backbone.info, mean=one.info.mean, std=one.info.std)
 
 
 def run_fast(backbone: Backbone, recipe: Recipe, run: Run) -> None:
@@ -296,12 +276,11 @@ def ended_run(before: Path | None, asked: Mapping[str, Any], files: Sequence[str
 
     def read() -> dict[str, Any] | None:
         path = Path(before or "")
-        with contextlib.suppress(Exception):  # none yet, or a damaged one
-            summary = dict(read_json(path / "summary.json"))
-            known = read_json(path / ENDED_FILE) == {"asked": asked, "sha256": file_sha256(path / "summary.json")}
-            if known and all((path / name).exists() for name in files) and "stopped" not in summary:
-                return summary
-        return None
+        if not all((path / name).exists() for name in ("summary.json", *files)):
+            return None
+        summary, digest = read_mapping(path / "summary.json"), file_sha256(path / "summary.json")
+        known = read_mapping(path / ENDED_FILE) == {"asked": asked, "sha256": digest}
+        return summary if known and "stopped" not in summary else None
 
     return None if before is None else decide_on_rank_0(read)
 

@@ -21,7 +21,7 @@ import yaml
 from mim_refiner._version import __version__
 from mim_refiner.core.processes import started_as
 from mim_refiner.errors import InputError, RunFolderError, did_you_mean, install
-from mim_refiner.files import dotted, read_json, read_yaml, reading
+from mim_refiner.files import dotted, read_mapping, read_yaml, reading
 from mim_refiner.reporting import LogFile, Reporter, Tee, listener, remarks
 
 P = ParamSpec("P")
@@ -56,12 +56,12 @@ def logging_to(names: Sequence[str], reporter: Reporter, verb: str) -> Iterator[
     try:
         with remarks(log.warning):
             yield Tee([reporter, log, recorder])
-        with contextlib.suppress(Exception):  # none, or a damaged one, which costs what it says
-            summary = dict(read_json(recorder.out / "summary.json")) if recorder.out else {}
+        summary = read_mapping(recorder.out / "summary.json") if recorder.out else {}
         ended = "finished" + "".join(f"; {text.rstrip('.')}" for text in _words(summary))
     except BaseException as error:
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
         if isinstance(error, KeyboardInterrupt) and (steps := _saved_steps(recorder.out)):
+            reporter.done()
             reporter.message(f"{recorder.out} holds the run up to step {steps}; the same command goes on from there")
         raise
     finally:

@@ -33,7 +33,6 @@ from mim_refiner.commands.plan import available_memory, process_of
 from mim_refiner.core.device import resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import together
-from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import BatchPhotometric
@@ -121,8 +120,11 @@ def pretrain(
     if ended is not None:
         return ended if folder.writes else {}
     skipped = list_skipped(images, folder, reporter)
-    size_of = f"{arch or given}: {sum(map(torch.numel, backbone.model.parameters())) / 1e6:.1f} M parameters, {size} px"
-    announce(f"{size_of}, {number_of(len(images), 'images')}", chosen, loader.steps_per_epoch, run)
+    what = f"{arch or given}: {sum(map(torch.numel, backbone.model.parameters())) / 1e6:.1f} M parameters, {size} px"
+    training, rate = chosen.training, chosen.training.base_lr
+    steps = f"{number_of(training.epochs, 'epochs')} of {number_of(loader.steps_per_epoch, 'steps')}, {run.precision}"
+    rates = f"learning rate base {rate:.3g}, peak {peak_learning_rate(rate, chosen.batch_size):.3g}"
+    reporter.message(f"{what}, {number_of(len(images), 'images')}, {steps}; {rates}")
     reporter.message(cost.line)
     watched = images.labels is not None and chosen.knn_every and len(images) >= MIN_KNN_IMAGES
     pooling, blocks = "cls" if backbone.info.has_cls else "mean", range(backbone.info.depth)
@@ -155,13 +157,6 @@ def conclude(
     summary |= {} if after is None else {"after": after, "measured_on": TRAINED_ON}
     write_summary(folder.path, summary, {})
     return summary
-
-
-def announce(what: str, recipe: PretrainRecipe, steps_per_epoch: int, run: Run) -> None:
-    """Say what is about to run, with base and peak learning rate."""
-    base, peak = recipe.training.base_lr, peak_learning_rate(recipe.training.base_lr, recipe.batch_size)
-    steps = f"{number_of(recipe.training.epochs, 'epochs')} of {number_of(steps_per_epoch, 'steps')}, {run.precision}"
-    run.reporter.message(f"{what}, {steps}; learning rate base {base:.3g}, peak {peak:.3g}")
 
 
 def start(arch: str | None, model: Any, size: ImageSize, out: str) -> Backbone:

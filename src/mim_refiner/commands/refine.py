@@ -30,7 +30,6 @@ from mim_refiner.commands.inputs import (
     evaluation_sets,
     join_training,
     list_skipped,
-    normalize_as,
     normalize_by,
     open_run,
     refuse_other_work,
@@ -50,7 +49,7 @@ from mim_refiner.commands.measured_settings import (
     refuse_other_run,
     sweep_in_recipe,
 )
-from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn, Warming, draws_of, told_by_warmup
+from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn
 from mim_refiner.commands.plan import plan as run_plan
 from mim_refiner.commands.plan import with_cost
 from mim_refiner.commands.report import finish_with_report, write_gallery
@@ -127,25 +126,11 @@ def refine(
     "seconds"}, also in summary.json; export/ is a timm folder. Raises MimRefinerError with one line on bad input,
     GuardStopError when the guard stopped the run (export/ then holds the best state).
     """
-    settings = [*(settings or []), *head_block_settings(head_blocks)]
-    own = refine_recipe(recipe, settings, image_size=0).normalization == "data"
+    given = {key: value for key, value in locals().items() if key not in ("head_blocks", "log")}
+    given |= {"settings": [*(settings or []), *head_block_settings(head_blocks)], "reporter": listener(reporter)}
+    own = refine_recipe(recipe, given["settings"], image_size=0).normalization == "data"
     with remarks(unless=f"{GUESS}mean" if own else ""):  # mean and std are then known
-        return refine_and_compare(
-            data=data,
-            model=model,
-            out=out,
-            recipe=recipe,
-            eval_data=eval_data,
-            eval_test=eval_test,
-            settings=settings,
-            device=device,
-            seed=seed,
-            overwrite=overwrite,
-            memory_budget=memory_budget,
-            plan=plan,
-            exclude=exclude,
-            reporter=listener(reporter),
-        )
+        return refine_and_compare(**given)
 
 
 @stops_cleanly()
@@ -208,12 +193,14 @@ def refine_and_compare(
     skipped = list_skipped(images, folder, reporter)
     announce(chosen, backbone, len(images), loader.steps_per_epoch, run, cost)
     refinement = build(chosen, refiner, loader, run)
+    monitor = online_knn(refinement, on.bank)
     with contextlib.closing(loader):
-        after, taken, stopped = trained(refinement, folder, online_knn(refinement, on.bank), model)
+        after, taken, stopped = trained(refinement, folder, monitor, model)
     list_skipped(images, folder, reporter, skipped)
-    training, told = folder.seconds, told_by_warmup(folder.path, draws_of(chosen, loader))
+    training, told = folder.seconds, monitor.forecast(folder.path) if monitor else {}
     stages = {"before": load_backbone(model), **after}
-    normalize_as(backbone, *stages.values())
+    for stage in stages.values():
+        stage.info = replace(stage.info, mean=backbone.info.mean, std=backbone.info.std)
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
     on = on if on.test is None or box else replace(on, test=thinned(on.test, SUMMARY_TEST_LIMIT))
     card = {"data": f"{Path(name_of(data)).name} ({len(images)} images)", "weights": taken["reason"]}
@@ -221,9 +208,10 @@ def refine_and_compare(
         summary = conclude(stages, on, chosen, results, card, run, box)
     if not folder.writes:  # the rest is rank 0's
         return {}
-    summary["verdict"] |= {"next": advice(summary, chosen, on, folder.path, backbone, model, stopped)}
-    summary |= {"data": {"train": images.facts()}, "seconds": {"training": training, "total": folder.seconds}}
-    summary |= {"weights": taken, **found, **told} | ({"stopped": str(stopped)} if stopped else {})
+    tips = advice(summary, chosen, on, folder.path, backbone, model, stopped)
+    summary |= {"verdict": {**summary["verdict"], "next": tips}, "data": {"train": images.facts()}}
+    summary |= {"seconds": {"training": training, "total": folder.seconds}, "weights": taken, **found, **told}
+    summary |= {"stopped": str(stopped)} if stopped else {}
     write_summary(folder.path, summary, measuring)
     finish_with_report(folder.path, reporter)
     reporter.done()
@@ -276,7 +264,8 @@ def online_knn(refinement: Refinement, bank: ImageSet) -> OnlineKnn | None:
     if bank.labels is None or len(bank) < MIN_KNN_IMAGES or not recipe.knn_every:
         return None
     how: dict[str, Any] = {"blocks": refiner.blocks, "pooling": recipe.heads.measured_pooling, "run": refinement.run}
-    return OnlineKnn(refiner.backbone, bank, **how, warming=Warming(refiner, draws_of(recipe, refinement.loader)))
+    draws = recipe.refinement.epochs * refinement.loader.steps_per_epoch * recipe.batch_size
+    return OnlineKnn(refiner.backbone, bank, **how, refiner=refiner, draws=draws)
 
 
 def trained(

@@ -175,21 +175,13 @@ def bank_and_queries(
 
     ``options`` go to ``feature_sets``: everything unless blocks, poolings or norms are named.
     """
-    bank, queries = (
-        feature_sets(
-            backbone,
-            images,
-            run=run,
-            indices=rows,
-            cache=samples.cache,
-            phase=f"features of the {what} images, {name}",
-            **options,
-        )
-        for what, images, rows in (
-            ("bank", samples.bank, samples.bank_rows),
-            ("query", samples.queries, samples.query_rows),
-        )
-    )
+
+    def features(what: str, images: ImageSet, rows: NDArray[np.int64]) -> dict[bool, Features]:
+        how: dict[str, Any] = {"cache": samples.cache, "phase": f"features of the {what} images, {name}", **options}
+        return feature_sets(backbone, images, run=run, indices=rows, **how)
+
+    bank = features("bank", samples.bank, samples.bank_rows)
+    queries = features("query", samples.queries, samples.query_rows)
     number = class_numbers(samples.bank, samples.queries)
     return bank, {norm: found.renumbered(number) for norm, found in queries.items()}
 
