@@ -51,9 +51,9 @@ AGAIN: dict[str, Any] = {"again": repeat("--out there"), "compared": "mim-refine
 
 
 def test_what_to_try_next_follows_from_the_evidence():
-    unclear = {"verdict": "no clear change", "ci95": [-0.03, 0.05]}
+    unclear = {"verdict": "no clear change", "ci95": [-0.03, 0.05], "test_images": 90}
     better = {"block": 8, "pooling": "mean"}
-    said = what_next(unclear, RECIPE, **AGAIN, test_images=90, draws=5000, recommendation=better, last_block=11)
+    said = what_next(unclear, RECIPE, **AGAIN, draws=5000, recommendation=better, last_block=11)
     assert [line.partition(":")[0] for line in said] == [
         "more images to measure on", "a longer run",
         "positives without neighbours, which gave a small encoder more in a short run (docs/evidence.md)",
@@ -65,24 +65,24 @@ def test_what_to_try_next_follows_from_the_evidence():
     assert said[2].endswith("--set heads.swap_positive=false --out there")
     assert said[3].endswith("embed and export with --block 8 --pooling mean")
     for settings in ({"heads": {"swap_positive": False}}, {"guidance": "restrict"}):  # nothing to turn off, or no use
-        other = what_next(unclear, RECIPE | settings, **AGAIN, test_images=90, draws=5000)
+        other = what_next(unclear, RECIPE | settings, **AGAIN, draws=5000)
         assert not any("without neighbours" in line for line in other)
     few = {"verdict": "no clear change", "measures": [{"measure": "neighbour consistency", "ci95": [-0.03, 0.14]}]}
     assert "20 tell no change below 8.5 points" in what_next(few, RECIPE, **AGAIN, test_images=20, draws=5000)[0]
     narrow = {"verdict": "no clear change", "ci95": [-0.005, 0.005]}
-    enough: dict[str, Any] = {"test_images": 9000, "draws": 2_000_000, "last_block": 11}
+    enough: dict[str, Any] = {"draws": 2_000_000, "last_block": 11}
     assert what_next(narrow, RECIPE, **AGAIN, recommendation={"block": 11}, **enough) == []
 
-    said = what_next({"verdict": "worse"}, RECIPE, **AGAIN, test_images=90, draws=5000, knn=[0.3, 0.4, 0.35, 0.2])
+    said = what_next({"verdict": "worse"}, RECIPE, **AGAIN, draws=5000, knn=[0.3, 0.4, 0.35, 0.2])
     assert all(line.endswith("--out there") for line in said)  # the run's own folder takes no other settings
     assert "--set refinement.epochs=5" in said[0]
     assert "best (40.0 %) after 50 %" in said[0]
     assert "--set refinement.base_lr=0.0005" in said[1]
     assert "anchor.weight=1" in said[2]
     for word in ("no clear change", "better", "not measured"):  # of the state before the harm
-        ended = what_next(unclear | {"verdict": word}, RECIPE, **AGAIN, test_images=90, draws=5000, stopped=True)
+        ended = what_next(unclear | {"verdict": word}, RECIPE, **AGAIN, draws=5000, stopped=True)
         assert [line.partition(":")[0] for line in ended] == [line.partition(":")[0] for line in said[1:]]
-    falling = what_next({"verdict": "worse"}, RECIPE, **AGAIN, test_images=90, draws=5000, knn=[0.4, 0.3, 0.2])
+    falling = what_next({"verdict": "worse"}, RECIPE, **AGAIN, draws=5000, knn=[0.4, 0.3, 0.2])
     assert not any("shorter" in line for line in falling)
     for word in ("better", "no collapse seen", "not measured"):
-        assert what_next({"verdict": word}, RECIPE, **AGAIN, test_images=90, draws=5000) == []
+        assert what_next({"verdict": word}, RECIPE, **AGAIN, draws=5000) == []

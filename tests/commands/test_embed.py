@@ -245,13 +245,20 @@ def test_interrupted_parts_serve_the_same_settings_only(model, data, tmp_path):
     out = tmp_path / "a.safetensors"
 
     class Stop(Reporter):
+        said = ""
+
         def progress(self, step: int, metrics: Any) -> None:
             if step >= 24:
                 raise KeyboardInterrupt
 
+        def message(self, text: str) -> None:
+            self.said = text
+
+    stop = Stop()
     arguments: dict[str, Any] = {"model": str(model), "data": str(data), "out": str(out), "device": "cpu"}
     with pytest.raises(KeyboardInterrupt):
-        embed(**arguments, batch_size=2, reporter=Stop())
+        embed(**arguments, batch_size=2, reporter=stop)
+    assert stop.said == f"{out}.parts holds what is finished; the same command goes on from there"
     with pytest.raises(RunFolderError, match="batch_size: 2 there, 4 now"):
         embed(**arguments, batch_size=4)
     assert embed(**arguments, batch_size=2)["rows"] == COUNT

@@ -46,7 +46,6 @@ def what_next(
     *,
     again: Iterator[str],
     compared: str,
-    test_images: int,
     draws: int,
     knn: Sequence[float] = (),
     recommendation: Mapping[str, Any] | None = None,
@@ -83,8 +82,8 @@ def what_next(
         low, high = found.get("ci95") or next((each["ci95"] for each in found.get("measures", ())), (0.0, 0.0))
         if high - low > WIDE:
             lines.append(
-                f"more images to measure on: {test_images} tell no change below {50 * (high - low):.1f} points: "
-                f"{compared} --data LABELLED --test MORE"
+                f"more images to measure on: {found['test_images']} tell no change below "
+                f"{50 * (high - low):.1f} points: {compared} --data LABELLED --test MORE"
             )
         if draws < MANY_DRAWS:
             lines.append(

@@ -16,14 +16,7 @@ from mim_refiner.analysis.label_free import MIN_IMAGES
 from mim_refiner.analysis.verdict import verdict, what_next
 from mim_refiner.commands.deadline import REPORT, Box, OutOfTimeError
 from mim_refiner.commands.monitor import TRAINED_ON
-from mim_refiner.commands.survey import (
-    Samples,
-    atlas_of,
-    choose_samples,
-    default_key,
-    judged_without_labels,
-    thinned,
-)
+from mim_refiner.commands.survey import Samples, atlas_of, choose_samples, default_key, judged_without_labels, thinned
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.duplicates import compare_images
@@ -198,31 +191,25 @@ def _recommended(
     return {"block": block, "pooling": pooling, "norm": norm, "reason": reason}
 
 
-def advice(
-    summary: Mapping[str, Any],
-    recipe: RefineRecipe,
-    on: Measured,
-    out: Path,
-    before: Backbone,
-    model: Any,
-    stopped: object,
-) -> list[str]:
-    """What to try next, from the summary and the run's own log; nothing after the demo, which takes no settings.
+def advised(
+    summary: Mapping[str, Any], recipe: RefineRecipe, out: Path, before: Backbone, model: Any, stopped: object
+) -> dict[str, Any]:
+    """The verdict with what to try "next", by summary and log of the run; not the demo's, which takes no settings.
 
     ``before``: the START, as ``model`` names it; ``stopped``: the error of the guard or the loss.
     """
     if "full" in summary:
-        return []
+        return dict(summary["verdict"])
     log = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
-    return what_next(
+    tips = what_next(
         summary["verdict"],
         recipe.model_dump(),
         again=(f"--out {quote(f'{out}-{number}')}" for number in count(2) if not Path(f"{out}-{number}").exists()),
         compared=f"mim-refiner evaluate --model {quote(name_of(model))} --compare {quote(str(out))}",
-        test_images=len(on.tested),
         draws=next((each["step"] for each in log[::-1] if each.get("phase") == "refinement"), 0) * recipe.batch_size,
         knn=[record["knn_top1"] for record in log if "knn_top1" in record],
         recommendation=summary["recommendation"],
         last_block=before.info.depth - 1,
         stopped=stopped is not None,
     )
+    return {**summary["verdict"], "next": tips}

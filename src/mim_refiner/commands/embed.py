@@ -128,6 +128,10 @@ def _to_file(
     write_json(parts / "settings.json", settings)
     try:
         found = compute_features(backbone, images, spec, run, parts)
+    except KeyboardInterrupt:
+        if (parts / "done.json").exists():
+            run.reporter.message(f"{parts} holds what is finished; the same command goes on from there")
+        raise
     finally:
         if not (parts / "done.json").exists():  # nothing to go on with
             shutil.rmtree(parts, ignore_errors=True)

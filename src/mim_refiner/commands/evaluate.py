@@ -174,20 +174,23 @@ def _opened(data: Any, test: Any, channels: int, reporter: Reporter) -> tuple[Im
 
 
 def _summary(found: Mapping[str, Mapping[str, Result]]) -> dict[str, Any]:
-    summary: dict[str, Any] = {
-        "results": [_row(source, result) for source, results in found.items() for result in results.values()]
-    }
+    """The numbers, of several models also the paired differences to the first and whether they leave zero out."""
+    rows = [_row(source, result) for source, results in found.items() for result in results.values()]
     first, *others = found
-    if others:
-        summary["change"] = [
-            row
-            for source in others
-            for name, result in found[first].items()
-            if name in found[source] and (row := _change(source, result, found[source][name]))
-        ]
-        judged = {source: said for source in others if (said := _verdict(found[first], found[source]))}
-        if others[0] in judged:
-            summary["verdict"] = judged.pop(others[0]) | ({"others": judged} if judged else {})
+    if not others:
+        return {"results": rows}
+    change, judged = [], {}
+    for source in others:
+        for name, before in found[first].items():
+            if name in found[source] and (interval := paired_change(before, found[source][name])):
+                difference, low, high = interval
+                place = {"model": source, "metric": before.metric, "block": before.block, "pooling": before.pooling}
+                change.append(place | {"difference": difference, "ci95": [low, high], "verdict": word_of(low, high)})
+        if said := _verdict(found[first], found[source]):
+            judged[source] = said
+    summary: dict[str, Any] = {"results": rows, "change": change}
+    if others[0] in judged:
+        summary["verdict"] = judged.pop(others[0]) | ({"others": judged} if judged else {})
     return summary
 
 
@@ -211,16 +214,6 @@ def _verdict(before: Mapping[str, Result], after: Mapping[str, Result]) -> dict[
 def _row(model: str, result: Result) -> dict[str, Any]:
     keys = ("metric", "value", "ci95", "block", "pooling")
     return {"model": model} | {key: value for key, value in result.to_json().items() if key in keys}
-
-
-def _change(source: str, before: Result, after: Result) -> dict[str, Any] | None:
-    """The paired difference to the first model, and whether its interval leaves zero out."""
-    interval = paired_change(before, after)
-    if interval is None:
-        return None
-    difference, low, high = interval
-    place = {"model": source, "metric": before.metric, "block": before.block, "pooling": before.pooling}
-    return place | {"difference": difference, "ci95": [low, high], "verdict": word_of(low, high)}
 
 
 def _shifted_sets(specs: Sequence[str], channels: int, reporter: Reporter) -> dict[str, ImageSet]:

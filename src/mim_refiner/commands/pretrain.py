@@ -115,16 +115,16 @@ def pretrain(
         return {"plan": cost.record()}
     asked = {"command": "pretrain", "data": name_of(data), "arch": arch, "model": given, "model_sha256": weights,
              "seed": seed, "exclude": exclude}  # fmt: skip
-    how: dict[str, Any] = {"overwrite": overwrite, "began": started, "ended": ended is not None}
-    folder = open_run(out, asked, chosen, images, reporter, **how)
+    folder = open_run(out, asked, chosen, images, reporter, overwrite=overwrite, began=started, ended=bool(ended))
     if ended is not None:
         return ended if folder.writes else {}
     skipped = list_skipped(images, folder, reporter)
     what = f"{arch or given}: {sum(map(torch.numel, backbone.model.parameters())) / 1e6:.1f} M parameters, {size} px"
-    training, rate = chosen.training, chosen.training.base_lr
-    steps = f"{number_of(training.epochs, 'epochs')} of {number_of(loader.steps_per_epoch, 'steps')}, {run.precision}"
-    rates = f"learning rate base {rate:.3g}, peak {peak_learning_rate(rate, chosen.batch_size):.3g}"
-    reporter.message(f"{what}, {number_of(len(images), 'images')}, {steps}; {rates}")
+    epochs, rate = number_of(chosen.training.epochs, "epochs"), chosen.training.base_lr
+    reporter.message(
+        f"{what}, {number_of(len(images), 'images')}, {epochs} of {number_of(loader.steps_per_epoch, 'steps')}, "
+        f"{run.precision}; learning rate base {rate:.3g}, peak {peak_learning_rate(rate, chosen.batch_size):.3g}"
+    )
     reporter.message(cost.line)
     watched = images.labels is not None and chosen.knn_every and len(images) >= MIN_KNN_IMAGES
     pooling, blocks = "cls" if backbone.info.has_cls else "mean", range(backbone.info.depth)
@@ -133,11 +133,8 @@ def pretrain(
         train(mae, chosen, loader, photometric, folder, run, monitor)
     list_skipped(images, folder, reporter, skipped)
     after = monitor() if monitor else None
-    if not folder.writes:  # the rest is rank 0's
-        return {}
-    base = Path(given).name if given else "trained from scratch"
-    recorded = {"base": base, "data": f"{Path(name_of(data)).name} ({len(images)} images)"}
-    return conclude(backbone, recorded, chosen, images, folder, after)
+    card = {"base": Path(given).name if given else "trained from scratch", "data": name_of(data)}
+    return conclude(backbone, card, chosen, images, folder, after) if folder.writes else {}  # the rest is rank 0's
 
 
 def conclude(
@@ -149,6 +146,7 @@ def conclude(
     after: dict[str, float] | None,
 ) -> dict[str, Any]:
     """Export the encoder and write the summary, which is returned."""
+    card["data"] = f"{Path(card['data']).name} ({len(images)} images)"
     export = folder.path / "export"
     settings = recipe.model_dump(mode="json", exclude={"expected"})
     export_timm(backbone.to("cpu"), export, card=card | {"recipe": settings})

@@ -18,7 +18,7 @@ from mim_refiner.commands.comparison import (
     SUMMARY_TEST_LIMIT,
     SUMMARY_TRAIN_LIMIT,
     Measured,
-    advice,
+    advised,
     compare,
     measured,
     said_of_training,
@@ -184,8 +184,7 @@ def refine_and_compare(
     chosen, cost = with_cost(chosen, refiner, loader, memory_budget, run, on) if ended is None else (chosen, None)
     if plan and cost:
         return run_plan(chosen, refiner, cost, run, loader.cut_where)
-    how: dict[str, Any] = {"overwrite": overwrite, "began": started, "ended": ended is not None}
-    folder = open_run(out, asked, chosen, images, reporter, **how)
+    folder = open_run(out, asked, chosen, images, reporter, overwrite=overwrite, began=started, ended=bool(ended))
     if ended is not None:
         return ended if folder.writes else {}
     for name, record in found.items() if folder.writes else ():
@@ -202,19 +201,17 @@ def refine_and_compare(
     for stage in stages.values():
         stage.info = replace(stage.info, mean=backbone.info.mean, std=backbone.info.std)
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
-    on = on if on.test is None or box else replace(on, test=thinned(on.test, SUMMARY_TEST_LIMIT))
     card = {"data": f"{Path(name_of(data)).name} ({len(images)} images)", "weights": taken["reason"]}
     with results_folder(folder.path) as results:
         summary = conclude(stages, on, chosen, results, card, run, box)
     if not folder.writes:  # the rest is rank 0's
         return {}
-    tips = advice(summary, chosen, on, folder.path, backbone, model, stopped)
-    summary |= {"verdict": {**summary["verdict"], "next": tips}, "data": {"train": images.facts()}}
-    summary |= {"seconds": {"training": training, "total": folder.seconds}, "weights": taken, **found, **told}
+    summary["verdict"] = advised(summary, chosen, folder.path, backbone, model, stopped)
+    summary |= {"data": {"train": images.facts()}, "weights": taken, **found, **told}
+    summary |= {"seconds": {"training": training, "total": folder.seconds}}
     summary |= {"stopped": str(stopped)} if stopped else {}
     write_summary(folder.path, summary, measuring)
     finish_with_report(folder.path, reporter)
-    reporter.done()
     if stopped:
         raise stopped
     return summary
@@ -308,16 +305,11 @@ def unadapted(stages: dict[str, Backbone], folder: RunFolder, model: str) -> dic
 
 def weights_taken(refinement: Refinement) -> dict[str, Any]:
     """Which weights are exported and why, {"exported": "raw" or "average", ...}, for the summary."""
-    recipe = refinement.recipe
-    share = start_share(recipe, refinement.loader.steps_per_epoch)
-    start = f"{100 * share:.1f} % of an average is the start"
-    exported = "average" if recipe.export_weights == "ema" else "raw"
-    return {
-        "exported": exported,
-        "both_measured": share <= START_SHARE,
-        "start_share": share,
-        "reason": f"{exported} (export_weights={recipe.export_weights}); {start}",
-    }
+    share = start_share(refinement.recipe, refinement.loader.steps_per_epoch)
+    choice = refinement.recipe.export_weights
+    exported = "average" if choice == "ema" else "raw"
+    reason = f"{exported} (export_weights={choice}); {100 * share:.1f} % of an average is the start"
+    return {"exported": exported, "both_measured": share <= START_SHARE, "start_share": share, "reason": reason}
 
 
 def conclude(
@@ -334,6 +326,7 @@ def conclude(
     ``card``: what its model card says beside them. It is exported, without figures, where the comparison fails too.
     """
     pooling, run = recipe.heads.measured_pooling, replace(run, precision="fp32")
+    on = on if on.test is None or box else replace(on, test=thinned(on.test, SUMMARY_TEST_LIMIT))
     base, settings = Path(stages["before"].info.source).name, recipe.model_dump(mode="json", exclude={"expected"})
     card |= {"base": base, "recipe": settings}
     facts: dict[str, Any] = {}

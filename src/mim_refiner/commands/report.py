@@ -49,3 +49,4 @@ def finish_with_report(run: Path, reporter: Reporter) -> None:
         reporter.message(f"report: {write_report([run])}")
     except Exception as error:
         reporter.warning(f"no report was written ({error}); the run is complete, try: mim-refiner report {run}")
+    reporter.done()
