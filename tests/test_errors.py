@@ -29,7 +29,6 @@ PASSED_ON = {
     # texts that end in advice where they are made
     "{contents.source}: is {what}",
     "{source}: {heads_question(converted.arguments)}",
-    "{gap}",
     "{path}: {_what_it_is(path)}",
     "{report.problem}",
     "--eval-data: {bank.description}: {error}",

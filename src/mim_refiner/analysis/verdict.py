@@ -81,9 +81,9 @@ def what_next(
     elif word == UNCLEAR:
         low, high = found.get("ci95") or next((each["ci95"] for each in found.get("measures", ())), (0.0, 0.0))
         if high - low > WIDE:
+            images = found["test_images"] if "test_images" in found else found["samples"]["images"]
             lines.append(
-                f"more images to measure on: {found['test_images']} tell no change below "
-                f"{50 * (high - low):.1f} points: {compared} --data LABELLED --test MORE"
+                f"more images to measure on: {images} tell no change below {50 * (high - low):.1f} points: {compared}"
             )
         if draws < MANY_DRAWS:
             lines.append(

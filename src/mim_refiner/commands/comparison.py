@@ -201,11 +201,17 @@ def advised(
     if "full" in summary:
         return dict(summary["verdict"])
     log = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
+    labelled = "knn_difference" in summary["verdict"]
+    verb, on = (
+        ("evaluate", "--data LABELLED --test MORE")
+        if labelled
+        else ("analyze", f"--data MORE --out {quote(str(out))}-more")
+    )
     tips = what_next(
         summary["verdict"],
         recipe.model_dump(),
         again=(f"--out {quote(f'{out}-{number}')}" for number in count(2) if not Path(f"{out}-{number}").exists()),
-        compared=f"mim-refiner evaluate --model {quote(name_of(model))} --compare {quote(str(out))}",
+        compared=f"mim-refiner {verb} --model {quote(name_of(model))} --compare {quote(str(out))} {on}",
         draws=next((each["step"] for each in log[::-1] if each.get("phase") == "refinement"), 0) * recipe.batch_size,
         knn=[record["knn_top1"] for record in log if "knn_top1" in record],
         recommendation=summary["recommendation"],
