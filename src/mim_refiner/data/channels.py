@@ -21,6 +21,7 @@ from mim_refiner.reporting import number_of
 
 NPY, _ZIP = b"\x93NUMPY", b"PK"
 _FIX = "save it again with numpy.save or numpy.savez"
+_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63  # bytes
 _DEFLATE_LIMIT = 1100  # times smaller than its content is no deflated file
 Raw = NDArray[np.uint8] | NDArray[np.uint16]  # [H, W, C]
 MAX_CHANNELS = 4096
@@ -137,7 +138,7 @@ class Arrays(Mapping[str, NDArray[Any]]):
             if info.file_size > _DEFLATE_LIMIT * info.compress_size + 2**20 or info.compress_type not in (0, 8):
                 raise ValueError(f"array '{name}' claims {info.file_size} bytes")
             shape, fortran, dtype = _header(file, info.file_size)
-            if info.file_size > physical_memory():
+            if info.file_size > _MEMORY:
                 raise DataError(f"{self.path}: array '{name}' of shape {shape} needs {info.file_size / 1e9:.0f} GB of "
                                 "memory; save the images as .npy, which is read piece by piece")  # fmt: skip
             flat = np.empty(info.file_size - file.tell(), np.uint8)
@@ -179,8 +180,3 @@ def _header(file: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype
 
 def _shaped(flat: NDArray[Any], shape: tuple[int, ...], fortran: bool) -> NDArray[Any]:
     return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
-
-
-def physical_memory() -> int:
-    """Bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63

@@ -136,7 +136,11 @@ def _open_whole(text: str) -> ImageSource:
         paths += map(Path, found)
     if len(paths) == 1:
         return _open_path(paths[0])
-    _refuse_twice(paths, text)
+    named = Counter(map(Path, map(os.path.realpath, paths)))
+    for path, count in named.items():  # the same images would be counted twice, and have one name for two
+        by = next((above for above in path.parents if above in named), path if count > 1 else None)
+        if by is not None:
+            raise DataError(f"{text}: names {path} twice (by {by}); name every file once")
     if all(path.suffix.lower() == ".tar" for path in paths):
         return TarSource(paths, f"{len(paths)} shards {text}")
     if all(path.suffix.lower() == ".parquet" and path.is_file() for path in paths):
@@ -166,15 +170,6 @@ def _matches(pattern: str) -> list[str]:
         return sorted(glob.glob(os.path.join(glob.escape(folder), rest)))
     except (OSError, ValueError, RecursionError):  # names longer than the system takes
         return []
-
-
-def _refuse_twice(paths: list[Path], text: str) -> None:
-    """The same images twice would be counted twice, and have one name for two."""
-    named = Counter(map(Path, map(os.path.realpath, paths)))
-    for path, count in named.items():
-        by = next((above for above in path.parents if above in named), path if count > 1 else None)
-        if by is not None:
-            raise DataError(f"{text}: names {path} twice (by {by}); name every file once")
 
 
 def _expand_braces(text: str) -> list[str]:

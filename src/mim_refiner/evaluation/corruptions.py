@@ -64,7 +64,10 @@ def _defocus_blur(x: Tensor, level: int, draw: Draw) -> Tensor:
     reach = math.floor(radius) + 1
     grid = torch.arange(-reach, reach + 1.0)
     distance = (grid[:, None] ** 2 + grid[None] ** 2).sqrt()
-    return _filtered(x, (radius + 1 - distance).clamp(0, 1))  # a disk, blurred by the pixel's own size
+    disk = (radius + 1 - distance).clamp(0, 1)  # blurred by the pixel's own size
+    weight = (disk / disk.sum()).expand(x.shape[1], 1, -1, -1)
+    mode = "reflect" if reach < min(x.shape[2:]) else "replicate"
+    return F.conv2d(F.pad(x, (reach,) * 4, mode=mode), weight, groups=x.shape[1])
 
 
 def _motion_blur(x: Tensor, level: int, draw: Draw) -> Tensor:
@@ -138,13 +141,6 @@ def _jpeg(x: Tensor, level: int, draw: Draw) -> Tensor:
         Image.fromarray(image).save(buffer, "JPEG", quality=quality)
         decoded.append(np.asarray(Image.open(buffer)))
     return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).float() / 255
-
-
-def _filtered(x: Tensor, kernel: Tensor) -> Tensor:
-    reach = kernel.shape[-1] // 2
-    weight = (kernel / kernel.sum()).expand(x.shape[1], 1, -1, -1)
-    mode = "reflect" if reach < min(x.shape[2:]) else "replicate"
-    return F.conv2d(F.pad(x, (reach,) * 4, mode=mode), weight, groups=x.shape[1])
 
 
 # in this order, which is part of the random numbers' seeds

@@ -204,7 +204,14 @@ def write_features(path: Path, found: Embedding, images: ImageSet, manifest: Map
     if images.classes is not None:
         columns["label"] = _written(images.classes)[images.classes.numbers][found.indices]
     if (beside := rows_file(path)) is not None:
-        _write_rows(beside, columns, images)
+        index, *labels = (values.tolist() for values in columns.values())
+        with atomic_file(beside) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+            table = csv.writer(text, lineterminator="\n")
+            table.writerow(["row", "index", "name", *list(columns)[1:]])
+            for row, (number, *label) in enumerate(zip(index, *labels, strict=True)):
+                table.writerow([row, number, images.source.name(number), *label])
+            text.detach().flush()
     with atomic_file(path) as file:
         if path.suffix == ".npy":
             np.lib.format.write_array(file, found.features, allow_pickle=False)
@@ -250,14 +257,3 @@ def _write_parquet(
     with pq.ParquetWriter(file, schema, compression=compression, use_dictionary=False, write_statistics=False) as out:
         for start in range(0, len(features), step):
             out.write_table(table(slice(start, start + step)), row_group_size=step)
-
-
-def _write_rows(path: Path, columns: Mapping[str, NDArray[np.int64]], images: ImageSet) -> None:
-    index, *labels = (values.tolist() for values in columns.values())
-    with atomic_file(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["row", "index", "name", *list(columns)[1:]])
-        for row, (number, *label) in enumerate(zip(index, *labels, strict=True)):
-            table.writerow([row, number, images.source.name(number), *label])
-        text.detach().flush()

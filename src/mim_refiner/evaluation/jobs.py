@@ -74,11 +74,6 @@ class Job:
         options = {**how, "poolings": self.poolings, "run": self.run, "cache": self.cache, **options}
         return extract_features(self.backbone, images, indices=rows, **options)
 
-    def main_features_of(self, images: ImageSet, rows: torch.Tensor | None, **options: Any) -> Features:
-        """Features of ``main_key`` alone."""
-        block, pooling = self.main_key
-        return self.features_of(images, rows, blocks=(block,), poolings=(pooling,), **options)
-
     def listed(self, path: str) -> NDArray[np.int64]:
         """Rows of the train features that a published split names."""
         return np.flatnonzero(np.isin(self.train.indices.numpy(), self.lists[path].rows))

@@ -134,6 +134,7 @@ def long_tail(job: Job) -> list[Result]:
 def robustness(job: Job) -> list[Result]:
     """Accuracy under common corruptions, mean over kinds and severities, and on shifted sets."""
     settings, predictors, results = job.settings.robustness, _classifiers(job), []
+    how: dict[str, Any] = {"blocks": job.main_key[:1], "poolings": job.main_key[1:]}
     clean = job.test.select(evenly(len(job.test), settings.images))
     shown = {
         **settings.model_dump(),
@@ -148,8 +149,8 @@ def robustness(job: Job) -> list[Result]:
 
     by_set = {"clean": hits(clean, "clean")}
     for kind, severity in product(settings.kinds, settings.severities):
-        how: dict[str, Any] = {"transform": corrupted(kind, severity, job.run.seed)}
-        found = job.main_features_of(job.test_images, clean.indices, phase=f"robustness: {kind} {severity}", **how)
+        transform, phase = corrupted(kind, severity, job.run.seed), f"robustness: {kind} {severity}"
+        found = job.features_of(job.test_images, clean.indices, transform=transform, phase=phase, **how)
         by_set[f"{kind}/{severity}"] = hits(dataclasses.replace(found, labels=clean.labels), kind)
     for name in predictors:
         each = {set_name: correct[name].numpy() for set_name, correct in by_set.items()}
@@ -159,7 +160,7 @@ def robustness(job: Job) -> list[Result]:
         results.append(job.accuracy("robustness", f"robustness_{name}_top1", _mean_over_sets(together), details))
     for set_name, (images, numbers) in job.shifted.items():
         phase = f"robustness: {set_name} ({len(images)} images)"
-        features = job.main_features_of(images, None, phase=phase).renumbered(numbers)
+        features = job.features_of(images, None, phase=phase, **how).renumbered(numbers)
         slug = "".join(letter if letter.isalnum() else "-" for letter in set_name).strip("-")
         for name, correct in hits(features, set_name).items():
             details = {**shown, "classifier": name, "set": images.description, "images": len(features)}

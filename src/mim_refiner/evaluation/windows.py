@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -124,29 +125,25 @@ class Windows:
             for rows in parts:
                 places = self.places[rows].tolist()
                 chosen = list(dict.fromkeys(place[0] for place in places))
-                whole = dict(zip(chosen, pool.map(self._pixels, chosen), strict=True)) if pixels else {}
+                load = partial(self._sized, self.images.load, Image.Resampling.BICUBIC)
+                whole = dict(zip(chosen, pool.map(load, chosen), strict=True)) if pixels else {}
                 cut = [self._cut(whole[index], place) for index, *place in places if pixels]
                 counts = torch.empty(len(rows), math.prod(self.grid), 0, dtype=torch.int16)
                 if self.masks is not None:
-                    masks = dict(zip(chosen, pool.map(self._mask, chosen), strict=True))
+                    load = partial(self._sized, self.masks.load, Image.Resampling.NEAREST)
+                    masks = dict(zip(chosen, pool.map(load, chosen), strict=True))
                     how = self.patch, self.classes, self.masks.ignore_index
                     counts = torch.stack([patch_targets(self._cut(masks[i], place), *how) for i, *place in places])
                 stacked = np.stack(cut).transpose(0, 3, 1, 2) if cut else np.empty(0, np.uint8)
                 yield rows, torch.from_numpy(np.ascontiguousarray(stacked)), counts
-
-    def _pixels(self, index: int) -> NDArray[np.uint8]:
-        return self._sized(self.images.load(index), Image.Resampling.BICUBIC)
-
-    def _mask(self, index: int) -> Mask:
-        assert self.masks is not None
-        return self._sized(self.masks.load(index), Image.Resampling.NEAREST)
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of an image as it is cut."""
         short = max(self.short_side or min(height, width), self.window)
         return round(height * short / min(height, width)), round(width * short / min(height, width))
 
-    def _sized(self, array: NDArray[np.uint8], how: Image.Resampling) -> NDArray[np.uint8]:
+    def _sized(self, load: Callable[[int], NDArray[np.uint8]], how: Image.Resampling, index: int) -> NDArray[np.uint8]:
+        array = load(index)
         height, width = self._size(*array.shape[:2])
         same = (height, width) == array.shape[:2]
         return array if same else np.asarray(Image.fromarray(array).resize((width, height), how))
