@@ -298,13 +298,14 @@ def test_memory_does_not_grow_with_the_data(model, tmp_path, monkeypatch):
             write_parquet(folder / f"{number:02d}.parquet", 32, group=8)
         sources: list[ParquetSource] = []
         seen = {"groups": 0, "cached": 0, "unmapped": 0}
-        load, room, init = ParquetSource._load, embedding._room, ImageSet.__init__
+        load, room, init = ParquetSource._group, embedding._room, ImageSet.__init__
 
-        def counting_load(self: ParquetSource, group: int) -> None:
-            load(self, group)
+        def counting_load(self: ParquetSource, group: int) -> Any:
+            found = load(self, group)
             if self not in sources:
                 sources.append(self)
             seen["groups"] = max(seen["groups"], sum(len(source._groups) for source in sources))
+            return found
 
         def mapped(*arguments: Any) -> Any:
             rows = room(*arguments)
@@ -315,7 +316,7 @@ def test_memory_does_not_grow_with_the_data(model, tmp_path, monkeypatch):
             init(self, *arguments, **options)
             seen["cached"] += self.cached
 
-        monkeypatch.setattr(ParquetSource, "_load", counting_load)
+        monkeypatch.setattr(ParquetSource, "_group", counting_load)
         monkeypatch.setattr(embedding, "_room", mapped)
         monkeypatch.setattr(ImageSet, "__init__", watched)
         embed(model=str(model), data=str(folder), out=str(folder / "f.npy"), batch_size=4, device="cpu")
