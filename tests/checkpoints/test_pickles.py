@@ -206,7 +206,6 @@ def test_functions_of_data_packages_stay_forbidden(monkeypatch: pytest.MonkeyPat
         b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",  # a frame of 2^63
         b"\x80\x02cbuiltins\nset\nJ\xff\xff\xff\x7f\x85R.",  # a set of a number
         b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",  # two billion zeros
-        b"\x80\x02cbuiltins\ncomplex\nX\x01\0\0\0a\x85R.",
         b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x06\0\0\0base64\x86R.",
         b"\x80\x02}cargparse\nNamespace\n)R}b0" + b"K\x01K\x01\x86" + b"q\x01h\x01\x86" * 70 + b"K\x01s.",
         b"\x80\x02}\x8a\xff" + b"\x7f" * 255 + b"K\x01s.",  # a number of 2000 bits as key

@@ -40,7 +40,7 @@ _DATA_NAMES = {
     "numpy.random._pickle.__generator_ctor", "numpy.random._pickle.__randomstate_ctor", "types.SimpleNamespace",
     "types.MappingProxyType", "numpy.ma.core._mareconstruct", "numpy.rec.recarray", "builtins.range",
     "numpy.random.bit_generator.__pyx_unpickle_SeedSequence", "builtins.Ellipsis", "builtins.NotImplemented",
-    "builtins.type", "functools.partial", "re._compile",
+    "builtins.type", "builtins.complex", "functools.partial", "re._compile",
     *(f"numpy.{name}" for name in dir(np) if isinstance(getattr(np, name), type)),
     *(f"builtins.{n}" for n in ("bool", "bytes", "dict", "float", "int", "list", "object", "slice", "str", "tuple")),
 }  # fmt: skip
@@ -206,12 +206,6 @@ def _bytes(text: Any = b"", encoding: Any = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _complex(*parts: Any) -> complex:
-    if not 0 < len(parts) <= 2 or not all(type(part) in (int, float) for part in parts):
-        raise BrokenPickleError("a complex number is made of something else than numbers")
-    return complex(*parts)
-
-
 def _first(value: Any, *_: Any) -> Any:
     return value
 
@@ -219,7 +213,7 @@ def _first(value: Any, *_: Any) -> Any:
 _CORES = ("core", "_core")  # of NumPy 1 and 2
 CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _pairs, "collections.Counter": _pairs, "collections.defaultdict": lambda *_: {},
-    "collections.deque": _members, "builtins.set": _members, "builtins.complex": _complex,
+    "collections.deque": _members, "builtins.set": _members,
     "builtins.frozenset": lambda items=(): tuple(_members(items)), "builtins.bytearray": _bytes,
     "_codecs.encode": _bytes, "torch.Size": lambda size=(): tuple(_members(size)),
     "numpy.dtype": lambda *arguments: _Dtype("numpy.dtype", arguments),

@@ -211,10 +211,6 @@ class Backbone(nn.Module):
         prefix = self.info.num_prefix_tokens
         return BlockOutput(cls=tokens[:, 0] if self.info.has_cls else None, patches=tokens[:, prefix:])
 
-    def pool(self, tokens: Tensor, pooling: str) -> Tensor:
-        """Pool tokens [B, P+N, D] to [B, D]: the class token ("cls"), or the mean of the patch tokens ("mean")."""
-        return tokens[:, 0] if pooling == "cls" else tokens[:, self.info.num_prefix_tokens :].mean(dim=1)
-
     def fixed_parameters(self, frozen_blocks: int = 0) -> Iterator[nn.Parameter]:
         """Parameters that refinement leaves alone.
 

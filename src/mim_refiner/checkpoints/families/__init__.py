@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from mim_refiner.checkpoints.families import beit, hf, mae, mmpretrain, renamed, swin, timm_format
+from mim_refiner.checkpoints.families import beit, hf, mae, mmpretrain, renamed, timm_format
 from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes
 
 # Asked in this order: the most specific first, timm's own names last.
 FAMILIES: tuple[Family, ...] = (
     renamed.MIM_REFINER, renamed.DATA2VEC2, renamed.CAPI, renamed.MULTIMAE,
-    mmpretrain.BEIT, mmpretrain.VIT, swin.MM_FAMILY, swin.FAMILY, renamed.PRITHVI, mae.MAE_PYTORCH,
+    mmpretrain.BEIT, mmpretrain.VIT, mmpretrain.MM_SWIN, mmpretrain.SWIN, renamed.PRITHVI, mae.MAE_PYTORCH,
     renamed.VITPOSE, renamed.HF_VITPOSE, hf.DATA2VEC, hf.BEIT, hf.DINOV2, hf.IJEPA, hf.VITMAE,
     beit.SIMMIM, beit.CAE, beit.EVA01, beit.BEIT2, beit.BEIT,
     mae.IJEPA, mae.DINOV2, mae.BIRD_MAE, mae.MAE_CT, mae.IBOT,
