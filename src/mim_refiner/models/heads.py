@@ -128,18 +128,9 @@ def run_heads(
             ids = all_gather(ids)
             for queue, rows in zip(queues, all_gather(targets[:, 0].transpose(0, 1)).unbind(1), strict=True):
                 queue.enqueue(rows, ids)
-    return [
-        HeadOutput(
-            loss=result.loss[number],
-            alignment=result.alignment[number],
-            neighbor_similarity=found.similarity[number],
-            neighbor_age=found.age[number],
-            neighbor_sample_ids=neighbor_ids[number],
-            projected=projected[number],
-            predicted=predicted[number],
-        )
-        for number in range(len(heads))
-    ]
+    queue_facts = (found.similarity, found.age, neighbor_ids)
+    fields = (result.loss, result.alignment, *queue_facts, projected, predicted)
+    return [HeadOutput(*(field[number] for field in fields)) for number in range(len(heads))]
 
 
 def draw_choices(
