@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from mim_refiner.commands import deadline
+from mim_refiner.commands import deadline, time_box
 from mim_refiner.commands.deadline import ATLAS, REPORT, Box
 from mim_refiner.commands.demo import demo as demo_verb
 from mim_refiner.commands.demo import plan_lines
@@ -96,6 +97,17 @@ def test_work_is_timed_after_a_first_time_and_never_for_long(seconds: list[float
 
     assert seconds_of(work, Run(), clock) == pytest.approx(least)
     assert done == times
+
+
+def test_what_an_image_costs_is_not_told_by_a_busy_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, seconds = Clock(), iter([0.9, 0.4, 2.5])
+
+    def extract(*_: object, indices: range, **__: object) -> None:
+        clock.now += next(seconds)
+
+    monkeypatch.setattr(time_box, "extract_features", extract)
+    images = ImageSet(open_source(np.zeros((200, 1, 1, 3), np.uint8)))
+    assert time_box.seconds_an_image(cast(Any, None), images, Run(), clock) == pytest.approx(0.4 / 200)
 
 
 @pytest.mark.parametrize(("beside", "threads"), [(False, 2), (True, 1)])

@@ -89,14 +89,11 @@ def fit(left: float, costs: Costs, recipe: RefineRecipe, *, images: int, bank: i
     First come the test images, as long as they leave the training enough; then epochs over ``images``. Training that
     ends early leaves time for more test images, and what is expected counts those too.
     """
-    usable, steps, an_image = USED * left, images // recipe.batch_size, EVALUATION * costs.image
+    usable, steps, an_image = USED * left, REAL * (images // recipe.batch_size), EVALUATION * costs.image
     before, first_look, everything = BEFORE * costs.image, (FEW_BANK + FEW_TEST) * an_image, (bank + test) * an_image
     around = before + (1 + ATLAS + REPORT) * first_look + min(everything / PLANNED, MOST_FOR_EVALUATION * usable)
     looks = GUARD_IMAGES * costs.image
     training = max(usable - around, LEAST_FOR_TRAINING * left)
-    costs = replace(
-        costs, **{name: REAL * getattr(costs, name) for name in ("warmup_step", "refinement_step", "pool_step")}
-    )
     pool_epoch = steps * costs.pool_step
     pool = min(recipe.view_pool, int(MOST_FOR_POOL * training / pool_epoch)) if pool_epoch else 0
     pooling = pool * pool_epoch
@@ -156,7 +153,9 @@ def _endless(loader: TrainLoader) -> Generator[ViewBatch, None, None]:
         yield from loader.epoch(epoch)
 
 
-def seconds_of(work: Callable[[], None], run: Run, clock: Clock = monotonic, *, choose_threads: bool = False) -> float:
+def seconds_of(
+    work: Callable[[], object], run: Run, clock: Clock = monotonic, *, choose_threads: bool = False
+) -> float:
     """Least time of some work, after one time that is not counted unless it was slow.
 
     The least, since other processes only make it longer, and a phase that turns out slower leaves steps out.
@@ -184,9 +183,6 @@ def seconds_of(work: Callable[[], None], run: Run, clock: Clock = monotonic, *, 
 
 
 def seconds_an_image(backbone: Backbone, images: ImageSet, run: Run, clock: Clock = monotonic) -> float:
-    """Time for the features of one image at every block, in float32 as the comparison computes them."""
-    run = replace(run, precision="fp32")
-    for rows in (range(64), range(min(PROBE_IMAGES, len(images)))):  # the first is not counted
-        started = clock()
-        extract_features(backbone, images, run=run, indices=rows)
-    return (clock() - started) / len(rows)
+    """Least time for the features of one image at every block, in float32 as the comparison computes them."""
+    rows, run = range(min(PROBE_IMAGES, len(images))), replace(run, precision="fp32")
+    return seconds_of(lambda: extract_features(backbone, images, run=run, indices=rows), run, clock) / len(rows)
