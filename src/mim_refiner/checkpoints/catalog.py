@@ -65,10 +65,7 @@ CATALOGUE = {row["name"]: Entry(**row) for row in csv.DictReader(_TABLE.splitlin
 
 
 def family_licence(family: str) -> str:
-    """Licence of the weights that the family's authors published: that of its first entry, "unknown" without one.
-
-    Not of our code, nor of weights that others trained, nor of those that inherit another's.
-    """
+    """Licence of the weights that the family's authors published: that of its first entry, 'unknown' without one."""
     name = family.lower().removeprefix("hf_").replace("vitmae", "mae")
     return next((e.licence for e in CATALOGUE.values() if e.family == name != "mim_refiner"), UNKNOWN_LICENCE)
 

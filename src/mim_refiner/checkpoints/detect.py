@@ -116,10 +116,7 @@ def _choose(views: list[View], family: Family, wishes: Wishes) -> tuple[View, st
 
 
 def _best_named(views: list[View]) -> tuple[View, str]:
-    """The running average, else the first encoder; and what to remark.
-
-    What has other shapes than every model of the file is no average of one. mmengine's EMAHook swaps the two on saving.
-    """
+    """The running average, else the first encoder, and what to remark; mmengine's EMAHook swaps the two on saving."""
     if swapped := [view for view in views if _is_swapped(view)]:
         views = [view for view in views if view not in swapped] or views
         note = "mmengine saves the running average as state_dict, and the weights in training as ema_state_dict"

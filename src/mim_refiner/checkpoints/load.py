@@ -72,7 +72,7 @@ def load_backbone(
     one that is needed).
     """
     if isinstance(source, nn.Module):
-        return _held(source, _pair(image_size))
+        return _held(source, image_size)
     found = _examine(source, key_map, image_size=image_size, num_heads=num_heads, in_chans=in_chans, encoder=encoder)
     bare, converted, expected = found.report.source, found.converted, found.sketch.state_dict()
     is_gap = isinstance(found.problem, _GapError)
@@ -99,7 +99,7 @@ def load_backbone(
     return backbone.eval()
 
 
-def _held(given: nn.Module, image_size: tuple[int, int] | None) -> Backbone:
+def _held(given: nn.Module, image_size: int | tuple[int, int] | None) -> Backbone:
     """A copy of an encoder that a program holds: a Backbone, or a timm module, which loses its classifier."""
     model = copy.deepcopy(given)
     if not isinstance(model, Backbone):
@@ -108,7 +108,7 @@ def _held(given: nn.Module, image_size: tuple[int, int] | None) -> Backbone:
         facts = getattr(model, "pretrained_cfg", None) or {}
         model = Backbone.wrap(model, mean=facts.get("mean"), std=facts.get("std"), source=name_of(given))
     if image_size is not None:
-        model.set_image_size(image_size)
+        model.set_image_size(height_width(image_size))
     return model.float().cpu().eval()
 
 
@@ -145,7 +145,8 @@ def _examine(given: str | Path, key_map: KeyMapLike, **options: Any) -> _Examine
     in_source = asked.pop("key_map", None)
     key_map = in_source if key_map is None else key_map
     asked |= {name: value for name, value in options.items() if value is not None}
-    size = asked["image_size"] = _pair(asked.get("image_size"))
+    size = asked.get("image_size")
+    size = asked["image_size"] = None if size is None else height_width(size)
     if size is not None and (min(size) < 1 or size[0] * size[1] > MAX_PIXELS):
         raise InputError(f"image_size {size[0]}x{size[1]} is no image size that an encoder takes; correct it")
     with reading(one_line(source, 300), "check it, or take the file from its source again", CheckpointError):
@@ -307,7 +308,3 @@ def _why_not(path: str, encoders: tuple[str, ...]) -> str:
     if "loss" in first or first in ("scaler", "amp_scaler", "lr_scheduler", "criterion"):
         return "state of the training"
     return "not part of the encoder"
-
-
-def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    return None if size is None else height_width(size)

@@ -185,10 +185,7 @@ def source_facts(source: str | Path) -> dict[str, Any]:
 
 
 def check_images(info: BackboneInfo, images: ImageSet | None = None, source: str | None = None) -> CheckImages:
-    """The first images of ``images`` as the encoder wants them; those embedded in the package when None.
-
-    An encoder of other than three channels gets the colour channels in turn: real pixels, if not its own kind of data.
-    """
+    """The first images of ``images`` (None: embedded) as the encoder wants them, colours in turn as its channels."""
     if images is None:
         with as_file(files("mim_refiner") / "assets" / "cifar10_test.parquet") as path:
             return check_images(info, ImageSet(open_source(f"{path}[:{_CHECK_IMAGES}]"), cache=False), _DEMO_IMAGES)

@@ -159,10 +159,7 @@ def _family(name: str, is_it: Callable[[View], bool], prepare: Prepare = prepare
 
 
 def _is_eva01(view: View) -> bool:
-    """Absolute positions only, and no layer scale or a head of the width of features.
-
-    DeepSpeed, by which EVA-01 was trained, keeps the weights under "module".
-    """
+    """Absolute positions only; no layer scale, or (under DeepSpeed's 'module') a head of the width of features."""
     names = view.tensors
     if "pos_embed" not in names or any("relative_position" in name for name in names):
         return False
