@@ -175,7 +175,7 @@ def clear_leftovers(folder: Path) -> None:
         whole = folder / aside.name.rsplit(".", 3)[0].removeprefix(".")
         if not whole.exists():
             aside.rename(whole)
-    for leftover in (*folder.glob(".*.tmp"), *folder.glob(".export-*")):  # the second: exports of older versions
+    for leftover in folder.glob(".*.tmp"):
         remove(leftover)
 
 

@@ -96,8 +96,6 @@ def test_the_data_are_known_by_fingerprint_and_not_by_path(tmp_path):
 def test_leftovers_of_killed_writes_are_swept(tmp_path):
     run = open_run(tmp_path / "run")
     for name in (
-        ".export-abc",
-        ".export-old-abc",
         ".export.7.new.tmp",
         "checkpoints/.step-000001.9.old.tmp",
         "evaluation/.x",
