@@ -20,6 +20,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
+from mim_refiner.training import memory
 from mim_refiner.training.memory import measure_needs
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.traces import RefinerTrace
@@ -81,12 +82,15 @@ def test_operations_are_those_of_a_counted_step(scale: Any) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_bytes_of_activations_are_those_of_a_trace(scale: Any, precision: str, fused: bool) -> None:
+def test_bytes_of_activations_are_those_of_a_trace(
+    scale: Any, precision: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(memory.WASTE, "cpu", (1.0, 1.0))
     backbone = Backbone.wrap(create_vit("vit_w192_d8_h3_p8", image_size=96))
     if not fused:
         backbone.use_math_attention()
     refiner = Refiner(backbone, (2, 3), HeadConfig(64, 64, 32, 256), pooling="cls")
-    needs = measure_needs(refiner, [(96, 2)], 4, precision=precision, waste=1.0)
+    needs = measure_needs(refiner, [(96, 2)], 4, precision=precision)
     shape = scale.EncoderShape(192, 4, 3, 8, image_size=96)  # of its eight blocks the first four run
     found = scale.block_bytes(shape, shape.tokens(96), bf16=precision == "bf16", fused_attention=fused)
     assert 2 * 4 * found == pytest.approx(needs.encoder_image, rel=0.2)

@@ -23,7 +23,6 @@ from mim_refiner.training import memory
 from mim_refiner.training.anchor import anchor_backward
 from mim_refiner.training.memory import (
     RESERVE,
-    Beside,
     Choice,
     Needs,
     Planner,
@@ -46,6 +45,13 @@ def make(arch: str = "vit_w64_d4_h2_p8", image: int = 32, **options: object) -> 
     refiner = Refiner(backbone, (2, 3), HeadConfig(64, 64, 32, 256), pooling="cls", **options)
     refiner.unfreeze_encoder()
     return refiner
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes as they are traced, without what an allocator and products add."""
+    monkeypatch.setitem(memory.WASTE, "cpu", (1.0, 1.0))
+    monkeypatch.setattr(memory, "BF16_SCRATCH", 0)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -147,25 +153,22 @@ def test_what_a_view_pool_takes_is_not_free() -> None:
     needs = measure_needs(refiner, recipe.views.shapes, 32, precision="fp32")
     pool = needs.whole() - needs.cached(8)
     assert Planner(refiner, recipe, Run()).fitting(needs.whole() * ROOM).micro_batch is None
-    beside = Planner(refiner, recipe, Run(), Beside(pool=pool)).fitting(needs.whole() * ROOM)
+    beside = Planner(refiner, recipe, Run(), pool=pool).fitting(needs.whole() * ROOM)
     assert beside.micro_batch is not None
     assert beside.needs.view_pool == pool < beside.peak <= needs.whole()
     free = needs.cached(16, 2) * ROOM
     kept = [
-        Planner(refiner, asked(micro_batch=16), Run(), Beside(pool=taken)).as_asked(free).kept_graphs
-        for taken in (0, pool)
+        Planner(refiner, asked(micro_batch=16), Run(), pool=taken).as_asked(free).kept_graphs for taken in (0, pool)
     ]
     assert kept[1] < kept[0]
     with pytest.raises(InputError, match=r"MB the view pool \(view_pool\)") as caught:
-        Planner(refiner, recipe, Run(), Beside(pool=needs.whole())).fitting(needs.whole() * ROOM)
+        Planner(refiner, recipe, Run(), pool=needs.whole()).fitting(needs.whole() * ROOM)
     assert "\n" not in str(caught.value)
 
 
 def test_a_view_pool_of_the_warm_up_alone_is_gone_when_the_encoder_moves() -> None:
     shapes, way = asked().views.shapes, {"precision": "fp32"}
-    needs, small, large = (
-        measure_needs(make(), shapes, 32, beside=Beside(pool=pool), **way) for pool in (0, 1000, 10**9)
-    )
+    needs, small, large = (measure_needs(make(), shapes, 32, pool=pool, **way) for pool in (0, 1000, 10**9))
     assert needs.whole() == small.whole() < large.whole()
     assert large.whole() == large.cached(1) == large.state + large.features // 2 + large.heads + 10**9
     assert large.largest_micro_batch(large.warmup - 1) == 0 < large.largest_micro_batch(large.warmup)
@@ -173,14 +176,14 @@ def test_a_view_pool_of_the_warm_up_alone_is_gone_when_the_encoder_moves() -> No
 
 def test_what_is_refused_names_settings_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both the budget and the batch that the line names are let in."""
-    refiner, beside, made = make(), Beside(process=10**9), cache(measure_needs)
+    refiner, process, made = make(), 10**9, cache(measure_needs)
     shapes = tuple(asked().views.shapes)
     monkeypatch.setattr(memory, "measure_needs", lambda _, __, batch, **how: made(refiner, shapes, batch, **how))
-    smallest = made(refiner, shapes, 4, checkpointing=True, precision="fp32", shards=1, beside=beside).cached(1)
+    smallest = made(refiner, shapes, 4, checkpointing=True, precision="fp32", shards=1, process=process).cached(1)
 
     def fitting(budget: float, batch: int = 32) -> Choice:
         recipe = asked().model_copy(update={"batch_size": batch})
-        return Planner(refiner, recipe, Run(), beside).fitting(budget)
+        return Planner(refiner, recipe, Run(), process).fitting(budget)
 
     with pytest.raises(InputError, match=r"1\.0 GB Python, its libraries and the images") as caught:
         fitting(smallest * ROOM)
@@ -194,10 +197,11 @@ def test_what_is_refused_names_settings_that_fit(monkeypatch: pytest.MonkeyPatch
         fitting(1e9)
 
 
+@pytest.mark.usefixtures("exact")
 def test_the_anchors_pass_is_counted_beside_the_gradients() -> None:
     refiner = make()
     refiner.anchor = DenseAnchor(refiner.backbone, [-1])
-    needs = measure_needs(refiner, [(32, 2)], 16, precision="fp32", waste=1.0)
+    needs = measure_needs(refiner, [(32, 2)], 16, precision="fp32")
     views = [torch.randn(16, 3, 32, 32) for _ in range(2)]
     with LiveBytes() as live:
         anchor_backward(refiner, views, torch.Generator().manual_seed(0), Run(), 1.0)
@@ -259,12 +263,13 @@ def test_checkpointing_is_picked_when_not_even_one_image_fits_without() -> None:
     assert (picked.micro_batch, picked.checkpointing) == (1, True)
 
 
+@pytest.mark.usefixtures("exact")
 def test_selective_checkpointing_holds_less_and_the_trace_tells_how_much() -> None:
     shapes, peaks = [(32, 2), (16, 4)], {}
     for kept in (False, "selective"):
         refiner = make("vit_w64_d4_h2_p4")
         refiner.backbone.use_math_attention()
-        needs = measure_needs(refiner, shapes, 4, precision="bf16", checkpointing=kept, waste=1.0)
+        needs = measure_needs(refiner, shapes, 4, precision="bf16", checkpointing=kept)
         refiner.backbone.set_checkpointing(kept)
         views = [torch.randn(4, 3, size, size) for size, count in shapes for _ in range(count)]
         with LiveBytes() as live:

@@ -330,7 +330,7 @@ def test_the_operations_of_a_step_become_no_more(tiny_run: Callable[..., Any], m
             generator = step_generator(0, 1, step)
             with Seen() as seen:
                 optimizer.zero_grad(set_to_none=True)
-                views, ids = refine.make_views(refinement, batch, generator)
+                views, ids = refine.make_views(batch, refinement.photometrics, generator, Run())
                 refine.forward_backward(refiner, views, ids, generator, Run())
                 optimizer.step()
                 refinement.ema.update(refiner.backbone, 0.9)

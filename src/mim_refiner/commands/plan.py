@@ -15,7 +15,7 @@ from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.training.estimate import Estimate, refine_phases
 from mim_refiner.training.graphed import uses_graph
-from mim_refiner.training.memory import RESERVE, Beside, Planner, format_bytes, parse_budget, shards_of
+from mim_refiner.training.memory import RESERVE, Planner, format_bytes, parse_budget, shards_of
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.traffic import Traffic
 from mim_refiner.training.view_pool import pool_bytes
@@ -36,10 +36,10 @@ def with_cost(
     process = process_of(loader, run)
     if run.device.type == "cpu":
         process += on.bytes_beside(loader.images) + MEASURING
-    beside = Beside(process, pool_bytes(recipe, refiner, loader.steps_per_epoch * recipe.batch_size))
+    pool = pool_bytes(recipe, refiner, loader.steps_per_epoch * recipe.batch_size)
     free, planner, keeps = (
         available_memory(budget, run),
-        Planner(refiner, recipe, run, beside),
+        Planner(refiner, recipe, run, process, pool),
         _keeps_graphs(recipe, run),
     )
     picked = planner.as_asked(free if keeps else 0.0)

@@ -133,7 +133,7 @@ def measure(model: str, images: ImageSet, recipe: RefineRecipe, run: Run, clock:
 
             def step() -> None:
                 optimizer.zero_grad(set_to_none=True)
-                views, ids = make_views(refinement, next(batches), generator)
+                views, ids = make_views(next(batches), refinement.photometrics, generator, run)
                 forward_backward(refiner, views, ids, generator, run)
                 optimizer.step()
 

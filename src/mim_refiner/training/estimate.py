@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim_refiner.core.collectives import agree, process_rows, world_size
@@ -25,7 +25,7 @@ from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.core.threads import CLEAR, threads_kept
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
-from mim_refiner.data.photometric import BatchPhotometric, augment
+from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.errors import InputError
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.models.refiner import Refiner
@@ -44,7 +44,7 @@ from mim_refiner.training.memory import (
 )
 from mim_refiner.training.pretrain import forward_backward as pretrain_forward_backward
 from mim_refiner.training.recipe import Phase, PretrainRecipe, RefineRecipe
-from mim_refiner.training.refine import NUM_GLOBAL, forward_backward, photometrics_of
+from mim_refiner.training.refine import NUM_GLOBAL, forward_backward, make_views, photometrics_of
 from mim_refiner.training.traces import Trace
 from mim_refiner.training.view_pool import pooled_epochs
 from mim_refiner.types import ImageSize, height_width
@@ -205,22 +205,21 @@ def refine_phases(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, r
 
 def refine_steps(refiner: Refiner, recipe: RefineRecipe, run: Run) -> tuple[Step, Step, Step]:
     """Augmentation, forward and backward pass of a batch; the same on features of a view pool; and what fills it."""
-    photometrics = photometrics_of(recipe, refiner.backbone.info)
-    generator, kept = torch.Generator().manual_seed(0), dict[int, list[Tensor]]()
-
-    def crops(batch: ViewBatch) -> list[Tensor]:
-        return augment(batch.views, photometrics, generator, run.device, process_rows(len(batch.sample_ids)))
+    photometrics, kept = photometrics_of(recipe, refiner.backbone.info), dict[int, ViewBatch]()
+    generator = torch.Generator().manual_seed(0)
 
     def fill(batch: ViewBatch) -> None:
+        views, _ = make_views(batch, photometrics, generator, run)
         with evaluation_mode(refiner.backbone), run.autocast():
-            kept[len(batch.sample_ids)] = refiner.frozen_features(crops(batch))
+            features = [feature.float() for feature in refiner.frozen_features(views)]
+        kept[len(batch.sample_ids)] = ViewBatch(features, batch.sample_ids, None)
 
     def step(batch: ViewBatch, *, pooled: bool = False) -> None:
-        ids = batch.sample_ids.to(run.device)
-        if pooled and len(ids) not in kept:
+        images = len(batch.sample_ids)
+        if pooled and images not in kept:
             fill(batch)
-        views = [feature.float() for feature in kept[len(ids)]] if pooled else crops(batch)
-        parts = parts_of(recipe, len(ids))
+        views, ids = make_views(kept[images] if pooled else batch, photometrics, generator, run)
+        parts = parts_of(recipe, images)
         forward_backward(refiner, views, ids, generator, run, *parts)
         if refiner.anchor and not refiner.encoder_frozen:  # as in every step, whatever its share
             anchor_backward(refiner, views[:NUM_GLOBAL], generator, run, recipe.anchor.weight, parts[0])

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import ByteSize
@@ -30,13 +30,6 @@ RESERVE = 0.08  # of the budget, for what libraries keep
 # step, and in a cached one, whose passes follow each other. glibc's heap: measured (docs/scale.md); CUDA's: assumed.
 WASTE = {"cpu": (1.09, 1.3), "cuda": (1.1, 1.1)}
 BF16_SCRATCH = 80e6  # that products in bf16 keep on a CPU: measured, about the same for all sizes
-
-
-class Beside(NamedTuple):
-    """Bytes that lie beside a step: of the process, as Python, its libraries and images, and of a view pool."""
-
-    process: int = 0
-    pool: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,13 +124,14 @@ def measure_needs(
     precision: str,
     checkpointing: Checkpointing = False,
     shards: int = 1,
-    waste: float | None = None,
-    beside: Beside = Beside(),  # noqa: B008  (a tuple)
+    process: int = 0,
+    pool: int = 0,
 ) -> Needs:
     """Trace the step of ``batch`` images a process. view_shapes: (pixels, how many such views), global ones first.
 
-    ``shards``: processes that share the blocks' weights (core.sharding). ``waste`` multiplies what the allocator places
-    anew every step; None: the device's own figures. A view pool without frozen blocks is gone when the encoder moves.
+    ``shards``: processes that share the blocks' weights (core.sharding). ``process`` and ``pool``: bytes that lie
+    beside the step, of Python, its libraries and images, and of a view pool; without frozen blocks it is gone when the
+    encoder moves.
     """
     traced = RefinerTrace(refiner, precision, checkpointing)
     info, frozen, views = refiner.backbone.info, refiner.frozen_blocks, sum(count for _, count in view_shapes)
@@ -151,8 +145,8 @@ def measure_needs(
     slopes = [(peak - base) / TRACED for peak in several]
     features = len(refiner.blocks) * batch * views * info.embed_dim * 4
     heads = traced.heads(batch, views)
-    plain, cached = WASTE.get(traced.device.type, WASTE["cuda"]) if waste is None else (waste, waste)
-    scratch = scratch_bytes(traced.device, precision) if waste is None else 0
+    plain, cached = WASTE.get(traced.device.type, WASTE["cuda"])
+    scratch = scratch_bytes(traced.device, precision)
     state = held + average + 3 * trainable + scratch - _elsewhere(traced.module, shards)
     return Needs(
         batch=batch,
@@ -166,9 +160,9 @@ def measure_needs(
         encoder_image=int(cached * slopes[largest]),
         image_graphs=tuple(int(plain * slope) for slope in slopes),
         plain=int(plain * (base + batch * sum(slopes) + heads)),
-        view_pool=beside.pool if frozen else 0,
-        warmup=beside.process + state + beside.pool + features + int(cached * heads) if beside.pool else 0,
-        process=beside.process,
+        view_pool=pool if frozen else 0,
+        warmup=process + state + pool + features + int(cached * heads) if pool else 0,
+        process=process,
         anchor_image=int(plain * traced.anchor(view_shapes[0][0]) / TRACED) if refiner.anchor else 0,
     )
 
@@ -188,12 +182,17 @@ def _elsewhere(refiner: Refiner, shards: int) -> int:
 
 
 class Planner:
-    """What a refinement can do about its memory. ``beside``: bytes that lie beside a step."""
+    """What a refinement can do about its memory; ``process`` and ``pool``: see :func:`measure_needs`."""
 
-    def __init__(self, refiner: Refiner, recipe: RefineRecipe, run: Run, beside: Beside = Beside()) -> None:  # noqa: B008
-        self.recipe, self.backbone, self.pool = recipe, refiner.backbone, beside.pool
+    def __init__(self, refiner: Refiner, recipe: RefineRecipe, run: Run, process: int = 0, pool: int = 0) -> None:
+        self.recipe, self.backbone, self.pool = recipe, refiner.backbone, pool
         self.batch = recipe.batch_size // world_size()  # of a process
-        way: dict[str, Any] = {"precision": run.precision, "shards": shards_of(recipe), "beside": beside}
+        way: dict[str, Any] = {
+            "precision": run.precision,
+            "shards": shards_of(recipe),
+            "process": process,
+            "pool": pool,
+        }
         # of a number of images and ``checkpointing``; a trace takes seconds
         self.needs = cache(partial(measure_needs, refiner, recipe.views.shapes, **way))
 

@@ -233,7 +233,7 @@ def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool 
         for step, batch in batches:
             generator = step_generator(run.seed, number, step)  # of all the step's draws
             optimizer.zero_grad(set_to_none=True)
-            views, sample_ids = make_views(refinement, batch, generator)
+            views, sample_ids = make_views(batch, refinement.photometrics, generator, run)
             if graph:
                 loss, metrics = graph(views, sample_ids, refiner.draw_choices(sample_ids, generator))
             else:
@@ -276,7 +276,7 @@ def fill(pool: ViewPool, refinement: Refinement, loop: Loop, limit: float | None
 def frozen_views(refinement: Refinement, batch: ViewBatch, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
     """What the frozen part makes of each of the batch's views [B, ...], and sample numbers [B] on the host."""
     recipe, refiner = refinement.recipe, refinement.refiner
-    views, _ = make_views(refinement, batch, generator)
+    views, _ = make_views(batch, refinement.photometrics, generator, refinement.run)
     parts = zip(*(view.split(recipe.micro_batch or recipe.batch_size) for view in views), strict=True)
     with evaluation_mode(refiner.backbone), refinement.run.autocast():
         features = zip(*(refiner.frozen_features(images) for images in parts), strict=True)
@@ -307,19 +307,21 @@ def begin_refinement(refinement: Refinement) -> torch.optim.Optimizer:
 # --- a step
 
 
-def make_views(refinement: Refinement, batch: ViewBatch, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
+def make_views(
+    batch: ViewBatch, photometrics: Sequence[BatchPhotometric], generator: torch.Generator, run: Run
+) -> tuple[list[Tensor], Tensor]:
     """The batch on the device: views [B, C, h, w] in new colours, normalised, and sample numbers [B].
 
     Photometrics are drawn for the images of all processes, of which these are some rows. Features of a pool stay as
     they are; what a step draws after them is what it draws without a pool.
     """
-    rows, device = process_rows(len(batch.sample_ids)), refinement.run.device
+    rows = process_rows(len(batch.sample_ids))
     if batch.views[0].is_floating_point():
-        for photometric in refinement.photometrics:
+        for photometric in photometrics:
             photometric.draw(rows.total, generator)
-        return batch.views, batch.sample_ids.to(device, non_blocking=True)
-    views = augment(batch.views, refinement.photometrics, generator, device, rows)
-    return views, send([batch.sample_ids], device)[0]
+        return batch.views, batch.sample_ids.to(run.device, non_blocking=True)
+    views = augment(batch.views, photometrics, generator, run.device, rows)
+    return views, send([batch.sample_ids], run.device)[0]
 
 
 def forward_backward(

@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from mim_refiner.core.collectives import average_gradients, from_ranks, process_rows, use_rows
 from mim_refiner.core.metrics import crossed_interval
 from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
-from mim_refiner.core.run import Run, send
+from mim_refiner.core.run import Run
 from mim_refiner.data.loaders import TrainLoader
-from mim_refiner.data.photometric import augment
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadOutput, Objective, RefinerHead, draw_choices
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.reporting import in_points
 from mim_refiner.training.loop import learning_rate, step_generator
 from mim_refiner.training.recipe import RefineRecipe
-from mim_refiner.training.refine import NUM_GLOBAL, objective_of, photometrics_of
+from mim_refiner.training.refine import NUM_GLOBAL, make_views, objective_of, photometrics_of
 
 STEPS = 8  # at least: the queues are random at first, so where an epoch has fewer there are several epochs
 SWEEP = 2  # number of the phase that its draws belong to; 0 and 1 are the run's own
@@ -104,8 +103,7 @@ def _trained(
     with closing(batch for epoch in range(epochs) for batch in loader.epoch(epoch)) as batches:
         for step, batch in enumerate(batches):
             generator, rows = step_generator(run.seed, SWEEP, step), process_rows(len(batch.sample_ids))
-            views = augment(batch.views, photometrics, generator, run.device, rows)
-            [ids] = send([batch.sample_ids], run.device)
+            views, ids = make_views(batch, photometrics, generator, run)
             with use_rows(rows), run.autocast():
                 [features] = refiner.features(views).values()
                 drawn = draw_choices(heads[:1], NUM_GLOBAL, len(ids), generator, run.device)  # alike for all
