@@ -55,6 +55,7 @@ def measure(name: str, bank: int, tests: int, dim: int) -> dict[str, object]:
     """Run one contender in this process."""
     import torch
 
+    from mim_refiner.core import knn
     from mim_refiner.core.knn import knn_predict
 
     torch.set_num_threads(1)
@@ -62,9 +63,11 @@ def measure(name: str, bank: int, tests: int, dim: int) -> dict[str, object]:
     test_x, test_y = features(tests, dim, 1)
     run = {
         "plain": lambda: plain(train_x, train_y, test_x),
-        "chunked-fp32": lambda: knn_predict(train_x, train_y, test_x, search="fp32"),
+        "chunked-fp32": lambda: knn_predict(train_x, train_y, test_x),
         "chunked": lambda: knn_predict(train_x, train_y, test_x),
     }[name]
+    if name == "chunked-fp32":  # candidates are found without 8-bit integers
+        knn.search_dtype = lambda features: features.dtype
     warm = features(300, dim, 2)
     knn_predict(*warm, warm[0])
     forget_peak()
