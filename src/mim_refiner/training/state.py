@@ -216,7 +216,7 @@ class RunFolder:
             try:
                 position, seconds = _whole(folder)
             except Exception as error:  # whatever is wrong with it, the one before may be whole
-                problem = error if isinstance(error, RunFolderError) else "incomplete"
+                problem = reason_of(error) if isinstance(error, ValueError) else "incomplete"
                 self.notes.append(f"{folder.name} is damaged ({problem}); using the checkpoint before it")
             else:
                 newest = folder
@@ -286,10 +286,10 @@ def _whole(folder: Path) -> tuple[Position, float]:
     """Where a checkpoint stands, and the seconds until there; raises anything for a damaged one."""
     state = read_json(folder / "state.json")
     if state.pop("digest") != _digest(state):
-        raise RunFolderError("state.json was changed")
+        raise ValueError("state.json was changed")
     for name, digest in state["sha256"].items():
         if file_sha256(folder / os.path.basename(name)) != digest:
-            raise RunFolderError(f"hash of {name} differs")
+            raise ValueError(f"hash of {name} differs")
     place = (operator.index(state[key]) for key in ("phase", "step", "total_step"))
     return Position(*place), float(state.get("seconds", 0.0))
 
