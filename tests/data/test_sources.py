@@ -403,6 +403,15 @@ def test_what_all_files_leave_out_alike_is_told_once(tmp_path, encode, pixels):
     assert left_out(open_source(f"{tmp_path}/*.parquet")) == ["1 column of the table (first: path)"]
 
 
+def test_files_left_out_of_two_folders_are_all_counted_even_where_their_names_are_the_same(tmp_path, encode, pixels):
+    for number, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.png").write_bytes(encode(pixels(number)))
+        (tmp_path / folder / "photo.raw").write_bytes(b"x")
+    lost = open_source(f"{tmp_path}/a,{tmp_path}/b").facts()["left_out"]
+    assert sum(each["count"] for each in lost) == 2
+
+
 def test_one_thing_left_out_is_told_in_the_singular():
     assert str(LeftOut(1, "columns of the table", "path")) == "1 column of the table (first: path)"
     assert str(LeftOut(2, "columns of the table", "path")) == "2 columns of the table (first: path)"

@@ -191,9 +191,7 @@ class ConcatSource(ImageSource):
         self.parts = list(parts)
         self.ends = np.cumsum([len(part) for part in parts])
         self.description = f"{description} ({int(self.ends[-1])} images)"
-        self.left_out = tuple(
-            dict.fromkeys(each for part in parts for each in part.left_out)
-        )  # of all files alike: once
+        self.left_out = tuple(each for part in parts for each in part.left_out)
         self.base = Path(os.path.commonpath([os.path.abspath(part.base) for part in parts]))
         between = [os.path.relpath(part.base, self.base) for part in parts]
         self._prefixes = ["" if folder == "." else f"{printable(folder)}/" for folder in between]  # names differ so

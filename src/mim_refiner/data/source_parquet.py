@@ -207,6 +207,7 @@ def parquet_folder(root: Path, names: Sequence[str], description: str) -> ImageS
         elif part.classes is None and candidates(keys):
             part.no_labels = f"the folders {next(iter(keys))}=... are not read as labels; rename them to label=..."
     source = ConcatSource([*full.values()], description)
+    source.left_out = tuple(dict.fromkeys(source.left_out))  # columns of all files alike: once
     if len(full) < len(parts):
         first = next(part for part in parts if not len(part))
         empty = LeftOut(len(parts) - len(full), "parquet files without rows", first.path.name)
