@@ -138,6 +138,8 @@ def test_info_of_a_custom_and_of_a_registered_size() -> None:
     assert (info.embed_dim, info.depth, info.num_heads, info.patch_size) == (32, 4, 4, (8, 8))
     assert (info.image_size, info.in_chans, info.num_prefix_tokens, info.has_cls) == ((32, 16), 1, 1, True)
     assert (info.family, info.licence, len(info.mean), len(info.std)) == ("mae", "MIT", 1, 1)
+    fitting = Backbone.wrap(create_vit(ARCH, 32, in_chans=2), mean=(0.5, 0.4, 0.3), std=(0.1, 0.2)).info
+    assert (len(fitting.mean), fitting.std) == (2, (0.1, 0.2))  # timm's records have three values for any images
     assert architecture_name(create_vit(info.architecture, 32)) == info.architecture
     with torch.device("meta"):
         assert architecture_name(create_vit("vit_base_patch16_224", 160)) == "vit_base_patch16_224"
