@@ -5,9 +5,8 @@
 
 Every encoder is refined as it should be and with graded harm: rates x 3, x 10, x 30, many epochs on few images, and
 neighbours drawn from the whole queue. ``ELSEWHERE`` adds arms of evidence.py, where their folders are. k-NN with labels
-says what happened; beside it stand the measures of the label-free verdict (last block, class token), under its own
-views and under views that training never makes, on the training's kind of images and on another. The same command goes
-on where it was stopped. Thresholds are chosen on all encoders but one and tried on that one (label_free_page.py).
+says what happened; beside it stand the measures of the label-free verdict (last block, class token). The same command
+goes on where it was stopped. Thresholds are chosen on all encoders but one and tried on that one (label_free_page.py).
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ from mim_refiner.reporting import Reporter
 TRAIN, FEW_LABELS = "{data}/cifar10_train-0.parquet", "{data}/cifar10_train-1.parquet[::50]"
 SETS = {  # bank and test images to measure on
     "CIFAR-10": ("{data}/cifar10_train-1.parquet[::10]", "{data}/cifar10_test.parquet[::2]"),
-    "Imagenette": ("{data}/imagenette160_train*.parquet[::4]", "{data}/imagenette160_val*.parquet"),
 }
 ENCODERS = {  # architecture to pre-train briefly, or a folder; in order of cost
     "narrow": "vit_w48_d8_h3_p8",

@@ -91,11 +91,12 @@ def test_small_changes_are_not_clear_however_certain(monkeypatch):
 
 
 def test_a_fall_within_chance_is_no_harm():
-    same = Change(20.0, 20.0, -0.5, 0.5)
-    assert judged(Change(0.3, 0.2, -0.25, 0.05), same, same)[0] == "no clear change"
-    assert judged(Change(0.3, 0.2, -0.15, -0.05), same, same)[0] == "worse"
-    assert judged(Change(0.3, 0.4, 0.05, 0.15), same, Change(20.0, 7.0, -27.0, 1.0))[0] == "no collapse seen"
-    assert judged(Change(0.3, 0.4, 0.05, 0.15), same, Change(20.0, 7.0, -15.0, -11.0))[0] == "worse"
+    flat, same, rose = Change(0.3, 0.3, -0.01, 0.01), Change(20.0, 20.0, -0.5, 0.5), Change(0.3, 0.4, 0.05, 0.15)
+    chance, fell = Change(0.3, 0.2, -0.25, 0.05), Change(0.3, 0.2, -0.15, -0.05)
+    assert judged(chance, flat, same, same)[0] == judged(flat, chance, same, same)[0] == "no clear change"
+    assert judged(fell, flat, same, same)[0] == judged(rose, fell, same, same)[0] == "worse"
+    assert judged(rose, flat, same, Change(20.0, 7.0, -27.0, 1.0))[0] == "no collapse seen"
+    assert judged(rose, flat, same, Change(20.0, 7.0, -15.0, -11.0))[0] == "worse"
 
 
 def test_drift_is_shown_and_decides_nothing():

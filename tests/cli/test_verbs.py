@@ -325,8 +325,9 @@ def test_unlabelled_images_get_a_verdict_without_labels(mae, unlabelled, cli, tm
         assert outcome.json[stage]["rank"] > 0
 
 
-def test_a_handful_of_unlabelled_images_gives_no_verdict_and_no_error(mae, unlabelled, cli, tmp_path):
-    outcome = cli.call(*cli.refine(f"{unlabelled}[:16]", mae.export, tmp_path / "run", "hold_out=0.3"), "--json")
+def test_two_unlabelled_images_give_no_verdict_and_no_error(mae, unlabelled, cli, tmp_path):
+    settings = ("hold_out=0.3", "batch_size=2")
+    outcome = cli.call(*cli.refine(f"{unlabelled}[:2]", mae.export, tmp_path / "run", *settings), "--json")
     assert outcome.code == 0, outcome.err
     assert "warning: --set hold_out=0.3 has no effect: the images are not labelled with two" in outcome.err
     assert outcome.json["verdict"]["verdict"] == "not measured"

@@ -20,7 +20,7 @@ from mim_refiner.data.photometric import normalize
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import GuardStopError, RunFolderError
 from mim_refiner.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_vit
-from mim_refiner.training.guard import BEST, FeatureProbe, Guard, load_best
+from mim_refiner.training.guard import BEST, FeatureProbe, Guard, _rules, load_best
 from mim_refiner.training.recipe import GuardSettings
 from mim_refiner.training.state import RunFolder
 
@@ -192,6 +192,14 @@ def test_collapse_stops_at_the_second_bad_look_running(tmp_path: Path, look: dic
     stored = json.loads((tmp_path / "run" / "guard.json").read_text())
     assert stored["stopped"] in str(caught.value)
     assert [entry["total_step"] for entry in stored["history"]] == [1, 2, 3, 4, 5]
+
+
+def test_images_that_are_all_alike_have_no_spread_to_lose() -> None:
+    """Found on sixty pictures of one colour: a spread of 6e-8 "fell" to -1e-7, and the guard stopped the run."""
+    for measure in ("spread", "dense_spread", "dense_image_spread"):
+        _, bad = _rules(GuardSettings(), 60, 0)[measure]
+        assert not bad(-1.19e-07, 5.96e-08)
+        assert bad(0.01, 0.5)
 
 
 def test_features_that_are_not_finite_stop_at_once_and_the_start_is_kept(tmp_path: Path) -> None:

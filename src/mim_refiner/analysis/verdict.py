@@ -118,11 +118,12 @@ def _reason(word: str, difference: float, low: float, high: float, measure: str)
 
 
 # Chosen by benchmarks/label_free_study.py, whose errors on encoders left out are in docs/label-free.md
+FALL = 0.01  # of view retrieval: more is worse
 MIN_CHANGE = 0.02  # of neighbour consistency (a share, 0-1): smaller changes are none, however certain
 KEPT = 0.75  # of the effective rank, centred: less is worse unless the consistency rose, which leaves it open
 COLLAPSE = 0.4  # less is worse in any case: features on few directions agree with each other and tell little apart
 MEAN_ALONE = 0.1  # of the effective rank with the mean in: less is worse, since nothing but the mean is left
-DECISIVE = ("neighbour consistency", "effective rank", "effective rank, centred")
+DECISIVE = ("neighbour consistency", "view retrieval", "effective rank", "effective rank, centred")
 REPLICATES = 100  # of the bootstrap of a rank
 
 
@@ -169,7 +170,7 @@ def label_free_verdict(
         "reason": f"{why} Judged without labels, on {len(before.consistency)} images.",
         "measures": measures,
         "samples": {"images": len(before.consistency), "cluster_pairs": len(before.stability)},
-        "rule": {"min_change": MIN_CHANGE, "kept": KEPT, "collapse": COLLAPSE, "mean_alone": MEAN_ALONE},
+        "rule": {"fall": FALL, "min_change": MIN_CHANGE, "kept": KEPT, "collapse": COLLAPSE, "mean_alone": MEAN_ALONE},
     }
 
 
@@ -177,16 +178,21 @@ def not_measured(needs: str) -> dict[str, Any]:
     return {"verdict": "not measured", "reason": f"A verdict without labels needs {needs}."}
 
 
-def judged(consistency: Change, rank: Change, centred: Change) -> tuple[str, str]:
+def judged(consistency: Change, retrieval: Change, rank: Change, centred: Change) -> tuple[str, str]:
     """The word and its reason; what fell or rose must do so by its interval too.
 
-    "worse" where the neighbour consistency or an effective rank fell far, but "no clear change" where a rank fell by
-    less than a collapse and the consistency rose; "no collapse seen" where only that; "no clear change" where neither.
+    "worse" where view retrieval, neighbour consistency or an effective rank fell far, but "no clear change" where a
+    rank fell by less than a collapse and the consistency rose; "no collapse seen" where only that; "no clear change"
+    where neither.
     """
-    interval = f"95 % interval {signed(100 * consistency.low)} to {signed(100 * consistency.high)}"
-    moved = f"{100 * consistency.before:.1f} to {100 * consistency.after:.1f} % ({interval})"
+    moved, found = (
+        f"{100 * change.before:.1f} to {100 * change.after:.1f} % (95 % interval {signed(100 * change.low)} to "
+        f"{signed(100 * change.high)})" for change in (consistency, retrieval)
+    )  # fmt: skip
     if consistency.high < -MIN_CHANGE:
         return WORSE, f"Two views of an image share less of their neighbours than before: {moved}."
+    if retrieval.high < -FALL:
+        return WORSE, f"Fewer images are found by another view of them: {found}."
     limits = ((" (centred)", centred, COLLAPSE), ("", rank, MEAN_ALONE), (" (centred)", centred, KEPT))
     for kind, change, least in limits:
         if change.after < least * change.before and change.high < 0:

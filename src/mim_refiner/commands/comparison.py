@@ -131,6 +131,8 @@ def compare(
     """
     labelled = train.labels is not None and (test is None or test.labels is not None)
     protocols = ("knn", "linear", "clustering", "rank") if labelled else ("rank",)
+    if test is None and not labelled and len(train) < MIN_IMAGES:
+        test = ImageSet(train.source, channels=train.channels)  # nothing is judged on so few, and none can be spared
 
     def measure(bank: ImageSet, queries: ImageSet | None, run: Run) -> dict[str, dict[str, Result]]:
         found = {}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mim_refiner.errors import InputError
+from mim_refiner.errors import DataError, InputError
 from mim_refiner.files import write_json
 from mim_refiner.report.page import write_report
 from mim_refiner.reporting import Reporter, listener
@@ -35,11 +35,17 @@ def report(*, runs: Sequence[str], out: str | None = None, reporter: Reporter | 
 
 
 def write_gallery(stages: Mapping[str, Backbone], images: ImageSet, out: Path, *, pooling: str, run: Run) -> None:
-    """Measure the report's pictures while the encoders are at hand: evaluation/gallery.json of the folder ``out``."""
+    """Measure the report's pictures while the encoders are at hand: evaluation/gallery.json of the folder ``out``.
+
+    A run on one or two images has none, and that is said.
+    """
     from mim_refiner.analysis.gallery import make_gallery  # a report alone needs no torch
 
     run.reporter.message("gallery: neighbours, clusters and maps for the report")
-    record = make_gallery(stages, images, pooling=pooling, run=run)
+    try:
+        record = make_gallery(stages, images, pooling=pooling, run=run)
+    except DataError as error:
+        return run.reporter.message(f"no gallery: {error}")
     write_json(out / "evaluation" / "gallery.json", record)
 
 

@@ -37,6 +37,7 @@ from mim_refiner.training.state import RunFolder, load_state
 PROBE_BATCH = 64  # images a forward pass
 PROBE_PATCHES = 4  # of an image, evenly spaced, whose rank is measured
 FILE, BEST = "guard.json", "best/encoder.safetensors"  # in the run folder, in its checkpoints
+SAME = 1e-6  # measures differ by as much by rounding: of images that are all alike there is nothing to lose
 NOISE = 2.5  # standard deviations of a difference of two shares that count as noise
 
 
@@ -246,7 +247,7 @@ def _rules(
         return now < settings.min_rank * start
 
     def spread(now: float, start: float) -> bool:
-        return now < settings.min_spread * start
+        return now < settings.min_spread * start and start - now > SAME
 
     def retrieval(now: float, start: float) -> bool:
         return now < settings.min_retrieval * start and start - now > retrieval_noise
