@@ -125,6 +125,7 @@ def test_what_a_format_cannot_express_is_one_line_and_leaves_nothing(
         ({"block": 3}, "block 3 is out of range"),
         ({"device": "tpu"}, "--device 'tpu': unknown device"),
         ({"image_size": 15}, "not a multiple of the patch size"),
+        ({"format": "onnx", "batch": "\u00b2"}, "--batch \u00b2: give 'dynamic' or a number"),
     ],
 )
 def test_bad_options(refined: Path, tmp_path: Path, options: dict[str, Any], match: str) -> None:

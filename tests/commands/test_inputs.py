@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_refiner.commands.inputs import run_fast, tell_trained_on, training_images
+from mim_refiner.commands.inputs import ended_run, run_fast, tell_trained_on, training_images
 from mim_refiner.core.run import Run
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.reporting import Reporter
@@ -102,3 +102,8 @@ def test_only_bf16_attends_by_plain_products_on_a_cpu(precision, fused):
     backbone = Backbone.wrap(create_vit("vit_w32_d3_h2_p8", image_size=16))
     run_fast(backbone, refine_recipe("tiny", image_size=16), Run(precision=precision))
     assert {block.attn.fused_attn for block in backbone.model.blocks} == {fused}
+
+
+def test_a_run_whose_summary_cannot_be_read_has_not_ended(tmp_path):
+    (tmp_path / "summary.json").mkdir()
+    assert ended_run(tmp_path, {}, ()) is None

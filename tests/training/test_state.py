@@ -11,6 +11,7 @@ from torch import nn
 
 from mim_refiner.errors import RunFolderError
 from mim_refiner.files import atomic_folder, write_json
+from mim_refiner.training import state
 from mim_refiner.training.recipe import override
 from mim_refiner.training.recipes import tiny
 from mim_refiner.training.state import Position, RunFolder
@@ -193,6 +194,20 @@ def test_skipped_batches_are_remembered(tmp_path: Path) -> None:
     assert open_run(tmp_path / "run").skipped == [(1, 17)]
 
 
+def test_what_another_process_wrote_since_the_folder_was_looked_at_is_not_deleted_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold = state.hold
+
+    def late(folder: Path, holder: object) -> None:
+        (folder / "metrics.jsonl").write_text("of another\n")
+        hold(folder, holder)
+
+    monkeypatch.setattr(state, "hold", late)
+    open_run(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "of another\n"
+
+
 def test_leftovers_of_a_killed_write_are_cleared_away(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     run.save(Position(0, 1, 1), {"model": make_module(1.0)}, None)
@@ -230,8 +245,6 @@ def test_a_disk_that_refuses_is_one_clear_line_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safetensors import SafetensorError
-
-    from mim_refiner.training import state
 
     run = open_run(tmp_path / "run")
     run.save(Position(0, 1, 1), {"model": make_module(1.0)}, None)

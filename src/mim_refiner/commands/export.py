@@ -67,7 +67,7 @@ def export(
     backbone = load_backbone(model, image_size=image_size)
     card, facts = _about(bare, backbone, block, pooling, norm)
     if format == "onnx":
-        if batch != "dynamic" and (not batch.isdigit() or int(batch) < 1):
+        if batch != "dynamic" and (not batch.isdecimal() or int(batch) < 1):
             raise InputError(f"--batch {batch}: give 'dynamic' or a number of images from 1")
         facts["batch"] = batch if batch == "dynamic" else int(batch)
     elif facts["pooling"] == "tokens":

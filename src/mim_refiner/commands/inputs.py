@@ -276,9 +276,10 @@ def ended_run(before: Path | None, asked: Mapping[str, Any], files: Sequence[str
 
     def read() -> dict[str, Any] | None:
         path = Path(before or "")
-        if not all((path / name).exists() for name in ("summary.json", *files)):
+        summary = read_mapping(path / "summary.json")
+        if not summary or not all((path / name).exists() for name in files):
             return None
-        summary, digest = read_mapping(path / "summary.json"), file_sha256(path / "summary.json")
+        digest = file_sha256(path / "summary.json")
         known = read_mapping(path / ENDED_FILE) == {"asked": asked, "sha256": digest}
         return summary if known and "stopped" not in summary else None
 

@@ -114,7 +114,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         hold(path, self)
         if not resumed:
-            for each in path.iterdir():
+            for each in path.iterdir() if overwrite else ():  # never unasked: another may have begun a run here
                 if each.name != LOCK:
                     remove(each)
             # first of all files: a folder with others but without it is taken for a foreign one
