@@ -165,7 +165,8 @@ class Refiner(nn.Module):
 
     def _pooled(self, tokens: Tensor, pooling: str) -> Tensor:
         """[B, D]; of "cls+mean" both, one behind the other."""
-        parts = [self.backbone.split(tokens).pooled(each) for each in pooling.split("+")]
+        prefix = self.backbone.info.num_prefix_tokens
+        parts = [tokens[:, 0] if each == "cls" else tokens[:, prefix:].mean(1) for each in pooling.split("+")]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def head_losses(
