@@ -105,12 +105,12 @@ R.save = limited
 
 def test_a_killed_loader_process_is_replaced(mae, unlabelled, cli, refined, finish, tmp_path, monkeypatch):
     from mim_refiner.data.loaders import TrainLoader
-    from mim_refiner.training import loop
+    from mim_refiner.training import refine as training
 
     loaders: list[TrainLoader] = []
     make = TrainLoader.__init__
     monkeypatch.setattr(TrainLoader, "__init__", lambda self, *a, **k: (loaders.append(self), make(self, *a, **k))[1])
-    original, killed = loop.step_generator, []
+    original, killed = training.step_generator, []
 
     def generator(seed: int, phase: int, step: int) -> torch.Generator:
         if (phase, step) == (0, 1) and not killed:
@@ -119,7 +119,7 @@ def test_a_killed_loader_process_is_replaced(mae, unlabelled, cli, refined, fini
                 worker.kill()
         return original(seed, phase, step)
 
-    monkeypatch.setattr(loop, "step_generator", generator)
+    monkeypatch.setattr(training, "step_generator", generator)
     outcome = cli.call(*cli.refine(unlabelled, mae.export, tmp_path / "run", "workers=1"))
     assert outcome.code == 0, outcome.err
     assert killed

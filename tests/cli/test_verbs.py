@@ -19,7 +19,7 @@ from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.evaluation.results import CONTRACT_FIELDS
 from mim_refiner.export.timm import export_timm
 from mim_refiner.models.backbone import Backbone, create_vit
-from mim_refiner.training import loop
+from mim_refiner.training import refine as training
 from mim_refiner.training.signals import STOP_SIGNALS
 
 SUMMARY = {"before", "after", "recommendation", "verdict", "seconds", "weights", "data", "forecast"}
@@ -217,14 +217,14 @@ def test_overwrite_spares_the_model_it_reads(refined, cli, shapes, tmp_path):
 
 def interrupt_at(monkeypatch, phase: int, step: int, number: int) -> None:
     """Send this process a signal in the middle of a step."""
-    original = loop.step_generator
+    original = training.step_generator
 
     def generator(seed: int, at_phase: int, at_step: int) -> torch.Generator:
         if (at_phase, at_step) == (phase, step):
             os.kill(os.getpid(), number)
         return original(seed, at_phase, at_step)
 
-    monkeypatch.setattr(loop, "step_generator", generator)
+    monkeypatch.setattr(training, "step_generator", generator)
 
 
 def test_stop_signals_write_a_checkpoint_and_exit_130(monkeypatch, refined, mae, shapes, cli, tmp_path):
