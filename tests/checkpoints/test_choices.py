@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ def test_an_adapter_beside_its_base_is_merged(tmp_path: Path, vit_state: State) 
     merged = vit_state["blocks.0.attn.qkv.weight"] + 2 * b @ a
     for source in (tmp_path, tmp_path / "model.safetensors", tmp_path / "adapter_model.safetensors"):
         assert torch.allclose(load_backbone(source).model.blocks[0].attn.qkv.weight, merged, atol=1e-5)
+    save_file({f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b[1:]}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(tmp_path))}: has LoRA layers of shapes"):
+        load_backbone(tmp_path)
+    save_file({f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}, tmp_path / "adapter_model.safetensors")
     for more, named in [
         *(({"init_lora_weights": kind}, kind) for kind in ("pissa", "pissa_niter_16", "olora", "corda", "loftq")),
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),

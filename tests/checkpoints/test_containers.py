@@ -149,6 +149,8 @@ def test_a_folder_of_distributed_checkpoint(
     assert (report.problem, len(report.tensors)) == ("", len(vit_state))  # the optimiser's are not read
     for part in distributed.iterdir():  # a part means the folder
         assert same(load_backbone(part, num_heads=4), vit_state)
+    (distributed / "latest").symlink_to("gone")  # of another tool: not asked for
+    assert same(load_backbone(distributed, num_heads=4), vit_state)
 
 
 def test_chunks_of_several_processes_are_joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

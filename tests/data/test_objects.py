@@ -169,3 +169,8 @@ def test_labels_that_do_not_fit_are_a_reason() -> None:
         assert reason in open_source([(pixels, label) for _, pixels in items]).no_labels
     assert "the labels are list" in open_source([(pixels, [1] * number) for number, pixels in items]).no_labels
     assert open_source([(pixels, np.array([number % 2])) for number, pixels in items]).classes.ids == (0, 1)
+
+
+def test_labels_of_text_stay_as_they_are() -> None:
+    """In a NumPy array of text each would be as long as the longest, and lose a NUL at its end."""
+    assert open_source((PIXELS, ["a\0", "a"] * 3)).labels.tolist() == [1, 0] * 3

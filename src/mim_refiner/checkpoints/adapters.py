@@ -182,7 +182,8 @@ def _add(
         try:
             change = (b.float().flatten(1) @ a.float().flatten(1)).reshape(weight.shape)
         except RuntimeError as error:
-            raise _cannot(where, f"has LoRA layers of shapes {list(a.shape)} and {list(b.shape)}") from error
+            file = where.removesuffix("/adapter_config.json")
+            raise _cannot(file, f"has LoRA layers of shapes {list(a.shape)} and {list(b.shape)}") from error
         weights[places[layer]] = weight.float() + scale * change
 
 

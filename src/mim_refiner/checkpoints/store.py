@@ -114,7 +114,8 @@ def contents_of(payload: Any, path: Path, config: Mapping[str, Any] | None = Non
             f"{path}: is of DeepSpeed ZeRO 3, whose weights lie in parts in the other files; in the folder that holds "
             "the file 'latest' run 'python zero_to_fp32.py . whole', and give what it writes"
         )
-    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    files = path.iterdir() if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files if file.exists())  # a link to nothing is no file
     total = sum(tensor.nbytes for tensors in sections.values() for tensor in tensors.values())
     if total > 4 * size + _SHARED_SLACK:
         raise CheckpointError(f"{path}: its tensors unfold from {size} to {total} bytes; save them with .contiguous()")

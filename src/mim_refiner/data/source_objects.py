@@ -128,13 +128,13 @@ def _labels(given: Any, count: int) -> Labels:
     if not isinstance(given, np.ndarray):
         single = [hasattr(value, "item") and np.shape(value) in ((), (1,)) for value in given]
         items = [value.item() if alone else value for value, alone in zip(given, single, strict=True)]
-        plain = any(all(isinstance(item, kind) for item in items) for kind in (str, bool | int | float))
-        given = np.asarray(items, dtype=None if plain else object)
+        plain = all(isinstance(item, bool | int | float) for item in items)
+        given = np.asarray(items, dtype=None if plain else object)  # a long text would make all rows as long
     labels = given[:, 0] if given.ndim == 2 and given.shape[1] == 1 else given
     if labels.shape != (count,):
         what = f"{len(labels)} labels" if labels.ndim == 1 else f"labels of shape {given.shape}"
         raise LabelProblem(f"{count} images but {what}; give one label an image")
-    if labels.dtype.kind in "SU":
+    if labels.dtype.kind in "SU" or all(isinstance(label, str) for label in labels):
         return Labels.of_texts(text if isinstance(text, str) else text.decode(*_CODEC) for text in labels.tolist())
     if labels.dtype.kind not in "biuf":
         raise LabelProblem(f"the labels are {type(labels[0]).__name__}; give whole numbers or class names")
