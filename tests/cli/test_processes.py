@@ -64,15 +64,15 @@ SETTINGS = ("batch_size=12", "checkpoint_every=2", "log_every=1", "knn_every=0",
 # Runs in every process first: process 1 does {what} when it begins step 2 of the refinement.
 AT_A_STEP = """
 import os, signal, time
-from mim_refiner.training import loop
-original = loop.step_generator
+from mim_refiner.training import refine
+original = refine.step_generator
 
 def generator(seed, phase, step):
     if (rank, phase, step) == (1, 1, 2):
         {what}
     return original(seed, phase, step)
 
-loop.step_generator = generator
+refine.step_generator = generator
 """
 
 

@@ -102,7 +102,8 @@ def test_names_of_models_stay_as_they_are():
     assert out.getvalue().splitlines() == ["seconds, ../runs/my_run: knn 1", "seconds, vit_b_16: low shot 2"]
 
 
-def test_ways_to_read_an_encoder_are_a_table_with_their_cost():
+def test_ways_to_read_an_encoder_are_a_table_with_their_cost(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")  # a narrow screen breaks cells
     row = {"name": "attentive", "value": 0.5, "ci95": [0.4, 0.6], "change": [0.1, 0.0004, 0.2], "knn_top1": None,
            "cost": {"blocks": 3, "depth": 12, "extra": 0.014, "parameters": 1200}}  # fmt: skip
     out = io.StringIO()

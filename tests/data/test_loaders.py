@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -266,3 +270,31 @@ def test_batches_of_the_loader_thread_are_page_locked_too(array_set, monkeypatch
         shown = [tensor for batch in loader.epoch(0) for tensor in (*batch.views, batch.sample_ids, batch.labels)]
         assert len(locked) == (len(shown) if pinned else 0)
         locked.clear()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="no such signal here")
+def test_the_news_of_a_dead_process_that_come_late_interrupt_nothing():
+    """Its connection breaks first, its signal comes when torch's handler might be back, which raises."""
+    told = threading.Thread(target=lambda: (time.sleep(0.2), os.kill(os.getpid(), signal.SIGCHLD)))
+
+    class Dead:
+        _workers = (SimpleNamespace(kill=lambda: None, join=told.join),)
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            told.start()
+            raise EOFError
+
+    def raising(number, frame):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    theirs = signal.signal(signal.SIGCHLD, raising)
+    try:
+        with pytest.raises(WorkerError, match="was killed"):
+            next(watched(Dead()))
+        time.sleep(0.4)
+        assert signal.getsignal(signal.SIGCHLD) is raising
+    finally:
+        signal.signal(signal.SIGCHLD, theirs)

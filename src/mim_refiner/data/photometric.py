@@ -68,6 +68,10 @@ class PhotometricParams(NamedTuple):
     gray: Tensor  # bool [B]
     solarize: Tensor  # bool [B]
 
+    def of(self, rows: Rows) -> PhotometricParams:
+        """Those of some rows, from parameters drawn for ``rows.total`` images."""
+        return PhotometricParams(*(drawn[rows.start : rows.stop] for drawn in self))
+
 
 def draw_params(spec: ViewSpec, count: int, generator: torch.Generator) -> PhotometricParams:
     """Draw the parameters of ``count`` images from a CPU generator."""
@@ -127,7 +131,7 @@ def augment(
     for number, (images, photometric) in enumerate(zip(views, photometrics, strict=True)):
         view = photometric.view
         params, table = photometric.draw(len(images) if rows is None else rows.total, generator)
-        drawn.append(params if rows is None else PhotometricParams(*(each[rows.start : rows.stop] for each in params)))
+        drawn.append(params if rows is None else params.of(rows))
         if table is not None:
             domains[number] = table if rows is None else table[rows.start : rows.stop]
         key = (images.dtype, images.shape[1:], view.blur_sigma[1], view.solarize_threshold)

@@ -92,6 +92,10 @@ def watched(iterator: Iterator[_T]) -> Iterator[_T]:
         # comes with words about its DataLoader worker.
         if ("DataLoader" in str(error)) is not isinstance(error, RuntimeError):
             raise
+        waiting[0] = False  # the others are ended too, and what is told of all of them comes before torch listens again
+        for worker in getattr(iterator, "_workers", ()):
+            worker.kill()
+            worker.join()
         what = "gave no batch in time" if "timed out" in str(error) else "was killed (out of memory?)"
         raise WorkerError(f"a loader process {what}; check the storage and the memory, or set fewer workers") from None
     finally:
