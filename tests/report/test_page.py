@@ -77,7 +77,7 @@ def test_the_verdict_and_the_numbers_are_said(page):
     assert "45.0 +15.0 42.0 to 48.0 change +10.0 to +20.0" in page.text  # value, change, its interval, paired interval
     assert "3 min 20 s" in page.text  # cost
     assert "1 h 6 min" in page.text
-    assert "1 unreadable images were skipped" in page.text
+    assert "1 unreadable image was skipped" in page.text
     assert "block 1 is best by k-NN." in page.text
     assert "keeps 25 % of the neighbours from before" in page.text
 
