@@ -215,8 +215,6 @@ def test_a_model_without_intermediates_is_refused() -> None:
         Backbone.wrap(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.filterwarnings("ignore:The distutils package is deprecated")  # torch's compiler imports it,
-@pytest.mark.filterwarnings("ignore:Distutils was imported before Setuptools")  # and then setuptools
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the tracer looks at every input
