@@ -126,7 +126,8 @@ def refine(
     "seconds"}, also in summary.json; export/ is a timm folder. Raises MimRefinerError with one line on bad input,
     GuardStopError when the guard stopped the run (export/ then holds the best state).
     """
-    given = {key: value for key, value in locals().items() if key not in ("head_blocks", "log")}
+    given = dict(locals())
+    del given["head_blocks"], given["log"]
     given |= {"settings": [*(settings or []), *head_block_settings(head_blocks)], "reporter": listener(reporter)}
     own = refine_recipe(recipe, given["settings"], image_size=0).normalization == "data"
     with remarks(unless=f"{GUESS}mean" if own else ""):  # mean and std are then known
