@@ -37,18 +37,15 @@ def with_cost(
     if run.device.type == "cpu":
         process += on.bytes_beside(loader.images) + MEASURING
     pool = pool_bytes(recipe, refiner, loader.steps_per_epoch * recipe.batch_size)
-    free, planner, keeps = (
-        available_memory(budget, run),
-        Planner(refiner, recipe, run, process, pool),
-        _keeps_graphs(recipe, run),
-    )
+    free, keeps = available_memory(budget, run), _keeps_graphs(recipe, run)
+    planner = Planner(refiner, recipe, run, process, pool)
     picked = planner.as_asked(free if keeps else 0.0)
     settings: dict[str, Any] = {"kept_graphs": recipe.graphs}
-    fits = budget is not None or picked.peak > free * (1 - RESERVE)
-    if fits:
+    fitted = budget is not None or picked.peak > free * (1 - RESERVE)
+    if fitted:
         limit = "free memory" if (budget or "auto").strip().lower() == "auto" else "--memory-budget"
         picked = planner.fitting(free, limit)
-    if fits or keeps:
+    if fitted or keeps:
         settings = picked.settings
         words = ", ".join(f"{key}={str(value).lower()}" for key, value in settings.items())
         run.reporter.message(f"memory: {format_bytes(picked.peak)} expected; {words} ({picked.words})")
