@@ -263,6 +263,10 @@ def test_interrupted_parts_serve_the_same_settings_only(model, data, tmp_path):
         embed(**arguments, batch_size=4)
     assert embed(**arguments, batch_size=2)["rows"] == COUNT
     continued = out.read_bytes()
+    stop.said = ""
+    with pytest.raises(KeyboardInterrupt):
+        embed(**arguments, batch_size=2, overwrite=True, reporter=stop)
+    assert "goes on from there" not in stop.said  # that command begins anew
     embed(**arguments, batch_size=2, overwrite=True)
     assert out.read_bytes() == continued
 

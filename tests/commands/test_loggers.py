@@ -171,3 +171,20 @@ def test_an_interrupted_run_says_what_is_kept_of_it(tmp_path: Path, newest: str 
     kept = f"{tmp_path} holds the run up to step {steps}; the same command goes on from there"
     said = [call for call in heard.calls if call[0] == "message"]
     assert said == ([("message", kept)] if steps else [])
+
+
+def test_an_interrupted_overwrite_goes_on_without_it(tmp_path: Path) -> None:
+    """The very same command would delete what it is told to go on from."""
+    heard = Heard()
+    (tmp_path / "checkpoints" / "step-000003").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "last").symlink_to("step-000003")
+
+    @loggers.logged
+    def refine(*, overwrite: bool, reporter: Reporter) -> None:
+        reporter.opened(tmp_path)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refine(overwrite=True, reporter=heard)
+    said = [call[1] for call in heard.calls if call[0] == "message"]
+    assert said == [f"{tmp_path} holds the run up to step 3; the same command without --overwrite goes on from there"]

@@ -129,7 +129,7 @@ def _to_file(
     try:
         found = compute_features(backbone, images, spec, run, parts)
     except KeyboardInterrupt:
-        if (parts / "done.json").exists():
+        if (parts / "done.json").exists() and not overwrite:  # which begins anew
             run.reporter.message(f"{parts} holds what is finished; the same command goes on from there")
         raise
     finally:

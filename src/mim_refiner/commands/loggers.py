@@ -33,7 +33,7 @@ Logger = tuple[Callable[[int, Numbers], None], Callable[[Numbers], None]]
 
 
 @contextlib.contextmanager
-def logging_to(names: Sequence[str], reporter: Reporter, verb: str) -> Iterator[Reporter]:
+def logging_to(names: Sequence[str], reporter: Reporter, verb: str, *, overwrite: bool = False) -> Iterator[Reporter]:
     """Give a reporter that feeds ``reporter``, the run folder's log.txt and the named loggers.
 
     Files and loggers open with the run folder. Raises InputError at once for an unknown name or a package that is not
@@ -62,7 +62,8 @@ def logging_to(names: Sequence[str], reporter: Reporter, verb: str) -> Iterator[
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
         if isinstance(error, KeyboardInterrupt) and (steps := _saved_steps(recorder.out)):
             reporter.done()
-            reporter.message(f"{recorder.out} holds the run up to step {steps}; the same command goes on from there")
+            command = "the same command without --overwrite" if overwrite else "the same command"
+            reporter.message(f"{recorder.out} holds the run up to step {steps}; {command} goes on from there")
         raise
     finally:
         log.done()
@@ -79,7 +80,7 @@ def logged(verb: Callable[P, T]) -> Callable[P, T]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         given: dict[str, Any] = kwargs
         names, reporter = given.get("log") or (), listener(given.get("reporter"))
-        with logging_to(names, reporter, verb.__name__) as told:
+        with logging_to(names, reporter, verb.__name__, overwrite=bool(given.get("overwrite"))) as told:
             return verb(*args, **given | {"reporter": told})
 
     return wrapped
