@@ -81,6 +81,7 @@ def test_a_comparison_whose_time_runs_out_is_whole_on_fewer_images(labelled, tmp
         dict(zip(("before", "after"), encoders, strict=True)), labelled(60, 60), labelled(30, 30), **options
     )
     assert "no time for more: the comparison is on 40 bank and 20 test images" in told.reporter.said
+    assert not any(line.startswith("compared on") for line in told.reporter.said)  # that was said
     assert summary["recommendation"]["reason"] == "the usual features: there was no time to measure others"
     assert len(summary["after"]["knn_by_block"]["cls"]) == 2
     results = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*-knn_top1-*.json")]

@@ -154,7 +154,6 @@ def compare(
         results = measure(train, test, run)
     else:
         results, train, test = box.most(measure, train, test, run)
-        run.reporter.message(f"compared on {len(train):,} bank and {len(test):,} test images")
     for stage, found in results.items():
         write_results(found.values(), out, f"{stage}-")
     last = next(iter(stages.values())).info.depth - 1

@@ -97,7 +97,9 @@ class Box:
         if affordable > len(few[1]):
             more = thinned(test, affordable)
             try:
-                return measure(bank, more, self.until(run, reserve)), bank, more
+                found = measure(bank, more, self.until(run, reserve))
+                run.reporter.message(f"compared on {len(bank):,} bank and {len(more):,} test images")
+                return found, bank, more
             except OutOfTimeError:
                 pass
         run.reporter.message(f"no time for more: the comparison is on {len(few[0])} bank and {len(few[1])} test images")
