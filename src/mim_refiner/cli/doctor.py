@@ -30,8 +30,8 @@ def print_findings(result: Mapping[str, Any], file: TextIO) -> None:
             parts += [f"{title}:", *(line for fact in result[title].items() for line in _lines_of_fact(*fact))]
     parts.append(f"disk free: {result['disk_free_gb']} GB")
     if count := result["to_exclude"]:
-        how = f"refine --exclude {path}" if (path := result.get("exclude_list")) else "--out DIR writes the list for it"
-        parts.append(f"better left out: {number_of(count, 'images')} ({how})")
+        path = result.get("exclude_list") or "LIST, which --out DIR writes"
+        parts.append(f"better left out: {number_of(count, 'images')} (refine --exclude {path})")
     write_parts(file, parts)
 
 
