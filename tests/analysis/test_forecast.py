@@ -62,13 +62,13 @@ def test_the_line_tells_value_error_and_what_the_warm_up_measured():
         f"{100 * found['value']:+.1f} points of k-NN accuracy by 49,664 draws (± {error:.1f} on an "
     )
     assert (
-        "k-NN accuracy is 40.3 %, its block's 44.7 % (-4.4): with that the forecast was no better (± 2."
+        "k-NN accuracy is 40.3 %, its block's 44.7 % (-4.4): with that the forecast was no better (± 3."
         in found["reason"]
     )
     assert "beyond" not in found["reason"]
     more = refinement_forecast(38_000_000)
     assert more["value"] > found["value"]
-    assert "beyond their 998,400 draws it missed 5 published ones by 6)" in more["reason"]
+    assert "beyond their 998,400 draws it missed 5 published ones by 8)" in more["reason"]
     none = refinement_forecast(0, 0.4, 0.5)
     assert none["value"] is None
     assert none["reason"].startswith("ten times the draws gained ")
