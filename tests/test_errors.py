@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 
@@ -146,7 +148,18 @@ def test_sources_name_the_nearest_path(kind, tmp_path):
     ("found", "begins"), [(object(), f"{sys.executable} -m pip install "), (None, "uv pip install --python ")]
 )
 def test_extras_are_installed_by_what_is_there(monkeypatch: pytest.MonkeyPatch, found: object, begins: str) -> None:
-    monkeypatch.setattr(errors, "find_spec", lambda name: found)
+    monkeypatch.setattr(errors.PathFinder, "find_spec", lambda name: found)
     assert install("onnx").startswith(begins)
     assert sys.executable in install("onnx")
     assert install("onnx").endswith("'mim-refiner[onnx]'")
+
+
+@pytest.mark.skipif(find_spec("setuptools") is None, reason="needs setuptools")
+def test_a_look_for_pip_leaves_distutils_to_setuptools() -> None:
+    """A look through importlib.util.find_spec turns it off, and torch's compiler fails in an assertion."""
+    code = (
+        "from mim_refiner.errors import install; install('onnx'); import setuptools, distutils.core; "
+        "assert '_distutils' in distutils.core.__file__"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 
 
 class MimRefinerError(Exception):
@@ -85,7 +85,8 @@ def reason_of(error: Exception) -> str:
 def install(extra: str) -> str:
     """The command that installs an extra into this Python: with pip where it has that, else (made by uv) with uv."""
     python = shlex.quote(sys.executable)
-    command = f"{python} -m pip install" if find_spec("pip") else f"uv pip install --python {python}"
+    # PathFinder: a look for pip through importlib.util turns setuptools' distutils off, and torch.compile needs it
+    command = f"{python} -m pip install" if PathFinder.find_spec("pip") else f"uv pip install --python {python}"
     return f"{command} 'mim-refiner[{extra}]'"
 
 
