@@ -51,7 +51,7 @@ class EncoderShape:
         return 2 * tokens * (4 + 2 * self.mlp_ratio) * self.dim**2 + 4 * tokens**2 * self.dim
 
     def class_token_operations(self, tokens: int) -> float:
-        """Forward operations of a block of whose output only the class token is read (models.class_token)."""
+        """Forward operations of a block of whose output only the class token is read (models.runners)."""
         return 2 * (4 + 2 * self.mlp_ratio) * self.dim**2 + 4 * self.heads * tokens * self.dim
 
 

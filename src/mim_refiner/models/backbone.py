@@ -172,7 +172,7 @@ class Backbone(nn.Module):
         Returns the tokens [B, P+N, D] after the last of them and {block: raw tokens} for the ``wanted`` ones.
         So a frozen prefix can run under ``torch.no_grad()`` and the rest with gradients. ``grid`` (:meth:`grid_of`
         the images) is for blocks that know positions; None = that of square images. ``class_token_last``: of the last
-        block run only the class token will be read, so that its output may be [B, 1, D] (models.class_token).
+        block run only the class token will be read, so that its output may be [B, 1, D] (models.runners).
         """
         if self.runner is None:
             return self._run_intermediates(tokens, start, stop, wanted)
