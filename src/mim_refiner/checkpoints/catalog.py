@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import http.client
-import json
 import os
 import re
 import shutil
@@ -26,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from mim_refiner._version import __version__
 from mim_refiner.errors import CheckpointError, one_line
-from mim_refiner.files import CACHE_VARIABLE, cache_folder, write_json
+from mim_refiner.files import CACHE_VARIABLE, cache_folder, read_mapping, write_json
 
 UNKNOWN_LICENCE = "unknown"
 _OFFLINE_VARIABLES = ("MIM_REFINER_OFFLINE", "HF_HUB_OFFLINE")
@@ -154,11 +153,8 @@ def _download(entry: Entry, path: Path, sleep: Callable[[float], None]) -> None:
 
 def _transfer(entry: Entry, path: Path, part: Path, notes: Path) -> None:
     """Fetch what is missing of ``part``; raises _TryAgainError when the connection fails or ends early."""
-    try:
-        known = json.loads(notes.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = None
-    usable = isinstance(known, dict) and known.get("address") == entry.address and known.get("validator")
+    known = read_mapping(notes)
+    usable = known.get("address") == entry.address and known.get("validator")
     have = part.stat().st_size if part.exists() and usable else 0
     headers = {"User-Agent": f"mim-refiner/{__version__}", "Accept-Encoding": "identity"}
     if have:

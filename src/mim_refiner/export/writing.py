@@ -28,7 +28,7 @@ from mim_refiner.data.photometric import normalize
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.export.model_card import Parity, model_card
-from mim_refiner.files import atomic_folder, errors_as, read_json
+from mim_refiner.files import atomic_folder, errors_as, read_mapping
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.types import BackboneInfo, side_or_pair
 
@@ -174,14 +174,8 @@ def is_own_export(folder: Path) -> bool:
 def source_facts(source: str | Path) -> dict[str, Any]:
     """What an earlier export kept about itself, empty for any other source; run folders are asked for their export/."""
     folder = Path(str(source).removeprefix("local-dir:")).expanduser()
-    for place in (folder / "export", folder):
-        try:
-            config = read_json(place / "config.json")
-        except Exception:  # a damaged file tells nothing
-            continue
-        own = config.get(OWN_FACTS) if isinstance(config, dict) else None
-        return own if isinstance(own, dict) else {}
-    return {}
+    own = (read_mapping(folder / "export" / "config.json") or read_mapping(folder / "config.json")).get(OWN_FACTS)
+    return own if isinstance(own, dict) else {}
 
 
 def check_images(info: BackboneInfo, images: ImageSet | None = None, source: str | None = None) -> CheckImages:
