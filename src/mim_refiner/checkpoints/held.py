@@ -44,7 +44,7 @@ _DATA_NAMES = {
     *(f"numpy.{name}" for name in dir(np) if isinstance(getattr(np, name), type)),
     *(f"builtins.{n}" for n in ("bool", "bytes", "dict", "float", "int", "list", "object", "slice", "str", "tuple")),
 }  # fmt: skip
-PART = "torch.distributed.tensor.DTensor"  # (shape of the part, of the whole)
+PART = "part of a DTensor"  # (shape of the part, of the whole); a name without a dot, which no pickle can give
 NO_DENSE = {f"torch._utils._rebuild_{kind}" for kind in ("qtensor", "sparse_tensor", "meta_tensor_no_storage")}
 _NUMBERS = re.compile(r"[<>=|]?([biufc])\d{1,2}|\?")
 _STORAGES = {
