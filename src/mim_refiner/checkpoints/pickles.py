@@ -1,9 +1,10 @@
 """Files of torch.save, zip and legacy, whose pickles are read as data: nothing that one names is built or run.
 
 Everything that they claim is compared with the file before it is used, and tensors lie on the file's own memory.
-``torch.load(weights_only=True)`` is not enough here: it knows protocol 2 only, no sets and no subclasses of dict, and
-allocates what the pickle claims before it looks at the file. So the standard library's unpickler decodes the operations
-(every protocol), and every way from them to code ends in this file: names, calls, states and storages.
+``torch.load(weights_only=True)`` is not enough here: it reads protocol 2 only, no arrays and no settings of a training
+(argparse.Namespace), and allocates what a legacy file claims before it looks at it (torch 2.15). So the standard
+library's unpickler decodes the operations (every protocol), and every way from them to code ends in this file: names,
+calls, states and storages.
 """
 
 from __future__ import annotations
@@ -281,7 +282,7 @@ def read_torch(file: IO[bytes], data: memoryview, where: str) -> Any:
             f"{where}: holds pickled objects ({error}) that could run code, so it was not loaded; where you trust its "
             f"source, save its tensors alone: {_command(where, error)}"
         ) from error
-    except (BrokenPickleError, zipfile.BadZipFile, NotImplementedError, ValueError, IndexError) as error:
+    except (BrokenPickleError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise CheckpointError(f"{where}: is damaged or no torch checkpoint ({one_line(error)}); {_DOWNLOAD}") from error
 
 
