@@ -22,19 +22,17 @@ from typing import Any
 import torch
 from label_free_page import RESULTS, page, write_results
 
-from mim_refiner.analysis.augmented import augmented_view
-from mim_refiner.analysis.label_free import label_free_measures
 from mim_refiner.analysis.verdict import label_free_verdict, verdict
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.cli.progress import make_reporter
 from mim_refiner.commands.inputs import open_images
 from mim_refiner.commands.pretrain import pretrain
 from mim_refiner.commands.refine import refine
-from mim_refiner.commands.survey import choose_samples, default_key
+from mim_refiner.commands.survey import choose_samples, default_key, measures_of
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.evaluation.features import feature_sets
+from mim_refiner.evaluation.features import extract_features
 from mim_refiner.files import read_json, write_bytes
 from mim_refiner.reporting import Reporter
 
@@ -107,16 +105,13 @@ def trained(encoder: str, run: str, model: str, data: Callable[[str], str], out:
 def measured(model: str, bank: ImageSet, test: ImageSet) -> Row:
     """k-NN hits [N], and the measures of the verdict on as many test images as it looks at."""
     backbone, run = load_backbone(model), Run()
-    block, pooling, norm = default_key(backbone.info)
-    options: dict[str, Any] = {"blocks": (block,), "poolings": (pooling,), "norms": (norm,), "run": run}
-    banked, tested = (feature_sets(backbone, images, **options)[norm][block, pooling] for images in (bank, test))
-    rows = choose_samples(bank, test, seed=run.seed).view_rows
-    views = [feature_sets(backbone, test, transform=augmented_view(run.seed, number), indices=rows, **options)
-             for number in (0, 1)]  # fmt: skip
-    parts = (tested[torch.from_numpy(rows)], *(each[norm][block, pooling] for each in views))
+    key = block, pooling, norm = default_key(backbone.info)
+    options: dict[str, Any] = {"blocks": (block,), "poolings": (pooling,), "norm": norm, "run": run}
+    banked, tested = (extract_features(backbone, images, **options)[block, pooling] for images in (bank, test))
     labels, truth = (torch.from_numpy(images.labels) for images in (bank, test))
+    samples = choose_samples(bank, test, seed=run.seed)
     return {"hits": (knn_predict(banked, labels, tested) == truth).numpy(),
-            "label-free": label_free_measures(*parts, seed=run.seed)}  # fmt: skip
+            "label-free": measures_of(backbone, samples, run, key=key, name=model)}  # fmt: skip
 
 
 def compared(before: Row, after: Row) -> Row:
