@@ -1,6 +1,6 @@
 """How good features are, without a label: four measures of one encoder, with what a paired comparison needs.
 
-Neighbour consistency carries the verdict; the other three say whether it can be trusted (see ``verdict.py``).
+Neighbour consistency, view retrieval and effective rank decide (``verdict.py``); cluster stability has no say.
 """
 
 from __future__ import annotations
