@@ -84,7 +84,8 @@ class Clock:
     [
         ([2.0, 0.25, 0.5, 0.125, 0.25, 0.25], 0.125, 6),  # the first warms up; other processes make some longer
         ([2.5, 2.0], 2.0, 2),  # long enough
-        ([5.0], 5.0, 1),  # a slow machine is not asked twice
+        ([5.0, 4.0], 4.0, 2),  # a slow machine is asked once more
+        ([5.0, 1.0], 1.0, 2),  # it was another process
     ],
 )
 def test_work_is_timed_after_a_first_time_and_never_for_long(seconds: list[float], least: float, times: int) -> None:

@@ -22,7 +22,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError
 from mim_refiner.report.numbers import duration
-from mim_refiner.reporting import Reporter, listener
+from mim_refiner.reporting import Reporter, listener, number_of
 from mim_refiner.training.recipe import RefineRecipe, override
 from mim_refiner.training.recipes import refine_recipe
 from mim_refiner.training.state import refuse_place
@@ -103,8 +103,9 @@ def plan_lines(plan: Plan, recipe: RefineRecipe, images: int, full_draws: int) -
     """What the demo is about to do, how long it takes, and how far that is from the full recipe."""
     steps = (recipe.warmup.epochs + recipe.refinement.epochs) * (images // recipe.batch_size)
     draws = steps * recipe.batch_size
+    warmup = number_of(recipe.warmup.epochs, "epochs")
     return [
-        f"plan: about {duration(plan.seconds)} from here on: {recipe.warmup.epochs} epochs of head warm-up and "
+        f"plan: about {duration(plan.seconds)} from here on: {warmup} of head warm-up and "
         f"{recipe.refinement.epochs} of refinement on {images:,} images (the first {recipe.frozen_blocks} blocks stay "
         f"frozen), then three encoders compared on {plan.test_images:,} test images, or as many as time is left for",
         f"both phases of the live run draw {draws:,} images, {draws / full_draws:.1%} of the {full_draws:,} of the "
