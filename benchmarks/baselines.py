@@ -106,7 +106,7 @@ def train_diet(
         loss = diet_loss(logits.float(), batch.sample_ids.to(run.device), settings.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        set_learning_rate(optimizer, learning_rate(phase, step, recipe.batch_size, steps))
+        set_learning_rate(optimizer, learning_rate(phase, recipe.batch_size, steps, step))
         optimizer.step()
         run.reporter.progress(step + 1, {"loss": float(loss.detach())} if step % 10 == 0 else {})
     backbone.requires_grad_(True)

@@ -55,7 +55,8 @@ from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipe import PretrainRecipe, RefineRecipe
 from mim_refiner.training.recipes import pretrain_recipe, refine_recipe
-from mim_refiner.training.refine import forward_backward, make_refiner, resolve, view_specs
+from mim_refiner.training.refine import forward_backward, make_refiner, view_specs
+from mim_refiner.training.resolve import resolve
 
 Correct = dict[str, NDArray[np.bool_]]  # "knn_top1 cls": right or wrong for every test image
 

@@ -90,6 +90,11 @@ def install(extra: str) -> str:
     return f"{command} 'mim-refiner[{extra}]'"
 
 
+def same_command(overwrite: bool) -> str:
+    """What goes on with a run; with --overwrite the command that began it would delete what is kept."""
+    return "the same command without --overwrite" if overwrite else "the same command"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
     if len(name) > 200:  # the comparison would take minutes

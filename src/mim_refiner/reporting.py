@@ -247,11 +247,15 @@ def memory_in_use() -> str:
     torch = sys.modules.get("torch")  # never imported for this
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return f"GPU {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):  # not Linux
-        return ""
-    return f"{pages * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
+    held = resident_bytes()
+    return f"{held / 1e9:.1f} GB" if held else ""
+
+
+def resident_bytes() -> int:
+    """What this process holds of the host's memory; 0 where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):  # not Linux
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def eta_parts(first: tuple[int, float] | None, step: int, total: int, now: float) -> list[str]:

@@ -19,7 +19,7 @@ from mim_refiner.evaluation.features import Features
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.recipe import override
 from mim_refiner.training.recipes import refine_recipe
-from mim_refiner.training.refine import resolve
+from mim_refiner.training.resolve import resolve
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.reporting import Reporter
 from mim_refiner.training.recipes import REFINE_RECIPES
-from mim_refiner.training.refine import START_SHARE, start_share
+from mim_refiner.training.resolve import START_SHARE, start_share
 
 
 def test_a_list_of_the_doctor_and_a_logger(cli, mae, shapes, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,12 +14,14 @@ from mim_refiner.commands import deadline, time_box
 from mim_refiner.commands.deadline import ATLAS, REPORT, Box
 from mim_refiner.commands.demo import demo as demo_verb
 from mim_refiner.commands.demo import plan_lines
-from mim_refiner.commands.time_box import BEFORE, EVALUATION, REAL, Costs, Plan, fit, seconds_of
+from mim_refiner.commands.time_box import BEFORE, EVALUATION, REAL, Costs, Plan, fit
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError
+from mim_refiner.models.backbone import create_vit
 from mim_refiner.report.numbers import duration
+from mim_refiner.training.estimate import PhaseCost
 from mim_refiner.training.recipe import override
 from mim_refiner.training.recipes import demo
 
@@ -79,27 +82,6 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize(
-    ("seconds", "least", "times"),
-    [
-        ([2.0, 0.25, 0.5, 0.125, 0.25, 0.25], 0.125, 6),  # the first warms up; other processes make some longer
-        ([2.5, 2.0], 2.0, 2),  # long enough
-        ([5.0, 4.0], 4.0, 2),  # a slow machine is asked once more
-        ([5.0, 1.0], 1.0, 2),  # it was another process
-    ],
-)
-def test_work_is_timed_after_a_first_time_and_never_for_long(seconds: list[float], least: float, times: int) -> None:
-    clock, done = Clock(), 0
-
-    def work() -> None:
-        nonlocal done
-        clock.now += seconds[done]
-        done += 1
-
-    assert seconds_of(work, Run(), clock) == pytest.approx(least)
-    assert done == times
-
-
 def test_what_an_image_costs_is_not_told_by_a_busy_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, seconds = Clock(), iter([0.9, 0.4, 2.5])
 
@@ -107,24 +89,26 @@ def test_what_an_image_costs_is_not_told_by_a_busy_moment(monkeypatch: pytest.Mo
         clock.now += next(seconds)
 
     monkeypatch.setattr(time_box, "extract_features", extract)
+    monkeypatch.setattr(time_box, "monotonic", clock)
     images = ImageSet(open_source(np.zeros((200, 1, 1, 3), np.uint8)))
-    assert time_box.seconds_an_image(cast(Any, None), images, Run(), clock) == pytest.approx(0.4 / 200)
+    assert time_box.seconds_an_image(cast(Any, None), images, Run()) == pytest.approx(0.4 / 200)
 
 
-@pytest.mark.parametrize(("beside", "threads"), [(False, 2), (True, 1)])
-def test_the_number_of_threads_is_that_which_a_real_step_takes_least_time_with(
-    monkeypatch: pytest.MonkeyPatch, beside: bool, threads: int
+@pytest.mark.parametrize(("together", "threads"), [(0.3, 2), (3.7, 1)])
+def test_threads_that_wait_for_another_process_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, together: float, threads: int
 ) -> None:
-    clock, now = Clock(), [2]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: now.__setitem__(0, count))
-
-    def step() -> None:
-        clock.now += 0.5 if now[0] == 1 else 3.7 if beside else 0.3
-
-    assert seconds_of(step, Run(), clock, choose_threads=True) == pytest.approx(0.5 if beside else 0.3)
-    assert now == [threads]
-    assert clock.now < 15  # as little as tells
+    used: list[int] = []
+    phases = [PhaseCost("", math.inf, 1, 23, seconds, 0.0, alone, 46.0) for seconds, alone in ((together, 0.5), (9, 1))]
+    monkeypatch.setattr(time_box, "refine_phases", lambda *_: dict(enumerate(phases)))
+    monkeypatch.setattr(time_box, "seconds_an_image", lambda *_: 0.1)
+    monkeypatch.setattr(time_box, "prepare", lambda *_: None)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    images = ImageSet(open_source(np.zeros((3000, 32, 32, 3), np.uint8)))
+    model = create_vit("vit_w32_d9_h2_p8", image_size=32)
+    costs = time_box.measure(cast(Any, model), images, demo(), Run())
+    assert costs == Costs(min(together, 0.5), 1, 0.1, 46.0 / (3 * 23))
+    assert used == [1] * (threads == 1)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mim_refiner.core import launch
-from mim_refiner.core.collectives import agree, agree_on_end, decide_on_rank_0
+from mim_refiner.core.collectives import agree, decide_on_rank_0, end_together
 from mim_refiner.core.watch import writing
 from mim_refiner.errors import DataError, MimRefinerError
 
@@ -48,9 +48,14 @@ def work(what: str, rank: int) -> None:
     if what == "error" and rank == 1:
         refuse("the pictures of process 1 are gone; mount the disk")
     if what == "agreed error":
-        agree_on_end(False, DataError(f"no picture {rank}; mount the disk") if rank == 1 else None)
+        end_together(False, DataError(f"no picture {rank}; mount the disk") if rank == 1 else None)
     if what == "stop":
-        print("stop", agree_on_end(False, None), agree_on_end(rank == 1, None), flush=True)
+        end_together(False)
+        print("nobody stops", flush=True)
+        try:
+            end_together(rank == 1)
+        except KeyboardInterrupt:
+            print("all stop", flush=True)
         return
     if what == "bug" and rank == 0:
         raise ValueError("out of cheese")

@@ -75,7 +75,9 @@ def test_a_bug_in_one_process_ends_the_other_too(ended: dict[str, Outcomes]) -> 
 
 
 def test_a_stop_of_one_is_a_stop_of_all(ended: dict[str, Outcomes]) -> None:
-    assert [(code, out.splitlines()[1:], err) for code, out, err in ended["stop"]] == [(0, ["stop False True"], "")] * 2
+    assert [(code, out.splitlines()[1:], err) for code, out, err in ended["stop"]] == [
+        (0, ["nobody stops", "all stop"], "")
+    ] * 2
     for rank in range(2):
         assert [code for code, _, _ in ended[f"interrupt {rank}"]] == [130, 130]
 
@@ -89,7 +91,7 @@ def test_a_killed_process_ends_the_others_before_silence_does(ended: dict[str, O
     assert code == 2
     assert line.startswith(f"error: process {rank} of 3 (")
     assert "is gone or gives no sign of life" in line
-    assert "start the same command again" in line
+    assert "start the same command again, a training run (without --overwrite) resumes" in line
 
 
 @pytest.mark.parametrize("rank", [0, 1])

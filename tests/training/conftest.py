@@ -72,7 +72,7 @@ class TinyRun:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(refine, "forward_backward", forward_backward)
-            refine.train(refinement, RunFolder.open(folder, recipe.model_dump(mode="json"), overwrite=False))
+            refine.train(refinement, RunFolder(folder, recipe.model_dump(mode="json"), overwrite=False))
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     def _number(self, generator: torch.Generator) -> int:

@@ -33,7 +33,8 @@ from mim_refiner.training.memory import RESERVE, WASTE, Choice, Needs
 from mim_refiner.training.pretrain import forward_backward
 from mim_refiner.training.recipe import override
 from mim_refiner.training.recipes import refine_recipe, tiny_mae
-from mim_refiner.training.refine import make_refiner, resolve, view_specs
+from mim_refiner.training.refine import make_refiner, view_specs
+from mim_refiner.training.resolve import resolve
 from mim_refiner.training.traces import LiveBytes
 
 

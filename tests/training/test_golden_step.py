@@ -99,7 +99,7 @@ class Steps:
         self.optimizer.zero_grad()
         sample_ids = torch.arange(BATCH) + 3 * step
         self.output = forward_backward(self.refiner, views, sample_ids, None, Run(), choices=choices or None)
-        set_learning_rate(self.optimizer, learning_rate(self.recipe.refinement, step, BATCH, STEPS_PER_EPOCH))
+        set_learning_rate(self.optimizer, learning_rate(self.recipe.refinement, BATCH, STEPS_PER_EPOCH, step))
         self.grads = {n: p.grad.clone() for n, p in self.refiner.named_parameters() if p.grad is not None}
         self.optimizer.step()
 

@@ -57,7 +57,7 @@ class Pretended(Graphed):
 
 def losses(run: Any, folder: Path) -> list[dict[str, float]]:
     recipe = run.refinement.recipe
-    refine.train(run.refinement, RunFolder.open(folder, recipe.model_dump(mode="json"), overwrite=False))
+    refine.train(run.refinement, RunFolder(folder, recipe.model_dump(mode="json"), overwrite=False))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
 

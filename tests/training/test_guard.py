@@ -20,7 +20,7 @@ from mim_refiner.data.photometric import normalize
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import GuardStopError, RunFolderError
 from mim_refiner.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_vit
-from mim_refiner.training.guard import BEST, FeatureProbe, Guard, _rules, load_best
+from mim_refiner.training.guard import BEST, FeatureProbe, Guard, load_best
 from mim_refiner.training.recipe import GuardSettings
 from mim_refiner.training.state import RunFolder
 
@@ -41,8 +41,10 @@ def make_probe(images: ImageSet, drop_path: float = 0.0) -> FeatureProbe:
 class Scripted:
     """A guard whose measures are written down beforehand."""
 
-    def __init__(self, folder: Path, *looks: dict[str, float], knn_images: int = 0, **settings: Any) -> None:
-        self.run = RunFolder.open(folder, {"name": "x"}, overwrite=False)
+    def __init__(
+        self, folder: Path, *looks: dict[str, float], knn_images: int = 0, overwrite: bool = False, **settings: Any
+    ) -> None:
+        self.run = RunFolder(folder, {"name": "x"}, overwrite=overwrite)
         self.looks = [HEALTHY, *({**HEALTHY, **look} for look in looks)]
         self.encoder = nn.Linear(1, 1)
         self.guard = Guard(
@@ -127,7 +129,7 @@ def test_a_collapse_of_patch_tokens_alone_stops_the_run(
     collapse: Callable[[torch.Tensor], torch.Tensor], words: str, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
     """Planted behind the last block: the class token, and all that is measured of it, stays as it was."""
-    probe, folder = make_probe(tiny_images), RunFolder.open(tmp_path / "run", {"name": "x"}, overwrite=False)
+    probe, folder = make_probe(tiny_images), RunFolder(tmp_path / "run", {"name": "x"}, overwrite=False)
     settings = GuardSettings() if collapse is in_few_directions else GuardSettings(min_rank=0)
     guard = Guard(probe, probe.backbone, folder, settings, steps=1000, probe_images=20)
     guard.begin(0)
@@ -194,12 +196,13 @@ def test_collapse_stops_at_the_second_bad_look_running(tmp_path: Path, look: dic
     assert [entry["total_step"] for entry in stored["history"]] == [1, 2, 3, 4, 5]
 
 
-def test_images_that_are_all_alike_have_no_spread_to_lose() -> None:
+@pytest.mark.parametrize("measure", ["spread", "dense_spread", "dense_image_spread"])
+def test_images_that_are_all_alike_have_no_spread_to_lose(tmp_path: Path, measure: str) -> None:
     """Found on sixty pictures of one colour: a spread of 6e-8 "fell" to -1e-7, and the guard stopped the run."""
-    for measure in ("spread", "dense_spread", "dense_image_spread"):
-        _, bad = _rules(GuardSettings(), 60, 0)[measure]
-        assert not bad(-1.19e-07, 5.96e-08)
-        assert bad(0.01, 0.5)
+    guard = Scripted(tmp_path / "run").guard
+    for start, now, bad in ((5.96e-08, -1.19e-07, False), (0.5, 0.01, True)):
+        guard.start, guard.history = {measure: start}, [{measure: now}] * 2
+        assert bool(guard._reason()) == bad
 
 
 def test_features_that_are_not_finite_stop_at_once_and_the_start_is_kept(tmp_path: Path) -> None:
@@ -266,7 +269,7 @@ def test_a_short_phase_is_looked_at_five_times(tmp_path: Path) -> None:
     guard = Scripted(tmp_path / "run").guard
     assert guard.every == 100
     short = Guard(dict, nn.Linear(1, 1), guard.folder, GuardSettings(), steps=23, probe_images=9)
-    assert [step for step in range(1, 24) if short.due(step, phase_end=step == 23)] == [4, 8, 12, 16, 20, 23]
+    assert short.every == 4  # and at the end of the phase
 
 
 def test_the_loop_measures_in_refinement_only(tiny_run: Callable[[], Any], tmp_path: Path) -> None:
@@ -278,10 +281,16 @@ def test_the_loop_measures_in_refinement_only(tiny_run: Callable[[], Any], tmp_p
     assert [m["total_step"] for m in metrics if "rank" in m] == [10, 12, 14, 16, 18, 20]
 
 
+def test_a_run_begun_with_overwrite_is_not_told_to_delete_what_is_kept(tmp_path: Path) -> None:
+    scripted = Scripted(tmp_path / "run", {"rank": math.nan}, overwrite=True)
+    with pytest.raises(GuardStopError, match=r"guard\.enabled=false the same command without --overwrite trains on"):
+        scripted.look(1)
+
+
 def test_the_same_folder_takes_the_advice_to_train_on_without_the_guard(
     tiny_run: Callable[[], Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(GuardStopError, match=r"the same command with --set guard\.enabled=false trains on"):
+    with pytest.raises(GuardStopError, match=r"with --set guard\.enabled=false the same command trains on"):
         tiny_run().run(tmp_path / "run", guard=GuardSettings(every=1, images=20, min_rank=99.0))
     metrics = tiny_run().run(tmp_path / "run")
     assert [m["total_step"] for m in metrics] == list(range(1, 21))

@@ -9,7 +9,7 @@ import torch
 
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.training import refine
-from mim_refiner.training.head_settings import check_guidance
+from mim_refiner.training.resolve import check_guidance
 
 
 def accuracy(records: list[dict]) -> float:

@@ -16,7 +16,7 @@ from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.settings import changed, known_keys
 from mim_refiner.training.recipe import RefineRecipe, override
 from mim_refiner.training.recipes import PRETRAIN_RECIPES, REFINE_RECIPES, pretrain_recipe, refine_recipe, tiny
-from mim_refiner.training.refine import resolve
+from mim_refiner.training.resolve import resolve
 from mim_refiner.training.state import RunFolder
 
 # method.md, section 5: blocks, temperature, batch, warm-up and refinement epochs and rates, local px, frozen blocks
@@ -455,7 +455,7 @@ def test_hostile_recipe_files(tmp_path, content):
 def test_recipe_yaml_of_a_run_folder_is_a_recipe_file(tmp_path):
     recipe = override(tiny(), ["heads.blocks=[1,3]", "heads.temperature=[0.1,0.3]", "domain=medical", "views.flip=0.1"])
     facts = {"command": "refine", "data": "images", "model": "m", "model_sha256": "0", "seed": 3, "exclude": "x.txt"}
-    RunFolder.open(tmp_path / "run", facts | recipe.model_dump(mode="json"), overwrite=False)
+    RunFolder(tmp_path / "run", facts | recipe.model_dump(mode="json"), overwrite=False)
     assert refine_recipe(str(tmp_path / "run" / "recipe.yaml"), image_size=32) == recipe
 
 

@@ -29,7 +29,7 @@ HOLD = """
 import time
 from pathlib import Path
 from mim_refiner.training.state import RunFolder
-run = RunFolder.open({path!r}, {{"name": "tiny"}}, overwrite=False)
+run = RunFolder({path!r}, {{"name": "tiny"}}, overwrite=False)
 Path({path!r} + "-held").touch()
 while Path({path!r} + "-held").exists():
     time.sleep(0.01)
@@ -37,7 +37,7 @@ while Path({path!r} + "-held").exists():
 
 
 def open_run(path, recipe=None, *, overwrite=False, **changes):
-    return RunFolder.open(path, {**(recipe or RECIPE), **changes}, overwrite=overwrite)
+    return RunFolder(path, {**(recipe or RECIPE), **changes}, overwrite=overwrite)
 
 
 @pytest.fixture
@@ -57,12 +57,12 @@ def test_a_second_run_in_the_same_folder_is_refused(held):
     path, process = held
     for overwrite in (False, True):
         with pytest.raises(RunFolderError, match=rf"a run is writing here \(process {process.pid} on .*, since 20"):
-            RunFolder.open(path, {"name": "tiny"}, overwrite=overwrite)
+            RunFolder(path, {"name": "tiny"}, overwrite=overwrite)
     assert (path / "recipe.yaml").exists()
     path.with_name("run-held").unlink()
     process.wait()
     assert not (path / LOCK).exists()
-    assert RunFolder.open(path, {"name": "tiny"}, overwrite=False).resumed
+    assert RunFolder(path, {"name": "tiny"}, overwrite=False).resumed
 
 
 def test_the_lock_of_a_killed_run_is_stale(held):
@@ -70,7 +70,7 @@ def test_the_lock_of_a_killed_run_is_stale(held):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (path / LOCK).exists()
-    run = RunFolder.open(path, {"name": "tiny"}, overwrite=False)
+    run = RunFolder(path, {"name": "tiny"}, overwrite=False)
     assert json.loads((path / LOCK).read_text())["process"] == os.getpid()
     del run
     assert not (path / LOCK).exists()

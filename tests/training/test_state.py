@@ -20,7 +20,7 @@ RECIPE = {"name": "tiny", "heads": {"blocks": [1, 2]}, "batch_size": 8}
 
 
 def open_run(path: Path, recipe: dict[str, object] | None = None, *, overwrite: bool = False) -> RunFolder:
-    return RunFolder.open(path, recipe or RECIPE, overwrite=overwrite)
+    return RunFolder(path, recipe or RECIPE, overwrite=overwrite)
 
 
 def make_module(value: float) -> nn.Module:
@@ -241,12 +241,13 @@ def test_a_folder_that_a_killed_run_had_moved_aside_goes_back(tmp_path: Path, mo
     assert not list(run.checkpoints.glob(".*"))
 
 
+@pytest.mark.parametrize(("overwrite", "advice"), [(False, "then the same command r"), (True, "without --overwrite r")])
 def test_a_disk_that_refuses_is_one_clear_line_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, advice: str
 ) -> None:
     from safetensors import SafetensorError
 
-    run = open_run(tmp_path / "run")
+    run = open_run(tmp_path / "run", overwrite=overwrite)
     run.save(Position(0, 1, 1), {"model": make_module(1.0)}, None)
     for error in (
         OSError(28, "No space left on device"),
@@ -262,6 +263,7 @@ def test_a_disk_that_refuses_is_one_clear_line_and_leaves_nothing(
         with pytest.raises(RunFolderError, match=r"cannot write the checkpoint .*free space") as caught:
             run.save(Position(0, 2, 2), {"model": make_module(2.0)}, None)
         assert "\n" not in str(caught.value)
+        assert f"{advice}esumes from the checkpoint before" in str(caught.value)
         assert sorted(path.name for path in run.checkpoints.iterdir()) == ["last", "step-000001"]
         assert run.last.resolve().name == "step-000001"
 

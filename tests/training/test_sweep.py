@@ -20,7 +20,8 @@ from mim_refiner.models.heads import RefinerHead, draw_choices
 from mim_refiner.training import sweep
 from mim_refiner.training.loop import step_generator
 from mim_refiner.training.recipe import SweepSettings, override
-from mim_refiner.training.refine import photometrics_of, resolve, view_specs
+from mim_refiner.training.refine import photometrics_of, view_specs
+from mim_refiner.training.resolve import resolve
 from mim_refiner.training.sweep import _hits, _of_images, choices_of, sweep_heads
 
 

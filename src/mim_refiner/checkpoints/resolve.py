@@ -152,7 +152,7 @@ def _inner(folder: Path) -> Path:
     if (folder / "export" / _CONFIG).exists():
         return folder / "export"
     if (folder / "recipe.yaml").exists() and not (folder / _CONFIG).exists():
-        raise CheckpointError(f"{folder}: this run has no export/ yet; run its command again to finish it")
+        raise CheckpointError(f"{folder}: this run has no export/ yet; its command, without --overwrite, finishes it")
     if (folder / "latest").is_file():
         tag = (folder / "latest").read_bytes()[:256].decode("utf-8", "replace").strip()
         if tag and "/" not in tag and any((folder / tag / states).exists() for states in _DEEPSPEED):

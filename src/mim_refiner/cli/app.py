@@ -147,7 +147,8 @@ def _explain(error: Exception) -> tuple[int, str]:
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return EXIT_BAD_INPUT, "the GPU is out of memory; use a smaller batch (--set batch_size=...) or --device cpu"
     if _FULL.search(str(error)):  # as libraries wrap the system's refusal
-        return EXIT_BAD_INPUT, "the disk is full or its quota used up; free space, then run the same command again"
+        again = "run the same command again (a training goes on without --overwrite)"
+        return EXIT_BAD_INPUT, f"the disk is full or its quota used up; free space, then {again}"
     if isinstance(error, MemoryError) or _ALLOCATION.search(str(error)):
         asked = re.search(r"allocate (\d+) bytes", str(error))
         how = f" ({int(asked[1]) / 1e9:.1f} GB asked for at once)" if asked else ""

@@ -254,7 +254,7 @@ def open_run(
     ``began``: when, by ``time.perf_counter``; ``ended``: whether nothing is left to do, which is said.
     """
     resolved = known_by(asked, recipe, images)
-    folder = RunFolder.open(out, resolved, overwrite=overwrite, keep_checkpoints=recipe.keep_checkpoints)
+    folder = RunFolder(out, resolved, overwrite=overwrite)
     folder.began = began
     reporter.opened(folder.path)
     if ended:

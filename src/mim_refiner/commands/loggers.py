@@ -20,7 +20,7 @@ import yaml
 
 from mim_refiner._version import __version__
 from mim_refiner.core.processes import started_as
-from mim_refiner.errors import InputError, RunFolderError, did_you_mean, install
+from mim_refiner.errors import InputError, RunFolderError, did_you_mean, install, same_command
 from mim_refiner.files import dotted, read_mapping, read_yaml, reading
 from mim_refiner.reporting import LogFile, Reporter, Tee, listener, remarks
 
@@ -62,8 +62,8 @@ def logging_to(names: Sequence[str], reporter: Reporter, verb: str, *, overwrite
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
         if isinstance(error, KeyboardInterrupt) and (steps := _saved_steps(recorder.out)):
             reporter.done()
-            command = "the same command without --overwrite" if overwrite else "the same command"
-            reporter.message(f"{recorder.out} holds the run up to step {steps}; {command} goes on from there")
+            text = f"{recorder.out} holds the run up to step {steps}; {same_command(overwrite)} goes on from there"
+            reporter.message(text)
         raise
     finally:
         log.done()

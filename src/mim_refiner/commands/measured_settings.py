@@ -19,9 +19,9 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import InputError
 from mim_refiner.files import read_json
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.training.head_settings import head_blocks, resolved_pooling
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.refine import view_specs
+from mim_refiner.training.resolve import head_blocks, own_pooling
 from mim_refiner.training.state import refuse_other_recipe
 from mim_refiner.training.sweep import choices_of, sweep_heads
 
@@ -63,7 +63,7 @@ def place_in_recipe(
     placement = _kept(out, PLACEMENT, lambda found: all(isinstance(block, int) for block in found["blocks"]))
     if placement is None:
         run.reporter.message("placing heads: measuring every block of the encoder")
-        pooling = resolved_pooling(recipe.heads.measured_pooling, backbone.info)
+        pooling = own_pooling(recipe.heads.measured_pooling, backbone.info)
         samples, depth = choose_samples(images, None, seed=run.seed), backbone.info.depth
         atlas, _ = atlas_of(backbone, samples, run, name="before", probe=False, both=False)
         usual = sorted({block % depth for block in head_blocks(base, depth) if -depth <= block < depth})

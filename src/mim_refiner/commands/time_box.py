@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import count, repeat
 from time import monotonic
 
 import torch
-from torch.optim import Optimizer
 
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.deadline import ATLAS, FEW_BANK, FEW_TEST, PLANNED, REPORT, affordable_images
 from mim_refiner.commands.inputs import train_loader
 from mim_refiner.commands.refine import prepare
-from mim_refiner.core.collectives import decide_on_rank_0, from_rank_0
+from mim_refiner.core.collectives import from_rank_0
 from mim_refiner.core.run import Run
-from mim_refiner.core.threads import pace_of
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.evaluation.features import extract_features
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.training.estimate import refine_phases
 from mim_refiner.training.recipe import RefineRecipe
-from mim_refiner.training.refine import (
-    Refinement,
-    begin_refinement,
-    begin_warmup,
-    build,
-    forward_backward,
-    frozen_views,
-    make_views,
-    resolve,
-    view_specs,
-)
+from mim_refiner.training.refine import view_specs
+from mim_refiner.training.resolve import resolve
+from mim_refiner.training.view_pool import pooled_epochs
 
-Clock = Callable[[], float]
-PROBE_STEPS, PROBE_SECONDS, PROBE_IMAGES = 5, 2.0, 256  # each kind of step is timed so often or so long
-SLOW_SECONDS = 3.0  # a step that takes longer is timed once more only: another process may have held the machine
+PROBES, PROBE_IMAGES = 3, 256  # so often the features of so many images are timed
 USED = 0.92  # of the time is planned with
 # Measured on whole runs, whose log.txt tells when each part began (LOG.md): opening the data and tracing a step cost so
 # many features of an image, comparing three encoders so many of each image, real steps so many times the least one.
@@ -112,77 +98,31 @@ def fit(left: float, costs: Costs, recipe: RefineRecipe, *, images: int, bank: i
     return Plan(warmup, refinement, limits[0], limits[1], pool, tested, expected)
 
 
-def measure(model: str, images: ImageSet, recipe: RefineRecipe, run: Run, clock: Clock = monotonic) -> Costs:
-    """Take a few steps of the very run that is to come, with a rate of zero, on an encoder that is thrown away."""
+def measure(model: str, images: ImageSet, recipe: RefineRecipe, run: Run) -> Costs:
+    """By steps of the very run that is to come, on an encoder that is thrown away; from then on with one thread, where
+    others would wait for another process.
+    """
     backbone = load_backbone(model)
     recipe = resolve(recipe, backbone)
     refiner = prepare(backbone, recipe, run)
-    generator = torch.Generator().manual_seed(0)
-    with closing(train_loader(images, view_specs(recipe), recipe, run)) as loader, closing(_endless(loader)) as fresh:
-        refinement = build(recipe, refiner, loader, run)
-        kept: list[ViewBatch] = []  # the newest of the pool
-
-        def fill() -> None:
-            features, ids = frozen_views(refinement, next(fresh), generator)
-            kept[:] = [ViewBatch([feature.half().float() for feature in features], ids, None)]
-
-        def seconds_a_step(begin: Callable[[Refinement], Optimizer], batches: Iterator[ViewBatch]) -> float:
-            optimizer = begin(refinement)
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0
-
-            def step() -> None:
-                optimizer.zero_grad(set_to_none=True)
-                views, ids = make_views(next(batches), refinement.photometrics, generator, run)
-                forward_backward(refiner, views, ids, generator, run)
-                optimizer.step()
-
-            return seconds_of(step, run, clock)
-
-        pool_step = seconds_of(fill, run, clock, choose_threads=True) * bool(recipe.view_pool)
-        pooled = repeat(kept[0]) if recipe.view_pool else fresh
-        warmup = seconds_a_step(begin_warmup, pooled)
-        step = seconds_a_step(begin_refinement, pooled if recipe.frozen_blocks else fresh)
-    image = seconds_an_image(load_backbone(model), images, run, clock)
-    costs: Costs = from_rank_0(Costs(warmup, step, image, pool_step))
+    with closing(train_loader(images, view_specs(recipe), recipe, run)) as loader:
+        warmup, refinement = refine_phases(refiner, recipe, loader, run).values()
+        batches = pooled_epochs(recipe) * loader.steps_per_epoch
+    if warmup.alone < warmup.seconds:
+        torch.set_num_threads(1)
+    image, pool_step = seconds_an_image(load_backbone(model), images, run), warmup.before / max(1, batches)
+    least = [min(phase.seconds, phase.alone) for phase in (warmup, refinement)]
+    costs: Costs = from_rank_0(Costs(least[0], least[1], image, pool_step))
     return costs
 
 
-def _endless(loader: TrainLoader) -> Generator[ViewBatch, None, None]:
-    for epoch in count():
-        yield from loader.epoch(epoch)
-
-
-def seconds_of(
-    work: Callable[[], object], run: Run, clock: Clock = monotonic, *, choose_threads: bool = False
-) -> float:
-    """Least time of some work, after one time that is not counted unless it was slow.
-
-    The least, since other processes only make it longer, and a phase that turns out slower leaves steps out.
-    ``choose_threads``: from then on as many are used as the work takes least time with.
+def seconds_an_image(backbone: Backbone, images: ImageSet, run: Run) -> float:
+    """For the features of one image at every block, in float32 as the comparison computes them: the least of a few
+    times, since other processes only make it longer.
     """
-
-    def once() -> float:
-        started = clock()
-        work()
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        return clock() - started
-
-    first = once()
-    pace = pace_of(0.0 if choose_threads else None, run.device)
-    while pace.looking:
-        pace.note(once())
-        first = pace.usual
-    if decide_on_rank_0(lambda: first > SLOW_SECONDS):
-        return min(first, once())
-    started, taken = clock(), [once()]
-    while len(taken) < PROBE_STEPS and decide_on_rank_0(lambda: clock() - started < PROBE_SECONDS):
-        taken.append(once())
-    return min(taken)
-
-
-def seconds_an_image(backbone: Backbone, images: ImageSet, run: Run, clock: Clock = monotonic) -> float:
-    """Least time for the features of one image at every block, in float32 as the comparison computes them."""
-    rows, run = range(min(PROBE_IMAGES, len(images))), replace(run, precision="fp32")
-    return seconds_of(lambda: extract_features(backbone, images, run=run, indices=rows), run, clock) / len(rows)
+    rows, run, taken = range(min(PROBE_IMAGES, len(images))), replace(run, precision="fp32"), list[float]()
+    for _ in range(PROBES):
+        began = monotonic()
+        extract_features(backbone, images, run=run, indices=rows)
+        taken.append(monotonic() - began)
+    return min(taken) / len(rows)

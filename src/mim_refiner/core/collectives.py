@@ -127,12 +127,13 @@ def decide_on_rank_0(decide: Callable[[], T]) -> T:
     return value
 
 
-def agree_on_end(stop: bool, error: MimRefinerError | None) -> bool:
-    """Whether any rank was told to stop; raises, on every rank, the error that any of them met; by one number."""
+def end_together(stop: bool, error: MimRefinerError | None = None) -> None:
+    """Raise on every rank the error that any of them met, or KeyboardInterrupt where any is to stop; by one number."""
     word = agree(2.0 if error else float(stop))
     if word == 2:
         raise next(found for found in from_ranks(error) if found)
-    return bool(word)
+    if word:
+        raise KeyboardInterrupt
 
 
 def from_rank_0(value: Any) -> Any:

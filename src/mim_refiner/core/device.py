@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mim_refiner.errors import InputError
+from mim_refiner.reporting import resident_bytes
 
 FIRST_STEPS = 1.4e8  # bytes: kernels and buffers, decoders, traces, gaps of the heap (measured: docs/scale.md)
 
@@ -48,11 +49,8 @@ def process_bytes() -> int:
     """What Python and its libraries take of the host in this process, in tenths of a GB: what is resident when a device
     is first picked, and what the first steps load. 0 where the system does not tell.
     """
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):  # not Linux
-        return 0
-    return round((pages * os.sysconf("SC_PAGE_SIZE") + FIRST_STEPS) / 1e8) * 10**8
+    held = resident_bytes()
+    return round((held + FIRST_STEPS) / 1e8) * 10**8 if held else 0
 
 
 def keep_freed_memory() -> None:

@@ -160,8 +160,8 @@ class Watch:
     def _gone(self, rank: int) -> str:
         return (
             f"process {rank} of {self.place.world_size} ({self.names.get(rank, 'unknown')}) is gone or gives no sign "
-            "of life: killed, stopped or cut off; start the same command again, a training run resumes from its last "
-            f"checkpoint ({TIMEOUT_VARIABLE}={self.timeout:g} sets how many seconds are waited)"
+            "of life: killed, stopped or cut off; start the same command again, a training run (without --overwrite) "
+            f"resumes from its last checkpoint ({TIMEOUT_VARIABLE}={self.timeout:g} sets how many seconds are waited)"
         )
 
 

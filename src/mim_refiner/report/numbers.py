@@ -63,7 +63,7 @@ def _without_verdict(run: RunFiles) -> tuple[str, str]:
         last = run.metrics[-1]
         return "This run is not finished.", (
             f"it stands at step {last.get('total_step', last.get('step'))} ({last.get('phase', 'training')}); "
-            "run the same command again to finish it"
+            "run the same command again, without --overwrite, to finish it"
         )
     if kind == "pretraining":
         return (

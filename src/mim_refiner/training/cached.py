@@ -54,9 +54,10 @@ class _Piece:
     def images(self, views: Sequence[Tensor]) -> Tensor:
         return torch.cat([views[index][self.rows] for index in self.group])
 
-    def grads(self, features: Mapping[int, Tensor]) -> list[Tensor]:
-        """Rows of the feature gradients, one [views * rows, D] a block."""
-        return [_grad(value)[self.group][:, self.rows].flatten(0, 1) for value in features.values()]
+    def part(self, grad: Tensor | None) -> Tensor:
+        """Its rows [views * rows, D] of a block's feature gradients."""
+        assert grad is not None
+        return grad[self.group][:, self.rows].flatten(0, 1)
 
 
 def cached_forward_backward(
@@ -85,7 +86,8 @@ def cached_forward_backward(
             if outputs is None:
                 with run.autocast():
                     outputs = refiner.pooled_blocks(piece.images(views) if piece.prefix is None else piece.prefix)
-            torch.autograd.backward([outputs[block] for block in features], piece.grads(features))
+            grads = [piece.part(value.grad) for value in features.values()]
+            torch.autograd.backward([outputs[block] for block in features], grads)
             del outputs  # before the next one's graph is made
     return output
 
@@ -118,11 +120,6 @@ def _first_pass(
                     for index, of_view in zip(group, output.detach().chunk(len(group)), strict=True):
                         features[block][index, part] = of_view
     return features, pieces
-
-
-def _grad(features: Tensor) -> Tensor:
-    assert features.grad is not None
-    return features.grad
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

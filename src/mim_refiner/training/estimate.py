@@ -43,7 +43,7 @@ from mim_refiner.training.memory import (
     shards_of,
 )
 from mim_refiner.training.pretrain import forward_backward as pretrain_forward_backward
-from mim_refiner.training.recipe import Phase, PretrainRecipe, RefineRecipe
+from mim_refiner.training.recipe import PretrainRecipe, RefineRecipe
 from mim_refiner.training.refine import NUM_GLOBAL, forward_backward, make_views, photometrics_of
 from mim_refiner.training.traces import Trace
 from mim_refiner.training.view_pool import pooled_epochs
@@ -158,14 +158,6 @@ class Estimate:
         }
 
 
-def cost_of(
-    phase: Phase, setting: str, steps: int, seconds: float, operations: float, alone: float, before: float = 0.0
-) -> PhaseCost:
-    """Of a phase of ``steps`` steps an epoch; see :class:`PhaseCost`."""
-    limit = phase.max_seconds or math.inf
-    return PhaseCost(setting, limit, phase.epochs, phase.epochs * steps, seconds, operations, alone, before)
-
-
 def format_hours(hours: float) -> str:
     """``"3.2 hours"``, ``"25 minutes"``, ``"12 days"``."""
     for name, least, size in (("days", 48.0, 24.0), ("hours", 1.5, 1.0), ("minutes", 1.5 / 60, 1 / 60)):
@@ -185,28 +177,8 @@ def refine_phases(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, r
     phases: dict[str, PhaseCost] = {}
     if shards_of(recipe) > 1:
         return phases
-    step, on_pool, fill = refine_steps(refiner, recipe, run)
-    epochs, steps = pooled_epochs(recipe), loader.steps_per_epoch
-    refiner.backbone.set_checkpointing(recipe.checkpointing)
-    with unchanged(refiner):
-        before = epochs * steps * measured(fill, loader, run)[0] if epochs else 0.0
-        for name, setting, phase, begin in (
-            ("warm-up", "warmup.epochs", recipe.warmup, refiner.freeze_encoder),
-            ("refinement", "refinement.epochs", recipe.refinement, refiner.unfreeze_encoder),
-        ):
-            begin()
-            pooled = bool(epochs and (refiner.encoder_frozen or recipe.frozen_blocks))
-            if phase.epochs:
-                cost = measured(on_pool if pooled else step, loader, run, loads=not pooled)
-                phases[name] = cost_of(phase, setting, steps, *cost, before)
-                before = 0.0
-    return phases
-
-
-def refine_steps(refiner: Refiner, recipe: RefineRecipe, run: Run) -> tuple[Step, Step, Step]:
-    """Augmentation, forward and backward pass of a batch; the same on features of a view pool; and what fills it."""
     photometrics, kept = photometrics_of(recipe, refiner.backbone.info), dict[int, ViewBatch]()
-    generator = torch.Generator().manual_seed(0)
+    generator, epochs, steps = torch.Generator().manual_seed(0), pooled_epochs(recipe), loader.steps_per_epoch
 
     def fill(batch: ViewBatch) -> None:
         views, _ = make_views(batch, photometrics, generator, run)
@@ -214,7 +186,7 @@ def refine_steps(refiner: Refiner, recipe: RefineRecipe, run: Run) -> tuple[Step
             features = [feature.float() for feature in refiner.frozen_features(views)]
         kept[len(batch.sample_ids)] = ViewBatch(features, batch.sample_ids, None)
 
-    def step(batch: ViewBatch, *, pooled: bool = False) -> None:
+    def step(batch: ViewBatch, *, pooled: bool) -> None:
         images = len(batch.sample_ids)
         if pooled and images not in kept:
             fill(batch)
@@ -224,7 +196,21 @@ def refine_steps(refiner: Refiner, recipe: RefineRecipe, run: Run) -> tuple[Step
         if refiner.anchor and not refiner.encoder_frozen:  # as in every step, whatever its share
             anchor_backward(refiner, views[:NUM_GLOBAL], generator, run, recipe.anchor.weight, parts[0])
 
-    return step, partial(step, pooled=True), fill
+    refiner.backbone.set_checkpointing(recipe.checkpointing)
+    with unchanged(refiner):
+        seconds, _, alone = measured(fill, loader, run) if epochs else (0.0, 0.0, 0.0)
+        before = epochs * steps * min(seconds, alone)
+        for name, key, phase, begin in (
+            ("warm-up", "warmup.epochs", recipe.warmup, refiner.freeze_encoder),
+            ("refinement", "refinement.epochs", recipe.refinement, refiner.unfreeze_encoder),
+        ):
+            begin()
+            pooled = bool(epochs and (refiner.encoder_frozen or recipe.frozen_blocks))
+            if phase.epochs:
+                cost, limit = measured(partial(step, pooled=pooled), loader, run, loads=not pooled), phase.max_seconds
+                phases[name] = PhaseCost(key, limit or math.inf, phase.epochs, phase.epochs * steps, *cost, before)
+                before = 0.0
+    return phases
 
 
 def parts_of(recipe: RefineRecipe, images: int) -> tuple[int | None, int]:
@@ -263,7 +249,9 @@ def pretrain_estimate(
 
     with unchanged(mae):
         cost = measured(step, loader, run)
-    phases = {"pre-training": cost_of(recipe.training, "training.epochs", loader.steps_per_epoch, *cost)}
+    steps = recipe.training.epochs * loader.steps_per_epoch
+    limit = recipe.training.max_seconds or math.inf
+    phases = {"pre-training": PhaseCost("training.epochs", limit, recipe.training.epochs, steps, *cost)}
     picked = Choice(needs, micro, 0, False, "the largest that fits")
     estimate = Estimate(len(loader.images), loader.batch_size, phases, picked, free)
     return recipe.model_copy(update={"micro_batch": micro}), estimate
@@ -276,7 +264,9 @@ def pretrain_needs(mae: MaskedAutoencoder, batch: int, size: ImageSize, run: Run
 
     def peak(images: int) -> int:
         pixels = traced.empty(images, *shape)
-        return traced.peak(lambda: pretrain_forward_backward(traced.module, pixels, None, run))
+        with traced.watched() as live:
+            pretrain_forward_backward(traced.module, pixels, None, run)
+        return live.peak
 
     one, whole = peak(1), peak(batch)
     plain, parts = WASTE.get(run.device.type, WASTE["cuda"])

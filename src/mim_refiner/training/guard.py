@@ -169,10 +169,6 @@ class Guard:
             self.start["knn_top1"] = knn
             self._write()
 
-    def due(self, total_step: int, *, phase_end: bool) -> bool:
-        """Every so many steps, and at the end of a phase."""
-        return phase_end or total_step % self.every == 0
-
     def check(self, total_step: int, monitor: Callable[[], dict[str, float]] | None = None) -> dict[str, float]:
         """Measure, with ``monitor`` the online k-NN too, and judge. Returns what was measured; raises GuardStopError
         with the reason. Features that are not finite stop before k-NN would refuse them.
@@ -194,7 +190,7 @@ class Guard:
             raise GuardStopError(
                 f"{self.folder.path}: the guard stopped the run after step {total_step}: {reason}. "
                 f"Kept and exported: {state}. See guard.json; try a lower --set refinement.base_lr=... with "
-                "another --out; the same command with --set guard.enabled=false trains on"
+                f"another --out; with --set guard.enabled=false {self.folder.going_on} trains on"
             )
         return found
 
@@ -211,10 +207,12 @@ class Guard:
     def _reason(self) -> str:
         if not _finite(self.history[-1]):
             return "the features are not finite any more"
-        for measure, (words, bad) in self.rules.items():
+        for measure, (words, share, drop) in self.rules.items():
             recent = [entry[measure] for entry in self.history if measure in entry][-self.settings.patience :]
             start = self.start.get(measure)
-            if start is not None and len(recent) == self.settings.patience and all(bad(now, start) for now in recent):
+            if start is None or len(recent) < self.settings.patience:
+                continue
+            if all(now < share * start and start - now > drop for now in recent):
                 return f"{words} (at the start {start:.3g}, then {', '.join(f'{now:.3g}' for now in recent)})"
         return ""
 
@@ -236,30 +234,22 @@ def load_best(folder: RunFolder, fresh: Encoder) -> Encoder:
     return fresh
 
 
-def _rules(
-    settings: GuardSettings, probe_images: int, knn_images: int
-) -> dict[str, tuple[str, Callable[[float, float], bool]]]:
-    """{measure: (how to say that it is bad, whether it is, of its value now and at the START)}."""
+def _rules(settings: GuardSettings, probe_images: int, knn_images: int) -> dict[str, tuple[str, float, float]]:
+    """{measure: (how to say that it is bad, below which share of the START it is, and by how much less at least)}."""
     retrieval_noise, knn_noise = (NOISE * math.sqrt(0.5 / max(1, count)) for count in (probe_images, knn_images))
-    knn_drop = max(settings.max_knn_drop, knn_noise)
-
-    def rank(now: float, start: float) -> bool:
-        return now < settings.min_rank * start
-
-    def spread(now: float, start: float) -> bool:
-        return now < settings.min_spread * start and start - now > SAME
-
-    def retrieval(now: float, start: float) -> bool:
-        return now < settings.min_retrieval * start and start - now > retrieval_noise
-
+    rank, spread, any_drop = settings.min_rank, settings.min_spread, -math.inf
     return {
-        "rank": ("the features collapse: effective rank", rank),
-        "spread": ("the features collapse: spread", spread),
-        "dense_rank": ("the patch tokens collapse: effective rank", rank),
-        "dense_spread": ("the patch tokens of an image collapse: spread", spread),
-        "dense_image_spread": ("the patch tokens of all images become the same: spread", spread),
-        "retrieval": ("the features lost what tells images apart: share of images found by another crop", retrieval),
-        "knn_top1": ("k-NN accuracy fell and stayed low", lambda now, start: start - now > knn_drop),
+        "rank": ("the features collapse: effective rank", rank, any_drop),
+        "spread": ("the features collapse: spread", spread, SAME),
+        "dense_rank": ("the patch tokens collapse: effective rank", rank, any_drop),
+        "dense_spread": ("the patch tokens of an image collapse: spread", spread, SAME),
+        "dense_image_spread": ("the patch tokens of all images become the same: spread", spread, SAME),
+        "retrieval": (
+            "the features lost what tells images apart: share of images found by another crop",
+            settings.min_retrieval,
+            retrieval_noise,
+        ),
+        "knn_top1": ("k-NN accuracy fell and stayed low", math.inf, max(settings.max_knn_drop, knn_noise)),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mim_refiner.core.collectives import agree_on_end, decide_on_rank_0
+from mim_refiner.core.collectives import decide_on_rank_0, end_together
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.core.sharding import load_full_optimizer_state
@@ -75,7 +76,7 @@ class Loop:
             try:
                 self.resume()
                 yield
-                self.stop_if_asked()
+                end_together(bool(self.signals))
                 self.finished = True
                 self.run.reporter.done()
             except NonFiniteLossError as error:
@@ -96,11 +97,6 @@ class Loop:
         for note in self.folder.notes:
             self.run.reporter.warning(note)
         self.folder.notes.clear()
-
-    def stop_if_asked(self) -> None:
-        """Raise KeyboardInterrupt after a stop signal to any rank; for work that leaves nothing to save."""
-        if agree_on_end(bool(self.signals), None):
-            raise KeyboardInterrupt
 
     # --- a phase
 
@@ -125,6 +121,7 @@ class Loop:
             load_full_optimizer_state(optimizer, self._optimizer_state)
             self._optimizer_state = None
         self.run.reporter.phase(name, self.steps)
+        self.rate = partial(learning_rate, phase, self.recipe.batch_size, self.loader.steps_per_epoch)
         self.watched = self.guard if moves_encoder else None
         if self.watched and self.monitor and self.first == 0 and self.watched.needs_start_knn:
             self.watched.note_start_knn(self.monitor()["knn_top1"])
@@ -140,30 +137,24 @@ class Loop:
         pace = pace_of(self.phase.max_seconds, self.run.device)
         with closing(self.stream(self.base + self.first, self.base + self.steps, source)) as stream:
             for step in range(self.first, self.steps):
-                batch: ViewBatch | None = None
                 problem: DataError | None = None
                 try:
                     batch = next(stream)
                 except DataError as error:
                     problem = error
                 try:  # the one exchange about it in a step: a signal from here on waits for the next
-                    stop = agree_on_end(bool(self.signals), problem)
-                except DataError:
+                    end_together(bool(self.signals), problem)
+                except (DataError, KeyboardInterrupt):
                     self._save_before(step)
                     raise
-                if stop:
-                    self._save_before(step)
-                    raise KeyboardInterrupt
-                assert batch is not None
                 late = self._late(step)
                 self.left_out += late
-                if not late and (self.number, step) not in self.folder.skipped:
-                    started = monotonic()
-                    yield step, batch
-                    pace.note(monotonic() - started)
-                else:
-                    self.before_update(step)
-                    self.after_update(step)
+                if late or (self.number, step) in self.folder.skipped:
+                    with self.update(step):
+                        continue  # no update
+                started = monotonic()
+                yield step, batch
+                pace.note(monotonic() - started)
         pace.end()
         if self.left_out:
             self.run.reporter.warning(
@@ -199,57 +190,50 @@ class Loop:
                 self.run.reporter.warning(f"{error}; starting the loader anew")
                 self.loader.restart()
 
-    def learning_rate(self, step: int) -> float:
-        """The schedule's value; groups of parameters scale it by their "lr_scale"."""
-        return learning_rate(self.phase, step, self.recipe.batch_size, self.loader.steps_per_epoch)
-
     # --- a step
 
-    def before_update(self, step: int) -> None:
-        """Before the optimizer moves the weights. On every device and rank the same steps ask for the losses so far.
+    @contextmanager
+    def update(self, step: int) -> Iterator[float]:
+        """Around the update of the weights, by the learning rate given. After it, where they are due: k-NN, the guard's
+        look, the log line, the checkpoint.
 
-        They are the steps after which something reads the weights or the losses: a log line, k-NN, the guard, a
-        checkpoint. In between nobody waits for the device. Raises NonFiniteLossError.
+        Before it the losses so far are asked for, in steps that something of this follows, the same on every device and
+        rank; in between nobody waits for the device. Raises NonFiniteLossError, and GuardStopError.
         """
-        total = self.base + step + 1
-        self.last = step + 1 == self.steps
-        self.saves = (step + 1) % self.recipe.checkpoint_every == 0 or self.last
-        self.logs = (step + 1) % self.recipe.log_every == 0 or self.last
+        total, last = self.base + step + 1, step + 1 == self.steps
+        saves = last or (step + 1) % self.recipe.checkpoint_every == 0
+        logs = last or (step + 1) % self.recipe.log_every == 0
         epoch, within = divmod(step + 1, self.loader.steps_per_epoch)
         every = self.recipe.knn_every
-        self.measures = self.monitor is not None and bool(every) and within == 0 and (epoch % every == 0 or self.last)
-        self.looks = self.watched is not None and (self.measures or self.watched.due(total, phase_end=self.last))
-        if self.saves or self.logs or self.measures or self.looks:
+        monitor = self.monitor if every and within == 0 and (last or epoch % every == 0) else None
+        looks = self.watched is not None and (monitor is not None or last or total % self.watched.every == 0)
+        if saves or logs or monitor or looks:
             self._refuse_non_finite()
-
-    def after_update(self, step: int) -> None:
-        """After a step: k-NN and the guard's look, the log line, the checkpoint, the stop."""
-        total = self.base + step + 1
-        seen: dict[str, float] = {}
-        if self.watched and self.looks:
-            seen = self.watched.check(total, self.monitor if self.measures else None)
-        elif self.monitor and self.measures:
-            seen = self.monitor()
+        rate = self.rate(step)
+        yield rate
+        if self.watched and looks:
+            self.log.seen |= self.watched.check(total, monitor)
+        elif monitor:
+            self.log.seen |= monitor()
             if self.guard:
-                self.guard.note_start_knn(seen["knn_top1"])
-        self.log.seen.update(seen)
+                self.guard.note_start_knn(self.log.seen["knn_top1"])
         record: dict[str, Any] = {}
-        if self.logs or self.measures:
+        if logs or monitor:
             record = {
                 "phase": self.name,
                 "epoch": round((step + 1) / self.loader.steps_per_epoch, 4),
                 "step": step + 1,
                 "total_step": total,
                 **self.log.means(),
-                "lr": self.learning_rate(step),
+                "lr": rate,
                 "images_per_s": self.log.images_per_second(),
                 **self.log.seen,
             }
             self.folder.log(record)
             self.log.reset()
         self.run.reporter.progress(step + 1, record)
-        if self.saves:
-            self._save(Position(self.number + self.last, 0 if self.last else step + 1, total))
+        if saves:
+            self._save(Position(self.number + last, 0 if last else step + 1, total))
 
     def _save(self, position: Position) -> None:
         self.folder.save(position, self.modules, self.optimizer if position.phase == self.number else None)
@@ -268,13 +252,13 @@ class Loop:
         last = decide_on_rank_0(lambda: self.folder.last.resolve().name if self.folder.last.exists() else "none yet")
         raise NonFiniteLossError(
             f"{self.folder.path}: non-finite loss at step {first} of {self.name} (learning rate "
-            f"{self.learning_rate(first):.3g}, last good checkpoint: {last}); lower base_lr or use "
+            f"{self.rate(first):.3g}, last good checkpoint: {last}); lower base_lr or use "
             "--set precision=fp32, with another --out",
             batch=(self.number, first),
         )
 
 
-def learning_rate(phase: Phase, step: int, batch_size: int, steps_per_epoch: int) -> float:
+def learning_rate(phase: Phase, batch_size: int, steps_per_epoch: int, step: int) -> float:
     """Linear warm-up, then cosine to ``end_lr``; ``step`` steps of the phase are finished."""
     total = phase.epochs * steps_per_epoch
     warmup = min(round(phase.warmup_epochs * steps_per_epoch), total)

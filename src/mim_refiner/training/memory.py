@@ -163,7 +163,7 @@ def measure_needs(
         view_pool=pool if frozen else 0,
         warmup=process + state + pool + features + int(cached * heads) if pool else 0,
         process=process,
-        anchor_image=int(plain * traced.anchor(view_shapes[0][0]) / TRACED) if refiner.anchor else 0,
+        anchor_image=int(plain * traced.anchor(view_shapes[0][0]) / TRACED),
     )
 
 
@@ -187,14 +187,9 @@ class Planner:
     def __init__(self, refiner: Refiner, recipe: RefineRecipe, run: Run, process: int = 0, pool: int = 0) -> None:
         self.recipe, self.backbone, self.pool = recipe, refiner.backbone, pool
         self.batch = recipe.batch_size // world_size()  # of a process
-        way: dict[str, Any] = {
-            "precision": run.precision,
-            "shards": shards_of(recipe),
-            "process": process,
-            "pool": pool,
-        }
+        way: dict[str, Any] = {"precision": run.precision, "shards": shards_of(recipe), "process": process}
         # of a number of images and ``checkpointing``; a trace takes seconds
-        self.needs = cache(partial(measure_needs, refiner, recipe.views.shapes, **way))
+        self.needs = cache(partial(measure_needs, refiner, recipe.views.shapes, pool=pool, **way))
 
     def as_asked(self, free: float) -> Choice:
         """The recipe's own setting; graphs, where it leaves their number open, as ``free`` bytes allow."""
@@ -244,14 +239,10 @@ class Planner:
         """The line for what fits no way, with what would."""
         batch, usable, micro, graphs = self.batch, budget * (1 - RESERVE), self.recipe.micro_batch, self.recipe.graphs
         least = self.needs(batch, checkpointing=True)
-
-        def fits(size: int) -> bool:
-            needs = self.needs(size, checkpointing=True)
-            return needs.cached(min(micro or 1, size), graphs) <= usable
-
-        halves = [batch >> halved for halved in range(1, batch.bit_length() - 1)]
-        smaller = [size for size in halves if batch % size == 0 and least.state + least.process < usable]
-        fitting = next(filter(fits, smaller), None)
+        room, halves = least.state + least.process < usable, (batch >> n for n in range(1, batch.bit_length() - 1))
+        smaller = ((size, self.needs(size, checkpointing=True)) for size in halves if room and batch % size == 0)
+        fits = (size for size, needs in smaller if needs.cached(min(micro or 1, size), graphs) <= usable)
+        fitting = next(fits, None)
         other = f"--set batch_size={self.recipe.batch_size * fitting // batch}, " if fitting else ""
         needed = least.cached(micro or 1, graphs) / (1 - RESERVE)
         parts = {"weights, optimizer and queues": least.state, "the heads on the whole batch": least.heads}

@@ -55,10 +55,9 @@ def train_steps(mae: MaskedAutoencoder, recipe: PretrainRecipe, photometric: Bat
             loss = forward_backward(mae, images, generator, run, recipe.micro_batch)
             average_gradients(mae.parameters())
             loop.log.add(step, loss, {}, len(images))
-            loop.before_update(step)
-            set_learning_rate(optimizer, loop.learning_rate(step))
-            optimizer.step()
-            loop.after_update(step)
+            with loop.update(step) as learning_rate:
+                set_learning_rate(optimizer, learning_rate)
+                optimizer.step()
 
 
 def forward_backward(

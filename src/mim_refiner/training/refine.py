@@ -1,4 +1,4 @@
-"""A refinement from top to bottom: resolve the recipe, build, warm up the heads on the frozen encoder, refine.
+"""A refinement from top to bottom: build it from a resolved recipe, warm up the heads on the frozen encoder, refine.
 
 Below it lie data/photometric.py (colours and blur), models/refiner.py and models/heads.py (encoder and heads, their
 loss in core/nna.py), and training/cached.py (the step of a batch that does not fit). What surrounds the steps and is
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim_refiner.core.collectives import average_gradients, is_distributed, process_rows, use_rows
+from mim_refiner.core.collectives import average_gradients, end_together, is_distributed, process_rows, use_rows
 from mim_refiner.core.ema import ExponentialMovingAverage
-from mim_refiner.core.layer_decay import layer_decay_scales, negligible_blocks
+from mim_refiner.core.guidance import Guide, known_labels
+from mim_refiner.core.layer_decay import layer_decay_scales
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.optim import adamw, parameter_groups, set_learning_rate
 from mim_refiner.core.run import Run, send
@@ -31,77 +32,25 @@ from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadConfig, Objective
 from mim_refiner.models.lora import add_lora
-from mim_refiner.models.positions import check_image_size
 from mim_refiner.models.refiner import DenseAnchor, Refiner, RefinerOutput
 from mim_refiner.training.anchor import anchor_backward, carries_anchor
 from mim_refiner.training.cached import cached_forward_backward, refuse_batch_dependent
 from mim_refiner.training.graphed import Graphed, uses_graph
 from mim_refiner.training.guard import FeatureProbe, Guard
-from mim_refiner.training.head_settings import guide_heads, head_blocks, order_heads, resolve_pooling
 from mim_refiner.training.loop import Loop, Monitor, step_generator
 from mim_refiner.training.metric_log import metrics_of
-from mim_refiner.training.recipe import RefineRecipe, Views
+from mim_refiner.training.recipe import RefineRecipe
+from mim_refiner.training.resolve import head_blocks
 from mim_refiner.training.state import RunFolder
 from mim_refiner.training.view_pool import ViewPool, make_pool
-from mim_refiner.types import BackboneInfo, ImageSize, height_width, side_or_pair
+from mim_refiner.types import BackboneInfo
 
 WARMUP, REFINEMENT = 0, 1  # numbers of the phases
 NUM_GLOBAL = 2
 POOL_SHARE = 0.6  # of a phase's limited time that a view pool may take
-START_SHARE = 0.1  # of the START in an average that is worth having
 SAME = (  # settings of views that go to them as they are
     "flip", "vflip", "crop_axes", "jitter_prob", "gray_prob", "blur_prob", "blur_sigma", "solarize_prob"
 )  # fmt: skip
-
-
-# --- resolve the recipe
-
-
-def resolve(recipe: RefineRecipe, backbone: Backbone) -> RefineRecipe:
-    """Replace every "auto" by what the encoder gives; raises InputError for sizes that do not fit its patches."""
-    info = backbone.info
-    recipe = recipe.model_copy(deep=True)
-    blocks = head_blocks(recipe, info.depth)
-    wrong = [block for block in blocks if not -info.depth <= block < info.depth]
-    if wrong:
-        raise InputError(
-            f"heads.blocks: block {wrong[0]} is out of range; the encoder has blocks 0 to {info.depth - 1}"
-        )
-    recipe.heads.blocks = order_heads(recipe, [block % info.depth for block in blocks])
-    if recipe.freeze_below:
-        still = negligible_blocks(info.depth, recipe.refinement.layer_decay, recipe.freeze_below)
-        recipe.frozen_blocks = max(recipe.frozen_blocks, min(still, recipe.heads.blocks[0]))
-    resolve_pooling(recipe, info)
-    if recipe.views.global_size is None:
-        recipe.views.global_size = side_or_pair(info.image_size)
-    if recipe.views.local_size is None:
-        recipe.views.local_size = local_size(recipe.views, info.patch_size)
-    for size, _ in recipe.views.shapes:
-        check_image_size(height_width(size), info.patch_size)
-    return recipe
-
-
-def start_share(recipe: RefineRecipe, steps_per_epoch: int) -> float:
-    """How much of the average after the refinement is still the encoder of the START."""
-    return float(recipe.ema_decay ** (recipe.refinement.epochs * steps_per_epoch))
-
-
-def choose_weights(recipe: RefineRecipe, steps_per_epoch: int) -> RefineRecipe:
-    """Replace the "auto" of ``export_weights``: the average where the run is long enough for it, else the raw ones."""
-    if recipe.export_weights != "auto":
-        return recipe
-    long_enough = start_share(recipe, steps_per_epoch) <= START_SHARE
-    return recipe.model_copy(update={"export_weights": "ema" if long_enough else "model"})
-
-
-def local_size(views: Views, patch_size: tuple[int, int]) -> ImageSize:
-    """Three sevenths of the global size (96 of 224 px) in whole patches; the shorter axis whole where crops span it."""
-    assert views.global_size is not None
-    sides = height_width(views.global_size)
-    height, width = (max(1, round(side * 3 / 7 / patch)) * patch for side, patch in zip(sides, patch_size, strict=True))
-    if views.crop_axes == "longer":
-        height, width = (height, sides[1]) if sides[0] > sides[1] else (sides[0], width)
-    return side_or_pair((height, width))
 
 
 # --- build
@@ -177,7 +126,9 @@ class Refinement:
 
 
 def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run) -> Refinement:
-    """Average, photometrics and labels beside the refiner; spreads the encoder over the processes if asked."""
+    """Average, photometrics and labels beside the refiner. Spreads the encoder over the processes, and lets the heads
+    look up with labels, if asked.
+    """
     backbone = refiner.backbone
     ema = ExponentialMovingAverage(backbone)
     if recipe.shard and is_distributed():
@@ -185,10 +136,12 @@ def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run)
         for encoder in (backbone, ema.module, *start):
             encoder.shard_blocks(bf16=run.precision == "bf16")  # type: ignore[operator]
     backbone.set_checkpointing(recipe.checkpointing)
-    photometrics = photometrics_of(recipe, backbone.info)
-    labels = loader.images.telling_labels
+    if recipe.guidance != "none" and loader.images.labels is not None:
+        known = known_labels(loader.images.labels, recipe.guidance_share, run.seed).to(run.device)
+        for block in refiner.blocks:
+            refiner.head(block).queue.guide = Guide(known, restrict=recipe.guidance == "restrict")
+    photometrics, labels = photometrics_of(recipe, backbone.info), loader.images.telling_labels
     on_device = None if labels is None else torch.as_tensor(labels, device=run.device)
-    guide_heads(refiner, loader.images, recipe, run)
     return Refinement(recipe, refiner, ema, loader, photometrics, run, on_device)
 
 
@@ -216,17 +169,13 @@ def train(refinement: Refinement, folder: RunFolder, monitor: Monitor | None = N
 
 def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool | None = None) -> None:
     """Head warm-up (number 0) or refinement (1), step by step; on frozen features where a pool has them."""
-    recipe, refiner = refinement.recipe, refinement.refiner
+    recipe, refiner, run, labels = refinement.recipe, refinement.refiner, refinement.run, refinement.labels
     if number == WARMUP:
         name, phase, optimizer = "warmup", recipe.warmup, begin_warmup(refinement)
     else:
         name, phase, optimizer = "refinement", recipe.refinement, begin_refinement(refinement)
-    if pool and number == REFINEMENT and not recipe.frozen_blocks:  # it was the warm-up's
-        pool.release()
-        pool = None
-    spent = fill(pool, refinement, loop, phase.max_seconds) if pool and not pool.full else 0.0
+    pool, spent = filled(pool, refinement, loop, phase.max_seconds)
     loop.begin(number, name, phase, optimizer, moves_encoder=number == REFINEMENT, spent=spent)
-    run, labels = refinement.run, refinement.labels
     graph = graphed(refiner, run, labels) if uses_graph(recipe, refiner, run) else None
     parts = recipe.micro_batch, recipe.graphs
     with closing(loop.batches(pool)) as batches:
@@ -245,42 +194,11 @@ def train_phase(refinement: Refinement, loop: Loop, number: int, pool: ViewPool 
                 loss = loss + distance
             average_gradients(refiner.parameters())
             loop.log.add(step, loss, metrics, len(sample_ids))
-            loop.before_update(step)
-            set_learning_rate(optimizer, loop.learning_rate(step))
-            optimizer.step()
-            if number == REFINEMENT:
-                refinement.ema.update(refiner.backbone, recipe.ema_decay)
-            loop.after_update(step)
-
-
-def fill(pool: ViewPool, refinement: Refinement, loop: Loop, limit: float | None = None) -> float:
-    """Compute the frozen features of the views that the first epochs show, in at most POOL_SHARE of the phase's
-    ``limit``. As in the warm-up, random layers rest. Returns the seconds it took.
-    """
-    run, warmup = refinement.run, refinement.recipe.warmup.epochs * pool.steps_per_epoch
-    began, wanted = monotonic(), pool.steps
-    run.reporter.phase("view pool", wanted)
-    with closing(loop.stream(0, wanted)) as batches:
-        for number, batch in enumerate(paced(batches, limit, run.device)):
-            place = (WARMUP, number) if number < warmup else (REFINEMENT, number - warmup)
-            pool.add(*frozen_views(refinement, batch, step_generator(run.seed, *place)))
-            loop.stop_if_asked()
-            run.reporter.progress(number + 1, {})
-            if limit is not None and monotonic() - began > POOL_SHARE * limit and not pool.full:
-                pool.end()  # the loop with it
-                run.reporter.message(f"view pool: {pool.steps} of {wanted} batches, to end in time")
-                break
-    return monotonic() - began
-
-
-def frozen_views(refinement: Refinement, batch: ViewBatch, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
-    """What the frozen part makes of each of the batch's views [B, ...], and sample numbers [B] on the host."""
-    recipe, refiner = refinement.recipe, refinement.refiner
-    views, _ = make_views(batch, refinement.photometrics, generator, refinement.run)
-    parts = zip(*(view.split(recipe.micro_batch or recipe.batch_size) for view in views), strict=True)
-    with evaluation_mode(refiner.backbone), refinement.run.autocast():
-        features = zip(*(refiner.frozen_features(images) for images in parts), strict=True)
-        return [torch.cat(of_view) for of_view in features], batch.sample_ids
+            with loop.update(step) as learning_rate:
+                set_learning_rate(optimizer, learning_rate)
+                optimizer.step()
+                if number == REFINEMENT:
+                    refinement.ema.update(refiner.backbone, recipe.ema_decay)
 
 
 def begin_warmup(refinement: Refinement) -> torch.optim.Optimizer:
@@ -364,7 +282,44 @@ def graphed(refiner: Refiner, run: Run, labels: Tensor | None = None) -> Graphed
     return Graphed(work, refiner)
 
 
-# --- the guard
+# --- around the steps: the view pool, the guard
+
+
+def filled(
+    pool: ViewPool | None, refinement: Refinement, loop: Loop, limit: float | None
+) -> tuple[ViewPool | None, float]:
+    """The pool, with the frozen features of the views that the first epochs show, or None where this phase has none;
+    and the seconds that it took, POOL_SHARE of the phase's ``limit`` at most. As in the warm-up, random layers rest.
+    """
+    run, recipe, refiner = refinement.run, refinement.recipe, refinement.refiner
+    if pool and not refiner.encoder_frozen and not recipe.frozen_blocks:
+        pool.release()  # it was the warm-up's
+        return None, 0.0
+    if pool is None or pool.full:
+        return pool, 0.0
+    began, wanted, warmup = monotonic(), pool.steps, recipe.warmup.epochs * pool.steps_per_epoch
+    run.reporter.phase("view pool", wanted)
+    with closing(loop.stream(0, wanted)) as batches:
+        for number, batch in enumerate(paced(batches, limit, run.device)):
+            place = (WARMUP, number) if number < warmup else (REFINEMENT, number - warmup)
+            pool.add(*frozen_views(refinement, batch, step_generator(run.seed, *place)))
+            end_together(bool(loop.signals))
+            run.reporter.progress(number + 1, {})
+            if limit is not None and monotonic() - began > POOL_SHARE * limit and not pool.full:
+                pool.end()  # the loop with it
+                run.reporter.message(f"view pool: {pool.steps} of {wanted} batches, to end in time")
+                break
+    return pool, monotonic() - began
+
+
+def frozen_views(refinement: Refinement, batch: ViewBatch, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
+    """What the frozen part makes of each of the batch's views [B, ...], and sample numbers [B] on the host."""
+    recipe, refiner = refinement.recipe, refinement.refiner
+    views, _ = make_views(batch, refinement.photometrics, generator, refinement.run)
+    parts = zip(*(view.split(recipe.micro_batch or recipe.batch_size) for view in views), strict=True)
+    with evaluation_mode(refiner.backbone), refinement.run.autocast():
+        features = zip(*(refiner.frozen_features(images) for images in parts), strict=True)
+        return [torch.cat(of_view) for of_view in features], batch.sample_ids
 
 
 def make_guard(refinement: Refinement, folder: RunFolder, monitor: Monitor | None) -> Guard:

@@ -16,12 +16,8 @@ STOP_SIGNALS = (
 )
 
 
-def _interrupt(received: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 @contextmanager
-def stops_cleanly(handler: Callable[[int, Any], Any] = _interrupt) -> Iterator[None]:
+def stops_cleanly(handler: Callable[[int, Any], Any] = signal.default_int_handler) -> Iterator[None]:
     """Stop signals inside go to ``handler``; else each is what Ctrl-C is, KeyboardInterrupt, exit code 130."""
     previous: dict[int, Any] = {}
     with contextlib.suppress(ValueError):  # not in the main thread: signals are left to the caller

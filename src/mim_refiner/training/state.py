@@ -30,7 +30,7 @@ from torch import nn
 from mim_refiner.core.collectives import broadcast_state, decide_on_rank_0, rank
 from mim_refiner.core.sharding import full_optimizer_state, full_state, load_full_state
 from mim_refiner.core.watch import writing
-from mim_refiner.errors import RunFolderError, reason_of
+from mim_refiner.errors import RunFolderError, reason_of, same_command
 from mim_refiner.files import (
     atomic_folder,
     clear_leftovers,
@@ -76,38 +76,32 @@ FREE_PARTS = ("guard.",)
 
 
 class RunFolder:
-    """One run on disk. ``open`` creates it, or continues it when the recipe is the same.
+    """One run on disk: created, or gone on with where the recipe is the same. Raises RunFolderError for another recipe,
+    foreign files, or no permission.
 
     In a distributed run rank 0 alone writes and reads; the others have its word.
     """
 
-    def __init__(self, path: Path, *, keep_checkpoints: int = 2) -> None:
-        self.path, self.keep_checkpoints = path, keep_checkpoints
-        self.checkpoints = path / "checkpoints"
+    def __init__(self, path: str | Path, recipe: dict[str, Any], *, overwrite: bool = False) -> None:
+        self.path, self.keep_checkpoints = Path(path), recipe.get("keep_checkpoints", 2)
+        self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last"
-        self.resumed = False
         self.writes = rank() == 0
+        self.going_on = same_command(overwrite)
         self.notes: list[str] = []  # what was damaged and done without
-        self.skipped: list[tuple[int, int]] = []  # (phase number, step) of batches left out after a loss of NaN
         self.began = time.perf_counter()
         self._before: float | None = None  # seconds that earlier processes spent, up to the checkpoint gone on from
+        # ``skipped``: (phase number, step) of batches left out after a loss of NaN
+        self.resumed, self.skipped = decide_on_rank_0(lambda: self._open(recipe, overwrite))
 
-    @classmethod
-    def open(cls, path: str | Path, recipe: dict[str, Any], *, overwrite: bool, keep_checkpoints: int = 2) -> RunFolder:
-        """Create or continue ``path``. Raises RunFolderError for another recipe, foreign files, or no permission."""
-        run = cls(Path(path), keep_checkpoints=keep_checkpoints)
-
-        def prepare() -> tuple[bool, list[tuple[int, int]]]:
-            with errors_as(RunFolderError, f"{path}: cannot write the run folder", "choose a writable --out", OSError):
-                return run._prepare(recipe, overwrite), run._read_skips()
-
-        run.resumed, run.skipped = decide_on_rank_0(prepare)
-        return run
+    def _open(self, recipe: dict[str, Any], overwrite: bool) -> tuple[bool, list[tuple[int, int]]]:
+        """Whether there is a run to go on with, and which batches it leaves out."""
+        with errors_as(RunFolderError, f"{self.path}: cannot write the run folder", "choose a writable --out", OSError):
+            return self._prepare(recipe, overwrite), self._read_skips()
 
     def _prepare(self, recipe: dict[str, Any], overwrite: bool) -> bool:
-        """Whether there is a run to go on with."""
         path, recipe_file = self.path, self.path / "recipe.yaml"
-        _check_place(path)
+        refuse_place(path)
         resumed = recipe_file.exists() and not overwrite
         if resumed:
             refuse_other_recipe(path, recipe)
@@ -168,9 +162,7 @@ class RunFolder:
     def _write(
         self, target: Path, position: Position, states: Mapping[str, State], optimizer_state: State | None
     ) -> None:
-        remedy = (
-            "free space or mend permissions, then run the same command again: it resumes from the checkpoint before"
-        )
+        remedy = f"free space or mend permissions, then {self.going_on} resumes from the checkpoint before"
         problem = f"{target}: cannot write the checkpoint"
         # torch and safetensors wrap the system's refusal
         with errors_as(RunFolderError, problem, remedy, OSError, SafetensorError, RuntimeError):
@@ -306,17 +298,13 @@ def refuse_place(out: str | Path) -> None:
     """Raise RunFolderError where no run folder can be, before anything slow is done: a path that no file can have, or
     a folder with the files of something else.
     """
+    path = Path(out)
     with contextlib.suppress(OSError):  # told when it is made
-        _check_place(Path(out))
-
-
-def _check_place(path: Path) -> None:
-    if "\0" in str(path) or re.search("[\udc80-\udcff]", str(path.resolve())):  # safetensors takes no other
-        raise RunFolderError(f"{path}: the path is not valid UTF-8 text; choose another --out")
-    if (path / "recipe.yaml").exists() or not path.exists():
-        return
-    if not path.is_dir() or any(each.name != LOCK for each in path.iterdir()):
-        raise RunFolderError(f"{path}: not empty and not a run folder; choose a new --out folder")
+        if "\0" in str(path) or re.search("[\udc80-\udcff]", str(path.resolve())):  # safetensors takes no other
+            raise RunFolderError(f"{path}: the path is not valid UTF-8 text; choose another --out")
+        known = (path / "recipe.yaml").exists() or not path.exists()
+        if not known and (not path.is_dir() or any(each.name != LOCK for each in path.iterdir())):
+            raise RunFolderError(f"{path}: not empty and not a run folder; choose a new --out folder")
 
 
 def refuse_other_recipe(path: Path, recipe: dict[str, Any], *, but: Collection[str] = ()) -> None:

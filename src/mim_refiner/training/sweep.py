@@ -113,7 +113,7 @@ def _trained(
             optimizer.zero_grad(set_to_none=True)
             torch.stack([output.loss for output in outputs]).sum().backward()
             average_gradients(learnt.parameters())
-            set_learning_rate(optimizer, learning_rate(phase, step, recipe.batch_size, loader.steps_per_epoch))
+            set_learning_rate(optimizer, learning_rate(phase, recipe.batch_size, loader.steps_per_epoch, step))
             optimizer.step()
             if step >= steps // 2:
                 seen.append((batch.sample_ids, _hits(outputs, ids, labels)))

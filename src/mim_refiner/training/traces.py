@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -51,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Trace(Generic[Module]):
-    """A copy ``module`` of a module, made of fake tensors; ``peak`` tells what its passes would hold.
+    """A copy ``module`` of a module, made of fake tensors; ``watched`` tells what its passes would hold.
 
     Gradients go as they come, and count as state: they are whole only when the activations are gone, so with few images
     a trace that kept them would see their peak and not that of the activations.
@@ -67,11 +68,11 @@ class Trace(Generic[Module]):
             fake.requires_grad_(parameter.requires_grad)
         self.module = copy.deepcopy(module, memo)
 
-    def peak(self, work: Callable[[], object]) -> int:
-        """Most bytes that ``work`` makes at a time."""
+    @contextmanager
+    def watched(self) -> Iterator[LiveBytes]:
+        """What passes inside hold."""
         with self.mode, LiveBytes() as live:
-            work()
-        return live.peak
+            yield live
 
     def empty(self, *shape: int, **options: Any) -> Tensor:
         """A tensor to work on."""
@@ -80,7 +81,7 @@ class Trace(Generic[Module]):
 
 
 class RefinerTrace(Trace[Refiner]):
-    """Of the parts of a step of refinement."""
+    """Peak bytes of the forward and backward passes of a step of refinement, by part."""
 
     def __init__(self, refiner: Refiner, precision: str, checkpointing: Checkpointing = False) -> None:
         super().__init__(refiner)
@@ -89,43 +90,37 @@ class RefinerTrace(Trace[Refiner]):
         self.module.backbone.set_checkpointing(checkpointing)
 
     def encoder(self, shape: tuple[ImageSize, int], images: int) -> int:
-        """Peak bytes of forward and backward pass of the encoder on ``images`` images' views of one size."""
+        """Of the encoder on ``images`` images' views of one size."""
         size, count = shape
-
-        def work() -> None:
+        with self.watched() as live:
             pixels = self._pixels(size, images * count)
             with self.run.autocast():
                 values = list(self.module.pooled_blocks(self.module.frozen_prefix(pixels)).values())
             torch.autograd.backward(values, [torch.empty_like(value) for value in values])
-
-        return self.peak(work)
+        return live.peak
 
     def anchor(self, size: ImageSize) -> int:
-        """Peak bytes of the dense anchor's forward and backward pass on TRACED images' global views."""
-        model = self.module
-        assert model.anchor is not None
-        anchor = model.anchor
-
-        def work() -> None:
+        """Of the dense anchor on TRACED images' global views; 0 without one."""
+        model, anchor = self.module, self.module.anchor
+        if anchor is None:
+            return 0
+        with self.watched() as live:
             pixels = self._pixels(size, 2 * TRACED)
             with self.run.autocast():
                 distance = anchor(model.backbone, model.frozen_prefix(pixels), model.frozen_blocks)
             distance.backward()
-
-        return self.peak(work)
+        return live.peak
 
     def heads(self, batch: int, views: int) -> int:
-        """Peak bytes of forward and backward pass of all heads on a batch."""
+        """Of all heads on a batch."""
         width, blocks = self.module.backbone.info.embed_dim, self.module.blocks
         features = {block: self.empty(views, batch, width, requires_grad=True) for block in blocks}
         ids = self.empty(batch, dtype=torch.long)
-
-        def work() -> None:
+        with self.watched() as live:
             with self.run.autocast():
                 output = self.module.head_losses(features, ids)
             output.loss.backward()
-
-        return self.peak(work)
+        return live.peak
 
     def _pixels(self, size: ImageSize, count: int) -> Tensor:
         return self.empty(count, self.module.backbone.info.in_chans, *height_width(size))
