@@ -161,7 +161,10 @@ def changed(base: S, changes: Iterable[tuple[str, Any]], file: tuple[str, Mappin
             place = tree
             for parent in parents:
                 place = place[parent]
-            place[leaf] = _as_number(value) if isinstance(value, str) else value  # YAML 1.1 reads 4e-4 as text
+            place[leaf] = value
+            if isinstance(value, str):
+                with contextlib.suppress(ValueError):  # YAML 1.1 reads 4e-4 as text
+                    place[leaf] = float(value)
     try:
         made = type(base).model_validate(tree)
     except ValidationError as error:
@@ -269,10 +272,3 @@ def _shown(value: Any) -> str:
     with contextlib.suppress(ValueError):  # whole numbers of more than 4300 digits have no text
         return repr(value)[:60]
     return "a number of thousands of digits"
-
-
-def _as_number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -20,7 +20,7 @@ from mim_refiner.evaluation.results import CONTRACT_FIELDS
 from mim_refiner.export.timm import export_timm
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.training import refine as training
-from mim_refiner.training.signals import STOP_SIGNALS
+from mim_refiner.training.loop import STOP_SIGNALS
 
 SUMMARY = {"before", "after", "recommendation", "verdict", "seconds", "weights", "data", "forecast"}
 SUMMARY_METRICS = {"knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank"}

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -302,10 +301,10 @@ def test_the_same_folder_takes_the_advice_to_train_on_without_the_guard(
     "content", ["", "{", "[]", '{"start": 3}', '{"start": {}, "history": [{}], "best_step": 1}', "[" * 9000]
 )
 def test_a_damaged_guard_file_costs_its_memory_alone(tmp_path, content):
-    (tmp_path / "guard.json").write_text(content)
-    folder = SimpleNamespace(path=tmp_path, notes=[], writes=True)
+    folder = RunFolder(tmp_path / "run", {"name": "x"})
+    (folder.path / "guard.json").write_text(content)
     guard = Guard(lambda: {"rank": 5.0}, torch.nn.Linear(1, 1), folder, GuardSettings(), steps=10, probe_images=8)
     guard.begin(4)
     assert (guard.start, guard.history, guard.best_step) == ({"rank": 5.0}, [], 0)
     assert "guard.json is damaged" in folder.notes[0]
-    assert json.loads((tmp_path / "guard.json").read_text())["start"] == {"rank": 5.0}
+    assert json.loads(guard.file.read_text())["start"] == {"rank": 5.0}

@@ -44,10 +44,10 @@ from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.reporting import Reporter, listener, number_of
 from mim_refiner.training.estimate import pretrain_estimate
+from mim_refiner.training.loop import stops_cleanly
 from mim_refiner.training.pretrain import pretrain as train
 from mim_refiner.training.recipe import PretrainRecipe
 from mim_refiner.training.recipes import pretrain_recipe
-from mim_refiner.training.signals import stops_cleanly
 from mim_refiner.training.state import RunFolder
 from mim_refiner.types import ImageSize, height_width
 

@@ -73,11 +73,11 @@ from mim_refiner.reporting import Reporter, listener, number_of, remarks
 from mim_refiner.settings import read_setting
 from mim_refiner.training.estimate import Estimate
 from mim_refiner.training.guard import load_best
+from mim_refiner.training.loop import stops_cleanly
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.recipes import refine_recipe
 from mim_refiner.training.refine import Refinement, adapt, build, make_refiner, train, view_specs
 from mim_refiner.training.resolve import START_SHARE, check_guidance, choose_weights, resolve, start_share
-from mim_refiner.training.signals import stops_cleanly
 from mim_refiner.training.state import RunFolder
 from mim_refiner.training.view_pool import refuse_pool
 

@@ -115,16 +115,16 @@ def decide_on_rank_0(decide: Callable[[], T]) -> T:
     """
     if not is_distributed():
         return decide()
-    answer: tuple[Any, MimRefinerError | None] = (None, None)
+    answer: Any = None
     if rank() == 0:
         try:
-            answer = (decide(), None)
+            answer = decide()
         except MimRefinerError as error:
-            answer = (None, error)
-    value, problem = from_rank_0(answer)
-    if problem is not None:
-        raise problem
-    return value
+            answer = error
+    answer = from_rank_0(answer)
+    if isinstance(answer, MimRefinerError):
+        raise answer
+    return answer
 
 
 def end_together(stop: bool, error: MimRefinerError | None = None) -> None:

@@ -42,21 +42,20 @@ def join_processes(device: torch.device, reporter: Reporter | None = None) -> to
     place = started_as()
     if place.world_size == 1:
         return device
-    if not dist.is_initialized():
-        timeout = silence_timeout()
-        (reporter or Reporter()).message(
-            f"{place.world_size} processes: all are to join within {2 * timeout:g} s; then the run ends when one "
-            f"gives no sign of life for {timeout:g} s ({TIMEOUT_VARIABLE})"
-        )
-        store, names = _meet(place, 2 * timeout)
-        _watch = Watch(store, place, names, timeout)
-        atexit.register(_leave)
+    if dist.is_initialized():
+        return _own_device(device, place)
+    timeout = silence_timeout()
+    (reporter or Reporter()).message(
+        f"{place.world_size} processes: all are to join within {2 * timeout:g} s; then the run ends when one "
+        f"gives no sign of life for {timeout:g} s ({TIMEOUT_VARIABLE})"
+    )
+    store, names = _meet(place, 2 * timeout)
+    _watch = Watch(store, place, names, timeout)
+    atexit.register(_leave)
     own = _own_device(device, place)
-    if not dist.is_initialized():
-        # CPU tensors by gloo: flags are agreed on without waiting for the GPU
-        backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
-        group = PrefixStore("group", store)
-        dist.init_process_group(backend, store=group, rank=place.rank, world_size=place.world_size, timeout=STUCK)
+    # CPU tensors by gloo: flags are agreed on without waiting for the GPU
+    backend, group = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", PrefixStore("group", store)
+    dist.init_process_group(backend, store=group, rank=place.rank, world_size=place.world_size, timeout=STUCK)
     return own
 
 

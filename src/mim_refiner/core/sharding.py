@@ -96,11 +96,10 @@ def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str,
         shapes = {index: _each(lambda tensor: tensor.to("meta") if tensor.ndim else tensor, values)
                   for index, values in state.get("state", {}).items()}  # fmt: skip
         outline = from_rank_0({**state, "state": shapes})
-        given = state["state"] if rank() == 0 else outline["state"]
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         parts = {
             index: _each(lambda tensor, like=parameters[index]: _part(tensor, like) if tensor.ndim else tensor, values)
-            for index, values in given.items()
+            for index, values in (state if rank() == 0 else outline)["state"].items()
         }
         state = {**outline, "state": parts}
     optimizer.load_state_dict(state)

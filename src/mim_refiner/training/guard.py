@@ -28,7 +28,7 @@ from mim_refiner.core.sharding import full_state, load_full_state
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import normalize
 from mim_refiner.data.views import ViewSpec, crop_batch
-from mim_refiner.errors import GuardStopError, RunFolderError, reason_of
+from mim_refiner.errors import GuardStopError, RunFolderError
 from mim_refiner.files import atomic_folder, read_json, reading, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.recipe import GuardSettings
@@ -141,23 +141,18 @@ class Guard:
 
     def begin(self, total_step: int) -> None:
         """Measure the START, or remember it together with what was seen up to ``total_step``."""
-        self.start, self.history, self.best_step = decide_on_rank_0(lambda: self._stored(total_step))
-        if not self.start:
-            self.start = dict(from_rank_0(self.probe()))
-            self._write()
 
-    def _stored(self, total_step: int) -> tuple[dict[str, float], list[dict[str, float]], int]:
-        """START, history up to ``total_step`` and best step as the run folder has them; nothing in a new one."""
-        try:
-            stored = read_json(self.file)
+        def known(stored: Any) -> tuple[dict[str, float], list[dict[str, float]], int]:
             history = [_numbers(entry) for entry in stored["history"]]
             seen = [entry for entry in history if entry["total_step"] <= total_step]
             return _numbers(stored["start"]), seen, operator.index(stored["best_step"])
-        except FileNotFoundError:
-            pass
-        except Exception as error:
-            self.folder.notes.append(f"{FILE} is damaged ({reason_of(error)}); the guard begins anew from here")
-        return {}, [], 0
+
+        nothing, so = (dict[str, float](), list[dict[str, float]](), 0), "the guard begins anew from here"
+        found = decide_on_rank_0(lambda: self.folder.recall(FILE, known, nothing, so))
+        self.start, self.history, self.best_step = found
+        if not self.start:
+            self.start = dict(from_rank_0(self.probe()))
+            self._write()
 
     @property
     def needs_start_knn(self) -> bool:

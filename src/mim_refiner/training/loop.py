@@ -6,7 +6,9 @@ uninterrupted one to the bit on the CPU: nothing but weights, optimizer state an
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+import contextlib
+import signal
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,11 +31,12 @@ from mim_refiner.errors import DataError, NonFiniteLossError, WorkerError
 from mim_refiner.training.guard import Guard
 from mim_refiner.training.metric_log import MetricLog
 from mim_refiner.training.recipe import Phase, Recipe
-from mim_refiner.training.signals import stops_cleanly
 from mim_refiner.training.state import Position, RunFolder
 from mim_refiner.training.view_pool import ViewPool
 
 WORKER_RESTARTS = 3  # without a batch in between
+# SLURM sends SIGTERM at the time limit, and before it what --signal asked for (USR1 or USR2, by habit).
+STOP_SIGNALS = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")]
 
 
 class Monitor(Protocol):
@@ -271,3 +274,16 @@ def step_generator(seed: int, phase: int, step: int) -> torch.Generator:
     value = int(np.random.SeedSequence([seed, phase, step]).generate_state(1, np.uint64)[0]) >> 1
     torch.manual_seed(value)
     return torch.Generator().manual_seed(value)
+
+
+@contextmanager
+def stops_cleanly(handler: Callable[[int, Any], Any] = signal.default_int_handler) -> Iterator[None]:
+    """Stop signals inside go to ``handler``; else each is what Ctrl-C is, KeyboardInterrupt, exit code 130."""
+    previous: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: signals are left to the caller
+        previous |= {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)

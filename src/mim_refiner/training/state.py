@@ -18,9 +18,9 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -52,6 +52,7 @@ from mim_refiner.training.lock import LOCK, hold
 from mim_refiner.training.recipe import PretrainRecipe, RefineRecipe
 
 SKIPS = "skipped_batches.json"
+T = TypeVar("T")
 State = dict[str, Any]  # of a module or an optimizer
 
 
@@ -96,38 +97,40 @@ class RunFolder:
 
     def _open(self, recipe: dict[str, Any], overwrite: bool) -> tuple[bool, list[tuple[int, int]]]:
         """Whether there is a run to go on with, and which batches it leaves out."""
-        with errors_as(RunFolderError, f"{self.path}: cannot write the run folder", "choose a writable --out", OSError):
-            return self._prepare(recipe, overwrite), self._read_skips()
-
-    def _prepare(self, recipe: dict[str, Any], overwrite: bool) -> bool:
         path, recipe_file = self.path, self.path / "recipe.yaml"
-        refuse_place(path)
-        resumed = recipe_file.exists() and not overwrite
-        if resumed:
-            refuse_other_recipe(path, recipe)
-        path.mkdir(parents=True, exist_ok=True)
-        hold(path, self)
-        if not resumed:
-            for each in path.iterdir() if overwrite else ():  # never unasked: another may have begun a run here
-                if each.name != LOCK:
-                    remove(each)
-            # first of all files: a folder with others but without it is taken for a foreign one
-            write_bytes(recipe_file, dump_yaml(recipe))
-        self.checkpoints.mkdir(exist_ok=True)
-        if not (path / "environment.json").exists():
-            write_json(path / "environment.json", environment())
-        for folder in (path, self.checkpoints, path / "evaluation"):  # of a run that was killed while writing
-            clear_leftovers(folder)
-        return resumed
+        with errors_as(RunFolderError, f"{path}: cannot write the run folder", "choose a writable --out", OSError):
+            refuse_place(path)
+            resumed = recipe_file.exists() and not overwrite
+            if resumed:
+                refuse_other_recipe(path, recipe)
+            path.mkdir(parents=True, exist_ok=True)
+            hold(path, self)
+            if not resumed:
+                for each in path.iterdir() if overwrite else ():  # never unasked: another may have begun a run here
+                    if each.name != LOCK:
+                        remove(each)
+                # first of all files: a folder with others but without it is taken for a foreign one
+                write_bytes(recipe_file, dump_yaml(recipe))
+            self.checkpoints.mkdir(exist_ok=True)
+            if not (path / "environment.json").exists():
+                write_json(path / "environment.json", environment())
+            for folder in (path, self.checkpoints, path / "evaluation"):  # of a run that was killed while writing
+                clear_leftovers(folder)
 
-    def _read_skips(self) -> list[tuple[int, int]]:
+        def skips(stored: Any) -> list[tuple[int, int]]:
+            return [(operator.index(phase), operator.index(step)) for phase, step in stored]
+
+        return resumed, self.recall(SKIPS, skips, [], "no batch is left out")
+
+    def recall(self, name: str, read: Callable[[Any], T], nothing: T, so: str) -> T:
+        """What the run noted for itself; ``nothing`` where it did not, or where that is damaged, which is told."""
         try:
-            return [(operator.index(phase), operator.index(step)) for phase, step in read_json(self.path / SKIPS)]
+            return read(read_json(self.path / name))
         except FileNotFoundError:
-            return []
+            pass
         except Exception as error:
-            self.notes.append(f"{SKIPS} is damaged ({reason_of(error)}); no batch is left out")
-            return []
+            self.notes.append(f"{name} is damaged ({reason_of(error)}); {so}")
+        return nothing
 
     def skip(self, phase: int, step: int) -> None:
         """Leave out this batch from now on, in this run and when it is resumed."""
