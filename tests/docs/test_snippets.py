@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import io
 import re
 import sys
@@ -21,6 +22,7 @@ from quick import quickly
 sys.path.insert(0, str(Path(__file__).parent))
 from snippets import ARCHITECTURE, DOCS, blocks, commands, own_words, parse, shrunk
 
+from mim_refiner.checkpoints.families import mae
 from mim_refiner.cli.app import main
 from mim_refiner.data.sources import open_source
 from mim_refiner.models.backbone import create_vit
@@ -118,6 +120,11 @@ def test_snippets_run(page: Path, quick_start: Path, tmp_path: Path):
             elif block.language == "python":
                 with contextlib.redirect_stdout(io.StringIO()), quickly():
                     exec(compile(block.body, block.where, "exec"), names)
+
+
+def test_the_family_of_the_page_is_that_of_the_source():
+    [shown] = [block.body for block in blocks(CONTRIBUTING) if "DBOT = " in block.body]
+    assert shown[shown.index("DBOT = ") :] in inspect.getsource(mae)
 
 
 @pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING, DOCS.parent / "README.md"], ids=lambda page: page.stem)

@@ -7,6 +7,7 @@ import copy
 import logging
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from mim_refiner.checkpoints.build import MAX_PIXELS, adapt_channels, build, sha
 from mim_refiner.checkpoints.catalog import UNKNOWN_LICENCE, family_licence
 from mim_refiner.checkpoints.detect import Detected, detect
 from mim_refiner.checkpoints.families import Converted, Wishes
-from mim_refiner.checkpoints.families.base import GUESS
+from mim_refiner.checkpoints.families.base import GUESS, reason_to_drop
 from mim_refiner.checkpoints.families.own import own_family
 from mim_refiner.checkpoints.families.plain_vit import heads_question
 from mim_refiner.checkpoints.options import split_options
@@ -260,33 +261,34 @@ def _fates(
     detected: Detected, converted: Converted, expected: Mapping[str, Tensor]
 ) -> tuple[list[TensorRecord], list[str], list[str]]:
     """(fate of every tensor, encoder tensors not provided, file tensors without a place); refuses a wrong shape."""
-    view, sections = detected.view, detected.view.contents.sections
-    section = sections[view.section]
-    sources: dict[str, list[str]] = {}
-    for name, target in converted.origin.items():
-        sources.setdefault(target, []).append(name)
-    records, unplaced = [], list(converted.unplaced)
-    for target, names in sources.items():
-        if target not in expected:
-            unplaced.extend(names)
+    view, given, reasons = detected.view, converted.tensors, converted.reasons
+    section = view.contents.sections[view.section]
+    placed = {name: target for name, target in converted.origin.items() if target in given}
+    left: dict[str, str | None] = {name: reason_to_drop(short, reasons) for short, name in view.names.items()}
+    left |= dict.fromkeys(view.outside.values(), f"outside the encoder, whose names start with '{view.prefix}'")
+    left |= {name: reason for short, name in view.beside.items() if (reason := reason_to_drop(short, reasons))}
+    left = {name: reason for name, reason in left.items() if name not in placed}
+    left |= {name: None for name, target in placed.items() if target not in expected}
+    records, parts = [], Counter(placed.values())
+    for name, target in placed.items():
+        if name in left:
             continue
-        shape, wanted = converted.tensors[target].shape, expected[target].shape
+        shape, wanted = given[target].shape, expected[target].shape
         if shape != wanted:
             raise CheckpointError(
-                f"{view.where}: {names[0]} has shape {list(shape)}, the encoder needs {list(wanted)}; "
+                f"{view.where}: {name} has shape {list(shape)}, the encoder needs {list(wanted)}; "
                 "the file does not fit its config or arguments (patch size, image size, channels)"
             )
-        records += [_placed(name, target, tuple(section[name].shape), tuple(shape), len(names)) for name in names]
-    for name, reason in (converted.dropped | dict.fromkeys(unplaced, "no place in the encoder")).items():
-        records.append(TensorRecord(name, tuple(section[name].shape), "dropped", reason=reason))
-    for path, tensors in sections.items():
-        if path != view.section:
-            reason = _why_not(path, detected.encoders)
-            for name, tensor in tensors.items():
-                full = f"{path}.{name}".lstrip(".")
-                records.append(TensorRecord(full, tuple(tensor.shape), "dropped", reason=reason))
-    missing = [name for name in expected if name not in converted.tensors]
-    return records, missing, unplaced
+        records.append(_placed(name, target, tuple(section[name].shape), tuple(shape), parts[target]))
+    for name, reason in left.items():
+        why = reason or "no place in the encoder"
+        records.append(TensorRecord(name, tuple(section[name].shape), "dropped", reason=why))
+    for path, tensors in view.contents.sections.items():
+        why = _why_not(path, detected.encoders)
+        for name, tensor in tensors.items() if path != view.section else ():
+            records.append(TensorRecord(f"{path}.{name}".lstrip("."), tuple(tensor.shape), "dropped", reason=why))
+    missing = [name for name in expected if name not in given]
+    return records, missing, [name for name, reason in left.items() if reason is None]
 
 
 def _placed(name: str, target: str, in_file: tuple[int, ...], shape: tuple[int, ...], parts: int) -> TensorRecord:

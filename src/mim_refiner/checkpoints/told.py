@@ -43,6 +43,7 @@ def told(wishes: Wishes, contents: Contents) -> Wishes:
     """``wishes`` with heads and image size of the file's own arguments."""
     return replace(
         wishes,
+        where=contents.source,
         told_heads=_count(contents, *_HEADS),
         told_head_dim=_count(contents, "head_dim", "dim_head"),
         told_model=_named(contents.fact(*_MODELS)),

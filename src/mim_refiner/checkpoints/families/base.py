@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.keymap import Mapped
 from mim_refiner.checkpoints.store import Contents
 from mim_refiner.types import Pooling
 
@@ -37,12 +36,13 @@ PROJECTION = "patch_embed.proj.weight"  # timm's name of a ViT's first convoluti
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the caller asked for (None = as in the file), and what the file's own arguments say."""
+    """What the caller asked for (None = as in the file), and what the file (``where``) says of itself."""
 
     image_size: tuple[int, int] | None = None
     num_heads: int | None = None
     in_chans: int | None = None
     encoder: str | None = None
+    where: str = ""  # for messages
     told_heads: int = 0  # what the file's own arguments say; what the caller says counts first
     told_head_dim: int = 0
     told_model: tuple[int, int] = (0, 0)  # width and heads of the model that they name
@@ -99,9 +99,8 @@ class Converted:
     arguments: dict[str, Any]
     num_heads: int
     tensors: dict[str, Tensor]  # timm name -> value
-    origin: dict[str, str]  # name in the file -> timm name
-    dropped: dict[str, str]  # name in the file -> why the encoder does not take it
-    unplaced: tuple[str, ...] = ()  # names in the file that this family does not know
+    origin: Mapping[str, str] = field(default_factory=dict)  # name in the file -> timm name
+    reasons: Mapping[str, str] = field(default_factory=dict)  # start of a short name -> why no encoder takes it
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     licence: str | None = None  # None = the family's
@@ -129,22 +128,6 @@ class Family:
     reads_config: bool = False  # a config.json tells the architecture, so the tensors may have other names
     any_names: bool = False  # the anchor may be missing: a key map says what the names mean
     default_encoder: tuple[str, ...] = ()  # labels to prefer before the usual ones (teacher, EMA)
-
-
-def account(view: View, mapped: Mapped, reasons: Mapping[str, str]) -> dict[str, Any]:
-    """The fields tensors, origin, dropped and unplaced of :class:`Converted`.
-
-    ``reasons``: start of a short name -> why it is left out. What lies outside the encoder is left out in any case.
-    """
-    rest = {view.names[short]: reason_to_drop(short, reasons) for short in mapped.rest}
-    outside = dict.fromkeys(view.outside.values(), f"outside the encoder, whose names start with '{view.prefix}'")
-    outside |= {name: reason for short, name in view.beside.items() if (reason := reason_to_drop(short, reasons))}
-    return {
-        "tensors": mapped.tensors,
-        "origin": {view.names[short]: target for short, target in mapped.origin.items()},
-        "dropped": {name: reason for name, reason in rest.items() if reason} | outside,
-        "unplaced": tuple(name for name, reason in rest.items() if reason is None),
-    }
 
 
 def reason_to_drop(name: str, reasons: Mapping[str, str]) -> str | None:

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import GUESS, Family, View, Wishes
+from mim_refiner.checkpoints.families.base import GUESS, Converted, Family, View, Wishes
 from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.checkpoints.families.mae import has_decoder
 from mim_refiner.checkpoints.families.plain_vit import (
     Prepare,
-    Structure,
     choose_heads,
     has_any,
     make_family,
@@ -45,21 +44,21 @@ BEIT_NAMES = KeyMap(same=lambda name: _NAME.fullmatch(name) is not None)
 
 
 def infer_beit(
-    tensors: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
     wishes: Wishes,
-    where: str,
     *,
     index: Tensor | None = None,
     known_heads: int = 0,
     known_size: tuple[int, int] | None = None,
     kind: str = "beit",
-) -> Structure:
+) -> Converted:
     """Structure of the Beit that ``tensors`` (timm names) belong to.
 
     ``index``: the file's relative_position_index, which tells a grid that is no square; ``known_heads`` and
     ``known_size`` come from a config. The number of heads is that of the relative table where there is one.
     Raises CheckpointError for a table whose grid nothing tells.
     """
+    where = wishes.where
     sizes, patch = size_arguments(tensors, where)
     width, depth = sizes["embed_dim"], sizes["depth"]
     relative = tensors.get(SHARED_TABLE, tensors.get(OWN_TABLE))
@@ -67,10 +66,9 @@ def infer_beit(
         told = (known_size, wishes.told_size, wishes.image_size)
         grid, grid_notes = _relative_grid(relative, index, patch, told, where)
     else:
-        pixels = (patch, sizes["in_chans"])
-        grid, _, grid_notes = table_grid(tensors.get("pos_embed"), 1, pixels, known_size, wishes, where)
+        grid, _, grid_notes = table_grid(tensors.get("pos_embed"), 1, patch, sizes["in_chans"], known_size, wishes)
     fc_norm = "fc_norm.weight" in tensors
-    heads, notes = choose_heads(width, depth, known_heads if relative is None else relative.shape[1], wishes, where)
+    heads, notes = choose_heads(width, depth, known_heads if relative is None else relative.shape[1], wishes)
     if relative is not None and heads != relative.shape[1]:
         raise CheckpointError(f"{where}: its position tables are for {relative.shape[1]} heads; leave num_heads out")
     arguments = sizes | {
@@ -85,7 +83,7 @@ def infer_beit(
         "global_pool": "avg" if fc_norm else "token",
     }
     size = "large" if SIZES.get((width, depth, heads)) == "large" else "base"
-    return Structure(f"{kind}_{size}_patch16_224", arguments, heads, (*notes, *grid_notes))
+    return Converted(f"{kind}_{size}_patch16_224", arguments, heads, tensors, notes=(*notes, *grid_notes))
 
 
 def _relative_grid(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,15 +16,7 @@ _PLACEHOLDERS = {"i": r"\d+", "n": r"\d+", "p": "weight|bias"}
 ZEROS = "0"  # in place of a source: zeros of its neighbours' shape (BEiT's keys have no bias)
 
 Template = str | tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Mapped:
-    """Tensors under timm's names, and where each came from."""
-
-    tensors: dict[str, Tensor]  # timm name -> value
-    origin: dict[str, str]  # source name -> timm name; several source names may share one
-    rest: tuple[str, ...]  # source names that no rule knows
+Mapped = tuple[dict[str, Tensor], dict[str, str]]  # timm name -> value; source name -> timm name
 
 
 class KeyMap:
@@ -65,32 +56,23 @@ class KeyMap:
         """Rename and join; a joined tensor appears only if all its parts are there."""
         parts: dict[str, dict[int, str]] = {}
         wanted: dict[str, tuple[str, ...]] = {}
-        rest = []
         for name in state:
-            found = self.target(name)
-            if found is None:
-                rest.append(name)
+            if (found := self.target(name)) is None:
                 continue
-            target, part, sources = found
+            target, part, wanted[target] = found
             if part in parts.setdefault(target, {}):
                 raise InputError(f"tensors {parts[target][part]} and {name} both mean {target}; keep one of them")
             parts[target][part] = name
-            wanted[target] = sources
         tensors: dict[str, Tensor] = {}
         origin: dict[str, str] = {}
         for target, names in parts.items():
             sources = wanted[target]
-            if len(names) < len(sources) - sources.count(ZEROS):
-                rest.extend(names.values())
-                continue
-            first = state[next(iter(names.values()))]
-            values = [
-                torch.zeros_like(first) if source == ZEROS else state[names[part]]
-                for part, source in enumerate(sources)
-            ]
-            tensors[target] = values[0] if len(values) == 1 else torch.cat(values)
-            origin |= dict.fromkeys(names.values(), target)
-        return Mapped(tensors, origin, tuple(rest))
+            if len(names) >= len(sources) - sources.count(ZEROS):
+                zeros = torch.zeros_like(state[next(iter(names.values()))])
+                values = [state[names[part]] if part in names else zeros for part in range(len(sources))]
+                tensors[target] = values[0] if len(values) == 1 else torch.cat(values)
+                origin |= dict.fromkeys(names.values(), target)
+        return tensors, origin
 
     def from_timm(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inverse of :meth:`to_timm`; raises InputError for a tensor that the source format has no name for."""

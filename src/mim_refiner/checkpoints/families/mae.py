@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -27,11 +26,6 @@ def has_decoder(view: View) -> bool:
     return is_bare_vit(view) and any(name.startswith("mask_token") for name in names) and decoder
 
 
-def _norm_of_file(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
-    """Every file has the final norm or that after pooling; one without either is incomplete."""
-    return {"final_norm": None if "fc_norm.weight" in tensors else True}
-
-
 # --- MAE (He et al., arXiv 2111.06377; github.com/facebookresearch/mae): published encoder-only files and fine-tuned
 # ones {"model": ...}, files with decoder, linear probes, and training checkpoints with optimiser and options. The same
 # layout have MAE-Lite, RETFound, SSL4EO-S12 (13 bands), SatMAE for RGB, AudioMAE and MSM-MAE (one channel, no square;
@@ -51,16 +45,12 @@ def _is_mae(view: View) -> bool:
     return has_decoder(view) or (published and ("head.weight" not in names or "fc_norm.weight" in names))
 
 
-MAE = make_family("mae", _is_mae, prepare=_norm_of_file)
+MAE = make_family("mae", _is_mae, final_norm=True)
 
 # --- dBOT (Liu et al., arXiv 2209.03917; github.com/liuxingbin/dbot): MAE's layout with a last layer of its own that
 # predicts features. An encoder-only file cannot be told from MAE's and is taken for one; both load alike.
 
-DBOT = replace(
-    MAE,
-    name="dbot",
-    matches=lambda view: has_decoder(view) and "decoder_predp.weight" in view.tensors,
-)
+DBOT = make_family("dbot", lambda view: has_decoder(view) and "decoder_predp.weight" in view.tensors, final_norm=True)
 
 # --- CrossMAE (Fu et al., arXiv 2401.14391; github.com/TonyLianLong/CrossMAE): MAE's layout with a decoder that attends
 # to the encoder's tokens. It reads a weighted sum of all blocks, so the encoder has no final norm; where it reads the
@@ -85,7 +75,7 @@ SCALE_MAE = make_family(
     "scale_mae",
     lambda view: is_bare_vit(view) and any(name.startswith(_SCALE_HEADS) for name in view.tensors),
     dropped=dict.fromkeys((*_SCALE_HEADS, "pos_emb_projection."), "head of the decoder"),
-    prepare=_norm_of_file,
+    final_norm=True,
     position_rule="sincos",
     notes=("positions of a ground sampling distance of 1; the authors scale them by that of the image",),
 )
@@ -125,7 +115,8 @@ def _is_mae_pytorch(view: View) -> bool:
 
 
 def _prepare_pytorch(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
-    notes, weight, said = [], tensors[PROJECTION], _norm_of_file(view, tensors, wishes)
+    notes, weight = [], tensors[PROJECTION]
+    said: dict[str, Any] = {}
     if weight.ndim == 5:
         tensors[PROJECTION] = weight.sum(dim=2)
         said["family"] = "videomae"
@@ -140,7 +131,9 @@ def _prepare_pytorch(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> 
     return said | {"notes": tuple(notes)}
 
 
-MAE_PYTORCH = make_family("mae_pytorch", _is_mae_pytorch, prepare=_prepare_pytorch, pooling="mean", heads={384: 6})
+MAE_PYTORCH = make_family(
+    "mae_pytorch", _is_mae_pytorch, prepare=_prepare_pytorch, final_norm=True, pooling="mean", heads={384: 6}
+)
 
 # --- TinyMIM (Ren et al., arXiv 2301.01296; github.com/OliverRensu/TinyMIM), pre-training files: no decoder. The last
 # block has other heads than the rest, for it imitates relations of a larger teacher; what comes after its attention was

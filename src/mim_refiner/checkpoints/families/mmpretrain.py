@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from mim_refiner.checkpoints.families import beit
-from mim_refiner.checkpoints.families.base import GUESS, View, Wishes
+from mim_refiner.checkpoints.families.base import GUESS, Converted, View, Wishes
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Mapped, Template
-from mim_refiner.checkpoints.families.plain_vit import Structure, make_family, projection_sizes
+from mim_refiner.checkpoints.families.plain_vit import make_family, projection_sizes
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.vit import mlp_ratio
 
@@ -51,11 +51,7 @@ BEIT_KEYS = KeyMap(
 _DROPPED = {"target_generator.": "makes the targets of the pre-training"}
 
 
-def _prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
-    return {"final_norm": None if "fc_norm.weight" in tensors else True, **_mean_and_std(view)}
-
-
-def _mean_and_std(view: View) -> dict[str, Any]:
+def _mean_and_std(view: View, *_: Any) -> dict[str, Any]:
     """Those of the file, where it keeps them (0-255)."""
     section = view.contents.sections[view.section]
     found = {key: section.get(view.beside.get(f"data_preprocessor.{key}", "")) for key in ("mean", "std")}
@@ -76,7 +72,8 @@ VIT = make_family(
     to_timm=VIT_KEYS.to_timm,
     anchor=ANCHOR,
     dropped=_DROPPED,
-    prepare=_prepare,
+    prepare=_mean_and_std,
+    final_norm=True,
     heads={192: 3, 384: 6},
 )
 BEIT = make_family(  # asked before VIT
@@ -124,16 +121,16 @@ def _swin_to_timm(tensors: Mapping[str, Tensor]) -> Mapped:
             # the four neighbours in the last dimension: [channel, row, column] to timm's [column, row, channel]
             parts = found[name].unflatten(-1, (-1, 2, 2)).movedim((-3, -2, -1), (-1, -2, -3))
             found[name] = parts.flatten(-3)
-    return Mapped(found, origin, tuple(name for name in tensors if name not in origin))
+    return found, origin
 
 
-def _infer_swin(tensors: dict[str, Tensor], wishes: Wishes, where: str) -> Structure:
-    width, in_chans, patch = projection_sizes(tensors, where)
+def _infer_swin(tensors: dict[str, Tensor], wishes: Wishes) -> Converted:
+    width, in_chans, patch = projection_sizes(tensors, wishes.where)
     tables = [t for name, t in sorted(tensors.items()) if name.endswith(f"blocks.0.attn.{_TABLE}")]
     window = (math.isqrt(tables[0].shape[0]) + 1) // 2
     depths = [sum(f"layers.{n}.blocks.{k}.norm1.weight" in tensors for k in range(999)) for n in range(len(tables))]
     if (2 * window - 1) ** 2 != tables[0].shape[0] or not all(depths):
-        raise CheckpointError(f"{where}: windows are no squares, or stages are missing; save the whole Swin")
+        raise CheckpointError(f"{wishes.where}: windows are no squares, or stages are missing; save the whole Swin")
     size = wishes.told_size or wishes.image_size
     guess = f"{GUESS}images of 192x192 px in training, as SimMIM's; pass image_size= if not"
     arguments = {
@@ -141,7 +138,7 @@ def _infer_swin(tensors: dict[str, Tensor], wishes: Wishes, where: str) -> Struc
         "depths": tuple(depths), "num_heads": tuple(table.shape[1] for table in tables), "window_size": window,
         "mlp_ratio": mlp_ratio(tensors["layers.0.blocks.0.mlp.fc1.weight"].shape[0], width),
     }  # fmt: skip
-    return Structure("swin_base_patch4_window7_224", arguments, -1, () if size else (guess,))
+    return Converted("swin_base_patch4_window7_224", arguments, -1, tensors, notes=() if size else (guess,))
 
 
 def _swin_target(name: str, last: int, shift: int) -> str | None:

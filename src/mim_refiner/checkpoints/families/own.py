@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from timm.models import is_model_in_modules
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import PROJECTION, Family, Wishes
+from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, Wishes
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
 from mim_refiner.checkpoints.families.mae import free_registers
-from mim_refiner.checkpoints.families.plain_vit import Structure, infer_structure, is_square, make_family
+from mim_refiner.checkpoints.families.plain_vit import infer_structure, is_square, make_family
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean
 from mim_refiner.files import errors_as, read_yaml
 from mim_refiner.models.mae import sincos_position_table
@@ -107,7 +107,7 @@ def own_family(given: Mapping[str, Any] | str | Path) -> Family:
     return replace(family, any_names=True)
 
 
-def _infer(tensors: dict[str, Tensor], wishes: Wishes, where: str, key_map: OwnKeyMap) -> Structure:
+def _infer(tensors: dict[str, Tensor], wishes: Wishes, key_map: OwnKeyMap) -> Converted:
     given = key_map.arguments.items()
     arguments: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
     architecture, by_block = key_map.architecture, key_map.num_heads if isinstance(key_map.num_heads, list) else None
@@ -130,16 +130,17 @@ def _infer(tensors: dict[str, Tensor], wishes: Wishes, where: str, key_map: OwnK
         close = did_you_mean(architecture, timm.list_models())
         raise InputError(f"key map: architecture '{architecture}' is unknown to timm{close}")
     if not plain and not is_model_in_modules(architecture.partition(".")[0], ["vision_transformer", "deit"]):
-        return Structure(architecture, arguments, heads or -1, ())
+        return Converted(architecture, arguments, heads or -1, tensors)
     if PROJECTION not in tensors:
         raise CheckpointError(
-            f"{where}: the key map leads no tensor to {PROJECTION}; name the first convolution in its keys"
+            f"{wishes.where}: the key map leads no tensor to {PROJECTION}; name the first convolution in its keys"
         )
     size = height_width(arguments["img_size"]) if "img_size" in arguments else wishes.told_size
-    _complete_table(tensors, key_map.positions, size or wishes.image_size, where)
-    vit = infer_structure(tensors, wishes, where, known_heads=heads, known_size=size)
+    _complete_table(tensors, key_map.positions, size or wishes.image_size, wishes.where)
+    vit = infer_structure(tensors, wishes, known_heads=heads, known_size=size)
     architecture = vit.architecture if architecture == "vit" else architecture
-    return Structure(architecture, vit.arguments | arguments, vit.num_heads or (0 if plain else -1), vit.notes)
+    heads = vit.num_heads or (0 if plain else -1)
+    return replace(vit, architecture=architecture, arguments=vit.arguments | arguments, num_heads=heads)
 
 
 def _complete_table(tensors: dict[str, Tensor], positions: str, size: tuple[int, int] | None, where: str) -> None:

@@ -5,22 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import (
-    DROPPED,
-    GUESS,
-    PROJECTION,
-    Converted,
-    Family,
-    View,
-    Wishes,
-    account,
-)
-from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Mapped, Template
+from mim_refiner.checkpoints.families.base import DROPPED, GUESS, PROJECTION, Converted, Family, View, Wishes
+from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Mapped
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.vit import BASE_ARCHITECTURE, IMAGENET_MEAN, IMAGENET_STD, SIZES, mlp_ratio, standard_name
 
@@ -44,31 +35,21 @@ def is_encoder_name(name: str) -> bool:
     return _ENCODER_NAME.fullmatch(name) is not None
 
 
-# Other names of the same parts: BEiT's biases and layer scale, DINOv2's SwiGLU, registers and chunks of blocks.
-_PARTS: list[tuple[Template, str]] = [
-    (("attn.q_bias", ZEROS, "attn.v_bias"), "attn.qkv.bias"), ("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma"),
-    ("mlp.w12.{p}", "mlp.fc1.{p}"), ("mlp.w3.{p}", "mlp.fc2.{p}"),
-]  # fmt: skip
+# Other names of the same parts: BEiT's layer scale, DINOv2's SwiGLU; in the latter's chunks of blocks all have others.
+_PARTS = (
+    ("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma"), ("mlp.w12.{p}", "mlp.fc1.{p}"), ("mlp.w3.{p}", "mlp.fc2.{p}"),
+)  # fmt: skip
 PARTS = (
     "norm1.{p}", "norm2.{p}", "attn.qkv.{p}", "attn.proj.{p}", "mlp.fc1.{p}", "mlp.fc2.{p}", "ls1.gamma", "ls2.gamma",
 )  # fmt: skip
-
-
-def _in_blocks(start: str, parts: list[tuple[Template, str]]) -> list[tuple[Template, str]]:
-    def place(template: Template) -> Template:
-        if isinstance(template, tuple):
-            return tuple(part if part == ZEROS else start + part for part in template)
-        return start + template
-
-    return [(place(source), "blocks.{i}." + target) for source, target in parts]
-
-
+_STARTS = ("blocks.{i}.", "blocks.{n}.{i}.")
 VIT_NAMES = KeyMap(  # timm's names, and other spellings of them
     [
         ("register_tokens", "reg_token"),
         ("dist_token", "reg_token"),  # DeiT's distillation token, with an entry in the table of positions
-        *_in_blocks("blocks.{i}.", _PARTS),
-        *_in_blocks("blocks.{n}.{i}.", [*((part, part) for part in PARTS), *_PARTS]),
+        *((start + part, "blocks.{i}." + target) for part, target in _PARTS for start in _STARTS),
+        *(((f"{start}attn.q_bias", ZEROS, f"{start}attn.v_bias"), "blocks.{i}.attn.qkv.bias") for start in _STARTS),
+        *((_STARTS[1] + part, "blocks.{i}." + part) for part in PARTS),
     ],
     same=is_encoder_name,
 )
@@ -89,33 +70,22 @@ def is_bare_vit(view: View) -> bool:
     return view.config is None and has_plain_vit(view.tensors)
 
 
-@dataclass(frozen=True)
-class Structure:
-    """What to build: timm name, constructor arguments for it, heads (0 = unknown), remarks."""
-
-    architecture: str
-    arguments: dict[str, Any]
-    num_heads: int
-    notes: tuple[str, ...]
-
-
 def infer_structure(
-    tensors: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
     wishes: Wishes,
-    where: str,
     *,
     final_norm: bool | None = None,
     known_heads: int = 0,
     known_size: tuple[int, int] | None = None,
-) -> Structure:
+) -> Converted:
     """Read the structure of the plain ViT that ``tensors`` (timm names) belong to.
 
     ``final_norm`` None = as in the file; True = the family always has one, so a file without it is incomplete.
     ``known_heads``, ``known_size``: number of heads and image size that a config beside the weights names.
     What the caller and the file's own arguments say (``wishes``) counts before any guess.
-    Raises CheckpointError (naming ``where``) for shapes that no ViT has and for a table of unknown grid.
+    Raises CheckpointError for shapes that no ViT has and for a table of unknown grid.
     """
-    sizes, patch = size_arguments(tensors, where)
+    sizes, patch = size_arguments(tensors, wishes.where)
     width, depth, in_chans = sizes["embed_dim"], sizes["depth"], sizes["in_chans"]
     fc_norm = "fc_norm.weight" in tensors
     num_registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
@@ -123,17 +93,17 @@ def infer_structure(
     entries = 0 if table is None or table.ndim != 3 else table.shape[1]
     # a file without ``cls_token`` whose table counts one is incomplete, not another ViT
     class_token = "cls_token" in tensors or (is_square(entries - 1) and not is_square(entries))
-    num_prefix, pixels = int(class_token) + num_registers, (patch, in_chans)
-    grid, prefix_in_table, grid_notes = table_grid(table, num_prefix, pixels, known_size, wishes, where)
+    num_prefix = int(class_token) + num_registers
+    grid, prefix_in_table, grid_notes = table_grid(table, num_prefix, patch, in_chans, known_size, wishes)
     if depth == 0:
         others = [name for name in tensors if not is_encoder_name(name)] or list(tensors)
         raise CheckpointError(
-            f"{where}: no tensor is named as those of blocks (blocks.0.attn.qkv.weight) but {', '.join(others[:4])}; "
-            "say in a key map (--key-map) which are the blocks'"
+            f"{wishes.where}: no tensor is named as those of blocks (blocks.0.attn.qkv.weight) but "
+            f"{', '.join(others[:4])}; say in a key map (--key-map) which are the blocks'"
         )
-    told = final_norm is not None
-    if final_norm is None:
-        final_norm = fc_norm or "norm.weight" in tensors or "norm.bias" in tensors
+    has_norm = final_norm
+    if has_norm is None:
+        has_norm = fc_norm or "norm.weight" in tensors or "norm.bias" in tensors
     arguments = sizes | {
         "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
         "qkv_bias": has_any(tensors, "attn.qkv.bias"),
@@ -143,7 +113,7 @@ def infer_structure(
         "reg_tokens": num_registers,
         "no_embed_class": prefix_in_table == 0,
         "pre_norm": "norm_pre.weight" in tensors,
-        "final_norm": final_norm,
+        "final_norm": has_norm,
         "fc_norm": fc_norm,
         "global_pool": "avg" if fc_norm or not class_token else "token",
     }
@@ -154,13 +124,13 @@ def infer_structure(
     elif gated:  # timm's name brings the kind of MLP; a value of None would be dropped, and the name's own used
         arguments["init_values"] = 0.0
     from_norm = next((width // t.shape[0] for n, t in tensors.items() if n.endswith("attn.q_norm.weight")), 0)
-    heads, notes = choose_heads(width, depth, known_heads or from_norm, wishes, where)
+    heads, notes = choose_heads(width, depth, known_heads or from_norm, wishes)
     notes += grid_notes
-    if not final_norm and not told:
+    if not has_norm and final_norm is None:
         notes.append("the file has no final norm, so the encoder has none")
     name = standard_name(width, depth, heads, patch) or BASE_ARCHITECTURE
     name = "vit_giant_patch14_dinov2" if gated else name  # timm's ViT whose MLP is a SwiGLU
-    return Structure(name, arguments, heads, tuple(notes))
+    return Converted(name, arguments, heads, tensors, notes=tuple(notes))
 
 
 def projection_sizes(tensors: Mapping[str, Tensor], where: str) -> tuple[int, int, tuple[int, int]]:
@@ -188,7 +158,7 @@ def count_blocks(tensors: Mapping[str, Tensor]) -> int:
     return 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=-1)
 
 
-def choose_heads(width: int, depth: int, known: int, wishes: Wishes, where: str) -> tuple[int, list[str]]:
+def choose_heads(width: int, depth: int, known: int, wishes: Wishes) -> tuple[int, list[str]]:
     """Number of heads (0 = nobody knows) and what to remark; InputError for one that does not divide the width.
 
     The caller's word counts first, then ``known`` (what tensors or config tell), then the file's own arguments, then
@@ -201,8 +171,8 @@ def choose_heads(width: int, depth: int, known: int, wishes: Wishes, where: str)
     heads = wishes.num_heads or known or told or standard
     if heads and width % heads:
         raise InputError(
-            f"{where}: num_heads={heads} does not divide the encoder's width {width}; pass num_heads= (--num-heads) "
-            "with a divisor"
+            f"{wishes.where}: num_heads={heads} does not divide the encoder's width {width}; pass num_heads= "
+            "(--num-heads) with a divisor"
         )
     if heads and heads == standard and not (wishes.num_heads or known or told):
         return heads, [f"{GUESS}{heads} attention heads, as the standard ViT of this size; pass num_heads= if not"]
@@ -222,18 +192,18 @@ def heads_question(arguments: Mapping[str, Any]) -> str:
 def table_grid(
     table: Tensor | None,
     num_prefix: int,
-    pixels: tuple[tuple[int, int], int],
+    patch: tuple[int, int],
+    in_chans: int,
     known: tuple[int, int] | None,
     wishes: Wishes,
-    where: str,
 ) -> tuple[tuple[int, int], int, list[str]]:
     """Grid (rows, columns) of the position table, how many prefix tokens have an entry in it, and what to remark.
 
-    ``pixels``: patch and input channels. ``known``: image size of a config, which decides; then what the file's
+    ``known``: image size of a config, which decides; then what the file's
     arguments say; then what the caller asks for, if the table has as many positions; then the square.
     Raises CheckpointError where nothing tells, and where the square is no better than other shapes.
     """
-    patch, in_chans = pixels
+    where = wishes.where
     sizes = (known, wishes.told_size, wishes.image_size)
     grids = [size and (size[0] // patch[0], size[1] // patch[1]) for size in sizes]
     if table is None:
@@ -306,7 +276,7 @@ def make_family(
     *,
     anchor: str = PROJECTION,
     to_timm: Callable[[Mapping[str, Tensor]], Mapped] = VIT_NAMES.to_timm,
-    infer: Callable[..., Structure] = infer_structure,
+    infer: Callable[..., Converted] = infer_structure,
     dropped: Mapping[str, str] | None = None,
     prepare: Prepare | None = None,
     default_encoder: tuple[str, ...] = (),
@@ -315,26 +285,23 @@ def make_family(
 ) -> Family:
     """A family by what it differs in from others.
 
-    ``to_timm``: its names. ``infer``: its structure, from (tensors, wishes, where, ...). ``dropped``: start of a name
+    ``to_timm``: its names. ``infer``: its structure, from (tensors, wishes, ...). ``dropped``: start of a name
     -> why the encoder does not take it, beside DROPPED. ``heads``: those of the authors' models by width, where other
     ViTs of that width have others. ``facts``: fields of :class:`Converted` (ImageNet's mean and std and the rule
     "bicubic" by default), or further arguments of ``infer``; those that depend on the file come from ``prepare``.
     """
 
     def convert(view: View, wishes: Wishes) -> Converted:
-        mapped = to_timm(view.tensors)
+        tensors, origin = to_timm(view.tensors)
         said: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "position_rule": "bicubic"} | facts
-        said |= prepare(view, mapped.tensors, wishes) if prepare else {}
-        out = tuple(name for name, target in mapped.origin.items() if target not in mapped.tensors)
-        origin = {name: target for name, target in mapped.origin.items() if name not in out}
-        mapped = replace(mapped, origin=origin, rest=mapped.rest + out)
+        said |= prepare(view, tensors, wishes) if prepare else {}
         structure = {key: said.pop(key) for key in said.keys() - _FIELDS}
-        if heads and PROJECTION in mapped.tensors and wishes.told_heads < 1:
-            structure.setdefault("known_heads", heads.get(mapped.tensors[PROJECTION].shape[0], 0))
-        found = infer(mapped.tensors, wishes, view.where, **structure)
+        if heads and PROJECTION in tensors and wishes.told_heads < 1:
+            structure.setdefault("known_heads", heads.get(tensors[PROJECTION].shape[0], 0))
+        found = infer(tensors, wishes, **structure)
         said["notes"] = found.notes + tuple(said.get("notes", ()))
         said["arguments"] = found.arguments | said.get("arguments", {})
-        said |= account(view, mapped, {**(dropped or {}), **DROPPED})
-        return Converted(said.pop("architecture", found.architecture), num_heads=found.num_heads, **said)
+        said["origin"] = {view.names[short]: target for short, target in origin.items()}
+        return replace(found, reasons={**(dropped or {}), **DROPPED}, **said)
 
     return Family(name, anchor, matches, convert, default_encoder=default_encoder)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from mim_refiner.checkpoints.families import hf
-from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, View, Wishes
+from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, Converted, View, Wishes
 from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.checkpoints.families.plain_vit import (
     PARTS,
-    Structure,
     choose_heads,
     has_plain_vit,
     is_encoder_name,
@@ -286,16 +285,16 @@ CAPI_KEYS = KeyMap(
 )
 
 
-def _infer_capi(tensors: dict[str, Tensor], wishes: Wishes, where: str) -> Structure:
+def _infer_capi(tensors: dict[str, Tensor], wishes: Wishes) -> Converted:
     # Positions are relative to the image, so the file has no size: 224 px with patches of 14.
-    sizes, patch = size_arguments(tensors, where)
+    sizes, patch = size_arguments(tensors, wishes.where)
     registers = tensors["reg_token"].shape[1]
     if patch[0] != patch[1] or registers % 4:
-        raise CheckpointError(f"{where}: CAPI has square patches and 4, 8, ... registers; download it again")
+        raise CheckpointError(f"{wishes.where}: CAPI has square patches and 4, 8, ... registers; download it again")
     width, per_head = sizes["embed_dim"], tensors["blocks.0.attn.freqs"].shape[1]
-    heads, notes = choose_heads(width, sizes["depth"], width // per_head, wishes, where)
+    heads, notes = choose_heads(width, sizes["depth"], width // per_head, wishes)
     arguments = sizes | {"img_size": wishes.image_size or 16 * patch[0], "reg_tokens": registers}
-    return Structure("vit_capi", arguments, heads, tuple(notes))
+    return Converted("vit_capi", arguments, heads, tensors, notes=tuple(notes))
 
 
 CAPI = make_family(

@@ -16,10 +16,8 @@ from mim_refiner.checkpoints.families.base import (
     Family,
     View,
     Wishes,
-    account,
     reason_to_drop,
 )
-from mim_refiner.checkpoints.families.keymap import Mapped
 from mim_refiner.checkpoints.families.plain_vit import has_plain_vit, make_family
 from mim_refiner.checkpoints.store import OWN_FACTS
 from mim_refiner.errors import CheckpointError
@@ -65,13 +63,13 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
     reasons |= {f"{name}.": "only there for timm, not part of the encoder" for name in without}
     reasons |= {name: DROPPED[name] for name in ("mask_token", "masked_embed", "decoder", "lm_head.")}
     tensors = {name: tensor for name, tensor in view.tensors.items() if not reason_to_drop(name, reasons)}
-    rest = tuple(name for name in view.tensors if name not in tensors)
-    mapped = Mapped(tensors, {name: name for name in tensors}, rest)
     return Converted(
         architecture,
         arguments,
         wishes.num_heads or -1,
-        **account(view, mapped, reasons),
+        tensors,
+        origin={view.names[name]: name for name in tensors},
+        reasons=reasons,
         mean=_floats(preprocessing.get("mean")),
         std=_floats(preprocessing.get("std")),
         licence=facts.get("licence") or preprocessing.get("license"),
