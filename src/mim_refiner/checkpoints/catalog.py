@@ -25,12 +25,11 @@ from filelock import FileLock, Timeout
 
 from mim_refiner._version import __version__
 from mim_refiner.errors import CheckpointError, one_line
-from mim_refiner.files import CACHE_VARIABLE, cache_folder, read_mapping, write_json
+from mim_refiner.files import CACHE_VARIABLE, cache_folder, errors_as, read_mapping, write_json
 
 UNKNOWN_LICENCE = "unknown"
 _OFFLINE_VARIABLES = ("MIM_REFINER_OFFLINE", "HF_HUB_OFFLINE")
-_ATTEMPTS = 5
-_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between the attempts
+_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between the attempts, which are one more
 _TIMEOUT = 30.0  # seconds without a byte
 _LOCK_TIMEOUT = 3600.0  # another process may be downloading the same file
 _CHUNK = 2**20
@@ -109,18 +108,15 @@ def fetch(entry: Entry, *, sleep: Callable[[float], None] = time.sleep) -> Path:
         raise CheckpointError(f"'{entry.name}' is not for programs; get the file from {entry.page}, pass its path")
     if any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in _OFFLINE_VARIABLES):
         raise _by_hand(entry, path, "offline mode is on")
-    try:
+    problem, remedy = f"cannot write to the cache {path.parent}", f"choose another folder with {CACHE_VARIABLE}"
+    with errors_as(CheckpointError, f"'{entry.name}': {problem}", remedy, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_TIMEOUT):
-            if not path.is_file():
-                _download(entry, path, sleep)
-    except Timeout as error:
-        raise _by_hand(entry, path, "another process has been downloading it for an hour") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"'{entry.name}': cannot write to the cache {path.parent} ({error.strerror or error}); choose another "
-            f"folder with {CACHE_VARIABLE}"
-        ) from error
+        try:
+            with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_TIMEOUT):
+                if not path.is_file():
+                    _download(entry, path, sleep)
+        except Timeout as error:
+            raise _by_hand(entry, path, "another process has been downloading it for an hour") from error
     return path
 
 
@@ -133,22 +129,19 @@ def _by_hand(entry: Entry, path: Path, reason: str) -> CheckpointError:
 
 def _download(entry: Entry, path: Path, sleep: Callable[[float], None]) -> None:
     part, notes = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
-    reason = ""
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            sleep(_WAITS[min(attempt, len(_WAITS)) - 1])
+    for wait in (*_WAITS, None):
         try:
             _transfer(entry, path, part, notes)
+            break
         except _TryAgainError as error:
-            reason = str(error)
-            continue
-        _verify(entry, part, notes)
-        part.replace(path)
-        notes.unlink(missing_ok=True)
-        return
-    kept = part.stat().st_size if part.exists() else 0
-    so_far = f", {kept} bytes are kept and the next call goes on" if kept else ""
-    raise _by_hand(entry, path, f"{reason} after {_ATTEMPTS} attempts{so_far}")
+            if wait is None:
+                kept = part.stat().st_size if part.exists() else 0
+                so_far = f", {kept} bytes are kept and the next call goes on" if kept else ""
+                raise _by_hand(entry, path, f"{error} after {len(_WAITS) + 1} attempts{so_far}") from error
+            sleep(wait)
+    _verify(entry, part, notes)
+    part.replace(path)
+    notes.unlink(missing_ok=True)
 
 
 def _transfer(entry: Entry, path: Path, part: Path, notes: Path) -> None:

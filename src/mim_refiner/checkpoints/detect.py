@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -25,17 +25,7 @@ _NO_AVERAGE = {"gram", "student", "online"}  # a Gram teacher is an old state, o
 _UNTELLING = {"", "model", "state_dict", "backbone", "net", "network", "vit", "beit", "trunk", "visual"}
 
 
-@dataclass(frozen=True)
-class Detected:
-    """A file's family, the encoder chosen in it, and the labels of all its encoders."""
-
-    family: Family
-    view: View
-    encoders: tuple[str, ...]
-    note: str = ""  # on the choice, where names do not tell it or tell it wrongly
-
-
-def detect(contents: Contents, wishes: Wishes, own: Family | None = None) -> Detected:
+def detect(contents: Contents, wishes: Wishes, own: Family | None = None) -> tuple[Family, View]:
     """The first family that claims an encoder of the file, or the caller's ``own``; and the encoder to take.
 
     That is the one ``wishes.encoder`` names, else the running average, whatever its tool calls it, unless the family
@@ -61,7 +51,7 @@ def detect(contents: Contents, wishes: Wishes, own: Family | None = None) -> Det
                 for view in found
             ]
             view, note = _choose(found, family, wishes)
-            return Detected(family, view, tuple(view.label for view in found), note)
+            return family, replace(view, encoders=tuple(view.label for view in found), note=note)
     raise _unknown(contents)
 
 

@@ -180,15 +180,13 @@ def _rebuild_kind(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
 
 def _pairs(items: Any = (), *_: Any) -> dict[Any, Any]:
     """An OrderedDict or Counter: {} or what a mapping or a list of pairs holds."""
-    if isinstance(items, dict):
-        return dict(items)
-    if not isinstance(items, list | tuple):
+    pairs: Any = list(items.items()) if isinstance(items, dict) else items
+    known = isinstance(pairs, list | tuple)
+    if not known or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise BrokenPickleError("an ordered dict is made of no pairs")
-    for item in items:
-        if not isinstance(item, list | tuple) or len(item) != 2:
-            raise BrokenPickleError("an ordered dict is made of no pairs")
-        check_key(item[0])
-    return dict(items)
+    for key, _ in pairs:
+        check_key(key)
+    return dict(pairs)
 
 
 def _members(items: Any = (), *_: Any) -> list[Any]:
@@ -206,11 +204,12 @@ def _bytes(text: Any = b"", encoding: Any = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _first(value: Any, *_: Any) -> Any:
-    return value
-
-
 _CORES = ("core", "_core")  # of NumPy 1 and 2
+_AS_GIVEN = (  # calls that stand for their first argument
+    "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state", "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer", "torch._utils._rebuild_device_tensor_from_numpy",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor",
+)  # fmt: skip
 CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _pairs, "collections.Counter": _pairs, "collections.defaultdict": lambda *_: {},
     "collections.deque": _members, "builtins.set": _members,
@@ -218,12 +217,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _bytes, "torch.Size": lambda size=(): tuple(_members(size)),
     "numpy.dtype": lambda *arguments: _Dtype("numpy.dtype", arguments),
     "torch._utils._rebuild_tensor": _rebuild, "torch._utils._rebuild_tensor_v2": _rebuild,
-    "torch._utils._rebuild_tensor_v3": _rebuild, "torch._utils._rebuild_parameter": _first,
-    "torch._utils._rebuild_parameter_with_state": _first, "torch.nn.parameter.Parameter": _first,
-    "torch.nn.parameter.Buffer": _first, "torch._tensor._rebuild_from_type_v2": _rebuild_kind,
+    "torch._utils._rebuild_tensor_v3": _rebuild, "torch._tensor._rebuild_from_type_v2": _rebuild_kind,
     "torch._utils._rebuild_wrapper_subclass": lambda *_: Stub("torch.Tensor"),
-    "torch._utils._rebuild_device_tensor_from_numpy": _first,
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
+    **dict.fromkeys(_AS_GIVEN, lambda value, *_: value),
     **{f"numpy.{core}.multiarray.scalar": _scalar for core in _CORES},
     **{f"numpy.{core}.multiarray._reconstruct": lambda *_: Array("numpy.ndarray") for core in _CORES},
     **{f"numpy.{core}.numeric._frombuffer": _array for core in _CORES},

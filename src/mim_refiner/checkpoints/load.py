@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from mim_refiner.checkpoints.adapters import SAVED_HEAD
 from mim_refiner.checkpoints.build import MAX_PIXELS, adapt_channels, build, shapes_only
 from mim_refiner.checkpoints.catalog import UNKNOWN_LICENCE, family_licence
-from mim_refiner.checkpoints.detect import Detected, detect
-from mim_refiner.checkpoints.families import Converted, Wishes
+from mim_refiner.checkpoints.detect import detect
+from mim_refiner.checkpoints.families import Converted, View, Wishes
 from mim_refiner.checkpoints.families.base import GUESS, reason_to_drop
 from mim_refiner.checkpoints.families.own import own_family
 from mim_refiner.checkpoints.families.plain_vit import heads_question
@@ -41,10 +41,6 @@ _LOGGER = logging.getLogger("mim_refiner")  # a logger without handlers writes w
 
 class PartialCheckpointWarning(UserWarning):
     """A checkpoint was loaded although it does not cover the encoder, or holds tensors that found no place."""
-
-
-class _GapError(CheckpointError):
-    """Tensors of file and encoder do not match, which strict=False allows."""
 
 
 def load_backbone(
@@ -74,12 +70,12 @@ def load_backbone(
     """
     if isinstance(source, nn.Module):
         return _held(source, image_size)
-    found = _examine(source, key_map, image_size=image_size, num_heads=num_heads, in_chans=in_chans, encoder=encoder)
+    options = {"image_size": image_size, "num_heads": num_heads, "in_chans": in_chans, "encoder": encoder}
+    found = _examine(source, key_map=key_map, **options)
     bare, converted, expected = found.report.source, found.converted, found.sketch.state_dict()
-    is_gap = isinstance(found.problem, _GapError)
-    if found.problem is not None and (strict or not is_gap):
+    if found.problem is not None and (strict or not found.is_gap):
         raise found.problem
-    if is_gap:
+    if found.is_gap:
         consequence = "the missing ones stay RANDOM" if found.report.missing else "they are ignored"
         gap = str(found.problem).partition(";")[0]
         warnings.warn(f"{gap}; {consequence}", PartialCheckpointWarning, stacklevel=2)
@@ -129,7 +125,7 @@ def inspect_checkpoint(
     safely or is of no known family, InputError for an unusable option.
     """
     options = {"image_size": image_size, "num_heads": num_heads, "in_chans": in_chans, "encoder": encoder}
-    return _examine(source, key_map, **options).report
+    return _examine(source, key_map=key_map, **options).report
 
 
 class _Examined(NamedTuple):
@@ -139,13 +135,13 @@ class _Examined(NamedTuple):
     converted: Converted
     sketch: Any  # the model, without memory for its weights
     problem: MimRefinerError | None
+    is_gap: bool  # tensors of file and encoder do not match, which strict=False allows
 
 
-def _examine(given: str | Path, key_map: KeyMapLike, **options: Any) -> _Examined:
+def _examine(given: str | Path, **options: Any) -> _Examined:
     source, asked = split_options(given)  # arguments win over what stands in the source
-    in_source = asked.pop("key_map", None)
-    key_map = in_source if key_map is None else key_map
     asked |= {name: value for name, value in options.items() if value is not None}
+    key_map = asked.pop("key_map", None)
     size = asked.get("image_size")
     size = asked["image_size"] = None if size is None else height_width(size)
     if size is not None and (min(size) < 1 or size[0] * size[1] > MAX_PIXELS):
@@ -157,21 +153,21 @@ def _examine(given: str | Path, key_map: KeyMapLike, **options: Any) -> _Examine
     remedy = "take the files from their source again"
     # Shapes and config entries of a damaged file can fail anywhere; all mean the same to the user.
     with errors_as(CheckpointError, f"{contents.source}: its tensors or its config.json are of no encoder", remedy):
-        detected = detect(contents, wishes, own)
-        converted = detected.family.convert(detected.view, wishes)
-        converted = with_own_facts(converted, contents, by_key_map=key_map is not None)
-        converted = replace(converted, family=converted.family or detected.family.name)
+        family, view = detect(contents, wishes, own)
+        converted = with_own_facts(family.convert(view, wishes), contents, by_key_map=key_map is not None)
+        converted = replace(converted, family=converted.family or family.name)
         if wishes.in_chans is not None:
             converted = adapt_channels(converted, wishes.in_chans)
     with shapes_only():  # they are compared before any memory is taken
         sketch = build(replace(converted, num_heads=converted.num_heads or 1), contents.source)
     expected = sketch.state_dict()
-    records, missing, unplaced = _fates(detected, converted, expected)
+    records, missing, unplaced = _fates(view, converted, expected)
     backbone = _wrap(converted, sketch, source, missing)
     problem: MimRefinerError | None = None
-    if converted.num_heads == 0:
+    heads_known, fits = converted.num_heads != 0, not (missing or unplaced)
+    if not heads_known:
         problem = InputError(f"{source}: {heads_question(converted.arguments)}")
-    elif missing or unplaced:
+    elif not fits:
         problem = _gap(source, len(expected), missing, unplaced)
     else:
         try:
@@ -181,44 +177,33 @@ def _examine(given: str | Path, key_map: KeyMapLike, **options: Any) -> _Examine
         except MimRefinerError as error:
             problem = error
     facts = vars(backbone.info) | {"image_size": size or backbone.info.image_size}
-    if converted.num_heads == 0:  # nobody tells
+    if not heads_known:
         facts |= {"num_heads": 0, "architecture": facts["architecture"].replace("heads=1,", "heads=?,")}
     report = CheckpointReport(
         **facts,
         tensors=tuple(records),
         missing=tuple(missing),
-        notes=tuple(_notes(detected, converted, backbone, unplaced)),
+        notes=tuple(_notes(view, converted, backbone, unplaced)),
         problem="" if problem is None else str(problem),
-        encoder=detected.view.label,
-        encoders=detected.encoders,
+        encoder=view.label,
+        encoders=view.encoders,
     )
-    return _Examined(report, converted, sketch, problem)
+    return _Examined(report, converted, sketch, problem, heads_known and not fits)
 
 
 def _wrap(converted: Converted, model: Any, source: str, missing: Sequence[str]) -> Backbone:
     family, total = converted.family or "", len(model.state_dict())
-    return Backbone.wrap(
-        model,
-        family=family,
-        mean=converted.mean,
-        std=converted.std,
-        licence=converted.licence or family_licence(family),
-        coverage=(total - len(missing)) / total,
-        source=source,
-        position_rule=converted.position_rule,
-        pooling=converted.pooling,
-        image_size=converted.image_size,
-    )
+    licence, coverage = converted.licence or family_licence(family), (total - len(missing)) / total
+    facts = {name: getattr(converted, name) for name in ("mean", "std", "position_rule", "pooling", "image_size")}
+    return Backbone.wrap(model, family=family, licence=licence, coverage=coverage, source=source, **facts)
 
 
-def _notes(detected: Detected, converted: Converted, backbone: Backbone, unplaced: list[str]) -> list[str]:
-    label, info = detected.view.label, backbone.info
-    notes = [*converted.notes, *guesses(converted, detected.view.contents, info.in_chans)]
-    if detected.note:
-        notes.append(detected.note)
-    if len(detected.encoders) > 1:
-        others = ", ".join(other for other in detected.encoders if other != label)
-        notes.append(f"this is the encoder '{label}'; the file also holds {others}: choose by --encoder")
+def _notes(view: View, converted: Converted, backbone: Backbone, unplaced: list[str]) -> list[str]:
+    info = backbone.info
+    notes = [*converted.notes, *guesses(converted, view.contents, info.in_chans), *([view.note] if view.note else [])]
+    if len(view.encoders) > 1:
+        others = ", ".join(other for other in view.encoders if other != view.label)
+        notes.append(f"this is the encoder '{view.label}'; the file also holds {others}: choose by --encoder")
     if converted.num_heads == 0:
         notes.append("the file does not tell the number of attention heads; pass num_heads= to load it")
     if unplaced:
@@ -229,7 +214,7 @@ def _notes(detected: Detected, converted: Converted, backbone: Backbone, unplace
     return notes
 
 
-def _gap(source: str, total: int, missing: list[str], unplaced: list[str]) -> _GapError:
+def _gap(source: str, total: int, missing: list[str], unplaced: list[str]) -> CheckpointError:
     """What file and encoder do not share, and what to do."""
     problems = []
     if missing:
@@ -240,7 +225,7 @@ def _gap(source: str, total: int, missing: list[str], unplaced: list[str]) -> _G
     advice = "give the complete file (strict=False would leave gaps random)"
     if not missing:
         advice = "if the encoder works without them, name them under drop: in a key map (--key-map)"
-    return _GapError(f"{source}: {' and '.join(problems)}; {advice}")
+    return CheckpointError(f"{source}: {' and '.join(problems)}; {advice}")
 
 
 def _check_numbers(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
@@ -258,10 +243,10 @@ def _check_numbers(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 
 
 def _fates(
-    detected: Detected, converted: Converted, expected: Mapping[str, Tensor]
+    view: View, converted: Converted, expected: Mapping[str, Tensor]
 ) -> tuple[list[TensorRecord], list[str], list[str]]:
     """(fate of every tensor, encoder tensors not provided, file tensors without a place); refuses a wrong shape."""
-    view, given, reasons = detected.view, converted.tensors, converted.reasons
+    given, reasons = converted.tensors, converted.reasons
     section = view.contents.sections[view.section]
     placed = {name: target for name, target in converted.origin.items() if target in given}
     left: dict[str, str | None] = {name: reason_to_drop(short, reasons) for short, name in view.names.items()}
@@ -284,7 +269,7 @@ def _fates(
         why = reason or "no place in the encoder"
         records.append(TensorRecord(name, tuple(section[name].shape), "dropped", reason=why))
     for path, tensors in view.contents.sections.items():
-        why = _why_not(path, detected.encoders)
+        why = _why_not(path, view.encoders)
         for name, tensor in tensors.items() if path != view.section else ():
             records.append(TensorRecord(f"{path}.{name}".lstrip("."), tuple(tensor.shape), "dropped", reason=why))
     missing = [name for name in expected if name not in given]

@@ -101,7 +101,7 @@ def with_own_facts(converted: Converted, contents: Contents, *, by_key_map: bool
     if isinstance(own, Mapping):
         facts = {name: own[name] for name in ("family", "licence", "position_rule", "norm_eps") if own.get(name)}
         facts |= {name: tuple(own[name]) for name in ("mean", "std") if isinstance(own.get(name), list)}
-        facts |= {"pooling": own["encoder_pooling"]} if own.get("encoder_pooling") in ("cls", "mean") else {}
+        facts |= {"pooling": own["encoder_pooling"]} if own.get("encoder_pooling") else {}
     elif contents.config is None:
         facts = _normalisation(contents)
         facts["notes"] = converted.notes + facts.get("notes", ())

@@ -60,6 +60,8 @@ class View:
     tensors: dict[str, Tensor]  # short name -> value
     names: dict[str, str]  # short name -> name in the section
     outside: dict[str, str]  # tensors of the section without the prefix: name without wrappers -> name in the section
+    encoders: tuple[str, ...] = ()  # labels of all encoders in the file
+    note: str = ""  # on the choice among them, where names do not tell it or tell it wrongly
 
     @property
     def where(self) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, View, Wishes
+from mim_refiner.checkpoints.families.base import GUESS, PROJECTION, Family, View, Wishes
 from mim_refiner.checkpoints.families.plain_vit import (
     VIT_NAMES,
     count_blocks,
@@ -17,6 +18,11 @@ from mim_refiner.checkpoints.families.plain_vit import (
 )
 from mim_refiner.errors import InputError
 from mim_refiner.models.positions import sinusoid_table
+
+
+def _bare(name: str, matches: Callable[[View], bool], **options: Any) -> Family:
+    """:func:`make_family` of plain ViTs without a config.json."""
+    return make_family(name, lambda view: is_bare_vit(view) and matches(view), **options)
 
 
 def has_decoder(view: View) -> bool:
@@ -37,15 +43,12 @@ def _is_mae(view: View) -> bool:
 
     A ViT under "model" with a classifier of one layer but without ``fc_norm`` is not MAE's (DeiT's files look so).
     """
-    names = view.tensors
-    if not is_bare_vit(view):
-        return False
-    plain = "cls_token" in names and "reg_token" not in names and "blocks.0.ls1.gamma" not in names
-    published = view.section == "model" and plain
+    names = view.tensors.keys()
+    published = view.section == "model" and "cls_token" in names and not {"reg_token", "blocks.0.ls1.gamma"} & names
     return has_decoder(view) or (published and ("head.weight" not in names or "fc_norm.weight" in names))
 
 
-MAE = make_family("mae", _is_mae, final_norm=True)
+MAE = _bare("mae", _is_mae, final_norm=True)
 
 # --- dBOT (Liu et al., arXiv 2209.03917; github.com/liuxingbin/dbot): MAE's layout with a last layer of its own that
 # predicts features. An encoder-only file cannot be told from MAE's and is taken for one; both load alike.
@@ -71,9 +74,9 @@ CROSSMAE = make_family(
 
 _SCALE_HEADS = ("fpn.", "fcn.", "fcn_high.", "fcn_low.")
 
-SCALE_MAE = make_family(
+SCALE_MAE = _bare(
     "scale_mae",
-    lambda view: is_bare_vit(view) and any(name.startswith(_SCALE_HEADS) for name in view.tensors),
+    lambda view: any(name.startswith(_SCALE_HEADS) for name in view.tensors),
     dropped=dict.fromkeys((*_SCALE_HEADS, "pos_emb_projection."), "head of the decoder"),
     final_norm=True,
     position_rule="sincos",
@@ -85,16 +88,15 @@ SCALE_MAE = make_family(
 
 
 def _is_mae_ct(view: View) -> bool:
-    """A plain ViT alone under "state_dict", with its constructor's arguments beside it or positions of patches only."""
-    names = view.tensors
-    if not view.alone or not has_plain_vit(names) or not {"cls_token", "pos_embed"} <= names.keys():
+    """A ViT alone under "state_dict", with its constructor's arguments beside it or positions of patches only."""
+    if not view.alone or not {"cls_token", "pos_embed"} <= view.tensors.keys():
         return False
-    entries = names["pos_embed"].shape[1]
+    entries = view.tensors["pos_embed"].shape[1]
     free = is_square(entries) and not is_square(entries - 1)
     return free or any(path.startswith("ctor_kwargs.") for path in view.contents.facts)
 
 
-MAE_CT = make_family(
+MAE_CT = _bare(
     "mae_ct",
     _is_mae_ct,
     prepare=lambda view, *_: {"known_heads": view.contents.fact("attention_heads") or 0},
@@ -104,14 +106,6 @@ MAE_CT = make_family(
 # --- MAE-pytorch (github.com/pengzhiliang/MAE-pytorch) and VideoMAE (arXiv 2203.12602, MCG-NJU/VideoMAE): no class
 # token; biases of query and value only; positions by the number of the patch, which the code computes and the file has
 # not. VideoMAE's patches span several frames: an image is taken for one such tubelet of equal frames.
-
-
-def _is_mae_pytorch(view: View) -> bool:
-    """A ViT without class token, with BEiT's biases, and without a table or with a decoder of this code beside it."""
-    names = view.tensors
-    if "cls_token" in names or "blocks.0.attn.q_bias" not in names:
-        return False
-    return is_bare_vit(view) and ("pos_embed" not in names or "encoder_to_decoder.weight" in view.beside)
 
 
 def _prepare_pytorch(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
@@ -131,8 +125,17 @@ def _prepare_pytorch(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> 
     return said | {"notes": tuple(notes)}
 
 
-MAE_PYTORCH = make_family(
-    "mae_pytorch", _is_mae_pytorch, prepare=_prepare_pytorch, final_norm=True, pooling="mean", heads={384: 6}
+MAE_PYTORCH = _bare(  # with BEiT's biases, and without a table or with a decoder of this code beside it
+    "mae_pytorch",
+    lambda view: (
+        "cls_token" not in view.tensors
+        and "blocks.0.attn.q_bias" in view.tensors
+        and ("pos_embed" not in view.tensors or "encoder_to_decoder.weight" in view.beside)
+    ),
+    prepare=_prepare_pytorch,
+    final_norm=True,
+    pooling="mean",
+    heads={384: 6},
 )
 
 # --- TinyMIM (Ren et al., arXiv 2301.01296; github.com/OliverRensu/TinyMIM), pre-training files: no decoder. The last
@@ -153,9 +156,9 @@ def _prepare_tinymim(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> 
     return {"known_heads": heads, "arguments": arguments, "notes": (_TINY_NOTE.format(last, heads),)}
 
 
-TINYMIM = make_family(
+TINYMIM = _bare(
     "tinymim",
-    lambda view: str(view.contents.fact("model")).startswith("tinymim") and is_bare_vit(view) and not has_decoder(view),
+    lambda view: str(view.contents.fact("model")).startswith("tinymim") and not has_decoder(view),
     prepare=_prepare_tinymim,
     final_norm=True,
     architecture="vit_variant",
@@ -209,25 +212,21 @@ BIRD_MAE = make_family(
 def _is_ibot(view: View) -> bool:
     """A ViT with class token called student or teacher, or alone in the file under "state_dict" without classifier."""
     names = view.tensors
-    if not is_bare_vit(view) or "cls_token" not in names:
-        return False
-    if {"student", "teacher"} & {*view.section.split("."), *view.prefix.split(".")}:
-        return True
-    bare = view.alone and not view.contents.facts
-    return bare and all(VIT_NAMES.knows(name) for name in names) and "reg_token" not in names
+    called = not {"student", "teacher"}.isdisjoint([*view.section.split("."), *view.prefix.split(".")])
+    bare = view.alone and not view.contents.facts and "reg_token" not in names and all(map(VIT_NAMES.knows, names))
+    return "cls_token" in names and (called or bare)
 
 
-def _prepare_ibot(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, str | None]:
+def _prepare_ibot(view: View, *_: Any) -> dict[str, Any]:
     """A training file in which no encoder has a mask token is DINO's, not iBOT's."""
     sections = view.contents.sections
-    masks = set(sections) == {"state_dict"} or any(
-        name.endswith(("masked_embed", "mask_token")) for names in sections.values() for name in names
-    )
+    names = (name for held in sections.values() for name in held)
+    masks = sections.keys() == {"state_dict"} or any(name.endswith(("masked_embed", "mask_token")) for name in names)
     return {"family": None if masks else "dino"}
 
 
 _HEADS = {192: 3, 384: 6}
-IBOT = make_family("ibot", _is_ibot, prepare=_prepare_ibot, final_norm=True, position_rule="dino", heads=_HEADS)
+IBOT = _bare("ibot", _is_ibot, prepare=_prepare_ibot, final_norm=True, position_rule="dino", heads=_HEADS)
 
 # --- DINOv2's own files (Oquab et al., arXiv 2304.07193; github.com/facebookresearch/dinov2): hub files with and
 # without registers, and training files {"teacher": ...} whose blocks may lie in chunks. The table counts the class
@@ -237,10 +236,9 @@ IBOT = make_family("ibot", _is_ibot, prepare=_prepare_ibot, final_norm=True, pos
 def _is_dinov2(view: View) -> bool:
     """A ViT with class token and registers, a mask token of two dimensions, or blocks in chunks."""
     names = view.tensors
-    if not is_bare_vit(view) or "cls_token" not in names:
-        return False
     mask, chunked = names.get("mask_token"), any(n.split(".")[2].isdigit() for n in names if n[:7] == "blocks.")
-    return "register_tokens" in names or chunked or (mask is not None and mask.ndim == 2)
+    known = "register_tokens" in names or chunked or (mask is not None and mask.ndim == 2)
+    return known and "cls_token" in names
 
 
 def free_registers(tensors: dict[str, Tensor]) -> None:
@@ -251,12 +249,12 @@ def free_registers(tensors: dict[str, Tensor]) -> None:
         tensors["pos_embed"] = table[:, 1:]
 
 
-def _prepare_dinov2(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
+def _prepare_dinov2(view: View, tensors: dict[str, Tensor], *_: Any) -> dict[str, Any]:
     free_registers(tensors)
     return {"position_rule": "timm" if "reg_token" in tensors else "dino"}  # as the authors' hub has it
 
 
-DINOV2 = make_family("dinov2", _is_dinov2, prepare=_prepare_dinov2, final_norm=True, heads={384: 6})
+DINOV2 = _bare("dinov2", _is_dinov2, prepare=_prepare_dinov2, final_norm=True, heads={384: 6})
 
 # --- I-JEPA (Assran et al., arXiv 2301.08243; github.com/facebookresearch/ijepa): {"encoder": ..., "target_encoder":
 # ..., "predictor": ...}; no class token. The target encoder (a running average) is the one that the authors evaluate.

@@ -45,9 +45,8 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
         kind = config.get("model_type") or ", ".join(list(config)[:4]) or "nothing"
         raise CheckpointError(f"{view.where}: its config names no timm 'architecture' (it has: {kind}); give one")
     preprocessing = _mapping(config, "pretrained_cfg", view.where) or config  # older folders have one level only
-    facts = _mapping(config, OWN_FACTS, view.where)
-    model_args = _mapping(config, "model_args", view.where)
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in model_args.items()}
+    given = _mapping(config, "model_args", view.where).items()
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in given}
     arguments.pop("num_classes", None)
     unscaled = arguments.get("init_values", 0) is None and not any("gamma" in name for name in view.tensors)
     by_zero = unscaled and is_model_in_modules(architecture.partition(".")[0], _UNSCALED_BY_ZERO)
@@ -55,11 +54,10 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
         arguments["init_values"] = 0.0
     first_conv, shape = preprocessing.get("first_conv"), preprocessing.get("input_size")
     known = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
-    classifier = preprocessing.get("classifier") or (known.classifier if known else None) or "head"
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    without = tuple(str(name) for name in facts.get("without") or ())
+    heads = preprocessing.get("classifier") or (known.classifier if known else None) or "head"
+    without = tuple(str(name) for name in _mapping(config, OWN_FACTS, view.where).get("without") or ())
     without += (LAYER_SCALE,) if unscaled and not by_zero else ()
-    reasons = {f"{head}.": "classifier" for head in heads}
+    reasons = {f"{head}.": "classifier" for head in ([heads] if isinstance(heads, str) else heads)}
     reasons |= {f"{name}.": "only there for timm, not part of the encoder" for name in without}
     reasons |= {name: DROPPED[name] for name in ("mask_token", "masked_embed", "decoder", "lm_head.")}
     tensors = {name: tensor for name, tensor in view.tensors.items() if not reason_to_drop(name, reasons)}
@@ -72,11 +70,8 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
         reasons=reasons,
         mean=_floats(preprocessing.get("mean")),
         std=_floats(preprocessing.get("std")),
-        licence=facts.get("licence") or preprocessing.get("license"),
-        family=facts.get("family"),
-        norm_eps=facts.get("norm_eps"),
-        position_rule=facts.get("position_rule") or ("flexi" if architecture.startswith("flexi") else "timm"),
-        pooling=facts.get("encoder_pooling"),
+        licence=preprocessing.get("license"),
+        position_rule="flexi" if architecture.startswith("flexi") else "timm",
         without=without,
         image_size=(int(shape[1]), int(shape[2])) if isinstance(shape, list) and len(shape) == 3 else None,
         projection=f"{first_conv}.weight" if isinstance(first_conv, str) else PROJECTION,
