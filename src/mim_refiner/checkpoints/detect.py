@@ -69,6 +69,7 @@ def _views(contents: Contents, family: Family) -> Iterator[View]:
             prefixes = [""]
         for prefix in prefixes:
             inside = {name: short for name, short in stripped.items() if short.startswith(prefix)}
+            parent = prefix.rstrip(".").rpartition(".")[0]
             yield View(
                 contents=contents,
                 section=section,
@@ -76,7 +77,7 @@ def _views(contents: Contents, family: Family) -> Iterator[View]:
                 label=_label(section, prefix),
                 tensors={short.removeprefix(prefix): tensors[name] for name, short in inside.items()},
                 names={short.removeprefix(prefix): name for name, short in inside.items()},
-                outside={short: name for name, short in stripped.items() if name not in inside},
+                beside={s.removeprefix(f"{parent}."): name for name, s in stripped.items() if name not in inside},
             )
 
 

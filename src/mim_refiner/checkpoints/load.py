@@ -249,9 +249,10 @@ def _fates(
     given, reasons = converted.tensors, converted.reasons
     section = view.contents.sections[view.section]
     placed = {name: target for name, target in converted.origin.items() if target in given}
-    left: dict[str, str | None] = {name: reason_to_drop(short, reasons) for short, name in view.names.items()}
-    left |= dict.fromkeys(view.outside.values(), f"outside the encoder, whose names start with '{view.prefix}'")
+    left: dict[str, str | None] = {}
+    left |= dict.fromkeys(section, f"outside the encoder, whose names start with '{view.prefix}'")
     left |= {name: reason for short, name in view.beside.items() if (reason := reason_to_drop(short, reasons))}
+    left |= {name: reason_to_drop(short, reasons) for short, name in view.names.items()}
     left = {name: reason for name, reason in left.items() if name not in placed}
     left |= {name: None for name, target in placed.items() if target not in expected}
     records, parts = [], Counter(placed.values())

@@ -78,9 +78,9 @@ def _named(model: Any) -> tuple[int, int]:
 def _size(contents: Contents) -> tuple[int, int] | None:
     """Image size (height, width) in training; a spectrogram's is frames x mel bands, as AudioMAE lays it out."""
     size: Any = contents.fact(*_SIZES)
-    for rows, columns in _PAIRS if size is None else ():
-        pair = (contents.fact(*rows), contents.fact(*columns))
-        size = pair if size is None and None not in pair else size
+    if size is None:
+        pairs = ((contents.fact(*rows), contents.fact(*columns)) for rows, columns in _PAIRS)
+        size = next((pair for pair in pairs if None not in pair), None)
     if isinstance(size, str):
         match = re.fullmatch(r"[(\[]?(\d{1,6})(?:\s*[x,]\s*(\d{1,6}))?[)\]]?", size, re.ASCII)
         size = tuple(int(side) for side in match.groups(match[1])) if match else None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mim_refiner.checkpoints.families import hf
-from mim_refiner.checkpoints.families.keymap import KeyMap
 from mim_refiner.data.loaders import default_crop_ratio
 from mim_refiner.errors import InputError, install
 from mim_refiner.export.writing import Format, Pairs, every_block, silence
@@ -30,7 +28,7 @@ from mim_refiner.types import side_or_pair
 
 def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     kind = architecture(backbone)
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in _KINDS[kind][1](backbone).items()}
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in _state(backbone, kind).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     preprocessing = json.dumps(_preprocessing(backbone), indent=2)
     (folder / "preprocessor_config.json").write_text(preprocessing + "\n", encoding="utf-8")
@@ -132,34 +130,24 @@ def _config(backbone: Backbone, kind: str) -> dict[str, Any]:
     return config | ({"pooler_output_size": info.embed_dim, "pooler_act": "linear"} if kind == "vit" else {})
 
 
-def _vit_state(backbone: Backbone) -> dict[str, Tensor]:
-    state = hf.VIT_KEYS.from_timm(_with_class_position(backbone))
-    width = backbone.info.embed_dim
-    return {**state, "pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
-
-
-def _with_class_position(backbone: Backbone) -> dict[str, Tensor]:
-    """The encoder's tensors with a table that counts the class token: an entry of zero changes no token."""
-    state = dict(backbone.model.state_dict())
-    if backbone.model.no_embed_class:
-        table = state["pos_embed"]
-        state["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
-    return state
-
-
-def _dinov2_state(backbone: Backbone) -> dict[str, Tensor]:
-    state = _with_class_position(backbone)
+def _state(backbone: Backbone, kind: str) -> dict[str, Tensor]:
+    """The encoder's tensors under the names of transformers, and what a model of that kind has beside them."""
+    state, width, extra = dict(backbone.model.state_dict()), backbone.info.embed_dim, {}
     registers = backbone.info.num_prefix_tokens - 1
-    if registers and not backbone.model.no_embed_class:  # the table has entries for registers too; add them there
+    if kind == "vit":
+        extra = {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
+    if kind.startswith("dinov2"):
+        extra = {"embeddings.mask_token": torch.zeros(1, width)}  # the model has it and does not use it
+        gammas = (f"blocks.{number}.ls{part}.gamma" for number in range(backbone.info.depth) for part in (1, 2))
+        state = {name: torch.ones(width) for name in gammas} | state  # layer scale of one where it has none
+    if extra and backbone.model.no_embed_class:
+        # a table that counts the class token: an entry of zero changes no token
+        state["pos_embed"] = torch.cat([torch.zeros(1, 1, width), state["pos_embed"]], dim=1)
+    elif extra and registers:  # the table has entries for registers too; add them there
         table = state["pos_embed"]
         state["reg_token"] = state["reg_token"] + table[:, 1 : 1 + registers]
         state["pos_embed"] = torch.cat([table[:, :1], table[:, 1 + registers :]], dim=1)
-    if "blocks.0.ls1.gamma" not in state:  # layer scale of one
-        for number in range(backbone.info.depth):
-            for part in (1, 2):
-                state[f"blocks.{number}.ls{part}.gamma"] = torch.ones(backbone.info.embed_dim)
-    mask = torch.zeros(1, backbone.info.embed_dim)  # the model has it and does not use it
-    return {**hf.DINOV2_KEYS.from_timm(state), "embeddings.mask_token": mask}
+    return _KINDS[kind][1].from_timm(state) | extra
 
 
 def _preprocessing(backbone: Backbone) -> dict[str, Any]:
@@ -205,17 +193,13 @@ def _load(folder: Path) -> Any:
     return model.eval()
 
 
-def _renamed(keys: KeyMap) -> Callable[[Backbone], dict[str, Tensor]]:
-    return lambda backbone: keys.from_timm(backbone.model.state_dict())
-
-
-_KINDS: dict[str, tuple[str, Callable[[Backbone], dict[str, Tensor]]]] = {  # model_type -> class, tensors
-    "vit": ("ViTModel", _vit_state),
-    "ijepa": ("IJepaModel", _renamed(hf.VIT_KEYS)),
-    "dinov2": ("Dinov2Model", _dinov2_state),
-    "dinov2_with_registers": ("Dinov2WithRegistersModel", _dinov2_state),
-    "beit": ("BeitModel", _renamed(hf.BEIT_KEYS)),
-    "data2vec-vision": ("Data2VecVisionModel", _renamed(hf.BEIT_KEYS)),
+_KINDS = {  # model_type -> class, names
+    "vit": ("ViTModel", hf.VIT_KEYS),
+    "ijepa": ("IJepaModel", hf.VIT_KEYS),
+    "dinov2": ("Dinov2Model", hf.DINOV2_KEYS),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", hf.DINOV2_KEYS),
+    "beit": ("BeitModel", hf.BEIT_KEYS),
+    "data2vec-vision": ("Data2VecVisionModel", hf.BEIT_KEYS),
 }
 
 HUGGING_FACE = Format("hf", 1e-5, "transformers", "every block and the final tokens", _write, _pairs)

@@ -122,9 +122,8 @@ def silence() -> Iterator[None]:
 
 def every_block(backbone: Backbone, images: Tensor) -> list[Tensor]:
     """The tokens after every block, and those after the final norm."""
-    depth = backbone.info.depth
-    last, blocks = backbone.run_blocks(backbone.embed(images), 0, depth, range(depth))
-    return [*(blocks[number] for number in range(depth)), backbone.final_norm(last)]
+    last, blocks = backbone.run_blocks(backbone.embed(images), 0, backbone.info.depth, range(backbone.info.depth))
+    return [*blocks.values(), backbone.final_norm(last)]
 
 
 def _own_facts(backbone: Backbone, format: Format, card: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,9 +163,8 @@ def check_target(out: Path) -> None:
 
 def is_own_export(folder: Path) -> bool:
     """Whether ``folder`` holds an export of ours (in a run folder also a damaged one) and nothing else."""
-    known = {"config.json", "README.md", "preprocessor_config.json"}
-    weights = ("model.safetensors", "model.onnx", "model.onnx.data", "model.th")
-    if any(path.name not in known and path.name not in weights for path in folder.iterdir()):
+    known = {"config.json", "README.md", "preprocessor_config.json", "model.safetensors", "model.th"}
+    if {path.name for path in folder.iterdir()} - known - {"model.onnx", "model.onnx.data"}:
         return False
     return bool(source_facts(folder)) or (folder.name == "export" and (folder.parent / "recipe.yaml").exists())
 

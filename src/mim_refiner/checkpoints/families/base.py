@@ -59,7 +59,7 @@ class View:
     label: str  # what it is called: "teacher", "target_encoder", "model"
     tensors: dict[str, Tensor]  # short name -> value
     names: dict[str, str]  # short name -> name in the section
-    outside: dict[str, str]  # tensors of the section without the prefix: name without wrappers -> name in the section
+    beside: dict[str, str]  # the same of its other tensors: beside the prefix "net.encoder.", "net.head.x" is "head.x"
     encoders: tuple[str, ...] = ()  # labels of all encoders in the file
     note: str = ""  # on the choice among them, where names do not tell it or tell it wrongly
 
@@ -71,12 +71,6 @@ class View:
     def config(self) -> Mapping[str, Any] | None:
         """The config.json beside the weights."""
         return self.contents.config
-
-    @property
-    def beside(self) -> dict[str, str]:
-        """``outside`` by names from the prefix's last part on: beside "net.encoder." a "net.head.x" is "head.x"."""
-        parent = self.prefix.rstrip(".").rpartition(".")[0]
-        return {name.removeprefix(f"{parent}."): held for name, held in self.outside.items()}
 
     @property
     def alone(self) -> bool:

@@ -174,7 +174,6 @@ def _convert_beit(view: View, wishes: Wishes) -> Converted:
             view,
             tensors=view.tensors | {short: section[name] for short, name in outer.items()},
             names=view.names | outer,
-            outside={short: name for short, name in view.outside.items() if name not in outer.values()},
         )
     found = _BEIT.convert(view, wishes)
     # transformers reads a relative table columns first, which matters where the image is no square.

@@ -90,12 +90,10 @@ BEIT = make_family(  # asked before VIT
 # timm has a stage's downsampling at its start, the others at the end of the stage before; mmpretrain joins the four
 # neighbours of a patch in another order. timm's own names are read too.
 
-_IN_BLOCKS = re.compile(
+_SWIN_NAME = re.compile(
     rf"layers\.\d+\.blocks\.\d+\.(norm[12]\.(weight|bias)|attn\.(qkv|proj)\.(weight|bias)|attn\.{_TABLE}"
-    r"|mlp\.fc[12]\.(weight|bias))"
-)
-_ELSEWHERE = re.compile(
-    r"patch_embed\.(proj|norm)\.(weight|bias)|norm\.(weight|bias)|layers\.\d+\.downsample\.(norm\.(weight|bias)|reduction\.weight)"
+    r"|mlp\.fc[12]\.(weight|bias))|patch_embed\.(proj|norm)\.(weight|bias)|norm\.(weight|bias)"
+    r"|layers\.\d+\.downsample\.(norm\.(weight|bias)|reduction\.weight)"
 )
 _MM_NAMES = (
     ("stages.", "layers."), ("patch_embed.projection", "patch_embed.proj"), (".attn.w_msa.", ".attn."),
@@ -112,15 +110,21 @@ def _is_swin(view: View) -> bool:
 
 
 def _swin_to_timm(tensors: Mapping[str, Tensor]) -> Mapped:
-    last = max((int(name.split(".")[1]) for name in tensors if name.startswith("stages.")), default=0)
+    last = max((int(name.split(".")[1]) for name in tensors if name.startswith("stages.")), default=0)  # mmpretrain's
     ends = any(name.endswith("s.0.downsample.reduction.weight") for name in tensors)  # not in timm's own names
-    origin = {name: target for name in tensors if (target := _swin_target(name, last, int(ends))) is not None}
-    found = {target: tensors[name] for name, target in origin.items()}
-    for name in found if last else ():
-        if ".downsample." in name:
-            # the four neighbours in the last dimension: [channel, row, column] to timm's [column, row, channel]
-            parts = found[name].unflatten(-1, (-1, 2, 2)).movedim((-3, -2, -1), (-1, -2, -3))
-            found[name] = parts.flatten(-3)
+    found, origin = {}, {}
+    for name, tensor in tensors.items():
+        target = name
+        for old, new in _MM_NAMES if last else ():
+            target = target.replace(old, new)
+        target = re.sub(rf"^norm{last}\.", "norm.", target) if last else target
+        if _SWIN_NAME.fullmatch(target) is None:
+            continue
+        if ".downsample." in target:
+            target = re.sub(r"\d+", lambda number: str(int(number[0]) + ends), target)
+            if last:  # four neighbours in the last dimension: [channel, row, column] to timm's [column, row, channel]
+                tensor = tensor.unflatten(-1, (-1, 2, 2)).movedim((-3, -2, -1), (-1, -2, -3)).flatten(-3)
+        found[target], origin[name] = tensor, target
     return found, origin
 
 
@@ -139,18 +143,6 @@ def _infer_swin(tensors: dict[str, Tensor], wishes: Wishes) -> Converted:
         "mlp_ratio": mlp_ratio(tensors["layers.0.blocks.0.mlp.fc1.weight"].shape[0], width),
     }  # fmt: skip
     return Converted("swin_base_patch4_window7_224", arguments, -1, tensors, notes=() if size else (guess,))
-
-
-def _swin_target(name: str, last: int, shift: int) -> str | None:
-    """timm's name of a tensor, None for one that is not of the encoder; ``last``: mmpretrain's last stage, else 0."""
-    for old, new in _MM_NAMES if last else ():
-        name = name.replace(old, new)
-    name = name.replace(f"norm{last}.", "norm.") if last and name.startswith(f"norm{last}.") else name
-    if _IN_BLOCKS.fullmatch(name):
-        return name
-    if _ELSEWHERE.fullmatch(name) is None:
-        return None
-    return re.sub(r"layers\.(\d+)\.downsample", lambda match: f"layers.{int(match[1]) + shift}.downsample", name)
 
 
 _SWIN: dict[str, Any] = {

@@ -199,8 +199,8 @@ def table_grid(
 ) -> tuple[tuple[int, int], int, list[str]]:
     """Grid (rows, columns) of the position table, how many prefix tokens have an entry in it, and what to remark.
 
-    ``known``: image size of a config, which decides; then what the file's
-    arguments say; then what the caller asks for, if the table has as many positions; then the square.
+    ``known``: image size of a config, which decides; then what the file's arguments say; then what the caller asks
+    for, if the table has as many positions; then the square.
     Raises CheckpointError where nothing tells, and where the square is no better than other shapes.
     """
     where = wishes.where
