@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ _HUB_FILES = [
 ]  # fmt: skip
 _MODEL_KEYS = {"architecture", "architectures", "model_type", "model_args", "pretrained_cfg", OWN_FACTS}
 _INDEX = ".index.json"
+_INDICES = [f"{name}{_INDEX}" for name in _WEIGHT_FILES]  # of a model in shards
 _METADATA = ".metadata"  # of a distributed checkpoint
 _DEEPSPEED = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")  # the second: of ZeRO 3
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -92,6 +93,11 @@ def _read_hub(repository: str, revision: str | None, source: str) -> Contents:
     return replace(_read_folder(Path(folder)), source=source)
 
 
+def _first(folder: Path, names: Iterable[str]) -> Path | None:
+    """The first of the files of these names that is there."""
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
 def _read_folder(folder: Path) -> Contents:
     """All tensors of the model in ``folder``, with its configs; CheckpointError for none, several or a part of one."""
     folder = _inner(folder)
@@ -99,10 +105,9 @@ def _read_folder(folder: Path) -> Contents:
 
 
 def _read_model(folder: Path) -> Contents:
-    states = next((folder / name for name in _DEEPSPEED if (folder / name).exists()), None)
     if (folder / _METADATA).exists():
         contents = plain_weights(_read_distributed(folder))
-    elif states:
+    elif states := _first(folder, _DEEPSPEED):
         contents = plain_weights(read_checkpoint(states))
     else:
         contents = _with_configs(folder)
@@ -117,7 +122,7 @@ def _read_file(path: Path) -> Contents:
     if path.name in (*_ADAPTER_FILES, *_WEIGHT_FILES) and (folder / _ADAPTER).is_file():
         return _read_adapter(folder)
     is_shard = path.name.partition("-")[0] in ("model", "pytorch_model") and "-of-" in path.name
-    if index := path if path.name.endswith(_INDEX) else _index(folder) if is_shard else None:
+    if index := path if path.name.endswith(_INDEX) else _first(folder, _INDICES) if is_shard else None:
         return replace(_with_configs(folder, index), source=str(path))
     if (folder / _CONFIG).is_file() and (path.name in _WEIGHT_FILES or _weights(folder) == [path]):
         return _with_configs(folder, path)
@@ -129,8 +134,7 @@ def _with_configs(folder: Path, path: Path | None = None) -> Contents:
     config = read_config(folder) if (folder / _CONFIG).exists() or (folder / _CONFIG).is_symlink() else {}
     if (folder / _PREPROCESSOR).exists():
         config["preprocessor"] = read_config(folder, _PREPROCESSOR)
-    path = path or next((folder / name for name in _WEIGHT_FILES if (folder / name).exists()), None)
-    path = path or _index(folder) or _weight_file(folder)
+    path = path or _first(folder, (*_WEIGHT_FILES, *_INDICES)) or _weight_file(folder)
     read = _read_shards(path) if path.name.endswith(_INDEX) else read_checkpoint(path, config=config)
     contents = plain_weights(read)
     if config and not _MODEL_KEYS & config.keys():  # of no library that we know: the training's own arguments
@@ -155,7 +159,7 @@ def _inner(folder: Path) -> Path:
         raise CheckpointError(f"{folder}: this run has no export/ yet; its command, without --overwrite, finishes it")
     if (folder / "latest").is_file():
         tag = (folder / "latest").read_bytes()[:256].decode("utf-8", "replace").strip()
-        if tag and "/" not in tag and any((folder / tag / states).exists() for states in _DEEPSPEED):
+        if tag and "/" not in tag and _first(folder / tag, _DEEPSPEED):
             return folder / tag
         raise CheckpointError(f"{folder}: 'latest' names {ascii(tag)[:80]}, which is not here; copy that folder here")
     return folder
@@ -163,7 +167,8 @@ def _inner(folder: Path) -> Path:
 
 def _snapshot(folder: Path) -> Path:
     """The snapshot that the branch main names, else the only one."""
-    named = (folder / "refs" / "main").read_text().strip() if (folder / "refs" / "main").is_file() else ""
+    main = folder / "refs" / "main"
+    named = main.read_text().strip() if main.is_file() else ""
     snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
     chosen = [path for path in snapshots if path.name == named] or snapshots
     if not chosen:
@@ -204,11 +209,6 @@ def _weight_file(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: {problem}; {remedy}")
 
 
-def _index(folder: Path) -> Path | None:
-    """The index of a model in shards: model.safetensors.index.json, or of its .bin files."""
-    return next((folder / f"{name}{_INDEX}" for name in _WEIGHT_FILES if (folder / f"{name}{_INDEX}").exists()), None)
-
-
 def _read_shards(index: Path) -> Contents:
     """The tensors of all shards that ``index`` names; CheckpointError for a shard or tensor that is not there."""
     folder = index.parent
@@ -233,11 +233,10 @@ def _read_adapter(folder: Path) -> Contents:
     """A PEFT folder, merged into its base model: the one beside it, else the one that it names."""
     config = read_config(folder, _ADAPTER)
     name = config.get("base_model_name_or_path")
-    path = next((folder / file for file in _ADAPTER_FILES if (folder / file).exists()), None)
-    if path is None:
+    if (path := _first(folder, _ADAPTER_FILES)) is None:
         raise CheckpointError(f"{folder}: has an {_ADAPTER} but no {_ADAPTER_FILES[0]}; put it there")
     adapter = replace(read_checkpoint(path, config=config), source=str(folder))
-    named = any((folder / name).exists() for name in (*_WEIGHT_FILES, _METADATA)) or _index(folder) is not None
+    named = _first(folder, (*_WEIGHT_FILES, *_INDICES, _METADATA))
     if named or ((folder / _CONFIG).exists() and _weights(folder)):
         return with_adapter(_read_model(folder), adapter)
     if not isinstance(name, str) or not name:
