@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mim_refiner.core.nna import multi_view_nna_loss
 from mim_refiner.errors import InputError
-from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective, RefinerHead, run_heads
+from mim_refiner.models.heads import HeadConfig, HeadOutput, Objective, RefinerHead, draw_choices, run_heads
 
 QUEUE_NAMES = {"queue.x": "queue.entries", "queue.idx": "queue.sample_ids", "queue.ptr": "queue.pointer"}
 ZERO_GRADIENT = "projector.2.1.bias"  # removed by the normalisation of the predictor's first BatchNorm and of the loss
@@ -41,9 +41,9 @@ def golden_head(data: dict[str, Tensor], top_k: int) -> RefinerHead:
     return head
 
 
-def run(head: RefinerHead, features: Tensor, generator: torch.Generator | None = None, **objective: Any) -> HeadOutput:
+def run(head: RefinerHead, features: Tensor, choice: Tensor | None = None, **objective: Any) -> HeadOutput:
     head.objective = dataclasses.replace(head.objective, **objective)
-    return head(features, torch.arange(features.shape[1]), generator=generator)
+    return head(features, torch.arange(features.shape[1]), choice=choice)
 
 
 @pytest.mark.parametrize("local", [0, 4])
@@ -156,7 +156,9 @@ def test_without_swap_the_positive_is_the_target() -> None:
 def test_draws_come_from_the_generator() -> None:
     head = RefinerHead(6, SMALL, top_k=5).eval()
     x = torch.randn(2, 8, 6)
-    losses = [float(run(head, x, generator=torch.Generator().manual_seed(seed)).loss.detach()) for seed in (1, 1, 2)]
+    generators = (torch.Generator().manual_seed(seed) for seed in (1, 1, 2))
+    choices = [draw_choices([head], 2, x.shape[1], generator, x.device) for generator in generators]
+    losses = [float(run(head, x, *choice).loss.detach()) for choice in choices]
     assert losses[0] == losses[1] != losses[2]
 
 

@@ -27,7 +27,7 @@ from mim_refiner.models.runners import (
     runner_for,
 )
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, create_vit, in_channels
-from mim_refiner.types import BackboneInfo, BlockOutput, Checkpointing, Pooling
+from mim_refiner.types import BackboneInfo, BlockOutput, Checkpointing, Pooling, height_width
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "create_vit"]
 
@@ -335,19 +335,17 @@ def _structure(model: Any, image_size: tuple[int, int] | None) -> dict[str, Any]
     attention = getattr(blocks[0], "attn", None) if blocks is not None and len(blocks) else None
     patch_embed: Any = getattr(model, "patch_embed", None)
     patch = patch_embed.feat_ratio(as_scalar=False) if by_block else model.feature_info[-1]["reduction"]
-    image = getattr(patch_embed, "img_size", None) or getattr(model, "_model_args", {}).get("img_size")
-    config = getattr(model, "pretrained_cfg", None)
-    usual = config.get("input_size", (3, 224, 224)) if isinstance(config, dict) else (3, 224, 224)
-    image = image or image_size or usual[1:]
+    image = getattr(patch_embed, "img_size", None) or getattr(model, "_model_args", {}).get("img_size") or image_size
+    usual = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
     num_prefix = int(getattr(model, "num_prefix_tokens", 0)) if by_block or _gives_prefix(model) else 0
     return {
         "embed_dim": int(model.num_features),
         "depth": len(model.blocks) if by_block else len(model.feature_info),
         "num_heads": int(getattr(attention, "num_heads", 0)),
-        "patch_size": (patch, patch) if isinstance(patch, int) else tuple(patch),
+        "patch_size": height_width(patch),
         "num_prefix_tokens": num_prefix,
         "has_cls": num_prefix > 0 and getattr(model, "cls_token", None) is not None,
-        "image_size": (image, image) if isinstance(image, int) else tuple(image),
+        "image_size": height_width(image or usual[1:]),
     }
 
 

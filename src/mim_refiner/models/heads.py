@@ -70,32 +70,19 @@ class RefinerHead(nn.Module):
         self.predictor = mlp([config.out_dim, config.predictor_hidden, config.out_dim])
         self.queue = NeighborQueue(config.queue_size, config.out_dim, top_k=top_k)
 
-    def forward(
-        self,
-        features: Tensor,
-        sample_ids: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-        choice: Tensor | None = None,
-    ) -> HeadOutput:
+    def forward(self, features: Tensor, sample_ids: Tensor, *, choice: Tensor | None = None) -> HeadOutput:
         """:func:`run_heads` of one head, on features [V, B, in_dim]."""
-        choices = None if choice is None else [choice]
-        return run_heads([self], features[None], sample_ids, generator=generator, choices=choices)[0]
+        return run_heads([self], features[None], sample_ids, None if choice is None else [choice])[0]
 
 
 def run_heads(
-    heads: Sequence[RefinerHead],
-    features: Tensor,
-    sample_ids: Tensor,
-    *,
-    generator: torch.Generator | None = None,
-    choices: Sequence[Tensor] | None = None,
+    heads: Sequence[RefinerHead], features: Tensor, sample_ids: Tensor, choices: Sequence[Tensor] | None = None
 ) -> list[HeadOutput]:
     """Losses of K heads on features [K, V, B, in_dim] (global views first) of samples [B].
 
     The heads are equal in size and objective. In training the look-up excludes entries of the same sample, and view 0,
-    gathered over ranks, is enqueued after it; in eval mode neither happens. ``choices`` K times [G*B] replays the draws
-    among the top_k neighbours.
+    gathered over ranks, is enqueued after it; in eval mode neither happens. ``choices`` K times [G*B]: which of the
+    top_k neighbours each target takes (:func:`draw_choices`); None: the nearest.
     """
     (_, views, batch), objective, training = features.shape[:3], heads[0].objective, heads[0].training
     num_global = objective.num_global
@@ -109,8 +96,6 @@ def run_heads(
         wide = (x.float() if x.dtype in half else x for x in (projected, predicted))
         projected, predicted = (x.unflatten(1, (views, batch)) for x in wide)
         targets = projected[:, :num_global].detach()
-        if choices is None:
-            choices = draw_choices(heads, num_global, batch, generator, features.device)
         queues, ids = [head.queue for head in heads], sample_ids.to(targets.device)
         drawn = None if choices is None else torch.stack([choice.flatten() for choice in choices])
         found = look_up(queues, targets.flatten(1, 2), ids if training else None, drawn)

@@ -189,7 +189,7 @@ class Refiner(nn.Module):
         for blocks in alike.values():
             own = [choices[block] for block in blocks] if choices else None
             stacked = torch.stack([features[block] for block in blocks])
-            found = run_heads([self.head(block) for block in blocks], stacked, sample_ids, choices=own)
+            found = run_heads([self.head(block) for block in blocks], stacked, sample_ids, own)
             outputs |= dict(zip(blocks, found, strict=True))
         return RefinerOutput(torch.stack([outputs[b].loss for b in features]).sum(), {b: outputs[b] for b in features})
 

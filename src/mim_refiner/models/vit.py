@@ -111,8 +111,8 @@ def standard_name(width: int, depth: int, heads: int, patch_size: tuple[int, int
 
 def registered_name(model: nn.Module) -> str | None:
     """The timm name a model was created under, None for a model that was built by its class."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("architecture")
     return str(name) if name and timm.is_model(name) else None
 
 
