@@ -68,8 +68,8 @@ def _from_config(view: View, config: Mapping[str, Any], wishes: Wishes) -> Conve
         tensors,
         origin={view.names[name]: name for name in tensors},
         reasons=reasons,
-        mean=_floats(preprocessing.get("mean")),
-        std=_floats(preprocessing.get("std")),
+        mean=tuple(preprocessing.get("mean") or ()) or None,
+        std=tuple(preprocessing.get("std") or ()) or None,
         licence=preprocessing.get("license"),
         position_rule="flexi" if architecture.startswith("flexi") else "timm",
         without=without,
@@ -83,10 +83,6 @@ def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, An
     if not isinstance(value, Mapping):
         raise CheckpointError(f"{where}: '{key}' in its config.json must be a JSON object; write or download it again")
     return value
-
-
-def _floats(values: Any) -> tuple[float, ...] | None:
-    return tuple(float(value) for value in values) if values else None
 
 
 FAMILY = Family("timm", PROJECTION, matches, convert, reads_config=True)
