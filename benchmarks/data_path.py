@@ -30,7 +30,7 @@ from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.source_files import FileSource, folder_source, list_source
 from mim_refiner.data.sources import open_source
-from mim_refiner.data.views import _FIRST_VIEW_STREAM, _uniforms, crop_batch, crop_boxes, multi_crop_views
+from mim_refiner.data.views import crop_batch, crop_boxes, draws, multi_crop_views
 
 
 def photograph(width: int, height: int, seed: int = 0) -> bytes:
@@ -66,15 +66,14 @@ def crops(repeat: int, width: int = 500, height: int = 375) -> dict[str, Any]:
     def ours(images: list[Any]) -> None:
         start = next(position)
         for number, spec in enumerate(views):
-            crop = crop_batch(images, spec, seed=0, epoch=0, position=start, view=number)
-            torch.from_numpy(np.ascontiguousarray(crop.transpose(0, 3, 1, 2)))
+            crop_batch(images, spec, draws(0, 0, number, start, 1))
 
     sides = np.array([height]), np.array([width])
 
     def pillow_crops(image: Image.Image) -> None:
         start = next(position)
         for number, spec in enumerate(views):
-            boxes, flips = crop_boxes(_uniforms(0, 0, _FIRST_VIEW_STREAM + number, start, 1), *sides, spec)
+            boxes, flips, _ = crop_boxes(draws(0, 0, number, start, 1), *sides, spec)
             top, left, rows, columns = boxes[0].tolist()
             crop = image.crop((left, top, left + columns, top + rows))
             crop = crop.resize((spec.size, spec.size), Image.Resampling.BICUBIC)

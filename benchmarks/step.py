@@ -33,7 +33,7 @@ from mim_refiner.core.launch import join_processes
 from mim_refiner.core.optim import adamw, parameter_groups
 from mim_refiner.core.run import Run
 from mim_refiner.data.photometric import BatchPhotometric, augment
-from mim_refiner.data.views import crop_batch, multi_crop_views
+from mim_refiner.data.views import crop_batch, draws, multi_crop_views
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
@@ -89,10 +89,8 @@ class Bench:
     def crops(self) -> list[torch.Tensor]:
         """uint8 views, cut on one core."""
         views = [spec for spec in self.specs for _ in range(spec.count)]
-        cut = (
-            crop_batch(self.pixels, spec, seed=0, epoch=0, position=0, view=number) for number, spec in enumerate(views)
-        )
-        return [torch.from_numpy(np.ascontiguousarray(crop.transpose(0, 3, 1, 2))) for crop in cut]
+        count = len(self.pixels)
+        return [crop_batch(self.pixels, spec, draws(0, 0, view, 0, count)) for view, spec in enumerate(views)]
 
     def random_views(self, batch: int, device: torch.device | None = None) -> list[torch.Tensor]:
         """uint8 views of ``batch`` images, on the device."""

@@ -52,14 +52,19 @@ def metric_title(metric: str, *, unit: bool = False) -> str:
 
 
 _PLURAL = re.compile(
-    r"\b(batch(?=es)|block|channel|class(?=es)|column|epoch|file|folder|head|image|label|line|member|name|register"
-    r"|step|tensor|value)e?s\b"
+    r"\b(batch(?=es)|block|byte|channel|class(?=es)|column|deviation|epoch|file|folder|GPU|head|image|label|line|mean"
+    r"|member|name|process(?=es)|register|row|step|tensor|value|view|worker)e?s\b"
 )
 
 
 def number_of(count: int, what: str) -> str:
     """``count`` and its noun, the first that ``what`` has in the plural: "1 column of the table", "2 columns ..."."""
     return f"{count} {_PLURAL.sub(lambda noun: noun[1], what, count=1) if count == 1 else what}"
+
+
+def at_most(count: int) -> str:
+    """As a number to set: "3 or less", and 1 alone."""
+    return f"{count} or less" if count > 1 else str(count)
 
 
 def signed(value: float, digits: int = 1) -> str:

@@ -98,7 +98,7 @@ def test_inputs_stay_untouched_and_no_test_rows_are_fine() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": 51}, "k is 51 and there are 50 train images; set knn_k to 50"),
+        ({"k": 51}, "k is 51, with 50 train images; set knn_k to 50"),
         ({"temperature": 0.0}, "temperature"),
         ({"train_y": torch.full((50,), -1)}, "class number"),
         ({"train_y": torch.zeros(49, dtype=torch.long)}, "class number"),

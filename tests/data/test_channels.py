@@ -167,5 +167,5 @@ def test_photometrics_without_colour_against_a_loop():
 def test_crops_do_not_depend_on_the_channels():
     uniforms = np.random.default_rng(0).random((4, 24))
     sides = np.full(4, 50)
-    boxes, _ = crop_boxes(uniforms, sides, sides, ViewSpec("x", 8))
+    boxes, *_ = crop_boxes(uniforms, sides, sides, ViewSpec("x", 8))
     assert boxes.shape == (4, 4)

@@ -236,7 +236,7 @@ def test_lists_that_cannot_be_meant_are_refused(image_folder, tmp_path):
     with pytest.raises(DataError, match=r"cannot be read .*the list of images to leave out"):
         without_listed(source, listed)
     listed.write_text("a.pgn\n")
-    with pytest.raises(DataError, match=r"none of its 1 lines .* did you mean 'a.png'"):
+    with pytest.raises(DataError, match=r"none of its 1 line .* did you mean 'a.png'"):
         without_listed(source, listed)
     listed.write_text("a.png\nb.png\n")
     with pytest.raises(DataError, match="leaves none of the 2 images"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mim_refiner.data.domain import DomainSpec, apply, draw, hashed_normal, rotated
 from mim_refiner.data.photometric import BatchPhotometric, seeded_generator
-from mim_refiner.data.views import ViewSpec, crop_batch, crop_boxes
+from mim_refiner.data.views import ViewSpec, crop_batch, crop_boxes, draws
 from mim_refiner.training.domains import DOMAINS, suggest_domain
 from mim_refiner.training.recipe import override
 from mim_refiner.training.recipes import tiny
@@ -109,14 +109,14 @@ def test_photographs_see_the_numbers_they_always_saw() -> None:
 
 def test_a_crop_has_the_shape_of_its_view() -> None:
     image = np.random.default_rng(0).integers(0, 256, (40, 160, 3), dtype=np.uint8)
-    crops = crop_batch([image] * 3, ViewSpec("v", (16, 64)), seed=0, epoch=0, position=0, view=0)
-    assert crops.shape == (3, 16, 64, 3)
+    crops = crop_batch([image] * 3, ViewSpec("v", (16, 64)), draws(0, 0, 0, 0, 3))
+    assert crops.shape == (3, 3, 16, 64)
 
 
 def test_the_ratio_is_beside_that_of_the_view() -> None:
     uniforms = np.random.default_rng(0).random((500, 24))
     sides = np.full(500, 400), np.full(500, 1600)
-    boxes, _ = crop_boxes(uniforms, *sides, ViewSpec("v", (32, 128), scale=(0.1, 0.5)))
+    boxes, *_ = crop_boxes(uniforms, *sides, ViewSpec("v", (32, 128), scale=(0.1, 0.5)))
     ratios = boxes[:, 3] / boxes[:, 2] / 4
     assert 0.74 < ratios.min() < 0.8
     assert 1.25 < ratios.max() < 1.35
@@ -127,7 +127,7 @@ def test_crops_along_the_longer_axis_span_the_other(size: tuple[int, int]) -> No
     uniforms = np.random.default_rng(0).random((300, 24))
     spec = ViewSpec("v", size, scale=(0.3, 0.6), crop_axes="longer")
     heights, widths = np.full(300, 5 * size[0]), np.full(300, 5 * size[1])
-    boxes, _ = crop_boxes(uniforms, heights, widths, spec)
+    boxes, *_ = crop_boxes(uniforms, heights, widths, spec)
     long, short = (0, 1) if size[0] > size[1] else (1, 0)
     assert (boxes[:, 2 + short] == 5 * size[short]).all()
     assert (boxes[:, short] == 0).all()
@@ -142,7 +142,7 @@ def test_crops_along_the_longer_axis_span_the_other(size: tuple[int, int]) -> No
 def test_upside_down_is_drawn_for_itself() -> None:
     image = np.arange(16, dtype=np.uint8).reshape(4, 4, 1)
     spec = ViewSpec("v", 4, scale=(1, 1), ratio=(1, 1), flip=0.0, vflip=0.5)
-    crops = crop_batch([image] * 40, spec, seed=0, epoch=0, position=0, view=0)
+    crops = crop_batch([image] * 40, spec, draws(0, 0, 0, 0, 40)).permute(0, 2, 3, 1).numpy()
     turned = sum(np.array_equal(crop, image[::-1]) for crop in crops)
     assert sum(np.array_equal(crop, image) for crop in crops) + turned == 40
     assert 8 < turned < 32

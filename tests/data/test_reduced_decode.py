@@ -13,7 +13,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.sources import open_source
-from mim_refiner.data.views import _FIRST_VIEW_STREAM, _uniforms, crop_boxes, multi_crop_views, scale_reduction
+from mim_refiner.data.views import crop_boxes, draws, multi_crop_views, scale_reduction
 
 VIEWS = multi_crop_views(64, 32, 4)
 EACH = [spec for spec in VIEWS for _ in range(spec.count)]
@@ -54,17 +54,18 @@ def test_the_reduction_is_the_largest_that_enlarges_no_view() -> None:
     seen = set()
     for position in range(300):
         height, width = 100 + 8 * position, 120 + 9 * position
-        found = scale_reduction(EACH, height, width, seed=1, epoch=2, position=position)
+        drawn = [draws(1, 2, view, position, 1) for view in range(len(EACH))]
+        found = scale_reduction(EACH, drawn, height, width)
         room = min(
-            int(crop_boxes(draws, np.array([height]), np.array([width]), spec)[0][0, 2:].min()) / (spec.size + 1)
-            for draws, spec in ((_uniforms(1, 2, _FIRST_VIEW_STREAM + n, position, 1), s) for n, s in enumerate(EACH))
+            int(crop_boxes(uniforms, np.array([height]), np.array([width]), spec)[0][0, 2:].min()) / (spec.size + 1)
+            for uniforms, spec in zip(drawn, EACH, strict=True)
         )
         assert found in (1, 2, 4, 8)
         assert found <= max(1, room)
         assert found == 8 or 2 * found > room
         seen.add(found)
     assert seen == {1, 2, 4, 8}
-    assert scale_reduction(EACH, 20, 30, seed=0, epoch=0, position=0) == 1
+    assert scale_reduction(EACH, drawn, 20, 30) == 1
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

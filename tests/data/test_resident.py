@@ -14,7 +14,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.data.resident import ResidentImages, held_on_device, resampling
 from mim_refiner.data.sources import open_source
-from mim_refiner.data.views import ViewSpec, crop_batch
+from mim_refiner.data.views import ViewSpec, crop_batch, draws
 from mim_refiner.errors import InputError
 
 CPU = torch.device("cpu")
@@ -50,9 +50,9 @@ def test_the_pixels_are_those_of_the_cpu(name: str, tmp_path: Path) -> None:
     (height, width), spec = SPECS[name]
     pixels = pictures(24, height, width)
     rows = np.arange(24)[::-1].copy()
-    place = {"seed": 3, "epoch": 2, "position": 7}
-    [got] = ResidentImages(image_set(tmp_path, pixels), CPU).views(rows, [spec], **place)
-    expected = crop_batch(list(pixels[rows]), spec, view=0, **place).transpose(0, 3, 1, 2)
+    uniforms = draws(3, 2, 0, 7, 24)
+    [got] = ResidentImages(image_set(tmp_path, pixels), CPU).views(rows, [spec], [uniforms])
+    expected = crop_batch(list(pixels[rows]), spec, uniforms).numpy()
     assert got.dtype == torch.uint8
     assert got.shape == expected.shape
     difference = np.abs(got.numpy().astype(int) - expected)
@@ -78,9 +78,9 @@ def test_images_of_many_sizes_are_padded_and_cut_as_on_the_cpu(
         monkeypatch.setattr("mim_refiner.data.resident._NUMBERS", 5 * 3 * 90 * 96)
     rows = np.array([row for row in range(24)[::-1] if row != 3])
     specs = [ViewSpec("global", 32, scale=(0.3, 1.0), vflip=0.5), ViewSpec("local", 16, scale=(0.05, 0.3))]
-    place = {"seed": 3, "epoch": 2, "position": 7}
-    for view, (got, spec) in enumerate(zip(resident.views(rows, specs, **place), specs, strict=True)):
-        expected = crop_batch([pixels[row] for row in rows], spec, view=view, **place).transpose(0, 3, 1, 2)
+    drawn = [draws(3, 2, view, 7, 23) for view in range(2)]
+    for got, spec, uniforms in zip(resident.views(rows, specs, drawn), specs, drawn, strict=True):
+        expected = crop_batch([pixels[row] for row in rows], spec, uniforms).numpy()
         assert (np.abs(got.numpy().astype(int) - expected) <= 1).mean() >= 0.999
     with_damage = TrainLoader(images, specs, 24, 0, resident=resident), TrainLoader(images, specs, 24, 0)
     ours, theirs = (next(iter(loader.epoch(0))) for loader in with_damage)

@@ -197,7 +197,7 @@ def _bad_sources(root: Path) -> dict[str, tuple[str, str]]:
         "planes.npy": (r"\(2, 3, 8, 8\)", r"\[N, H, W, C\]"),
         "zero.npy": ("holds no image", "save at least one"),
         "keys.npz": ("found pictures", "save it under"),
-        "good.parquet[5:]": ("selects none of 1 images", "widen"),
+        "good.parquet[5:]": ("selects none of 1 image;", "widen"),
         "good.parquet[::0]": ("step", "use 1 or more"),
     }
 

@@ -32,5 +32,5 @@ def test_refuses_missing_labels_and_too_large_k(make_features):
     features = make_features(8)
     with pytest.raises(DataError, match="train images have no labels"):
         knn_protocol(dataclasses.replace(features, labels=None), features)
-    with pytest.raises(InputError, match="there are 8 train images; set knn_k to 8 or less"):
+    with pytest.raises(InputError, match="k is 9, with 8 train images; set knn_k to 8 or less"):
         knn_protocol(features, features, k=9)

@@ -178,7 +178,7 @@ def test_a_pool_that_cannot_be_had_is_refused_in_one_line(tiny_run: MakeRun, mon
     assert pool_bytes(recipe, run.refiner, 64) == 5 * 64 * tokens * 32 * 2
     assert pool_bytes(recipe.model_copy(update={"frozen_blocks": 0}), run.refiner, 64) == 2 * 64 * 4 * 2 * 32 * 2
     monkeypatch.setattr(view_pool, "free_memory", lambda device: 500_000.0)
-    with pytest.raises(InputError, match=r"view_pool: 5 epochs of views take .* set a smaller view_pool"):
+    with pytest.raises(InputError, match=r"view_pool: the views of 5 epochs take .* set a smaller view_pool"):
         refuse_pool(recipe, run.refiner, 64, Run())
     still = base.warmup.model_copy(update={"epochs": 0})
     with pytest.raises(InputError, match=r"view_pool: no phase has a frozen part; set frozen_blocks"):

@@ -5,20 +5,18 @@ A view is an :class:`ImageTransform`, so that its features come from the same ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.loaders import Indices, decoded_batches
 from mim_refiner.data.photometric import BatchPhotometric, seeded_generator
-from mim_refiner.data.views import ViewSpec, crop_batch
+from mim_refiner.data.views import ViewSpec, crop_batch, draws
 from mim_refiner.evaluation.features import CENTRE_CROP, Features, ImageTransform, feature_sets
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.types import ImageSize, height_width
@@ -60,27 +58,21 @@ def augmented_view(seed: int, number: int) -> ImageTransform:
     """Every image changed at random as ``VIEW`` says; ``number`` tells the views apart."""
 
     def batches(
-        images: ImageSet, size: ImageSize, batch_size: int, indices: Sequence[int] | NDArray[np.int64] | Tensor | None
+        images: ImageSet, size: ImageSize, batch_size: int, indices: Indices
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        spec = scaled_view(size)
-        wanted = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
-        with ThreadPoolExecutor(4) as pool:
-            load: Callable[..., Any] = map if images.cached else pool.map
-            for start in range(0, len(wanted), batch_size):
-                rows = wanted[start : start + batch_size]
-                loaded = list(load(images.try_load, rows.tolist()))
-                images.raise_if_too_many_unreadable()
-                kept = [row for row, pixels in enumerate(loaded) if pixels is not None]
-                if not kept:
-                    continue
+        spec, start = scaled_view(size), 0
+        for loaded, chosen in decoded_batches(images, indices, batch_size, lambda pixels: pixels):
+            readable = {row: pixels for row, pixels in enumerate(loaded) if pixels is not None}
+            if kept := list(readable):
                 # random numbers belong to the position in the set asked for, whether or not others are readable
-                whole = [pixels if pixels is not None else loaded[kept[0]] for pixels in loaded]
-                crops = crop_batch(whole, spec, seed=seed, epoch=0, position=start, view=number)
-                channels, stacked = crops.shape[-1], torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2)))
+                whole = [readable.get(row, readable[kept[0]]) for row in range(len(loaded))]
+                crops = crop_batch(whole, spec, draws(seed, 0, number, start, len(whole)))
+                channels = crops.shape[1]
                 photometric = BatchPhotometric(spec, (0.0,) * channels, (1.0,) * channels)  # normalised after rounding
-                views = photometric(stacked, seeded_generator(seed, number, start))
+                views = photometric(crops, seeded_generator(seed, number, start))
                 pixels = views.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-                yield pixels[kept], torch.from_numpy(rows[kept])
+                yield pixels[kept], torch.from_numpy(chosen[kept])
+            start += len(chosen)
 
     return ImageTransform(f"random view {number} of seed {seed}: {VIEW}", batches)
 

@@ -30,6 +30,7 @@ from mim_refiner.data.thumbnails import encode, thumbnail_sheet
 from mim_refiner.errors import DataError
 from mim_refiner.evaluation.features import block_outputs, extract_features, own_image_size, patch_grid
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.reporting import number_of
 
 KIND = "gallery"
 Points = NDArray[np.float64]  # [N, 2]
@@ -67,7 +68,8 @@ def make_gallery(
     wanted = evenly(len(images), settings.images).tolist()
     rows = np.array([index for index in wanted if images.try_load(index) is not None], dtype=np.int64)
     if len(rows) < 3:
-        raise DataError(f"{images.description}: {len(rows)} readable images are too few to compare; give at least 3")
+        few = f"{number_of(len(rows), 'readable images')} {'is' if len(rows) == 1 else 'are'} too few to compare"
+        raise DataError(f"{images.description}: {few}; give at least 3")
     labels = None if images.labels is None else images.labels[rows]
     shown = evenly(len(rows), settings.queries)
     patch_rows = shown[: settings.patch_images]

@@ -21,6 +21,7 @@ from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.files import errors_as
 from mim_refiner.models import kinds  # noqa: F401  (registers their architectures with timm)
 from mim_refiner.models.vit import create_vit
+from mim_refiner.reporting import number_of
 
 # Bounds on what a file may make us build: a name or a config.json must not cost memory that no encoder needs.
 MAX_PIXELS = 2**27  # of an image size that is asked for
@@ -98,7 +99,10 @@ def adapt_channels(converted: Converted, in_chans: int) -> Converted:
         tensors=converted.tensors | {converted.projection: adapted},
         mean=converted.mean and repeat(converted.mean),
         std=converted.std and repeat(converted.std),
-        notes=(*converted.notes, f"the patch projection was adapted from {channels} to {in_chans} channels"),
+        notes=(
+            *converted.notes,
+            f"the patch projection was adapted from {channels} to {number_of(in_chans, 'channels')}",
+        ),
     )
 
 

@@ -35,6 +35,7 @@ from mim_refiner.checkpoints.held import (
     storage_type,
 )
 from mim_refiner.errors import CheckpointError, one_line
+from mim_refiner.reporting import number_of
 
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"  # first byte of pickle protocol 2 and later
@@ -353,7 +354,7 @@ def _read_zip(file: IO[bytes], data: memoryview, where: str) -> Any:
     def stored(key: str, dtype: torch.dtype, count: int) -> Tensor:
         content, wanted = found.get(f"{root}data/{key}"), count * dtype.itemsize
         if content is None or len(content) != wanted:
-            held = "is missing" if content is None else f"has {len(content)} bytes"
+            held = "is missing" if content is None else f"has {number_of(len(content), 'bytes')}"
             raise BrokenPickleError(f"storage {key[:20]} of {wanted} bytes {held}")
         return numbers(content, dtype)
 

@@ -16,6 +16,7 @@ from mim_refiner.checkpoints.store import OWN_FACTS, Contents
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.positions import RULES
 from mim_refiner.models.vit import SIZES
+from mim_refiner.reporting import number_of
 
 _HEADS = (
     "encoder_num_heads", "num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "nheads", "heads",
@@ -139,7 +140,7 @@ def guesses(converted: Converted, contents: Contents, channels: int) -> tuple[st
     """What is not known about how images go in."""
     config, mean = contents.config or {}, converted.mean
     if mean is None or len(mean) != channels:
-        named = "ImageNet's" if channels == 3 else f"ImageNet's, for {channels} channels"
+        named = "ImageNet's" if channels == 3 else f"ImageNet's, for {number_of(channels, 'channels')}"
         remedy = "refine with normalization=data, or say them by a key map"
         return (f"{GUESS}mean and std ({named}), which nothing tells; {remedy}",)
     if converted.std is None or ("model_type" in config and not config.get("preprocessor")):

@@ -242,9 +242,10 @@ def _fit_notes(backbone: Backbone, found: Scan, images: int, recipe: RefineRecip
     if share < 0.5:
         enlarged = f"images are enlarged {1 / share:.1f} times to {size[0]}x{size[1]} px"
         notes.append(f"{enlarged}: they show less than the encoder expects")
+    images_here = number_of(images, "images")
     if images < recipe.batch_size:
-        notes.append(f"batch_size {recipe.batch_size} is larger than the {images} images; set a smaller one")
+        notes.append(f"batch_size {recipe.batch_size} is larger than the {images_here}; set a smaller one")
     elif images < 10 * recipe.batch_size:
         steps = number_of(images // recipe.batch_size, "steps an epoch")
-        notes.append(f"{images} images are {steps}; a smaller batch_size learns more")
+        notes.append(f"{images_here} are {steps}; a smaller batch_size learns more")
     return notes

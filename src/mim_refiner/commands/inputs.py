@@ -84,8 +84,8 @@ def training_images(
                 for part, name in zip(rows, names, strict=True)
             )
             run.reporter.message(
-                f"{len(test)} of {len(source)} images are held out to measure on (seed {run.seed}, as many of every "
-                "class); --eval-data and --eval-test give other images, --set hold_out=0 trains on all"
+                f"{len(test)} of {number_of(len(source), 'images')} are held out to measure on (seed {run.seed}, as "
+                "many of every class); --eval-data and --eval-test give other images, --set hold_out=0 trains on all"
             )
             return train, test
     if recipe.hold_out and "hold_out" in dict(map(read_setting, settings)):
@@ -105,7 +105,7 @@ def open_listed(spec: Any, exclude: str | None) -> ImageSource:
 def announce(source: ImageSource, reporter: Reporter) -> None:
     """Say what the data is, why it has no labels, and what in it is not read."""
     classes, what = source.class_names, [source.description]
-    if f"({len(source)} images" not in source.description:
+    if f"({number_of(len(source), 'images')}" not in source.description:
         what.append(number_of(len(source), "images"))
     if classes is None or f"{len(classes)} class" not in source.description:
         what.append(f"no labels: {source.no_labels}" if classes is None else number_of(len(classes), "classes"))
@@ -145,7 +145,9 @@ def tell_unreadable(images: ImageSet, reporter: Reporter, so: str = "left out") 
     if images.unreadable:
         count, some = len(images.unreadable), "; ".join(f"{name}: {reason}" for name, reason in images.unreadable[:3])
         more = ", ..." if count > 3 else ""
-        reporter.warning(f"{count} of {len(images)} images of {images.description} cannot be read ({some}{more}): {so}")
+        reporter.warning(
+            f"{count} of {number_of(len(images), 'images')} of {images.description} cannot be read ({some}{more}): {so}"
+        )
 
 
 def evaluation_sets(

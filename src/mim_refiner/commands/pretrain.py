@@ -146,7 +146,7 @@ def conclude(
     after: dict[str, float] | None,
 ) -> dict[str, Any]:
     """Export the encoder and write the summary, which is returned."""
-    card["data"] = f"{Path(card['data']).name} ({len(images)} images)"
+    card["data"] = f"{Path(card['data']).name} ({number_of(len(images), 'images')})"
     export = folder.path / "export"
     settings = recipe.model_dump(mode="json", exclude={"expected"})
     export_timm(backbone.to("cpu"), export, card=card | {"recipe": settings})

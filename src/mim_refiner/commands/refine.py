@@ -191,7 +191,7 @@ def refine_and_compare(
     for stage in stages.values():
         stage.info = replace(stage.info, mean=backbone.info.mean, std=backbone.info.std)
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
-    card = {"data": f"{Path(name_of(data)).name} ({len(images)} images)", "weights": taken["reason"]}
+    card = {"data": f"{Path(name_of(data)).name} ({number_of(len(images), 'images')})", "weights": taken["reason"]}
     with results_folder(folder.path) as results:
         summary = conclude(stages, on, chosen, results, card, run, box)
     if not folder.writes:  # the rest is rank 0's

@@ -31,6 +31,7 @@ from mim_refiner.evaluation.features import Features, block_outputs, feature_set
 from mim_refiner.evaluation.splits import stratified_split
 from mim_refiner.evaluation.suite import class_numbers
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.reporting import number_of
 from mim_refiner.types import BackboneInfo
 
 HELD_OUT = 0.2  # of the images, when there is no test set
@@ -52,9 +53,9 @@ class Samples:
 
     def described(self) -> dict[str, Any]:
         return {
-            "bank": f"{len(self.bank_rows)} of {len(self.bank)} images",
-            "queries": f"{len(self.query_rows)} of {len(self.queries)} images",
-            "label_free": f"{len(self.view_rows)} images",
+            "bank": f"{len(self.bank_rows)} of {number_of(len(self.bank), 'images')}",
+            "queries": f"{len(self.query_rows)} of {number_of(len(self.queries), 'images')}",
+            "label_free": number_of(len(self.view_rows), "images"),
             "labels": self.labelled,
         }
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mim_refiner.core.search import Bank, nearest, search_dtype
 from mim_refiner.errors import InputError
+from mim_refiner.reporting import at_most, number_of
 
 
 @torch.no_grad()
@@ -50,7 +51,7 @@ def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, k: int, temperature
         raise InputError(f"k-NN needs one class number >= 0 per train row, got labels of shape {tuple(train_y.shape)}")
     if not 1 <= k <= len(train_x):
         raise InputError(
-            f"k-NN: k is {k} and there are {len(train_x)} train images; set knn_k to {len(train_x)} or less"
+            f"k-NN: k is {k}, with {number_of(len(train_x), 'train images')}; set knn_k to {at_most(len(train_x))}"
         )
     if not temperature > 0 or chunk_size < 1:
         raise InputError(

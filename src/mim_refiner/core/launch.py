@@ -23,7 +23,7 @@ from mim_refiner.core.collectives import from_ranks, is_distributed
 from mim_refiner.core.processes import TIMEOUT_VARIABLE, Place, silence_timeout, started_as
 from mim_refiner.core.watch import ANSWER, INTERRUPTED, Trouble, Watch, life
 from mim_refiner.errors import InputError, MimRefinerError, OtherProcessError, one_line
-from mim_refiner.reporting import Reporter
+from mim_refiner.reporting import Reporter, number_of
 
 LISTED = 5  # differences named in a message
 STUCK = timedelta(minutes=30)  # an exchange among processes that are all alive
@@ -181,7 +181,7 @@ def _own_device(device: torch.device, place: Place) -> torch.device:
         raise InputError(f"--device {device}: each of several processes has a GPU of its own; use --device cuda")
     if place.local_rank >= torch.cuda.device_count():
         raise InputError(
-            f"{place.local_rank + 1} processes were started on a machine with {torch.cuda.device_count()} GPUs; "
+            f"a machine with {number_of(torch.cuda.device_count(), 'GPUs')} was given process {place.local_rank + 1}; "
             "lower torchrun's --nproc-per-node, or use --device cpu"
         )
     torch.cuda.set_device(place.local_rank)

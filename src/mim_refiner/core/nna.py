@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mim_refiner.core.collectives import rank
 from mim_refiner.errors import InputError
+from mim_refiner.reporting import number_of
 from mim_refiner.types import NNAOutput
 
 Gather = Callable[[Tensor], Tensor]  # [B, D] -> [world*B, D], rank order, with gradient
@@ -106,7 +107,7 @@ def view_pair_weights(
     """
     if not 1 <= num_global <= num_views or num_views < 2:
         raise InputError(
-            f"NNA loss needs at least two views, the global ones first; got {num_views} views of which "
+            f"NNA loss needs at least two views, the global ones first; got {number_of(num_views, 'views')} of which "
             f"{num_global} global: use 2 global views"
         )
     other = 1.0 - torch.eye(num_global, num_views, device=device)

@@ -15,6 +15,7 @@ from mim_refiner.data.image_files import Reduction, decode_image
 from mim_refiner.data.source_base import ImageSource, evenly
 from mim_refiner.data.workers import in_threads
 from mim_refiner.errors import DataError, reason_of
+from mim_refiner.reporting import number_of
 
 Pixels = NDArray[Any]  # [H, W, 3] uint8; for encoders of other channels [H, W, C] uint8 or uint16
 CACHE_LIMIT_BYTES = 2 * 10**9
@@ -140,7 +141,7 @@ class ImageSet:
         if count > MAX_UNREADABLE_SHARE * self._length:
             name, reason = self.unreadable[0]
             raise DataError(
-                f"{self.description}: {count} of {self._length} images cannot be read, more than 10 % "
+                f"{self.description}: {count} of {number_of(self._length, 'images')} cannot be read, more than 10 % "
                 f"(first: {name}: {reason}); repair or remove them"
             )
 

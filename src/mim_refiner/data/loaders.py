@@ -21,11 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 from mim_refiner.data.channels import common_type, resize
 from mim_refiner.data.decode import ImageSet, Pixels
 from mim_refiner.data.resident import SHARE, ResidentImages
-from mim_refiner.data.views import ViewSpec, crop_batch, epoch_order, scale_reduction
+from mim_refiner.data.views import ViewSpec, crop_batch, draws, epoch_order, scale_reduction
 from mim_refiner.data.workers import WORKER_BYTES, begun, decoding_threads, end_workers, in_background
 from mim_refiner.errors import DataError, InputError
+from mim_refiner.reporting import at_most, number_of
 from mim_refiner.types import ImageSize, height_width
 
+Indices = Sequence[int] | NDArray[np.int64] | Tensor | None  # of images; None: all
 _ELONGATED = 4  # times longer than wide: the view is resized alone, or the cost would grow with the length
 
 
@@ -42,21 +44,18 @@ class ViewBatch(NamedTuple):
     skipped: Sequence[tuple[str, str]] = ()
 
 
-class _Assembled(NamedTuple):
-    """What a worker sends: the batch, the failures it knows, or the one-line error that ends the run."""
-
-    batch: ViewBatch | None
-    unreadable: list[tuple[int, str, str]]
-    error: str = ""
+# What a worker sends: the batch or the one-line error that ends the run, and the failures that it knows.
+_Assembled = tuple[ViewBatch | str, list[tuple[int, str, str]]]
 
 
 def _pinned(item: _Assembled) -> _Assembled:
     """In page-locked memory, as what a DataLoader with processes gives: else the host would wait for the copies."""
-    if (batch := item.batch) is None:
+    batch, unreadable = item
+    if isinstance(batch, str):
         return item
     views = [view.pin_memory() for view in batch.views]
     labels = None if batch.labels is None else batch.labels.pin_memory()
-    return item._replace(batch=ViewBatch(views, batch.sample_ids.pin_memory(), labels))
+    return ViewBatch(views, batch.sample_ids.pin_memory(), labels), unreadable
 
 
 @dataclass
@@ -76,9 +75,9 @@ class _Assembler(Dataset[_Assembled]):
 
     def __getitem__(self, key: tuple[int, int]) -> _Assembled:
         try:
-            return _Assembled(self._batch(*key), self.images.unreadable_items())
+            return self._batch(*key), self.images.unreadable_items()
         except DataError as error:  # a raised error would reach the user with the worker's traceback in its text
-            return _Assembled(None, self.images.unreadable_items(), str(error))
+            return str(error), self.images.unreadable_items()
 
     def _batch(self, epoch: int, step: int) -> ViewBatch:
         if self._order[0] != epoch:
@@ -86,26 +85,21 @@ class _Assembler(Dataset[_Assembled]):
             self._order = (epoch, order)
         position = step * self.batch_size + self.offset
         chosen = self._order[1][position : position + self.local_size]
+        drawn = [draws(self.seed, epoch, view, position, len(chosen)) for view in range(len(self.views))]
         loaded = []
-        for row, index in enumerate(chosen.tolist(), position):
-            reduction = partial(scale_reduction, self.views, seed=self.seed, epoch=epoch, position=row)
+        for row, index in enumerate(chosen.tolist()):
+            reduction = partial(scale_reduction, self.views, [each[row : row + 1] for each in drawn])
             loaded.append(self.images.load_resolved(index, reduction if self.reduced_decode else None))
         ids = np.array([image.index for image in loaded], dtype=np.int64)
         labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[ids])
-        place = {"seed": self.seed, "epoch": epoch, "position": position}
         if self.resident is not None:
-            views = self.resident.views(ids, self.views, **place)
+            views = self.resident.views(ids, self.views, drawn)
         else:
             pixels, shapes = [image.pixels for image in loaded], [image.shape for image in loaded]
             views = [
-                _channels_first(crop_batch(pixels, spec, view=number, shapes=shapes, **place))
-                for number, spec in enumerate(self.views)
+                crop_batch(pixels, spec, uniforms, shapes) for spec, uniforms in zip(self.views, drawn, strict=True)
             ]
         return ViewBatch(views, torch.from_numpy(ids), labels)
-
-
-def _channels_first(pixels: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 
 class TrainLoader:
@@ -138,14 +132,14 @@ class TrainLoader:
         resident: ResidentImages | None = None,
     ) -> None:
         if batch_size < 1 or workers < 0 or not views:
-            sizes = f"batch size {batch_size}, {workers} workers and {len(views)} views"
+            sizes = f"batch size {batch_size}, {number_of(workers, 'workers')} and {number_of(len(views), 'views')}"
             raise InputError(f"{sizes} do not make a loader; give at least 1, 0 and 1")
         if batch_size % world_size:
             raise InputError(f"batch size {batch_size} is not a multiple of {world_size} processes; choose one that is")
         if batch_size > len(images) and rows is None:
             raise DataError(
-                f"batch size {batch_size} is larger than the data set of {len(images)} images ({images.description}); "
-                f"set batch_size to {len(images)} or less"
+                f"batch size {batch_size} is larger than the data set of {number_of(len(images), 'images')} "
+                f"({images.description}); set batch_size to {at_most(len(images))}"
             )
         images.raise_if_too_many_unreadable()
         self.images, self.views, self.batch_size = images, list(views), batch_size
@@ -189,22 +183,22 @@ class TrainLoader:
         elif self._assembler.resident is None:
             made = in_background((_pinned(item) for item in made) if self._pin_memory else made, self._prefetch)
         with contextlib.closing(made):
-            for item in made:
-                self.images.add_unreadable(item.unreadable)
-                if item.batch is None:
-                    raise DataError(item.error)
+            for batch, unreadable in made:
+                self.images.add_unreadable(unreadable)
+                if isinstance(batch, str):
+                    raise DataError(batch)
                 self.images.raise_if_too_many_unreadable()
                 known = self.images.unreadable_items()
                 fresh = [(name, why) for index, name, why in known if index not in self._reported]
                 self._reported.update(self.images.unreadable_indices)
-                yield item.batch._replace(skipped=fresh)
+                yield batch._replace(skipped=fresh)
 
     def first(self, images: int) -> ViewBatch:
         """The first images of epoch 0, made here and now: to see what a batch costs."""
-        item = replace(self._assembler, batch_size=images, local_size=images, offset=0)[0, 0]
-        if item.batch is None:
-            raise DataError(item.error)
-        return item.batch
+        batch, _ = replace(self._assembler, batch_size=images, local_size=images, offset=0)[0, 0]
+        if isinstance(batch, str):
+            raise DataError(batch)
+        return batch
 
     def held_bytes(self, device: torch.device) -> int:
         """What images take of the memory of ``device``: the decoded set, batches that wait, processes that make them;
@@ -276,12 +270,27 @@ def _view_of(pixels: Pixels, top: int, left: int, side: int, resized: tuple[int,
     return resize(pixels[cuts[0], cuts[1]], side, side, (near, upper, far, lower))
 
 
+def decoded_batches(
+    images: ImageSet, indices: Indices, batch_size: int, prepare: Callable[[Pixels], Pixels]
+) -> Generator[tuple[list[Pixels | None], NDArray[np.int64]], None, None]:
+    """(``prepare`` of the pixels of each image or None where it cannot be read, their indices) in order, by threads."""
+    wanted = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
+
+    def load(index: int) -> Pixels | None:
+        pixels = images.try_load(index)  # at full scale, as in the published protocols
+        return None if pixels is None else prepare(pixels)
+
+    with ThreadPoolExecutor(decoding_threads()) as pool:
+        apply: Callable[..., Any] = map if images.cached else pool.map
+        for start in range(0, len(wanted), batch_size):
+            chosen = wanted[start : start + batch_size]
+            loaded = list(apply(load, chosen.tolist()))
+            images.raise_if_too_many_unreadable()
+            yield loaded, chosen
+
+
 def eval_batches(
-    images: ImageSet,
-    image_size: ImageSize,
-    batch_size: int,
-    *,
-    indices: Sequence[int] | NDArray[np.int64] | Tensor | None = None,
+    images: ImageSet, image_size: ImageSize, batch_size: int, indices: Indices = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (uint8 [B, 3, H, W], their indices int64 [B]) in order, every image once.
 
@@ -290,27 +299,13 @@ def eval_batches(
     """
     if min(batch_size, *height_width(image_size)) < 1:
         raise InputError(f"batch size {batch_size} and image size {image_size} must be at least 1")
-    wanted = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
     images.raise_if_too_many_unreadable()
-    with contextlib.closing(in_background(_eval_items(images, image_size, batch_size, wanted), 2)) as stream:
-        yield from stream
-
-
-def _eval_items(
-    images: ImageSet, image_size: ImageSize, batch_size: int, wanted: NDArray[np.int64]
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    ratio = default_crop_ratio(image_size)
-
-    def prepare(index: int) -> Pixels | None:
-        pixels = images.try_load(index)  # at full scale, as in the published protocols
-        return None if pixels is None else resize_center_crop(pixels, image_size, ratio)
-
-    with ThreadPoolExecutor(decoding_threads()) as pool:
-        apply: Callable[..., Any] = map if images.cached else pool.map
-        for start in range(0, len(wanted), batch_size):
-            chosen = wanted[start : start + batch_size].tolist()
-            loaded = list(apply(prepare, chosen))
-            images.raise_if_too_many_unreadable()
-            if kept := [index for index, pixels in zip(chosen, loaded, strict=True) if pixels is not None]:
-                batch = _channels_first(np.stack(common_type([pixels for pixels in loaded if pixels is not None])))
-                yield batch, torch.tensor(kept, dtype=torch.int64)
+    crop = partial(resize_center_crop, image_size=image_size, crop_ratio=default_crop_ratio(image_size))
+    decoded = in_background(decoded_batches(images, indices, batch_size, crop), 2)
+    with contextlib.closing(decoded):
+        for loaded, chosen in decoded:
+            readable = np.array([pixels is not None for pixels in loaded])
+            if readable.any():
+                batch = np.stack(common_type([pixels for pixels in loaded if pixels is not None]))
+                planes = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
+                yield planes, torch.from_numpy(chosen[readable])

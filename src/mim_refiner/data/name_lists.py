@@ -59,14 +59,14 @@ def match_names(source: ImageSource, path: str | Path) -> NameList:
     if several := [(name, rows) for name, rows in zip(listed, found, strict=True) if len(rows) > 1]:
         fits = shown_names([images[row] for row in several[0][1]])
         raise DataError(
-            f"{path}: {len(several)} of its {len(listed)} names fit several images of {source.description} (first: "
-            f"'{several[0][0]}' fits {fits}); write their folders before the names"
+            f"{path}: {len(several)} of its {number_of(len(listed), 'names')} fit several images of "
+            f"{source.description} (first: '{several[0][0]}' fits {fits}); write their folders before the names"
         )
     lost = [name for name, rows in zip(listed, found, strict=True) if not rows]
     if len(lost) == len(listed):
         raise DataError(
-            f"{path}: none of its {len(listed)} names is one of {source.description} (the list begins with "
-            f"'{listed[0]}', the images with '{images[0]}'); give the images that it was made for"
+            f"{path}: none of its {number_of(len(listed), 'names')} is one of {source.description} (the list begins "
+            f"with '{listed[0]}', the images with '{images[0]}'); give the images that it was made for"
         )
     rows = np.unique([each[0] for each in found if each])
     result = NameList(str(path), rows, len(listed), len(lost), *lost[:1])
@@ -75,7 +75,7 @@ def match_names(source: ImageSource, path: str | Path) -> NameList:
         if len(absent):
             which = shown_names([source.classes.names[number] for number in absent])
             raise DataError(
-                f"{result}: no image of {len(absent)} of the {len(source.classes.names)} classes of "
+                f"{result}: no image of {len(absent)} of the {number_of(len(source.classes.names), 'classes')} of "
                 f"{source.description} ({which}); give the images that the list was made for"
             )
     return result
@@ -184,11 +184,14 @@ def without_listed(source: ImageSource, path: str | Path) -> ImageSource:
         return source
     if not dropped:
         raise DataError(
-            f"{path}: none of its {len(named)} lines names an image of {source.description} (first: '{named[0]}'"
-            f"{did_you_mean(named[0], list(rows)[:10_000])}); give the list that doctor wrote for this --data"
+            f"{path}: none of its {number_of(len(named), 'lines')} names an image of {source.description} (first: "
+            f"'{named[0]}'{did_you_mean(named[0], list(rows)[:10_000])}); give the list that doctor wrote for this "
+            "--data"
         )
     if len(dropped) == len(source):
-        raise DataError(f"{path}: leaves none of the {len(source)} images of {source.description}; shorten the list")
+        raise DataError(
+            f"{path}: leaves none of the {number_of(len(source), 'images')} of {source.description}; shorten the list"
+        )
     kept = np.array([index for index in range(len(source)) if index not in dropped], dtype=np.int64)
     missing = f", {lost} of its lines name none" if lost else ""
     return Selection(source, kept, f"{source.description} without {len(dropped)} of {Path(path).name}{missing}")

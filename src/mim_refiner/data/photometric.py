@@ -23,6 +23,7 @@ from mim_refiner.core.run import send
 from mim_refiner.data import domain
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import InputError
+from mim_refiner.reporting import number_of
 
 _LUMA = (0.2989, 0.587, 0.114)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -52,7 +53,8 @@ def _to_unit(images: Tensor) -> Tensor:
 def _moments(mean: Sequence[float], std: Sequence[float], channels: int) -> Tensor:
     """[2, C, 1, 1]."""
     if len(mean) != channels or len(std) != channels:
-        counts = f"{channels} channels, {len(mean)} means and {len(std)} standard deviations"
+        counts = f"{number_of(channels, 'channels')}, {number_of(len(mean), 'means')} and "
+        counts += number_of(len(std), "standard deviations")
         raise InputError(f"images have {counts}; give one mean and one deviation for each channel")
     return torch.tensor([tuple(mean), tuple(std)], dtype=torch.float32)[:, :, None, None]
 

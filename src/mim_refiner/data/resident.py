@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mim_refiner.core.run import send
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.views import ViewSpec, boxes_and_flips
+from mim_refiner.data.views import ViewSpec, crop_boxes
 from mim_refiner.errors import InputError
 
 SHARE = 0.25  # of the free memory that the images may take when nobody says
@@ -37,14 +37,12 @@ class ResidentImages:
                 self.pixels[index, :, :height, :width] = torch.from_numpy(pixels).permute(2, 0, 1)
 
     def views(
-        self, rows: NDArray[np.int64], specs: Sequence[ViewSpec], *, seed: int, epoch: int, position: int
+        self, rows: NDArray[np.int64], specs: Sequence[ViewSpec], drawn: Sequence[NDArray[np.float64]]
     ) -> list[Tensor]:
-        """Every view of the images ``rows`` [B], uint8 [B, C, h, w], on the device; they lie from ``position`` on."""
-        drawn = [
-            boxes_and_flips(spec, *self.sides[rows].T, seed=seed, epoch=epoch, position=position, view=view)
-            for view, spec in enumerate(specs)
-        ]
-        tables = [torch.from_numpy(np.column_stack(parts).astype(np.float32)) for parts in drawn]
+        """Every view of the images ``rows`` [B] by its draws [B, 24], uint8 [B, C, h, w], on the device."""
+        heights, widths = self.sides[rows].T
+        boxes = [crop_boxes(each, heights, widths, spec) for spec, each in zip(specs, drawn, strict=True)]
+        tables = [torch.from_numpy(np.column_stack(parts).astype(np.float32)) for parts in boxes]
         chosen, *tables = send([torch.from_numpy(rows), *tables], self.pixels.device)
         step = max(1, _NUMBERS // self.pixels[0].numel())
         parts = []

@@ -48,7 +48,7 @@ class Shared:
     first: str
 
     def __str__(self) -> str:
-        return (f"{self.count} of {self.compared} test images compared are among the training images "
+        return (f"{self.count} of {number_of(self.compared, 'test images')} compared are among the training images "
                 f"(first: {self.first}): accuracies on them are too high")  # fmt: skip
 
 
@@ -180,8 +180,10 @@ def sliced(source: ImageSource, selection: slice, text: str) -> Selection:
     """``source[start:stop:step]`` as a source of its own; ``text`` is how the slice was written."""
     indices = range(len(source))[selection]
     if not indices:
-        raise DataError(f"{source.description}: the slice {text} selects none of {len(source)} images; widen it")
-    return Selection(source, indices, f"{source.description}, slice {text} ({len(indices)} images)")
+        raise DataError(
+            f"{source.description}: the slice {text} selects none of {number_of(len(source), 'images')}; widen it"
+        )
+    return Selection(source, indices, f"{source.description}, slice {text} ({number_of(len(indices), 'images')})")
 
 
 class ConcatSource(ImageSource):
@@ -190,7 +192,7 @@ class ConcatSource(ImageSource):
     def __init__(self, parts: Sequence[ImageSource], description: str) -> None:
         self.parts = list(parts)
         self.ends = np.cumsum([len(part) for part in parts])
-        self.description = f"{description} ({int(self.ends[-1])} images)"
+        self.description = f"{description} ({number_of(len(self), 'images')})"
         self.left_out = tuple(each for part in parts for each in part.left_out)
         self.base = Path(os.path.commonpath([os.path.abspath(part.base) for part in parts]))
         between = [os.path.relpath(part.base, self.base) for part in parts]

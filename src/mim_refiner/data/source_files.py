@@ -18,6 +18,7 @@ from mim_refiner.data.labels import LabelProblem, Labels, printable, shown_names
 from mim_refiner.data.source_base import Counted, ImageSource, LeftOut, label_parts, short_hash
 from mim_refiner.errors import DataError
 from mim_refiner.files import read_regular
+from mim_refiner.reporting import number_of
 
 # columns of lists and tables that hold the paths of images
 PATH_NAMES = ("path", "image", "file", "filename", "image_path", "filepath", "file_name", "img", "image_name")
@@ -144,7 +145,7 @@ def folder_source(root: Path, names: Iterable[str], shown: str = "") -> FileSour
     source = FileSource(root, names)
     source.read_labels(lambda: _class_folders(source.names, shown or str(root)))
     kind = "no labels" if source.classes is None else f"{len(source.classes.names)} class folders"
-    source.description = f"folder {root} ({len(source)} images, {kind})"
+    source.description = f"folder {root} ({number_of(len(source), 'images')}, {kind})"
     return source
 
 

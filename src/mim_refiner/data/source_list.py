@@ -14,6 +14,7 @@ from mim_refiner.data.source_base import LeftOut
 from mim_refiner.data.source_files import PATH_NAMES, FileSource, is_image_name
 from mim_refiner.errors import DataError
 from mim_refiner.files import read_regular, reading
+from mim_refiner.reporting import number_of
 
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 SEPARATORS = ("", ",", ";", "\t", " ")
@@ -47,7 +48,7 @@ def list_source(path: Path) -> FileSource:
     if more := [name for number, name in enumerate(header or ()) if number != column and name and name != "label"]:
         source.left_out = (LeftOut(len(more), "columns of the list", printable(more[0])),)
     kind = "no labels" if source.classes is None else "with labels"
-    source.description = f"list {path} ({len(rows)} images, {kind})"
+    source.description = f"list {path} ({number_of(len(rows), 'images')}, {kind})"
     return source
 
 

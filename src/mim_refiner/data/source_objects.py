@@ -19,6 +19,7 @@ from mim_refiner.data.source_base import ImageSource, evenly, label_parts, short
 from mim_refiner.data.source_files import image_files
 from mim_refiner.errors import DataError
 from mim_refiner.files import name_of
+from mim_refiner.reporting import number_of
 
 ACCEPTED = (
     "a path, an array [N, H, W, C], a list of PIL images, arrays or paths, a torch Dataset or a datasets.Dataset; with "
@@ -62,7 +63,7 @@ class ObjectSource(ImageSource):
 
     def __init__(self, given: Any, labels: Sequence[Any] | None) -> None:
         self.given = given
-        self.description = f"{name_of(given)} ({len(given)} images)"
+        self.description = f"{name_of(given)} ({number_of(len(given), 'images')})"
         first = self._item(0)
         self._key = _found(first, _IMAGE_KEYS) if isinstance(first, dict) else None
         if isinstance(first, dict) and self._key is None:
@@ -132,8 +133,8 @@ def _labels(given: Any, count: int) -> Labels:
         given = np.asarray(items, dtype=None if plain else object)  # a long text would make all rows as long
     labels = given[:, 0] if given.ndim == 2 and given.shape[1] == 1 else given
     if labels.shape != (count,):
-        what = f"{len(labels)} labels" if labels.ndim == 1 else f"labels of shape {given.shape}"
-        raise LabelProblem(f"{count} images but {what}; give one label an image")
+        what = number_of(len(labels), "labels") if labels.ndim == 1 else f"labels of shape {given.shape}"
+        raise LabelProblem(f"{number_of(count, 'images')} but {what}; give one label an image")
     if labels.dtype.kind in "SU" or all(isinstance(label, str) for label in labels):
         return Labels.of_texts(text if isinstance(text, str) else text.decode(*_CODEC) for text in labels.tolist())
     if labels.dtype.kind not in "biuf":
@@ -156,7 +157,7 @@ class ArraySource(ImageSource):
         self._images: NDArray[Any] | None = None
         self.shape: tuple[int, ...] = self._array().shape
         self.read_labels(self._labels)
-        self.description = f"array {path} ({len(self)} images of {self.shape[1]}x{self.shape[2]} px)"
+        self.description = f"array {path} ({number_of(len(self), 'images')} of {self.shape[1]}x{self.shape[2]} px)"
 
     def _array(self) -> NDArray[Any]:
         """The images (memory-mapped for .npy)."""

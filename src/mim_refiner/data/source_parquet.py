@@ -20,6 +20,7 @@ from mim_refiner.data.source_base import ConcatSource, ImageSource, LeftOut, lab
 from mim_refiner.data.source_files import PATH_NAMES
 from mim_refiner.errors import DataError
 from mim_refiner.files import read_regular, reading
+from mim_refiner.reporting import number_of
 
 WHOLE_FILE_BYTES = 512 * 2**20  # a smaller file is held in memory whole, a larger one by row group
 _GROUPS_IN_MEMORY = 4
@@ -47,7 +48,7 @@ class ParquetSource(ImageSource):
                 self.group_ends = np.cumsum([meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
                 self._rows = int(meta.num_rows)
                 if self._rows != int(self.group_ends[-1] if len(self.group_ends) else 0) or self._rows > 8 * self.size:
-                    raise pa.ArrowInvalid(f"it claims {self._rows} rows in {self.size} bytes")
+                    raise pa.ArrowInvalid(f"it claims {number_of(self._rows, 'rows')} in {self.size} bytes")
                 self.column = column or _image_column(schema, path)
                 with path.open("rb") as raw:  # sizes, offsets and statistics of every column chunk stand at the end
                     raw.seek(-min(meta.serialized_size + 8, self.size), os.SEEK_END)
@@ -58,7 +59,7 @@ class ParquetSource(ImageSource):
             self.left_out = (LeftOut(len(more), "columns of the table", more[0]),)
         self.lazy = self.size > WHOLE_FILE_BYTES
         which = "" if self.column == "image" else f", column {printable(self.column)}"
-        self.description = f"parquet {path} ({self._rows} images{which})"
+        self.description = f"parquet {path} ({number_of(self._rows, 'images')}{which})"
         self._groups: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -175,9 +176,7 @@ def labels_of_column(column: pa.ChunkedArray, names: list[str] | None = None) ->
         first = column.is_null().index(True).as_py()
         raise LabelProblem(f"row {first} has no label ({column.null_count} of {len(column)} have none); fill it in")
     if pa.types.is_decimal(kind):  # floats would make one class of ids above 2**53
-        if names is None:
-            return Labels.of_texts(format(value, "f") for value in column.to_pylist())
-        column, kind = column.cast(pa.float64()), pa.float64()
+        return Labels.of_numbers(np.array(column.to_pylist(), object), names)
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
         return Labels.of_numbers(column.to_numpy(), names)
     if _is_text(kind):

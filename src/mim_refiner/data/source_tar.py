@@ -67,7 +67,7 @@ class TarSource(ImageSource):
             raise DataError(f"{what}: holds no image that can be read{found}; give shards with .jpg or .png members")
         self.read_labels(lambda: self._labels(PackedStrings(labels)))
         kind = "no labels" if self.classes is None else "with labels"
-        self.description = f"{what} ({len(self.names)} images, {kind})"
+        self.description = f"{what} ({number_of(len(self.names), 'images')}, {kind})"
 
     def _labels(self, written: PackedStrings) -> Labels:
         images = self._offsets > 0
@@ -80,7 +80,7 @@ class TarSource(ImageSource):
             raise LabelProblem(f"no image has a label beside it: {hint}")
         if missing:
             raise LabelProblem(
-                f"{len(missing)} of {len(written)} images have no .cls or .json label "
+                f"{len(missing)} of {number_of(len(written), 'images')} have no .cls or .json label "
                 f"(first: {self.name(missing[0])}); give all or none"
             )
         usable = next(label for label, image in zip(written, images, strict=True) if image)  # for damaged places
@@ -146,7 +146,7 @@ def scan_shard(path: Path) -> pa.Table:
     """Find the samples of a shard by its headers; it is mapped: no claimed length takes more memory than it has."""
     size = path.stat().st_size
     if size < _BLOCK:
-        raise DataError(f"{path}: is no tar file, it has only {size} bytes; give a .tar shard")
+        raise DataError(f"{path}: is no tar file, it has only {number_of(size, 'bytes')}; give a .tar shard")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             archive = tarfile.open(fileobj=data, mode="r:", ignore_zeros=True)  # noqa: SIM115

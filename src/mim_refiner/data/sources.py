@@ -21,6 +21,7 @@ from mim_refiner.data.source_objects import ArraySource, object_source
 from mim_refiner.data.source_parquet import ParquetSource, parquet_folder
 from mim_refiner.data.source_tar import TarSource
 from mim_refiner.errors import DataError, nearest_path, reason_of
+from mim_refiner.reporting import number_of
 
 __all__ = ["ImageSource", "open_source"]
 
@@ -229,7 +230,7 @@ def _open_folder(root: Path, split: str | None, shown: str) -> ImageSource:
         found = f"none of its files is an image: {found}" if found else "the folder is empty"
         raise DataError(f"{shown}: {found}; give a folder with .jpg, .png, .webp, ..., .parquet or .tar files")
     names = _of_split(files.tables[kind], split, root, shown, kind)
-    text = f"folder {root} of {len(names)} {kind.lstrip('.')} files"
+    text = f"folder {root} of {number_of(len(names), kind[1:] + ' files')}"
     made = TarSource([root / name for name in names], text) if kind == ".tar" else parquet_folder(root, names, text)
     made.left_out = (*made.left_out, *files.left_out(kind))
     return made

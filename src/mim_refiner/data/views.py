@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mim_refiner.data.channels import common_type, resize_view
 from mim_refiner.data.domain import DomainSpec
@@ -104,9 +106,10 @@ def multi_crop_views(
     ]
 
 
-def _uniforms(seed: int, epoch: int, stream: int, start: int, count: int) -> NDArray[np.float64]:
-    """Return the ``_DRAWS`` uniform numbers of ``count`` samples from position ``start`` on, [count, _DRAWS]."""
-    return np.random.Generator(_philox(seed, epoch, stream).advance(start * _COUNTERS)).random((count, _DRAWS))
+def draws(seed: int, epoch: int, view: int, position: int, count: int) -> NDArray[np.float64]:
+    """Uniform numbers [count, 24] that decide the crops of one view of the samples from ``position`` on."""
+    stream = _philox(seed, epoch, _FIRST_VIEW_STREAM + view)
+    return np.random.Generator(stream.advance(position * _COUNTERS)).random((count, _DRAWS))
 
 
 def _philox(seed: int, epoch: int, stream: int) -> np.random.Philox:
@@ -122,25 +125,30 @@ def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
 
 def crop_boxes(
     uniforms: NDArray[np.float64], heights: NDArray[np.int64], widths: NDArray[np.int64], spec: ViewSpec
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Crop boxes [B, 4] (top, left, height, width), flips? [B] of uniforms [B, 24], as torchvision distributes them."""
-    if spec.crop_axes == "longer":
-        return _spanning_boxes(uniforms, heights, widths, spec), uniforms[:, 22] < spec.flip
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Boxes [B, 4] (top, left, height, width), mirrored? [B], upside down? [B] of uniforms [B, 24], as torchvision
+    distributes them.
+    """
+    boxes = (_spanning_boxes if spec.crop_axes == "longer" else _free_boxes)(uniforms, heights, widths, spec)
+    return boxes, uniforms[:, 22] < spec.flip, uniforms[:, 23] < spec.vflip
+
+
+def _free_boxes(
+    uniforms: NDArray[np.float64], heights: NDArray[np.int64], widths: NDArray[np.int64], spec: ViewSpec
+) -> NDArray[np.int64]:
+    """The first of ten that fits, or the largest central one within the bounds of the ratio."""
     low, high = (bound * spec.width / spec.height for bound in spec.ratio)
     area = (heights * widths)[:, None] * _between(uniforms[:, :_ATTEMPTS], *spec.scale)
     ratio = np.exp(_between(uniforms[:, _ATTEMPTS : 2 * _ATTEMPTS], np.log(low), np.log(high)))
-    crop_w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-    crop_h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    central = np.minimum(heights, np.rint(widths / low)), np.minimum(widths, np.rint(heights * high))
+    crop_h = np.column_stack([np.rint(np.sqrt(area / ratio)), central[0].clip(1)]).astype(np.int64)
+    crop_w = np.column_stack([np.rint(np.sqrt(area * ratio)), central[1].clip(1)]).astype(np.int64)
     fits = (crop_w > 0) & (crop_w <= widths[:, None]) & (crop_h > 0) & (crop_h <= heights[:, None])
-    first = fits.argmax(axis=1)
-    rows = np.arange(len(uniforms))
-    height, width = crop_h[rows, first], crop_w[rows, first]
-    top = (uniforms[:, 20] * (heights - height + 1)).astype(np.int64)
-    left = (uniforms[:, 21] * (widths - width + 1)).astype(np.int64)
-    boxes = np.stack([top, left, height, width], axis=1)
-    for row in np.flatnonzero(~fits.any(axis=1)):
-        boxes[row] = _central_box(int(heights[row]), int(widths[row]), (low, high))
-    return boxes, uniforms[:, 22] < spec.flip
+    first, rows = fits.argmax(axis=1), np.arange(len(uniforms))
+    size = np.stack([crop_h[rows, first], crop_w[rows, first]], axis=1)
+    spare = np.stack([heights, widths], axis=1) - size
+    corner = np.where(first[:, None] < _ATTEMPTS, uniforms[:, 20:22] * (spare + 1), spare / 2).astype(np.int64)
+    return np.concatenate([corner, size], axis=1)
 
 
 def _spanning_boxes(
@@ -160,80 +168,45 @@ def _between(uniform: NDArray[np.float64], low: float, high: float) -> NDArray[n
     return low + (high - low) * uniform
 
 
-def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
-    """Return the largest central crop within the ratio bounds."""
-    crop_h, crop_w = height, width
-    if width / height < ratio[0]:
-        crop_h = max(1, round(width / ratio[0]))
-    elif width / height > ratio[1]:
-        crop_w = max(1, round(height * ratio[1]))
-    return (height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w
-
-
-def scale_reduction(specs: Sequence[ViewSpec], height: int, width: int, *, seed: int, epoch: int, position: int) -> int:
-    """How many times (1, 2, 4, 8) smaller the sample may be with no view enlarged; ``specs``: one a view."""
+def scale_reduction(specs: Sequence[ViewSpec], drawn: Sequence[NDArray[np.float64]], height: int, width: int) -> int:
+    """How many times (1, 2, 4, 8) smaller a sample may be with no view enlarged; ``drawn`` [1, 24] for each view."""
     most = min(height // max(spec.height for spec in specs), width // max(spec.width for spec in specs))
-    sides = np.array([height]), np.array([width])
-    for view, spec in enumerate(specs):
+    for spec, uniforms in zip(specs, drawn, strict=True):
         if most < 2:  # nearly always so at once for images of the usual sizes
             return 1
-        boxes, _ = crop_boxes(_uniforms(seed, epoch, _FIRST_VIEW_STREAM + view, position, 1), *sides, spec)
-        # a pixel to spare: edges are rounded
-        most = min(most, int(boxes[0, 2]) // (spec.height + 1), int(boxes[0, 3]) // (spec.width + 1))
+        (box,), *_ = crop_boxes(uniforms, np.array([height]), np.array([width]), spec)
+        most = min(most, int(box[2]) // (spec.height + 1), int(box[3]) // (spec.width + 1))  # edges are rounded
     return 1 << min(most, 8).bit_length() - 1 if most else 1
-
-
-def boxes_and_flips(
-    spec: ViewSpec,
-    heights: NDArray[np.int64],
-    widths: NDArray[np.int64],
-    *,
-    seed: int,
-    epoch: int,
-    position: int,
-    view: int,
-) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Boxes [B, 4], mirrored? [B] and upside down? [B] of one view of the samples from ``position`` on."""
-    uniforms = _uniforms(seed, epoch, _FIRST_VIEW_STREAM + view, position, len(heights))
-    boxes, flips = crop_boxes(uniforms, heights, widths, spec)
-    return boxes, flips, uniforms[:, 23] < spec.vflip
 
 
 def crop_batch(
     images: Sequence[NDArray[Any]],
     spec: ViewSpec,
-    *,
-    seed: int,
-    epoch: int,
-    position: int,
-    view: int,
+    uniforms: NDArray[np.float64],
     shapes: Sequence[tuple[int, int]] | None = None,
-) -> NDArray[Any]:
-    """Crop one view of every image [H, W, C] to [B, height, width, C]; they lie at ``position``, ``position + 1``, ...
+) -> Tensor:
+    """Crop one view of every image [H, W, C] by its row of :func:`draws` [B, 24], to [B, C, height, width].
 
-    ``view`` numbers the views of a sample. Bicubic with antialiasing, then the flips. uint8 stays uint8; where
-    16-bit images are among them, all become uint16. ``shapes``: (height, width) of the whole images where these are
-    reduced; the crops are those of the whole ones.
+    Bicubic with antialiasing, then the flips. uint8 stays uint8; where 16-bit images are among them, all become
+    uint16. ``shapes``: (height, width) of the whole images where these are reduced; the crops are those of the whole
+    ones.
     """
     given = np.array([image.shape[:2] for image in images], dtype=np.int64)
     whole = given if shapes is None else np.array(shapes, dtype=np.int64)
-    place = {"seed": seed, "epoch": epoch, "position": position, "view": view}
-    boxes, flips, upside_down = boxes_and_flips(spec, whole[:, 0], whole[:, 1], **place)
+    boxes, flips, upside_down = crop_boxes(uniforms, whole[:, 0], whole[:, 1], spec)
     if shapes is not None:
         edges = np.stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])  # [2 corners, B, 2]
         corner, opposite = np.rint(edges * (given / whole)).astype(np.int64)
         boxes = np.concatenate([corner, opposite - corner], axis=1)
     images = common_type(list(images))
-    # Channels first in memory: the tensors made of it need no further copy.
     size = spec.height, spec.width
     planes = np.empty((len(images), images[0].shape[2], *size), dtype=images[0].dtype)
-    output = planes.transpose(0, 2, 3, 1)
-    for row, (image, (top, left, height, width), flip, turned) in enumerate(
-        zip(images, boxes.tolist(), flips.tolist(), upside_down.tolist(), strict=True)
+    for output, image, (top, left, height, width), flip, turned in zip(
+        planes.transpose(0, 2, 3, 1), images, boxes.tolist(), flips.tolist(), upside_down.tolist(), strict=True
     ):
         crop = image[top : top + height, left : left + width]
         if crop.shape[:2] != size:
             crop = resize_view(crop, *size)
         crop = crop[:, ::-1] if flip else crop
-        output[row] = crop[::-1] if turned else crop
-    return output
+        output[:] = crop[::-1] if turned else crop
+    return torch.from_numpy(planes)

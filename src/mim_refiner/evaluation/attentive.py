@@ -208,7 +208,7 @@ def _tokens(
 ) -> Iterator[Tokens]:
     """The normalised tokens of the images, batch by batch."""
     backbone.to(run.device)
-    run.reporter.phase(f"attentive: tokens of {len(of.rows)} images", len(of.rows))
+    run.reporter.phase(f"attentive: tokens of {number_of(len(of.rows), 'images')}", len(of.rows))
     seen = 0
     with evaluation_mode(backbone), torch.inference_mode():
         for batch, positions in eval_batches(of.images, image_size, batch_size, indices=of.rows):

@@ -26,6 +26,7 @@ from mim_refiner.evaluation.protocols import selections
 from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.segmentation import check_segmentation, segmentation_blocks, segmentation_protocol
 from mim_refiner.evaluation.splits import class_groups, imbalanced_subset, list_name
+from mim_refiner.reporting import number_of
 
 SHOWN_QUERIES = 3  # of a probe with several, beside their mean
 Predict = Callable[[Tensor, Tensor | None], Tensor]  # (features [N, D], classes that may occur or None) -> classes [N]
@@ -159,7 +160,7 @@ def robustness(job: Job) -> list[Result]:
         details = {**shown, "classifier": name, "accuracy_by_set": sets, "clean": sets["clean"]}
         results.append(job.accuracy("robustness", f"robustness_{name}_top1", _mean_over_sets(together), details))
     for set_name, (images, numbers) in job.shifted.items():
-        phase = f"robustness: {set_name} ({len(images)} images)"
+        phase = f"robustness: {set_name} ({number_of(len(images), 'images')})"
         features = job.features_of(images, None, phase=phase, **how).renumbered(numbers)
         slug = "".join(letter if letter.isalnum() else "-" for letter in set_name).strip("-")
         for name, correct in hits(features, set_name).items():

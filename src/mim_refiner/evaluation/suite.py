@@ -32,6 +32,7 @@ from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.splits import list_name, stratified_split
 from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.reporting import number_of
 
 RUNNERS: dict[str, Callable[[Job], list[Result]]] = {
     "knn": frozen.knn,
@@ -240,7 +241,9 @@ NEEDS_RGB = ("finetune", "long_tail", "robustness", "segmentation")  # their ima
 def _check_data(protocols: Sequence[str], train: ImageSet, test: ImageSet | None) -> None:
     coloured = [name for name in protocols if name in NEEDS_RGB]
     if coloured and train.channels != 3:
-        raise InputError(f"protocol {coloured[0]} takes RGB images, not {train.channels} channels; leave it out")
+        raise InputError(
+            f"protocol {coloured[0]} takes RGB images, not {number_of(train.channels, 'channels')}; leave it out"
+        )
     needy = [name for name in protocols if name not in ("rank", "segmentation")]
     if test is not None:
         class_numbers(train, test)  # refused now, not after all features

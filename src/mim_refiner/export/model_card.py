@@ -37,8 +37,8 @@ class Parity:
         """One line for a model card."""
         return (
             f"largest difference to the encoder {self.max_abs_difference:.2g} (values up to {self.largest_value:.3g}, "
-            f"tolerance {self.tolerance:.0e} of the largest value) over {self.compared} of {self.images} images, "
-            f"{self.source}"
+            f"tolerance {self.tolerance:.0e} of the largest value) over {self.compared} of "
+            f"{number_of(self.images, 'images')}, {self.source}"
         )
 
 

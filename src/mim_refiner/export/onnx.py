@@ -14,6 +14,7 @@ from mim_refiner.errors import InputError, install, one_line
 from mim_refiner.export.writing import Format, Pairs, silence
 from mim_refiner.files import errors_as
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.reporting import number_of
 
 _FILE = "model.onnx"
 _OPSET = 18
@@ -98,7 +99,7 @@ def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, An
         repeated = images.repeat(-(-batch // len(images)), 1, 1, 1)
         batches = list(repeated[: max(batch, len(images) // batch * batch)].split(batch))
     for some in batches:
-        problem = f"export: onnxruntime cannot run the graph on {len(some)} images"
+        problem = f"export: onnxruntime cannot run the graph on {number_of(len(some), 'images')}"
         with errors_as(InputError, problem, "try another --batch"):
             [got] = session.run(["features"], {"images": some.numpy()})
         yield module(some), torch.from_numpy(got)

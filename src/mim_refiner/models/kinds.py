@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mim_refiner.errors import InputError
 from mim_refiner.models.positions import Grid
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from mim_refiner.reporting import number_of
 
 __all__ = ["CapiVisionTransformer", "PostNormBlock", "PostNormVisionTransformer", "VariantVisionTransformer"]
 
@@ -78,7 +79,7 @@ class VariantVisionTransformer(VisionTransformer):  # type: ignore[misc]
         if len(block_heads) != len(self.blocks) or any(heads < 1 or self.embed_dim % heads for heads in block_heads):
             raise InputError(
                 f"block_heads {list(block_heads)}: give one divisor of the width {self.embed_dim} for each of the "
-                f"{len(self.blocks)} blocks"
+                f"{number_of(len(self.blocks), 'blocks')}"
             )
         for block, heads in zip(self.blocks, block_heads, strict=True):
             block.attn.num_heads, block.attn.head_dim = heads, self.embed_dim // heads

@@ -106,7 +106,8 @@ class Estimate:
     def line(self) -> str:
         """What a run begins with."""
         epochs = " and ".join(number_of(phase.epochs, f"epochs of {name}") for name, phase in self.phases.items())
-        text = f"cost: {self.images} images, {f'{epochs}: ' if epochs else ''}{self.time}; memory: about {self.memory}"
+        what = f"{number_of(self.images, 'images')}, {f'{epochs}: ' if epochs else ''}"
+        text = f"cost: {what}{self.time}; memory: about {self.memory}"
         elsewhere = " with another --out or --overwrite" if "--set" in self.advice else ""  # the folder is taken by now
         return f"{text}; {self.advice}{elsewhere}" if self.advice else text
 
@@ -128,11 +129,12 @@ class Estimate:
     def record(self) -> dict[str, Any]:
         """For ``--plan``: hours and bytes, as numbers and in words."""
         needs, peak, held = self.picked.needs, self.picked.peak, self.picked.micro_batch or self.picked.needs.batch
+        activations = f"activations of {number_of(held, 'images')}, beyond gradients"
         parts = {
             "Python, its libraries and images": needs.process,
             "weights, gradients, moments, queues": needs.state,
             "view pool": needs.view_pool,
-            f"activations of {held} images, beyond gradients": peak - needs.process - needs.state - needs.view_pool,
+            activations: peak - needs.process - needs.state - needs.view_pool,
         }
         sizes = {key: value for key, value in vars(needs).items() if key not in ("batch", "image_graphs")}
         return {

@@ -27,7 +27,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.core.sharding import full_state, load_full_state
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import normalize
-from mim_refiner.data.views import ViewSpec, crop_batch
+from mim_refiner.data.views import ViewSpec, crop_batch, draws
 from mim_refiner.errors import GuardStopError, RunFolderError
 from mim_refiner.files import atomic_folder, read_json, reading, write_json
 from mim_refiner.models.backbone import Backbone
@@ -86,8 +86,7 @@ class FeatureProbe:
         """The same images and crops at every look, also after a resume."""
         chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))[: self.count]
         pixels = [self.images.load(int(index)) for index in chosen]
-        crops = (crop_batch(pixels, self.view, seed=0, epoch=0, position=0, view=view) for view in range(2))
-        return [torch.from_numpy(crop.transpose(0, 3, 1, 2).copy()) for crop in crops]
+        return [crop_batch(pixels, self.view, draws(0, 0, view, 0, len(pixels))) for view in range(2)]
 
     @torch.no_grad()
     def _features(self, crops: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

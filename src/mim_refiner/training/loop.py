@@ -28,6 +28,7 @@ from mim_refiner.core.sharding import load_full_optimizer_state
 from mim_refiner.core.threads import pace_of, threads_kept
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.errors import DataError, NonFiniteLossError, WorkerError
+from mim_refiner.reporting import number_of
 from mim_refiner.training.guard import Guard
 from mim_refiner.training.metric_log import MetricLog
 from mim_refiner.training.recipe import Phase, Recipe
@@ -161,8 +162,8 @@ class Loop:
         pace.end()
         if self.left_out:
             self.run.reporter.warning(
-                f"{self.name}: {self.left_out} of {self.steps - self.first} steps were left out to end within "
-                f"{self.phase.max_seconds:.0f} s: the machine is slower than planned"
+                f"{self.name}: {self.left_out} of {number_of(self.steps - self.first, 'steps')} were left out to end "
+                f"within {self.phase.max_seconds:.0f} s: the machine is slower than planned"
             )
 
     def _late(self, step: int) -> bool:

@@ -33,6 +33,7 @@ from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.heads import HeadConfig, Objective
 from mim_refiner.models.lora import add_lora
 from mim_refiner.models.refiner import DenseAnchor, Refiner, RefinerOutput
+from mim_refiner.reporting import number_of
 from mim_refiner.training.anchor import anchor_backward, carries_anchor
 from mim_refiner.training.cached import cached_forward_backward, refuse_batch_dependent
 from mim_refiner.training.graphed import Graphed, uses_graph
@@ -307,7 +308,7 @@ def filled(
             run.reporter.progress(number + 1, {})
             if limit is not None and monotonic() - began > POOL_SHARE * limit and not pool.full:
                 pool.end()  # the loop with it
-                run.reporter.message(f"view pool: {pool.steps} of {wanted} batches, to end in time")
+                run.reporter.message(f"view pool: {pool.steps} of {number_of(wanted, 'batches')}, to end in time")
                 break
     return pool, monotonic() - began
 

@@ -343,9 +343,9 @@ def _plain(value: Any) -> Any:
 
 def _change(key: str, stored: dict[str, Any], now: dict[str, Any]) -> str:
     if key == "data_fingerprint":
-        counts = [tree.get("data_images") for tree in (stored, now)]
+        counts: list[Any] = [tree.get("data_images") for tree in (stored, now)]
         other = ", and they are not the same" if counts[0] == counts[1] else ""
-        return f"the data has changed: {counts[0]} images then, {counts[1]} now{other}"
+        return f"the data has changed: {number_of(counts[0], 'images')} then, {counts[1]} now{other}"
     if key == "model_sha256":
         return f"the model has changed: {stored.get('model')} had other weights than {now.get('model')} has"
     none = "none" if key == "arch" else "no such setting"  # of another release

@@ -23,6 +23,7 @@ from mim_refiner.data.photometric import seeded_generator
 from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.refiner import Refiner
+from mim_refiner.reporting import number_of
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.types import ImageSize, height_width
 
@@ -132,6 +133,7 @@ def refuse_pool(recipe: RefineRecipe, refiner: Refiner, images: int, run: Run) -
     needed, free = pool_bytes(recipe, refiner, images), free_memory(run.device)
     if needed > SHARE * free:
         raise InputError(
-            f"view_pool: {pooled_epochs(recipe)} epochs of views take {needed / 1e9:.1f} GB, more than half of the "
-            f"{free / 1e9:.1f} GB that are free; set a smaller view_pool or frozen_blocks=0, or leave it out"
+            f"view_pool: the views of {number_of(pooled_epochs(recipe), 'epochs')} take {needed / 1e9:.1f} GB, more "
+            f"than half of the {free / 1e9:.1f} GB that are free; set a smaller view_pool or frozen_blocks=0, or leave "
+            "it out"
         )

@@ -28,6 +28,7 @@ from mim_refiner.checkpoints.families.plain_vit import (
 )
 from mim_refiner.errors import CheckpointError
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, SIZES
+from mim_refiner.reporting import number_of
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 _IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
@@ -70,7 +71,9 @@ def infer_beit(
     fc_norm = "fc_norm.weight" in tensors
     heads, notes = choose_heads(width, depth, known_heads if relative is None else relative.shape[1], wishes)
     if relative is not None and heads != relative.shape[1]:
-        raise CheckpointError(f"{where}: its position tables are for {relative.shape[1]} heads; leave num_heads out")
+        raise CheckpointError(
+            f"{where}: its position tables are for {number_of(relative.shape[1], 'heads')}; leave num_heads out"
+        )
     arguments = sizes | {
         "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
         "qkv_bias": has_any(tensors, "attn.q_bias"),

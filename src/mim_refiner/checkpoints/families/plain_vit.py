@@ -14,6 +14,7 @@ from mim_refiner.checkpoints.families.base import DROPPED, GUESS, PROJECTION, Co
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Mapped
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.models.vit import BASE_ARCHITECTURE, IMAGENET_MEAN, IMAGENET_STD, SIZES, mlp_ratio, standard_name
+from mim_refiner.reporting import number_of
 
 _BLOCK_PARTS = (
     r"norm[12]\.(weight|bias)|attn\.(qkv|proj)\.(weight|bias)|attn\.[qk]_norm\.(weight|bias)"
@@ -181,10 +182,11 @@ def choose_heads(width: int, depth: int, known: int, wishes: Wishes) -> tuple[in
 
 def heads_question(arguments: Mapping[str, Any]) -> str:
     """The line that asks for the number of heads."""
+    blocks = number_of(arguments["depth"], "blocks") if "depth" in arguments else "its blocks"
     width = arguments.get("embed_dim", 0)
     usual = f" ({' or '.join(map(str, USUAL_HEADS[width]))} are usual)" if width in USUAL_HEADS else ""
     return (
-        f"{arguments.get('depth', 'its')} blocks of width {width} do not tell the number of attention heads{usual}; "
+        f"{blocks} of width {width} do not tell the number of attention heads{usual}; "
         "pass num_heads= (--num-heads, or behind the file: FILE::num_heads=N)"
     )
 
