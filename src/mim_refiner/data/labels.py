@@ -7,12 +7,10 @@ Every source makes one :class:`Labels`. Sets are matched by what their classes a
 from __future__ import annotations
 
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -77,11 +75,7 @@ class Labels:
         """
         index: dict[str, int] = {}
         numbers = np.fromiter((index.setdefault(value, len(index)) for value in values), dtype=np.int64)
-        return cls._of(numbers, [clean_name(text) for text in index], where, folders)
-
-    @classmethod
-    def _of(cls, numbers: NDArray[np.int64], names: list[str], where: Callable[[int], str], folders: bool) -> Labels:
-        """Labels of ``numbers`` [N] into ``names``, which may be numbers in decimals and several of one class."""
+        names = [clean_name(text) for text in index]
 
         def place(wrong: Callable[[str], object]) -> tuple[int, str, str]:
             """(rows, the first, its label) of the classes whose name is ``wrong``."""
@@ -108,7 +102,7 @@ class Labels:
             for pattern, what in ((r"-.*", "negative"), (r".*\.0*[1-9][0-9]*", "a fraction")):
                 if any(re.fullmatch(pattern, name) for name in names):
                     _, first, label = place(re.compile(pattern).fullmatch)
-                    raise _no_class(label, first, what, all(float(name) == -1 for name in names))
+                    raise _no_class(label, first, what, all(name.startswith("-1") for name in names))
             names = [name.partition(".")[0] for name in names]
             spelled: dict[int, str] = {}
             if twice := [name for name in names if spelled.setdefault(int(name), name) != name]:
@@ -121,25 +115,32 @@ class Labels:
     @classmethod
     def of_numbers(cls, values: NDArray[Any], names: Sequence[str] | None = None) -> Labels:
         """Labels that are numbers [N] of any kind; ``names[i]``: name of class i. LabelProblem for other values."""
-        if values.dtype.kind == "b":
+        if values.dtype.kind == "f":
+            values = values.astype(np.float64)
+            if len(rows := np.flatnonzero(~np.isfinite(values))):
+                raise LabelProblem(f"row {rows[0]} has no label ({len(rows)} of {len(values)} have none); fill it in")
+            if len(rows := np.flatnonzero(values != np.floor(values))):
+                raise _no_class(values[rows[0]], f"row {rows[0]}", "a fraction")
+            values = values.astype(object if np.abs(values).max(initial=0) >= 2**62 else np.int64)
+        elif values.dtype.kind == "b":
             values, names = values.astype(np.int64), names or ("False", "True")
+        if len(rows := np.flatnonzero(values < 0)):
+            raise _no_class(values[rows[0]], f"row {rows[0]}", "negative", bool((values == -1).all()))
+        if names is not None and len(rows := np.flatnonzero(values >= len(names))):
+            raise LabelProblem(f"row {rows[0]} has the label {values[rows[0]]}, but there are only {len(names)} class "
+                               "names; correct one of the two")  # fmt: skip
         found, numbers = np.unique(values, return_inverse=True)
-        written = [format(Decimal(str(value + 0)), "f") if math.isfinite(value) else "nan" for value in found.tolist()]
-        labels = cls._of(numbers, written, "row {}".format, folders=False)
-        ids = labels.ids or ()
+        ids = [int(value) for value in found]
         if names is None:
-            return labels
-        if len(rows := np.flatnonzero(values >= len(names))):
-            raise LabelProblem(f"row {rows[0]} has the label {ids[labels.numbers[rows[0]]]}, but there are only "
-                               f"{len(names)} class names; correct one of the two")  # fmt: skip
+            return _numbered(numbers, [str(value) for value in ids], ids)
         given = [clean_name(name) for name in names]
         if len(set(given)) < len(given):
             twice = next(name for name in given if given.count(name) > 1)
             raise LabelProblem(f"the class name '{twice}' is given to two numbers; correct the names")
         chosen = [given[value] for value in ids]
         if all(_WHOLE.fullmatch(name) for name in given):
-            ids = tuple(int(name) for name in chosen)
-        return Labels(labels.numbers, tuple(chosen), ids, absent=len(given) - len(chosen))
+            ids = [int(name) for name in chosen]
+        return Labels(numbers.astype(np.int64), tuple(chosen), tuple(ids), absent=len(given) - len(chosen))
 
     def take(self, selection: slice | NDArray[np.int64]) -> Labels:
         """The labels of some images, numbered anew: only classes that they have."""

@@ -176,7 +176,9 @@ def labels_of_column(column: pa.ChunkedArray, names: list[str] | None = None) ->
         first = column.is_null().index(True).as_py()
         raise LabelProblem(f"row {first} has no label ({column.null_count} of {len(column)} have none); fill it in")
     if pa.types.is_decimal(kind):  # floats would make one class of ids above 2**53
-        return Labels.of_numbers(np.array(column.to_pylist(), object), names)
+        if names is None:
+            return Labels.of_texts(format(value, "f") for value in column.to_pylist())
+        column, kind = column.cast(pa.float64()), pa.float64()
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
         return Labels.of_numbers(column.to_numpy(), names)
     if _is_text(kind):
