@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mim_refiner.analysis.atlas import Atlas, label_free_atlas, labelled_atlas, place_heads, recommend, ridge_probe
-from mim_refiner.analysis.augmented import PairedViews
+from mim_refiner.analysis.label_free import PairedViews
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.metrics import effective_rank
 from mim_refiner.errors import DataError

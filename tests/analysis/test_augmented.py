@@ -5,7 +5,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from mim_refiner.analysis.augmented import augmented_view, paired_views, scaled_view
+from mim_refiner.analysis.label_free import augmented_view, paired_views, scaled_view
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source

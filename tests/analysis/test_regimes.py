@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mim_refiner.analysis.regimes import find_regimes, improvement_shares, regimes_record
+from mim_refiner.analysis.reconstruction import find_regimes, improvement_shares, regimes_record
 
 KNN = [0.10, 0.14, 0.18, 0.22, 0.40, 0.60, 0.55, 0.50]
 ERROR = [0.90, 0.80, 0.70, 0.60, 0.58, 0.56, 0.50, 0.40]

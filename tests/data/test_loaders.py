@@ -258,7 +258,7 @@ def test_normalize():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     expected = tv.normalize(images.float() / 255, list(mean), list(std))
     torch.testing.assert_close(normalize(images, mean, std), expected)
-    with pytest.raises(InputError, match="3 channels, 1 means"):
+    with pytest.raises(InputError, match="3 channels, 1 mean and 1 standard deviation"):
         normalize(images, (0.5,), (0.5,))
 
 

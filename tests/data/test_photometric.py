@@ -231,7 +231,7 @@ def test_other_channel_counts(images):
     gray = images[:, :1]
     plain = BatchPhotometric(PLAIN, (0.5,), (0.25,))(gray, seeded_generator(0))
     assert plain.shape == gray.shape
-    with pytest.raises(InputError, match="3 channels, 1 means"):
+    with pytest.raises(InputError, match="3 channels, 1 mean and 1 standard deviation"):
         BatchPhotometric(PLAIN, (0.5,), (0.25,))(images, seeded_generator(0))
 
 

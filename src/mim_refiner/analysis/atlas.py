@@ -16,8 +16,13 @@ from sklearn.linear_model import RidgeClassifierCV
 from torch import Tensor
 
 from mim_refiner._version import __version__
-from mim_refiner.analysis.augmented import PairedViews
-from mim_refiner.analysis.label_free import neighbor_consistency, paired_scores, rank_of_rows, score_interval
+from mim_refiner.analysis.label_free import (
+    PairedViews,
+    neighbor_consistency,
+    paired_scores,
+    rank_of_rows,
+    score_interval,
+)
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.run import Run
 from mim_refiner.evaluation.features import Features

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from mim_refiner.analysis.atlas import Atlas, place_heads
 from mim_refiner.analysis.blocks import curves_from_scores
 from mim_refiner.analysis.label_free import MIN_IMAGES
-from mim_refiner.analysis.reconstruction import ReconstructionSettings, reconstruction_by_block
-from mim_refiner.analysis.regimes import regimes_record
+from mim_refiner.analysis.reconstruction import ReconstructionSettings, reconstruction_by_block, regimes_record
 from mim_refiner.analysis.similarity import block_similarity
 from mim_refiner.analysis.verdict import verdict
 from mim_refiner.checkpoints.load import load_backbone

@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from mim_refiner.analysis.atlas import Atlas, Key, label_free_atlas, labelled_atlas
-from mim_refiner.analysis.augmented import PairedViews, paired_views
 from mim_refiner.analysis.label_free import (
     MIN_IMAGES,
     LabelFreeMeasures,
+    PairedViews,
     dense_drift,
     distinct_rows,
     label_free_measures,
+    paired_views,
 )
 from mim_refiner.analysis.verdict import label_free_verdict, not_measured
 from mim_refiner.core.modules import evaluation_mode

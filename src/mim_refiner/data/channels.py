@@ -142,12 +142,8 @@ class Arrays(Mapping[str, NDArray[Any]]):
                 raise DataError(f"{self.path}: array '{name}' of shape {shape} needs {info.file_size / 1e9:.0f} GB of "
                                 "memory; save the images as .npy, which is read piece by piece")  # fmt: skip
             flat = np.empty(info.file_size - file.tell(), np.uint8)
-            view, filled = flat.data, 0
-            while filled < len(flat):
-                count = file.readinto(view[filled:])  # type: ignore[attr-defined]
-                if not count:
-                    raise ValueError(f"array '{name}' is cut off")
-                filled += count
+            if file.readinto(flat.data) < len(flat):  # type: ignore[attr-defined]
+                raise ValueError(f"array '{name}' is cut off")
             return _shaped(flat.view(dtype), shape, fortran)
 
     def __iter__(self) -> Any:

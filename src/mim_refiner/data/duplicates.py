@@ -51,9 +51,7 @@ def near_duplicates(thumbs: NDArray[np.uint8]) -> Pairs:
 
 def near_matches(thumbs: NDArray[np.uint8], others: NDArray[np.uint8]) -> Pairs:
     """(row of others, row) for every thumbnail that has a near duplicate in ``others``; the first such row."""
-    first: dict[int, int] = {}
-    for other, row in _close(others, thumbs):
-        first.setdefault(row, other)
+    first = {row: other for other, row in reversed(list(_close(others, thumbs)))}
     return [(other, row) for row, other in sorted(first.items())]
 
 

@@ -142,7 +142,7 @@ def augment(
         _plan(views[group[0]], photometrics[group[0]], [drawn[number] for number in group], device)
         for group in groups.values()
     ]
-    tables = iter(send([table for _, tables in plans for table in tables], device))
+    tables = iter(send([table for _, tables in plans for table in tables] + [*domains.values()], device))
     output, moments = list(views), {}
     for group, (chunks, _) in zip(groups.values(), plans, strict=True):
         own = _Tables(*(next(tables) for _ in _Tables._fields))
@@ -151,7 +151,7 @@ def augment(
             images = _augmented(pixels, photometrics[group[0]].view, chunks, own)
         for number, part in zip(group, images.split([len(views[number]) for number in group]), strict=True):
             output[number], moments[number] = part, own.moments
-    for (number, _), table in zip(domains.items(), send(list(domains.values()), device), strict=True):
+    for number, table in zip(domains, tables, strict=True):
         output[number] = domain.apply(output[number], table, photometrics[number].view.domain, moments[number])
     return output
 

@@ -57,9 +57,10 @@ class ImageSource(ABC):
 
     ``classes`` are their labels; where it is None, ``no_labels`` says why. ``left_out`` counts what lies in the data
     and is not read. ``base`` is the folder that names are relative to. ``shared``: training images among these, as far
-    as they have been compared.
+    as they have been compared. ``parts``: the sources that this one is made of.
     """
 
+    parts: Sequence[ImageSource] = ()
     classes: Labels | None = None
     no_labels: str = "the data holds none; give class folders, a label column or a labels array"
     shared: Shared | None = None
@@ -108,11 +109,15 @@ class ImageSource(ABC):
     def fingerprint(self) -> str:
         """Short stable hash of names, sizes and labels; it does not depend on where the data lies."""
 
-    def close(self) -> None:  # noqa: B027 - most sources hold nothing
+    def close(self) -> None:
         """Release buffers; the next ``read`` opens them again."""
+        for part in self.parts:
+            part.close()
 
-    def stream(self) -> None:  # noqa: B027 - most sources hold nothing
+    def stream(self) -> None:
         """From now on images are read about in order: hold no more than that needs, however large the data."""
+        for part in self.parts:
+            part.stream()
 
     def facts(self) -> dict[str, Any]:
         """What results and reports record of the data."""
@@ -148,7 +153,7 @@ class Selection(ImageSource):
     """Some images of another source, in the order of ``indices``; the classes are those that they have."""
 
     def __init__(self, source: ImageSource, indices: range | NDArray[np.int64], description: str) -> None:
-        self.source, self.indices, self.description = source, indices, description
+        self.source, self.indices, self.description, self.parts = source, indices, description, (source,)
         self.no_labels, self.left_out, self.base = source.no_labels, source.left_out, source.base
         if source.classes is not None:
             self.classes = source.classes.take(np.asarray(indices, dtype=np.int64))
@@ -168,12 +173,6 @@ class Selection(ImageSource):
 
     def fingerprint(self) -> str:
         return short_hash([self.source.fingerprint(), self.indices])
-
-    def close(self) -> None:
-        self.source.close()
-
-    def stream(self) -> None:
-        self.source.stream()
 
 
 def sliced(source: ImageSource, selection: slice, text: str) -> Selection:
@@ -240,11 +239,6 @@ class ConcatSource(ImageSource):
     def fingerprint(self) -> str:
         return short_hash([*(part.fingerprint() for part in self.parts), *label_parts(self.classes)])
 
-    def close(self) -> None:
-        for part in self.parts:
-            part.close()
-
     def stream(self) -> None:
         self._recent = []
-        for part in self.parts:
-            part.stream()
+        super().stream()

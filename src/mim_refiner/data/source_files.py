@@ -22,15 +22,14 @@ from mim_refiner.reporting import number_of
 
 # columns of lists and tables that hold the paths of images
 PATH_NAMES = ("path", "image", "file", "filename", "image_path", "filepath", "file_name", "img", "image_name")
-ARRAY_SUFFIX = ".npy"  # one image an array, in a folder
+IMAGE_ENDINGS = IMAGE_SUFFIXES | {".npy"}  # the last: one image an array
 TABLE_SUFFIXES = (".parquet", ".tar")
 _SPLIT = re.compile(r"(?:(train)|(val|dev|eval)|(test))(?:id|idation|ing)?(?:[ _-]?(?:set|data|images|[0-9]{4}))?")
 
 
 def is_image_name(name: str) -> bool:
     """Whether a file's ending is that of an image (or of an array that holds one)."""
-    ending = os.path.splitext(name)[1].lower()
-    return ending in IMAGE_SUFFIXES or ending == ARRAY_SUFFIX
+    return os.path.splitext(name)[1].lower() in IMAGE_ENDINGS
 
 
 class FileSource(ImageSource):
@@ -45,12 +44,8 @@ class FileSource(ImageSource):
     def path(self, index: int) -> str:
         """Where image ``index`` lies; accents may be written decomposed there and composed in a list, or so."""
         path = os.path.join(self.base, self.names[index])
-        if not os.path.exists(path):
-            for form in ("NFC", "NFD"):
-                other = unicodedata.normalize(form, path)
-                if os.path.exists(other):
-                    return other
-        return path
+        forms = (path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path))
+        return next(filter(os.path.exists, forms), path)
 
     def read(self, index: int) -> bytes:
         return read_regular(self.path(index))
@@ -86,7 +81,7 @@ class Walk:
     def __iter__(self) -> Iterator[str]:
         for name in self._walk(str(self.root), "", set()):
             ending = os.path.splitext(name)[1].lower()
-            if ending in IMAGE_SUFFIXES or ending == ARRAY_SUFFIX:
+            if ending in IMAGE_ENDINGS:
                 yield name
             elif ending in self.tables:
                 self.tables[ending].append(name)

@@ -37,12 +37,9 @@ def object_source(given: Any) -> ImageSource:
     """The images of a Python object as a source; DataError in one line for what is none."""
     if isinstance(given, ImageSource):
         return given
+    labels = None
     if isinstance(given, tuple) and len(given) == 2 and np.ndim(given[1]) == 1 and not isinstance(given[1], str):
-        return _of_images(given[0], list(given[1]))
-    return _of_images(given, None)
-
-
-def _of_images(given: Any, labels: Sequence[Any] | None) -> ImageSource:
+        given, labels = given[0], list(given[1])
     if isinstance(given, list | tuple) and given and all(isinstance(each, str | os.PathLike) for each in given):
         source: ImageSource = image_files([Path(each) for each in given])
         if labels is not None:
@@ -105,23 +102,21 @@ class ObjectSource(ImageSource):
 
     def _raw_labels(self, first: Any) -> Sequence[Any]:
         """From the object where it has them all, else item by item."""
+        items = map(self._item, range(len(self)))
         if isinstance(first, dict):
             if not (key := _found(first, _LABEL_KEYS) or ""):
                 raise LabelProblem(f"no column {' or '.join(_LABEL_KEYS[:2])}; give (images, labels)")
             table = hasattr(self.given, "column_names")  # of the datasets library
-            column: Any = self.given[key] if table else [item[key] for item in self._all()]
+            column: Any = self.given[key] if table else [item[key] for item in items]
             names = getattr(self.given.features.get(key), "names", None) if table else None
             return [names[value] for value in column] if names else list(column)
         if not isinstance(first, tuple | list) or len(first) < 2:
             raise LabelProblem("the items hold an image and no label; give (images, labels)")
         targets, names = getattr(self.given, "targets", None), getattr(self.given, "classes", None)
-        values = [item[1] for item in self._all()] if targets is None or len(targets) != len(self) else list(targets)
+        values = [item[1] for item in items] if targets is None or len(targets) != len(self) else list(targets)
         if names is None or not all(isinstance(name, str) for name in names):
             return values
         return [names[int(value)] for value in values]
-
-    def _all(self) -> Sequence[Any]:
-        return [self._item(index) for index in range(len(self))]
 
 
 def _labels(given: Any, count: int) -> Labels:

@@ -19,10 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mim_refiner.data.image_files import IMAGE_SUFFIXES
 from mim_refiner.data.labels import LabelProblem, Labels, printable
 from mim_refiner.data.source_base import Counted, ImageSource, LeftOut, label_parts, short_hash
-from mim_refiner.data.source_files import ARRAY_SUFFIX, PackedStrings, packed
+from mim_refiner.data.source_files import IMAGE_ENDINGS, PackedStrings, packed
 from mim_refiner.errors import DataError, RunFolderError
 from mim_refiner.files import cache_folder, cache_is_off, reading, write_bytes
 from mim_refiner.reporting import number_of
@@ -32,7 +31,6 @@ _VERSION = 5  # of the cached index
 _LABEL_KEYS = ("label", "cls", "class")
 _MAX_LABEL_BYTES = 2**20
 _NO_LABEL = "\0"
-_IMAGES = IMAGE_SUFFIXES | {ARRAY_SUFFIX}
 # Where the images of one shard are; what is left out stands in the table's notes. Offset 0 marks what cannot be read,
 # and the name says why, after a tab. Labels are as written, "\0" for none.
 _INDEX = pa.schema([("name", pa.large_binary()), ("offset", pa.uint64()), ("size", pa.uint64()),
@@ -193,13 +191,13 @@ def _index(members: Iterable[tuple[str, int, int, bytes]]) -> pa.Table:
         stem, written_ending = os.path.splitext(name)
         ending = written_ending.lower()
         if not offset:
-            if "\tthe shard" in name or os.path.splitext(name.partition("\t")[0])[1].lower() in _IMAGES:
+            if "\tthe shard" in name or os.path.splitext(name.partition("\t")[0])[1].lower() in IMAGE_ENDINGS:
                 images[name] = 0, 0
         elif name.rpartition("/")[2].startswith("."):
             lost.add("hidden members (with a dot before the name)", name)
-        elif ending in _IMAGES and name in images:
+        elif ending in IMAGE_ENDINGS and name in images:
             lost.add("repeated members", name)
-        elif ending in _IMAGES:
+        elif ending in IMAGE_ENDINGS:
             images[name] = offset, size
             if stem == _sample(name):
                 firsts.setdefault(stem, name)

@@ -73,8 +73,7 @@ class ViewSpec:
             f"blur_sigma {self.blur_sigma} must be low <= high, above 0": 0 < self.blur_sigma[0] <= self.blur_sigma[1],
             f"hue {self.hue} must be at most 0.5": self.hue <= 0.5,
         }
-        if not all(right.values()):
-            problems = [text for text, holds in right.items() if not holds]
+        if problems := [text for text, holds in right.items() if not holds]:
             raise InputError(f"view '{self.name}': {'; '.join(problems)}")
 
 

@@ -217,7 +217,7 @@ def atlas_map(record: Mapping[str, Any], path: str | Path) -> Path:
 def regimes_plot(record: Mapping[str, Any], path: str | Path) -> Path:
     """k-NN and reconstruction error by block with the three regimes, and below each block's share of the improvement.
 
-    ``record``: of ``analysis.regimes``. A column for each model.
+    ``record``: of ``analysis.reconstruction``. A column for each model.
     """
     models: Mapping[str, Mapping[str, Any]] = record["models"]
     what = measure_of(record)
