@@ -37,7 +37,7 @@ def test_the_best_cell_is_recommended():
     signal = {(2, "mean", True): 2.0}
     atlas = labelled_atlas(features(signal, 0, 300), features(signal, 1, 200), default=DEFAULT)
     assert len(atlas.record["cells"]) == DEPTH * 3 * 2  # class, mean and both
-    found = atlas.recommendation
+    found = atlas.record["recommendation"]
     assert found["gain"]["ci95"][0] > 0
     assert (found["block"], found["norm"]) == (2, True)
     assert found["pooling"] in ("mean", "both")
@@ -53,7 +53,7 @@ def test_the_best_cell_is_recommended():
 
 def test_the_usual_features_stay_when_nothing_is_clearly_better():
     atlas = labelled_atlas(features({}, 0, 200), features({}, 1, 150), default=DEFAULT, probe=False, both=False)
-    found = atlas.recommendation
+    found = atlas.record["recommendation"]
     assert (found["block"], found["pooling"], found["norm"]) == DEFAULT
     assert "not clearly better" in found["reason"] or "No other block" in found["reason"]
     assert {c["pooling"] for c in atlas.record["cells"]} == {"cls", "mean"}
@@ -112,7 +112,7 @@ def noisy_views(noise, count=120):
 
 def test_without_labels_the_most_consistent_cell_is_recommended():
     atlas = label_free_atlas(noisy_views({(1, "mean", False): 0.3}), default=DEFAULT, both=False)
-    found = atlas.recommendation
+    found = atlas.record["recommendation"]
     assert (found["block"], found["pooling"], found["norm"]) == (1, "mean", False)
     assert found["measure"] == "consistency"
 
@@ -125,7 +125,7 @@ def test_collapsed_cells_are_not_recommended_without_labels():
         )  # one direction, no noise
     atlas = label_free_atlas(views, default=DEFAULT, both=False)
     assert atlas.scores[2, "cls", False].mean() == 1
-    assert atlas.recommendation["block"] != 2
+    assert atlas.record["recommendation"]["block"] != 2
 
 
 def test_labels_are_needed_for_k_nn():

@@ -10,9 +10,6 @@ from mim_refiner.analysis.forecast import (
     OURS,
     PUBLISHED,
     Past,
-    by_draws,
-    by_draws_and_heads,
-    by_lead,
     forecast,
     lead_forecast,
     left_out_error,
@@ -29,7 +26,7 @@ def line(xs, ys):
 
 @pytest.mark.parametrize(
     ("runs", "reading", "x"),
-    [(OURS, by_draws, lambda run: math.log10(run.draws)), (PUBLISHED, by_lead, lambda run: run.lead)],
+    [(OURS, "log_draws", lambda run: math.log10(run.draws)), (PUBLISHED, "lead", lambda run: run.lead)],
 )
 def test_a_forecast_is_a_line_through_the_runs_and_its_error_that_on_encoders_left_out(runs, reading, x):
     intercept, slope = line([x(run) for run in runs], [run.gain for run in runs])
@@ -45,17 +42,17 @@ def test_a_forecast_is_a_line_through_the_runs_and_its_error_that_on_encoders_le
 
 def test_what_is_said_of_the_measures_holds_for_the_runs():
     """The words of the module and of the guide: draws help, the warm-up does not help beside them."""
-    plain = left_out_error(OURS, lambda run: [1.0])
-    assert left_out_error(OURS, by_draws) < plain
-    assert left_out_error(OURS, by_draws_and_heads) > left_out_error(OURS, by_draws)
-    assert left_out_error(OURS, by_lead) > plain
-    assert left_out_error(PUBLISHED, by_lead) < 1 < left_out_error(PUBLISHED, lambda run: [1.0])
+    plain = left_out_error(OURS)
+    assert left_out_error(OURS, "log_draws") < plain
+    assert left_out_error(OURS, "log_draws", "heads") > left_out_error(OURS, "log_draws")
+    assert left_out_error(OURS, "lead") > plain
+    assert left_out_error(PUBLISHED, "lead") < 1 < left_out_error(PUBLISHED)
 
 
 def test_the_line_tells_value_error_and_what_the_warm_up_measured():
     found = refinement_forecast(49_664, 0.447, 0.403)
-    error = left_out_error(OURS, by_draws)
-    assert found["value"] == pytest.approx(forecast(Past("", 49_664, 0, 0), OURS, by_draws) / 100)
+    error = left_out_error(OURS, "log_draws")
+    assert found["value"] == pytest.approx(forecast(Past("", 49_664, 0, 0), OURS, "log_draws") / 100)
     assert found["error"] == pytest.approx(error / 100)
     assert (found["draws"], found["knn_top1"], found["knn_heads"]) == (49_664, 0.447, 0.403)
     assert found["reason"].startswith(
@@ -77,7 +74,7 @@ def test_the_line_tells_value_error_and_what_the_warm_up_measured():
     assert few["reason"].startswith(
         "none for 192 draws, fewer than the 7,168 of the shortest run measured; from there ten "
     )
-    assert refinement_forecast(7_168)["value"] == pytest.approx(forecast(OURS[0], OURS, by_draws) / 100)
+    assert refinement_forecast(7_168)["value"] == pytest.approx(forecast(OURS[0], OURS, "log_draws") / 100)
 
 
 def test_the_lead_of_the_probe_is_told_with_its_error_on_both_kinds_of_runs():

@@ -53,12 +53,6 @@ class Atlas:
                 found.setdefault(pooling, {})[block] = score
         return {pooling: dict(sorted(blocks.items())) for pooling, blocks in found.items()}
 
-    @property
-    def recommendation(self) -> dict[str, Any]:
-        """{"block", "pooling", "norm", "measure", "value", "gain", "reason", ...}."""
-        found: dict[str, Any] = self.record["recommendation"]
-        return found
-
 
 def labelled_atlas(
     bank: Mapping[bool, Features],
@@ -122,7 +116,8 @@ def recommend(
     """
     # Features on few directions agree with each other and tell nothing apart: neighbour consistency is blind to that.
     floor = COLLAPSE * float(np.median([cell["rank"] for cell in cells]))
-    sound = {_key_of(cell) for cell in cells if measure == "knn_top1" or cell["rank"] >= floor}
+    by_key = {(cell["block"], cell["pooling"], cell["norm"]): cell for cell in cells}
+    sound = {key for key, cell in by_key.items() if measure == "knn_top1" or cell["rank"] >= floor}
     keys = plainest_first(sound & scores.keys())
     table = np.stack([scores[key] for key in keys])  # [cells, N]
     best = keys[int(table.mean(1).argmax())]
@@ -131,11 +126,10 @@ def recommend(
         chosen[rows] = table[number, rows]
     value, low, high = paired_scores(scores[default], chosen, seed=seed)
     key = best if low > 0 else default
-    cell = next(cell for cell in cells if _key_of(cell) == key)
     return {
         **_named(key),
         "measure": measure,
-        "value": cell[measure],
+        "value": by_key[key][measure],
         "best": _named(best) | {"value": float(scores[best].mean())},
         "default": _named(default) | {"value": float(scores[default].mean())},
         "gain": {"value": value, "ci95": [low, high], "how": "each half of the images scored by the other half's best"},
@@ -220,10 +214,6 @@ def _cells(features: Mapping[bool, Features], both: bool) -> Iterator[tuple[Key,
 
 def _named(key: Key) -> dict[str, Any]:
     return dict(zip(("block", "pooling", "norm"), key, strict=True))
-
-
-def _key_of(cell: Mapping[str, Any]) -> Key:
-    return cell["block"], cell["pooling"], cell["norm"]
 
 
 def place_heads(atlas: Atlas, *, pooling: str, recipe_blocks: Sequence[int]) -> dict[str, Any]:

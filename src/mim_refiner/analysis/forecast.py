@@ -9,7 +9,7 @@ not, nor the lead of a linear probe over k-NN, which does for the encoders that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,10 @@ class Past(NamedTuple):
     gain: float  # k-NN top-1, last block
     lead: float  # of a linear probe over k-NN, before
     heads: float = math.nan  # k-NN of what the last head makes of its block - k-NN of the block, after the warm-up
+
+    @property
+    def log_draws(self) -> float:
+        return math.log10(self.draws)
 
 
 OURS = (  # 4 to 12 blocks of width 48 to 128, 32 px, class token, one seed: LOG.md, 2026-11-28
@@ -47,36 +51,18 @@ PUBLISHED = (  # arXiv 2402.10093
     Past("data2vec2 H/14", 20 * IMAGENET, 82.3 - 48.0, 80.4 - 48.0),
     Past("MAE 2B/14", 20 * IMAGENET, 83.2 - 67.1, 79.7 - 67.1),
 )
-Reading = Callable[[Past], list[float]]  # what a forecast looks at
 
 
-def by_draws(run: Past) -> list[float]:
-    return [1.0, math.log10(run.draws)]
+def forecast(run: Past, runs: Sequence[Past], *told: str) -> float:
+    """The gain of ``run`` in points, by least squares of the gains of ``runs`` by what ``told`` names."""
+    *rows, own = [[1.0, *(getattr(of, name) for name in told)] for of in (*runs, run)]
+    return float(np.dot(own, np.linalg.lstsq(np.array(rows), np.array([of.gain for of in runs]), rcond=None)[0]))
 
 
-def by_draws_and_heads(run: Past) -> list[float]:
-    return [1.0, math.log10(run.draws), run.heads]
-
-
-def by_lead(run: Past) -> list[float]:
-    return [1.0, run.lead]
-
-
-def forecast(run: Past, runs: Sequence[Past], reading: Reading) -> float:
-    """The gain of ``run`` in points, by least squares of the gains of ``runs``."""
-    rows, gains = np.array([reading(of) for of in runs]), np.array([of.gain for of in runs])
-    return float(np.dot(reading(run), np.linalg.lstsq(rows, gains, rcond=None)[0]))
-
-
-def left_out_error(runs: Sequence[Past], reading: Reading) -> float:
-    """Mean distance of forecast and gain in points, each encoder's runs forecast by those of the others."""
-    return missed_by(runs, reading, [[other for other in runs if other.encoder != run.encoder] for run in runs])
-
-
-def missed_by(runs: Sequence[Past], reading: Reading, calibrated: Sequence[Sequence[Past]]) -> float:
-    """Mean distance of the gain of each of ``runs`` and its forecast by the runs that it is given."""
-    pairs = zip(runs, calibrated, strict=True)
-    return float(np.mean([abs(forecast(run, by, reading) - run.gain) for run, by in pairs]))
+def left_out_error(runs: Sequence[Past], *told: str, by: Sequence[Past] | None = None) -> float:
+    """Mean distance of forecast and gain in points, each encoder's runs forecast by those of the others, or ``by``."""
+    others = [by or [other for other in runs if other.encoder != run.encoder] for run in runs]
+    return float(np.mean([abs(forecast(run, of, *told) - run.gain) for run, of in zip(runs, others, strict=True)]))
 
 
 def refinement_forecast(draws: int, knn: float | None = None, heads: float | None = None) -> dict[str, Any]:
@@ -84,12 +70,12 @@ def refinement_forecast(draws: int, knn: float | None = None, heads: float | Non
 
     ``knn`` and ``heads``, k-NN accuracy of the last head's block and of what the warmed-up head makes of it, are told.
     """
-    error, known = left_out_error(OURS, by_draws), [run.draws for run in OURS]
+    error, known = left_out_error(OURS, "log_draws"), [run.draws for run in OURS]
     least, most = min(known), max(known)
-    value = forecast(Past("", draws, 0, 0), OURS, by_draws) if draws >= least else None
+    value = forecast(Past("", draws, 0, 0), OURS, "log_draws") if draws >= least else None
     if value is None:
-        tenfold = forecast(Past("", 10, 0, 0), OURS, by_draws) - forecast(Past("", 1, 0, 0), OURS, by_draws)
-        said = f"ten times the draws gained {tenfold:.1f} points of k-NN accuracy"
+        once, tenfold = (forecast(Past("", draws, 0, 0), OURS, "log_draws") for draws in (1, 10))
+        said = f"ten times the draws gained {tenfold - once:.1f} points of k-NN accuracy"
         if draws:
             said = (
                 f"none for {draws:,} draws, fewer than the {least:,.0f} of the shortest run measured; from there {said}"
@@ -98,7 +84,7 @@ def refinement_forecast(draws: int, knn: float | None = None, heads: float | Non
         said = f"{value:+.1f} points of k-NN accuracy by {draws:,} draws"
     beyond = ""
     if draws > most:
-        published = missed_by(PUBLISHED, by_draws, [OURS] * len(PUBLISHED))
+        published = left_out_error(PUBLISHED, "log_draws", by=OURS)
         beyond = f"; beyond their {most:,.0f} draws it missed {len(PUBLISHED)} published ones by {published:.0f}"
     said += f" (± {error:.1f} on an encoder left out of {len(OURS)} runs of small encoders{beyond})"
     found = {"value": None if value is None else value / 100, "error": error / 100, "draws": draws}
@@ -107,16 +93,16 @@ def refinement_forecast(draws: int, knn: float | None = None, heads: float | Non
         said += (
             f". The warmed-up head's k-NN accuracy is {100 * heads:.1f} %, its block's {100 * knn:.1f} % "
             f"({100 * (heads - knn):+.1f}): with that the forecast was no better (± "
-            f"{left_out_error(OURS, by_draws_and_heads):.1f})"
+            f"{left_out_error(OURS, 'log_draws', 'heads'):.1f})"
         )
     return {**found, "reason": said}
 
 
 def lead_forecast(knn: float, linear: float) -> dict[str, Any]:
     """{"value", "error", "reason"}: the gain of a long refinement by the published ones, all in shares of 1."""
-    run, error = Past("", 0, 0, 100 * (linear - knn)), left_out_error(PUBLISHED, by_lead)
-    value = forecast(run, PUBLISHED, by_lead)
-    ours = missed_by(OURS, by_lead, [PUBLISHED] * len(OURS))
+    run, error = Past("", 0, 0, 100 * (linear - knn)), left_out_error(PUBLISHED, "lead")
+    value = forecast(run, PUBLISHED, "lead")
+    ours = left_out_error(OURS, "lead", by=PUBLISHED)
     return {
         "value": value / 100,
         "error": error / 100,

@@ -168,21 +168,16 @@ def feature_maps(
     centred = features - features.mean(0)
     left, singular, _ = np.linalg.svd(centred, full_matrices=False)
     points = left[:, :2] * singular[:2]
-    if points.shape[1] < 2:
-        points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
     share = singular**2 / max(float((singular**2).sum()), 1e-12)
     maps: dict[str, dict[str, Any]] = {"pca": {"points": _mirrored(points, like), "explained": share[:2].tolist()}}
     if umap and find_spec("umap") is not None and len(features) > 20:
-        maps["umap"] = {"points": _umap(features, seed)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about TensorFlow, which it can do without, and its number of threads
+            from umap import UMAP
+
+            found = UMAP(n_neighbors=15, metric="cosine", random_state=seed).fit_transform(features)
+        maps["umap"] = {"points": np.asarray(found, float)}
     return maps
-
-
-def _umap(features: NDArray[np.float64], seed: int) -> Points:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about TensorFlow, which it can do without, and its number of threads
-        from umap import UMAP
-
-        return np.asarray(UMAP(n_neighbors=15, metric="cosine", random_state=seed).fit_transform(features), float)
 
 
 def _mirrored(points: Points, like: Points | None) -> Points:
@@ -213,8 +208,6 @@ def patch_maps(
     low, high = np.percentile(colours, [2, 98], axis=0)
     scaled = ((colours - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
     pixels = (255 * scaled).round().astype(np.uint8).reshape(count, patches, -1)
-    if pixels.shape[2] < 3:
-        pixels = np.pad(pixels, ((0, 0), (0, 0), (0, 3 - pixels.shape[2])))
     grid = patch_grid(backbone, size, patches)
     explained = spread[::-1][:3] / max(float(spread.sum()), 1e-12)
     return {

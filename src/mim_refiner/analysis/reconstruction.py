@@ -78,7 +78,7 @@ def reconstruction_by_block(
     size = own_image_size(backbone.info)
     decoders = BlockDecoders(backbone, settings, run.seed).to(run.device)
     optimizer = torch.optim.AdamW(decoders.parameters(), weight_decay=settings.weight_decay, betas=(0.9, 0.95))
-    pixels = _pixels(train, size, train_rows)
+    pixels = torch.cat([batch for batch, _ in eval_batches(train, size, 256, indices=train_rows)])
     batch, total = min(settings.batch_size, len(pixels)), settings.steps(len(pixels))
     how = {"total_steps": total, "warmup_steps": round(settings.warmup * total)}
     with evaluation_mode(backbone):
@@ -179,11 +179,6 @@ class _Decoder(nn.Module):
 
 def _inputs(pixels: Tensor, backbone: Backbone, device: torch.device) -> Tensor:
     return normalize(pixels.to(device, non_blocking=True), backbone.info.mean, backbone.info.std)
-
-
-def _pixels(images: ImageSet, size: ImageSize, rows: NDArray[np.int64]) -> Tensor:
-    """The chosen images in memory, uint8 [N, 3, H, W]."""
-    return torch.cat([batch for batch, _ in eval_batches(images, size, 256, indices=rows)])
 
 
 # --- each block's share of what the encoder gains, and the three regimes that the shares show (section 2): early, k-NN

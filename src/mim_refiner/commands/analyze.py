@@ -132,7 +132,7 @@ class _Analysis:
         for name, atlas in self.atlases.items():
             self._keep(f"atlas-{name}", atlas.record, atlas_map)
         last = list(self.atlases)[-1]
-        self.result["recommendation"] = self.atlases[last].recommendation
+        self.result["recommendation"] = self.atlases[last].record["recommendation"]
         first = self.models["before"].info
         third = list(range(first.depth - max(1, first.depth // 3), first.depth))
         pooling = default_key(first)[1]

@@ -185,7 +185,7 @@ def _recommended(
         try:
             atlas, _ = atlas_of(backbone, samples, run, name="after", pooling=pooling, probe=False, both=False)
             write_json(out / "evaluation" / "atlas-after.json", atlas.record)  # the report draws it
-            return atlas.recommendation
+            return dict(atlas.record["recommendation"])
         except OutOfTimeError:
             reason = "the usual features: there was no time to measure others"
     block, pooling, norm = default_key(backbone.info, pooling)

@@ -22,7 +22,7 @@ from mim_refiner.data.channels import common_type, resize
 from mim_refiner.data.decode import ImageSet, Pixels
 from mim_refiner.data.resident import SHARE, ResidentImages
 from mim_refiner.data.views import ViewSpec, crop_batch, draws, epoch_order, scale_reduction
-from mim_refiner.data.workers import WORKER_BYTES, begun, decoding_threads, end_workers, in_background
+from mim_refiner.data.workers import WORKER_BYTES, decoding_threads, end_workers, in_background, watched
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.reporting import at_most, number_of
 from mim_refiner.types import ImageSize, height_width
@@ -179,7 +179,7 @@ class TrainLoader:
         made = (self._assembler[key] for key in keys)
         if self._loader is not None:
             self._steps[:] = keys
-            made = begun(self._loader)
+            made = watched(self._loader)
         elif self._assembler.resident is None:
             made = in_background((_pinned(item) for item in made) if self._pin_memory else made, self._prefetch)
         with contextlib.closing(made):

@@ -7,7 +7,7 @@ import os
 import signal
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -50,56 +50,51 @@ def in_threads(work: Callable[[int], _T], count: int, threads: int) -> Iterator[
             yield from pool.map(work, range(start, min(start + _AT_ONCE, count)))
 
 
-def begun(loader: DataLoader[_T]) -> Generator[_T, None, None]:
-    """Begin an epoch: fork the processes if they are not there yet, and yield the batches (:func:`watched`)."""
-    with warnings.catch_warnings():
-        # Python 3.12 warns of fork with threads about; the workers use neither our threads nor CUDA.
-        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-        iterator = iter(loader)
-    yield from watched(iterator)
-
-
-def watched(iterator: Iterator[_T]) -> Iterator[_T]:
-    """Yield the batches of a DataLoader's iterator; raises WorkerError instead of what torch does.
+def watched(loader: Iterable[_T]) -> Generator[_T, None, None]:
+    """Begin an epoch of a DataLoader and yield its batches; raises WorkerError instead of what torch does.
 
     torch raises out of a SIGCHLD handler, wherever the main thread is: in the middle of an optimizer's step, weights
     would be left half updated. Here its handler works only while a batch is waited for.
     """
-    waiting = [False]
-    died = [False]
+    with warnings.catch_warnings():
+        # Python 3.12 warns of fork with threads about; the workers use neither our threads nor CUDA.
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        iterator = iter(loader)
+    waiting = died = False
     theirs = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
 
     def handler(number: int, frame: Any) -> None:
-        died[0] = True
-        if waiting[0] and callable(theirs):
+        nonlocal died
+        died = True
+        if waiting and callable(theirs):
             theirs(number, frame)
 
     installed = callable(theirs) and _set(handler)
     try:
         while True:
-            waiting[0] = True
-            if died[0] and callable(theirs):
-                died[0] = False
+            waiting = True
+            if died and callable(theirs):
+                died = False
                 theirs(signal.SIGCHLD, None)
             try:
                 item = next(iterator)
             except StopIteration:
                 return
-            waiting[0] = False
+            waiting = False
             yield item
     except (RuntimeError, ConnectionError, EOFError) as error:
         # A batch is fetched from the process that made it, which may die in the middle; an error of the process itself
         # comes with words about its DataLoader worker.
         if ("DataLoader" in str(error)) is not isinstance(error, RuntimeError):
             raise
-        waiting[0] = False  # the others are ended too, and what is told of all of them comes before torch listens again
+        waiting = False  # the others are ended too, and what is told of all of them comes before torch listens again
         for worker in getattr(iterator, "_workers", ()):
             worker.kill()
             worker.join()
         what = "gave no batch in time" if "timed out" in str(error) else "was killed (out of memory?)"
         raise WorkerError(f"a loader process {what}; check the storage and the memory, or set fewer workers") from None
     finally:
-        waiting[0] = False
+        waiting = False
         if installed:
             _set(theirs)
 

@@ -29,7 +29,7 @@ from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
-from mim_refiner.data.workers import begun, worker_count
+from mim_refiner.data.workers import watched, worker_count
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.features import Features, resolve_poolings
 from mim_refiner.evaluation.knn import AccuracyScore, required_labels
@@ -251,7 +251,7 @@ def _train(
     for epoch in range(settings.epochs):
         order = np.random.default_rng([run.seed, epoch]).permutation(count)[: steps * size].reshape(steps, size)
         batches[:] = [[(epoch, index) for index in chosen] for chosen in order.tolist()]
-        for images, labels in begun(loader):
+        for images, labels in watched(loader):
             rate = warmup_cosine(step, total_steps=total, warmup_steps=warmup, peak=peak, end=settings.end_lr)
             set_learning_rate(optimizer, rate)
             images, targets = (each.to(run.device, non_blocking=True) for each in (images, labels))
