@@ -71,7 +71,6 @@ class _Assembler(Dataset[_Assembled]):
     reduced_decode: bool
     rows: NDArray[np.int64] | None
     resident: ResidentImages | None
-    _order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))  # epoch, its images
 
     def __getitem__(self, key: tuple[int, int]) -> _Assembled:
         try:
@@ -80,11 +79,9 @@ class _Assembler(Dataset[_Assembled]):
             return str(error), self.images.unreadable_items()
 
     def _batch(self, epoch: int, step: int) -> ViewBatch:
-        if self._order[0] != epoch:
-            order = epoch_order(self.seed, epoch, len(self.images)) if self.rows is None else self.rows
-            self._order = (epoch, order)
+        order = epoch_order(self.seed, epoch, len(self.images)) if self.rows is None else self.rows
         position = step * self.batch_size + self.offset
-        chosen = self._order[1][position : position + self.local_size]
+        chosen = order[position : position + self.local_size]
         drawn = [draws(self.seed, epoch, view, position, len(chosen)) for view in range(len(self.views))]
         loaded = []
         for row, index in enumerate(chosen.tolist()):

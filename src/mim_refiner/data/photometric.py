@@ -70,10 +70,6 @@ class PhotometricParams(NamedTuple):
     gray: Tensor  # bool [B]
     solarize: Tensor  # bool [B]
 
-    def of(self, rows: Rows) -> PhotometricParams:
-        """Those of some rows, from parameters drawn for ``rows.total`` images."""
-        return PhotometricParams(*(drawn[rows.start : rows.stop] for drawn in self))
-
 
 def draw_params(spec: ViewSpec, count: int, generator: torch.Generator) -> PhotometricParams:
     """Draw the parameters of ``count`` images from a CPU generator."""
@@ -132,10 +128,11 @@ def augment(
     drawn, domains = [], {}
     for number, (images, photometric) in enumerate(zip(views, photometrics, strict=True)):
         view = photometric.view
+        chosen = slice(len(images)) if rows is None else slice(rows.start, rows.stop)
         params, table = photometric.draw(len(images) if rows is None else rows.total, generator)
-        drawn.append(params if rows is None else params.of(rows))
+        drawn.append([each[chosen] for each in params])
         if table is not None:
-            domains[number] = table if rows is None else table[rows.start : rows.stop]
+            domains[number] = table[chosen]
         key = (images.dtype, images.shape[1:], view.blur_sigma[1], view.solarize_threshold)
         groups.setdefault((*key, *photometric.mean, *photometric.std), []).append(number)
     plans = [
@@ -176,7 +173,7 @@ class _Chunk(NamedTuple):
 
 
 def _plan(
-    images: Tensor, photometric: BatchPhotometric, drawn: Sequence[PhotometricParams], device: torch.device
+    images: Tensor, photometric: BatchPhotometric, drawn: Sequence[Sequence[Tensor]], device: torch.device
 ) -> tuple[list[_Chunk], _Tables]:
     """Sort all images, which are like ``images``, by what befalls them and cut them into chunks.
 

@@ -190,7 +190,7 @@ class ConcatSource(ImageSource):
 
     def __init__(self, parts: Sequence[ImageSource], description: str) -> None:
         self.parts = list(parts)
-        self.ends = np.cumsum([len(part) for part in parts])
+        self.starts = np.cumsum([0, *map(len, parts)])
         self.description = f"{description} ({number_of(len(self), 'images')})"
         self.left_out = tuple(each for part in parts for each in part.left_out)
         self.base = Path(os.path.commonpath([os.path.abspath(part.base) for part in parts]))
@@ -212,12 +212,12 @@ class ConcatSource(ImageSource):
         return Labels.join(labelled)
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return int(self.starts[-1])
 
     def locate(self, index: int) -> tuple[int, int]:
         """The number of the part that image ``index`` comes from, and the image's number there."""
-        part = int(np.searchsorted(self.ends, index, side="right"))
-        return part, index - (int(self.ends[part - 1]) if part else 0)
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return part, index - int(self.starts[part])
 
     def read(self, index: int) -> bytes | NDArray[Any]:
         number, local = self.locate(index)

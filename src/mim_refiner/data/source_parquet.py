@@ -46,9 +46,9 @@ class ParquetSource(ImageSource):
             self.size = path.stat().st_size
             with pq.ParquetFile(path) as file:
                 schema, meta = file.schema_arrow, file.metadata
-                self.group_ends = np.cumsum([meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
+                self.starts = np.cumsum([0, *(meta.row_group(g).num_rows for g in range(meta.num_row_groups))])
                 self._rows = int(meta.num_rows)
-                if self._rows != int(self.group_ends[-1] if len(self.group_ends) else 0) or self._rows > 8 * self.size:
+                if self._rows != self.starts[-1] or self._rows > 8 * self.size:
                     raise pa.ArrowInvalid(f"it claims {number_of(self._rows, 'rows')} in {self.size} bytes")
                 self.column = column or _image_column(schema, path)
                 with path.open("rb") as raw:  # sizes, offsets and statistics of every column chunk stand at the end
@@ -78,7 +78,7 @@ class ParquetSource(ImageSource):
             if number not in self._groups:
                 # One thread: pyarrow's own thread pool does not belong in forked workers.
                 with pq.ParquetFile(self.path, memory_map=True) as file:
-                    for group in [number] if self.lazy else range(len(self.group_ends)):
+                    for group in [number] if self.lazy else range(len(self.starts) - 1):
                         table = file.read_row_group(group, columns=[self.column], use_threads=False)
                         self._groups[group] = table.column(0)
                 while self.lazy and len(self._groups) > _GROUPS_IN_MEMORY:
@@ -87,9 +87,8 @@ class ParquetSource(ImageSource):
             return self._groups[number]
 
     def read(self, index: int) -> bytes:
-        number = int(np.searchsorted(self.group_ends, index, side="right"))
-        start = int(self.group_ends[number - 1]) if number else 0
-        value = self._group(number)[index - start].as_py()
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        value = self._group(number)[index - int(self.starts[number])].as_py()
         if isinstance(value, dict):  # Hugging Face: the bytes, or only the path of a file beside the table
             value = value.get("bytes") or self._beside(value.get("path"))
         elif isinstance(value, str):

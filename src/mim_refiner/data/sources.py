@@ -238,11 +238,8 @@ def _open_folder(root: Path, split: str | None, shown: str) -> ImageSource:
 
 def _of_split(names: list[str], split: str | None, root: Path, shown: str, kind: str) -> list[str]:
     """The files of one split; without ``split`` there must be only one."""
-    by_split: dict[str, list[str]] = {}
-    for name in names:
-        match = _SPLIT.search(name.lower())
-        by_split.setdefault(match[1] if match else "", []).append(name)
-    known = sorted(each for each in by_split if each)
+    splits = {name: match[1] for name in names if (match := _SPLIT.search(name.lower()))}
+    known = sorted(set(splits.values()))
     if split is None:
         if len(known) > 1:
             example = f"{root}/*{min(known, key=len)}*{kind}"
@@ -252,7 +249,7 @@ def _of_split(names: list[str], split: str | None, root: Path, shown: str, kind:
         return names
     wanted = _SAME.get(split.lower(), split.lower())
     word = re.compile(rf"(?:^|[^a-z]){re.escape(wanted)}(?=[^a-z]|$)")
-    chosen = sorted(name for each in known if _SAME.get(each, each) == wanted for name in by_split[each])
+    chosen = sorted(name for name, each in splits.items() if _SAME.get(each, each) == wanted)
     chosen = chosen or [name for name in names if word.search(name.lower())]
     if not chosen:
         found = ", ".join(known) or "not named"

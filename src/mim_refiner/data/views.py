@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -115,6 +116,7 @@ def _philox(seed: int, epoch: int, stream: int) -> np.random.Philox:
     return np.random.Philox(key=np.random.SeedSequence([seed % 2**64, epoch, stream]).generate_state(2, np.uint64))
 
 
+@lru_cache(maxsize=1)
 def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
     """Return the permutation of ``range(length)`` that is epoch ``epoch``."""
     # Sorting uniform numbers keeps the order independent of NumPy's shuffling algorithm, which may change.
