@@ -82,7 +82,6 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors made inside have no data; what the host plans with is real."""
     for name in ("draw_params", "_plan"):
         monkeypatch.setattr(photometric, name, really(getattr(photometric, name)))
-    monkeypatch.setattr(photometric.PhotometricParams, "of", really(photometric.PhotometricParams.of))
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)  # such tensors have none
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)

@@ -35,9 +35,9 @@ class DomainSpec:
     mask_columns: float = 0.0
 
 
-def draw(count: int, channels: int, generator: torch.Generator) -> Tensor:
-    """Uniform numbers [count, 7 + channels] that decide all of :func:`apply`."""
-    return torch.rand(count, _DRAWS + channels, generator=generator)
+def draw(count: int, channels: int, generator: torch.Generator, own: slice = slice(None)) -> Tensor:
+    """Uniform numbers [count, 7 + channels] that decide all of :func:`apply`; the rows ``own`` of them."""
+    return torch.rand(count, _DRAWS + channels, generator=generator)[own]
 
 
 @torch.no_grad()

@@ -71,9 +71,9 @@ class PhotometricParams(NamedTuple):
     solarize: Tensor  # bool [B]
 
 
-def draw_params(spec: ViewSpec, count: int, generator: torch.Generator) -> PhotometricParams:
-    """Draw the parameters of ``count`` images from a CPU generator."""
-    uniform = torch.rand(count, _DRAWS, generator=generator)
+def draw_params(spec: ViewSpec, count: int, generator: torch.Generator, own: slice = slice(None)) -> PhotometricParams:
+    """Draw the parameters of ``count`` images from a CPU generator; those of the images ``own``."""
+    uniform = torch.rand(count, _DRAWS, generator=generator)[own]
     strengths = (spec.brightness, spec.contrast, spec.saturation)
     bounds = [(max(0.0, 1 - strength), 1 + strength) for strength in strengths] + [(-spec.hue, spec.hue)]
     low, high = torch.tensor(bounds).T
@@ -101,10 +101,13 @@ class BatchPhotometric:
     mean: Sequence[float]
     std: Sequence[float]
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[PhotometricParams, Tensor | None]:
-        """What happens to ``count`` images, and the table of data/domain.py for images that are no photographs."""
-        params, photographs = draw_params(self.view, count, generator), self.view.domain == _PHOTOGRAPHS
-        return params, None if photographs else domain.draw(count, len(self.mean), generator)
+    def draw(
+        self, count: int, generator: torch.Generator, rows: Rows | None = None
+    ) -> tuple[PhotometricParams, Tensor | None]:
+        """What happens to ``count`` images or ``rows``, and the table of data/domain.py for what is no photograph."""
+        total, own = (count, slice(None)) if rows is None else (rows.total, slice(rows.start, rows.stop))
+        params, photographs = draw_params(self.view, total, generator, own), self.view.domain == _PHOTOGRAPHS
+        return params, None if photographs else domain.draw(total, len(self.mean), generator, own)
 
     def __call__(self, images: Tensor, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
         """:func:`augment` of one view, on the images' device."""
@@ -128,11 +131,10 @@ def augment(
     drawn, domains = [], {}
     for number, (images, photometric) in enumerate(zip(views, photometrics, strict=True)):
         view = photometric.view
-        chosen = slice(len(images)) if rows is None else slice(rows.start, rows.stop)
-        params, table = photometric.draw(len(images) if rows is None else rows.total, generator)
-        drawn.append([each[chosen] for each in params])
+        params, table = photometric.draw(len(images), generator, rows)
+        drawn.append(params)
         if table is not None:
-            domains[number] = table[chosen]
+            domains[number] = table
         key = (images.dtype, images.shape[1:], view.blur_sigma[1], view.solarize_threshold)
         groups.setdefault((*key, *photometric.mean, *photometric.std), []).append(number)
     plans = [
@@ -173,7 +175,7 @@ class _Chunk(NamedTuple):
 
 
 def _plan(
-    images: Tensor, photometric: BatchPhotometric, drawn: Sequence[Sequence[Tensor]], device: torch.device
+    images: Tensor, photometric: BatchPhotometric, drawn: Sequence[PhotometricParams], device: torch.device
 ) -> tuple[list[_Chunk], _Tables]:
     """Sort all images, which are like ``images``, by what befalls them and cut them into chunks.
 
