@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mim_refiner.analysis.similarity import block_similarity, cka_matrix
+from mim_refiner.analysis.blocks import block_similarity, cka_matrix
 from mim_refiner.errors import InputError
 from mim_refiner.evaluation.features import Features
 

@@ -358,7 +358,7 @@ def test_json_is_one_object_and_equals_the_summary_file(mae, shapes, cli, tmp_pa
     assert outcome.err == ""
     # labelled images are held out, trained on by no step, and that is said
     assert outcome.json["data"]["train"]["images"] == 36
-    assert "Measured on 12 images that were held out of training." in outcome.json["verdict"]["reason"]
+    assert "Measured on 12 images, held out of training." in outcome.json["verdict"]["reason"]
     record = json.loads((tmp_path / "run" / "evaluation" / "after-knn_top1-block02-cls.json").read_text())
     assert (record["data"]["train"]["images"], record["data"]["test"]["images"]) == (36, 12)
     assert record["data"]["test"].get("also_in_train") is None

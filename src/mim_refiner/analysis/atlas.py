@@ -29,7 +29,6 @@ from mim_refiner.evaluation.features import Features
 from mim_refiner.evaluation.knn import required_labels
 from mim_refiner.reporting import TITLES, in_points
 
-KIND = "atlas"
 RANK_ROWS = 2000
 PROBE_ROWS = 4000
 COLLAPSE = 0.5  # cells with less than this share of the median effective rank are never recommended without labels
@@ -190,7 +189,7 @@ def _atlas(
         cells.append(_named(key) | shown | more)
         run.reporter.progress(done, {})
     record = {
-        "kind": KIND,
+        "kind": "atlas",
         "measure": measure,
         "cells": cells,
         "recommendation": recommend(measure, cells, scores, default, run.seed),

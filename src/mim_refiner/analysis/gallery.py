@@ -32,7 +32,6 @@ from mim_refiner.evaluation.features import block_outputs, extract_features, own
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import number_of
 
-KIND = "gallery"
 Points = NDArray[np.float64]  # [N, 2]
 
 
@@ -87,7 +86,7 @@ def make_gallery(
             "patches": patch_maps(backbone, images, rows[patch_rows], block, run),
         }
     return {
-        "kind": KIND,
+        "kind": "gallery",
         "data": {"source": images.description, "images": len(images), "shown": len(rows)},
         "block": block % next(iter(models.values())).info.depth,
         "pooling": pooling,

@@ -14,7 +14,6 @@ from mim_refiner.analysis.forecast import lead_forecast
 from mim_refiner.core.metrics import accuracy_interval, paired_interval
 from mim_refiner.reporting import in_points
 
-KIND = "readout"
 Hits = NDArray[np.bool_]  # per query image
 
 
@@ -56,7 +55,7 @@ def readout_record(rows: Sequence[Row], *, samples: dict[str, Any], seed: int) -
                 "knn_top1": row.knn, "cost": row.cost._asdict()}  # fmt: skip
 
     return {
-        "kind": KIND,
+        "kind": "readout",
         "measure": "accuracy of a trained classifier",
         "rows": [shown(row) for row in rows],
         "best": {"names": names, "value": float(best.mean()), "gain": list(paired_interval(usual.hits, best))},

@@ -15,6 +15,7 @@ from mim_refiner.checkpoints.store import Contents
 from mim_refiner.core.identity import tensors_sha256
 from mim_refiner.errors import CheckpointError
 from mim_refiner.files import errors_as
+from mim_refiner.reporting import number_of
 
 _START = "base_model.model."  # PEFT's wrapper
 SAVED_HEAD = "modules_to_save"  # section of a classifier that was trained with an adapter
@@ -47,9 +48,9 @@ def refuse_lists(contents: Contents) -> None:
     for path, held in contents.sections.items():
         if _is_list(path, held):
             raise CheckpointError(
-                f"{contents.source}: {path} is a running average without names (torch_ema) whose {len(held)} tensors "
-                "do not fit a model's in order; copy it into the model (copy_to) and save that, or pass encoder=model "
-                "(--encoder) for the weights that are not averaged"
+                f"{contents.source}: {path} is a running average without names (torch_ema) whose list of "
+                f"{number_of(len(held), 'tensors')} does not fit a model's in order; copy it into the model (copy_to) and "
+                "save that, or pass encoder=model (--encoder) for the weights that are not averaged"
             )
 
 

@@ -15,6 +15,7 @@ from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES
 from mim_refiner.checkpoints.families.timm_format import FAMILY as TIMM
 from mim_refiner.checkpoints.store import Contents, some, strip_wrappers, words
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean
+from mim_refiner.reporting import number_of
 
 # Parts of names of running averages of an encoder, best first; the others come in the order of the file.
 _AVERAGES = (
@@ -169,7 +170,8 @@ def _unknown(contents: Contents) -> CheckpointError:
         like_vit = any(name.endswith(".norm1.weight") for name in inside) and any(".attn." in name for name in inside)
         if strange and like_vit:
             return CheckpointError(
-                f"{contents.source}: {len(strange)} tensors in its blocks are none of a plain ViT's: {some(strange)}; "
+                f"{contents.source}: {number_of(len(strange), 'tensors')} in its blocks, none of a plain ViT's: "
+                f"{some(strange)}; "
                 "merge them into the weights in the tool that added them (LoRA, pruning, parametrizations); or, if it "
                 "works without them, name them under drop: in a key map (--key-map); give another architecture of timm "
                 "as a folder with its config.json"

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim_refiner.analysis.atlas import Atlas, place_heads
-from mim_refiner.analysis.blocks import curves_from_scores
+from mim_refiner.analysis.blocks import block_similarity, curves_from_scores
 from mim_refiner.analysis.label_free import MIN_IMAGES
 from mim_refiner.analysis.reconstruction import ReconstructionSettings, reconstruction_by_block, regimes_record
-from mim_refiner.analysis.similarity import block_similarity
 from mim_refiner.analysis.verdict import verdict
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.inputs import check_pair, open_images, tell_trained_on, tell_unreadable

@@ -28,6 +28,7 @@ from mim_refiner.evaluation.suite import evaluate_backbone, summary_metrics, wri
 from mim_refiner.files import name_of, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.figures import block_curves, read_metrics
+from mim_refiner.reporting import number_of
 from mim_refiner.training.recipe import RefineRecipe
 
 SUMMARY_TRAIN_LIMIT, SUMMARY_TEST_LIMIT = 10_000, 5_000  # evenly spaced images: quick, and stated in the JSON
@@ -63,7 +64,7 @@ class Measured:
 def said_of_training(images: ImageSet, on: Measured, *, held_out: bool) -> str:
     """Say whether the images to measure on are among the training ``images``, as far as samples of both tell."""
     if held_out:
-        return f"Measured on {len(on.tested)} images that were held out of training."
+        return f"Measured on {number_of(len(on.tested), 'images')}, held out of training."
     tested = on.tested.source
     if tested is images.source:
         return TRAINED_ON
@@ -93,7 +94,7 @@ def measured(bank: ImageSet, test: ImageSet | None, *, given: bool, run: Run) ->
             choose_samples(bank, None, seed=run.seed)
         stratified_split(labels, settings.linear.held_out, run.seed)
         if len(np.unique(labels)) < 2:
-            raise DataError(f"{len(labels)} images to compare with are of one class; give more classes")
+            raise DataError(f"{number_of(len(labels), 'images')} to compare with, all of one class; give more classes")
     except DataError as error:
         if given:
             raise DataError(f"--eval-data: {bank.description}: {error}") from None

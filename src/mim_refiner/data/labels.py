@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mim_refiner.reporting import number_of
+
 CANDIDATES = ("labels", "class", "target", "targets", "category", "fine_label", "coarse_label", "label_name", "y",
               "class_name", "class_id", "label_id", "classes", "cls", "species", "y_train", "train_labels")  # fmt: skip
 # An empty cell, and how data frames, databases and spreadsheets write one.
@@ -127,8 +129,8 @@ class Labels:
         if len(rows := np.flatnonzero(values < 0)):
             raise _no_class(values[rows[0]], f"row {rows[0]}", "negative", bool((values == -1).all()))
         if names is not None and len(rows := np.flatnonzero(values >= len(names))):
-            raise LabelProblem(f"row {rows[0]} has the label {values[rows[0]]}, but there are only {len(names)} class "
-                               "names; correct one of the two")  # fmt: skip
+            there = f"there {'is' if len(names) == 1 else 'are'} only {number_of(len(names), 'class names')}"
+            raise LabelProblem(f"row {rows[0]} has the label {values[rows[0]]}, but {there}; correct one of the two")
         found, numbers = np.unique(values, return_inverse=True)
         ids = [int(value) for value in found]
         if names is None:

@@ -93,7 +93,8 @@ def _names(path: Path, images: Sequence[str], folders: int) -> list[str]:
         raise DataError(f"{path}: names no image; write the name of an image a line")
 
     def plain(separator: str, rows: list[Row], column: int) -> list[str]:
-        cells = [_plain(cell) for cell in column_of(rows, column) if cell]
+        paths = (printable(cell).replace("\\", "/") for cell in column_of(rows, column) if cell)
+        cells = [posixpath.normpath(path).lstrip("/") for path in paths]
         return cells[separator != "" and "".join(cells[:1]).lower() in PATH_NAMES :]
 
     tables = tables_of(lines[:: -(-len(lines) // _SAMPLE)], path)
@@ -120,10 +121,6 @@ def _fitting(names: Sequence[str], images: Sequence[str]) -> list[list[int]]:
             for number in wanted.get(key[-length:], ()) if length <= len(key) else ():
                 fits[number][names[number].split("/") == parts[-length:]].append(row)
     return [same or other for other, same in fits]
-
-
-def _plain(cell: str) -> str:
-    return posixpath.normpath(printable(cell).replace("\\", "/")).lstrip("/")
 
 
 def _below(names: list[str], folders: int) -> list[str]:

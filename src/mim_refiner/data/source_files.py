@@ -139,7 +139,7 @@ def folder_source(root: Path, names: Iterable[str], shown: str = "") -> FileSour
     """
     source = FileSource(root, names)
     source.read_labels(lambda: _class_folders(source.names, shown or str(root)))
-    kind = "no labels" if source.classes is None else f"{len(source.classes.names)} class folders"
+    kind = "no labels" if source.classes is None else number_of(len(source.classes.names), "class folders")
     source.description = f"folder {root} ({number_of(len(source), 'images')}, {kind})"
     return source
 
@@ -172,7 +172,8 @@ def _class_folders(names: PackedStrings, root: str) -> Labels:
     for where, found in odd.items():
         if found:
             shown = shown_names([printable(name) for name in found], 3)
-            raise LabelProblem(f"{len(found)} of {len(names)} images lie {where} ({shown}); move them, or give a list")
+            some = f"{len(found)} of {number_of(len(names), 'images')}"
+            raise LabelProblem(f"{some} lie {where} ({shown}); move them, or give a list")
     return Labels.of_texts((name.partition("/")[0] for name in names), folders=True)
 
 

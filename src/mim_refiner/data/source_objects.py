@@ -150,7 +150,15 @@ class ArraySource(ImageSource):
     def __init__(self, path: Path) -> None:
         self.path, self.base = path, path.parent
         self._images: NDArray[Any] | None = None
-        self.shape: tuple[int, ...] = self._array().shape
+        kind, self.shape = self._array().dtype, self._array().shape
+        if not is_pixels(kind):
+            raise DataError(f"{path}: images are {kind}; convert them to uint8 (0-255) or uint16 (0-65535)")
+        if len(self.shape) not in (3, 4):
+            raise DataError(f"{path}: images have shape {self.shape}; give [N, H, W] or [N, H, W, C]")
+        if len(self.shape) == 4 and self.shape[1] in (1, 3, 4) and self.shape[1] < min(self.shape[2:]):
+            raise DataError(f"{path}: images have shape {self.shape}, channels first it seems; give [N, H, W, C]")
+        if 0 in self.shape:
+            raise DataError(f"{path}: the array of shape {self.shape} holds no image; save at least one")
         self.read_labels(self._labels)
         self.description = f"array {path} ({number_of(len(self), 'images')} of {self.shape[1]}x{self.shape[2]} px)"
 
@@ -163,7 +171,7 @@ class ArraySource(ImageSource):
                 raise DataError(
                     f"{self.path}: no array 'images' or 'x' (found {found}); save it under one of these names"
                 )
-            self._images = _checked_images(images, self.path)
+            self._images = images
         return self._images
 
     def _labels(self) -> Labels:
@@ -194,15 +202,3 @@ class ArraySource(ImageSource):
 
     def close(self) -> None:
         self._images = None
-
-
-def _checked_images(images: NDArray[Any], path: Path) -> NDArray[Any]:
-    if not is_pixels(images.dtype):
-        raise DataError(f"{path}: images are {images.dtype}; convert them to uint8 (0-255) or uint16 (0-65535)")
-    if images.ndim not in (3, 4):
-        raise DataError(f"{path}: images have shape {images.shape}; give [N, H, W] or [N, H, W, C]")
-    if images.ndim == 4 and images.shape[1] in (1, 3, 4) and images.shape[1] < min(images.shape[2:]):
-        raise DataError(f"{path}: images have shape {images.shape}, channels first it seems; give [N, H, W, C]")
-    if 0 in images.shape:
-        raise DataError(f"{path}: the array of shape {images.shape} holds no image; save at least one")
-    return images

@@ -248,7 +248,7 @@ def regimes_plot(record: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def similarity_map(record: Mapping[str, Any], path: str | Path) -> Path:
-    """Heat maps of the CKA between blocks, within each model and across; ``record``: ``analysis.similarity``."""
+    """Heat maps of the CKA between blocks, within each model and across; ``record``: ``analysis.blocks``."""
     matrices: Mapping[str, Any] = record["matrices"]
     figure, axes = panels(len(matrices), columns=len(matrices))
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
