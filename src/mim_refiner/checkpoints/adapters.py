@@ -49,8 +49,8 @@ def refuse_lists(contents: Contents) -> None:
         if _is_list(path, held):
             raise CheckpointError(
                 f"{contents.source}: {path} is a running average without names (torch_ema) whose list of "
-                f"{number_of(len(held), 'tensors')} does not fit a model's in order; copy it into the model (copy_to) and "
-                "save that, or pass encoder=model (--encoder) for the weights that are not averaged"
+                f"{number_of(len(held), 'tensors')} does not fit a model's in order; copy it into the model "
+                "(copy_to) and save that, or pass encoder=model (--encoder) for the weights that are not averaged"
             )
 
 
