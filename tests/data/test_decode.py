@@ -66,8 +66,8 @@ def test_damaged_images_are_replaced_and_listed(damaged_folder, pixels, cache):
     np.testing.assert_array_equal(images.load(19), pixels(0))
     assert images.load_resolved(3).index == 4
     assert images.load_resolved(19).index == 0
-    assert [name for name, _ in images.unreadable] == ["a/03.png", "b/19.png"]
-    assert all(reason and "\n" not in reason for _, reason in images.unreadable)
+    assert [name for _, name, _ in images.unreadable] == ["a/03.png", "b/19.png"]
+    assert all(reason and "\n" not in reason for *_, reason in images.unreadable)
     assert images.try_load(3) is None
     images.raise_if_too_many_unreadable()  # two of twenty is just within a tenth
 
@@ -75,7 +75,7 @@ def test_damaged_images_are_replaced_and_listed(damaged_folder, pixels, cache):
 def test_scan_finds_every_damaged_image(damaged_folder):
     images = ImageSet(open_source(damaged_folder))
     assert images.cached
-    assert images.unreadable_indices == [3, 19]
+    assert [index for index, *_ in images.unreadable] == [3, 19]
     assert images.array.shape == (20, 12, 16, 3)
 
 
@@ -101,7 +101,7 @@ def test_no_readable_image_at_all(tmp_path, cache):
 def test_missing_listed_file_is_named(image_folder):
     root = image_folder(["a.png"])
     (root / "list.txt").write_text("gone.png\na.png\n")
-    assert ImageSet(open_source(root / "list.txt")).unreadable == [("gone.png", "no such file")]
+    assert ImageSet(open_source(root / "list.txt")).unreadable == [(0, "gone.png", "no such file")]
 
 
 def test_images_of_different_sizes(image_folder, pixels):

@@ -72,8 +72,8 @@ def check(images: ImageSet, count: int, good: list[int]) -> int:
             assert pixels.shape[2] == 3
     assert len(images) == count
     assert readable + len(images.unreadable) == count
-    assert not set(good) & set(images.unreadable_indices)
-    assert all(name and reason and "\n" not in reason for name, reason in images.unreadable)
+    assert not set(good) & {index for index, *_ in images.unreadable}
+    assert all(name and reason and "\n" not in reason for _, name, reason in images.unreadable)
     return len(images.unreadable)
 
 

@@ -201,7 +201,7 @@ def test_no_interpreter_is_started(tmp_path, monkeypatch, data, name):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"ok{i}.png")
     (tmp_path / name).write_bytes(data)
     images = ImageSet(open_source(tmp_path), cache=True)
-    assert {reason for _, reason in images.unreadable} <= {"not an image file of a known kind, or a damaged one"}
+    assert {reason for *_, reason in images.unreadable} <= {"not an image file of a known kind, or a damaged one"}
     assert sum(images.try_load(i) is not None for i in range(len(images))) == 13
 
 

@@ -140,7 +140,7 @@ def test_damaged_images_are_replaced_and_reported_once(image_folder, workers, ca
     loader.close()
     skipped = [item for batch in batches for item in batch.skipped]
     assert sorted(name for name, _ in skipped) == ["00.png", "01.png"]
-    assert images.unreadable_indices == [0, 1]
+    assert [index for index, *_ in images.unreadable] == [0, 1]
     shown = torch.cat([batch.sample_ids for batch in batches[:4]])
     assert sorted(shown.tolist()) == [2, 2, 2, *range(3, 20)]
 

@@ -152,8 +152,8 @@ def test_members_never_escape(tmp_path, pixels, encode):
             add(archive, f"{number}.png", encode(pixels(number)))
     images = ImageSet(open_source(path))
     assert len(images) == 35
-    assert [name for name, _ in images.unreadable] == [f"a.tar/{name}.png" for name in ("link", "hard", "device")]
-    assert all("is a link or a special file" in reason for _, reason in images.unreadable)
+    assert [name for _, name, _ in images.unreadable] == [f"a.tar/{name}.png" for name in ("link", "hard", "device")]
+    assert all("is a link or a special file" in reason for *_, reason in images.unreadable)
     np.testing.assert_array_equal(images.load(0), pixels(0))
     assert {entry.name for entry in tmp_path.iterdir()} <= {"in", "secret.png", "cache"}
 
@@ -169,7 +169,7 @@ def test_damage_is_counted_and_the_rest_is_read(shard, pixels):
     assert step > 512
     assert len(images) == 40  # 39 and the damaged place
     assert len(images.unreadable) == 1
-    name, reason = images.unreadable[0]
+    _, name, reason = images.unreadable[0]
     assert name.startswith("a.tar/byte ")
     assert "damaged here" in reason
     np.testing.assert_array_equal(images.load(39), pixels(39))

@@ -88,7 +88,7 @@ def measured(bank: ImageSet, test: ImageSet | None, *, given: bool, run: Run) ->
     settings = EvaluationSettings.quick()
     try:
         seen = thinned(bank, SUMMARY_TRAIN_LIMIT)
-        labels = np.delete(seen.labels, seen.unreadable_indices)  # type: ignore[arg-type]
+        labels = np.delete(seen.labels, [index for index, *_ in seen.unreadable])  # type: ignore[arg-type]
         if test is None:
             labels = labels[stratified_split(labels, settings.test_share, run.seed)[0]]
             choose_samples(bank, None, seed=run.seed)

@@ -94,7 +94,7 @@ def embed(
             "block": spec.block,
             "pooling": spec.pooling,
             "norm": spec.norm,
-            "unreadable": images.unreadable,
+            "unreadable": [(name, why) for _, name, why in images.unreadable],
             "images_per_s": features.images_per_s,
         }
     names = {"model": name_of(model), "data": name_of(data)}
@@ -146,7 +146,7 @@ def _to_file(
         "data_description": images.description,
         "data_facts": images.facts(),
         "classes": None if classes is None else class_list(classes),
-        "unreadable": [{"index": row, "name": name, "reason": why} for row, name, why in images.unreadable_items()],
+        "unreadable": [{"index": row, "name": name, "reason": why} for row, name, why in images.unreadable],
     }
     write_features(path, found, images, manifest)
     shape = list(found.features.shape)

@@ -143,7 +143,10 @@ def tell_trained_on(models: Iterable[str], tested: Any, reporter: Reporter) -> l
 def tell_unreadable(images: ImageSet, reporter: Reporter, so: str = "left out") -> None:
     """Say how many images could not be read, which, and what comes of it."""
     if images.unreadable:
-        count, some = len(images.unreadable), "; ".join(f"{name}: {reason}" for name, reason in images.unreadable[:3])
+        count, some = (
+            len(images.unreadable),
+            "; ".join(f"{name}: {reason}" for _, name, reason in images.unreadable[:3]),
+        )
         more = ", ..." if count > 3 else ""
         reporter.warning(
             f"{count} of {number_of(len(images), 'images')} of {images.description} cannot be read ({some}{more}): {so}"
@@ -307,11 +310,11 @@ def results_folder(path: Path) -> Iterator[Path]:
 def list_skipped(images: ImageSet, folder: RunFolder, reporter: Reporter, already: int = 0) -> int:
     """List the images that could not be read in skipped_images.txt, say how many if more than ``already``."""
     if is_distributed():  # rank 0 lists those of all
-        for items in from_ranks(images.unreadable_items()):
+        for items in from_ranks(images.unreadable):
             images.add_unreadable(items)
     if len(images.unreadable) > already:
         if folder.writes:
-            write_bytes(folder.path / "skipped_images.txt", list_lines(images.unreadable_items()))
+            write_bytes(folder.path / "skipped_images.txt", list_lines(images.unreadable))
         listed = f"{folder.path}/skipped_images.txt"
         reporter.warning(f"skipped {number_of(len(images.unreadable), 'unreadable images')}; listed in {listed}")
     return len(images.unreadable)

@@ -37,7 +37,7 @@ class ImageSet:
 
     ``channels`` other than 3: the pixels as stored, [H, W, channels] uint8 or uint16; others count as unreadable.
     ``cache``: "auto" keeps all in memory when they need less than 2 GB; True and False force it. For an unreadable
-    image ``load`` gives the next readable one, and ``unreadable`` lists (name, reason). Raises DataError when none can
+    image ``load`` gives the next readable one, and ``unreadable`` lists it. Raises DataError when none can
     be read.
     """
 
@@ -83,27 +83,19 @@ class ImageSet:
         return self._held if isinstance(self._held, np.ndarray) else None
 
     @property
-    def unreadable(self) -> list[tuple[str, str]]:
-        """(name, reason) of every image found unreadable so far, in index order."""
-        return [(name, reason) for _, name, reason in self.unreadable_items()]
-
-    @property
-    def unreadable_indices(self) -> list[int]:
-        """Indices of the images found unreadable so far."""
-        return sorted(self._bad)
+    def unreadable(self) -> list[tuple[int, str, str]]:
+        """(index, name, reason) of every image found unreadable so far."""
+        return [(index, *self._bad[index]) for index in sorted(self._bad)]
 
     def add_unreadable(self, items: Iterable[tuple[int, str, str]]) -> None:
         """Take over (index, name, reason) found by a copy of this set in a worker process."""
         for index, name, reason in items:
             self._bad.setdefault(index, (name, reason))
 
-    def unreadable_items(self) -> list[tuple[int, str, str]]:
-        """(index, name, reason) of every image found unreadable so far."""
-        return [(index, *self._bad[index]) for index in sorted(self._bad)]
-
     def facts(self) -> dict[str, Any]:
         """What results and reports record of the data, with the images found unreadable so far."""
-        return self.source.facts() | {"unreadable": {"count": len(self._bad), "first": self.unreadable[:5]}}
+        first = [(name, reason) for _, name, reason in self.unreadable[:5]]
+        return self.source.facts() | {"unreadable": {"count": len(self._bad), "first": first}}
 
     def try_load(self, index: int) -> Pixels | None:
         """Return image ``index`` or None when it cannot be read (the failure is recorded)."""
@@ -139,7 +131,7 @@ class ImageSet:
         """Raise DataError when more than 10 % of the images are known to be unreadable."""
         count = len(self._bad)
         if count > MAX_UNREADABLE_SHARE * self._length:
-            name, reason = self.unreadable[0]
+            _, name, reason = self.unreadable[0]
             raise DataError(
                 f"{self.description}: {count} of {number_of(self._length, 'images')} cannot be read, more than 10 % "
                 f"(first: {name}: {reason}); repair or remove them"
@@ -156,7 +148,7 @@ class ImageSet:
             return None
 
     def _nothing_readable(self) -> DataError:
-        name, reason = self.unreadable[0]
+        _, name, reason = self.unreadable[0]
         return DataError(
             f"{self.description}: no image can be read (first: {name}: {reason}); give a source with images that can"
         )

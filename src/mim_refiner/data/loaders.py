@@ -74,9 +74,9 @@ class _Assembler(Dataset[_Assembled]):
 
     def __getitem__(self, key: tuple[int, int]) -> _Assembled:
         try:
-            return self._batch(*key), self.images.unreadable_items()
+            return self._batch(*key), self.images.unreadable
         except DataError as error:  # a raised error would reach the user with the worker's traceback in its text
-            return str(error), self.images.unreadable_items()
+            return str(error), self.images.unreadable
 
     def _batch(self, epoch: int, step: int) -> ViewBatch:
         order = epoch_order(self.seed, epoch, len(self.images)) if self.rows is None else self.rows
@@ -185,9 +185,8 @@ class TrainLoader:
                 if isinstance(batch, str):
                     raise DataError(batch)
                 self.images.raise_if_too_many_unreadable()
-                known = self.images.unreadable_items()
-                fresh = [(name, why) for index, name, why in known if index not in self._reported]
-                self._reported.update(self.images.unreadable_indices)
+                fresh = [(name, why) for index, name, why in self.images.unreadable if index not in self._reported]
+                self._reported.update(index for index, *_ in self.images.unreadable)
                 yield batch._replace(skipped=fresh)
 
     def first(self, images: int) -> ViewBatch:

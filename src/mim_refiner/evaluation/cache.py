@@ -171,7 +171,7 @@ def data_identity(images: ImageSet) -> str:
     """
     if images in _IDENTITIES:
         return _IDENTITIES[images]
-    digest = hashlib.sha256(f"{len(images)} {images.unreadable_indices}".encode())
+    digest = hashlib.sha256(f"{len(images)} {[index for index, *_ in images.unreadable]}".encode())
     if images.array is not None:
         digest.update(f"{images.array.shape}".encode())
         digest.update(images.array.data)

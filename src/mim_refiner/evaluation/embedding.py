@@ -109,7 +109,7 @@ def compute_features(
     size = spec.image_size or own_image_size(backbone.info)
     first, rows = _kept(folder, images)
     total, done = len(images), first
-    filled = first - sum(index < first for index in images.unreadable_indices)
+    filled = first - sum(index < first for index, *_ in images.unreadable)
     started = time.perf_counter()
     run.reporter.phase("images", total)
     backbone.to(run.device)
@@ -135,7 +135,7 @@ def compute_features(
         raise DataError(f"{images.description}: no image could be read; give a source with whole images")
     _keep(folder, rows, total, images)
     speed = (total - first) / (time.perf_counter() - started)
-    return Embedding(rows[:filled], np.setdiff1d(np.arange(total), images.unreadable_indices), speed)
+    return Embedding(rows[:filled], np.setdiff1d(np.arange(total), [index for index, *_ in images.unreadable]), speed)
 
 
 def _room(folder: Path | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -159,7 +159,7 @@ def _keep(folder: Path | None, rows: NDArray[Any], done: int, images: ImageSet) 
     """The rows first, then how many images they are of."""
     if folder is not None:
         rows.flush()  # type: ignore[attr-defined]  # a memory map
-        lost = [item for item in images.unreadable_items() if item[0] < done]
+        lost = [item for item in images.unreadable if item[0] < done]
         write_json(folder / "done.json", {"done": done, "unreadable": lost})
 
 

@@ -184,7 +184,7 @@ def _spread(
     problem = next(filter(None, from_ranks(problem)), "")
     if problem:
         raise DataError(problem)
-    images.add_unreadable(item for items in from_ranks(images.unreadable_items()) for item in items)
+    images.add_unreadable(item for items in from_ranks(images.unreadable) for item in items)
     rows = gather_rows(rows)
     first = torch.from_numpy(np.sort(np.unique(rows.numpy(), return_index=True)[1]))  # what fills up the last part goes
     return {key: gather_rows(value)[first] for key, value in values.items()}, rows[first]
