@@ -80,8 +80,10 @@ def neighbor_consistency(clean: Tensor, first: Tensor, second: Tensor, *, neighb
     shares = []
     told = (gallery.any() & one.any(1) & two.any(1)).cpu().numpy()
     for start in range(0, len(gallery), _ROWS):
-        rows = torch.arange(start, min(start + _ROWS, len(gallery)))
-        a, b = (_nearest(x[rows], gallery, rows, count) for x in (one, two))
+        products = [x[start : start + _ROWS] @ gallery.T for x in (one, two)]
+        for each in products:
+            each.diagonal(start).fill_(-2)  # the own one
+        a, b = (each.topk(count, dim=1).indices for each in products)
         shares.append((a[:, :, None] == b[:, None, :]).any(2).cpu().double().mean(1))
     return torch.cat(shares).numpy() * told
 
@@ -189,13 +191,6 @@ def rank_of_rows(x: Tensor, *, centred: bool = False) -> Callable[[NDArray[np.in
 
 def _prepared(clean: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return standardized(clean), standardized(first, clean), standardized(second, clean)
-
-
-def _nearest(queries: Tensor, gallery: Tensor, own: Tensor, count: int) -> Tensor:
-    """Row numbers [M, count] of the nearest gallery entries but the own one."""
-    similarity = queries @ gallery.T
-    similarity[torch.arange(len(own)), own] = -2
-    return similarity.topk(count, dim=1).indices
 
 
 # --- two random views of the same images, as inputs of the same extraction (and cache) as all other features

@@ -41,14 +41,10 @@ class FileSource(ImageSource):
     def __len__(self) -> int:
         return len(self.names)
 
-    def path(self, index: int) -> str:
-        """Where image ``index`` lies; accents may be written decomposed there and composed in a list, or so."""
-        path = os.path.join(self.base, self.names[index])
-        forms = (path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path))
-        return next(filter(os.path.exists, forms), path)
-
     def read(self, index: int) -> bytes:
-        return read_regular(self.path(index))
+        path = os.path.join(self.base, self.names[index])  # accents may be composed there and not in a list, or so
+        forms = (path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path))
+        return read_regular(next(filter(os.path.exists, forms), path))
 
     def name(self, index: int) -> str:
         return printable(self.names[index])

@@ -62,7 +62,7 @@ class ObjectSource(ImageSource):
         self.given = given
         self.description = f"{name_of(given)} ({number_of(len(given), 'images')})"
         first = self._item(0)
-        self._key = _found(first, _IMAGE_KEYS) if isinstance(first, dict) else None
+        self._key = next((key for key in _IMAGE_KEYS if key in first), None) if isinstance(first, dict) else None
         if isinstance(first, dict) and self._key is None:
             raise DataError(f"{self.description}: no column image or img among {', '.join(first)}; rename one")
         self.read(0)  # a wrong type is told at once
@@ -104,7 +104,7 @@ class ObjectSource(ImageSource):
         """From the object where it has them all, else item by item."""
         items = map(self._item, range(len(self)))
         if isinstance(first, dict):
-            if not (key := _found(first, _LABEL_KEYS) or ""):
+            if (key := next((each for each in _LABEL_KEYS if each in first), None)) is None:
                 raise LabelProblem(f"no column {' or '.join(_LABEL_KEYS[:2])}; give (images, labels)")
             table = hasattr(self.given, "column_names")  # of the datasets library
             column: Any = self.given[key] if table else [item[key] for item in items]
@@ -135,10 +135,6 @@ def _labels(given: Any, count: int) -> Labels:
     if labels.dtype.kind not in "biuf":
         raise LabelProblem(f"the labels are {type(labels[0]).__name__}; give whole numbers or class names")
     return Labels.of_numbers(labels)
-
-
-def _found(item: dict[str, Any], keys: Sequence[str]) -> str | None:
-    return next((key for key in keys if key in item), None)
 
 
 # --- NumPy files: .npz with ``images``/``x`` and optional ``labels``/``y``, or one .npy array

@@ -90,20 +90,14 @@ class ParquetSource(ImageSource):
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         value = self._group(number)[index - int(self.starts[number])].as_py()
         if isinstance(value, dict):  # Hugging Face: the bytes, or only the path of a file beside the table
-            value = value.get("bytes") or self._beside(value.get("path"))
-        elif isinstance(value, str):
-            value = self._beside(value)
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str) and value:  # below the table's folder, as nobody knows who wrote the table
+            if os.path.isabs(value) or ".." in Path(value).parts:
+                raise ValueError("the row names a file outside the table's folder")
+            value = read_regular(self.path.parent / value)
         if not value:
             raise ValueError("the row holds no image")
         return bytes(value)
-
-    def _beside(self, path: str | None) -> bytes | None:
-        """The image file that a row names: below the table's folder, as nobody knows who wrote the table."""
-        if not path:
-            return None
-        if os.path.isabs(path) or ".." in Path(path).parts:
-            raise ValueError("the row names a file outside the table's folder")
-        return read_regular(self.path.parent / path)
 
     def name(self, index: int) -> str:
         return f"{self._name}[{index}]"
