@@ -28,7 +28,8 @@ from PIL import Image
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.loaders import TrainLoader
-from mim_refiner.data.source_files import FileSource, folder_source, list_source
+from mim_refiner.data.source_files import FileSource, folder_source
+from mim_refiner.data.source_list import list_source
 from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import crop_batch, crop_boxes, draws, multi_crop_views
 
@@ -66,7 +67,7 @@ def crops(repeat: int, width: int = 500, height: int = 375) -> dict[str, Any]:
     def ours(images: list[Any]) -> None:
         start = next(position)
         for number, spec in enumerate(views):
-            crop_batch(images, spec, draws(0, 0, number, start, 1))
+            crop_batch(images, spec, draws(0, 0, number, start, len(images)))
 
     sides = np.array([height]), np.array([width])
 
