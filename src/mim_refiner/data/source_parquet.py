@@ -24,7 +24,6 @@ from mim_refiner.reporting import number_of
 
 WHOLE_FILE_BYTES = 512 * 2**20  # a smaller file is held in memory whole, a larger one by row group
 _GROUPS_IN_MEMORY = 4
-_LOCK = threading.Lock()  # one for all, as no lock can be pickled
 _IMAGE_COLUMNS = ("image", "img")
 _OTHERS = ("mask", "annotation", "segmentation", "label")  # hold pictures too, of another kind
 _HIVE_MISSING = "__HIVE_DEFAULT_PARTITION__"
@@ -62,6 +61,7 @@ class ParquetSource(ImageSource):
         which = "" if self.column == "image" else f", column {printable(self.column)}"
         self.description = f"parquet {path} ({number_of(self._rows, 'images')}{which})"
         self._groups: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._lock = threading.Lock()
 
     def _read_labels(self, file: pq.ParquetFile, schema: pa.Schema) -> Labels | None:
         if (name := next((each for each in schema.names if each.lower() == "label"), None)) is None:
@@ -74,7 +74,7 @@ class ParquetSource(ImageSource):
 
     def _group(self, number: int) -> pa.ChunkedArray:
         """Return the image column of one row group; a small file loads all its groups at once."""
-        with _LOCK:
+        with self._lock:
             if number not in self._groups:
                 # One thread: pyarrow's own thread pool does not belong in forked workers.
                 with pq.ParquetFile(self.path, memory_map=True) as file:
@@ -120,14 +120,17 @@ class ParquetSource(ImageSource):
         return short_hash(["parquet", self._rows, self.size, self.mark, *label_parts(self.classes)])
 
     def close(self) -> None:
-        with _LOCK:  # never under the hands of a thread that reads
+        with self._lock:  # never under the hands of a thread that reads
             self._groups = OrderedDict()
 
     def stream(self) -> None:
         self.lazy = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_groups": OrderedDict()}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_groups", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _groups=OrderedDict(), _lock=threading.Lock())
 
 
 def _image_column(schema: pa.Schema, path: Path) -> str:
