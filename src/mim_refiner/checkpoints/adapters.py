@@ -111,17 +111,14 @@ def _is_head(name: str, weights: Mapping[str, Tensor]) -> bool:
 
 def _refuse_quantised(contents: Contents) -> None:
     for names in contents.sections.values():
-        for endings, kind in _QUANTISED:
-            mark = next((name for name in names if name.endswith(endings)), None)
-            if mark is None:
-                continue
-            weights = {name: tensor for name, tensor in names.items() if name.endswith(".weight")}
-            floats = all(t.is_floating_point() and t.element_size() > 1 for t in weights.values())
-            if not floats or not any(name.endswith("qkv.weight") for name in weights):
-                raise CheckpointError(
-                    f"{contents.source}: holds {kind} ({mark}), which are not exact; load the model in the tool that "
-                    "wrote it, dequantise it there and save it in float"
-                )
+        marks = ((name, kind) for endings, kind in _QUANTISED for name in names if name.endswith(endings))
+        weights = {name: tensor for name, tensor in names.items() if name.endswith(".weight")}
+        floats = all(t.is_floating_point() and t.element_size() > 1 for t in weights.values())
+        if (found := next(marks, None)) and not (floats and any(name.endswith("qkv.weight") for name in weights)):
+            raise CheckpointError(
+                f"{contents.source}: holds {found[1]} ({found[0]}), which are not exact; load the model in the tool "
+                "that wrote it, dequantise it there and save it in float"
+            )
 
 
 def _merged(contents: Contents, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -157,8 +154,7 @@ def _pairs(names: Mapping[str, Tensor], source: str) -> dict[str, tuple[Tensor, 
     """Layer -> (A, B) of its LoRA; CheckpointError for several adapters of a layer or half of one."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in names.items():
-        match = _PART.fullmatch(name)
-        if match:
+        if match := _PART.fullmatch(name):
             held = parts.setdefault(match[1], {})
             if match[2] in held:
                 raise _cannot(source, f"holds several LoRA adapters of {match[1]}")

@@ -282,7 +282,10 @@ def _plain(item: Any, depth: int = 0) -> Any:
     """A number, text, or short tuple of them (also as an array or tensor); None for anything else."""
     item = item.tensor if isinstance(item, Array) else item
     if isinstance(item, Tensor):
-        return _few_numbers(item)
+        values = item.squeeze()
+        if values.ndim > 1 or not 0 < values.numel() <= 16:
+            return None
+        return tuple(values.tolist()) if values.ndim else values.item()
     if isinstance(item, Stub):
         fields = item.fields()
         if not fields and len(item.arguments) == 1:
@@ -292,15 +295,6 @@ def _plain(item: Any, depth: int = 0) -> Any:
         parts = tuple(_plain(part, depth + 1) for part in item)
         return None if None in parts else parts
     return item if isinstance(item, bool | int | float | str) else None
-
-
-def _few_numbers(tensor: Tensor) -> Any:
-    """What a small tensor holds, without its dimensions of length 1; None for a large one or a matrix."""
-    sides = [side for side in tensor.shape if side != 1]
-    if len(sides) > 1 or not all(0 < side <= 16 for side in sides):
-        return None
-    values = tensor.flatten().tolist()
-    return tuple(values) if sides else values[0]
 
 
 def leaves(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,10 +30,8 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
     if type(model) is VisionTransformer:
         arguments = {name: value for name, value in vit_arguments(model).items() if value is not None}
     else:
-        recorded = getattr(model, "_model_args", {})  # what timm's factory was called with
+        recorded = getattr(model, "_model_args", {})  # by timm's factory, and by its changes of the image size
         arguments = {name: value for name, value in recorded.items() if name != "num_classes"}
-        if "img_size" in arguments:  # it may have changed since
-            arguments["img_size"] = list(info.image_size)
     architecture = registered_name(model)
     if type(model) is VisionTransformer and architecture in (None, BASE_ARCHITECTURE):
         # The name is free here, since every argument is written; take the one that tells the size.

@@ -16,8 +16,6 @@ from mim_refiner.core.collectives import all_gather, all_gather_with_grad, is_di
 from mim_refiner.core.neighbors import NeighborQueue, look_up
 from mim_refiner.core.nna import ViewPairing, multi_view_nna_loss
 from mim_refiner.core.run import ONE_BY_ONE, send
-from mim_refiner.errors import InputError
-from mim_refiner.reporting import number_of
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,6 @@ def run_heads(
     """
     (_, views, batch), objective, training = features.shape[:3], heads[0].objective, heads[0].training
     num_global = objective.num_global
-    if not 1 <= num_global <= views:
-        raise InputError(f"head: num_global must be between 1 and the {number_of(views, 'views')}, got {num_global}")
     projected = run_mlps([head.projector for head in heads], features.flatten(1, 2))
     predicted = run_mlps([head.predictor for head in heads], projected)
     # autocast would run similarities and logits in bfloat16, whose 3 digits are too few for cosines

@@ -110,15 +110,11 @@ def _interpolation(before: int, after: int) -> Tensor:
     ratio = _ratio(before // 2, after // 2)
     half = torch.tensor([ratio**k for k in range(before // 2)], dtype=torch.float64).cumsum(0)
     known = torch.cat([-half.flip(0), torch.zeros(1, dtype=torch.float64), half])
-    wanted = torch.arange(-(after // 2), after // 2 + 1, dtype=torch.float64).clamp(known[0], known[-1])
-    right = torch.searchsorted(known, wanted).clamp(1 if before > 1 else 0, before - 1)
-    left = (right - 1).clamp(min=0)
-    weight = (wanted - known[left]) / (known[right] - known[left]).clamp(min=1e-12)
-    matrix = torch.zeros(after, before, dtype=torch.float64)
-    rows = torch.arange(after)
-    matrix[rows, left] += 1 - weight
-    matrix[rows, right] += weight
-    return matrix.float()
+    wanted = torch.arange(-(after // 2), after // 2 + 1, dtype=torch.float64)
+    passed = ((wanted[:, None] - known[:-1]) / known.diff()).clamp(
+        0, 1
+    )  # share of each gap that lies before a distance
+    return (F.pad(passed, (1, 0), value=1.0) - F.pad(passed, (0, 1))).float()
 
 
 def _ratio(count: int, reach: int) -> float:

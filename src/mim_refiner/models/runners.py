@@ -60,16 +60,14 @@ class PlainRunner:
         x = model.patch_embed(images)
         grid, tokens = (x.shape[1], x.shape[2]), x.flatten(1, 2)
         prefix = [token.expand(x.shape[0], -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]
-        table = model.pos_embed
-        if table is not None:
-            num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens  # entries of the table
+        if not model.no_embed_class:
+            tokens = torch.cat([*prefix, tokens], dim=1)
+        if model.pos_embed is not None:
             native = tuple(model.patch_embed.grid_size)
-            table = resize_absolute(table, native, grid, num_prefix=num_prefix, rule=rule)
-        if table is not None and model.no_embed_class:
-            tokens = tokens + table
-        tokens = torch.cat([*prefix, tokens], dim=1)
-        if table is not None and not model.no_embed_class:
-            tokens = tokens + table
+            tokens = tokens + resize_absolute(model.pos_embed, native, grid, num_prefix=num_prefix, rule=rule)
+        if model.no_embed_class:
+            tokens = torch.cat([*prefix, tokens], dim=1)
         tokens = model.pos_drop(tokens)
         if isinstance(model.patch_drop, nn.Module):
             tokens = model.patch_drop(tokens)

@@ -111,8 +111,7 @@ def _grid_of_index(index: Tensor) -> tuple[int, int] | None:
     if index.ndim != 2 or index.shape[0] < 2:
         return None
     from_first = index[1, 1].item() - index[1, 1:].to(torch.int64)
-    along_row = from_first == torch.arange(len(from_first))
-    columns = len(along_row) if bool(along_row.all()) else int((~along_row).to(torch.int64).argmax())
+    columns = int((from_first == torch.arange(len(from_first))).to(torch.int64).cumprod(0).sum())
     return len(from_first) // columns, columns
 
 
