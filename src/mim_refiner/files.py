@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -133,9 +134,10 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise RunFolderError(
-            f"{path}: cannot write ({error.strerror or error}); choose a folder that can be written"
-        ) from None
+        short = "requested and" in str(error)  # numpy's words, without an errno
+        room = "make room there, or " if short or error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        reason = "the disk is full" if short else error.strerror or error
+        raise RunFolderError(f"{path}: cannot write ({reason}); {room}choose a folder that can be written") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ Unknown keys are refused with the nearest valid name, values with what they shou
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import product
 from types import NoneType, UnionType
@@ -44,9 +45,11 @@ def _pair(value: Any) -> Any:
 Size = Annotated[Side | tuple[Side, Side], BeforeValidator(_pair)]  # of a square, or (height, width)
 
 
-def _listed(value: Any) -> Any:
+def as_list(value: Any) -> Any:
     """One value, or text with commas, as a list."""
-    return value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def one_of(names: Collection[str]) -> Callable[[str], str]:
@@ -66,7 +69,7 @@ def _ascending(value: tuple[float, ...]) -> tuple[float, ...]:
     return value
 
 
-Listed = BeforeValidator(_listed)  # so that kinds=fog,jpeg and shares=0.1 are lists too
+Listed = BeforeValidator(as_list)  # so that kinds=fog,jpeg and shares=0.1 are lists too
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 BatchSize = Annotated[int, Field(ge=2, le=10**9)]  # that BatchNorm or mixup can use
 NonNegative = Annotated[float, Field(ge=0, le=1e9)]
@@ -129,6 +132,13 @@ class FrozenSettings(Settings):
     """Settings that stay as they were made; ``model_copy(update=...)`` gives others."""
 
     model_config = ConfigDict(frozen=True)
+
+
+def setting_texts(given: str | Iterable[str] | Mapping[str, Any] | None) -> list[str]:
+    """``key=value`` texts: as given, or of a mapping with dotted or nested keys."""
+    if isinstance(given, Mapping):
+        return [f"{key}={json.dumps(value, default=str)}" for key, value in dotted(given).items()]
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 def read_setting(setting: str) -> tuple[str, Any]:

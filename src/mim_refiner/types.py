@@ -21,6 +21,11 @@ def height_width(size: ImageSize) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def default_crop_ratio(image_size: ImageSize) -> float:
+    """Return 1.0 up to 64 px (nothing to spare at the border) and for what is no square, else 0.875 (224 of 256 px)."""
+    return 0.875 if isinstance(image_size, int) and image_size > 64 else 1.0
+
+
 def side_or_pair(size: ImageSize) -> ImageSize:
     """The shorter form: one number for a square."""
     height, width = height_width(size)

@@ -60,6 +60,15 @@ def test_a_peak_within_chance_is_not_called_one():
     assert curve["statements"][0].count("not clearly better than at the last block") == 1
 
 
+def test_few_images_give_no_impossible_interval_and_no_peak_among_equals():
+    curve = curves_from_results({"before": results([1.0, 0.0, 0.0], count=1)}).record["curves"]["before"]["cls"]
+    low, high = curve["peak_minus_last"]["ci95"]
+    assert -1 <= low < 0 < high <= 1
+    equal = curves_from_results({"before": results([0.2, 0.5, 0.5], count=10)}).record
+    assert equal["curves"]["before"]["cls"]["peak_block"] == 2
+    assert equal["statements"][0].endswith("the last one.")
+
+
 def test_a_flat_curve_is_rarely_said_to_peak_early():
     """12 blocks of the same accuracy: at most 5 % of 200 curves; the interval of two blocks alone said it of 13 %."""
     rng, alone, said = np.random.default_rng(0), 0, 0

@@ -53,6 +53,8 @@ def test_record_and_its_sentence():
         "middle 4 to 5 (k-NN accuracy +38.0 points, reconstruction error -0.040), "
         "late 6 to 7 (k-NN accuracy -10.0 points, reconstruction error -0.160)."
     )
+    one = regimes_record({"a": {**curve, "value": [0.1, 0.2, 0.9, 0.3, 0.3, 0.3, 0.3, 0.3]}}, {"a": errors})
+    assert ", middle 2 (k-NN" in one["models"]["a"]["statement"]
     rising = {**curve, "value": sorted(KNN), "peak_before_last": False}
     assert "no late regime" in regimes_record({"a": rising}, {"a": errors})["models"]["a"]["statement"]
     assert (

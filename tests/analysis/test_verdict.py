@@ -59,7 +59,7 @@ def test_what_to_try_next_follows_from_the_evidence():
         "positives without neighbours, which gave a small encoder more in a short run (docs/evidence.md)",
         "other features without any training, which are better",
     ]  # fmt: skip
-    assert "90 tell no change below 4.0 points" in said[0]
+    assert "with 90 no change below 4.0 points shows" in said[0]
     assert "--set refinement.epochs=20" in said[1]
     assert said[0].endswith(": mim-refiner evaluate --model a")
     assert said[2].endswith("--set heads.swap_positive=false --out there")
@@ -69,7 +69,7 @@ def test_what_to_try_next_follows_from_the_evidence():
         assert not any("without neighbours" in line for line in other)
     few = {"verdict": "no clear change", "measures": [{"measure": "neighbour consistency", "ci95": [-0.03, 0.14]}],
            "samples": {"images": 20}}  # fmt: skip
-    assert "20 tell no change below 8.5 points" in what_next(few, RECIPE, **AGAIN, draws=5000)[0]
+    assert "with 20 no change below 8.5 points shows" in what_next(few, RECIPE, **AGAIN, draws=5000)[0]
     narrow = {"verdict": "no clear change", "ci95": [-0.005, 0.005]}
     enough: dict[str, Any] = {"draws": 2_000_000, "last_block": 11}
     assert what_next(narrow, RECIPE, **AGAIN, recommendation={"block": 11}, **enough) == []

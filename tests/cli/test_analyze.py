@@ -13,6 +13,7 @@ import torch
 
 from mim_refiner.commands import analyze
 from mim_refiner.commands.analyze import _Analysis
+from mim_refiner.errors import DataError
 from mim_refiner.evaluation.features import Features
 from mim_refiner.report.page import write_report
 
@@ -46,6 +47,19 @@ def test_everything_is_written_in_one_command(analysed):
     assert stored["curves"] == result["curves"]
     assert result["curves"]["after"]["cls"]["blocks"] == [0, 1, 2]
     assert len(result["change"]["after"]["cls"]["value"]) == 3
+
+
+def test_few_images_leave_parts_out_and_say_so(mae, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    how = {"model": mae.export, "out": str(tmp_path / "few"), "cache": "off"}
+    with pytest.raises(DataError) as caught:
+        analyze.analyze(**how, data=(pixels, np.arange(12) % 2), test=(pixels[:3] + 1, [0, 1, 0]), parts="similarity")
+    assert str(caught.value) == (
+        "similarity left out: it needs 4 test images or more; give them; or choose other parts"
+    )
+    told = analyze.analyze(**how, data=pixels, parts="verdict,similarity")
+    assert "verdict" not in told
+    assert "similarity" in told["records"]
 
 
 def test_refine_or_read_out_is_one_table_and_one_sentence(analysed, tmp_path):
@@ -163,7 +177,7 @@ def test_copies_of_few_images_are_not_measured(mae, unlabelled, cli, tmp_path):
     [
         ("{flat}", "atlas,verdit", "did you mean 'verdict'"),
         ("{flat}", "atlas,", "empty name"),
-        ("{flat}[:12]", "verdict", "at least 20 images"),
+        ("{flat}[:12]", "verdict", "without labels it needs 20 images or more; give them"),
         ("{flat}", "readout,heads", "its classifiers need labels; give labelled images; head behaviour left out: "),
     ],
 )

@@ -67,7 +67,6 @@ def test_the_cache_is_used_by_the_second_run_and_shown(words, cli, tmp_path):
     assert (cache["hits"], cache["misses"]) == (0, 6)  # three blocks (for the concatenation), two poolings
     assert second.json["feature_cache"]["hits"] == 6
     assert first.json["results"] == second.json["results"]
-    assert "feature cache: 6 found, 0 computed" in second.err
     off = cli.call(*words, "--protocols", "knn", "--cache", "off", "--json")
     assert off.json["results"] == first.json["results"]
     assert "feature_cache" not in off.json

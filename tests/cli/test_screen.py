@@ -7,12 +7,19 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mim_refiner import load_backbone
 from mim_refiner.cli.common import broken
 from mim_refiner.cli.tables import print_result
+from mim_refiner.commands.report import write_gallery
+from mim_refiner.core.run import Run
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.sources import open_source
+from mim_refiner.report.page import write_report
 
 MEASURES = [
     {"measure": "neighbour consistency", "before": 0.31, "after": 0.32, "difference": 0.01, "ci95": [-0.01, 0.03],
@@ -48,6 +55,16 @@ def test_a_finished_run_asked_again_neither_measures_nor_changes_its_cost(refine
     assert log.startswith(before["log.txt"].decode())
     assert log.count("refine: mim-refiner ") == 2
     assert "finished; verdict: " in log
+
+
+def test_a_run_without_a_gallery_is_finished_too(refined, cli, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(refined.path, again, symlinks=True)
+    two = ImageSet(open_source(np.zeros((2, 32, 32, 3), dtype=np.uint8)))
+    write_gallery({"before": load_backbone(refined.path)}, two, again, pooling="cls", run=Run())
+    words = [str(again) if word == str(refined.path) else word for word in refined.arguments]
+    assert "this run is finished already" in cli.call(*words, "--json").err
+    assert "2 readable images are too few to compare; give at least 3" in write_report([again]).read_text()
 
 
 def test_a_run_that_lost_its_results_is_measured_again(mae, cli, tmp_path):

@@ -7,10 +7,12 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 
-from mim_refiner import embed, evaluate, load_backbone, pretrain
+from mim_refiner import embed, evaluate, export, load_backbone, pretrain, report
 from mim_refiner.errors import InputError
 from mim_refiner.models.backbone import Backbone, create_vit
+from mim_refiner.settings import as_list, setting_texts
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
 LABELS = np.arange(24) % 2
@@ -66,6 +68,42 @@ def test_two_modules_are_compared(backbone):
     }
 
 
+def test_names_and_settings_are_taken_as_python_writes_them(backbone):
+    how = {"model": backbone, "data": (PIXELS, LABELS), "cache": "off", "device": "cpu"}
+    listed = evaluate(**how, protocols=["knn"], pooling=["cls"], settings=["knn_k=3", "test_share=0.25"])
+    for settings in ({"knn_k": 3, "test_share": 0.25}, ["knn_k=3", "test_share=0.25"]):
+        assert evaluate(**how, protocols="knn", pooling="cls", settings=settings)["results"] == listed["results"]
+    assert setting_texts({"heads": {"blocks": [2, -1]}, "guidance": "none", "out": None}) == [
+        "heads.blocks=[2, -1]", 'guidance="none"', "out=null",
+    ]  # fmt: skip
+    assert [as_list(given) for given in ("knn, linear", ("knn",), "knn")] == [["knn", "linear"], ("knn",), ["knn"]]
+    with pytest.raises(InputError, match="runs/none: no such run folder"):
+        report(runs="runs/none")
+
+
+def test_a_backbone_in_memory_is_exported(backbone, tmp_path):
+    changed = load_backbone(backbone)
+    torch.nn.init.zeros_(changed.model.norm.weight)
+    export(model=changed, format="timm", out=str(tmp_path / "out"))
+    assert not load_backbone(tmp_path / "out").model.norm.weight.any()
+
+
+def test_what_the_transform_gives_has_the_features_that_embed_gives(backbone):
+    pictures = [Image.fromarray(pixels).resize((40 + row, 23)) for row, pixels in enumerate(PIXELS)]
+    pictures[1] = pictures[1].convert("L")
+    large = load_backbone(backbone)
+    large.set_image_size((80, 80))  # above 64 px the centre is cut out
+    large.set_image_size((80, 80))
+    for encoder in (backbone, large):
+        images = torch.stack([encoder.transform(picture) for picture in pictures])
+        with torch.no_grad():
+            features = encoder.eval().forward_blocks(images, [-1])[0].cls
+        written = embed(model=encoder, data=pictures, device="cpu")["features"]
+        np.testing.assert_allclose(features.numpy(), written, atol=2e-3)
+    with pytest.raises(InputError, match=r"images are torch.uint8; normalise them, for example by backbone.transform"):
+        backbone.forward_blocks(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
 def test_a_run_records_what_it_was_given(tmp_path, backbone):
     settings = ["training.epochs=1", "batch_size=8", "decoder_dim=16", "decoder_depth=1", "decoder_heads=2"]
     pretrain(data=list(PIXELS), model=backbone, out=str(tmp_path / "run"), settings=settings, device="cpu")
@@ -77,7 +115,7 @@ def test_a_run_records_what_it_was_given(tmp_path, backbone):
 
 
 def test_a_wrong_model_is_one_line():
-    with pytest.raises(InputError, match="model is a int; give a path, a model name, a timm module or a Backbone"):
+    with pytest.raises(InputError, match="model is of type int; give a path, a model name, a timm module"):
         load_backbone(3)
     with pytest.raises(InputError, match="use a timm ViT instead"):
         load_backbone(torch.nn.Linear(2, 2))

@@ -117,3 +117,8 @@ def test_names_that_are_no_utf8_and_missing_files(tmp_path, folder):
 def test_lists_that_are_refused(folder, text, message):
     with pytest.raises(DataError, match=message):
         opened(folder, text)
+
+
+def test_a_column_named_twice_is_said(folder):
+    source = opened(folder, "path,label,Label\n" + "".join(f"{name},1,2\n" for name in ("a.png", "#1.png")))
+    assert source.no_labels == "the header names 2 columns 'label'; keep one"

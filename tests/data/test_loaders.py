@@ -15,12 +15,13 @@ from torchvision.transforms.v2 import functional as tv
 
 from mim_refiner.data import loaders
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.loaders import TrainLoader, default_crop_ratio, eval_batches, resize_center_crop
+from mim_refiner.data.loaders import TrainLoader, eval_batches, resize_center_crop
 from mim_refiner.data.photometric import normalize
 from mim_refiner.data.sources import open_source
 from mim_refiner.data.views import ViewSpec, multi_crop_views
 from mim_refiner.data.workers import watched
 from mim_refiner.errors import DataError, InputError, WorkerError
+from mim_refiner.types import default_crop_ratio
 
 VIEWS = multi_crop_views(8, 4, 2)
 

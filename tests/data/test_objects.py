@@ -138,16 +138,37 @@ def test_paths_in_a_list_and_odd_pictures(tmp_path: Path) -> None:
     assert np.array_equal(loaded.load(1), np.repeat(PIXELS[0, :, :, :1], 3, axis=2))
 
 
+class Breaks(Pairs):
+    """Raises for one item, as a data set of torchvision does at a damaged file."""
+
+    def __init__(self, broken: int) -> None:
+        self.broken = broken
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if index == self.broken:
+            raise OSError("cannot identify image file")
+        return super().__getitem__(index)
+
+
+def test_an_item_that_cannot_be_read_is_an_unreadable_image():
+    images = ImageSet(open_source(Breaks(5)))
+    assert images.source.fingerprint()
+    assert images.source.no_labels == "item 5 cannot be read (cannot identify image file), nor its label"
+    assert [images.try_load(row) is None for row in range(6)] == [False] * 5 + [True]
+    with pytest.raises(DataError, match=r"item 0: cannot be read \(cannot identify image file\)"):
+        open_source(Breaks(0))
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (3, "data is a int, which holds no images; give a path, an array"),
-        (None, "data is a NoneType"),
-        ([], "empty list"),
-        ({"images": PIXELS}, "data is a dict"),
+        (3, "data of type int holds no images; give a path, an array"),
+        (None, "data of type NoneType"),
+        ([], "of type list is empty"),
+        ({"images": PIXELS}, "data of type dict"),
         (PIXELS.astype(np.float32) / 255, "images are float32; give uint8 or uint16, before ToTensor"),
         ([torch.zeros(3, 8, 8)], "float32"),
-        ([object()], "an item is a object, no image"),
+        ([object()], "an item of type object is no image"),
         ([{"picture": 1}], "no column image or img among picture; rename one"),
     ],
 )

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pickle
 import re
+import tarfile
 import unicodedata
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.image_files import decode_image
 from mim_refiner.data.source_base import LeftOut
 from mim_refiner.data.source_parquet import ParquetSource
@@ -418,3 +421,36 @@ def test_one_thing_left_out_is_told_in_the_singular():
     assert left_out_lines({"left_out": [{"count": 1, "what": "hidden files (of x files)", "first": "a"}]}) == [
         "left out: 1 hidden file (of x files) (first: a)"
     ]
+
+
+def test_one_image_is_told_in_the_singular(tmp_path, image_folder, pixels, encode):
+    root = image_folder(["a.png"])
+    (tmp_path / "one.csv").write_text(f"path,label\n{root / 'a.png'},owl\n")
+    np.save(tmp_path / "one.npy", pixels(0)[None])
+    write_parquet(tmp_path / "one.parquet", {"image": [encode(pixels(0))]})
+    with tarfile.open(tmp_path / "one.tar", "w") as shard:
+        shard.add(root / "a.png", "a.png")
+    given = [
+        root,
+        f"{root}[0:1]",
+        [pixels(0)],
+        *(tmp_path / f"one.{kind}" for kind in ("csv", "npy", "parquet", "tar")),
+    ]
+    for source in map(open_source, given):
+        assert "(1 image" in source.description
+        assert "1 images" not in source.description
+
+
+@pytest.mark.parametrize("address", ["https://example.com/a.jpg", "s3://bucket/a.jpg"])
+def test_web_addresses_and_base64_are_called_so(tmp_path, pixels, encode, address):
+    (tmp_path / "a.png").write_bytes(encode(pixels(0)))
+    coded = base64.b64encode(encode(pixels(0)) + bytes(1000)).decode()
+    table = ImageSet(open_source(write_parquet(tmp_path / "a.parquet", {"image": ["a.png", address, coded]})))
+    (tmp_path / "list.txt").write_text(f"a.png\n{address}\n")
+    listed = ImageSet(open_source(tmp_path / "list.txt"))
+    web = "is a web address; download the images first"
+    text = "the row holds text too long for a path (base64?); store the bytes of the image"
+    assert [reason for *_, reason in table.unreadable] == [web, text]
+    assert [reason for *_, reason in listed.unreadable] == [web]
+    with pytest.raises(DataError, match="download it first"):
+        open_source(address)

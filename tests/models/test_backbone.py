@@ -200,6 +200,8 @@ def test_unusable_input(backbone: Backbone, images: torch.Tensor, blocks: list[i
             32,
             "unknown architecture 'vit_tiny_patch61_224'; did you mean 'vit_tiny_patch16_224'",
         ),
+        ("vit_small", 32, "unknown architecture 'vit_small'; did you mean 'vit_small_patch16_224'"),
+        ("resnet18", 32, "architecture 'resnet18' is no ViT of timm; take one, such as vit_small_patch16_224"),
         ("vit_w30_d2_h4_p8", 32, "width 30 is not a multiple of 4 heads"),
         ("vit_w32_d0_h4_p8", 32, "at least 1"),
         (ARCH, 36, "36x36 is not a multiple of the patch size 8x8"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from mim_refiner.errors import RunFolderError
-from mim_refiner.files import atomic_folder, write_json
+from mim_refiner.files import atomic_file, atomic_folder, write_json
 from mim_refiner.training import state
 from mim_refiner.training.recipe import override
 from mim_refiner.training.recipes import tiny
@@ -139,6 +140,25 @@ def test_an_unwritable_place_is_one_clear_line(tmp_path: Path) -> None:
     blocker.write_text("")
     with pytest.raises(RunFolderError, match="cannot write the run folder"):
         open_run(blocker / "run")
+
+
+def test_a_folder_that_takes_no_files_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda place, mode: Path(place) != tmp_path)
+    with pytest.raises(RunFolderError, match=f"{tmp_path} cannot be written; choose another --out"):
+        state.refuse_place(tmp_path / "new" / "run")
+    monkeypatch.undo()
+    state.refuse_place(tmp_path / "new" / "run")
+
+
+def test_a_write_cut_short_is_a_full_disk(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunFolderError, match=r"the disk is full.; make room there, or choose"),
+        atomic_file(tmp_path / "a.npy"),
+    ):
+        raise OSError("307200 requested and 211936 written")  # numpy's tofile
+    with pytest.raises(RunFolderError, match=r"No space left on device.; make room there"), atomic_file(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
 
 
 def test_write_json_replaces_whole_files(tmp_path: Path) -> None:

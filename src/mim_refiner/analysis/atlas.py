@@ -155,6 +155,7 @@ def chosen_on_halves(table: NDArray[Any], seed: int) -> list[tuple[NDArray[np.in
 def name_of(key: Key) -> str:
     """E.g. ``block 9, cls pooling, final norm``, as the options of embed and export say it."""
     block, pooling, norm = key
+    pooling = "cls+mean" if pooling == "both" else pooling
     return f"block {block}, {pooling} pooling, {'final norm' if norm else 'no norm'}"
 
 

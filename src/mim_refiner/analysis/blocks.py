@@ -21,6 +21,8 @@ from mim_refiner.evaluation.features import Features
 from mim_refiner.evaluation.results import Result
 from mim_refiner.reporting import TITLES, signed
 
+MIN_COMPARED = 4  # images that CKA's unbiased estimator needs
+
 
 class BlockCurves(NamedTuple):
     """``record`` is the JSON form; ``correct`` holds {"<model>/<pooling>": [blocks, N]}: hits or shares."""
@@ -80,7 +82,7 @@ def curves_from_scores(
 
 def _curve(blocks: Sequence[int], scores: NDArray[np.float64]) -> dict[str, Any]:
     values = scores.mean(1).tolist()
-    peak = int(np.argmax(values))
+    peak = len(values) - 1 - int(np.argmax(values[::-1]))  # the last of equal ones: no earlier one is better
     difference, low, high = 0.0, 0.0, 0.0
     if peak < len(blocks) - 1:
         difference, low, high = best_of_many_interval(scores[:-1] - scores[-1])
@@ -141,8 +143,8 @@ def cka_matrix(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
     than 4 images.
     """
     sizes = {len(x) for x in (*rows, *columns)}
-    if len(sizes) != 1 or min(sizes) < 4:
-        raise InputError(f"CKA compares features of the same images, at least 4; got {sorted(sizes)} of them")
+    if len(sizes) != 1 or min(sizes) < MIN_COMPARED:
+        raise InputError(f"CKA compares features of the same images, at least {MIN_COMPARED}; got {sorted(sizes)}")
     left = torch.stack([_centred_gram(x) for x in rows]).flatten(1)
     right = left if rows is columns else torch.stack([_centred_gram(x) for x in columns]).flatten(1)
     cross = left @ right.T

@@ -34,6 +34,8 @@ from mim_refiner.models.mae import patchify, sincos_position_table
 from mim_refiner.reporting import TITLES, signed
 from mim_refiner.types import BackboneInfo, ImageSize
 
+MIN_TRAINED = 2  # images to train decoders on
+
 
 @dataclass(frozen=True)
 class ReconstructionSettings:
@@ -72,7 +74,7 @@ def reconstruction_by_block(
     masks depend on the run's seed alone, so two encoders of one size are compared in pairs. For plain ViTs.
     """
     settings, run = settings or ReconstructionSettings(), run or Run()
-    if len(train_rows) < 2:
+    if len(train_rows) < MIN_TRAINED:
         raise DataError(f"{train.description}: too few images to train decoders on; give more")
     backbone.to(run.device)
     size = own_image_size(backbone.info)
@@ -257,9 +259,8 @@ def _statement(
         start = max(0, first - 1)  # what came in is what the block before gave out
         knn = 100 * (curve["value"][last] - curve["value"][start])
         change = error[last] - error[start]
-        parts.append(
-            f"{regime} {first} to {last} ({what} {signed(knn)} points, reconstruction error {signed(change, 3)})"
-        )
+        which = f"{first} to {last}" if last > first else f"{first}"
+        parts.append(f"{regime} {which} ({what} {signed(knn)} points, reconstruction error {signed(change, 3)})")
     late = regimes["late"]
     doubt = "" if not late or curve["peak_before_last"] else f"; the late fall of {what} is within chance"
     return f"{name}, regimes by block: {', '.join(parts)}{doubt}."

@@ -82,9 +82,8 @@ def what_next(
         low, high = found.get("ci95") or next((each["ci95"] for each in found.get("measures", ())), (0.0, 0.0))
         if high - low > WIDE:
             images = found["test_images"] if "test_images" in found else found["samples"]["images"]
-            lines.append(
-                f"more images to measure on: {images} tell no change below {50 * (high - low):.1f} points: {compared}"
-            )
+            least = f"with {images} no change below {50 * (high - low):.1f} points shows"
+            lines.append(f"more images to measure on: {least}: {compared}")
         if draws < MANY_DRAWS:
             lines.append(
                 f"a longer run: the encoder saw {draws:,} draws, and gains grew with every epoch up to a million: "
@@ -187,8 +186,8 @@ def judged(consistency: Change, retrieval: Change, rank: Change, centred: Change
     where neither.
     """
     moved, found = (
-        f"{100 * change.before:.1f} to {100 * change.after:.1f} % (95 % interval {signed(100 * change.low)} to "
-        f"{signed(100 * change.high)})" for change in (consistency, retrieval)
+        f"{100 * change.before:.1f} % before, {100 * change.after:.1f} % now (95 % interval of the change "
+        f"{signed(100 * change.low)} to {signed(100 * change.high)})" for change in (consistency, retrieval)
     )  # fmt: skip
     if consistency.high < -MIN_CHANGE:
         return WORSE, f"Two views of an image share less of their neighbours than before: {moved}."
@@ -199,11 +198,11 @@ def judged(consistency: Change, retrieval: Change, rank: Change, centred: Change
         if change.after < least * change.before and change.high < 0:
             fell = f"The effective rank of the features{kind} fell from {change.before:.1f} to {change.after:.1f}: "
             if least == KEPT and consistency.low > 0:
-                return UNCLEAR, f"{fell}fewer directions; but two views share more of their neighbours, {moved}."
+                return UNCLEAR, f"{fell}fewer directions; but two views share more of their neighbours: {moved}."
             return WORSE, f"{fell}on so few directions fewer images are told apart."
     if consistency.low <= MIN_CHANGE:
-        limit = f"not clearly more than {100 * MIN_CHANGE:.0f} points of change"
-        return UNCLEAR, f"Two views of an image share {moved} of their neighbours: {limit}."
+        limit = f"not clearly more than {100 * MIN_CHANGE:.0f} points"
+        return UNCLEAR, f"Two views of an image share about as many of their neighbours as before: {moved}, {limit}."
     return SOUND, (
         f"Two views of an image share more of their neighbours than before: {moved}. That rules a collapse out and "
         "proves no gain: with labels k-NN accuracy may have fallen by a few points."

@@ -31,7 +31,9 @@ def split_options(source: str | Path) -> tuple[str, dict[str, Any]]:
     A file whose name contains the mark is taken literally.
     """
     if not isinstance(source, str | Path):
-        raise InputError(f"model is a {type(source).__name__}; give a path, a model name, a timm module or a Backbone")
+        raise InputError(
+            f"model is of type {type(source).__name__}; give a path, a model name, a timm module or a Backbone"
+        )
     text = str(source)
     bare, mark, listed = text.rpartition(_MARK)
     if not mark or "=" not in listed or os.path.exists(text):

@@ -11,9 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim_refiner.analysis.atlas import Atlas, place_heads
-from mim_refiner.analysis.blocks import block_similarity, curves_from_scores
+from mim_refiner.analysis.blocks import MIN_COMPARED, block_similarity, curves_from_scores
 from mim_refiner.analysis.label_free import MIN_IMAGES
-from mim_refiner.analysis.reconstruction import ReconstructionSettings, reconstruction_by_block, regimes_record
+from mim_refiner.analysis.reconstruction import (
+    MIN_TRAINED,
+    ReconstructionSettings,
+    reconstruction_by_block,
+    regimes_record,
+)
 from mim_refiner.analysis.verdict import verdict
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.inputs import check_pair, open_images, tell_trained_on, tell_unreadable
@@ -38,6 +43,7 @@ from mim_refiner.files import name_of, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.figures import atlas_map, block_curves, head_behaviour, regimes_plot, similarity_map
 from mim_refiner.reporting import Reporter, listener
+from mim_refiner.settings import as_list
 
 PARTS = ("atlas", "verdict", "readout", "similarity", "reconstruction", "heads")
 
@@ -49,7 +55,7 @@ def analyze(
     out: str,
     compare: Any = None,
     test: str | None = None,
-    parts: Sequence[str] = PARTS,
+    parts: str | Sequence[str] = PARTS,
     cache: str | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -65,6 +71,7 @@ def analyze(
     recommendation, the verdict, the sample sizes and the seconds of each part. Raises MimRefinerError on bad input.
     """
     reporter = listener(reporter)
+    parts = as_list(parts)
     parts = PARTS if "all" in parts else parts
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
@@ -140,7 +147,7 @@ class _Analysis:
     def verdict(self) -> None:
         enough = len(self.samples.view_rows) >= MIN_IMAGES
         if not enough and not self.samples.labelled:
-            raise DataError(f"a verdict without labels needs at least {MIN_IMAGES} images; give more")
+            return self._leave_out(f"verdict left out: without labels it needs {MIN_IMAGES} images or more; give them")
         if "after" not in self.models:
             if enough:
                 first = self.models["before"]
@@ -174,6 +181,8 @@ class _Analysis:
         self._measure_blocks()
         pooling = default_key(self.models["before"].info)[1]
         chosen = {name: found.select(evenly(len(found), SIMILARITY_IMAGES)) for name, found in self.features.items()}
+        if min(map(len, chosen.values())) < MIN_COMPARED:
+            return self._leave_out(f"similarity left out: it needs {MIN_COMPARED} test images or more; give them")
         record = block_similarity(chosen, pooling)
         self.result["statements"] += record["statements"]
         self._keep("similarity", record, similarity_map)
@@ -186,6 +195,8 @@ class _Analysis:
         self._measure_blocks()
         settings = ReconstructionSettings()
         bank, queries = self.samples.bank_rows, self.samples.query_rows
+        if len(bank) < MIN_TRAINED:
+            return self._leave_out(f"reconstruction left out: it needs {MIN_TRAINED} images or more; give them")
         rows = bank[evenly(len(bank), settings.train_images)], queries[evenly(len(queries), settings.test_images)]
         errors = {}
         for name, backbone in self.models.items():

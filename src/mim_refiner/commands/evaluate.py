@@ -35,6 +35,7 @@ from mim_refiner.files import dotted, name_of, read_regular, reading, write_byte
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.tables import latex_table, markdown_table, results_rows
 from mim_refiner.reporting import Reporter, listener, metric_title
+from mim_refiner.settings import as_list, setting_texts
 
 TRANSFER_PROTOCOLS = ("knn", "linear")  # unless protocols are named
 
@@ -47,16 +48,16 @@ def evaluate(
     test: str | None = None,
     compare: Any = None,
     suite: str | None = None,
-    protocols: Sequence[str] | None = None,
+    protocols: str | Sequence[str] | None = None,
     blocks: str = "-1",
-    pooling: Sequence[str] | None = None,
+    pooling: str | Sequence[str] | None = None,
     norm: bool = False,
-    shifted: Sequence[str] | None = None,
+    shifted: str | Sequence[str] | None = None,
     transfer: str | None = None,
     out: str | None = None,
     cache: str | None = None,
     cache_size: str | None = None,
-    settings: list[str] | None = None,
+    settings: str | Sequence[str] | Mapping[str, Any] | None = None,
     device: str = "auto",
     seed: int = 0,
     reporter: Reporter | None = None,
@@ -75,16 +76,17 @@ def evaluate(
     Raises MimRefinerError with one line on bad input.
     """
     reporter = listener(reporter)
+    protocols, pooling = (each and as_list(each) for each in (protocols, pooling))
     # first of all: what follows depends on the rank
     run = Run(join_processes(pick_device(device), reporter), seed=seed, reporter=reporter)
-    how = EvaluationSettings.from_overrides(settings, suite_settings(suite))
+    how = EvaluationSettings.from_overrides(setting_texts(settings), suite_settings(suite))
     kept = FeatureCache.open(cache, cache_size)
     if protocols is not None:
         check_protocols(protocols)
     backbones = _loaded(model, compare)
     train, held_out = _opened(data, test, next(iter(backbones.values())).info.in_chans, run.reporter)
     chosen = tuple(protocols) if protocols else suite_protocols(suite, train) if suite else NEEDS_LABELS
-    sets = _shifted_sets(shifted or (), train.channels, run.reporter)
+    sets = _shifted_sets(as_list(shifted or ()), train.channels, run.reporter)
     further = _transfer_list(Path(transfer)) if transfer else []
     transferred = (tuple(protocols) if protocols else TRANSFER_PROTOCOLS) if further else ()
     if rest := how.unread({*chosen, *transferred}, test=held_out is not None and not further):
@@ -115,7 +117,6 @@ def evaluate(
     summary["seconds"] = seconds
     if kept is not None:
         summary["feature_cache"] = kept.summary()
-        run.reporter.message(f"feature cache: {kept.hits} found, {kept.misses} computed ({kept.folder})")
     if written:
         _write_tables(Path(written), summary)
         summary["out"] = str(Path(written) / "evaluation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mim_refiner.export.onnx import ONNX
 from mim_refiner.export.refiner import REFINER
 from mim_refiner.export.timm import TIMM
 from mim_refiner.export.writing import check_images, check_target, source_facts, write_export
+from mim_refiner.files import name_of
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import Reporter, listener
 
@@ -59,13 +61,14 @@ def export(
     if push_to_hub:
         check_repository(push_to_hub)
     pick_device(device)
-    bare = bare_source(model)
+    given = isinstance(model, str | Path)
+    bare = bare_source(model) if given else name_of(model)
     source, place = Path(bare.removeprefix("local-dir:")).expanduser(), Path(out)
     if source.exists() and place.resolve() in (source.resolve(), (source / "export").resolve()):
         raise InputError(f"--out {out}: is the folder that --model is read from; choose another")
     check_target(place.absolute())
     backbone = load_backbone(model, image_size=image_size)
-    card, facts = _about(bare, backbone, block, pooling, norm)
+    card, facts = _about(bare, source_facts(bare) if given else {}, backbone, block, pooling, norm)
     if format == "onnx":
         if batch != "dynamic" and (not batch.isdecimal() or int(batch) < 1):
             raise InputError(f"--batch {batch}: give 'dynamic' or a number of images from 1")
@@ -82,10 +85,14 @@ def export(
 
 
 def _about(
-    model: str, backbone: Backbone, block: int | None, pooling: str | None, norm: bool | None
+    model: str,
+    recorded: Mapping[str, Any],
+    backbone: Backbone,
+    block: int | None,
+    pooling: str | None,
+    norm: bool | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The card, as far as an earlier export of the encoder recorded it, and the recommended features."""
-    recorded = source_facts(model)
+    """The card, as far as what an earlier export of the encoder recorded tells, and the recommended features."""
     card = dict(recorded.get("card") or {})
     card.setdefault("base", recorded.get("base") or Path(model).name if "hub:" not in model else model)
     block = recorded.get("block", -1) if block is None else block

@@ -84,8 +84,8 @@ def training_images(
                 for part, name in zip(rows, names, strict=True)
             )
             run.reporter.message(
-                f"{len(test)} of {number_of(len(source), 'images')} are held out to measure on (seed {run.seed}, as "
-                "many of every class); --eval-data and --eval-test give other images, --set hold_out=0 trains on all"
+                f"held out to measure on: {len(test)} of {len(source)} images (seed {run.seed}, the same share of "
+                "every class); --eval-data and --eval-test give other images, --set hold_out=0 trains on all"
             )
             return train, test
     if recipe.hold_out and "hold_out" in dict(map(read_setting, settings)):

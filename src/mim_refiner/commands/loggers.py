@@ -23,6 +23,7 @@ from mim_refiner.core.processes import started_as
 from mim_refiner.errors import InputError, RunFolderError, did_you_mean, install, same_command
 from mim_refiner.files import dotted, read_mapping, read_yaml, reading
 from mim_refiner.reporting import LogFile, Reporter, Tee, listener, remarks
+from mim_refiner.settings import as_list
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -79,7 +80,7 @@ def logged(verb: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(verb)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         given: dict[str, Any] = kwargs
-        names, reporter = given.get("log") or (), listener(given.get("reporter"))
+        names, reporter = as_list(given.get("log") or ()), listener(given.get("reporter"))
         with logging_to(names, reporter, verb.__name__, overwrite=bool(given.get("overwrite"))) as told:
             return verb(*args, **given | {"reporter": told})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from mim_refiner.files import name_of
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.reporting import Reporter, listener, number_of
+from mim_refiner.settings import setting_texts
 from mim_refiner.training.estimate import pretrain_estimate
 from mim_refiner.training.loop import stops_cleanly
 from mim_refiner.training.pretrain import pretrain as train
@@ -62,12 +63,12 @@ def pretrain(
     out: str,
     model: Any = None,
     recipe: str | None = None,
-    settings: list[str] | None = None,
+    settings: str | Sequence[str] | Mapping[str, Any] | None = None,
     device: str = "auto",
     seed: int = 0,
     overwrite: bool = False,
     exclude: str | None = None,
-    log: Sequence[str] = (),
+    log: str | Sequence[str] = (),
     memory_budget: str | None = None,
     plan: bool = False,
     reporter: Reporter | None = None,
@@ -82,7 +83,7 @@ def pretrain(
     Writes a run folder whose export/ is a timm folder. The same call on the same folder resumes. Returns the summary.
     Raises MimRefinerError with one line on bad input.
     """
-    reporter, settings = listener(reporter), settings or []
+    reporter, settings = listener(reporter), setting_texts(settings)
     started = time.perf_counter()
     if (arch is None) == (model is None):
         raise InputError("pretrain needs --arch for a new encoder, or --model to go on from one; give one of them")

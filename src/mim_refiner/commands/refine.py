@@ -70,7 +70,7 @@ from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.lora import adapted, lora_share, merge_lora
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.reporting import Reporter, listener, number_of, remarks
-from mim_refiner.settings import read_setting
+from mim_refiner.settings import read_setting, setting_texts
 from mim_refiner.training.estimate import Estimate
 from mim_refiner.training.guard import load_best
 from mim_refiner.training.loop import stops_cleanly
@@ -92,14 +92,14 @@ def refine(
     eval_data: Any = None,
     eval_test: Any = None,
     head_blocks: str | None = None,
-    settings: list[str] | None = None,
+    settings: str | Sequence[str] | Mapping[str, Any] | None = None,
     device: str = "auto",
     seed: int = 0,
     overwrite: bool = False,
     memory_budget: str | None = None,
     plan: bool = False,
     exclude: str | None = None,
-    log: Sequence[str] = (),
+    log: str | Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Refine the encoder ``model`` on the images ``data`` (labels optional) and compare it with what it was.
@@ -117,7 +117,7 @@ def refine(
     """
     given = dict(locals())
     del given["head_blocks"], given["log"]
-    given |= {"settings": [*(settings or []), *head_block_settings(head_blocks)], "reporter": listener(reporter)}
+    given |= {"settings": [*setting_texts(settings), *head_block_settings(head_blocks)], "reporter": listener(reporter)}
     own = refine_recipe(recipe, given["settings"], image_size=0).normalization == "data"
     with remarks(unless=f"{GUESS}mean" if own else ""):  # mean and std are then known
         return refine_and_compare(**given)

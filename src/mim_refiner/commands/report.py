@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from mim_refiner.models.backbone import Backbone
 
 
-def report(*, runs: Sequence[str], out: str | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
+def report(*, runs: str | Sequence[str], out: str | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
     """Write report.html for the run folders ``runs`` from their result files; no model is loaded.
 
     ``out``: the HTML file (default: report.html in the run folder, in the current folder for several runs). Returns
     {"report", "runs", "bytes"}. Raises InputError for a folder without results.
     """
     reporter = listener(reporter)
+    runs = list(dict.fromkeys([runs] if isinstance(runs, str) else runs))
     if not runs:
         raise InputError("no run given; name at least one run folder, as in: mim-refiner report runs/photos")
     path = Path(out).expanduser() if out is not None else None
@@ -45,7 +46,8 @@ def write_gallery(stages: Mapping[str, Backbone], images: ImageSet, out: Path, *
     try:
         record = make_gallery(stages, images, pooling=pooling, run=run)
     except DataError as error:
-        return run.reporter.message(f"no gallery: {error}")
+        run.reporter.message(f"no gallery: {error}")
+        record = {"kind": "no gallery", "reason": str(error)}
     write_json(out / "evaluation" / "gallery.json", record)
 
 

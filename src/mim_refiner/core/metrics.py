@@ -136,7 +136,7 @@ def best_of_many_interval(differences: ArrayLike, *, draws: int = 5000, seed: in
     best = int(rows.mean(1).argmax())
     half = float(np.quantile(np.abs(drawn).max(1), 0.95) * error[best])
     centre = float(padded[best].mean())
-    return float(rows[best].mean()), centre - half, centre + half
+    return float(rows[best].mean()), max(centre - half, -1.0), min(centre + half, 1.0)
 
 
 def mean_iou(confusion: ArrayLike) -> float:

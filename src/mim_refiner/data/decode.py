@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from mim_refiner.reporting import number_of
 Pixels = NDArray[Any]  # [H, W, 3] uint8; for encoders of other channels [H, W, C] uint8 or uint16
 CACHE_LIMIT_BYTES = 2 * 10**9
 MAX_UNREADABLE_SHARE = 0.1
+_WEB = re.compile(r"\b(https?|s3|gs|ftp):/")
 _PROBES = 32
 
 
@@ -180,5 +182,6 @@ def why_unreadable(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image file of a known kind, or a damaged one"
     if isinstance(error, FileNotFoundError):
-        return "no such file"
+        web = _WEB.search(os.fsdecode(error.filename or ""))
+        return "is a web address; download the images first" if web else "no such file"
     return reason_of(error)

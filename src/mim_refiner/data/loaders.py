@@ -24,8 +24,8 @@ from mim_refiner.data.resident import SHARE, ResidentImages
 from mim_refiner.data.views import ViewSpec, crop_batch, draws, epoch_order, scale_reduction
 from mim_refiner.data.workers import WORKER_BYTES, decoding_threads, end_workers, in_background, watched
 from mim_refiner.errors import DataError, InputError
-from mim_refiner.reporting import at_most, number_of
-from mim_refiner.types import ImageSize, height_width
+from mim_refiner.reporting import number_of
+from mim_refiner.types import ImageSize, default_crop_ratio, height_width
 
 Indices = Sequence[int] | NDArray[np.int64] | Tensor | None  # of images; None: all
 _ELONGATED = 4  # times longer than wide: the view is resized alone, or the cost would grow with the length
@@ -134,9 +134,10 @@ class TrainLoader:
         if batch_size % world_size:
             raise InputError(f"batch size {batch_size} is not a multiple of {world_size} processes; choose one that is")
         if batch_size > len(images) and rows is None:
+            remedy = f"set batch_size to {len(images)} or less" if len(images) > 1 else "give more images"
             raise DataError(
                 f"batch size {batch_size} is larger than the data set of {number_of(len(images), 'images')} "
-                f"({images.description}); set batch_size to {at_most(len(images))}"
+                f"({images.description}); {remedy}"
             )
         images.raise_if_too_many_unreadable()
         self.images, self.views, self.batch_size = images, list(views), batch_size
@@ -226,11 +227,6 @@ class TrainLoader:
         """End the worker processes; the loader cannot be used afterwards. The garbage collector does the same."""
         self._loader = None
         self._closed = True
-
-
-def default_crop_ratio(image_size: ImageSize) -> float:
-    """Return 1.0 up to 64 px (nothing to spare at the border) and for what is no square, else 0.875 (224 of 256 px)."""
-    return 0.875 if isinstance(image_size, int) and image_size > 64 else 1.0
 
 
 def resize_center_crop(pixels: Pixels, image_size: ImageSize, crop_ratio: float) -> Pixels:

@@ -135,6 +135,8 @@ def _labels(rows: list[Row], header: list[str] | None, column: int, width: int) 
             raise LabelProblem(f"the list has no column 'label' (found {', '.join(map(printable, header))}); {hint}")
     if not others:
         raise LabelProblem("the list has one column, of paths; add one for the labels")
+    if len(others) > 1 and header is not None:
+        raise LabelProblem(f"the header names {len(others)} columns 'label'; keep one")
     if len(others) > 1:
         raise LabelProblem(f"the list has {width} columns and no header; add one that names path and label")
     labels = column_of(rows, others[0])

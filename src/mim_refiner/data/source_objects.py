@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ from mim_refiner.data.image_files import pixels_of
 from mim_refiner.data.labels import LabelProblem, Labels, candidates, printable
 from mim_refiner.data.source_base import ImageSource, evenly, label_parts, short_hash
 from mim_refiner.data.source_files import image_files
-from mim_refiner.errors import DataError
-from mim_refiner.files import name_of
+from mim_refiner.errors import DataError, reason_of
+from mim_refiner.files import name_of, reading
 from mim_refiner.reporting import number_of
 
 ACCEPTED = (
@@ -46,9 +47,9 @@ def object_source(given: Any) -> ImageSource:
             source.read_labels(lambda: _labels(labels, len(source)))
         return source
     if not hasattr(given, "__getitem__") or not hasattr(given, "__len__") or isinstance(given, dict):
-        raise DataError(f"data is a {type(given).__name__}, which holds no images; give {ACCEPTED}")
+        raise DataError(f"data of type {type(given).__name__} holds no images; give {ACCEPTED}")
     if not len(given):
-        raise DataError(f"data is an empty {type(given).__name__}; give at least one image")
+        raise DataError(f"data of type {type(given).__name__} is empty; give at least one image")
     return ObjectSource(given, labels)
 
 
@@ -61,11 +62,13 @@ class ObjectSource(ImageSource):
     def __init__(self, given: Any, labels: Sequence[Any] | None) -> None:
         self.given = given
         self.description = f"{name_of(given)} ({number_of(len(given), 'images')})"
-        first = self._item(0)
+        with reading(f"{self.description}, item 0", "mend the data set"):
+            first = self._item(0)
         self._key = next((key for key in _IMAGE_KEYS if key in first), None) if isinstance(first, dict) else None
         if isinstance(first, dict) and self._key is None:
             raise DataError(f"{self.description}: no column image or img among {', '.join(first)}; rename one")
-        self.read(0)  # a wrong type is told at once
+        with reading(f"{self.description}, item 0", "mend the data set"):
+            self.read(0)  # a wrong type is told at once
         self.read_labels(lambda: _labels(self._raw_labels(first) if labels is None else labels, len(self)))
 
     def __len__(self) -> int:
@@ -74,6 +77,12 @@ class ObjectSource(ImageSource):
     def _item(self, index: int) -> Any:
         with _LOCK:  # few data sets are made for threads
             return self.given[index]
+
+    def _labelled(self, index: int) -> Any:
+        try:
+            return self._item(index)
+        except Exception as error:
+            raise LabelProblem(f"item {index} cannot be read ({reason_of(error)}), nor its label") from None
 
     def read(self, index: int) -> NDArray[Any] | bytes:
         item = self._item(index)
@@ -88,7 +97,7 @@ class ObjectSource(ImageSource):
         if hasattr(image, "detach") and pixels.ndim == 3:  # torch puts channels first
             pixels = pixels.transpose(1, 2, 0)
         if pixels.dtype == object or pixels.ndim not in (2, 3):
-            raise DataError(f"{self.description}: an item is a {type(image).__name__}, no image; give {ACCEPTED}")
+            raise DataError(f"{self.description}: an item of type {type(image).__name__} is no image; give {ACCEPTED}")
         if not is_pixels(pixels.dtype):
             raise DataError(f"{self.description}: images are {pixels.dtype}; give uint8 or uint16, before ToTensor")
         return pixels
@@ -97,12 +106,17 @@ class ObjectSource(ImageSource):
         return f"[{index}]"
 
     def fingerprint(self) -> str:
-        images = (self.read(row) for row in evenly(len(self), _SAMPLED).tolist())
+        images = (self._seen(row) for row in evenly(len(self), _SAMPLED).tolist())
         return short_hash(["objects", len(self), *label_parts(self.classes), *images])
+
+    def _seen(self, index: int) -> NDArray[Any] | bytes:
+        with contextlib.suppress(Exception):  # a data set may raise anything; such items are counted when read
+            return self.read(index)
+        return b""
 
     def _raw_labels(self, first: Any) -> Sequence[Any]:
         """From the object where it has them all, else item by item."""
-        items = map(self._item, range(len(self)))
+        items = map(self._labelled, range(len(self)))
         if isinstance(first, dict):
             if (key := next((each for each in _LABEL_KEYS if each in first), None)) is None:
                 raise LabelProblem(f"no column {' or '.join(_LABEL_KEYS[:2])}; give (images, labels)")

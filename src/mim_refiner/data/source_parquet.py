@@ -24,6 +24,7 @@ from mim_refiner.reporting import number_of
 
 WHOLE_FILE_BYTES = 512 * 2**20  # a smaller file is held in memory whole, a larger one by row group
 _GROUPS_IN_MEMORY = 4
+MOST_LETTERS = 1000  # of a path
 _IMAGE_COLUMNS = ("image", "img")
 _OTHERS = ("mask", "annotation", "segmentation", "label")  # hold pictures too, of another kind
 _HIVE_MISSING = "__HIVE_DEFAULT_PARTITION__"
@@ -92,6 +93,8 @@ class ParquetSource(ImageSource):
         if isinstance(value, dict):  # Hugging Face: the bytes, or only the path of a file beside the table
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and value:  # below the table's folder, as nobody knows who wrote the table
+            if len(value) > MOST_LETTERS:
+                raise ValueError("the row holds text too long for a path (base64?); store the bytes of the image")
             if os.path.isabs(value) or ".." in Path(value).parts:
                 raise ValueError("the row names a file outside the table's folder")
             value = read_regular(self.path.parent / value)

@@ -133,6 +133,7 @@ def _open_whole(text: str) -> ImageSource:
     for part in itertools.chain.from_iterable(_expand_braces(piece.strip()) for piece in pieces):
         if not (found := _matches(os.path.expanduser(part))):
             advice = nearest_path(part) or "; check the path given as data"
+            advice = "; download it first" if "://" in part else advice
             raise DataError(f"{printable(part or text)[:300]}: no such file or folder{advice}")
         paths += map(Path, found)
     if len(paths) == 1:
@@ -146,7 +147,9 @@ def _open_whole(text: str) -> ImageSource:
         return TarSource(paths, f"{len(paths)} shards {text}")
     if all(path.suffix.lower() == ".parquet" and path.is_file() for path in paths):
         base = os.path.commonpath([path.absolute().parent for path in paths])
-        return parquet_folder(Path(base), [os.path.relpath(path, base) for path in paths], f"{len(paths)} files {text}")
+        return parquet_folder(
+            Path(base), [os.path.relpath(path, base) for path in paths], f"{number_of(len(paths), 'files')} {text}"
+        )
     if all(path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() for path in paths):
         return image_files(paths)
     return ConcatSource([_open_path(path) for path in paths], f"{len(paths)} sources {text}")

@@ -25,13 +25,13 @@ from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.labels import Labels
-from mim_refiner.data.loaders import default_crop_ratio, eval_batches
+from mim_refiner.data.loaders import eval_batches
 from mim_refiner.errors import DataError, InputError, RunFolderError
 from mim_refiner.evaluation.features import block_outputs, own_image_size, resolve_blocks, resolve_poolings
 from mim_refiner.files import atomic_file, read_json, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import check_image_size
-from mim_refiner.types import BackboneInfo, BlockOutput, ImageSize, height_width
+from mim_refiner.types import BackboneInfo, BlockOutput, ImageSize, default_crop_ratio, height_width
 
 POOLINGS = ("cls", "mean", "patches")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}

@@ -17,12 +17,12 @@ from mim_refiner.core.collectives import from_rank_0, from_ranks, gather_rows, i
 from mim_refiner.core.modules import device_of, evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.loaders import default_crop_ratio, eval_batches
+from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.cache import FeatureCache, identity_of
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.types import BackboneInfo, BlockOutput, ImageSize, height_width, side_or_pair
+from mim_refiner.types import BackboneInfo, BlockOutput, ImageSize, default_crop_ratio, height_width, side_or_pair
 
 POOLINGS = ("cls", "mean")
 FeatureKey = tuple[int, str]  # (block, counted from 0; pooling)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.loaders import default_crop_ratio
 from mim_refiner.data.name_lists import NameList
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import FeatureKey, Features, extract_features
@@ -23,7 +22,7 @@ from mim_refiner.evaluation.knn import AccuracyScore
 from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.types import ImageSize
+from mim_refiner.types import ImageSize, default_crop_ratio
 
 _NOTHING = Features({}, None, torch.arange(0), 0)
 

@@ -18,12 +18,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mim_refiner.checkpoints.families import hf
-from mim_refiner.data.loaders import default_crop_ratio
 from mim_refiner.errors import InputError, install
 from mim_refiner.export.writing import Format, Pairs, every_block, silence
 from mim_refiner.files import errors_as
 from mim_refiner.models.backbone import Backbone
-from mim_refiner.types import side_or_pair
+from mim_refiner.types import default_crop_ratio, side_or_pair
 
 
 def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:

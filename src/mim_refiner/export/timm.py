@@ -14,14 +14,13 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mim_refiner.data.loaders import default_crop_ratio
 from mim_refiner.errors import InputError
 from mim_refiner.export.writing import Format, Pairs, every_block, write_export
 from mim_refiner.files import errors_as
 from mim_refiner.models.backbone import Backbone, norm_eps
 from mim_refiner.models.kinds import CapiVisionTransformer
 from mim_refiner.models.vit import BASE_ARCHITECTURE, registered_name, standard_name, vit_arguments
-from mim_refiner.types import side_or_pair
+from mim_refiner.types import default_crop_ratio, side_or_pair
 
 
 def timm_config(backbone: Backbone) -> dict[str, Any]:

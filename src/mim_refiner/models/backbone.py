@@ -27,7 +27,15 @@ from mim_refiner.models.runners import (
     runner_for,
 )
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD, architecture_name, create_vit, in_channels
-from mim_refiner.types import BackboneInfo, BlockOutput, Checkpointing, Pooling, height_width
+from mim_refiner.types import (
+    BackboneInfo,
+    BlockOutput,
+    Checkpointing,
+    Pooling,
+    default_crop_ratio,
+    height_width,
+    side_or_pair,
+)
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "create_vit"]
 
@@ -111,6 +119,18 @@ class Backbone(nn.Module):
             return (self.info.embed_dim,) * self.info.depth
         return tuple(int(stage["num_chs"]) for stage in self.model.feature_info)
 
+    @property
+    def transform(self) -> Any:
+        """torchvision's transform of a picture to what the encoder takes and is measured on: float32 [C, H, W]."""
+        from torchvision.transforms import v2  # takes a second, and few ask
+
+        size = side_or_pair(self.info.image_size)
+        short = round(size / default_crop_ratio(size)) if isinstance(size, int) else size
+        cut = [v2.Resize(short, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)]
+        colours = [v2.RGB()] if self.info.in_chans == 3 else []
+        last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.info.mean, self.info.std)]
+        return v2.Compose([*colours, *cut, *last])
+
     def forward_blocks(
         self,
         images: Tensor,
@@ -152,6 +172,8 @@ class Backbone(nn.Module):
                 f"images must have shape [B, {self.info.in_chans}, H, W], got {list(images.shape)}; "
                 "stack and convert them to the encoder's channels first"
             )
+        if not images.is_floating_point():
+            raise InputError(f"images are {images.dtype}; normalise them, for example by backbone.transform")
         check_image_size((images.shape[2], images.shape[3]), self.info.patch_size)
         if self.runner is None:
             return images

@@ -60,6 +60,10 @@ def create_vit(arch: str, image_size: int | tuple[int, int] | None = None, **kwa
     try:
         model = timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, AssertionError) as error:
+        if "dynamic_img_size" in str(error):  # which all of timm's ViTs take
+            raise InputError(
+                f"architecture '{arch}' is no ViT of timm; take one, such as vit_small_patch16_224"
+            ) from error
         raise InputError(
             f"architecture '{arch}' cannot be built with {arguments} ({' '.join(str(error).split())}); change them"
         ) from error
@@ -78,7 +82,8 @@ def parse_architecture(arch: str) -> tuple[str, dict[str, Any]]:
             raise InputError(f"architecture '{arch}': width, depth, heads and patch must all be at least 1")
         return BASE_ARCHITECTURE, {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": patch}
     if not timm.is_model(arch.split(".")[0]):
-        close = did_you_mean(arch, timm.list_models("vit*"))
+        whole = f"{arch}_patch16_224"  # of vit_small and the like
+        close = did_you_mean(whole if timm.is_model(whole) else arch, timm.list_models("*vit*"))
         raise InputError(
             f"unknown architecture '{arch}'{close}; use a timm name or vit_w<width>_d<depth>_h<heads>_p<patch>"
         )

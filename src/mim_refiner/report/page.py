@@ -37,6 +37,8 @@ from mim_refiner.report.tables import left_out_lines, measures_rows, results_row
 # On a narrow screen a line must not break at the hyphen of k-NN.
 TEXT = re.compile(r"(<(?:p|h2|h3|th|td|caption|li|summary|figcaption)\b[^>]*>)([^<]*k-NN[^<]*)")
 TERM = re.compile(r"k-NN(?: accuracy(?: \(%\))?)?[.,:;]?")
+COMMAND = re.compile(r"(<li>[^<]*?)((?:mim-refiner \w|--\w)[^<]*)(?=</li>)")
+OPTION = re.compile(r"(?<!\S)(?:--[\w-]+|mim-refiner)")
 JSON_URI = "data:application/json;base64,"
 TEMPLATES = ("page.html.j2", "run.html.j2", "macros.html.j2", "style.css", "script.js")
 
@@ -84,7 +86,12 @@ def render(runs: Sequence[RunFiles]) -> str:
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
-    return TEXT.sub(lambda found: found[1] + TERM.sub(r'<span class="one">\g<0></span>', found[2]), page)
+    page = COMMAND.sub(lambda found: f"{found[1]}<code>{_unbroken(OPTION, found[2])}</code>", page)
+    return TEXT.sub(lambda found: found[1] + _unbroken(TERM, found[2]), page)
+
+
+def _unbroken(words: re.Pattern[str], text: str) -> str:
+    return words.sub(r'<span class="one">\g<0></span>', text)
 
 
 def run_view(run: RunFiles, number: int, *, compact: bool) -> dict[str, Any]:
@@ -109,6 +116,7 @@ def run_view(run: RunFiles, number: int, *, compact: bool) -> dict[str, Any]:
         "curves": [record["curves"] for record in curves.values()],
         "atlases": atlas_tables(run),
         "log_panels": learning_panels(run.metrics, prefix, run.recipe) if run.metrics else [],
+        "no_gallery": next((str(record["reason"]) for record in run.of_kind("no gallery").values()), None),
         "gallery": gallery_view(next(iter(galleries.values()))) if galleries else None,
         "readouts": readout_tables(run),
         "attention": {} if compact else run.of_kind("attention"),

@@ -305,7 +305,11 @@ def refuse_place(out: str | Path) -> None:
     with contextlib.suppress(OSError):  # told when it is made
         if "\0" in str(path) or re.search("[\udc80-\udcff]", str(path.resolve())):  # safetensors takes no other
             raise RunFolderError(f"{path}: the path is not valid UTF-8 text; choose another --out")
-        known = (path / "recipe.yaml").exists() or not path.exists()
+        resumed = (path / "recipe.yaml").exists()
+        nearest = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+        if not resumed and nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
+            raise RunFolderError(f"{path}: {nearest} cannot be written; choose another --out")
+        known = resumed or not path.exists()
         if not known and (not path.is_dir() or any(each.name != LOCK for each in path.iterdir())):
             raise RunFolderError(f"{path}: not empty and not a run folder; choose a new --out folder")
 
