@@ -221,9 +221,8 @@ def test_knn_is_not_measured_on_features_that_are_not_finite(tmp_path: Path) -> 
 def test_knn_decides_with_labels_and_few_test_images_are_noisy(tmp_path: Path) -> None:
     for images, stops in ((5000, True), (20, False)):
         guard = Scripted(tmp_path / str(images), *[{}] * 4, knn_images=images)
-        assert guard.guard.needs_start_knn
-        guard.guard.note_start_knn(0.60)
-        guard.guard.note_start_knn(0.10)  # only the first one is the START's
+        guard.guard.note_start_knn(lambda: {"knn_top1": 0.60})
+        guard.guard.note_start_knn(lambda: pytest.fail("measured again"))  # only the first one is the START's
         guard.look(1, 0.62)
         guard.look(2)
         guard.look(3, 0.50)

@@ -24,6 +24,7 @@ from mim_refiner.training.refine import view_specs
 from mim_refiner.training.resolve import resolve
 from mim_refiner.training.view_pool import pooled_epochs
 
+PATIENCE = 2.0  # seconds for timing each kind of step: other processes make some longer
 PROBES, PROBE_IMAGES = 3, 256  # so often the features of so many images are timed
 USED = 0.92  # of the time is planned with
 # Measured on whole runs, whose log.txt tells when each part began (LOG.md): opening the data and tracing a step cost so
@@ -106,7 +107,7 @@ def measure(model: str, images: ImageSet, recipe: RefineRecipe, run: Run) -> Cos
     recipe = resolve(recipe, backbone)
     refiner = prepare(backbone, recipe, run)
     with closing(train_loader(images, view_specs(recipe), recipe, run)) as loader:
-        warmup, refinement = refine_phases(refiner, recipe, loader, run).values()
+        warmup, refinement = refine_phases(refiner, recipe, loader, run, PATIENCE).values()
         batches = pooled_epochs(recipe) * loader.steps_per_epoch
     if warmup.alone < warmup.seconds:
         torch.set_num_threads(1)

@@ -172,9 +172,12 @@ def format_hours(hours: float) -> str:
 # --- of a refinement
 
 
-def refine_phases(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, run: Run) -> dict[str, PhaseCost]:
-    """What each phase costs. The refiner stays as it is, but for ``checkpointing``, which becomes the recipe's. A run
-    that shares its weights is not measured: a process that held all gradients might not fit.
+def refine_phases(
+    refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, run: Run, patience: float = 0.0
+) -> dict[str, PhaseCost]:
+    """What each phase costs; ``patience``: see :func:`measured`. The refiner stays as it is, but for ``checkpointing``,
+    which becomes the recipe's. A run that shares its weights is not measured: a process that held all gradients might
+    not fit.
     """
     phases: dict[str, PhaseCost] = {}
     if shards_of(recipe) > 1:
@@ -200,7 +203,8 @@ def refine_phases(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, r
 
     refiner.backbone.set_checkpointing(recipe.checkpointing)
     with unchanged(refiner):
-        seconds, _, alone = measured(fill, loader, run) if epochs else (0.0, 0.0, 0.0)
+        timed = partial(measured, loader=loader, run=run, patience=patience)
+        seconds, _, alone = timed(fill) if epochs else (0.0, 0.0, 0.0)
         before = epochs * steps * min(seconds, alone)
         for name, key, phase, begin in (
             ("warm-up", "warmup.epochs", recipe.warmup, refiner.freeze_encoder),
@@ -209,7 +213,7 @@ def refine_phases(refiner: Refiner, recipe: RefineRecipe, loader: TrainLoader, r
             begin()
             pooled = bool(epochs and (refiner.encoder_frozen or recipe.frozen_blocks))
             if phase.epochs:
-                cost, limit = measured(partial(step, pooled=pooled), loader, run, loads=not pooled), phase.max_seconds
+                cost, limit = timed(partial(step, pooled=pooled), loads=not pooled), phase.max_seconds
                 phases[name] = PhaseCost(key, limit or math.inf, phase.epochs, phase.epochs * steps, *cost, before)
                 before = 0.0
     return phases
@@ -306,9 +310,11 @@ def _fitting(needs: Needs, micro_batch: int | None, free: float) -> int | None:
 # --- measuring
 
 
-def measured(step: Step, loader: TrainLoader, run: Run, *, loads: bool = True) -> tuple[float, float, float]:
+def measured(
+    step: Step, loader: TrainLoader, run: Run, *, loads: bool = True, patience: float = 0.0
+) -> tuple[float, float, float]:
     """(seconds, operations, seconds on one thread) of a step of a process, from the smallest batch that takes long
-    enough. ``loads``: that batches are made counts.
+    enough; the least of two times, or of all within ``patience`` seconds. ``loads``: that batches are made counts.
     """
     batch = loader.batch_size // world_size()
     images = min(FEW, batch)
@@ -332,9 +338,11 @@ def measured(step: Step, loader: TrainLoader, run: Run, *, loads: bool = True) -
         if cold >= 20 * ENOUGH:
             found = min(cold, seconds())
         else:
-            while (found := seconds()) < ENOUGH and images < batch:
+            while (found := seconds()) < max(ENOUGH, patience) and images < batch:
                 images = min(batch, 4 * images)
-            found = min(found, seconds())  # others may have held the machine
+            until, found = time.perf_counter() + patience, min(found, seconds())  # others may have held the machine
+            while agree(time.perf_counter()) < agree(until):
+                found = min(found, seconds())
         if run.device.type == "cpu" and torch.get_num_threads() > 1:
             # threads meet after each operation; where another process holds a core, all wait
             torch.set_num_threads(1)

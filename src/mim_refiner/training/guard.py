@@ -153,14 +153,10 @@ class Guard:
             self.start = dict(from_rank_0(self.probe()))
             self._write()
 
-    @property
-    def needs_start_knn(self) -> bool:
-        return self.score == "knn_top1" and self.score not in self.start
-
-    def note_start_knn(self, knn: float) -> None:
-        """Take a k-NN accuracy that was measured while the encoder still was what it was at the START."""
-        if self.needs_start_knn:
-            self.start["knn_top1"] = knn
+    def note_start_knn(self, monitor: Callable[[], dict[str, float]]) -> None:
+        """Measure the START's k-NN accuracy too, if it counts, and is not known; while the encoder still is that."""
+        if self.score == "knn_top1" and self.score not in self.start:
+            self.start["knn_top1"] = monitor()["knn_top1"]
             self._write()
 
     def check(self, total_step: int, monitor: Callable[[], dict[str, float]] | None = None) -> dict[str, float]:

@@ -127,8 +127,8 @@ class Loop:
         self.run.reporter.phase(name, self.steps)
         self.rate = partial(learning_rate, phase, self.recipe.batch_size, self.loader.steps_per_epoch)
         self.watched = self.guard if moves_encoder else None
-        if self.watched and self.monitor and self.first == 0 and self.watched.needs_start_knn:
-            self.watched.note_start_knn(self.monitor()["knn_top1"])
+        if self.watched and self.monitor and self.first == 0:
+            self.watched.note_start_knn(self.monitor)
         self.log = MetricLog(self.run.device)
         self.began, self.left_out = monotonic(), 0
         self.limit = None if phase.max_seconds is None else max(0.0, phase.max_seconds - spent)
@@ -220,7 +220,7 @@ class Loop:
         elif monitor:
             self.log.seen |= monitor()
             if self.guard:
-                self.guard.note_start_knn(self.log.seen["knn_top1"])
+                self.guard.note_start_knn(lambda: self.log.seen)
         record: dict[str, Any] = {}
         if logs or monitor:
             record = {
