@@ -156,7 +156,7 @@ def _inner(folder: Path) -> Path:
     if (folder / "export" / _CONFIG).exists():
         return folder / "export"
     if (folder / "recipe.yaml").exists() and not (folder / _CONFIG).exists():
-        raise CheckpointError(f"{folder}: this run has no export/ yet; its command, without --overwrite, finishes it")
+        raise CheckpointError(f"{folder}: this run has no export/ yet; run its command again, without --overwrite")
     if (folder / "latest").is_file():
         tag = (folder / "latest").read_bytes()[:256].decode("utf-8", "replace").strip()
         if tag and "/" not in tag and _first(folder / tag, _DEEPSPEED):

@@ -224,8 +224,13 @@ def _spread(count: int, group: int, device: torch.device) -> Tensor:
 
 def _best(query: Tensor, cosine: Tensor, most: int, count: int) -> Tensor:
     """Places of the ``most`` largest cosines (of size 2 at most) of each query, one query behind the other."""
-    order = (in_float64(query) * 4 - in_float64(cosine)).argsort(stable=True).to(query.device)
+    order = _by_query(query, cosine)
     return order[_position_in_run(query[order], count) < most]
+
+
+def _by_query(query: Tensor, cosine: Tensor) -> Tensor:
+    """Order by query, and from the largest cosine down within it."""
+    return (in_float64(query) * 4 - in_float64(cosine)).argsort(stable=True).to(query.device)
 
 
 def _position_in_run(numbers: Tensor, count: int) -> Tensor:

@@ -355,8 +355,8 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     """What runs inside leaves buffers, modes, gradients and random numbers as they were."""
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    modes = [(part, part.training) for part in module.modules()]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), evaluation_mode(module):  # whose end brings all modes back
+        module.train()
         yield
     with torch.no_grad():
         for buffer, before in buffers:
@@ -364,5 +364,3 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     for parameter, requires_grad in trained:
         parameter.requires_grad_(requires_grad)
         parameter.grad = None
-    for part, training in modes:
-        part.training = training

@@ -38,6 +38,7 @@ PROBE_BATCH = 64  # images a forward pass
 PROBE_PATCHES = 4  # of an image, evenly spaced, whose rank is measured
 FILE, BEST = "guard.json", "best/encoder.safetensors"  # in the run folder, in its checkpoints
 SAME = 1e-6  # measures differ by as much by rounding: of images that are all alike there is nothing to lose
+FORGOTTEN = "the features lost what tells images apart: share of images found by another crop"
 NOISE = 2.5  # standard deviations of a difference of two shares that count as noise
 
 
@@ -133,8 +134,20 @@ class Guard:
     def __post_init__(self) -> None:
         self.every = max(1, min(self.settings.every, self.steps // 5))  # a short run is looked at too
         self.score = "knn_top1" if self.knn_images else "retrieval"
-        self.rules = _rules(self.settings, self.probe_images, self.knn_images)
         self.file = self.folder.path / FILE
+        retrieval_noise, knn_noise = (NOISE * math.sqrt(0.5 / max(1, n)) for n in (self.probe_images, self.knn_images))
+        rank, spread, any_drop = self.settings.min_rank, self.settings.min_spread, -math.inf
+        knn_drop = max(self.settings.max_knn_drop, knn_noise)
+        # {measure: (how to say that it is bad, below which share of the START it is, by how much less at least)}
+        self.rules: dict[str, tuple[str, float, float]] = {
+            "rank": ("the features collapse: effective rank", rank, any_drop),
+            "spread": ("the features collapse: spread", spread, SAME),
+            "dense_rank": ("the patch tokens collapse: effective rank", rank, any_drop),
+            "dense_spread": ("the patch tokens of an image collapse: spread", spread, SAME),
+            "dense_image_spread": ("the patch tokens of all images become the same: spread", spread, SAME),
+            "retrieval": (FORGOTTEN, self.settings.min_retrieval, retrieval_noise),
+            "knn_top1": ("k-NN accuracy fell and stayed low", math.inf, knn_drop),
+        }
 
     # --- what the loop calls
 
@@ -222,25 +235,6 @@ def load_best(folder: RunFolder, fresh: Encoder) -> Encoder:
     if decide_on_rank_0(later):
         load_full_state(fresh, load_state(folder.checkpoints / BEST, fresh) if folder.writes else {})
     return fresh
-
-
-def _rules(settings: GuardSettings, probe_images: int, knn_images: int) -> dict[str, tuple[str, float, float]]:
-    """{measure: (how to say that it is bad, below which share of the START it is, and by how much less at least)}."""
-    retrieval_noise, knn_noise = (NOISE * math.sqrt(0.5 / max(1, count)) for count in (probe_images, knn_images))
-    rank, spread, any_drop = settings.min_rank, settings.min_spread, -math.inf
-    return {
-        "rank": ("the features collapse: effective rank", rank, any_drop),
-        "spread": ("the features collapse: spread", spread, SAME),
-        "dense_rank": ("the patch tokens collapse: effective rank", rank, any_drop),
-        "dense_spread": ("the patch tokens of an image collapse: spread", spread, SAME),
-        "dense_image_spread": ("the patch tokens of all images become the same: spread", spread, SAME),
-        "retrieval": (
-            "the features lost what tells images apart: share of images found by another crop",
-            settings.min_retrieval,
-            retrieval_noise,
-        ),
-        "knn_top1": ("k-NN accuracy fell and stayed low", math.inf, max(settings.max_knn_drop, knn_noise)),
-    }
 
 
 def _finite(entry: dict[str, float]) -> bool:
