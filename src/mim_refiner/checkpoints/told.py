@@ -20,7 +20,7 @@ from mim_refiner.reporting import number_of
 
 _HEADS = (
     "encoder_num_heads", "num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "nheads", "heads",
-    "vit_heads",
+    "vit_heads", "attention_heads",
 )  # fmt: skip
 _MODELS = ("model_name", "model", "arch", "architecture", "backbone", "encoder")
 # size in a ViT's name: width and heads

@@ -96,12 +96,7 @@ def _is_mae_ct(view: View) -> bool:
     return free or any(path.startswith("ctor_kwargs.") for path in view.contents.facts)
 
 
-MAE_CT = _bare(
-    "mae_ct",
-    _is_mae_ct,
-    prepare=lambda view, *_: {"known_heads": view.contents.fact("attention_heads") or 0},
-    final_norm=True,
-)
+MAE_CT = _bare("mae_ct", _is_mae_ct, final_norm=True)
 
 # --- MAE-pytorch (github.com/pengzhiliang/MAE-pytorch) and VideoMAE (arXiv 2203.12602, MCG-NJU/VideoMAE): no class
 # token; biases of query and value only; positions by the number of the patch, which the code computes and the file has

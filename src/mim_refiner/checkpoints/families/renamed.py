@@ -101,7 +101,6 @@ DATA2VEC2 = make_family(
         f"{_D2V}alibi": "bias of the attention, unused for images",
         "fc_norm.": "norm of the classifier",
     },
-    prepare=lambda view, *_: {"known_heads": view.contents.fact("num_heads") or 0},
     arguments={"no_embed_class": True},
     final_norm=False,
     architecture="vit_postnorm",
