@@ -86,9 +86,7 @@ def write_export(
         _write_config(folder, config, own)
         images = images or check_images(backbone.info)
         with torch.random.fork_rng(devices=[]), torch.inference_mode():  # libraries draw weights before they load them
-            pairs = format.pairs(backbone, folder, images.pixels, own)
-            what = f"the model as {format.reader} loads it"
-            parity = compare(pairs, format.tolerance, images, what=what, compared=format.compared)
+            parity = compare(format.pairs(backbone, folder, images.pixels, own), format, images)
         own["parity"] = asdict(parity)
         _write_config(folder, config, own)
         text = model_card(backbone.info, card or {}, own)
@@ -189,18 +187,19 @@ def check_images(info: BackboneInfo, images: ImageSet | None = None, source: str
     return CheckImages(normalize(pixels, info.mean, info.std), source or images.description)
 
 
-def compare(
-    pairs: Iterable[tuple[Tensor, Tensor]], tolerance: float, images: CheckImages, *, what: str, compared: str
-) -> Parity:
-    """Compare (expected, exported) tensors; InputError for a difference above ``tolerance`` x max(1, largest)."""
+def compare(pairs: Iterable[tuple[Tensor, Tensor]], format: Format, images: CheckImages) -> Parity:
+    """Compare (expected, exported) tensors; InputError for a difference above the tolerance x max(1, largest)."""
     worst, largest = 0.0, 0.0
     for expected, got in pairs:
         same, scale = expected.shape == got.shape, float(expected.abs().max())
         difference = float((expected - got).abs().max()) if same else float("inf")
-        allowed = tolerance * max(1.0, scale)
+        allowed = format.tolerance * max(1.0, scale)
         if not difference <= allowed:
             found = f"differs by {difference:.2g} (allowed {allowed:.2g})"
             found = found if same else f"gives shape {list(got.shape)} instead of {list(expected.shape)}"
-            raise InputError(f"export: {what} {found}: the format lacks parts of this encoder; choose another --format")
+            raise InputError(
+                f"export: the model as {format.reader} loads it {found}: the format lacks parts of this encoder; "
+                "choose another --format"
+            )
         worst, largest = max(worst, difference), max(largest, scale)
-    return Parity(worst, largest, tolerance, len(images.pixels), images.source, compared)
+    return Parity(worst, largest, format.tolerance, len(images.pixels), images.source, format.compared)
