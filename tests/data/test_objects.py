@@ -168,6 +168,7 @@ def test_an_item_that_cannot_be_read_is_an_unreadable_image():
         ({"images": PIXELS}, "data of type dict"),
         (PIXELS.astype(np.float32) / 255, "images are float32; give uint8 or uint16, before ToTensor"),
         ([torch.zeros(3, 8, 8)], "float32"),
+        (torch.from_numpy(PIXELS), r"tensors are [C, H, W], not (8, 8, 3); permute them"),
         ([object()], "an item of type object is no image"),
         ([{"picture": 1}], "no column image or img among picture; rename one"),
     ],

@@ -469,3 +469,9 @@ def test_a_pipe_is_no_recipe(tmp_path):
     os.mkfifo(tmp_path / "p.yaml")
     with pytest.raises(RecipeError, match=r"p\.yaml.*no regular file"):
         refine_recipe(str(tmp_path / "p.yaml"), image_size=32)
+
+
+def test_a_recipe_of_the_other_verb_is_called_so():
+    for read, name, verb in ((refine_recipe, "mae", "pretrain"), (pretrain_recipe, "tiny", "refine")):
+        with pytest.raises(RecipeError, match=f"^recipe '{name}' is for {verb}; use a YAML file or one of "):
+            read(name, image_size=32)

@@ -95,6 +95,8 @@ class ObjectSource(ImageSource):
             return bytes(image["bytes"])
         pixels = np.asarray(image)
         if hasattr(image, "detach") and pixels.ndim == 3:  # torch puts channels first
+            if pixels.shape[2] in (1, 3, 4) and min(pixels.shape[:2]) > 4:
+                raise DataError(f"{self.description}: tensors are [C, H, W], not {pixels.shape}; permute them")
             pixels = pixels.transpose(1, 2, 0)
         if pixels.dtype == object or pixels.ndim not in (2, 3):
             raise DataError(f"{self.description}: an item of type {type(image).__name__} is no image; give {ACCEPTED}")

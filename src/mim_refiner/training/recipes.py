@@ -171,10 +171,10 @@ def _lookup(name_or_file: str, settings: Sequence[str], recipes: dict[str, Calla
         return override(recipes[name_or_file](), settings)
     path = Path(name_or_file)
     if path.suffix not in (".yaml", ".yml") and not os.path.exists(path):
-        raise RecipeError(
-            f"unknown recipe '{name_or_file}'{did_you_mean(name_or_file, recipes)}; "
-            f"use a YAML file or one of {', '.join(recipes)}"
-        )
+        wrong = f"unknown recipe '{name_or_file}'{did_you_mean(name_or_file, recipes)}"
+        for verb, others in (("refine", set(REFINE_RECIPES)), ("pretrain", set(PRETRAIN_RECIPES))):
+            wrong = f"recipe '{name_or_file}' is for {verb}" if name_or_file in others else wrong
+        raise RecipeError(f"{wrong}; use a YAML file or one of {', '.join(recipes)}")
     with reading(path, "give a recipe name, or a YAML file like recipe.yaml of any run folder", RecipeError):
         tree = read_yaml(path)
         if not isinstance(tree, dict):
