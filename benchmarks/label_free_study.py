@@ -28,7 +28,7 @@ from mim_refiner.cli.progress import make_reporter
 from mim_refiner.commands.inputs import open_images
 from mim_refiner.commands.pretrain import pretrain
 from mim_refiner.commands.refine import refine
-from mim_refiner.commands.survey import choose_samples, default_key, measures_of
+from mim_refiner.commands.survey import Samples, default_key
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
@@ -105,13 +105,13 @@ def trained(encoder: str, run: str, model: str, data: Callable[[str], str], out:
 def measured(model: str, bank: ImageSet, test: ImageSet) -> Row:
     """k-NN hits [N], and the measures of the verdict on as many test images as it looks at."""
     backbone, run = load_backbone(model), Run()
-    key = block, pooling, norm = default_key(backbone.info)
+    block, pooling, norm = default_key(backbone.info)
     options: dict[str, Any] = {"blocks": (block,), "poolings": (pooling,), "norm": norm, "run": run}
     banked, tested = (extract_features(backbone, images, **options)[block, pooling] for images in (bank, test))
     labels, truth = (torch.from_numpy(images.labels) for images in (bank, test))
-    samples = choose_samples(bank, test, seed=run.seed)
+    samples = Samples.of(bank, test, run)
     return {"hits": (knn_predict(banked, labels, tested) == truth).numpy(),
-            "label-free": measures_of(backbone, samples, run, key=key, name=model)}  # fmt: skip
+            "label-free": samples.measures(backbone, model)}  # fmt: skip
 
 
 def compared(before: Row, after: Row) -> Row:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mim_refiner.commands import deadline, refine
-from mim_refiner.commands.comparison import compare, measured
+from mim_refiner.commands.comparison import Measured, compare, measured
 from mim_refiner.commands.deadline import Box
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
@@ -76,10 +76,10 @@ def test_a_comparison_whose_time_runs_out_is_whole_on_fewer_images(labelled, tmp
     encoders = [Backbone.wrap(create_vit("vit_w32_d2_h2_p8", image_size=8), source=name) for name in ("mae", "run")]
     left = chain([1e6], repeat(-1.0))  # there seemed to be time enough
     told = run()
-    options = {"pooling": "cls", "head_blocks": [1], "out": tmp_path, "run": told, "box": Box(lambda: next(left))}
-    summary = compare(
-        dict(zip(("before", "after"), encoders, strict=True)), labelled(60, 60), labelled(30, 30), **options
-    )
+    recipe = tiny()
+    recipe.heads.blocks, recipe.heads.pooling = [1], "cls"
+    on, stages = Measured(labelled(60, 60), labelled(30, 30)), dict(zip(("before", "after"), encoders, strict=True))
+    summary = compare(stages, on, recipe, tmp_path, told, Box(lambda: next(left)))
     assert "no time for more: the comparison is on 40 bank and 20 test images" in told.reporter.said
     assert not any(line.startswith("compared on") for line in told.reporter.said)  # that was said
     assert summary["recommendation"]["reason"] == "the usual features: there was no time to measure others"

@@ -56,7 +56,7 @@ def test_the_whole_recipe_is_reproducible(make_backbone, make_images):
         settings = FinetuneSettings(epochs=2, batch_size=10, workers=workers)  # mixup, cutmix, RandAugment, erasing
         with _seeded(1, ()):
             model = Classifier(make_backbone(), 3, "cls", 0.2)
-            _train(model, train, settings, 3, 32, Run(seed=1))
+            _train(model, train, settings, 32, Run(seed=1))
         logits.append(model.eval()(torch.ones(2, 3, 32, 32)))
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
@@ -66,7 +66,7 @@ def test_epochs_draw_other_crops_in_another_order(make_backbone, make_images):
     settings = FinetuneSettings(workers=0, epochs=2, batch_size=10, mixup=0, cutmix=0)
     model, seen = Classifier(make_backbone(), 3, "cls", 0.0), []
     model.register_forward_pre_hook(lambda _, images: seen.append(*images))
-    _train(model, rows_of(make_images(24)), settings, 3, 32, Run(seed=1))
+    _train(model, rows_of(make_images(24)), settings, 32, Run(seed=1))
     first, second = torch.cat(seen).chunk(2)
     assert first.shape == second.shape == (20, 3, 32, 32)
     assert not any(torch.equal(one, other) for one in first for other in second)
@@ -141,7 +141,7 @@ def test_a_share_of_the_blocks_stays_as_it_is(make_backbone, make_images):
     settings = FinetuneSettings(epochs=1, batch_size=10, lr=1e-2, frozen_share=0.7, warmup_epochs=0, workers=0)
     backbone = make_backbone()
     model = Classifier(backbone, 3, "cls", 0.5, settings.frozen_share)
-    _train(model, rows_of(make_images(24)), settings, 3, 32, Run(seed=1))
+    _train(model, rows_of(make_images(24)), settings, 32, Run(seed=1))
     before = backbone.model.state_dict()
     moved = {name for name, value in model.backbone.model.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.split(".")[1] for name in moved if name.startswith("blocks")} == {"2"}

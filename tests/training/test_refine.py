@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mim_refiner.commands.refine import settle
+from mim_refiner.commands.measured_settings import settle
 from mim_refiner.core.run import Run
 from mim_refiner.errors import NonFiniteLossError
 from mim_refiner.training import loop

@@ -21,6 +21,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from mim_refiner.cli.progress import make_reporter
+from mim_refiner.cli.tables import print_result
 from mim_refiner.core.processes import started_as
 from mim_refiner.errors import InputError
 from mim_refiner.files import json_value
@@ -97,11 +98,10 @@ _OF_ALL = {"as_json": JsonOption, "quiet": QuietOption}
 _DEFAULTS = {"device": "auto", "seed": 0, **dict.fromkeys(("overwrite", "plan", *_OF_ALL), False)}  # None for others
 
 Declared = Callable[..., None]
+Printer = Callable[[Any, TextIO], None]
 
 
-def verb(
-    printer: Callable[[Any, TextIO], None] | None = None, *, trains: bool = False
-) -> Callable[[Declared], Declared]:
+def verb(printer: Printer = print_result, *, trains: bool = False) -> Callable[[Declared], Declared]:
     """Make a verb of a function that declares its options: it runs the function of the same name in ``commands``.
 
     The declaring function's own body comes first; it refuses what can be refused before anything slow is loaded.
@@ -146,14 +146,9 @@ def example(*lines: str) -> str:
 
 
 def execute(
-    run: Callable[..., Any],
-    *,
-    as_json: bool,
-    quiet: bool,
-    printer: Callable[[Any, TextIO], None] | None = None,
-    **arguments: Any,
-) -> Any:
-    """Call a verb's function ``run`` with a reporter, and print its result (by ``printer`` where one is given).
+    run: Callable[..., Any], *, as_json: bool, quiet: bool, printer: Printer = print_result, **arguments: Any
+) -> None:
+    """Call a verb's function ``run`` with a reporter, and print its result.
 
     With ``as_json`` stdout carries the JSON object alone: whatever else prints during the run goes to stderr.
     """
@@ -162,7 +157,7 @@ def execute(
     if place.world_size > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the end of a process is told in a line of ours
         if run.__name__ not in IN_MANY_PROCESSES and not speaks:
-            return None  # the first one does the work, and writes
+            return  # the first one does the work, and writes
     reporter = make_reporter(sys.stderr, quiet=quiet or not speaks, live=not as_json)
     with silenced(quiet), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         try:
@@ -171,7 +166,6 @@ def execute(
             reporter.done()
     if speaks:
         show(result, as_json=as_json, printer=printer)
-    return result
 
 
 @contextlib.contextmanager
@@ -186,12 +180,10 @@ def silenced(quiet: bool) -> Iterator[None]:
         logger.disabled = before
 
 
-def show(result: Any, *, as_json: bool, printer: Callable[[Any, TextIO], None] | None = None) -> None:
-    """Print a result on stdout, as JSON or (by ``printer`` where one is given) as tables."""
+def show(result: Any, *, as_json: bool, printer: Printer = print_result) -> None:
+    """Print a result on stdout, as JSON or as tables."""
     value = json_value(result, nonfinite=lambda _: None)
     if as_json:
         print(json.dumps(value, allow_nan=False), flush=True)
-        return
-    from mim_refiner.cli.tables import print_result
-
-    (printer or print_result)(value, sys.stdout)
+    else:
+        printer(value, sys.stdout)

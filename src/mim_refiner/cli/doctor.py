@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from collections.abc import Mapping
+from typing import Annotated, Any, TextIO
+
+from rich.table import Table
 
 from mim_refiner.cli.common import DataOption, DeviceOption, RecipeOption, option, verb
+from mim_refiner.cli.tables import text_table, write_parts
+from mim_refiner.report.tables import left_out_lines
 from mim_refiner.reporting import number_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 EXAMPLES_SHOWN = 3  # names listed below each kind of finding
 
 
 def print_findings(result: Mapping[str, Any], file: TextIO) -> None:
     """Print what was found, worst first, then classes, pixels and the model."""
-    from mim_refiner.cli.tables import write_parts
-    from mim_refiner.report.tables import left_out_lines
-
+    nothing = "nothing found: every image can be read, none is odd, none occurs twice"
     parts: list[Any] = [f"{result['data']}: {result['images_per_s']} images/s"]
-    if result["findings"]:
-        parts.append(_table_of_kinds(result["counts"], result["findings"]))
-    else:
-        parts.append("nothing found: every image can be read, none is odd, none occurs twice")
-    parts += left_out_lines(result)
+    parts += [_table_of_kinds(result) if result["findings"] else nothing, *left_out_lines(result)]
     for title in ("pixels", "augmentations", "classes", "model"):
         if result.get(title):
             parts += [f"{title}:", *(line for fact in result[title].items() for line in _lines_of_fact(*fact))]
@@ -35,15 +30,14 @@ def print_findings(result: Mapping[str, Any], file: TextIO) -> None:
     write_parts(file, parts)
 
 
-def _table_of_kinds(counts: Mapping[str, int], findings: Sequence[Mapping[str, Any]]) -> Table:
-    from mim_refiner.cli.tables import text_table
-    from mim_refiner.data.doctor import KINDS
+def _table_of_kinds(result: Mapping[str, Any]) -> Table:
+    from mim_refiner.data.doctor import KINDS  # which needs torch
 
     rows = []
-    for kind, count in counts.items():
+    for kind, count in result["counts"].items():
         listed, meaning = KINDS[kind]
         rows.append([kind, str(count), "yes" if listed else "no", meaning])
-        told = [f"  {each['name']} {each['detail']}".rstrip() for each in findings if each["kind"] == kind]
+        told = [f"  {each['name']} {each['detail']}".rstrip() for each in result["findings"] if each["kind"] == kind]
         more = [f"  and {count - EXAMPLES_SHOWN} more"] if count > EXAMPLES_SHOWN else []
         rows += [["", "", "", line] for line in told[:EXAMPLES_SHOWN] + more]
     return text_table("", ("found", "images", "in the list", "what it means"), rows, names=4)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from collections import Counter
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from mim_refiner.cli.common import EncoderOption, HeadsOption, JsonOption, KeyMapOption, show
+from mim_refiner.cli.tables import text_table, write_parts
 from mim_refiner.errors import CheckpointError
 from mim_refiner.reporting import number_of
-
-if TYPE_CHECKING:
-    from mim_refiner.types import CheckpointReport
+from mim_refiner.types import CheckpointReport
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="Checkpoint file, timm or Hugging Face folder.")]
 TensorsOption = Annotated[bool, typer.Option("--tensors", help="List every tensor, not only the ones left out.")]
@@ -50,8 +50,6 @@ def inspect(
 
 def print_report(report: CheckpointReport, *, every_tensor: bool, file: TextIO) -> None:
     """Print the encoder's facts, then the tensors that need attention (or all of them)."""
-    from mim_refiner.cli.tables import text_table, write_parts
-
     listed = [tensor for tensor in report.tensors if every_tensor or tensor.status == "dropped"]
     shown = listed if every_tensor else listed[:_LISTED]
     rows = [[each.name, "x".join(map(str, each.shape)), each.status, each.target or "-", each.reason] for each in shown]
@@ -64,11 +62,11 @@ def print_report(report: CheckpointReport, *, every_tensor: bool, file: TextIO) 
 
 
 def _facts(report: CheckpointReport) -> dict[str, str]:
-    counts: dict[str, int] = {}
-    for tensor in report.tensors:
-        counts[tensor.status] = counts.get(tensor.status, 0) + 1
     heads = number_of(report.num_heads, "attention heads") if report.num_heads else "attention heads not told"
-    channels, size, patch = number_of(report.in_chans, "channels"), _size(report.image_size), _size(report.patch_size)
+    channels = number_of(report.in_chans, "channels")
+    size, patch = ("x".join(map(str, pair)) for pair in (report.image_size, report.patch_size))
+    mean, std = (f"({' '.join(f'{value:g}' for value in values)})" for values in (report.mean, report.std))
+    counts = Counter(tensor.status for tensor in report.tensors)
     class_token = "class token" if report.has_cls else "no class token"
     count = report.num_prefix_tokens - report.has_cls
     registers = f", {number_of(count, 'registers')}" if count else ""
@@ -79,16 +77,8 @@ def _facts(report: CheckpointReport) -> dict[str, str]:
         "encoder": f"{report.encoder}: {number_of(report.depth, 'blocks')}, width {report.embed_dim}, {heads}",
         "image": f"{size} px, patches of {patch} px, {channels}",
         "tokens": f"{class_token}{registers}; pooling {report.pooling}",
-        "mean, std": f"{_numbers(report.mean)}, {_numbers(report.std)}",
+        "mean, std": f"{mean}, {std}",
         "licence": report.licence,
         "coverage": f"{100 * report.coverage:.1f} % of the encoder's tensors",
         "tensors": ", ".join(f"{count} {status}" for status, count in counts.items()) or "none",
     }
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return "(" + " ".join(f"{value:g}" for value in values) + ")"
-
-
-def _size(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}x{pair[1]}"

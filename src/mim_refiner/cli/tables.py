@@ -40,10 +40,8 @@ def write_parts(file: TextIO, parts: Iterable[str | Table]) -> None:
     known = file.isatty() or os.environ.get("COLUMNS")
     console = Console(file=file, highlight=False, width=None if known else FILE_WIDTH)
     for part in parts:
-        if isinstance(part, str):
-            console.print(escape(part), soft_wrap=not console.is_terminal)
-        else:
-            console.print(part)
+        plain = isinstance(part, str)
+        console.print(escape(part) if isinstance(part, str) else part, soft_wrap=plain and not console.is_terminal)
 
 
 def print_result(result: Any, file: TextIO) -> None:
@@ -51,8 +49,7 @@ def print_result(result: Any, file: TextIO) -> None:
     verdict and the features to use come last.
     """
     if not isinstance(result, Mapping):
-        write_parts(file, [str(result)])
-        return
+        return write_parts(file, [str(result)])
     stages = stage_titles(result)
     parts: list[str | Table] = [text_table("", *comparison_rows(result))] if stages else []
     left = {*stages, *(IN_FILES if "records" in result else ())}
@@ -63,32 +60,32 @@ def print_result(result: Any, file: TextIO) -> None:
 
 def printed(key: str, value: Any, result: Mapping[str, Any]) -> list[str | Table]:
     """Lines and tables of one entry of ``result``."""
-    if key == "verdict" and isinstance(value, Mapping):
-        measures = measures_rows(value)
-        tables = [text_table("measures that need no labels", *measures)] if measures else []
-        return [*tables, *verdict_lines(value)]
-    if key == "data" and isinstance(value, Mapping):
-        return [f"{part} images: {line}" for part, facts in value.items() for line in left_out_lines(facts)]
-    if key == "plan" and isinstance(value, Mapping) and "phases" in value:
-        return [plan_table(value)]
-    if isinstance(value, Mapping) and "reason" in value:  # it says all in words
-        return [f"{TITLES.get(key, key.replace('_', ' '))}: {value['reason']}"]
-    if key == "measured_on" and isinstance(value, str):
-        return [value]
-    if key == "readout":
-        return [text_table("refine or read out", *readout_rows(value))]
-    if key in ("results", "transfer") and is_records(value) and "model" in value[0]:
-        change = result.get("change", ()) if key == "results" else ()
-        return [text_table(key, *results_rows(value, change))]
-    if key == "change" and is_records(value) and "difference" in value[0]:
-        return ["in brackets: difference to the first model; * marks a 95 % interval that leaves zero out"]
-    if key == "change":  # of curves, in files
-        return []
-    if is_records(value):
-        columns = dict.fromkeys(name for record in value for name, item in record.items()
-                                if not isinstance(item, Mapping) and item != "")  # fmt: skip
-        rows = [[format_value(name, record.get(name)) for name in columns] for record in value]
-        return [text_table(key, list(columns), rows, names=len(columns))]
+    match key, value:
+        case "verdict", Mapping():
+            measures = measures_rows(value)
+            tables = [text_table("measures that need no labels", *measures)] if measures else []
+            return [*tables, *verdict_lines(value)]
+        case "data", Mapping():
+            return [f"{part} images: {line}" for part, facts in value.items() for line in left_out_lines(facts)]
+        case "plan", {"phases": _}:
+            return [plan_table(value)]
+        case _, {"reason": reason}:  # it says all in words
+            return [f"{TITLES.get(key, key.replace('_', ' '))}: {reason}"]
+        case "measured_on", str():
+            return [value]
+        case "readout", _:
+            return [text_table("refine or read out", *readout_rows(value))]
+        case "results" | "transfer", [{"model": _}, *_]:
+            return [text_table(key, *results_rows(value, result.get("change", ()) if key == "results" else ()))]
+        case "change", [{"difference": _}, *_]:
+            return ["in brackets: difference to the first model; * marks a 95 % interval that leaves zero out"]
+        case "change", _:  # of curves, in files
+            return []
+        case _, [{}, *_]:
+            columns = dict.fromkeys(name for record in value for name, item in record.items()
+                                    if not isinstance(item, Mapping) and item != "")  # fmt: skip
+            rows = [[format_value(name, record.get(name)) for name in columns] for record in value]
+            return [text_table(key, list(columns), rows, names=len(columns))]
     return list(lines_of(key, value))
 
 
@@ -108,12 +105,13 @@ def lines_of(key: str, value: Any) -> list[str]:
         return [f"{title}:", *(f"  {item}" for item in value)]
     if not isinstance(value, Mapping):
         return [f"{title}: {format_value(key, value)}"]
-    nested = {name: item for name, item in value.items() if isinstance(item, Mapping | list)}
-    plain = ", ".join(
-        f"{metric_title(name)} {format_value(name, item)}" for name, item in value.items() if name not in nested
-    )
-    inner = [line for name, item in nested.items() for line in lines_of(f"{key}, {name}", item)]
-    return ([f"{title}: {plain}"] if plain else []) + inner
+    plain, inner = list[str](), list[str]()
+    for name, item in value.items():
+        if isinstance(item, Mapping | list):
+            inner += lines_of(f"{key}, {name}", item)
+        else:
+            plain.append(f"{metric_title(name)} {format_value(name, item)}")
+    return ([f"{title}: {', '.join(plain)}"] if plain else []) + inner
 
 
 def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
@@ -121,8 +119,7 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
     lines = [str(statement) for statement in verdict.get("statements", [])]
     if isinstance(value := verdict.get("label_free"), Mapping):
         lines.append(f"without labels: {value['verdict']}. {value['reason']}")
-    lines += further_verdicts(verdict)
-    lines.append(f"verdict: {verdict['verdict']}. {verdict['reason']}")
+    lines += [*further_verdicts(verdict), f"verdict: {verdict['verdict']}. {verdict['reason']}"]
     return lines + [f"what to try: {advice}" for advice in verdict.get("next", [])]
 
 
@@ -153,17 +150,12 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     rows = [("images", f"{plan['images']}, {plan['batch']} a step")]
     for name, phase in plan["phases"].items():
         epochs, steps = number_of(phase["epochs"], "epochs"), number_of(phase["steps"], "steps")
-        told = f"{epochs}, {steps} of {phase['seconds']:.3g} s: {phase['time']}"
-        rows.append((name, told))
+        rows.append((name, f"{epochs}, {steps} of {phase['seconds']:.3g} s: {phase['time']}"))
     rows += [("in all", f"{plan['time']}, and what measuring the encoder takes"), *plan["memory"].items()]
     for name in ("settings", "views are cut", "sent a step and process", "forecast", "verdict", "to change"):
         if plan.get(name.replace(" ", "_")):
             rows.append((name, str(plan[name.replace(" ", "_")])))
     return text_table("", (), rows)
-
-
-def is_records(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
 def format_value(name: str, value: Any) -> str:

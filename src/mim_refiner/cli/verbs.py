@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Literal
 
 import typer
+import yaml
 
 from mim_refiner.cli.common import (
     CacheOption,
@@ -25,15 +26,10 @@ from mim_refiner.cli.common import (
     show,
     verb,
 )
+from mim_refiner.cli.tables import catalogue_parts, print_first_screen, write_parts
 
 
-def _first_screen(result: Any, file: TextIO) -> None:
-    from mim_refiner.cli.tables import print_first_screen
-
-    print_first_screen(result, file)
-
-
-@verb(_first_screen)
+@verb(print_first_screen)
 def demo(
     out: OutOption = "demo-out",
     minutes: Annotated[float, option("N", "Time for the demo's own work; more is a better live run.")] = 4.0,
@@ -223,14 +219,13 @@ def models(
     from mim_refiner.commands.models import models as list_models
 
     found = list_models(name=name)
-    if name is None and not as_json:
-        from mim_refiner.cli.tables import catalogue_parts, write_parts
-
+    if as_json:
+        show(found, as_json=True)
+    elif name is None:
         write_parts(sys.stdout, catalogue_parts(found["models"]))
-        return
-    if not as_json:  # a size or hash that nobody states is not shown
-        found = {key: value for key, value in found.items() if value != "unknown" or key == "licence"}
-    show(found, as_json=as_json)
+    else:  # a size or hash that nobody states is not shown
+        known = {key: value for key, value in found.items() if value != "unknown" or key == "licence"}
+        show(known, as_json=False)
 
 
 def recipes(
@@ -243,8 +238,6 @@ def recipes(
 
     found = list_recipes(name=name, key=key)
     if "settings" in found and not as_json:
-        import yaml
-
         print(yaml.safe_dump(found["settings"], sort_keys=False, width=64), end="")
         return
     if "values" in found and not as_json:

@@ -21,17 +21,12 @@ from mim_refiner.analysis.reconstruction import (
 )
 from mim_refiner.analysis.verdict import verdict
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.inputs import check_pair, open_images, tell_trained_on, tell_unreadable
+from mim_refiner.commands.inputs import open_pair, tell_trained_on, tell_unreadable
 from mim_refiner.commands.readout import measured_readouts
 from mim_refiner.commands.survey import (
     SIMILARITY_IMAGES,
     Samples,
-    atlas_of,
-    choose_samples,
     default_key,
-    judged_without_labels,
-    knn_hits,
-    measures_of,
 )
 from mim_refiner.core.device import pick_device
 from mim_refiner.core.run import Run
@@ -78,25 +73,19 @@ def analyze(
         named = f"{unknown[0]!r} is unknown{did_you_mean(unknown[0], PARTS)}" if unknown else "none given"
         raise InputError(f"parts: {named}; choose from {', '.join(PARTS)}")
     run = Run(pick_device(device), seed=seed, reporter=reporter)
-    models = {"before": load_backbone(model)}
-    if compare is not None:
-        models["after"] = load_backbone(compare)
-    train = open_images(data, reporter, channels=models["before"].info.in_chans)
-    held_out = open_images(test, reporter, channels=train.channels) if test else None
-    if held_out is not None:
-        check_pair(train, held_out, reporter)
-    samples = choose_samples(train, held_out, seed=seed, cache=FeatureCache.open(cache))
+    given = {"before": model} | ({} if compare is None else {"after": compare})
+    models = {name: load_backbone(source) for name, source in given.items()}
+    train, held_out = open_pair(data, test, reporter, channels=models["before"].info.in_chans)
+    samples = Samples.of(train, held_out, run, FeatureCache.open(cache))
     chosen = samples.described()
+    unlabelled = "" if samples.labelled else "; no labels: neighbour consistency is told, not k-NN accuracy"
     reporter.message(
         f"looking at {chosen['queries']}, with {chosen['bank']} to find neighbours in; at "
-        f"{chosen['label_free']} where no labels are needed"
-        + ("" if samples.labelled else "; no labels: neighbour consistency is told, not k-NN accuracy")
+        f"{chosen['label_free']} where no labels are needed{unlabelled}"
     )
-    origins = {"before": name_of(model), "after": "" if compare is None else name_of(compare)}
-    analysis = _Analysis(models, origins, samples, run, Path(out))
-    sources = [name for name in analysis.sources.values() if name]
-    tested = data if test is None else test
-    analysis.result["statements"] += tell_trained_on(sources, tested, reporter)
+    origins = {name: name_of(source) for name, source in given.items()}
+    analysis = _Analysis(models, origins, samples, Path(out))
+    analysis.result["statements"] += tell_trained_on(origins.values(), data if test is None else test, reporter)
     for part in PARTS:
         if part in parts:
             analysis.do(part)
@@ -116,10 +105,8 @@ def analyze(
 class _Analysis:
     """The parts one after the other; each adds to ``result`` and writes its files."""
 
-    def __init__(
-        self, models: Mapping[str, Backbone], sources: Mapping[str, str], samples: Samples, run: Run, out: Path
-    ) -> None:
-        self.models, self.sources, self.samples, self.run, self.out = models, sources, samples, run, out
+    def __init__(self, models: Mapping[str, Backbone], sources: Mapping[str, str], samples: Samples, out: Path) -> None:
+        self.models, self.sources, self.samples, self.run, self.out = models, sources, samples, samples.run, out
         self.atlases: dict[str, Atlas] = {}
         self.features: dict[str, Features] = {}  # raw, of the query images
         self.curves: dict[str, dict[str, Any]] = {}
@@ -137,11 +124,9 @@ class _Analysis:
         self._measure_blocks()
         for name, atlas in self.atlases.items():
             self._keep(f"atlas-{name}", atlas.record, atlas_map)
-        last = list(self.atlases)[-1]
-        self.result["recommendation"] = self.atlases[last].record["recommendation"]
+        self.result["recommendation"] = list(self.atlases.values())[-1].record["recommendation"]
         first = self.models["before"].info
-        third = list(range(first.depth - max(1, first.depth // 3), first.depth))
-        pooling = default_key(first)[1]
+        third, pooling = range(first.depth - max(1, first.depth // 3), first.depth), default_key(first)[1]
         self.result["head_placement"] = place_heads(self.atlases["before"], pooling=pooling, recipe_blocks=third)
 
     def verdict(self) -> None:
@@ -150,16 +135,12 @@ class _Analysis:
             return self._leave_out(f"verdict left out: without labels it needs {MIN_IMAGES} images or more; give them")
         if "after" not in self.models:
             if enough:
-                first = self.models["before"]
-                found = measures_of(first, self.samples, self.run, key=default_key(first.info), name="before")
-                self.result["label_free"] = found.summary()
+                self.result["label_free"] = self.samples.measures(self.models["before"], "before").summary()
             return
-        unlabelled = judged_without_labels(self.models, self.samples, self.run) if enough else None
-        judged = unlabelled or {}
+        judged = self.samples.judged_without_labels(self.models) if enough else {}
         if self.samples.labelled:
-            judged = verdict(self._hits("before"), self._hits("after")) | (
-                {"label_free": unlabelled} if unlabelled else {}
-            )
+            beside = {"label_free": judged} if enough else {}
+            judged = verdict(self._hits("before"), self._hits("after")) | beside
         self.result["verdict"] = judged
         self._keep("verdict", {"kind": "verdict", **judged, "seed": self.run.seed}, None)
 
@@ -169,7 +150,7 @@ class _Analysis:
             return self._leave_out("refine or read out left out: its classifiers need labels; give labelled images")
         self._measure_blocks()
         try:
-            record = measured_readouts(self.models, self.atlases, self.samples, self.run)
+            record = measured_readouts(self.models, self.atlases, self.samples)
         except DataError as error:  # too few images to hold any out: the other parts go on
             return self._leave_out(f"refine or read out left out: {error}")
         self.result["readout"] = {key: record[key] for key in ("rows", "best", "sentence")}
@@ -179,61 +160,50 @@ class _Analysis:
     def similarity(self) -> None:
         """CKA between blocks, within and across the models."""
         self._measure_blocks()
-        pooling = default_key(self.models["before"].info)[1]
         chosen = {name: found.select(evenly(len(found), SIMILARITY_IMAGES)) for name, found in self.features.items()}
         if min(map(len, chosen.values())) < MIN_COMPARED:
             return self._leave_out(f"similarity left out: it needs {MIN_COMPARED} test images or more; give them")
-        record = block_similarity(chosen, pooling)
+        record = block_similarity(chosen, default_key(self.models["before"].info)[1])
         self.result["statements"] += record["statements"]
         self._keep("similarity", record, similarity_map)
 
     def reconstruction(self) -> None:
         """Reconstruction error by block, shares of the improvement, and the three regimes."""
-        others = [backbone.info.architecture for backbone in self.models.values() if not backbone.is_plain_vit]
-        if others:
+        if others := [each.info.architecture for each in self.models.values() if not each.is_plain_vit]:
             return self._leave_out(f"reconstruction by block left out: {others[0]} is not a plain ViT; give one")
         self._measure_blocks()
         settings = ReconstructionSettings()
         bank, queries = self.samples.bank_rows, self.samples.query_rows
         if len(bank) < MIN_TRAINED:
             return self._leave_out(f"reconstruction left out: it needs {MIN_TRAINED} images or more; give them")
-        rows = bank[evenly(len(bank), settings.train_images)], queries[evenly(len(queries), settings.test_images)]
+        train, test = (
+            bank[evenly(len(bank), settings.train_images)],
+            queries[evenly(len(queries), settings.test_images)],
+        )
+        how: dict[str, Any] = {"train_rows": train, "test_rows": test, "settings": settings, "run": self.run}
         errors = {}
         for name, backbone in self.models.items():
-            self.run.reporter.phase(f"reconstruction by block: {name}", settings.steps(len(rows[0])))
-            errors[name] = reconstruction_by_block(
-                backbone,
-                self.samples.bank,
-                self.samples.queries,
-                train_rows=rows[0],
-                test_rows=rows[1],
-                settings=settings,
-                run=self.run,
-            )
-        pooling = default_key(self.models["before"].info)[1]
-        record = regimes_record(
-            {name: curves[pooling] for name, curves in self.curves.items()},
-            errors,
-            measure=self.atlases["before"].record["measure"],
-            pooling=pooling,
-            settings=settings.__dict__,
-            samples={"train": len(rows[0]), "test": len(rows[1])},
-            seed=self.run.seed,
-        )
+            self.run.reporter.phase(f"reconstruction by block: {name}", settings.steps(len(train)))
+            errors[name] = reconstruction_by_block(backbone, self.samples.bank, self.samples.queries, **how)
+        measure, pooling = self.atlases["before"].record["measure"], default_key(self.models["before"].info)[1]
+        facts = {"settings": settings.__dict__, "samples": {"train": len(train), "test": len(test)}}
+        curves = {name: by_pooling[pooling] for name, by_pooling in self.curves.items()}
+        record = regimes_record(curves, errors, measure=measure, pooling=pooling, seed=self.run.seed, **facts)
         self.result["regimes"] = {name: found["regimes"] for name, found in record["models"].items()}
         self.result["statements"] += [found["statement"] for found in record["models"].values()]
         self._keep("regimes", record, regimes_plot)
 
     def heads(self) -> None:
         """Head behaviour of every refine run among the sources."""
+        drawn = {}
         for name, source in self.sources.items():
-            for folder in (Path(source), Path(source).parent) if source else ():  # a run folder, or export/ in one
+            for folder in (Path(source), Path(source).parent):  # a run folder, or export/ in one
                 metrics = folder / "metrics.jsonl"
                 if metrics.is_file() and '"alignment/' in metrics.read_text(encoding="utf-8", errors="replace"):
-                    figure = head_behaviour(metrics, self.out / f"heads-{name}.png")
-                    self.result["figures"][f"heads-{name}"] = str(figure)
+                    drawn[f"heads-{name}"] = str(head_behaviour(metrics, self.out / f"heads-{name}.png"))
                     break
-        if not any(name.startswith("heads-") for name in self.result["figures"]):
+        self.result["figures"] |= drawn
+        if not drawn:
             self._leave_out("head behaviour left out: metrics.jsonl tells of no heads; give a run folder of refine")
 
     def _leave_out(self, why: str) -> None:
@@ -242,26 +212,20 @@ class _Analysis:
 
     def _hits(self, name: str) -> NDArray[np.float64]:
         """k-NN hits of the usual features: from the atlas where there is one, else of these features alone."""
-        key = default_key(self.models[name].info)
         if name in self.atlases:
-            return self.atlases[name].scores[key]
-        return knn_hits(self.models[name], self.samples, self.run, key=key, name=name)
+            return self.atlases[name].scores[default_key(self.models[name].info)]
+        return self.samples.knn_hits(self.models[name], name)
 
     def _measure_blocks(self) -> None:
         """The atlases and the curves that several parts need; once."""
         if self.atlases:
             return
         for name, backbone in self.models.items():
-            self.atlases[name], features = atlas_of(backbone, self.samples, self.run, name=name)
+            self.atlases[name], features = self.samples.atlas(backbone, name)
             self.features[name] = features[False]
-        measure = self.atlases["before"].record["measure"]
-        curves = curves_from_scores(
-            {name: atlas.curves() for name, atlas in self.atlases.items()},
-            measure=measure,
-            norm=False,
-            data=self.samples.described(),
-            seed=self.run.seed,
-        )
+        by_model = {name: atlas.curves() for name, atlas in self.atlases.items()}
+        facts: dict[str, Any] = {"norm": False, "data": self.samples.described(), "seed": self.run.seed}
+        curves = curves_from_scores(by_model, measure=self.atlases["before"].record["measure"], **facts)
         self.curves = curves.record["curves"]
         self.result["curves"], self.result["change"] = self.curves, curves.record["change"]
         self.result["statements"] += curves.record["statements"]

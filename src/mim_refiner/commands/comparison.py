@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from shlex import quote
@@ -15,8 +15,10 @@ from mim_refiner.analysis.blocks import curves_from_results
 from mim_refiner.analysis.label_free import MIN_IMAGES
 from mim_refiner.analysis.verdict import verdict, what_next
 from mim_refiner.commands.deadline import REPORT, Box, OutOfTimeError
+from mim_refiner.commands.dense import dense_change
+from mim_refiner.commands.inputs import evaluation_sets
 from mim_refiner.commands.monitor import TRAINED_ON
-from mim_refiner.commands.survey import Samples, atlas_of, choose_samples, default_key, judged_without_labels, thinned
+from mim_refiner.commands.survey import Samples, default_key, thinned
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.duplicates import compare_images
@@ -91,7 +93,7 @@ def measured(bank: ImageSet, test: ImageSet | None, *, given: bool, run: Run) ->
         labels = np.delete(seen.labels, [index for index, *_ in seen.unreadable])  # type: ignore[arg-type]
         if test is None:
             labels = labels[stratified_split(labels, settings.test_share, run.seed)[0]]
-            choose_samples(bank, None, seed=run.seed)
+            Samples.of(bank, None, run)
         stratified_split(labels, settings.linear.held_out, run.seed)
         if len(np.unique(labels)) < 2:
             raise DataError(f"{number_of(len(labels), 'images')} to compare with, all of one class; give more classes")
@@ -103,6 +105,13 @@ def measured(bank: ImageSet, test: ImageSet | None, *, given: bool, run: Run) ->
     return Measured(bank, test, min(KNN_K, len(labels)))
 
 
+def measure_on(images: ImageSet, held_out: ImageSet | None, eval_data: Any, eval_test: Any, run: Run) -> Measured:
+    """The images to measure on: those given, else those held out of the training ``images``, else these themselves."""
+    bank, test = evaluation_sets(images, eval_data, eval_test, run.reporter)
+    on = measured(bank, held_out or test, given=eval_data is not None, run=run)
+    return replace(on, says=said_of_training(images, on, held_out=held_out is not None))
+
+
 def _without_labels(images: ImageSet) -> ImageSet:
     bare = object.__new__(ImageSet)  # a copy would leave the source behind
     bare.__dict__.update(images.__dict__)
@@ -111,16 +120,7 @@ def _without_labels(images: ImageSet) -> ImageSet:
 
 
 def compare(
-    stages: Mapping[str, Backbone],
-    train: ImageSet,
-    test: ImageSet | None,
-    *,
-    pooling: str,
-    head_blocks: Sequence[int],
-    out: Path,
-    run: Run,
-    knn_k: int = KNN_K,
-    box: Box | None = None,
+    stages: Mapping[str, Backbone], on: Measured, recipe: RefineRecipe, out: Path, run: Run, box: Box | None = None
 ) -> dict[str, Any]:
     """Evaluate the encoders {"before": ..., "after": ...[, "full": ...]} and return their summary entries,
     the verdict, and the features of "after" to use ("recommendation").
@@ -130,25 +130,19 @@ def compare(
     rank, and the verdict of the label-free measures. evaluation/atlas-after.json is what the recommendation is by.
     A ``box`` of time limits the images of both sets that are measured on.
     """
+    train, test, pooling = thinned(on.bank, SUMMARY_TRAIN_LIMIT), on.test, recipe.heads.measured_pooling
     labelled = train.labels is not None and (test is None or test.labels is not None)
-    protocols = ("knn", "linear", "clustering", "rank") if labelled else ("rank",)
     if test is None and not labelled and len(train) < MIN_IMAGES:
         test = ImageSet(train.source, channels=train.channels)  # nothing is judged on so few, and none can be spared
+
+    how: dict[str, Any] = {"protocols": ("knn", "linear", "clustering", "rank") if labelled else ("rank",)}
+    how |= {"knn_blocks": "all", "settings": EvaluationSettings.quick(precision=run.precision, knn_k=on.k)}
 
     def measure(bank: ImageSet, queries: ImageSet | None, run: Run) -> dict[str, dict[str, Result]]:
         found = {}
         for stage, backbone in stages.items():
             run.reporter.message(f"evaluating: {stage}")
-            found[stage] = evaluate_backbone(
-                backbone,
-                bank,
-                queries,
-                protocols=protocols,
-                blocks=(-1,),
-                knn_blocks="all",
-                settings=EvaluationSettings.quick(precision=run.precision, knn_k=knn_k),
-                run=run,
-            )
+            found[stage] = evaluate_backbone(backbone, bank, queries, run=run, **how)
         return found
 
     if box is None or test is None:
@@ -161,30 +155,34 @@ def compare(
     summary: dict[str, Any] = {
         stage: summary_metrics(found, block=last, pooling=pooling) for stage, found in results.items()
     }
-    samples = choose_samples(train, test, seed=run.seed)
-    enough = labelled or len(samples.view_rows) >= MIN_IMAGES
-    in_time = run if box is None else box.until(run, REPORT)
-    summary["recommendation"] = _recommended(stages["after"], samples, in_time, pooling, enough, out)
-    if not labelled:
-        summary["verdict"] = judged_without_labels(stages, samples, run, pooling=pooling)
-        return summary
-    curves = curves_from_results(results, head_blocks=head_blocks)
-    write_json(out / "evaluation" / "blocks.json", curves.record)
-    block_curves(curves.record, out / "block_curves.png")
-    before, after, *others = (curves.correct[f"{stage}/{pooling}"][-1] for stage in stages)
-    further = {stage: verdict(before, other) for stage, other in zip(list(stages)[2:], others, strict=True)}
-    summary["verdict"] = verdict(before, after) | further | {"statements": curves.record["statements"]}
+    samples = Samples.of(train, test, run)
+    in_time = samples if box is None else replace(samples, run=box.until(run, REPORT))
+    summary["recommendation"] = _recommended(stages["after"], in_time, pooling, out)
+    if labelled:
+        curves = curves_from_results(results, head_blocks=[int(block) for block in recipe.heads.blocks])
+        write_json(out / "evaluation" / "blocks.json", curves.record)
+        block_curves(curves.record, out / "block_curves.png")
+        before, *others = (curves.correct[f"{stage}/{pooling}"][-1] for stage in stages)
+        of_first, *further = (verdict(before, other) for other in others)
+        said = {"statements": curves.record["statements"]}
+        judged = of_first | dict(zip(list(stages)[2:], further, strict=True)) | said
+    else:
+        judged = samples.judged_without_labels(stages, pooling)
+    if on.says and judged["verdict"] != "not measured":
+        judged |= {"measured_on": on.says, "reason": f"{judged['reason']} {on.says}"}
+    summary["verdict"] = judged
+    if recipe.anchor.weight:
+        summary["dense"] = dense_change(stages, on.bank, on.test, run)
+        judged["dense"] = summary["dense"]["reason"]
     return summary
 
 
-def _recommended(
-    backbone: Backbone, samples: Samples, run: Run, pooling: str, enough: bool, out: Path
-) -> dict[str, Any]:
+def _recommended(backbone: Backbone, samples: Samples, pooling: str, out: Path) -> dict[str, Any]:
     """Block, pooling and norm to use, by the atlas; the usual ones when there are too few images to tell."""
     reason = "the usual features: too few images to measure"
-    if enough:
+    if samples.labelled or len(samples.view_rows) >= MIN_IMAGES:
         try:
-            atlas, _ = atlas_of(backbone, samples, run, name="after", pooling=pooling, probe=False, both=False)
+            atlas, _ = samples.atlas(backbone, "after", pooling=pooling, full=False)
             write_json(out / "evaluation" / "atlas-after.json", atlas.record)  # the report draws it
             return dict(atlas.record["recommendation"])
         except OutOfTimeError:

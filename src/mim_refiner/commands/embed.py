@@ -19,8 +19,8 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError, RunFolderError
 from mim_refiner.evaluation.embedding import (
+    ENDINGS,
     FeatureSpec,
-    check_ending,
     class_list,
     compute_features,
     rows_file,
@@ -56,9 +56,8 @@ def embed(
 
     ``block``: negative numbers count from the last. ``pooling``: "cls", "mean" of the patch tokens, or "patches" (all
     of them, [N, D] a row); None: what the encoder's authors pool by, mostly cls. ``norm`` applies the encoder's
-    final norm. ``image_size``: a side in pixels,
-    (height, width) or "192x256"; default the encoder's own. ``precision`` of the forward pass: fp32, bf16, auto.
-    ``dtype`` of the file: float32, float16.
+    final norm. ``image_size``: a side in pixels, (height, width) or "192x256"; default the encoder's own.
+    ``precision`` of the forward pass: fp32, bf16, auto. ``dtype`` of the file: float32, float16.
 
     ``<out>.manifest.json`` says what the rows are. What is finished stays in ``<out>.parts/`` until the file is
     complete, so the same call after an interruption goes on and gives the same bytes; once complete it does nothing.
@@ -67,17 +66,19 @@ def embed(
     """
     reporter = listener(reporter)
     path = None if out is None else Path(out).expanduser()
-    if path is not None:
-        check_ending(path)
-        if path.is_dir():
-            raise InputError(f"--out {path}: is a folder; name a file in it")
+    if path is not None and path.suffix not in ENDINGS:
+        known = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
+        raise InputError(f"--out {path}: unknown kind of file '{path.suffix}'; end it with {known}")
+    if path is not None and path.is_dir():
+        raise InputError(f"--out {path}: is a folder; name a file in it")
     if precision not in ("fp32", "bf16", "auto"):
         raise InputError(f"--precision {precision}: unknown; use fp32, bf16 or auto")
     torch_device = pick_device(device)
     backbone = load_backbone(model)
     size = side_or_pair(parse_size(image_size)) if isinstance(image_size, str) else image_size
-    exact = resolve_precision(precision, torch_device)
-    spec = FeatureSpec(block, pooling, norm, size, batch_size, exact, dtype).resolved(backbone.info)
+    how: dict[str, Any] = {"block": block, "pooling": pooling, "norm": norm, "image_size": size, "dtype": dtype}
+    how |= {"batch_size": batch_size, "precision": resolve_precision(precision, torch_device)}
+    spec = FeatureSpec.of(backbone.info, **how)
     run = Run(torch_device, spec.precision, reporter=reporter)
     source = open_source(data)
     source.stream()
@@ -97,47 +98,48 @@ def embed(
             "unreadable": [(name, why) for _, name, why in images.unreadable],
             "images_per_s": features.images_per_s,
         }
-    names = {"model": name_of(model), "data": name_of(data)}
-    return _to_file(path, backbone, images, spec, run, names, overwrite=overwrite)
+    return _to_file(path, backbone, images, spec, run, overwrite, model=name_of(model), data=name_of(data))
 
 
 def _to_file(
-    path: Path,
-    backbone: Backbone,
-    images: ImageSet,
-    spec: FeatureSpec,
-    run: Run,
-    names: Mapping[str, str],
-    *,
-    overwrite: bool,
+    path: Path, backbone: Backbone, images: ImageSet, spec: FeatureSpec, run: Run, overwrite: bool, **names: str
 ) -> dict[str, Any]:
-    settings = _settings(spec, backbone, images, run.device.type)
+    info, classes, reporter = backbone.info, images.classes, run.reporter
+    settings = {  # all that decides the bytes of the features: two runs of equal ones may share parts
+        "version": __version__,
+        "model_sha256": weights_sha256(backbone.model),
+        "architecture": info.architecture,
+        **asdict(spec),
+        "transform": spec.transform(info),
+        "device": run.device.type,
+        "data_fingerprint": images.source.fingerprint(),
+        "images": len(images),
+    }
     manifest_file, parts = (path.with_name(path.name + ending) for ending in (".manifest.json", ".parts"))
     if path.exists() and not overwrite:
         stored = read_mapping(manifest_file)
         _refuse_difference(path, stored if stored or not parts.exists() else settings, settings)
         if stored.get("bytes") == path.stat().st_size:
             shutil.rmtree(parts, ignore_errors=True)
-            run.reporter.message(f"{path} is complete already")
+            reporter.message(f"{path} is complete already")
             return _result(path, manifest_file, stored, images_per_s=None)
     if overwrite:
         shutil.rmtree(parts, ignore_errors=True)
     if parts.exists() and any(parts.iterdir()):
         _refuse_difference(parts, read_mapping(parts / "settings.json"), settings)
-        run.reporter.message(f"going on with what is finished in {parts}")
+        reporter.message(f"going on with what is finished in {parts}")
     write_json(parts / "settings.json", settings)
     try:
         found = compute_features(backbone, images, spec, run, parts)
     except KeyboardInterrupt:
         if (parts / "done.json").exists() and not overwrite:  # which begins anew
-            run.reporter.message(f"{parts} holds what is finished; the same command goes on from there")
+            reporter.message(f"{parts} holds what is finished; the same command goes on from there")
         raise
     finally:
         if not (parts / "done.json").exists():  # nothing to go on with
             shutil.rmtree(parts, ignore_errors=True)
-    run.reporter.done()
-    tell_unreadable(images, run.reporter, f"they have no row, and are listed in {manifest_file}")
-    info, classes = backbone.info, images.classes
+    reporter.done()
+    tell_unreadable(images, reporter, f"they have no row, and are listed in {manifest_file}")
     manifest = settings | {
         **names,
         "family": info.family,
@@ -169,20 +171,6 @@ def _refuse_difference(path: Path, stored: Mapping[str, Any], settings: Mapping[
             f"{path}: holds features made with other settings ({'; '.join(changed[:3])}); "
             "choose another --out, or --overwrite to start anew"
         )
-
-
-def _settings(spec: FeatureSpec, backbone: Backbone, images: ImageSet, device: str) -> dict[str, Any]:
-    """Everything that decides the bytes of the features; two runs of equal settings may share parts."""
-    return {
-        "version": __version__,
-        "model_sha256": weights_sha256(backbone.model),
-        "architecture": backbone.info.architecture,
-        **asdict(spec),
-        "transform": spec.transform(backbone.info),
-        "device": device,
-        "data_fingerprint": images.source.fingerprint(),
-        "images": len(images),
-    }
 
 
 def _result(path: Path, manifest_file: Path, manifest: dict[str, Any], *, images_per_s: float | None) -> dict[str, Any]:

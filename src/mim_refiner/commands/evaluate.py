@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mim_refiner.analysis.verdict import verdict, word_of
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.inputs import check_pair, open_images, tell_trained_on, tell_unreadable
+from mim_refiner.commands.inputs import open_images, open_pair, tell_trained_on, tell_unreadable
 from mim_refiner.core.collectives import rank
 from mim_refiner.core.device import pick_device
 from mim_refiner.core.identity import weights_sha256
@@ -84,9 +86,9 @@ def evaluate(
     if protocols is not None:
         check_protocols(protocols)
     backbones = _loaded(model, compare)
-    train, held_out = _opened(data, test, next(iter(backbones.values())).info.in_chans, run.reporter)
+    train, held_out = open_pair(data, test, run.reporter, channels=next(iter(backbones.values())).info.in_chans)
     chosen = tuple(protocols) if protocols else suite_protocols(suite, train) if suite else NEEDS_LABELS
-    sets = _shifted_sets(as_list(shifted or ()), train.channels, run.reporter)
+    sets = _shifted_sets(as_list(shifted or ()), partial(open_images, reporter=run.reporter, channels=train.channels))
     further = _transfer_list(Path(transfer)) if transfer else []
     transferred = (tuple(protocols) if protocols else TRANSFER_PROTOCOLS) if further else ()
     if rest := how.unread({*chosen, *transferred}, test=held_out is not None and not further):
@@ -108,7 +110,7 @@ def evaluate(
         tell_unreadable(images, run.reporter)
     rows = []
     for name, source, tests in further:
-        pair = _opened(source, tests, train.channels, run.reporter)
+        pair = open_pair(source, tests, run.reporter, channels=train.channels)
         found = _measured(backbones, transferred, *pair, seconds, prefix=f"transfer-{name}-", **options)
         rows += [{"set": name, **_row(who, result)} for who, results in found.items() for result in results.values()]
     if further:
@@ -166,32 +168,24 @@ def _measured(
     return results
 
 
-def _opened(data: Any, test: Any, channels: int, reporter: Reporter) -> tuple[ImageSet, ImageSet | None]:
-    train = open_images(data, reporter, channels=channels)
-    held_out = open_images(test, reporter, channels=channels) if test else None
-    if held_out is not None:
-        check_pair(train, held_out, reporter)
-    return train, held_out
-
-
 def _summary(found: Mapping[str, Mapping[str, Result]]) -> dict[str, Any]:
     """The numbers, of several models also the paired differences to the first and whether they leave zero out."""
     rows = [_row(source, result) for source, results in found.items() for result in results.values()]
-    first, *others = found
+    (_, first), *others = found.items()
     if not others:
         return {"results": rows}
     change, judged = [], {}
-    for source in others:
-        for name, before in found[first].items():
-            if name in found[source] and (interval := paired_change(before, found[source][name])):
+    for source, results in others:
+        for name, before in first.items():
+            if name in results and (interval := paired_change(before, results[name])):
                 difference, low, high = interval
                 place = {"model": source, "metric": before.metric, "block": before.block, "pooling": before.pooling}
                 change.append(place | {"difference": difference, "ci95": [low, high], "verdict": word_of(low, high)})
-        if said := _verdict(found[first], found[source]):
+        if said := _verdict(first, results):
             judged[source] = said
     summary: dict[str, Any] = {"results": rows, "change": change}
-    if others[0] in judged:
-        summary["verdict"] = judged.pop(others[0]) | ({"others": judged} if judged else {})
+    if said := judged.pop(others[0][0], None):
+        summary["verdict"] = said | ({"others": judged} if judged else {})
     return summary
 
 
@@ -199,13 +193,12 @@ def _verdict(before: Mapping[str, Result], after: Mapping[str, Result]) -> dict[
     """On the k-NN accuracy of the last block where it was measured, else on the first measure that says which test
     images were right, those chosen on the test images last; None without one.
     """
-    judged = [(name, result) for name, result in before.items() if result.correct is not None and name in after]
 
     def rank(item: tuple[str, Result]) -> tuple[bool, bool, int]:
         return item[1].metric != "knn_top1", item[1].metric.endswith("_best"), -item[1].block
 
-    for name, result in sorted(judged, key=rank):
-        correct, theirs = result.correct, after[name].correct
+    for name, result in sorted(before.items(), key=rank):
+        correct, theirs = result.correct, after[name].correct if name in after else None
         if correct is not None and theirs is not None and len(correct) == len(theirs):
             where = f"{metric_title(result.metric)} of block {result.block} ({result.pooling})"
             return verdict(correct, theirs, measure=where)
@@ -217,19 +210,16 @@ def _row(model: str, result: Result) -> dict[str, Any]:
     return {"model": model} | {key: value for key, value in result.to_json().items() if key in keys}
 
 
-def _shifted_sets(specs: Sequence[str], channels: int, reporter: Reporter) -> dict[str, ImageSet]:
+def _shifted_sets(specs: Sequence[str], opened: Callable[[str], ImageSet]) -> dict[str, ImageSet]:
     """{"name": images} of "NAME=SRC"; a folder kind/severity/class/image gives one set a kind and severity."""
     sets: dict[str, ImageSet] = {}
     for spec in specs:
-        name, equals, source = spec.partition("=")
-        if not equals or not name or not source:
+        name, _, source = spec.partition("=")
+        if not name or not source:
             raise InputError(f"--shifted {spec!r}: write it as NAME=SRC, such as sketch=data/imagenet-sketch")
-        root = Path(source).expanduser()
-        severities = sorted(path for path in root.glob("*/[1-5]") if path.is_dir())
-        for path in severities:
-            sets[f"{name}/{path.parent.name}/{path.name}"] = open_images(str(path), reporter, channels=channels)
-        if not severities:
-            sets[name] = open_images(source, reporter, channels=channels)
+        severities = sorted(path for path in Path(source).expanduser().glob("*/[1-5]") if path.is_dir())
+        places = {f"{name}/{path.parent.name}/{path.name}": str(path) for path in severities} or {name: source}
+        sets |= {name: opened(place) for name, place in places.items()}
     for name, images in sets.items():
         if images.labels is None:
             raise DataError(
@@ -241,10 +231,10 @@ def _shifted_sets(specs: Sequence[str], channels: int, reporter: Reporter) -> di
 
 def _means(rows: Sequence[Mapping[str, Any]], sets: int) -> list[dict[str, Any]]:
     """Of every number that all data sets have."""
-    names, groups = ("model", "metric", "block", "pooling"), dict[tuple[Any, ...], list[float]]()
+    names, groups = ("model", "metric", "block", "pooling"), defaultdict[tuple[Any, ...], list[float]](list)
     for row in rows:
         if row["value"] is not None:
-            groups.setdefault(tuple(row[name] for name in names), []).append(row["value"])
+            groups[tuple(row[name] for name in names)].append(row["value"])
     return [
         {"set": "mean", **dict(zip(names, key, strict=True)), "value": sum(values) / sets, "ci95": None}
         for key, values in groups.items()
@@ -278,9 +268,8 @@ def _write_tables(out: Path, summary: Mapping[str, Any]) -> None:
     if "change" in summary:  # for the report
         facts = {key: summary[key] for key in ("results", "change", "verdict", "measured_on") if key in summary}
         write_json(out / "evaluation" / "comparison.json", {"kind": "comparison", **facts})
-    tables = [("results", *results_rows(summary["results"], summary.get("change", ())))]
-    if summary.get("transfer"):
-        tables.append(("transfer", *results_rows(summary["transfer"], ())))
-    for name, header, rows in tables:
-        write_bytes(out / f"{name}.md", markdown_table(header, rows).encode(errors="backslashreplace"))
-        write_bytes(out / f"{name}.tex", latex_table(header, rows).encode(errors="backslashreplace"))
+    for name, change in (("results", summary.get("change", ())), ("transfer", ())):
+        if summary.get(name):
+            table = results_rows(summary[name], change)
+            write_bytes(out / f"{name}.md", markdown_table(*table).encode(errors="backslashreplace"))
+            write_bytes(out / f"{name}.tex", latex_table(*table).encode(errors="backslashreplace"))

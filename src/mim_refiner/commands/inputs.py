@@ -52,13 +52,19 @@ def join_training(out: str | None, device: str, seed: int, reporter: Reporter) -
 
 
 def open_images(spec: Any, reporter: Reporter, *, channels: int = 3, exclude: str | None = None) -> ImageSet:
-    """Open and, when they fit, decode all images but those listed in ``exclude``, for an encoder of ``channels``.
-
-    Raises DataError.
-    """
+    """Open and, when they fit, decode all images but those listed in ``exclude``, for an encoder of ``channels``."""
     images = ImageSet(open_listed(spec, exclude), channels=channels)
     announce(images.source, reporter)
     return images
+
+
+def open_pair(data: Any, test: Any, reporter: Reporter, *, channels: int) -> tuple[ImageSet, ImageSet | None]:
+    """The images ``data`` and, where any are given, ``test`` images that go with them."""
+    train = open_images(data, reporter, channels=channels)
+    held_out = open_images(test, reporter, channels=channels) if test else None
+    if held_out is not None:
+        check_pair(train, held_out, reporter)
+    return train, held_out
 
 
 def training_images(
@@ -77,12 +83,10 @@ def training_images(
     announce(source, run.reporter)
     if share and source.labels is not None and len(np.unique(source.labels)) > 1:
         with contextlib.suppress(DataError):  # too few images, or none of them can be read
-            rows = stratified_split(source.labels, min(share, MOST_HELD_OUT / len(source)), run.seed)
-            names = (f"{source.description}, {what}" for what in ("without the images held out", "images held out"))
-            train, test = (
-                ImageSet(Selection(source, part, name), channels=channels)
-                for part, name in zip(rows, names, strict=True)
-            )
+            kept, held = stratified_split(source.labels, min(share, MOST_HELD_OUT / len(source)), run.seed)
+            parts = {"without the images held out": kept, "images held out": held}
+            train, test = (ImageSet(Selection(source, rows, f"{source.description}, {what}"), channels=channels)
+                           for what, rows in parts.items())  # fmt: skip
             run.reporter.message(
                 f"held out to measure on: {len(test)} of {len(source)} images (seed {run.seed}, the same share of "
                 "every class); --eval-data and --eval-test give other images, --set hold_out=0 trains on all"
@@ -235,35 +239,18 @@ def train_loader(images: ImageSet, views: Sequence[ViewSpec], recipe: Recipe, ru
 
 def refuse_other_work(recipe: Recipe, run: Run, encoder: str | None, **images: ImageSet | None) -> None:
     """Raise InputError where the processes of a run were not all given the same recipe, seed, encoder and images."""
-
-    def facts() -> dict[str, Any]:
-        given = {name: each.source.fingerprint() for name, each in images.items() if each is not None}
-        return dotted(recipe.model_dump(mode="json")) | {"seed": run.seed, "encoder": encoder, **given}
-
-    refuse_difference(facts)
+    refuse_difference(lambda: {
+        **dotted(recipe.model_dump(mode="json")), "seed": run.seed, "encoder": encoder,
+        **{name: each.source.fingerprint() for name, each in images.items() if each is not None},
+    })  # fmt: skip
 
 
 def open_run(
-    out: str,
-    asked: Mapping[str, Any],
-    recipe: Recipe,
-    images: ImageSet,
-    reporter: Reporter,
-    *,
-    overwrite: bool,
-    began: float,
-    ended: bool,
+    out: str, asked: Mapping[str, Any], recipe: Recipe, images: ImageSet, reporter: Reporter, overwrite: bool
 ) -> RunFolder:
-    """Create or continue the run folder ``out`` of what was ``asked`` and the resolved recipe.
-
-    ``began``: when, by ``time.perf_counter``; ``ended``: whether nothing is left to do, which is said.
-    """
-    resolved = known_by(asked, recipe, images)
-    folder = RunFolder(out, resolved, overwrite=overwrite)
-    folder.began = began
+    """Create or continue the run folder ``out`` of what was ``asked`` and the resolved recipe."""
+    folder = RunFolder(out, known_by(asked, recipe, images), overwrite=overwrite)
     reporter.opened(folder.path)
-    if ended:
-        reporter.message(ENDED)
     return folder
 
 

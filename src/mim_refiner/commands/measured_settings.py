@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mim_refiner.analysis.atlas import place_heads
-from mim_refiner.commands.inputs import known_by, train_loader
-from mim_refiner.commands.survey import atlas_of, choose_samples
-from mim_refiner.core.collectives import decide_on_rank_0, from_rank_0
+from mim_refiner.commands.inputs import known_by, normalize_by, train_loader
+from mim_refiner.commands.survey import Samples
+from mim_refiner.core.collectives import decide_on_rank_0, from_rank_0, is_distributed
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import InputError
@@ -21,7 +21,7 @@ from mim_refiner.files import read_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.refine import view_specs
-from mim_refiner.training.resolve import head_blocks, own_pooling
+from mim_refiner.training.resolve import check_guidance, head_blocks, own_pooling, resolve
 from mim_refiner.training.state import refuse_other_recipe
 from mim_refiner.training.sweep import choices_of, sweep_heads
 
@@ -50,6 +50,29 @@ def refuse_other_run(before: Path | None, asked: Mapping[str, Any], recipe: Refi
         decide_on_rank_0(lambda: refuse_other_recipe(before, known, but=(*free, "frozen_blocks")))
 
 
+def settle(
+    recipe: RefineRecipe,
+    base: RefineRecipe,
+    backbone: Backbone,
+    images: tuple[ImageSet, ImageSet],  # to train on, to measure on
+    run: Run,
+    before: Path | None,
+    plan: bool,
+) -> tuple[RefineRecipe, dict[str, dict[str, Any]]]:
+    """The recipe without "auto", and what was measured for it by the names of its files (nothing for a plan)."""
+    check_guidance(recipe, images[0])
+    if recipe.shard and not is_distributed():
+        run.reporter.message("shard: one process holds all weights; start several (torchrun) to spread them")
+    if recipe.normalization == "data":
+        normalize_by(images[0], backbone)
+    if plan:
+        return resolve(recipe, backbone), {}
+    placement = place_in_recipe(recipe, base, backbone, images[1], run, before)
+    recipe = resolve(recipe, backbone)
+    found = {PLACEMENT: placement, SWEEP: sweep_in_recipe(recipe, backbone, images[0], run, before)}
+    return recipe, {name: record for name, record in found.items() if record is not None}
+
+
 def place_in_recipe(
     recipe: RefineRecipe, base: RefineRecipe, backbone: Backbone, images: ImageSet, run: Run, out: Path | None
 ) -> Record | None:
@@ -64,8 +87,8 @@ def place_in_recipe(
     if placement is None:
         run.reporter.message("placing heads: measuring every block of the encoder")
         pooling = own_pooling(recipe.heads.measured_pooling, backbone.info)
-        samples, depth = choose_samples(images, None, seed=run.seed), backbone.info.depth
-        atlas, _ = atlas_of(backbone, samples, run, name="before", probe=False, both=False)
+        atlas, _ = Samples.of(images, None, run).atlas(backbone, "before", full=False)
+        depth = backbone.info.depth
         usual = sorted({block % depth for block in head_blocks(base, depth) if -depth <= block < depth})
         # measured by all, who share the images; rounding may differ
         placement = from_rank_0(place_heads(atlas, pooling=pooling, recipe_blocks=usual))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mim_refiner.evaluation.knn import required_labels
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.report.figures import read_metrics
+from mim_refiner.training.recipe import Recipe
 
 BANK_LIMIT, TEST_LIMIT, KNN_K = 5000, 1000, 10
 MIN_KNN_IMAGES = 5  # of which one is held out
@@ -29,6 +31,7 @@ TRAINED_ON = "Measured on images it trained on."
 Sets = dict[bool, Features]  # with the final norm, and without it
 
 
+@dataclass
 class OnlineKnn:
     """k-NN top-1 of the given blocks: a fifth of the images (1,000 at most) looked up among the others (5,000 at most).
 
@@ -37,39 +40,40 @@ class OnlineKnn:
     ``draws``: the images that its encoder will then learn from.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        images: ImageSet,
-        *,
-        blocks: Sequence[int],
-        pooling: str,
-        run: Run,
-        refiner: Refiner | None = None,
-        draws: int = 0,
-    ) -> None:
-        self.backbone, self.blocks, self.pooling, self.run = backbone, list(blocks), pooling, run
-        self.refiner, self.draws = refiner, draws
-        self.images, order = images, np.random.default_rng(0).permutation(len(images))
-        self.size = min(TEST_LIMIT, len(images) // 5)
+    backbone: Backbone
+    images: ImageSet
+    blocks: Sequence[int]
+    pooling: str
+    run: Run
+    refiner: Refiner | None = None
+    draws: int = 0
+
+    @classmethod
+    def watching(cls, recipe: Recipe, backbone: Backbone, images: ImageSet, **more: Any) -> OnlineKnn | None:
+        """As the recipe says; None without (enough) labels or when it turns it off."""
+        watched = recipe.knn_every and images.labels is not None and len(images) >= MIN_KNN_IMAGES
+        return cls(backbone, images, **more) if watched else None
+
+    def __post_init__(self) -> None:
+        order = np.random.default_rng(0).permutation(len(self.images))
+        self.size = min(TEST_LIMIT, len(order) // 5)
         self.test, self.bank = order[: self.size], order[self.size :][:BANK_LIMIT]
-        self._frozen: tuple[Sets, Sets] | None = None
+        self._frozen: list[Sets] | None = None
 
     def __call__(self) -> dict[str, float]:
         """Metrics ``knn_top1`` (the last block) and ``knn_top1/<block>``; of a frozen encoder also ``knn_heads``."""
         frozen = self.refiner is not None and self.refiner.encoder_frozen
         kept = self._frozen if frozen else None
-        bank, test = kept or (self._features(self.bank, frozen), self._features(self.test, frozen))
-        self._frozen = (bank, test) if frozen else None
-        last = self.blocks[-1]
+        pair = kept or [self._features(rows, frozen) for rows in (self.bank, self.test)]
+        self._frozen = pair if frozen else None
         metrics = {
-            f"knn_top1/{block}": _accuracy(bank, test, *(sets[False][block, self.pooling] for sets in (bank, test)))
+            f"knn_top1/{block}": _accuracy(pair, [sets[False][block, self.pooling] for sets in pair])
             for block in self.blocks
         }
         if frozen:
-            metrics["knn_heads"] = _accuracy(bank, test, self._projected(bank), self._projected(test))
+            metrics["knn_heads"] = _accuracy(pair, [self._projected(sets) for sets in pair])
         # all ranks must agree: what is kept as best, and when a run stops, depends on it
-        return from_rank_0({"knn_top1": metrics[f"knn_top1/{last}"], **metrics})
+        return from_rank_0({"knn_top1": metrics[f"knn_top1/{self.blocks[-1]}"], **metrics})
 
     def forecast(self, folder: Path) -> dict[str, Any]:
         """{"forecast": record} by what metrics.jsonl of a run folder has of its warm-up; empty without one."""
@@ -85,15 +89,9 @@ class OnlineKnn:
             self.run.reporter.message(f"forecast: {found['reason']}")
 
     def _features(self, indices: NDArray[np.int64], normed: bool) -> Sets:
-        return feature_sets(
-            self.backbone,
-            self.images,
-            blocks=self.blocks,
-            poolings=(self.pooling,),
-            norms=(False, True) if normed else (False,),
-            run=self.run,
-            indices=indices,
-        )
+        norms = (False, True) if normed else (False,)
+        how: dict[str, Any] = {"blocks": self.blocks, "poolings": (self.pooling,), "norms": norms, "run": self.run}
+        return feature_sets(self.backbone, self.images, **how, indices=indices)
 
     @torch.inference_mode()
     def _projected(self, sets: Sets) -> Tensor:
@@ -106,7 +104,7 @@ class OnlineKnn:
             return projector(features.to(self.run.device)).float().cpu()
 
 
-def _accuracy(bank_sets: Sets, test_sets: Sets, bank: Tensor, test: Tensor) -> float:
-    labels, truth = required_labels(bank_sets[False], "bank"), required_labels(test_sets[False], "test")
-    predicted = knn_predict(bank, labels, test, k=min(KNN_K, len(labels)))
+def _accuracy(pair: Sequence[Sets], features: Sequence[Tensor]) -> float:
+    labels, truth = (required_labels(sets[False], "chosen") for sets in pair)
+    predicted = knn_predict(features[0], labels, features[1], k=min(KNN_K, len(labels)))
     return predicted.eq(truth).float().mean().item()

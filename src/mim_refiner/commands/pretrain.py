@@ -14,27 +14,14 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.inputs import (
-    common_image_size,
-    ended_run,
-    join_training,
-    list_skipped,
-    open_images,
-    open_run,
-    refuse_other_work,
-    refuse_to_overwrite_inputs,
-    run_fast,
-    train_loader,
-    write_summary,
-)
+from mim_refiner.commands import inputs
 from mim_refiner.commands.loggers import logged
-from mim_refiner.commands.monitor import MIN_KNN_IMAGES, TRAINED_ON, OnlineKnn
+from mim_refiner.commands.monitor import TRAINED_ON, OnlineKnn
 from mim_refiner.commands.plan import available_memory, process_of
 from mim_refiner.core.device import resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import together
 from mim_refiner.core.schedules import peak_learning_rate
-from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import InputError
@@ -49,7 +36,6 @@ from mim_refiner.training.loop import stops_cleanly
 from mim_refiner.training.pretrain import pretrain as train
 from mim_refiner.training.recipe import PretrainRecipe
 from mim_refiner.training.recipes import pretrain_recipe
-from mim_refiner.training.state import RunFolder
 from mim_refiner.types import ImageSize, height_width
 
 
@@ -88,26 +74,26 @@ def pretrain(
     if (arch is None) == (model is None):
         raise InputError("pretrain needs --arch for a new encoder, or --model to go on from one; give one of them")
     given = None if model is None else name_of(model)
-    run = join_training(None if plan else out, device, seed, reporter)
-    images = open_images(data, reporter, exclude=exclude)
-    refuse_to_overwrite_inputs(out, overwrite, data=data, model=model)
+    run = inputs.join_training(None if plan else out, device, seed, reporter)
+    images = inputs.open_images(data, reporter, exclude=exclude)
+    inputs.refuse_to_overwrite_inputs(out, overwrite, data=data, model=model)
     # the size decides which recipe is the default, and a setting or a named recipe may decide the size
-    size = pretrain_recipe(recipe, settings, image_size=0).image_size or common_image_size(images)
+    size = pretrain_recipe(recipe, settings, image_size=0).image_size or inputs.common_image_size(images)
     chosen = pretrain_recipe(recipe, settings, image_size=max(height_width(size)), images=len(images))
     chosen.image_size = size
     run = replace(run, precision=resolve_precision(chosen.precision, run.device))
 
     backbone = start(arch, model, size, out)
     weights = None if model is None else weights_sha256(backbone.model)
-    refuse_other_work(chosen, run, weights or arch, images=images)
-    run_fast(backbone, chosen, run)
+    inputs.refuse_other_work(chosen, run, weights or arch, images=images)
+    inputs.run_fast(backbone, chosen, run)
     torch.manual_seed(seed)
     mae = make_autoencoder(backbone.model, chosen, given).to(run.device)
 
     view = ViewSpec("mae", size, scale=chosen.crop_scale, jitter_prob=0.0, gray_prob=0.0)
-    loader = train_loader(images, [view], chosen, run)
+    loader = inputs.train_loader(images, [view], chosen, run)
     photometric = BatchPhotometric(view, backbone.info.mean, backbone.info.std)
-    ended = ended_run(None if overwrite or plan else Path(out), {}, ("export/config.json",))
+    ended = inputs.ended_run(None if overwrite or plan else Path(out), {}, ("export/config.json",))
     if ended is None:
         free = available_memory(memory_budget, run)
         process = process_of(loader, run)
@@ -116,10 +102,12 @@ def pretrain(
         return {"plan": cost.record()}
     asked = {"command": "pretrain", "data": name_of(data), "arch": arch, "model": given, "model_sha256": weights,
              "seed": seed, "exclude": exclude}  # fmt: skip
-    folder = open_run(out, asked, chosen, images, reporter, overwrite=overwrite, began=started, ended=bool(ended))
+    folder = inputs.open_run(out, asked, chosen, images, reporter, overwrite)
+    folder.began = started
     if ended is not None:
+        reporter.message(inputs.ENDED)
         return ended if folder.writes else {}
-    skipped = list_skipped(images, folder, reporter)
+    skipped = inputs.list_skipped(images, folder, reporter)
     what = f"{arch or given}: {sum(map(torch.numel, backbone.model.parameters())) / 1e6:.1f} M parameters, {size} px"
     epochs, rate = number_of(chosen.training.epochs, "epochs"), chosen.training.base_lr
     reporter.message(
@@ -127,34 +115,24 @@ def pretrain(
         f"{run.precision}; learning rate base {rate:.3g}, peak {peak_learning_rate(rate, chosen.batch_size):.3g}"
     )
     reporter.message(cost.line)
-    watched = images.labels is not None and chosen.knn_every and len(images) >= MIN_KNN_IMAGES
     pooling, blocks = "cls" if backbone.info.has_cls else "mean", range(backbone.info.depth)
-    monitor = OnlineKnn(backbone, images, blocks=blocks, pooling=pooling, run=run) if watched else None
+    monitor = OnlineKnn.watching(chosen, backbone, images, blocks=blocks, pooling=pooling, run=run)
     with contextlib.closing(loader):
         train(mae, chosen, loader, photometric, folder, run, monitor)
-    list_skipped(images, folder, reporter, skipped)
-    after = monitor() if monitor else None
-    card = {"base": Path(given).name if given else "trained from scratch", "data": name_of(data)}
-    return conclude(backbone, card, chosen, images, folder, after) if folder.writes else {}  # the rest is rank 0's
-
-
-def conclude(
-    backbone: Backbone,
-    card: dict[str, Any],
-    recipe: PretrainRecipe,
-    images: ImageSet,
-    folder: RunFolder,
-    after: dict[str, float] | None,
-) -> dict[str, Any]:
-    """Export the encoder and write the summary, which is returned."""
-    card["data"] = f"{Path(card['data']).name} ({number_of(len(images), 'images')})"
+    inputs.list_skipped(images, folder, reporter, skipped)
+    after = {"after": monitor(), "measured_on": TRAINED_ON} if monitor else {}
+    if not folder.writes:  # the rest is rank 0's
+        return {}
+    card = {
+        "base": Path(given).name if given else "trained from scratch",
+        "data": f"{Path(name_of(data)).name} ({number_of(len(images), 'images')})",
+        "recipe": chosen.model_dump(mode="json", exclude={"expected"}),
+    }
     export = folder.path / "export"
-    settings = recipe.model_dump(mode="json", exclude={"expected"})
-    export_timm(backbone.to("cpu"), export, card=card | {"recipe": settings})
-    summary: dict[str, Any] = {"run": str(folder.path), "export": str(export), "data": {"train": images.facts()}}
-    summary |= {"seconds": {"total": folder.seconds}}
-    summary |= {} if after is None else {"after": after, "measured_on": TRAINED_ON}
-    write_summary(folder.path, summary, {})
+    export_timm(backbone.to("cpu"), export, card=card)
+    summary = {"run": str(folder.path), "export": str(export), "data": {"train": images.facts()},
+               "seconds": {"total": folder.seconds}, **after}  # fmt: skip
+    inputs.write_summary(folder.path, summary, {})
     return summary
 
 

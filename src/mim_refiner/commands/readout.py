@@ -12,8 +12,7 @@ import torch
 
 from mim_refiner.analysis.atlas import Atlas, Key, chosen_on_halves, name_of, plainest_first
 from mim_refiner.analysis.readout import Cost, Hits, Row, readout_record
-from mim_refiner.commands.survey import Samples, bank_and_queries, default_key
-from mim_refiner.core.run import Run
+from mim_refiner.commands.survey import Samples, default_key
 from mim_refiner.evaluation.attentive import AttentiveSettings, Blocks, attentive_protocol, sources_of
 from mim_refiner.evaluation.features import Features, own_image_size
 from mim_refiner.evaluation.finetune import LabelledRows
@@ -24,17 +23,15 @@ LINEAR = LinearProbeSettings(last=1, concatenate=False)
 ATTENTIVE = AttentiveSettings(poolers=("ep",), learning_rates=(1e-3, 3e-3, 1e-2), epochs=20, maps=0)
 
 
-def measured_readouts(
-    models: Mapping[str, Backbone], atlases: Mapping[str, Atlas], samples: Samples, run: Run
-) -> dict[str, Any]:
+def measured_readouts(models: Mapping[str, Backbone], atlases: Mapping[str, Atlas], samples: Samples) -> dict[str, Any]:
     """The record of "before", and of "after" where there is one (its usual feature); needs labels."""
-    before, atlas = models["before"], atlases["before"]
+    before, atlas, seed = models["before"], atlases["before"], samples.run.seed
     usual, depth = default_key(before.info), before.info.depth
     keys = plainest_first(atlas.scores)
     table = np.stack([atlas.scores[key] for key in keys])
-    halves = [(half, keys[number]) for half, number in chosen_on_halves(table, run.seed)]
+    halves = [(half, keys[number]) for half, number in chosen_on_halves(table, seed)]
     cells = list(dict.fromkeys(key for _, key in halves))
-    features, test, hits = _linear(before, samples, run, "before", {usual, *cells})
+    features, test, hits = _linear(before, samples, "before", {usual, *cells})
     best, knn = hits[usual].copy(), atlas.scores[usual].copy()
     for half, key in halves:
         best[half], knn[half] = hits[key][half], atlas.scores[key][half]
@@ -42,35 +39,34 @@ def measured_readouts(
     if cells != [usual]:
         named = "best cell (" + " / ".join(map(name_of, cells)) + ")"
         rows.append(Row(named, best, Cost(max(key[0] for key in cells) + 1, depth), knn=float(knn.mean())))
-    rows += _attentive(before, features, test, samples, run)
+    rows += _attentive(before, features, test, samples)
     if "after" in models:
         after = models["after"]
         key = default_key(after.info)
-        of_key = _linear(after, samples, run, "after", {key})[2][key]
+        of_key = _linear(after, samples, "after", {key})[2][key]
         refined, whole = float(atlases["after"].scores[key].mean()), Cost(after.info.depth, after.info.depth)
         rows.append(Row("refined, usual feature", of_key, whole, refined=True, knn=refined))
-    return readout_record(rows, samples=samples.described(), seed=run.seed)
+    return readout_record(rows, samples=samples.described(), seed=seed)
 
 
 def _linear(
-    backbone: Backbone, samples: Samples, run: Run, name: str, keys: set[Key]
+    backbone: Backbone, samples: Samples, name: str, keys: set[Key]
 ) -> tuple[Features, Features, dict[Key, Hits]]:
     """Bank and query features, and the hits of the linear probe at its selected rate on each of ``keys``."""
     options = {"blocks": sorted({key[0] for key in keys}), "norms": sorted({key[2] for key in keys})}
-    bank, queries = bank_and_queries(backbone, samples, run, name, **options)
-    run.reporter.phase(f"readout: linear probes, {name}", 0)
+    pair = samples.features(backbone, name, **options)
+    samples.run.reporter.phase(f"readout: linear probes, {name}", 0)
 
     def side_by_side(found: Mapping[bool, Features]) -> Features:
         """Every key under its block and a pooling that names the norm too."""
-        first = next(iter(found.values()))
         values = {}
         for block, pooling, norm in sorted(keys):
             parts = ("cls", "mean") if pooling == "both" else (pooling,)
             values[block, f"{pooling} {norm}"] = torch.cat([found[norm][block, part] for part in parts], dim=1)
-        return replace(first, values=values)
+        return replace(next(iter(found.values())), values=values)
 
-    train, test = side_by_side(bank), side_by_side(queries)
-    scores = linear_probe(train, test, LINEAR, run)
+    train, test = map(side_by_side, pair)
+    scores = linear_probe(train, test, LINEAR, samples.run)
     hits = {}
     for block, pooling, norm in keys:
         chosen = scores[block, f"{pooling} {norm}"].selected
@@ -79,19 +75,14 @@ def _linear(
     return train, test, hits
 
 
-def _attentive(backbone: Backbone, bank: Features, queries: Features, samples: Samples, run: Run) -> list[Row]:
+def _attentive(backbone: Backbone, bank: Features, queries: Features, samples: Samples) -> list[Row]:
     """Efficient probing of the last block, and of a mixture of four."""
     depth, size = backbone.info.depth, own_image_size(backbone.info)
-    scores = attentive_protocol(
-        backbone,
-        LabelledRows.of(samples.bank, bank),
-        LabelledRows.of(samples.queries, queries),
-        sources_of(backbone, [depth - 1], ATTENTIVE.mixture),
-        ATTENTIVE,
-        image_size=size,
-        run=run,
-        folder=samples.cache.made_folder() if samples.cache else None,
-    )
+    pair = LabelledRows.of(samples.bank, bank), LabelledRows.of(samples.queries, queries)
+    how: dict[str, Any] = {"image_size": size, "run": samples.run}
+    how["folder"] = samples.cache.made_folder() if samples.cache else None
+    sources = sources_of(backbone, [depth - 1], ATTENTIVE.mixture)
+    scores = attentive_protocol(backbone, *pair, sources, ATTENTIVE, **how)
     rows = []
     for (blocks, _), score in scores.items():
         chosen = score.accuracy.selected

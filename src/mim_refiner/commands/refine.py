@@ -14,54 +14,22 @@ import torch
 
 from mim_refiner.checkpoints.families.base import GUESS
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.comparison import (
-    SUMMARY_TEST_LIMIT,
-    SUMMARY_TRAIN_LIMIT,
-    Measured,
-    advised,
-    compare,
-    measured,
-    said_of_training,
-)
+from mim_refiner.commands import inputs
+from mim_refiner.commands.comparison import SUMMARY_TEST_LIMIT, Measured, advised, compare, measure_on
 from mim_refiner.commands.deadline import REPORT, Box
-from mim_refiner.commands.dense import dense_change
-from mim_refiner.commands.inputs import (
-    ended_run,
-    evaluation_sets,
-    join_training,
-    list_skipped,
-    normalize_by,
-    open_run,
-    refuse_other_work,
-    refuse_to_overwrite_inputs,
-    results_folder,
-    run_fast,
-    train_loader,
-    training_images,
-    write_summary,
-)
 from mim_refiner.commands.loggers import logged
-from mim_refiner.commands.measured_settings import (
-    PLACEMENT,
-    SWEEP,
-    head_block_settings,
-    place_in_recipe,
-    refuse_other_run,
-    sweep_in_recipe,
-)
-from mim_refiner.commands.monitor import MIN_KNN_IMAGES, OnlineKnn
+from mim_refiner.commands.measured_settings import head_block_settings, refuse_other_run, settle
+from mim_refiner.commands.monitor import OnlineKnn
 from mim_refiner.commands.plan import plan as run_plan
 from mim_refiner.commands.plan import with_cost
 from mim_refiner.commands.report import finish_with_report, write_gallery
 from mim_refiner.commands.survey import thinned
-from mim_refiner.core.collectives import is_distributed
 from mim_refiner.core.device import resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import together
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.core.sharding import full_state, is_sharded, load_full_state
-from mim_refiner.data.decode import ImageSet
 from mim_refiner.errors import GuardStopError, NonFiniteLossError
 from mim_refiner.export.adapter import write_adapter
 from mim_refiner.export.timm import export_timm, timm_config
@@ -77,7 +45,7 @@ from mim_refiner.training.loop import stops_cleanly
 from mim_refiner.training.recipe import RefineRecipe
 from mim_refiner.training.recipes import refine_recipe
 from mim_refiner.training.refine import Refinement, adapt, build, make_refiner, train, view_specs
-from mim_refiner.training.resolve import START_SHARE, check_guidance, choose_weights, resolve, start_share
+from mim_refiner.training.resolve import START_SHARE, choose_weights, resolve, start_share
 from mim_refiner.training.state import RunFolder
 from mim_refiner.training.view_pool import refuse_pool
 
@@ -147,112 +115,78 @@ def refine_and_compare(
     """Do what :func:`refine` says; ``others`` are further encoders {stage: source} to measure beside, on as many images
     as ``box``, the time that all may take, leaves time for."""
     started = time.perf_counter()
-    run = join_training(None if plan else out, device, seed, reporter)
+    run = inputs.join_training(None if plan else out, device, seed, reporter)
     torch.manual_seed(seed)  # of tensors that the checkpoint lacks: they are part of what the run is known by
     backbone = load_backbone(model)
     timm_config(backbone)  # what cannot be exported is not trained
     weights = weights_sha256(backbone.model)
     first, channels = refine_recipe(recipe, settings, image_size=0), backbone.info.in_chans
-    images, held_out = training_images(data, first, settings, eval_data, run, channels, exclude)
-    refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
+    images, held_out = inputs.training_images(data, first, settings, eval_data, run, channels, exclude)
+    inputs.refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
     read = partial(refine_recipe, recipe, image_size=max(backbone.info.image_size), images=len(images))
     chosen, base = read(settings), read([each for each in settings if read_setting(each)[0] != "heads.blocks"])
     run = replace(run, precision=resolve_precision(chosen.precision, run.device))
     on = measure_on(images, held_out, eval_data, eval_test, run)
-    refuse_other_work(chosen, run, weights, images=images, eval_data=on.bank, eval_test=on.test)
+    inputs.refuse_other_work(chosen, run, weights, images=images, eval_data=on.bank, eval_test=on.test)
     asked = {"command": "refine", "data": name_of(data), "model": name_of(model), "model_sha256": weights, "seed": seed,
              "exclude": exclude}  # fmt: skip
     before = None if overwrite or plan else Path(out)  # of an earlier start
     refuse_other_run(before, asked, resolve(chosen, backbone), images)
     chosen, found = settle(chosen, base, backbone, (images, on.bank), run, before, plan)
     refiner = prepare(backbone, chosen, run)
-    loader = train_loader(images, view_specs(chosen), chosen, run)
+    loader = inputs.train_loader(images, view_specs(chosen), chosen, run)
     chosen = choose_weights(chosen, loader.steps_per_epoch)
     refuse_pool(chosen, refiner, loader.steps_per_epoch * chosen.batch_size, run)
     measuring = on.facts() | {"weights": chosen.export_weights, "others": dict(others or {})}
-    ended = ended_run(before, measuring, ("export/config.json", "evaluation/gallery.json"))
+    ended = inputs.ended_run(before, measuring, ("export/config.json", "evaluation/gallery.json"))
     chosen, cost = with_cost(chosen, refiner, loader, memory_budget, run, on) if ended is None else (chosen, None)
     if plan and cost:
         return run_plan(chosen, refiner, cost, run, loader.cut_where)
-    folder = open_run(out, asked, chosen, images, reporter, overwrite=overwrite, began=started, ended=bool(ended))
+    folder = inputs.open_run(out, asked, chosen, images, reporter, overwrite)
+    folder.began = started
     if ended is not None:
+        reporter.message(inputs.ENDED)
         return ended if folder.writes else {}
     for name, record in found.items() if folder.writes else ():
         write_json(folder.path / f"{name}.json", record)
-    skipped = list_skipped(images, folder, reporter)
+    skipped = inputs.list_skipped(images, folder, reporter)
     announce(chosen, backbone, len(images), loader.steps_per_epoch, run, cost)
     refinement = build(chosen, refiner, loader, run)
-    monitor = online_knn(refinement, on.bank)
+    draws, pooling = (
+        chosen.refinement.epochs * loader.steps_per_epoch * chosen.batch_size,
+        chosen.heads.measured_pooling,
+    )
+    watched: dict[str, Any] = {"blocks": refiner.blocks, "pooling": pooling, "refiner": refiner, "draws": draws}
+    monitor = OnlineKnn.watching(chosen, backbone, on.bank, run=run, **watched)
     with contextlib.closing(loader):
         after, taken, stopped = trained(refinement, folder, monitor, model)
-    list_skipped(images, folder, reporter, skipped)
+    inputs.list_skipped(images, folder, reporter, skipped)
     training, told = folder.seconds, monitor.forecast(folder.path) if monitor else {}
     stages = {"before": load_backbone(model), **after}
     for stage in stages.values():
         stage.info = replace(stage.info, mean=backbone.info.mean, std=backbone.info.std)
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
     card = {"data": f"{Path(name_of(data)).name} ({number_of(len(images), 'images')})", "weights": taken["reason"]}
-    with results_folder(folder.path) as results:
-        summary = conclude(stages, on, chosen, results, card, run, box)
+    with inputs.results_folder(folder.path) as results:
+        summary = conclude(stages, on, chosen, results, card, replace(run, precision="fp32"), box)
     if not folder.writes:  # the rest is rank 0's
         return {}
     summary["verdict"] = advised(summary, chosen, folder.path, backbone, model, stopped)
     summary |= {"data": {"train": images.facts()}, "weights": taken, **found, **told}
     summary |= {"seconds": {"training": training, "total": folder.seconds}}
     summary |= {"stopped": str(stopped)} if stopped else {}
-    write_summary(folder.path, summary, measuring)
+    inputs.write_summary(folder.path, summary, measuring)
     finish_with_report(folder.path, reporter)
     if stopped:
         raise stopped
     return summary
 
 
-def settle(
-    recipe: RefineRecipe,
-    base: RefineRecipe,
-    backbone: Backbone,
-    images: tuple[ImageSet, ImageSet],  # to train on, to measure on
-    run: Run,
-    before: Path | None,
-    plan: bool,
-) -> tuple[RefineRecipe, dict[str, dict[str, Any]]]:
-    """The recipe without "auto", and what was measured for it by the names of its files (nothing for a plan)."""
-    check_guidance(recipe, images[0])
-    if recipe.shard and not is_distributed():
-        run.reporter.message("shard: one process holds all weights; start several (torchrun) to spread them")
-    if recipe.normalization == "data":
-        normalize_by(images[0], backbone)
-    if plan:
-        return resolve(recipe, backbone), {}
-    placement = place_in_recipe(recipe, base, backbone, images[1], run, before)
-    recipe = resolve(recipe, backbone)
-    swept = sweep_in_recipe(recipe, backbone, images[0], run, before)
-    found = {PLACEMENT: placement, SWEEP: swept}
-    return recipe, {name: record for name, record in found.items() if record is not None}
-
-
-def measure_on(images: ImageSet, held_out: ImageSet | None, eval_data: Any, eval_test: Any, run: Run) -> Measured:
-    """The images to measure on: those given, else those held out of the training ``images``, else these themselves."""
-    bank, test = evaluation_sets(images, eval_data, eval_test, run.reporter)
-    on = measured(bank, held_out or test, given=eval_data is not None, run=run)
-    return replace(on, says=said_of_training(images, on, held_out=held_out is not None))
-
-
 def prepare(backbone: Backbone, recipe: RefineRecipe, run: Run) -> Refiner:
     """The encoder with fresh heads, on its device and as fast as it goes there."""
-    run_fast(backbone, recipe, run)
+    inputs.run_fast(backbone, recipe, run)
     torch.manual_seed(run.seed)
     return make_refiner(backbone, recipe).to(run.device)
-
-
-def online_knn(refinement: Refinement, bank: ImageSet) -> OnlineKnn | None:
-    """k-NN of the head blocks during training; None without (enough) labels or when the recipe turns it off."""
-    recipe, refiner = refinement.recipe, refinement.refiner
-    if bank.labels is None or len(bank) < MIN_KNN_IMAGES or not recipe.knn_every:
-        return None
-    how: dict[str, Any] = {"blocks": refiner.blocks, "pooling": recipe.heads.measured_pooling, "run": refinement.run}
-    draws = recipe.refinement.epochs * refinement.loader.steps_per_epoch * recipe.batch_size
-    return OnlineKnn(refiner.backbone, bank, **how, refiner=refiner, draws=draws)
 
 
 def trained(
@@ -299,7 +233,12 @@ def weights_taken(refinement: Refinement) -> dict[str, Any]:
     choice = refinement.recipe.export_weights
     exported = "average" if choice == "ema" else "raw"
     reason = f"{exported} (export_weights={choice}); {100 * share:.1f} % of an average is the start"
-    return {"exported": exported, "both_measured": share <= START_SHARE, "start_share": share, "reason": reason}
+    return {
+        "exported": exported,
+        "both_measured": share <= START_SHARE,
+        "start_share": share,
+        "reason": reason,
+    }
 
 
 def conclude(
@@ -315,35 +254,18 @@ def conclude(
 
     ``card``: what its model card says beside them. It is exported, without figures, where the comparison fails too.
     """
-    pooling, run = recipe.heads.measured_pooling, replace(run, precision="fp32")
-    on = on if on.test is None or box else replace(on, test=thinned(on.test, SUMMARY_TEST_LIMIT))
-    base, settings = Path(stages["before"].info.source).name, recipe.model_dump(mode="json", exclude={"expected"})
-    card |= {"base": base, "recipe": settings}
-    facts: dict[str, Any] = {}
+    if on.test is not None and box is None:
+        on = replace(on, test=thinned(on.test, SUMMARY_TEST_LIMIT))
+    settings, facts = recipe.model_dump(mode="json", exclude={"expected"}), dict[str, Any]()
+    card |= {"base": Path(stages["before"].info.source).name, "recipe": settings}
     try:
-        summary = compare(
-            stages,
-            thinned(on.bank, SUMMARY_TRAIN_LIMIT),
-            on.test,
-            pooling=pooling,
-            head_blocks=[int(block) for block in recipe.heads.blocks],
-            out=out,
-            run=run,
-            knn_k=on.k,
-            box=box,
-        )
-        found = summary["verdict"]
-        if on.says and found["verdict"] != "not measured":
-            summary["verdict"] = found | {"measured_on": on.says, "reason": f"{found['reason']} {on.says}"}
+        summary = compare(stages, on, recipe, out, run, box)
         card |= {"before": summary["before"], "after": summary["after"]}
         found = summary["recommendation"]
-        if recipe.anchor.weight:
-            summary["dense"] = dense_change(stages, on.bank, on.test, run)
-            summary["verdict"] = {**summary["verdict"], "dense": summary["dense"]["reason"]}
         facts = {key: found[key] for key in ("block", "pooling", "norm")} | {"recommendation": found["reason"]}
         pictured = {stage: encoder for stage, encoder in stages.items() if stage not in ("raw", "average")}
         if box is None or box.left(REPORT / 2) > 0:
-            write_gallery(pictured, on.tested, out, pooling=pooling, run=run)
+            write_gallery(pictured, on.tested, out, pooling=recipe.heads.measured_pooling, run=run)
     finally:
         export_timm(stages["after"].to("cpu"), out / "export", card=card, facts=facts)
     return summary

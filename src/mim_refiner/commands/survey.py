@@ -40,41 +40,6 @@ HELD_OUT = 0.2  # of the images, when there is no test set
 BANK_IMAGES, QUERY_IMAGES, VIEW_IMAGES, SIMILARITY_IMAGES, DRIFT_IMAGES = 5000, 2000, 2000, 1000, 256
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Bank and query images by row number. Without a test set both come from one set, and no image is in both."""
-
-    bank: ImageSet
-    bank_rows: NDArray[np.int64]
-    queries: ImageSet
-    query_rows: NDArray[np.int64]
-    view_rows: NDArray[np.int64]  # images of the query set for the label-free measures
-    labelled: bool
-    cache: FeatureCache | None = None  # of their features
-
-    def described(self) -> dict[str, Any]:
-        return {
-            "bank": f"{len(self.bank_rows)} of {number_of(len(self.bank), 'images')}",
-            "queries": f"{len(self.query_rows)} of {number_of(len(self.queries), 'images')}",
-            "label_free": number_of(len(self.view_rows), "images"),
-            "labels": self.labelled,
-        }
-
-
-def choose_samples(train: ImageSet, test: ImageSet | None, *, seed: int, cache: FeatureCache | None = None) -> Samples:
-    """Thin bank and queries to the limits; without ``test`` a fifth of ``train`` is held out, stratified by class."""
-    labelled = train.labels is not None and (test is None or test.labels is not None)
-    if test is None:
-        labels = np.zeros(len(train), dtype=np.int64) if train.labels is None else train.labels
-        kept, held = stratified_split(labels, HELD_OUT, seed)
-        queries = train
-    else:
-        kept, held, queries = np.arange(len(train)), np.arange(len(test)), test
-    views = evenly(len(queries), VIEW_IMAGES)  # nothing is learnt from them, so nothing has to be held out
-    bank, rows = kept[evenly(len(kept), BANK_IMAGES)], held[evenly(len(held), QUERY_IMAGES)]
-    return Samples(train, bank, queries, rows, views, labelled, cache)
-
-
 def thinned(images: ImageSet, limit: int) -> ImageSet:
     """Every n-th image so that at most ``limit`` remain (even over sorted class folders)."""
     step = math.ceil(len(images) / limit)
@@ -88,107 +53,126 @@ def default_key(info: BackboneInfo, pooling: str | None = None) -> Key:
     return info.depth - 1, pooling or ("cls" if info.has_cls else "mean"), False
 
 
-def atlas_of(
-    backbone: Backbone,
-    samples: Samples,
-    run: Run,
-    *,
-    name: str,
-    pooling: str | None = None,
-    probe: bool = True,
-    both: bool = True,
-) -> tuple[Atlas, dict[bool, Features]]:
-    """Atlas by k-NN (labels) or neighbour consistency, and the features of the query images (no labels: of the views).
-
-    Every feature comes from one pass over the images of each kind, or from the cache. ``probe`` adds the ridge probe,
-    ``both`` the two poolings side by side.
+@dataclass(frozen=True)
+class Samples:
+    """Bank and query images by row number, and what is measured on them. Without a test set both come from one set, and
+    no image is in both.
     """
-    default = default_key(backbone.info, pooling)
-    if not samples.labelled:
-        views = _views(backbone, samples, run, name)
-        run.reporter.phase(f"atlas: {name}", 0)
-        return label_free_atlas(views, default=default, both=both, run=run), dict(views.clean)
-    bank, queries = bank_and_queries(backbone, samples, run, name)
-    run.reporter.phase(f"atlas: {name}", 0)
-    return labelled_atlas(bank, queries, default=default, probe=probe, both=both, run=run), queries
 
+    bank: ImageSet
+    bank_rows: NDArray[np.int64]
+    queries: ImageSet
+    query_rows: NDArray[np.int64]
+    view_rows: NDArray[np.int64]  # images of the query set for the label-free measures
+    run: Run
+    cache: FeatureCache | None = None  # of their features
 
-def knn_hits(backbone: Backbone, samples: Samples, run: Run, *, key: Key, name: str) -> NDArray[np.float64]:
-    """[N]: whether k-NN of one block, pooling and norm classifies each query image rightly; needs labels."""
-    block, pooling, norm = key
-    options = {"blocks": (block,), "poolings": (pooling,), "norms": (norm,)}
-    bank, queries = bank_and_queries(backbone, samples, run, name, **options)
-    return labelled_atlas(bank, queries, default=key, probe=False, both=False, run=run).scores[key]
+    @classmethod
+    def of(cls, train: ImageSet, test: ImageSet | None, run: Run, cache: FeatureCache | None = None) -> Samples:
+        """Thin bank and queries to the limits; without ``test`` a fifth of ``train`` is held out, by class."""
+        if test is None:
+            labels = np.zeros(len(train), dtype=np.int64) if train.labels is None else train.labels
+            kept, held = stratified_split(labels, HELD_OUT, run.seed)
+        else:
+            kept, held = np.arange(len(train)), np.arange(len(test))
+        queries = train if test is None else test
+        views = evenly(len(queries), VIEW_IMAGES)  # nothing is learnt from them, so nothing has to be held out
+        bank, rows = kept[evenly(len(kept), BANK_IMAGES)], held[evenly(len(held), QUERY_IMAGES)]
+        return cls(train, bank, queries, rows, views, run, cache)
 
+    @property
+    def labelled(self) -> bool:
+        return self.bank.labels is not None and self.queries.labels is not None
 
-def measures_of(backbone: Backbone, samples: Samples, run: Run, *, key: Key, name: str) -> LabelFreeMeasures:
-    """Label-free measures of one block, pooling and norm."""
-    views = _views(backbone, samples, run, name, blocks=(key[0],), poolings=(key[1],), norms=(key[2],))
-    run.reporter.phase(f"label-free measures: {name}", 0)
-    found = [part[key[2]][key[0], key[1]] for part in views]
-    return label_free_measures(*found, seed=run.seed)
+    def described(self) -> dict[str, Any]:
+        return {
+            "bank": f"{len(self.bank_rows)} of {number_of(len(self.bank), 'images')}",
+            "queries": f"{len(self.query_rows)} of {number_of(len(self.queries), 'images')}",
+            "label_free": number_of(len(self.view_rows), "images"),
+            "labels": self.labelled,
+        }
 
+    def atlas(
+        self, backbone: Backbone, name: str, *, pooling: str | None = None, full: bool = True
+    ) -> tuple[Atlas, dict[bool, Features]]:
+        """Atlas by k-NN (labels) or neighbour consistency, and the features of the query images (no labels: of the
+        views).
 
-def judged_without_labels(
-    models: Mapping[str, Backbone], samples: Samples, run: Run, *, pooling: str | None = None
-) -> dict[str, Any]:
-    """Label-free verdict on the last block of the first two of ``models``, further ones by name beside it.
+        Every feature comes from one pass over the images of each kind, or from the cache. ``full`` adds the two
+        poolings side by side and, with labels, the ridge probe.
+        """
+        how: dict[str, Any] = {"default": default_key(backbone.info, pooling), "both": full, "run": self.run}
+        if not self.labelled:
+            views = self._views(backbone, name)
+            self.run.reporter.phase(f"atlas: {name}", 0)
+            return label_free_atlas(views, **how), dict(views.clean)
+        bank, queries = self.features(backbone, name)
+        self.run.reporter.phase(f"atlas: {name}", 0)
+        return labelled_atlas(bank, queries, probe=full, **how), queries
 
-    "not measured" where there are fewer than ``MIN_IMAGES`` images that the first one tells apart.
-    """
-    first, *later = models
-    if len(samples.view_rows) < MIN_IMAGES:
-        return not_measured(f"{MIN_IMAGES} images or more; give them, or labels by --eval-data")
-    keys = {name: default_key(backbone.info, pooling) for name, backbone in models.items()}
-    measures = {name: measures_of(models[name], samples, run, key=keys[name], name=name) for name in models}
-    known = len(features := measures[first].features)
-    if (told := distinct_rows(features)) < MIN_IMAGES:
-        return not_measured(
-            f"{MIN_IMAGES} images or more that differ; the first encoder tells {told} of {known} apart: they are "
-            "copies, or it has collapsed"
+    def knn_hits(self, backbone: Backbone, name: str) -> NDArray[np.float64]:
+        """[N]: whether k-NN by the usual features classifies each query image rightly; needs labels."""
+        block, pooling, norm = key = default_key(backbone.info)
+        pair = self.features(backbone, name, blocks=(block,), poolings=(pooling,), norms=(norm,))
+        return labelled_atlas(*pair, default=key, probe=False, both=False, run=self.run).scores[key]
+
+    def measures(self, backbone: Backbone, name: str, pooling: str | None = None) -> LabelFreeMeasures:
+        """Label-free measures of the usual features."""
+        block, pooling, norm = default_key(backbone.info, pooling)
+        views = self._views(backbone, name, blocks=(block,), poolings=(pooling,), norms=(norm,))
+        self.run.reporter.phase(f"label-free measures: {name}", 0)
+        return label_free_measures(*(part[norm][block, pooling] for part in views), seed=self.run.seed)
+
+    def judged_without_labels(self, models: Mapping[str, Backbone], pooling: str | None = None) -> dict[str, Any]:
+        """Label-free verdict on the last block of the first two of ``models``, further ones by name beside it.
+
+        "not measured" where there are fewer than ``MIN_IMAGES`` images that the first one tells apart.
+        """
+        if len(self.view_rows) < MIN_IMAGES:
+            return not_measured(f"{MIN_IMAGES} images or more; give them, or labels by --eval-data")
+        first, *later = models
+        measures = {name: self.measures(backbone, name, pooling) for name, backbone in models.items()}
+        known = len(features := measures[first].features)
+        if (told := distinct_rows(features)) < MIN_IMAGES:
+            return not_measured(
+                f"{MIN_IMAGES} images or more that differ; the first encoder tells {told} of {known} apart: they are "
+                "copies, or it has collapsed"
+            )
+        verdicts = {}
+        for name in later:
+            drift = self._drift(models[first], models[name])
+            verdicts[name] = label_free_verdict(measures[first], measures[name], drift=drift, seed=self.run.seed)
+        return verdicts.pop(later[0]) | verdicts
+
+    def _drift(self, before: Backbone, after: Backbone) -> NDArray[np.float64] | None:
+        """1 - cosine of the last block's patch features, per image; None for encoders of different shape."""
+        old, new = before.info, after.info
+        if (old.embed_dim, old.patch_size, old.image_size) != (new.embed_dim, new.patch_size, new.image_size):
+            return None
+        rows, parts = self.view_rows[evenly(len(self.view_rows), DRIFT_IMAGES)], []
+        with torch.inference_mode(), evaluation_mode(before), evaluation_mode(after):
+            for pixels, _ in eval_batches(self.queries, own_image_size(old), 64, indices=rows):
+                pair = (block_outputs(each.to(self.run.device), pixels, [-1], self.run)[0] for each in (before, after))
+                parts.append(dense_drift(*(output.patches.float() for output in pair)))
+        return np.concatenate(parts)
+
+    def features(
+        self, backbone: Backbone, name: str, **options: Any
+    ) -> tuple[dict[bool, Features], dict[bool, Features]]:
+        """Features {norm applied?: Features} of bank and query images, classes numbered as in the bank.
+
+        ``options`` go to ``feature_sets``: everything unless blocks, poolings or norms are named.
+        """
+        sets = {"bank": (self.bank, self.bank_rows), "query": (self.queries, self.query_rows)}
+        how: dict[str, Any] = {"run": self.run, "cache": self.cache, **options}
+        bank, queries = (
+            feature_sets(backbone, images, indices=rows, phase=f"features of the {what} images, {name}", **how)
+            for what, (images, rows) in sets.items()
         )
-    verdicts = {
-        name: label_free_verdict(
-            measures[first], measures[name], drift=drift_of(models[first], models[name], samples, run), seed=run.seed
-        )
-        for name in later
-    }
-    return verdicts[later[0]] | {name: verdicts[name] for name in later[1:]}
+        numbers = class_numbers(self.bank, self.queries)
+        return bank, {norm: found.renumbered(numbers) for norm, found in queries.items()}
 
-
-def drift_of(before: Backbone, after: Backbone, samples: Samples, run: Run) -> NDArray[np.float64] | None:
-    """1 - cosine of the last block's patch features, per image; None for encoders of different shape."""
-    old, new = before.info, after.info
-    if (old.embed_dim, old.patch_size, old.image_size) != (new.embed_dim, new.patch_size, new.image_size):
-        return None
-    rows, pair = samples.view_rows[evenly(len(samples.view_rows), DRIFT_IMAGES)], (before, after)
-    parts = []
-    with torch.inference_mode(), evaluation_mode(before), evaluation_mode(after):
-        for pixels, _ in eval_batches(samples.queries, own_image_size(old), 64, indices=rows):
-            outputs = [block_outputs(backbone.to(run.device), pixels, [-1], run)[0] for backbone in pair]
-            parts.append(dense_drift(*(output.patches.float() for output in outputs)))
-    return np.concatenate(parts)
-
-
-def bank_and_queries(
-    backbone: Backbone, samples: Samples, run: Run, name: str, **options: Any
-) -> tuple[dict[bool, Features], dict[bool, Features]]:
-    """Features {norm applied?: Features} of bank and query images, classes numbered as in the bank.
-
-    ``options`` go to ``feature_sets``: everything unless blocks, poolings or norms are named.
-    """
-
-    def features(what: str, images: ImageSet, rows: NDArray[np.int64]) -> dict[bool, Features]:
-        how: dict[str, Any] = {"cache": samples.cache, "phase": f"features of the {what} images, {name}", **options}
-        return feature_sets(backbone, images, run=run, indices=rows, **how)
-
-    bank = features("bank", samples.bank, samples.bank_rows)
-    queries = features("query", samples.queries, samples.query_rows)
-    number = class_numbers(samples.bank, samples.queries)
-    return bank, {norm: found.renumbered(number) for norm, found in queries.items()}
-
-
-def _views(backbone: Backbone, samples: Samples, run: Run, name: str, **options: Any) -> PairedViews:
-    """The images for the label-free measures, twice augmented; ``options`` as of :func:`bank_and_queries`."""
-    options |= {"indices": samples.view_rows, "what": f", {name}", "cache": samples.cache}
-    return paired_views(backbone, samples.queries, run, **options)
+    def _views(self, backbone: Backbone, name: str, **options: Any) -> PairedViews:
+        """The images for the label-free measures, twice augmented; ``options`` as of :meth:`features`."""
+        options |= {"indices": self.view_rows, "what": f", {name}", "cache": self.cache}
+        return paired_views(backbone, self.queries, self.run, **options)

@@ -111,13 +111,11 @@ class AttentiveProbe(nn.Module):
 
     def attend(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Attention [B, R, M, N] and what the queries found [B, R, M, D]."""
-        query = self.stacked("query") * self.scale
-        if len(self.blocks) == 1:
-            [x] = (tokens[block] for block in self.blocks)
-            attention = torch.einsum("bnd,rmd->brmn", x, query).softmax(-1)
-            return attention, torch.einsum("brmn,bnd->brmd", attention, x)
-        several = torch.stack([tokens[block] for block in self.blocks])
-        mixed = torch.einsum("rl,lbnd->brnd", self.stacked("mix").softmax(-1), several)
+        query, read = self.stacked("query") * self.scale, [tokens[block] for block in self.blocks]
+        if len(read) == 1:
+            attention = torch.einsum("bnd,rmd->brmn", read[0], query).softmax(-1)
+            return attention, torch.einsum("brmn,bnd->brmd", attention, read[0])
+        mixed = torch.einsum("rl,lbnd->brnd", self.stacked("mix").softmax(-1), torch.stack(read))
         attention = torch.einsum("brnd,rmd->brmn", mixed, query).softmax(-1)
         return attention, attention @ mixed
 
@@ -166,7 +164,7 @@ def attentive_protocol(
             probe = AttentiveProbe(blocks, dim, classes, queries, settings, run.seed)
             probes[blocks, pooler] = probe.to(run.device)
         _fit(list(probes.values()), store, kept, labels, settings, run)
-        of_held = [held[start : start + settings.batch_size] for start in range(0, len(held), settings.batch_size)]
+        of_held = map(Tensor.numpy, torch.from_numpy(held).split(settings.batch_size))
         on_held, _ = _hits(probes.values(), (_taken(store, part, run.device) for part in of_held), labels[held])
     on_test, attention = _hits(probes.values(), encode(test), torch.from_numpy(test.labels), settings.maps)
     scores: dict[tuple[Blocks, str], AttentiveScore] = {}
@@ -175,13 +173,9 @@ def attentive_protocol(
         rate = list(settings.learning_rates).index(score.selected_rate or score.best_rate)
         maps = attention[number][:, rate] if settings.maps else torch.empty(0)
         parts = dict(probe.rates[rate].items())  # type: ignore[operator]
-        scores[key] = AttentiveScore(
-            score,
-            probe.queries,
-            sum(part.numel() for name, part in parts.items() if name != "mix" or len(probe.blocks) > 1),
-            tuple(parts["mix"].softmax(0).tolist()),
-            maps.float().cpu().numpy(),
-        )
+        parameters = sum(part.numel() for name, part in parts.items() if name != "mix" or len(probe.blocks) > 1)
+        weights = tuple(parts["mix"].softmax(0).tolist())
+        scores[key] = AttentiveScore(score, probe.queries, parameters, weights, maps.float().cpu().numpy())
     return scores
 
 
@@ -190,11 +184,10 @@ def sources_of(backbone: Backbone, blocks: Sequence[int], mixture: int) -> list[
 
     No mixture where there is nothing to mix: hierarchical encoders change width and number of tokens on the way.
     """
-    depth = backbone.info.depth
-    count = min(mixture, depth)
+    depth, count = backbone.info.depth, min(mixture, backbone.info.depth)
     mixed = tuple(depth * (number + 1) // count - 1 for number in range(count))
     mixable = count > 1 and len({backbone.block_dims[block] for block in mixed}) == 1
-    return [*((block,) for block in blocks), *([mixed] if mixable else [])]
+    return [*((block,) for block in blocks), *[mixed] * mixable]
 
 
 def _tokens(
@@ -261,9 +254,8 @@ def _fit(
 ) -> None:
     """AdamW on the sum of all cross-entropies: no two probes share a weight, so each trains as if alone."""
     groups: list[dict[str, Any]] = [
-        {"params": list(of_rate.parameters()), "lr_scale": rate, "weight_decay": settings.weight_decay}
-        for probe in probes
-        for of_rate, rate in zip(probe.rates, settings.learning_rates, strict=True)
+        {"params": list(probe.rates[number].parameters()), "lr_scale": rate, "weight_decay": settings.weight_decay}
+        for probe, (number, rate) in product(probes, enumerate(settings.learning_rates))
     ]
     optimizer = adamw(groups, (0.9, 0.999))
     size = min(settings.batch_size, len(kept))
@@ -291,10 +283,10 @@ def _hits(
     attention: list[list[Tensor]] = [[] for _ in probes]
     done = 0
     for tokens in batches:
-        count = len(next(iter(tokens.values())))
         for number, probe in enumerate(probes):
-            found[number].append(probe.eval()(tokens).argmax(2).cpu() == labels[done : done + count, None])
+            hits = probe.eval()(tokens).argmax(2).cpu()
+            found[number].append(hits == labels[done : done + len(hits), None])
             if done < maps:
                 attention[number].append(probe.attend(tokens)[0][: maps - done])
-        done += count
+        done += len(hits)
     return [[torch.cat(parts) if parts else torch.empty(0, 0) for parts in each] for each in (found, attention)]

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from torch import Tensor
 
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
@@ -31,7 +30,7 @@ from mim_refiner.evaluation.features import block_outputs, own_image_size, resol
 from mim_refiner.files import atomic_file, read_json, write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.positions import check_image_size
-from mim_refiner.types import BackboneInfo, BlockOutput, ImageSize, default_crop_ratio, height_width
+from mim_refiner.types import BackboneInfo, ImageSize, default_crop_ratio, height_width
 
 POOLINGS = ("cls", "mean", "patches")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -42,33 +41,38 @@ KEEP_EVERY = 8  # batches: so much is computed again after an interruption
 class FeatureSpec:
     """Which features, and everything that decides their bits."""
 
-    block: int  # of a resolved one from 0
-    pooling: str | None  # "cls", "mean", "patches"; None: what the authors pool by, mostly cls, else the mean
+    block: int  # from 0
+    pooling: str  # "cls", "mean", "patches"
     norm: bool
-    image_size: ImageSize | None  # pixels; None: the encoder's own
+    image_size: ImageSize  # pixels
     batch_size: int
     precision: Literal["fp32", "bf16"]
     dtype: str  # as stored: "float32", "float16"
 
-    def resolved(self, info: BackboneInfo) -> FeatureSpec:
-        """With what the encoder decides filled in; raises InputError for what it cannot give."""
-        pooling = self.pooling or (info.pooling if info.has_cls else "mean")
+    @classmethod
+    def of(
+        cls, info: BackboneInfo, *, block: int, pooling: str | None, image_size: ImageSize | None, **rest: Any
+    ) -> FeatureSpec:
+        """None is what the authors pool by, mostly cls, else the mean, and the encoder's own size. Raises InputError
+        for what the encoder cannot give.
+        """
+        pooling = pooling or (info.pooling if info.has_cls else "mean")
         if pooling not in POOLINGS:
             raise InputError(f"pooling {pooling!r} is unknown; use {', '.join(POOLINGS[:-1])} or {POOLINGS[-1]}")
         if pooling != "patches":
             resolve_poolings([pooling], info)
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype {self.dtype!r} is unknown; use {' or '.join(DTYPES)}")
-        if self.batch_size < 1:
-            raise InputError(f"batch size {self.batch_size} must be at least 1")
-        [block] = resolve_blocks([self.block], info.depth)
-        size = self.image_size or own_image_size(info)
+        [block], size = resolve_blocks([block], info.depth), image_size or own_image_size(info)
+        spec = cls(block=block, pooling=pooling, image_size=size, **rest)
+        if spec.dtype not in DTYPES:
+            raise InputError(f"dtype {spec.dtype!r} is unknown; use {' or '.join(DTYPES)}")
+        if spec.batch_size < 1:
+            raise InputError(f"batch size {spec.batch_size} must be at least 1")
         check_image_size(height_width(size), info.patch_size)
-        return replace(self, block=block, pooling=pooling, image_size=size)
+        return spec
 
     def transform(self, info: BackboneInfo) -> dict[str, Any]:
         """How an image becomes the encoder's input, in words that a program reads."""
-        size = self.image_size or own_image_size(info)
+        size = self.image_size
         cut: dict[str, Any] = {"resize": list(height_width(size))}
         if isinstance(size, int):
             cut = {"resize_shorter_side": round(size / default_crop_ratio(size)), "center_crop": size}
@@ -80,11 +84,6 @@ class FeatureSpec:
             "mean": list(info.mean),
             "std": list(info.std),
         }
-
-    def take(self, output: BlockOutput) -> Tensor:
-        """[B, D], or [B, N, D] for patches, on the CPU in the stored type."""
-        values = output.patches if self.pooling == "patches" else output.pooled(str(self.pooling))
-        return values.float().to(DTYPES[self.dtype]).cpu()
 
 
 @dataclass(frozen=True)
@@ -99,25 +98,26 @@ class Embedding:
 def compute_features(
     backbone: Backbone, images: ImageSet, spec: FeatureSpec, run: Run, folder: Path | None = None
 ) -> Embedding:
-    """Features of all images, one pass. ``spec`` is a resolved one.
+    """Features of all images, one pass.
 
     With ``folder`` the rows are mapped to features.npy there, and the next call goes on after what done.json says: a
     batch holds the same images in every call, and so the bits are those of an uninterrupted one.
     Raises DataError for features that are not finite or more than 10 % unreadable images, RunFolderError for a full
     disk.
     """
-    size = spec.image_size or own_image_size(backbone.info)
     first, rows = _kept(folder, images)
     total, done = len(images), first
     filled = first - sum(index < first for index, *_ in images.unreadable)
     started = time.perf_counter()
     run.reporter.phase("images", total)
     backbone.to(run.device)
-    batches = eval_batches(images, size, spec.batch_size, indices=np.arange(first, total))
+    batches = eval_batches(images, spec.image_size, spec.batch_size, indices=np.arange(first, total))
     with evaluation_mode(backbone), torch.inference_mode():
         for number, (batch, positions) in enumerate(batches, 1):
             how = {"norm": spec.norm, "class_token_last": spec.pooling == "cls"}
-            found = spec.take(*block_outputs(backbone, batch, [spec.block], run, **how))
+            [output] = block_outputs(backbone, batch, [spec.block], run, **how)
+            values = output.patches if spec.pooling == "patches" else output.pooled(spec.pooling)
+            found = values.float().to(DTYPES[spec.dtype]).cpu()
             if not bool(torch.isfinite(found).all()):
                 raise DataError(
                     f"{images.description}: {spec.pooling} features of block {spec.block} hold NaN or infinity near "
@@ -146,13 +146,13 @@ def _room(folder: Path | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> 
         if hasattr(os, "posix_fallocate"):  # a mapped file with holes kills the process when the disk is full
             with open(folder / "features.npy", "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        return rows
     except OSError as error:
         needed = math.prod(shape) * dtype.itemsize / 1e9
         raise RunFolderError(
             f"{folder}: {needed:.3g} GB for the features cannot be taken ({error.strerror}); make room on its disk, or "
             "choose another --out"
         ) from error
-    return rows
 
 
 def _keep(folder: Path | None, rows: NDArray[Any], done: int, images: ImageSet) -> None:
@@ -179,13 +179,6 @@ def _kept(folder: Path | None, images: ImageSet) -> tuple[int, NDArray[Any] | No
 
 ENDINGS = (".parquet", ".npy", ".safetensors")
 _GROUP_BYTES = 2**26  # of a row group
-
-
-def check_ending(path: Path) -> None:
-    """Raise InputError for a file ending that is none of ours."""
-    if path.suffix not in ENDINGS:
-        known = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
-        raise InputError(f"--out {path}: unknown kind of file '{path.suffix}'; end it with {known}")
 
 
 def rows_file(path: Path) -> Path | None:
@@ -247,10 +240,10 @@ def _write_parquet(
         values = pa.array(features[rows].reshape(-1))
         for length in reversed(features.shape[1:]):
             values = pa.FixedSizeListArray.from_arrays(values, length)
-        names = pa.array([images.source.name(index) for index in columns["index"][rows].tolist()], pa.string())
-        labels = {"label": columns["label"][rows]} if "label" in columns else {}
-        found = pa.table({"index": columns["index"][rows], "name": names, **labels, "features": values})
-        return found.replace_schema_metadata(metadata)
+        index, *labels = (column[rows] for column in columns.values())
+        names = pa.array(map(images.source.name, index.tolist()), pa.string())
+        known = ["index", "name", *list(columns)[1:], "features"]
+        return pa.table([index, names, *labels, values], known, metadata=metadata)
 
     step, schema = max(1, _GROUP_BYTES // features[0].nbytes), table(slice(0)).schema
     compression = dict.fromkeys(schema.names[:-1], "zstd")  # float features do not get smaller

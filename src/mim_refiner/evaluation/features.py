@@ -22,6 +22,7 @@ from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.cache import FeatureCache, identity_of
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.reporting import Reporter
 from mim_refiner.types import BackboneInfo, BlockOutput, ImageSize, default_crop_ratio, height_width, side_or_pair
 
 POOLINGS = ("cls", "mean")
@@ -125,12 +126,12 @@ def feature_sets(
         for pooling in resolve_poolings(poolings, backbone.info)
     ]
     run = run or Run(device_of(backbone))
+    run = run if phase else replace(run, reporter=Reporter())
     backbone.to(run.device)
     size = image_size or own_image_size(backbone.info)
     chosen = None if indices is None else np.asarray(indices, dtype=np.int64)
     wanted = np.arange(len(images)) if chosen is None else chosen
-    if phase:
-        run.reporter.phase(phase, len(wanted))
+    run.reporter.phase(phase, len(wanted))
     cache = cache if rank() == 0 else None
     identities: dict[_FullKey, dict[str, Any]] = {}
     found: dict[_FullKey, dict[str, Tensor] | None] = {}
@@ -146,7 +147,7 @@ def feature_sets(
 
         def forward(part: NDArray[np.int64] | None) -> tuple[dict[_FullKey, Tensor], Tensor]:
             batches = transform.batches(images, size, batch_size, part)
-            return _forward(backbone, batches, missing, len(wanted if part is None else part), run, bool(phase))
+            return _forward(backbone, batches, missing, len(wanted if part is None else part), run)
 
         # other transforms draw by an image's place in the call
         spread = is_distributed() and transform is CENTRE_CROP
@@ -191,12 +192,7 @@ def _spread(
 
 
 def _forward(
-    backbone: Backbone,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    keys: Sequence[_FullKey],
-    total: int,
-    run: Run,
-    told: bool,
+    backbone: Backbone, batches: Iterator[tuple[Tensor, Tensor]], keys: Sequence[_FullKey], total: int, run: Run
 ) -> tuple[dict[_FullKey, Tensor], Tensor]:
     """One pass over the images for all ``keys``: {key: float32 [N, D]} and the positions of the rows [N]."""
     wanted = list(dict.fromkeys(key[0] for key in keys))
@@ -208,9 +204,8 @@ def _forward(
         for batch, positions in batches:
             rows = slice(done, done + len(positions))
             if keys:
-                outputs = dict(
-                    zip(wanted, block_outputs(backbone, batch, wanted, run, class_token_last=alone), strict=True)
-                )
+                found = block_outputs(backbone, batch, wanted, run, class_token_last=alone)
+                outputs = dict(zip(wanted, found, strict=True))
                 with run.autocast():
                     normed = {key[0]: _normed(backbone, outputs[key[0]]) for key in keys if key[2]}
             for block, pooling, norm in keys:
@@ -221,8 +216,7 @@ def _forward(
                 buffers[block, pooling, norm][rows] = pooled
             seen.append(positions)
             done = rows.stop
-            if told:
-                run.reporter.progress(done, {})
+            run.reporter.progress(done, {})
     if not seen:
         raise DataError("no image to compute features of; give at least one readable image")
     values = {key: buffer[:done] for key, buffer in buffers.items()}  # unreadable images have no row

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -131,20 +132,18 @@ class Classifier(nn.Module):
         self.backbone = copy.deepcopy(backbone)
         self.backbone.requires_grad_(True)
         self.frozen_blocks = int(frozen_share * backbone.info.depth)
-        if self.frozen_blocks:
-            for parameter in self.backbone.fixed_parameters(self.frozen_blocks):
-                parameter.requires_grad_(False)
+        for parameter in self.backbone.fixed_parameters(self.frozen_blocks) if self.frozen_blocks else ():
+            parameter.requires_grad_(False)
         self.pooling = pooling
         self.head = nn.Linear(backbone.info.embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
         # stochastic depth that grows linearly from 0 at the first block to ``drop_path`` at the last
         blocks = getattr(self.backbone.model, "blocks", ())
-        for number, block in enumerate(blocks):
+        for (number, block), name in product(enumerate(blocks), ("drop_path", "drop_path1", "drop_path2")):
             share = drop_path * number / max(1, len(blocks) - 1)
-            for name in ("drop_path", "drop_path1", "drop_path2"):
-                if share and hasattr(block, name):
-                    setattr(block, name, DropPath(share))
+            if share and hasattr(block, name):
+                setattr(block, name, DropPath(share))
 
     def train(self, mode: bool = True) -> Classifier:
         """Random layers of frozen blocks rest."""
@@ -174,7 +173,7 @@ def finetune(
     pooling = resolve_poolings(None if settings.pooling == "auto" else [settings.pooling], backbone.info)[0]
     with _seeded(run.seed, range(torch.cuda.device_count())):
         model = Classifier(backbone, num_classes, pooling, settings.drop_path, settings.frozen_share).to(run.device)
-        _train(model, train, settings, num_classes, image_size, run)
+        _train(model, train, settings, image_size, run)
     predicted = _predict(model, test, image_size, settings.batch_size, run)
     return AccuracyScore.of(predicted == torch.from_numpy(test.labels))
 
@@ -220,15 +219,8 @@ def share_of(rows: LabelledRows, share: float, seed: int) -> LabelledRows:
     return rows.select(np.sort(np.concatenate(kept)))
 
 
-def _train(
-    model: Classifier,
-    train: LabelledRows,
-    settings: FinetuneSettings,
-    num_classes: int,
-    image_size: ImageSize,
-    run: Run,
-) -> None:
-    count = len(train.rows)
+def _train(model: Classifier, train: LabelledRows, settings: FinetuneSettings, image_size: ImageSize, run: Run) -> None:
+    count, num_classes = len(train.rows), model.head.out_features
     size = min(settings.batch_size, count) // 2 * 2 or 1  # mixup pairs the images of a batch
     steps, peak = count // size, peak_learning_rate(settings.lr, size)
     kinds, smoothing = (settings.mixup, settings.cutmix), settings.label_smoothing
@@ -251,10 +243,10 @@ def _train(
     for epoch in range(settings.epochs):
         order = np.random.default_rng([run.seed, epoch]).permutation(count)[: steps * size].reshape(steps, size)
         batches[:] = [[(epoch, index) for index in chosen] for chosen in order.tolist()]
-        for images, labels in watched(loader):
+        for batch in watched(loader):
             rate = warmup_cosine(step, total_steps=total, warmup_steps=warmup, peak=peak, end=settings.end_lr)
             set_learning_rate(optimizer, rate)
-            images, targets = (each.to(run.device, non_blocking=True) for each in (images, labels))
+            images, targets = (each.to(run.device, non_blocking=True) for each in batch)
             if mixup:
                 images, targets = mixup(images, targets)
             with run.autocast():
@@ -291,18 +283,9 @@ def training_transform(
     settings: FinetuneSettings, image_size: ImageSize, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Image.Image], Tensor]:
     """timm's training transform: random resized crop, flip, RandAugment, normalisation, random erasing."""
-    crop, _, final = create_transform(
-        image_size,
-        is_training=True,
-        scale=tuple(settings.crop_scale),
-        color_jitter=None,
-        interpolation="bicubic",
-        re_prob=settings.erasing,
-        re_mode="pixel",
-        mean=tuple(mean),
-        std=tuple(std),
-        separate=True,
-    )
+    how: dict[str, Any] = {"scale": tuple(settings.crop_scale), "interpolation": "bicubic", "color_jitter": None}
+    how |= {"mean": tuple(mean), "std": tuple(std), "re_prob": settings.erasing, "re_mode": "pixel"}
+    crop, _, final = create_transform(image_size, is_training=True, separate=True, **how)
     if not settings.randaugment:
         return Compose([crop, final])
     options = {

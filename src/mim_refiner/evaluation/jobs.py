@@ -101,8 +101,8 @@ class Job:
         return Result(protocol, metric, float(value), block=key[0], pooling=key[1], seed=self.run.seed, **known | rest)
 
     def accuracy(
-        self, protocol: str, metric: str, score: AccuracyScore, shown: Mapping[str, Any], key: FeatureKey | None = None
+        self, protocol: str, name: str, score: AccuracyScore, shown: Any, key: FeatureKey | None = None, **rest: Any
     ) -> Result:
         """The result of an accuracy with its interval, hits and settings; ``key`` None: ``main_key``."""
-        known = {"ci95": score.ci95, "correct": score.correct, "settings": shown}
-        return self.result(protocol, metric, key or self.main_key, score.accuracy, **known)
+        known = {"ci95": score.ci95, "correct": score.correct, "settings": shown, **rest}
+        return self.result(protocol, name, key or self.main_key, score.accuracy, **known)

@@ -7,6 +7,7 @@ logits repeated over the patch); for scoring the logits are upsampled bilinearly
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Annotated, Any
 
@@ -143,28 +144,23 @@ def _confusions(
     probe: DenseProbe, windows: Windows, masks: MaskSet, classes: int, batch_size: int
 ) -> NDArray[np.int64]:
     """Pixel counts [N, C, C] of every test image, at the size of its own mask."""
-    confusions: list[NDArray[np.int64]] = []
-    window = windows.window
+    window, confusions = windows.window, []
     images, counts = windows.places[:, 0].unique_consecutive(return_counts=True)
-    of_images = torch.arange(len(windows)).split(counts.tolist())
-    total = seen = torch.empty(0)
-    for rows, tokens, _ in windows.batches(part for all_rows in of_images for part in all_rows.split(batch_size)):
-        number = len(confusions)  # of the image
-        if rows[0] == of_images[number][0]:
-            places = windows.places[of_images[number]]
-            height, width = (int(places[:, axis].max()) + window for axis in (1, 2))
-            total, seen = torch.zeros(classes, height, width), torch.zeros(height, width)
-        logits = probe.logits(tokens).transpose(1, 2).unflatten(2, windows.grid)
-        for part, (_, top, left) in zip(logits, windows.places[rows].tolist(), strict=True):
-            part = F.interpolate(part[None], size=(window, window), mode="bilinear", align_corners=False)[0]
-            total[:, top : top + window, left : left + window] += part
-            seen[top : top + window, left : left + window] += 1
-        if rows[-1] == of_images[number][-1]:
-            truth = masks.load(int(images[number]))
-            mean = (total / seen)[None]
-            if mean.shape[2:] != truth.shape:
-                mean = F.interpolate(mean, size=truth.shape, mode="bilinear", align_corners=False)
-            confusions.append(confusion(truth, mean[0].argmax(0).numpy(), classes, masks.ignore_index))
+    parts = [rows.split(batch_size) for rows in torch.arange(len(windows)).split(counts.tolist())]
+    stream = windows.batches(itertools.chain.from_iterable(parts))
+    for image, of_image in zip(images.tolist(), parts, strict=True):
+        height, width = (windows.places[torch.cat(of_image), 1:].amax(0) + window).tolist()
+        total, seen = torch.zeros(classes, height, width), torch.zeros(height, width)
+        for rows, tokens, _ in itertools.islice(stream, len(of_image)):
+            logits = probe.logits(tokens).transpose(1, 2).unflatten(2, windows.grid)
+            for part, (_, top, left) in zip(logits, windows.places[rows].tolist(), strict=True):
+                part = F.interpolate(part[None], size=(window, window), mode="bilinear", align_corners=False)[0]
+                total[:, top : top + window, left : left + window] += part
+                seen[top : top + window, left : left + window] += 1
+        truth, mean = masks.load(image), (total / seen)[None]
+        if mean.shape[2:] != truth.shape:
+            mean = F.interpolate(mean, size=truth.shape, mode="bilinear", align_corners=False)
+        confusions.append(confusion(truth, mean[0].argmax(0).numpy(), classes, masks.ignore_index))
     return np.stack(confusions)
 
 

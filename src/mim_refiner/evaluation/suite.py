@@ -20,8 +20,7 @@ from mim_refiner.data.masks import has_masks
 from mim_refiner.data.name_lists import NameList, match_names
 from mim_refiner.data.source_base import ImageSource
 from mim_refiner.errors import DataError, InputError, did_you_mean
-from mim_refiner.evaluation import protocols as frozen
-from mim_refiner.evaluation import protocols_images as retrained
+from mim_refiner.evaluation import protocols as runners
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import own_image_size, resolve_blocks, resolve_poolings
 from mim_refiner.evaluation.finetune import row_of
@@ -34,17 +33,17 @@ from mim_refiner.files import write_json
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import number_of
 
-RUNNERS: dict[str, Callable[[Job], list[Result]]] = {
-    "knn": frozen.knn,
-    "linear": frozen.linear,
-    "attentive": retrained.attentive,
-    "clustering": frozen.clustering,
-    "rank": frozen.rank,
-    "low_shot": frozen.low_shot,
-    "finetune": retrained.finetuning,
-    "long_tail": retrained.long_tail,
-    "robustness": retrained.robustness,
-    "segmentation": retrained.segmentation,
+RUNNERS: dict[str, Callable[[Job], Iterable[Result]]] = {
+    "knn": runners.knn,
+    "linear": runners.linear,
+    "attentive": runners.attentive,
+    "clustering": runners.clustering,
+    "rank": runners.rank,
+    "low_shot": runners.low_shot,
+    "finetune": runners.finetuning,
+    "long_tail": runners.long_tail,
+    "robustness": runners.robustness,
+    "segmentation": runners.segmentation,
 }
 NEEDS_LABELS = ("knn", "linear", "clustering")  # what runs unless protocols are named
 IMAGES_ALONE = {"attentive", "finetune", "segmentation"}  # and no pooled features
@@ -137,13 +136,9 @@ def suite_protocols(suite: str, images: ImageSet) -> tuple[str, ...]:
     if suite == "paper" and masks:
         chosen = (*chosen, "segmentation")
     runnable = tuple(n for n in chosen if n == "rank" or (masks if n == "segmentation" else images.labels is not None))
-    if not [name for name in runnable if name != "rank"]:
-        needed, why = "labels", f" ({images.source.no_labels})"
-        if suite == "dense":
-            needed, why = "masks", ""
-        raise DataError(
-            f"{images.source.counted}: no {needed}{why}, and suite {suite} needs them; give data that has them"
-        )
+    if not {*runnable} - {"rank"}:
+        lacking = "masks" if suite == "dense" else f"labels ({images.source.no_labels})"
+        raise DataError(f"{images.source.counted}: no {lacking}, and suite {suite} needs them; give data that has them")
     return runnable
 
 

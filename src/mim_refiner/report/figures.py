@@ -50,8 +50,7 @@ def block_curves(record: Mapping[str, Any], path: str | Path) -> Path:
         axis.set_title(POOLINGS.get(pooling, pooling), fontsize=10)
     axes[0].set_ylabel(f"{measure_of(record)} (%)")
     legend(axes[0])
-    figure.suptitle(f"{measure_of(record)} by block, with 95 % intervals", fontsize=11)
-    return save_figure(figure, path)
+    return save_figure(figure, path, f"{measure_of(record)} by block, with 95 % intervals")
 
 
 def poolings_of(record: Mapping[str, Any]) -> list[str]:
@@ -181,8 +180,9 @@ def panels(
     return figure, axes[:count]
 
 
-def save_figure(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path, title: str) -> Path:
     """Write the PNG atomically."""
+    figure.suptitle(title, fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return write_bytes(path, buffer.getvalue())
@@ -210,8 +210,7 @@ def atlas_map(record: Mapping[str, Any], path: str | Path) -> Path:
             _write_values(axis, table)
         corner = blocks.index(chosen["block"]) - 0.5, rows.index((chosen["norm"], chosen["pooling"])) - 0.5
         axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#D55E00", linewidth=2.5, clip_on=False))
-    figure.suptitle("Atlas: which block, pooling and norm (frame: recommended)", fontsize=11)
-    return save_figure(figure, path)
+    return save_figure(figure, path, "Atlas: which block, pooling and norm (frame: recommended)")
 
 
 def regimes_plot(record: Mapping[str, Any], path: str | Path) -> Path:
@@ -243,8 +242,7 @@ def regimes_plot(record: Mapping[str, Any], path: str | Path) -> Path:
         bottom.set_ylabel("share of the improvement (%)")
         bottom.set_xlabel("encoder block (from 0)")
         bottom.legend(fontsize=8, frameon=False)
-    figure.suptitle(f"{what} and reconstruction by block: early, middle and late regime", fontsize=11)
-    return save_figure(figure, path)
+    return save_figure(figure, path, f"{what} and reconstruction by block: early, middle and late regime")
 
 
 def similarity_map(record: Mapping[str, Any], path: str | Path) -> Path:
@@ -260,8 +258,7 @@ def similarity_map(record: Mapping[str, Any], path: str | Path) -> Path:
         axis.set_ylabel(f"block of {rows}")
         axis.set_xlabel(f"block of {columns or rows}")
     figure.colorbar(image, ax=axes, shrink=0.8).set_label("linear CKA")
-    figure.suptitle("Similarity of blocks", fontsize=11)
-    return save_figure(figure, path)
+    return save_figure(figure, path, "Similarity of blocks")
 
 
 def head_behaviour(metrics: str | Path, path: str | Path) -> Path:
@@ -279,8 +276,7 @@ def head_behaviour(metrics: str | Path, path: str | Path) -> Path:
         draw_log(axis, lines, phase_starts(records))
         axis.set_ylabel(label)
     legend(axes[0])
-    figure.suptitle("Heads during training", fontsize=11)
-    return save_figure(figure, path)
+    return save_figure(figure, path, "Heads during training")
 
 
 def _write_values(axis: Axes, table: Sequence[Sequence[float]]) -> None:

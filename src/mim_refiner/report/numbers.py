@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mim_refiner.files import dotted
+from mim_refiner.report import tables
 from mim_refiner.report.figures import step_of
 from mim_refiner.report.run_files import RunFiles
-from mim_refiner.report.tables import (
-    METRICS,
-    STAGES,
-    demo_sentence,
-    further_verdicts,
-    interval_text,
-    paired_change,
-    readout_rows,
-    results_rows,
-    shown,
-    stage_cell,
-    stage_titles,
-)
 from mim_refiner.reporting import metric_title
 
 KINDS = {  # what a folder is: title of its page
@@ -71,8 +59,8 @@ def _without_verdict(run: RunFiles) -> tuple[str, str]:
             f"refine it next: mim-refiner refine --model {run.path} --data IMAGES --out RUN",
         )
     if kind == "analysis":
-        advice = [table["advice"] for table in atlas_tables(run) if table["advice"]]
-        return "One encoder, looked at.", advice[-1] if advice else "analyze --compare sets a second one beside it"
+        advice = ["analyze --compare sets a second one beside it", *(table["advice"] for table in atlas_tables(run))]
+        return "One encoder, looked at.", [text for text in advice if text][-1]
     if kind == "evaluation":
         return "One encoder, measured.", "evaluate --compare sets a second one beside it and gives a verdict"
     return "No verdict.", "no before and after here; refine measures both, evaluate --compare does for two encoders"
@@ -84,9 +72,9 @@ def verdict_view(run: RunFiles) -> dict[str, Any]:
     if not verdict.get("verdict"):
         headline, reason = _without_verdict(run)
         return {"headline": headline, "tone": "open", "reason": reason, "further": [], "next": []}
-    word, sentence = str(verdict.get("verdict", "")), demo_sentence(run.summary)
+    word, sentence = str(verdict.get("verdict", "")), tables.demo_sentence(run.summary)
     headline, tone = HEADLINES.get(word, (word[:1].upper() + word[1:] + ".", "open"))
-    further = further_verdicts(verdict)
+    further = tables.further_verdicts(verdict)
     further += [f"forecast before it: {run.summary['forecast']['reason']}"] if "forecast" in run.summary else []
     further += [f"patch features: {verdict['dense']}"] if "dense" in verdict else []
     return {
@@ -101,7 +89,7 @@ def verdict_view(run: RunFiles) -> dict[str, Any]:
 def compared_rows(run: RunFiles) -> tuple[list[str], list[list[str]]] | None:
     """(header, rows) of what evaluate --compare measured: a row a number, a column an encoder."""
     for record in run.of_kind("comparison").values():
-        return results_rows(record["results"], record.get("change", ()))
+        return tables.results_rows(record["results"], record.get("change", ()))
     return None
 
 
@@ -110,22 +98,22 @@ def metric_rows(run: RunFiles) -> dict[str, Any]:
 
     Values are those of summary.json; intervals come from evaluation/<stage>-<metric>-block..-<pooling>.json.
     """
-    stages = stage_titles(run.summary)
+    stages = tables.stage_titles(run.summary)
     rows = []
-    for metric in METRICS:
+    for metric in tables.METRICS:
         values = {stage: run.summary[stage].get(metric) for stage in stages}
         cells: list[dict[str, Any]] = []
         for stage, value in values.items():
             first = values[next(iter(stages))]
             known = bool(cells) and None not in (value, first)
             ci95 = None if value is None else _ci95(run, stage, metric, value)
-            paired = paired_change(run.summary, stage) if known and metric == "knn_top1" else None
+            paired = tables.paired_change(run.summary, stage) if known and metric == "knn_top1" else None
             cells.append(
                 {
-                    "value": None if value is None else shown(metric, value),
-                    "interval": interval_text(ci95, metric, "") if ci95 else None,
-                    "change": shown(metric, value - first, "+") if known else None,
-                    "change_interval": interval_text(paired["ci95"]) if paired else None,
+                    "value": None if value is None else tables.shown(metric, value),
+                    "interval": tables.interval_text(ci95, metric, "") if ci95 else None,
+                    "change": tables.shown(metric, value - first, "+") if known else None,
+                    "change_interval": tables.interval_text(paired["ci95"]) if paired else None,
                 }
             )
         if {*values.values()} - {None}:
@@ -135,56 +123,37 @@ def metric_rows(run: RunFiles) -> dict[str, Any]:
 
 def _ci95(run: RunFiles, stage: str, metric: str, value: float) -> Sequence[float] | None:
     """The interval of the very number in the summary."""
-    for stem, record in run.results.items():
-        same = stem.startswith(f"{stage}-") and record.get("metric") == metric
-        if same and record.get("ci95") and abs((record["value"] or 0.0) - value) < 1e-12:
-            interval: Sequence[float] = record["ci95"]
-            return interval
-    return None
+    ours = [each for stem, each in run.results.items() if stem.startswith(f"{stage}-") and each["metric"] == metric]
+    known = (each["ci95"] for each in ours if each.get("ci95") and abs((each["value"] or 0.0) - value) < 1e-12)
+    return next(known, None)
 
 
-def atlas_tables(run: RunFiles) -> list[dict[str, Any]]:
+def atlas_tables(run: RunFiles) -> Iterator[dict[str, Any]]:
     """Heat tables of every atlas record: a row a block, a column a pooling and norm, shaded from worst to best."""
-    tables = []
     for where, record in run.of_kind("atlas").items():
         cells, measure = record.get("cells") or [], str(record.get("measure", ""))
-        columns = list(dict.fromkeys((cell["pooling"], bool(cell["norm"])) for cell in cells))
         value = {(cell["block"], cell["pooling"], bool(cell["norm"])): cell.get(measure) for cell in cells}
-        known = [number for number in value.values() if number is not None]
-        if not known:
+        if not (known := [number for number in value.values() if number is not None]):
             continue
         low, high = min(known), max(known)
+        heat = {key: round(100 * ((low if number is None else number) - low) / max(high - low, 1e-12))
+                for key, number in value.items()}  # fmt: skip
+        columns = list(dict.fromkeys(key[1:] for key in value))
         advice: Mapping[str, Any] = record.get("recommendation") or {}
         chosen = (advice.get("block"), advice.get("pooling"), advice.get("norm"))
-        heat = {
-            key: round(100 * (number - low) / max(high - low, 1e-12))
-            for key, number in value.items()
-            if number is not None
-        }
-        rows = [
-            {"block": block, "cells": [{"text": shown(measure, value.get(key)), "heat": heat.get(key, 0),
-                                        "chosen": key == chosen} for key in ((block, *column) for column in columns)]}
-            for block in sorted({cell["block"] for cell in cells})
-        ]  # fmt: skip
-        tables.append(
-            {
-                "title": STAGES.get(where.removeprefix("atlas-"), where),
-                "measure": metric_title(measure, unit=True),
-                "low": f"{100 * low:.1f}",
-                "high": f"{100 * high:.1f}",
-                "columns": [f"{pooling}, {'final norm' if norm else 'raw'}" for pooling, norm in columns],
-                "rows": rows,
-                "advice": str(advice.get("reason", "")),
-            }
-        )
-    return tables
-
-
-def readout_tables(run: RunFiles) -> list[dict[str, Any]]:
-    """ "Refine or read out?" of every readout record: {"sentence", "header", "rows"} of text."""
-    records = run.of_kind("readout").values()
-    return [{"sentence": each["sentence"], **dict(zip(("header", "rows"), readout_rows(each), strict=True))}
-            for each in records]  # fmt: skip
+        yield {
+            "title": tables.STAGES.get(where.removeprefix("atlas-"), where),
+            "measure": metric_title(measure, unit=True),
+            "low": f"{100 * low:.1f}",
+            "high": f"{100 * high:.1f}",
+            "columns": [f"{pooling}, {'final norm' if norm else 'raw'}" for pooling, norm in columns],
+            "rows": {
+                block: [(tables.shown(measure, value.get(key)), heat.get(key, 0), key == chosen)
+                        for key in ((block, *column) for column in columns)]
+                for block in sorted({key[0] for key in value})
+            },
+            "advice": str(advice.get("reason", "")),
+        }  # fmt: skip
 
 
 def cost_rows(run: RunFiles) -> dict[str, str]:
@@ -215,19 +184,23 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
 
 
-def run_row(run: RunFiles, name: str) -> dict[str, Any]:
+def run_row(run: RunFiles, name: str, colour: str) -> dict[str, Any]:
     """One line of the comparison of runs."""
     verdict = verdict_of(run)
     word = str(verdict.get("verdict", "no verdict"))
     seconds = (run.summary.get("seconds") or {}).get("total")
     return {
         "name": name,
+        "colour": colour,
         "verdict": word,
         "tone": HEADLINES.get(word, ("", "open"))[1],
-        "interval": interval_text(verdict["ci95"]) if verdict.get("ci95") else None,
+        "interval": tables.interval_text(verdict["ci95"]) if verdict.get("ci95") else None,
         "cells": [
-            {"title": metric_title(metric, unit=True), "text": stage_cell(run.summary, metric, "after", "before")}
-            for metric in METRICS
+            {
+                "title": metric_title(metric, unit=True),
+                "text": tables.stage_cell(run.summary, metric, "after", "before"),
+            }
+            for metric in tables.METRICS
         ],
         "time": "–" if seconds is None else duration(seconds),
     }

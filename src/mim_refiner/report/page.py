@@ -16,23 +16,11 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from mim_refiner._version import __version__
 from mim_refiner.errors import InputError
 from mim_refiner.files import dotted, reading, write_bytes
-from mim_refiner.report.gallery import gallery_view
-from mim_refiner.report.numbers import (
-    KINDS,
-    atlas_tables,
-    compared_rows,
-    cost_rows,
-    kind_of,
-    metric_rows,
-    readout_tables,
-    recipe_differences,
-    run_row,
-    verdict_of,
-    verdict_view,
-)
+from mim_refiner.report import numbers
+from mim_refiner.report.gallery import Gallery
 from mim_refiner.report.panels import block_curve_panels, comparison_panels, learning_panels, run_colour
 from mim_refiner.report.run_files import RunFiles, read_run
-from mim_refiner.report.tables import left_out_lines, measures_rows, results_rows
+from mim_refiner.report.tables import STAGES, left_out_lines, measures_rows, readout_rows, results_rows
 
 # On a narrow screen a line must not break at the hyphen of k-NN.
 TEXT = re.compile(r"(<(?:p|h2|h3|th|td|caption|li|summary|figcaption)\b[^>]*>)([^<]*k-NN[^<]*)")
@@ -63,23 +51,21 @@ def render(runs: Sequence[RunFiles]) -> str:
     environment = Environment(
         loader=DictLoader(texts), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["text"] = text_of
-    views = [run_view(run, number, compact=len(runs) > 1) for number, run in enumerate(runs)]
+    environment.filters |= {"text": text_of, "stage": lambda name: STAGES.get(name, name)}
     short = [run.name for run in runs]
-    names = [str(run.path) if short.count(run.name) > 1 else run.name for run in runs]  # folders may share a name
-    for view, name in zip(views, names, strict=True):
-        view["name"] = name
-    named = list(zip(names, runs, strict=True))
-    comparison = None
+    # folders may share a name
+    named = [(str(run.path) if short.count(run.name) > 1 else run.name, run) for run in runs]
+    title, comparison = f"{numbers.KINDS[numbers.kind_of(runs[0])]}: {short[0]}", None
     if len(runs) > 1:
+        title = f"Comparison of {', '.join(name for name, _ in named)}"
         comparison = {
-            "rows": [run_row(run, name) | {"colour": run_colour(n)} for n, (name, run) in enumerate(named)],
-            "recipe": recipe_differences(runs),
+            "rows": [numbers.run_row(run, name, run_colour(n)) for n, (name, run) in enumerate(named)],
+            "recipe": numbers.recipe_differences(runs),
             "panels": comparison_panels({name: run.metrics for name, run in named}),
         }
     page = environment.get_template("page.html.j2").render(
-        title="Comparison of " + ", ".join(names) if comparison else f"{KINDS[kind_of(runs[0])]}: {names[0]}",
-        runs=views,
+        title=title,
+        runs=[run_view(run, name, n, compact=len(runs) > 1) for n, (name, run) in enumerate(named)],
         comparison=comparison,
         style=texts["style.css"],
         script=texts["script.js"],
@@ -94,44 +80,44 @@ def _unbroken(words: re.Pattern[str], text: str) -> str:
     return words.sub(r'<span class="one">\g<0></span>', text)
 
 
-def run_view(run: RunFiles, number: int, *, compact: bool) -> dict[str, Any]:
+def run_view(run: RunFiles, name: str, number: int, *, compact: bool) -> dict[str, Any]:
     """What the templates show of one run; ``compact`` leaves the pictures out (several runs on one page)."""
     prefix = f"run{number}-"
     curves = run.of_kind("knn_by_block")
-    galleries = {} if compact else run.of_kind("gallery")
+    galleries = [] if compact else [*run.of_kind("gallery").values()]
     facts = run.config.get("mim_refiner", {})
-    numbers = [{"model": "encoder", **record} for record in run.results.values()]
+    results = [{"model": "encoder", **record} for record in run.results.values()]
     files = {"summary.json": run.summary, "recipe.json": run.recipe, "evaluation.json": run.results}
     view: dict[str, Any] = {
         "id": prefix.rstrip("-"),
+        "name": name,
         "path": str(run.path),
-        "finished": bool(run.summary),
-        "kind": kind_of(run),
-        "verdict": verdict_view(run),
-        "measures": measures_rows(verdict_of(run)),
-        "compared": compared_rows(run),
-        "metrics": metric_rows(run),
+        "kind": numbers.kind_of(run),
+        "verdict": numbers.verdict_view(run),
+        "measures": measures_rows(numbers.verdict_of(run)),
+        "compared": numbers.compared_rows(run),
+        "metrics": numbers.metric_rows(run),
         "statements": [text for record in curves.values() for text in record.get("statements", [])],
         "block_panels": [panel for record in curves.values() for panel in block_curve_panels(record, prefix)],
         "curves": [record["curves"] for record in curves.values()],
-        "atlases": atlas_tables(run),
+        "atlases": list(numbers.atlas_tables(run)),
         "log_panels": learning_panels(run.metrics, prefix, run.recipe) if run.metrics else [],
         "no_gallery": next((str(record["reason"]) for record in run.of_kind("no gallery").values()), None),
-        "gallery": gallery_view(next(iter(galleries.values()))) if galleries else None,
-        "readouts": readout_tables(run),
+        "gallery": Gallery(galleries[0]) if galleries else None,
+        "readouts": [(record["sentence"], readout_rows(record)) for record in run.of_kind("readout").values()],
         "attention": {} if compact else run.of_kind("attention"),
         "compact": compact,
         "recipe": dotted(run.recipe),
         "environment": dotted(run.environment),
         "licence": facts.get("licence"),
         "architecture": facts.get("architecture") or run.config.get("architecture"),
-        "cost": cost_rows(run),
+        "cost": numbers.cost_rows(run),
         "skipped": run.skipped,
         "damaged": run.damaged,
         "data": data_lines(run),
         "downloads": [{"name": name, "uri": JSON_URI + base64.b64encode(json.dumps(value, indent=1).encode()).decode()}
                       for name, value in files.items() if value],
-        "results": results_rows(numbers, ()) if numbers and not run.summary else None,
+        "results": results_rows(results, ()) if results and not run.summary else None,
     }  # fmt: skip
     return view | {"sections": sections(view)}
 

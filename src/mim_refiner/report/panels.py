@@ -15,34 +15,17 @@ from matplotlib.figure import Figure
 
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.errors import InputError
-from mim_refiner.report.figures import (
-    AXIS,
-    GRID,
-    LINES,
-    MORE_STYLES,
-    POOLINGS,
-    SHADE,
-    STYLES,
-    TEXT,
-    Lines,
-    draw_curves,
-    draw_log,
-    legend,
-    measure_of,
-    panels,
-    phase_starts,
-    poolings_of,
-    series_of,
-)
+from mim_refiner.report import figures
+from mim_refiner.report.figures import AXIS, TEXT, Lines, legend, measure_of
 
 # What the light figure's colours are called in the page's style sheet, which has a dark value for each.
 THEMED = {
     TEXT: "var(--ink)",
     AXIS: "var(--muted)",
-    GRID: "var(--line)",
-    SHADE.lower(): "var(--shade)",
-    **{colour.lower(): f"var(--{name})" for name, (colour, _) in STYLES.items()},
-    **{colour.lower(): f"var(--more-{number})" for number, (colour, _) in enumerate(MORE_STYLES)},
+    figures.GRID: "var(--line)",
+    figures.SHADE.lower(): "var(--shade)",
+    **{colour.lower(): f"var(--{name})" for name, (colour, _) in figures.STYLES.items()},
+    **{colour.lower(): f"var(--more-{number})" for number, (colour, _) in enumerate(figures.MORE_STYLES)},
 }
 PNG_DPI = 130
 
@@ -62,12 +45,12 @@ class Panel:
 def block_curve_panels(record: Mapping[str, Any], prefix: str = "") -> list[Panel]:
     """k-NN accuracy by block with 95 % bands, a panel for each pooling; ``record`` is of kind knn_by_block."""
     found = []
-    for pooling in poolings_of(record):
+    for pooling in figures.poolings_of(record):
         figure, axis = new_figure()
-        said = draw_curves(axis, record, pooling)
+        said = figures.draw_curves(axis, record, pooling)
         axis.set_ylabel(f"{measure_of(record)} (%)")
         legend(axis)
-        title = POOLINGS.get(pooling, pooling)
+        title = figures.POOLINGS.get(pooling, pooling)
         alt = f"{measure_of(record)} by block, {title}. {'; '.join(said)}"
         found.append(finish(figure, f"{prefix}block-curves-{pooling}", title, alt))
     return found
@@ -99,7 +82,7 @@ def learning_panels(
             lines, title = {"lr": found}, f"{title}, peak {max(found[1]):.3g}"
         if lines and (key != "loss" or len(heads) != 1):  # the sum over one head is that head
             name = key.rstrip("/").replace("_", "-") + ("-by-head" if key.endswith("/") else "")
-            drawn.append(_log_panel(lines, phase_starts(records), f"{prefix}{name}", title, "by training step"))
+            drawn.append(_log_panel(lines, figures.phase_starts(records), f"{prefix}{name}", title, "by training step"))
     return drawn
 
 
@@ -117,19 +100,19 @@ def comparison_panels(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[P
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> Lines:
     """Of one metric, or with a final slash of every block of it; k-NN in percent."""
-    return series_of(records, key, "block " if key.endswith("/") else key, 100 if key.startswith("knn") else 1)
+    return figures.series_of(records, key, "block " if key.endswith("/") else key, 100 if key.startswith("knn") else 1)
 
 
 def run_colour(number: int) -> str:
     """The colour of a run, by its place among those compared, as the style sheet calls it."""
-    return THEMED[LINES[number % len(LINES)][0].lower()]
+    return THEMED[figures.LINES[number % len(figures.LINES)][0].lower()]
 
 
 def rates(records: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> tuple[list[int], list[float]] | None:
     """(steps, learning rate) of up to 400 steps and every peak of the phases so far; None where it cannot be told."""
     steps, values = list[int](), list[float]()
     try:
-        for phase, start in phase_starts(records).items():
+        for phase, start in figures.phase_starts(records).items():
             last = [record for record in records if record.get("phase") == phase][-1]
             a_epoch = last["step"] / last["epoch"]
             settings = recipe[{"warmup": "warmup", "pretrain": "training"}.get(phase, phase)]
@@ -154,7 +137,7 @@ def _log_panel(
     numbers: Mapping[str, int] | None = None,
 ) -> Panel:
     figure, axis = new_figure()
-    draw_log(axis, lines, starts, numbers)
+    figures.draw_log(axis, lines, starts, numbers)
     axis.yaxis.set_major_formatter("{x:.4g}")  # no factor above the axis, where the phases are named
     if len(lines) > 1 or numbers is not None:
         legend(axis)
@@ -167,7 +150,7 @@ def new_figure() -> tuple[Figure, Axes]:
     of_text = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "xtick.labelcolor", "ytick.labelcolor")
     colours: Any = dict.fromkeys(of_text, TEXT) | {"axes.edgecolor": AXIS}
     with mpl.rc_context(colours):
-        figure, [axis] = panels(1, columns=1, size=(4.4, 2.8))
+        figure, [axis] = figures.panels(1, columns=1, size=(4.4, 2.8))
     return figure, axis
 
 

@@ -32,10 +32,7 @@ class RunFiles:
 
     def of_kind(self, kind: str) -> dict[str, Json]:
         """{where: record} of every record of a kind, at the top of a file or inside one."""
-        found: dict[str, Json] = {}
-        for stem, record in self.records.items():
-            _collect(record, kind, stem, found)
-        return found
+        return dict(_of_kind(self.records, kind))
 
 
 def read_run(path: str | Path) -> RunFiles:
@@ -49,8 +46,7 @@ def read_run(path: str | Path) -> RunFiles:
         path = path.parent
     if not path.is_dir():
         raise InputError(f"{path}: no such run folder; give the --out folder of refine, demo or evaluate")
-    results: dict[str, Json] = {}
-    records: dict[str, Json] = {}
+    results, records = dict[str, Json](), dict[str, Json]()
     damaged: list[str] = []
 
     def mapping(name: str, read: Callable[[Path], Any] = read_json) -> Json:
@@ -63,14 +59,11 @@ def read_run(path: str | Path) -> RunFiles:
             damaged.append(f"{name}: {reason_of(error)}")
             return {}
 
-    for file in _json_files(path):
-        record = mapping(str(file.relative_to(path)))
-        if "metric" in record and "value" in record:
-            results[file.stem] = record
-        else:
-            records[file.stem] = record
-    metrics = path / "metrics.jsonl"
-    skipped = path / "skipped_images.txt"
+    for file in (*sorted(path.glob("*.json")), *sorted((path / "evaluation").glob("*.json"))):
+        if file.name not in ("summary.json", "environment.json"):
+            record = mapping(str(file.relative_to(path)))
+            (results if {"metric", "value"} <= record.keys() else records)[file.stem] = record
+    metrics, skipped = path / "metrics.jsonl", path / "skipped_images.txt"
     run = RunFiles(
         path=path,
         name=path.resolve().name,
@@ -90,19 +83,7 @@ def read_run(path: str | Path) -> RunFiles:
     return run
 
 
-def _collect(value: Any, kind: str, where: str, found: dict[str, Json]) -> None:
-    if not isinstance(value, dict):
-        return
-    if value.get("kind") == kind:
-        found[where] = value
-        return
-    for key, item in value.items():
-        _collect(item, kind, key, found)
-
-
-def _json_files(path: Path) -> Iterator[Path]:
-    """Result files of the folder itself (analyze --out) and of evaluation/ below it."""
-    for folder in (path, path / "evaluation"):
-        if folder.is_dir():
-            named = ("summary.json", "environment.json")
-            yield from (file for file in sorted(folder.glob("*.json")) if file.name not in named)
+def _of_kind(records: Json, kind: str) -> Iterator[tuple[str, Json]]:
+    for key, item in records.items():
+        if isinstance(item, dict):
+            yield from [(key, item)] if item.get("kind") == kind else _of_kind(item, kind)

@@ -16,6 +16,7 @@ STAGES = {
     "full": "after the full recipe",
 }
 DEMO_STAGES = {"before": "start", "after": "live run", "full": "full refinement"}
+LATEX = str.maketrans({"\\": "\\textbackslash ", **{letter: f"\\{letter}" for letter in "_%&#$"}})
 METRICS = ("knn_top1", "linear_top1", "cluster_accuracy", "nmi", "rank", "rank_centred")  # of summary.json
 
 
@@ -103,12 +104,11 @@ def results_rows(
     interval, a later model's also the paired difference to the first (with * where its interval leaves zero out).
     """
     models = list(dict.fromkeys(str(record["model"]) for record in results))
-    keys = list(dict.fromkeys(_row_key(record) for record in results))
     values = {(record["model"], _row_key(record)): record for record in results}
     changes = {(record["model"], _row_key(record)): record for record in change}
     with_sets = any("set" in record for record in results)
     rows = []
-    for key in keys:
+    for key in dict.fromkeys(key for _, key in values):
         cells = [_cell(key[1], values.get((model, key)), changes.get((model, key))) for model in models]
         place = [*key[:1], metric_title(key[1], unit=True), *key[2:]]
         rows.append([*map(str, place if with_sets else place[1:]), *cells])
@@ -118,11 +118,9 @@ def results_rows(
 
 def further_verdicts(verdict: Mapping[str, Any]) -> list[str]:
     """Those on further encoders, a line each."""
-    stages = {
-        STAGES[stage]: value for stage, value in verdict.items() if stage in STAGES and isinstance(value, Mapping)
-    }
-    found = (stages | dict(verdict.get("others", {}))).items()
-    return [f"{name}: {value['verdict']}. {value['reason']}" for name, value in found]
+    found = {STAGES[name]: value for name, value in verdict.items() if name in STAGES and isinstance(value, Mapping)}
+    found |= verdict.get("others", {})
+    return [f"{name}: {value['verdict']}. {value['reason']}" for name, value in found.items()]
 
 
 def measures_rows(verdict: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
@@ -169,7 +167,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A tabular with the rules of the package booktabs."""
     columns = "l" * name_columns(header) + "r" * (len(header) - name_columns(header))
-    body = [" & ".join(_latex(cell) for cell in row) + " \\\\" for row in (header, *rows)]
+    body = [" & ".join(cell.translate(LATEX) for cell in row) + " \\\\" for row in (header, *rows)]
     lines = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", body[0], "\\midrule", *body[1:], "\\bottomrule"]
     return "\n".join([*lines, "\\end{tabular}"]) + "\n"
 
@@ -197,19 +195,8 @@ def _cell(metric: str, record: Mapping[str, Any] | None, change: Mapping[str, An
 
 def _short_names(models: Sequence[str]) -> list[str]:
     """The last parts of the paths, as many as tell them apart."""
-    for count in range(1, 6):
-        names = ["/".join(PurePath(model).parts[-count:]) for model in models]
-        if len(set(names)) == len(models):
-            return names
-    return list(models)
-
-
-def _latex(text: str) -> str:
-    for plain, escaped in (
-        ("\\", "\\textbackslash "), ("_", "\\_"), ("%", "\\%"), ("&", "\\&"), ("#", "\\#"), ("$", "\\$"),
-    ):  # fmt: skip
-        text = text.replace(plain, escaped)
-    return text
+    tried = (["/".join(PurePath(model).parts[-count:]) for model in models] for count in range(1, 6))
+    return next((names for names in tried if len({*names}) == len(models)), list(models))
 
 
 def left_out_lines(facts: Mapping[str, Any] | None) -> list[str]:
@@ -217,13 +204,11 @@ def left_out_lines(facts: Mapping[str, Any] | None) -> list[str]:
     facts = facts or {}
     lost = facts.get("left_out", ())
     lines = [f"left out: {number_of(each['count'], each['what'])} (first: {each['first']})" for each in lost]
-    unreadable = facts.get("unreadable") or {}
-    if unreadable.get("count"):
+    if (unreadable := facts.get("unreadable") or {}).get("count"):
         some = "; ".join(f"{name}: {reason}" for name, reason in unreadable["first"])
         lines.append(f"left out: {number_of(unreadable['count'], 'images that cannot be read')} ({some})")
     if facts.get("no_labels"):
         lines.append(f"no labels: {facts['no_labels']}")
-    shared = facts.get("also_in_train")
-    if shared:
+    if shared := facts.get("also_in_train"):
         lines.append(f"{shared['count']} of {shared['compared']} test images compared are among the training images")
     return lines
