@@ -26,11 +26,13 @@ from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.segmentation import (
     DenseProbe,
     SegmentationSettings,
+    Windows,
     confusion,
+    patch_targets,
     segmentation_blocks,
     segmentation_protocol,
+    window_places,
 )
-from mim_refiner.evaluation.windows import Windows, patch_targets, window_places
 from mim_refiner.training.traces import LiveBytes
 
 

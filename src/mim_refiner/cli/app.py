@@ -16,10 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from mim_refiner._version import __version__
+from mim_refiner.cli import verbs
 from mim_refiner.cli.common import broken, example
-from mim_refiner.cli.doctor import doctor
-from mim_refiner.cli.inspect import inspect
-from mim_refiner.cli.verbs import analyze, demo, embed, evaluate, export, models, pretrain, recipes, refine, report
 from mim_refiner.errors import MimRefinerError, did_you_mean
 
 PROGRAM = "mim-refiner"
@@ -62,33 +60,33 @@ def program(
 
 
 _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
-    demo: ("--out demo-out",),
-    pretrain: ("--data photos/ --arch vit_small_patch16_224 --out runs/mae",),
-    refine: (
+    verbs.demo: ("--out demo-out",),
+    verbs.pretrain: ("--data photos/ --arch vit_small_patch16_224 --out runs/mae",),
+    verbs.refine: (
         "--data photos/ --model mae_pretrain_vit_base.pth --out runs/photos",
         "--data train.parquet --model runs/mae/export --out runs/b --eval-data train.parquet",
     ),
-    evaluate: (
+    verbs.evaluate: (
         "--model runs/b/export --data train.parquet --test test.parquet",
         "--model runs/mae/export --compare runs/b/export --data train.parquet --blocks all",
     ),
-    analyze: ("--model runs/mae/export --compare runs/b/export --data train.parquet --out curves",),
-    embed: (
+    verbs.analyze: ("--model runs/mae/export --compare runs/b/export --data train.parquet --out curves",),
+    verbs.embed: (
         "--model runs/photos --data photos/ --out features.parquet",
         "--model runs/photos --data photos/ --out patches.safetensors --block 8 --pooling patches",
     ),
-    export: (
+    verbs.export: (
         "--model runs/photos --format timm --out photos-timm",
         "--model runs/photos --format onnx --block 8 --pooling mean --out photos-onnx",
     ),
-    doctor: (
+    verbs.doctor: (
         "--data photos/ --model mae_pretrain_vit_base.pth --out checked",
         "--data train.parquet --test test.parquet",
     ),
-    report: ("runs/photos", "runs/a runs/b --out comparison.html"),
-    inspect: ("mae_pretrain_vit_base.pth",),
-    recipes: ("", "tiny", "--key heads.queue_size"),
-    models: ("", "mae_l16"),
+    verbs.report: ("runs/photos", "runs/a runs/b --out comparison.html"),
+    verbs.inspect: ("mae_pretrain_vit_base.pth",),
+    verbs.recipes: ("", "tiny", "--key heads.queue_size"),
+    verbs.models: ("", "mae_l16"),
 }
 EXAMPLES = {verb: [f"{PROGRAM} {verb.__name__} {line}".rstrip() for line in lines] for verb, lines in _EXAMPLES.items()}
 for verb, lines in EXAMPLES.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -23,6 +24,7 @@ from mim_refiner.report.tables import (
     stage_titles,
 )
 from mim_refiner.reporting import metric_title, number_of
+from mim_refiner.types import CheckpointReport
 
 SHARES = ("top1", "accuracy", "nmi", "ami", "coverage")  # printed in percent
 
@@ -31,6 +33,8 @@ TITLES = {"recommendation": "features to use", "weights": "weights exported", "d
 IN_FILES = ("curves", "regimes", "figures", "records", "samples")
 LAST = ("verdict", "recommendation")
 FILE_WIDTH = 400  # columns of tables in a file or pipe
+EXAMPLES_SHOWN = 3  # names listed below each kind of finding
+LISTED = 30  # tensors left out that are shown unless all are asked for
 
 
 def write_parts(file: TextIO, parts: Iterable[str | Table]) -> None:
@@ -169,3 +173,75 @@ def format_value(name: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
+
+
+def print_findings(result: Mapping[str, Any], file: TextIO) -> None:
+    """Print what was found, worst first, then classes, pixels and the model."""
+    nothing = "nothing found: every image can be read, none is odd, none occurs twice"
+    parts: list[Any] = [f"{result['data']}: {result['images_per_s']} images/s"]
+    parts += [_table_of_kinds(result) if result["findings"] else nothing, *left_out_lines(result)]
+    for title in ("pixels", "augmentations", "classes", "model"):
+        if result.get(title):
+            parts += [f"{title}:", *(line for fact in result[title].items() for line in _lines_of_fact(*fact))]
+    parts.append(f"disk free: {result['disk_free_gb']} GB")
+    if count := result["to_exclude"]:
+        path = result.get("exclude_list") or "LIST, which --out DIR writes"
+        parts.append(f"better left out: {number_of(count, 'images')} (refine --exclude {path})")
+    write_parts(file, parts)
+
+
+def _table_of_kinds(result: Mapping[str, Any]) -> Table:
+    from mim_refiner.data.doctor import KINDS  # which needs torch
+
+    rows = []
+    for kind, count in result["counts"].items():
+        listed, meaning = KINDS[kind]
+        rows.append([kind, str(count), "yes" if listed else "no", meaning])
+        told = [f"  {each['name']} {each['detail']}".rstrip() for each in result["findings"] if each["kind"] == kind]
+        more = [f"  and {count - EXAMPLES_SHOWN} more"] if count > EXAMPLES_SHOWN else []
+        rows += [["", "", "", line] for line in told[:EXAMPLES_SHOWN] + more]
+    return text_table("", ("found", "images", "in the list", "what it means"), rows, names=4)
+
+
+def _lines_of_fact(key: str, value: Any) -> list[str]:
+    if key == "notes":
+        return [f"  note: {note}" for note in value]
+    if key == "coverage":
+        value = f"{100 * value:.1f} % of the encoder's tensors"
+    return [f"  {key.replace('_', ' ')}: {' '.join(map(str, value)) if isinstance(value, list) else value}"]
+
+
+def print_report(report: CheckpointReport, file: TextIO, *, every_tensor: bool) -> None:
+    """Print the encoder's facts, then the tensors that need attention (or all of them)."""
+    listed = [tensor for tensor in report.tensors if every_tensor or tensor.status == "dropped"]
+    shown = listed if every_tensor else listed[:LISTED]
+    rows = [[each.name, "x".join(map(str, each.shape)), each.status, each.target or "-", each.reason] for each in shown]
+    tensors = text_table("", ("tensor", "shape", "status", "goes to", "reason"), rows, names=5)
+    more = f"... and {len(listed) - len(shown)} more left out; --tensors lists all"
+    parts: list[Any] = [text_table("", (), [*map(list, _facts(report).items())]), *(["", tensors] if shown else [])]
+    parts += [more] if len(listed) > len(shown) else []
+    parts += [f"missing: {name}" for name in report.missing] + [f"note: {note}" for note in report.notes]
+    write_parts(file, parts)
+
+
+def _facts(report: CheckpointReport) -> dict[str, str]:
+    heads = number_of(report.num_heads, "attention heads") if report.num_heads else "attention heads not told"
+    channels = number_of(report.in_chans, "channels")
+    size, patch = ("x".join(map(str, pair)) for pair in (report.image_size, report.patch_size))
+    mean, std = (f"({' '.join(f'{value:g}' for value in values)})" for values in (report.mean, report.std))
+    counts = Counter(tensor.status for tensor in report.tensors)
+    class_token = "class token" if report.has_cls else "no class token"
+    count = report.num_prefix_tokens - report.has_cls
+    registers = f", {number_of(count, 'registers')}" if count else ""
+    return {
+        "file": report.source,
+        "family": report.family,
+        "architecture": report.architecture,
+        "encoder": f"{report.encoder}: {number_of(report.depth, 'blocks')}, width {report.embed_dim}, {heads}",
+        "image": f"{size} px, patches of {patch} px, {channels}",
+        "tokens": f"{class_token}{registers}; pooling {report.pooling}",
+        "mean, std": f"{mean}, {std}",
+        "licence": report.licence,
+        "coverage": f"{100 * report.coverage:.1f} % of the encoder's tensors",
+        "tensors": ", ".join(f"{count} {status}" for status, count in counts.items()) or "none",
+    }

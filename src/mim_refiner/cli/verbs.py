@@ -1,4 +1,4 @@
-"""The verbs: what each one takes; ``commands`` has what they do. Those that print in a way of their own lie beside."""
+"""The verbs: what each one takes; ``commands`` has what they do, ``tables`` how they print it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from mim_refiner.cli.common import (
     CacheOption,
     DataOption,
     DeviceOption,
+    EncoderOption,
+    HeadsOption,
     JsonOption,
+    KeyMapOption,
     ModelOption,
     NormOption,
     OutOption,
     OverwriteOption,
+    RecipeOption,
     RunFolderOption,
     SeedOption,
     SetOption,
@@ -26,7 +30,8 @@ from mim_refiner.cli.common import (
     show,
     verb,
 )
-from mim_refiner.cli.tables import catalogue_parts, print_first_screen, write_parts
+from mim_refiner.cli.tables import catalogue_parts, print_findings, print_first_screen, print_report, write_parts
+from mim_refiner.errors import CheckpointError
 
 
 @verb(print_first_screen)
@@ -203,12 +208,50 @@ def export(
     """Write an encoder in a format that other programs load, with a model card and a measured difference."""
 
 
+@verb(print_findings)
+def doctor(
+    data: DataOption,
+    model: Annotated[str | None, option("SRC", "Encoder to check too: coverage, memory, disk, time.")] = None,
+    test: Annotated[str | None, option("SRC", "Test images: none of them may be among --data.")] = None,
+    out: Annotated[str | None, option("DIR", "Folder for doctor.json and exclude.txt (for refine --exclude).")] = None,
+    recipe: RecipeOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Check images (and an encoder) before a run: damaged, odd, duplicate and leaked images, classes, cost."""
+
+
 @verb()
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders; several are compared on one page.")],
     out: Annotated[str | None, option("FILE", "The HTML file. Default: report.html in the run folder.")] = None,
 ) -> None:
     """Write one offline HTML page of a run, or of several side by side, from their result files."""
+
+
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Checkpoint file, timm or Hugging Face folder.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor, not only the ones left out.")] = False,
+    encoder: EncoderOption = None,
+    num_heads: HeadsOption = None,
+    image_size: Annotated[str | None, option("H[xW]", "Pixels in training, where the table does not tell.")] = None,
+    key_map: KeyMapOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a checkpoint is, and what becomes of every tensor in it.
+
+    Exit code 2, with the line that every verb ends with, when it cannot be loaded as asked.
+    """
+    from mim_refiner.checkpoints.load import inspect_checkpoint
+    from mim_refiner.checkpoints.options import parse_size
+
+    size = None if image_size is None else parse_size(image_size)
+    report = inspect_checkpoint(file, encoder=encoder, num_heads=num_heads, image_size=size, key_map=key_map)
+    if as_json:
+        show(report, as_json=True)
+    else:
+        print_report(report, sys.stdout, every_tensor=tensors)
+    if report.problem:
+        raise CheckpointError(report.problem)
 
 
 def models(

@@ -27,8 +27,7 @@ from mim_refiner.data.photometric import BatchPhotometric, normalize, seeded_gen
 from mim_refiner.data.source_base import evenly
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.evaluation.features import own_image_size
-from mim_refiner.evaluation.segmentation import SegmentationSettings, check_segmentation, same_classes
-from mim_refiner.evaluation.windows import Encoder, Windows
+from mim_refiner.evaluation.segmentation import Encoder, SegmentationSettings, Windows, check_segmentation, same_classes
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import in_points
 
