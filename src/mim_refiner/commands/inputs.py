@@ -245,11 +245,10 @@ def refuse_other_work(recipe: Recipe, run: Run, encoder: str | None, **images: I
     })  # fmt: skip
 
 
-def open_run(
-    out: str, asked: Mapping[str, Any], recipe: Recipe, images: ImageSet, reporter: Reporter, overwrite: bool
-) -> RunFolder:
-    """Create or continue the run folder ``out`` of what was ``asked`` and the resolved recipe."""
-    folder = RunFolder(out, known_by(asked, recipe, images), overwrite=overwrite)
+def open_run(out: str, known: dict[str, Any], reporter: Reporter, overwrite: bool, began: float) -> RunFolder:
+    """Create or continue the run folder ``out`` of what it is ``known_by``; ``began``: by ``time.perf_counter``."""
+    folder = RunFolder(out, known, overwrite=overwrite)
+    folder.began = began
     reporter.opened(folder.path)
     return folder
 

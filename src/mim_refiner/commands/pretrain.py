@@ -22,6 +22,7 @@ from mim_refiner.core.device import resolve_precision
 from mim_refiner.core.identity import weights_sha256
 from mim_refiner.core.launch import together
 from mim_refiner.core.schedules import peak_learning_rate
+from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.photometric import BatchPhotometric
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.errors import InputError
@@ -36,6 +37,7 @@ from mim_refiner.training.loop import stops_cleanly
 from mim_refiner.training.pretrain import pretrain as train
 from mim_refiner.training.recipe import PretrainRecipe
 from mim_refiner.training.recipes import pretrain_recipe
+from mim_refiner.training.state import RunFolder
 from mim_refiner.types import ImageSize, height_width
 
 
@@ -102,8 +104,7 @@ def pretrain(
         return {"plan": cost.record()}
     asked = {"command": "pretrain", "data": name_of(data), "arch": arch, "model": given, "model_sha256": weights,
              "seed": seed, "exclude": exclude}  # fmt: skip
-    folder = inputs.open_run(out, asked, chosen, images, reporter, overwrite)
-    folder.began = started
+    folder = inputs.open_run(out, inputs.known_by(asked, chosen, images), reporter, overwrite, started)
     if ended is not None:
         reporter.message(inputs.ENDED)
         return ended if folder.writes else {}
@@ -121,13 +122,16 @@ def pretrain(
         train(mae, chosen, loader, photometric, folder, run, monitor)
     inputs.list_skipped(images, folder, reporter, skipped)
     after = {"after": monitor(), "measured_on": TRAINED_ON} if monitor else {}
-    if not folder.writes:  # the rest is rank 0's
-        return {}
-    card = {
-        "base": Path(given).name if given else "trained from scratch",
-        "data": f"{Path(name_of(data)).name} ({number_of(len(images), 'images')})",
-        "recipe": chosen.model_dump(mode="json", exclude={"expected"}),
-    }
+    card = {"base": Path(given).name if given else "trained from scratch", "data": Path(name_of(data)).name}
+    return conclude(backbone, card, chosen, images, folder, **after) if folder.writes else {}  # the rest is rank 0's
+
+
+def conclude(
+    backbone: Backbone, card: dict[str, Any], recipe: PretrainRecipe, images: ImageSet, folder: RunFolder, **after: Any
+) -> dict[str, Any]:
+    """Export the encoder and write the summary, which is returned."""
+    card["data"] += f" ({number_of(len(images), 'images')})"
+    card["recipe"] = recipe.model_dump(mode="json", exclude={"expected"})
     export = folder.path / "export"
     export_timm(backbone.to("cpu"), export, card=card)
     summary = {"run": str(folder.path), "export": str(export), "data": {"train": images.facts()},

@@ -30,6 +30,8 @@ from mim_refiner.core.launch import together
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.core.sharding import full_state, is_sharded, load_full_state
+from mim_refiner.data.decode import ImageSet
+from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.errors import GuardStopError, NonFiniteLossError
 from mim_refiner.export.adapter import write_adapter
 from mim_refiner.export.timm import export_timm, timm_config
@@ -114,14 +116,13 @@ def refine_and_compare(
 ) -> dict[str, Any]:
     """Do what :func:`refine` says; ``others`` are further encoders {stage: source} to measure beside, on as many images
     as ``box``, the time that all may take, leaves time for."""
-    started = time.perf_counter()
-    run = inputs.join_training(None if plan else out, device, seed, reporter)
+    started, run = time.perf_counter(), inputs.join_training(None if plan else out, device, seed, reporter)
     torch.manual_seed(seed)  # of tensors that the checkpoint lacks: they are part of what the run is known by
     backbone = load_backbone(model)
     timm_config(backbone)  # what cannot be exported is not trained
     weights = weights_sha256(backbone.model)
-    first, channels = refine_recipe(recipe, settings, image_size=0), backbone.info.in_chans
-    images, held_out = inputs.training_images(data, first, settings, eval_data, run, channels, exclude)
+    first = refine_recipe(recipe, settings, image_size=0)
+    images, held_out = inputs.training_images(data, first, settings, eval_data, run, backbone.info.in_chans, exclude)
     inputs.refuse_to_overwrite_inputs(out, overwrite, data=data, model=model, eval_data=eval_data, eval_test=eval_test)
     read = partial(refine_recipe, recipe, image_size=max(backbone.info.image_size), images=len(images))
     chosen, base = read(settings), read([each for each in settings if read_setting(each)[0] != "heads.blocks"])
@@ -139,25 +140,19 @@ def refine_and_compare(
     refuse_pool(chosen, refiner, loader.steps_per_epoch * chosen.batch_size, run)
     measuring = on.facts() | {"weights": chosen.export_weights, "others": dict(others or {})}
     ended = inputs.ended_run(before, measuring, ("export/config.json", "evaluation/gallery.json"))
-    chosen, cost = with_cost(chosen, refiner, loader, memory_budget, run, on) if ended is None else (chosen, None)
+    chosen, cost = (chosen, None) if ended else with_cost(chosen, refiner, loader, memory_budget, run, on)
     if plan and cost:
         return run_plan(chosen, refiner, cost, run, loader.cut_where)
-    folder = inputs.open_run(out, asked, chosen, images, reporter, overwrite)
-    folder.began = started
+    folder = inputs.open_run(out, inputs.known_by(asked, chosen, images), reporter, overwrite, started)
     if ended is not None:
         reporter.message(inputs.ENDED)
         return ended if folder.writes else {}
     for name, record in found.items() if folder.writes else ():
         write_json(folder.path / f"{name}.json", record)
     skipped = inputs.list_skipped(images, folder, reporter)
-    announce(chosen, backbone, len(images), loader.steps_per_epoch, run, cost)
+    announce(chosen, backbone, loader, run, cost)
     refinement = build(chosen, refiner, loader, run)
-    draws, pooling = (
-        chosen.refinement.epochs * loader.steps_per_epoch * chosen.batch_size,
-        chosen.heads.measured_pooling,
-    )
-    watched: dict[str, Any] = {"blocks": refiner.blocks, "pooling": pooling, "refiner": refiner, "draws": draws}
-    monitor = OnlineKnn.watching(chosen, backbone, on.bank, run=run, **watched)
+    monitor = online_knn(refinement, on.bank)
     with contextlib.closing(loader):
         after, taken, stopped = trained(refinement, folder, monitor, model)
     inputs.list_skipped(images, folder, reporter, skipped)
@@ -169,11 +164,11 @@ def refine_and_compare(
     card = {"data": f"{Path(name_of(data)).name} ({number_of(len(images), 'images')})", "weights": taken["reason"]}
     with inputs.results_folder(folder.path) as results:
         summary = conclude(stages, on, chosen, results, card, replace(run, precision="fp32"), box)
-    if not folder.writes:  # the rest is rank 0's
-        return {}
+    if not folder.writes:
+        return {}  # the rest is rank 0's
     summary["verdict"] = advised(summary, chosen, folder.path, backbone, model, stopped)
-    summary |= {"data": {"train": images.facts()}, "weights": taken, **found, **told}
-    summary |= {"seconds": {"training": training, "total": folder.seconds}}
+    summary |= {"data": {"train": images.facts()}, "weights": taken, **found, **told,
+                "seconds": {"training": training, "total": folder.seconds}}  # fmt: skip
     summary |= {"stopped": str(stopped)} if stopped else {}
     inputs.write_summary(folder.path, summary, measuring)
     finish_with_report(folder.path, reporter)
@@ -187,6 +182,14 @@ def prepare(backbone: Backbone, recipe: RefineRecipe, run: Run) -> Refiner:
     inputs.run_fast(backbone, recipe, run)
     torch.manual_seed(run.seed)
     return make_refiner(backbone, recipe).to(run.device)
+
+
+def online_knn(refinement: Refinement, bank: ImageSet) -> OnlineKnn | None:
+    """k-NN of the head blocks during training, where it is asked for."""
+    recipe, refiner = refinement.recipe, refinement.refiner
+    draws = recipe.refinement.epochs * refinement.loader.steps_per_epoch * recipe.batch_size
+    how: dict[str, Any] = {"blocks": refiner.blocks, "pooling": recipe.heads.measured_pooling, "draws": draws}
+    return OnlineKnn.watching(recipe, refiner.backbone, bank, run=refinement.run, refiner=refiner, **how)
 
 
 def trained(
@@ -271,17 +274,15 @@ def conclude(
     return summary
 
 
-def announce(
-    recipe: RefineRecipe, backbone: Backbone, images: int, steps_per_epoch: int, run: Run, cost: Estimate | None
-) -> None:
+def announce(recipe: RefineRecipe, backbone: Backbone, loader: TrainLoader, run: Run, cost: Estimate | None) -> None:
     """Say what is about to run: sizes, base and peak learning rate of both phases, and what it costs."""
-    info, heads = backbone.info, recipe.heads
+    info, heads, images = backbone.info, recipe.heads, len(loader.images)
     blocks: Sequence[Any] = heads.blocks
     pooling = heads.pooling if isinstance(heads.pooling, str) else ", ".join(heads.pooling)
     run.reporter.message(
         f"recipe {recipe.name}: {info.architecture} ({info.family}), {number_of(len(blocks), 'heads')} on blocks "
         f"{blocks[0]} to {blocks[-1]} ({pooling}), {number_of(images, 'images')}, batch {recipe.batch_size}, "
-        f"{number_of(steps_per_epoch, 'steps an epoch')}, {run.precision}"
+        f"{number_of(loader.steps_per_epoch, 'steps an epoch')}, {run.precision}"
     )
     if adapted(backbone):
         run.reporter.message(
