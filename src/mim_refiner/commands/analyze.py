@@ -186,9 +186,9 @@ class _Analysis:
             self.run.reporter.phase(f"reconstruction by block: {name}", settings.steps(len(train)))
             errors[name] = reconstruction_by_block(backbone, self.samples.bank, self.samples.queries, **how)
         measure, pooling = self.atlases["before"].record["measure"], default_key(self.models["before"].info)[1]
-        facts = {"settings": settings.__dict__, "samples": {"train": len(train), "test": len(test)}}
+        facts: dict[str, Any] = {"settings": settings.__dict__, "samples": {"train": len(train), "test": len(test)}}
         curves = {name: by_pooling[pooling] for name, by_pooling in self.curves.items()}
-        record = regimes_record(curves, errors, measure=measure, pooling=pooling, seed=self.run.seed, **facts)
+        record = regimes_record(curves, errors, measure=measure, pooling=pooling, **facts, seed=self.run.seed)
         self.result["regimes"] = {name: found["regimes"] for name, found in record["models"].items()}
         self.result["statements"] += [found["statement"] for found in record["models"].values()]
         self._keep("regimes", record, regimes_plot)
