@@ -8,11 +8,13 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mim_refiner.cli.app import main
 from mim_refiner.errors import InputError
+from mim_refiner.report.numbers import recipe_differences
 from mim_refiner.report.page import write_report
 from mim_refiner.report.panels import comparison_panels, learning_panels, rates, run_colour
 from mim_refiner.report.run_files import read_run
@@ -334,3 +336,23 @@ def test_in_a_real_browser(written, tmp_path, width):
     assert not seen["wide"]
     assert not seen["hiddenLinks"]
     assert seen["drawn"]
+
+
+def test_runs_of_two_commands_are_compared_by_the_settings_of_both():
+    refined = SimpleNamespace(recipe={"command": "refine", "seed": 0, "heads": {"blocks": [1]}, "batch_size": 32})
+    other = SimpleNamespace(recipe=refined.recipe | {"heads": {"blocks": [2]}})
+    mae = SimpleNamespace(recipe={"command": "pretrain", "seed": 0, "mask_ratio": 0.75, "batch_size": 64})
+    assert [row["key"] for row in recipe_differences([refined, mae])] == ["command", "batch_size"]
+    assert [row["key"] for row in recipe_differences([refined, other])] == ["heads.blocks"]
+
+
+def test_commands_to_try_next_are_code_that_does_not_break_inside_an_option(make_run):
+    verdict = {"verdict": "no clear change", "reason": "x", "next": ["more images: mim-refiner evaluate --test MORE"]}
+    path = make_run()
+    summary = json.loads((path / "summary.json").read_text()) | {"verdict": verdict}
+    (path / "summary.json").write_text(json.dumps(summary))
+    written = write_report([path]).read_text()
+    assert (
+        '<li>more images: <code><span class="one">mim-refiner</span> evaluate <span class="one">--test</span> MORE'
+        "</code></li>"
+    ) in written

@@ -207,8 +207,11 @@ def run_row(run: RunFiles, name: str, colour: str) -> dict[str, Any]:
 
 
 def recipe_differences(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """[{"key", "values": [one a run]}] of every recipe key in which the runs differ."""
+    """[{"key", "values": [one a run]}] of every recipe key in which the runs differ; of runs of several commands, of
+    those that all have."""
     recipes = [dotted(run.recipe) for run in runs]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    if len({recipe.get("command") for recipe in recipes}) > 1:
+        keys = dict.fromkeys(key for key in keys if all(key in recipe for recipe in recipes))
     rows = [{"key": key, "values": [recipe.get(key) for recipe in recipes]} for key in keys]
     return [row for row in rows if any(value != row["values"][0] for value in row["values"])]
