@@ -25,7 +25,7 @@ ERRORS = {
 # Texts composed elsewhere and checked there: the worker's error, and the reasons that store.py words.
 PASSED_ON = {
     "view '{self.name}': {'; '.join(problems)}",
-    "{item.error}",
+    "{batch}",  # the words of a loader process that failed
     "{problem}",
     "{cause.text}",
     # texts that end in advice where they are made
@@ -39,13 +39,14 @@ PASSED_ON = {
 # What to do: an instruction after a semicolon, or the allowed values. Words that an instruction begins with.
 VERBS = (
     "add|ask|average|call|change|check|choose|close|continue|convert|copy|correct|cut|delete|did you mean|download|get|"
-    "end|evaluate|fill|finish|free|give|install|keep|leave|load|lower|make|mend|merge|move|name|open|pass|pick|pip|put|quote|"
+    "end|evaluate|fill|finish|free|give|install|keep|leave|load|lower|make|mend|merge|move|name|normalise|open|pass|"
+    "permute|pick|pip|put|quote|"
     "raise|remove|rename|repair|report|rerun|run|save|say|see|set|shorten|show|shrink|stay|start|"
     "store|take|try|unpack|update|use|"
     "widen|write"
 )
 ADVICE = re.compile(
-    rf"[;:(,] ?(?:(?:or|and|first|then|please|to) )*(?:{VERBS})\b"  # "...; give a folder with images"
+    rf"[;:(,] ?(?:\{{\w+\}})?(?:(?:or|and|first|then|please|to) )*(?:{VERBS})\b"  # "...; give a folder with images"
     r"|\b(?:must|needs?|has to|at least|at most|out of range)\b"  # "k must be between 1 and 10, got 12"
     r"|\{[^}]*(?:advice|hint|did_you_mean|nearest_path|close|remedy|choose)[^}]*\}"  # a computed suggestion
 )
@@ -94,7 +95,10 @@ def remedies(node: ast.AST) -> Iterator[ast.expr]:
         target, value = node.targets[0], node.value
         several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
         pairs = zip(target.elts, value.elts, strict=False) if several else [(target, value)]
-        yield from (text for name, text in pairs if ast.unparse(name) == "remedy")
+        texts = [text for name, text in pairs if ast.unparse(name) == "remedy"]
+        yield from (
+            arm for text in texts for arm in ([text.body, text.orelse] if isinstance(text, ast.IfExp) else [text])
+        )
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "reading" and len(node.args) > 1:
         yield node.args[1]
 

@@ -186,7 +186,7 @@ def heads_question(arguments: Mapping[str, Any]) -> str:
     width = arguments.get("embed_dim", 0)
     usual = f" ({' or '.join(map(str, USUAL_HEADS[width]))} are usual)" if width in USUAL_HEADS else ""
     return (
-        f"{blocks} of width {width} do not tell the number of attention heads{usual}; "
+        f"the weights ({blocks} of width {width}) do not tell the number of attention heads{usual}; "
         "pass num_heads= (--num-heads, or behind the file: FILE::num_heads=N)"
     )
 
