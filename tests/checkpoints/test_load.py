@@ -27,7 +27,7 @@ def save(state: object, folder: Path) -> Path:
 
 def test_unknown_number_of_heads_is_asked_for(tmp_path: Path, vit_state: State) -> None:
     path = save(vit_state, tmp_path)
-    with pytest.raises(InputError, match=r"2 blocks of width 32 .* pass num_heads="):
+    with pytest.raises(InputError, match=r"2 blocks of width 32\) .* pass num_heads="):
         load_backbone(path)
     with pytest.raises(InputError, match="num_heads=5 does not divide"):
         load_backbone(path, num_heads=5)
