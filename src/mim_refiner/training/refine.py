@@ -41,7 +41,7 @@ from mim_refiner.training.guard import FeatureProbe, Guard
 from mim_refiner.training.loop import Loop, Monitor, step_generator
 from mim_refiner.training.metric_log import metrics_of
 from mim_refiner.training.recipe import RefineRecipe
-from mim_refiner.training.resolve import head_blocks
+from mim_refiner.training.resolve import check_guidance, head_blocks
 from mim_refiner.training.state import RunFolder
 from mim_refiner.training.view_pool import ViewPool, make_pool
 from mim_refiner.types import BackboneInfo
@@ -128,8 +128,9 @@ class Refinement:
 
 def build(recipe: RefineRecipe, refiner: Refiner, loader: TrainLoader, run: Run) -> Refinement:
     """Average, photometrics and labels beside the refiner. Spreads the encoder over the processes, and lets the heads
-    look up with labels, if asked.
+    look up with labels, if asked. Raises DataError and InputError as ``check_guidance``.
     """
+    check_guidance(recipe, loader.images)
     backbone = refiner.backbone
     ema = ExponentialMovingAverage(backbone)
     if recipe.shard and is_distributed():
