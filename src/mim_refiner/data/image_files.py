@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
+from mim_refiner.core.pictures import on_white, upright
 from mim_refiner.data.channels import (
     MAX_CHANNELS,
     MAX_PIXELS,
@@ -155,14 +156,6 @@ def stored_bits(image: Image.Image, data: bytes) -> int:
     return max(_tag(image, _BITS, 1)) if image.format == "TIFF" else 8
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The image as EXIF says that it is shown; the same object where nothing is to be turned."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # broken metadata around whole pixels: show them as they are
-        return image
-
-
 def _wide(turned: Image.Image, image: Image.Image) -> NDArray[Any]:
     """A grey image of more than 8 bits, spread over 16; ``image``: as it was opened, with what the file says."""
     bits, inverted = 16, False  # PNG, PPM and JPEG 2000 are scaled to 16 bits by their decoders
@@ -188,11 +181,7 @@ def _to_rgb(turned: Image.Image, image: Image.Image) -> NDArray[np.uint8]:
         return np.repeat(narrow[:, :, None], 3, axis=2)
     if turned.mode == "LAB":
         raise UnusableImageError("is stored in CIELAB colours; save it as RGB")
-    if "transparency" in turned.info or turned.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        rgba = turned.convert("RGBA")
-        turned = Image.new("RGBA", rgba.size, "white")
-        turned.alpha_composite(rgba)
-    return np.array(turned if turned.mode == "RGB" else turned.convert("RGB"))
+    return np.array(on_white(turned))
 
 
 def _bands(turned: Image.Image, image: Image.Image) -> Raw:

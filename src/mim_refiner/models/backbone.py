@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mim_refiner.core.pictures import shown
 from mim_refiner.core.sharding import shard
 from mim_refiner.errors import InputError
 from mim_refiner.models.positions import RULES, Grid, check_image_size, resize_absolute, resize_relative
@@ -121,13 +122,16 @@ class Backbone(nn.Module):
 
     @property
     def transform(self) -> Any:
-        """torchvision's transform of a picture to what the encoder takes and is measured on: float32 [C, H, W]."""
+        """torchvision's transform of a picture to what the encoder takes and is measured on: float32 [C, H, W].
+
+        Pictures of Pillow as every verb reads them: upright, transparency on white, of 16 bits the upper 8.
+        """
         from torchvision.transforms import v2  # takes a second, and few ask
 
         size = side_or_pair(self.info.image_size)
         short = round(size / default_crop_ratio(size)) if isinstance(size, int) else size
         cut = [v2.Resize(short, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)]
-        colours = [v2.RGB()] if self.info.in_chans == 3 else []
+        colours = [v2.Lambda(shown), v2.RGB()] if self.info.in_chans == 3 else []
         last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.info.mean, self.info.std)]
         return v2.Compose([*colours, *cut, *last])
 
