@@ -159,6 +159,45 @@ def test_an_item_that_cannot_be_read_is_an_unreadable_image():
         open_source(Breaks(0))
 
 
+class Listed(Dataset[Any]):
+    """Of the items given, with what a data set of torchvision knows beside them."""
+
+    def __init__(self, *labels: Any, **known: Any) -> None:
+        self.items = [(PIXELS[row], *([] if label is ... else [label])) for row, label in enumerate(labels)]
+        self.__dict__ |= known
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (Listed(0, 1, ...), "item 2 has no label, as item 0 has; give all or none"),
+        ([{"image": PIXELS[0], "label": 0}, {"image": PIXELS[1]}], "item 1 has no label"),
+        (Listed(0, 2, classes=["a", "b"]), "item 1 has the label 2, and the data set 2 class names; correct one"),
+        (Listed(-1, -1, classes=["a", "b"]), "item 0 has the label -1"),
+        (Listed(0, None, classes=["a", "b"]), "item 1 has the label None"),
+        (Listed(0, 0.5, classes=["a", "b"]), "item 1 has the label 0.5"),
+    ],
+)
+def test_labels_that_some_items_lack_are_none_and_the_images_are_read(given: Any, words: str) -> None:
+    source = open_source(given)
+    assert source.classes is None
+    assert words in source.no_labels
+    assert ImageSet(source).unreadable == []
+
+
+def test_names_are_taken_where_labels_are_numbers() -> None:
+    assert open_source(Listed(1, 0, classes=["b", "a"])).class_names == ("a", "b")
+    assert open_source(Listed("x", "y", classes=["b", "a"])).class_names == ("x", "y")
+    for odd in ({"classes": 2}, {"classes": "ab"}, {"targets": 3}):
+        assert open_source(Listed(0, 1, **odd)).class_names == ("0", "1")
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -78,11 +78,15 @@ class ObjectSource(ImageSource):
         with _LOCK:  # few data sets are made for threads
             return self.given[index]
 
-    def _labelled(self, index: int) -> Any:
+    def _label(self, index: int, place: int | str) -> Any:
         try:
-            return self._item(index)
+            item = self._item(index)
         except Exception as error:
             raise LabelProblem(f"item {index} cannot be read ({reason_of(error)}), nor its label") from None
+        held = range(len(item)) if isinstance(item, tuple | list) else item if isinstance(item, dict) else ()
+        if place not in held:
+            raise LabelProblem(f"item {index} has no label, as item 0 has; give all or none")
+        return item[place]
 
     def read(self, index: int) -> NDArray[Any] | bytes:
         item = self._item(index)
@@ -118,21 +122,36 @@ class ObjectSource(ImageSource):
 
     def _raw_labels(self, first: Any) -> Sequence[Any]:
         """From the object where it has them all, else item by item."""
-        items = map(self._labelled, range(len(self)))
+        rows = range(len(self))
         if isinstance(first, dict):
             if (key := next((each for each in _LABEL_KEYS if each in first), None)) is None:
                 raise LabelProblem(f"no column {' or '.join(_LABEL_KEYS[:2])}; give (images, labels)")
             table = hasattr(self.given, "column_names")  # of the datasets library
-            column: Any = self.given[key] if table else [item[key] for item in items]
-            names = getattr(self.given.features.get(key), "names", None) if table else None
-            return [names[value] for value in column] if names else list(column)
+            column: Any = self.given[key] if table else [self._label(row, key) for row in rows]
+            return _named(list(column), getattr(self.given.features.get(key), "names", None) if table else None)
         if not isinstance(first, tuple | list) or len(first) < 2:
             raise LabelProblem("the items hold an image and no label; give (images, labels)")
-        targets, names = getattr(self.given, "targets", None), getattr(self.given, "classes", None)
-        values = [item[1] for item in items] if targets is None or len(targets) != len(self) else list(targets)
-        if names is None or not all(isinstance(name, str) for name in names):
-            return values
-        return [names[int(value)] for value in values]
+        targets = getattr(self.given, "targets", None)
+        whole = hasattr(targets, "__len__") and len(targets) == len(self)
+        values = list(targets) if whole else [self._label(row, 1) for row in rows]
+        return _named(values, getattr(self.given, "classes", None))
+
+
+def _named(values: list[Any], names: Any) -> list[Any]:
+    """The names of classes that are given by number, where there are names."""
+    known = list(names) if hasattr(names, "__len__") and not isinstance(names, str) else [None]
+    if not all(isinstance(name, str) for name in known) or any(isinstance(value, str) for value in values):
+        return values
+    found = []
+    for row, value in enumerate(values):
+        number = -1  # as of data sets without labels, where it is no last class
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            number = int(value) if int(value) == value else -1
+        if not 0 <= number < len(known):
+            there = number_of(len(known), "class names")
+            raise LabelProblem(f"item {row} has the label {value}, and the data set {there}; correct one of the two")
+        found.append(known[number])
+    return found
 
 
 def _labels(given: Any, count: int) -> Labels:
