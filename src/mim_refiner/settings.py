@@ -135,9 +135,13 @@ class FrozenSettings(Settings):
 
 
 def setting_texts(given: str | Iterable[str] | Mapping[str, Any] | None) -> list[str]:
-    """``key=value`` texts: as given, or of a mapping with dotted or nested keys."""
+    """``key=value`` texts: as given, or of a mapping with dotted or nested keys; arrays and tensors are lists."""
+
+    def plain(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
     if isinstance(given, Mapping):
-        return [f"{key}={json.dumps(value, default=str)}" for key, value in dotted(given).items()]
+        return [f"{key}={json.dumps(value, default=plain)}" for key, value in dotted(given).items()]
     return [given] if isinstance(given, str) else list(given or ())
 
 

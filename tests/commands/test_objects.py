@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -77,8 +79,11 @@ def test_names_and_settings_are_taken_as_python_writes_them(backbone):
         "heads.blocks=[2, -1]", 'guidance="none"', "out=null",
     ]  # fmt: skip
     assert [as_list(given) for given in ("knn, linear", ("knn",), "knn")] == [["knn", "linear"], ("knn",), ["knn"]]
-    with pytest.raises(InputError, match="runs/none: no such run folder"):
-        report(runs="runs/none")
+    arrays = {"low_shot.shots": np.array([1, 2]), "cluster_seeds": np.int64(3), "knn_temperature": torch.tensor(0.5)}
+    assert setting_texts(arrays) == ["low_shot.shots=[1, 2]", "cluster_seeds=3", "knn_temperature=0.5"]
+    for runs in ("runs/none", Path("runs/none"), [Path("runs/none")]):
+        with pytest.raises(InputError, match="runs/none: no such run folder"):
+            report(runs=runs)
 
 
 def test_a_backbone_in_memory_is_exported(backbone, tmp_path):
@@ -88,9 +93,21 @@ def test_a_backbone_in_memory_is_exported(backbone, tmp_path):
     assert not load_backbone(tmp_path / "out").model.norm.weight.any()
 
 
+def odd_pictures(picture):
+    """As phones and drawing programs make them: lying, see-through, of a palette with a hole, of 16 bits, of inks."""
+    lying, hole = picture.copy(), picture.quantize(8)
+    lying.getexif()[0x0112] = 6
+    hole.info["transparency"] = 3
+    glass = picture.copy()
+    glass.putalpha(picture.convert("L"))
+    deep = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    return [lying, glass, hole, deep, picture.convert("CMYK")]
+
+
 def test_what_the_transform_gives_has_the_features_that_embed_gives(backbone):
     pictures = [Image.fromarray(pixels).resize((40 + row, 23)) for row, pixels in enumerate(PIXELS)]
     pictures[1] = pictures[1].convert("L")
+    pictures[2:7] = odd_pictures(pictures[2])
     large = load_backbone(backbone)
     large.set_image_size((80, 80))  # above 64 px the centre is cut out
     large.set_image_size((80, 80))

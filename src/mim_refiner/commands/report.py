@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,16 @@ if TYPE_CHECKING:
     from mim_refiner.models.backbone import Backbone
 
 
-def report(*, runs: str | Sequence[str], out: str | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
+def report(
+    *, runs: str | PathLike[str] | Sequence[str], out: str | None = None, reporter: Reporter | None = None
+) -> dict[str, Any]:
     """Write report.html for the run folders ``runs`` from their result files; no model is loaded.
 
     ``out``: the HTML file (default: report.html in the run folder, in the current folder for several runs). Returns
     {"report", "runs", "bytes"}. Raises InputError for a folder without results.
     """
     reporter = listener(reporter)
-    runs = list(dict.fromkeys([runs] if isinstance(runs, str) else runs))
+    runs = list(dict.fromkeys(map(str, [runs] if isinstance(runs, str | PathLike) else runs)))
     if not runs:
         raise InputError("no run given; name at least one run folder, as in: mim-refiner report runs/photos")
     path = Path(out).expanduser() if out is not None else None
