@@ -148,6 +148,20 @@ def test_a_folder_that_takes_no_files_is_refused_before_work(tmp_path: Path, mon
         state.refuse_place(tmp_path / "new" / "run")
     monkeypatch.undo()
     state.refuse_place(tmp_path / "new" / "run")
+    with pytest.raises(RunFolderError, match=r"cannot write the run folder \(File name too long\); choose a writable"):
+        state.refuse_place(tmp_path / ("a" * 300))
+
+
+def test_a_folder_that_cannot_be_looked_into_is_not_begun_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photo.jpg").touch()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(RunFolderError, match="Permission denied"):
+        open_run(tmp_path)
+    assert os.listdir(tmp_path) == ["photo.jpg"]
 
 
 def test_a_write_cut_short_is_a_full_disk(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ written beside its final name, synced and renamed; the link ``checkpoints/last``
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -299,10 +298,10 @@ def _total_step(line: bytes) -> float:
 
 def refuse_place(out: str | Path) -> None:
     """Raise RunFolderError where no run folder can be, before anything slow is done: a path that no file can have, or
-    a folder with the files of something else.
+    a folder that cannot be looked into, or with the files of something else.
     """
     path = Path(out)
-    with contextlib.suppress(OSError):  # told when it is made
+    with errors_as(RunFolderError, f"{path}: cannot write the run folder", "choose a writable --out", OSError):
         if "\0" in str(path) or re.search("[\udc80-\udcff]", str(path.resolve())):  # safetensors takes no other
             raise RunFolderError(f"{path}: the path is not valid UTF-8 text; choose another --out")
         resumed = (path / "recipe.yaml").exists()
