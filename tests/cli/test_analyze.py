@@ -57,6 +57,7 @@ def test_few_images_leave_parts_out_and_say_so(mae, tmp_path):
     assert str(caught.value) == (
         "similarity left out: it needs 4 test images or more; give them; or choose other parts"
     )
+    assert not (tmp_path / "few").exists()
     told = analyze.analyze(**how, data=pixels, parts="verdict,similarity")
     assert "verdict" not in told
     assert "similarity" in told["records"]
@@ -85,7 +86,9 @@ def test_parts_that_look_at_fewer_images_spread_them_over_all(monkeypatch):
     encoder = SimpleNamespace(info=SimpleNamespace(depth=1, has_cls=True), is_plain_vit=True)
     shown = SimpleNamespace(
         models={"before": encoder}, features={"before": Features({}, None, torch.arange(2501), 2501)}, curves={},
-        samples=SimpleNamespace(bank=None, queries=None, bank_rows=np.arange(5000), query_rows=np.arange(2501)),
+        samples=SimpleNamespace(
+            bank=None, queries=None, bank_rows=np.arange(5000), query_rows=np.arange(2501), labelled=True
+        ),
         run=SimpleNamespace(reporter=SimpleNamespace(phase=lambda *_: None), seed=0), _measure_blocks=lambda: None,
         atlases={"before": SimpleNamespace(record={"measure": "knn_top1"})}, result={"statements": []},
         _keep=lambda *_: None,

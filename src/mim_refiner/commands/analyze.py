@@ -159,10 +159,10 @@ class _Analysis:
 
     def similarity(self) -> None:
         """CKA between blocks, within and across the models."""
+        if len(self.samples.query_rows if self.samples.labelled else self.samples.view_rows) < MIN_COMPARED:
+            return self._leave_out(f"similarity left out: it needs {MIN_COMPARED} test images or more; give them")
         self._measure_blocks()
         chosen = {name: found.select(evenly(len(found), SIMILARITY_IMAGES)) for name, found in self.features.items()}
-        if min(map(len, chosen.values())) < MIN_COMPARED:
-            return self._leave_out(f"similarity left out: it needs {MIN_COMPARED} test images or more; give them")
         record = block_similarity(chosen, default_key(self.models["before"].info)[1])
         self.result["statements"] += record["statements"]
         self._keep("similarity", record, similarity_map)
@@ -171,11 +171,11 @@ class _Analysis:
         """Reconstruction error by block, shares of the improvement, and the three regimes."""
         if others := [each.info.architecture for each in self.models.values() if not each.is_plain_vit]:
             return self._leave_out(f"reconstruction by block left out: {others[0]} is not a plain ViT; give one")
-        self._measure_blocks()
         settings = ReconstructionSettings()
         bank, queries = self.samples.bank_rows, self.samples.query_rows
         if len(bank) < MIN_TRAINED:
             return self._leave_out(f"reconstruction left out: it needs {MIN_TRAINED} images or more; give them")
+        self._measure_blocks()
         train, test = (
             bank[evenly(len(bank), settings.train_images)],
             queries[evenly(len(queries), settings.test_images)],
