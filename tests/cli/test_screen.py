@@ -57,6 +57,16 @@ def test_a_finished_run_asked_again_neither_measures_nor_changes_its_cost(refine
     assert "finished; verdict: " in log
 
 
+def test_of_which_images_k_nn_is_while_training_is_said_and_that_few_are_clustered_by_chance(refined, tmp_path):
+    assert "k-NN accuracy while training is of 9 of the 48 images to compare with; the summary's is of " in (
+        refined.outcome.err
+    )
+    few = "Cluster accuracy and NMI of 9 images of 3 classes are high by chance: with fewer than 10 images a class"
+    assert refined.summary()["verdict"]["clusters"].startswith(few)
+    assert few in refined.outcome.out
+    assert few in write_report([refined.path], tmp_path / "page.html").read_text()
+
+
 def test_a_run_without_a_gallery_is_finished_too(refined, cli, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(refined.path, again, symlinks=True)

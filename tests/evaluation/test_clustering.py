@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,14 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from mim_refiner.core.metrics import accuracy_interval, standardized
 from mim_refiner.errors import DataError
-from mim_refiner.evaluation.clustering import ClusteringScore, agreement, class_separation, clustering_protocol
+from mim_refiner.evaluation.clustering import (
+    FEW_A_CLASS,
+    ClusteringScore,
+    agreement,
+    class_separation,
+    clustering_protocol,
+    said_of_few,
+)
 
 
 def test_finds_separated_classes(make_features):
@@ -118,3 +126,17 @@ def test_resamples_equal_a_loop_and_are_the_same_for_every_encoder(make_features
     low, high = score.interval("nmi")
     assert low < score.values["nmi"] < high
     assert dataclasses.replace(score, drawn={}).interval("accuracy") == accuracy_interval(score.correct)[1:]
+
+
+def test_few_images_a_class_are_high_by_chance_and_that_is_said(make_features):
+    """Features that know nothing of ten classes: what is a tenth of many images is most of a handful."""
+    found = {}
+    for count in (15, 99, 100, 600):
+        score = clustering_protocol(make_features(count, classes=10, shift=0.0), num_seeds=3)[1, "cls"]
+        result = SimpleNamespace(metric="cluster_accuracy", correct=score.correct, settings={"clusters": 10})
+        found[count] = score.values["accuracy"], said_of_few([result])
+    assert found[15][0] > 0.5 > 0.25 > found[600][0]
+    assert found[15][1].startswith("Cluster accuracy and NMI of 15 images of 10 classes are high by chance: with fewer")
+    assert [bool(said) for _, said in found.values()] == [True, True, False, False]
+    assert FEW_A_CLASS == 10
+    assert said_of_few([]) == ""

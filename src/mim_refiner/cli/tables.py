@@ -121,6 +121,7 @@ def lines_of(key: str, value: Any) -> list[str]:
 def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
     """The statements about block curves, the verdict, that of further encoders, and what to try next, a line each."""
     lines = [str(statement) for statement in verdict.get("statements", [])]
+    lines += [str(verdict["clusters"])] if "clusters" in verdict else []
     if isinstance(value := verdict.get("label_free"), Mapping):
         lines.append(f"without labels: {value['verdict']}. {value['reason']}")
     lines += [*further_verdicts(verdict), f"verdict: {verdict['verdict']}. {verdict['reason']}"]

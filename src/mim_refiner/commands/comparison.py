@@ -23,6 +23,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.duplicates import compare_images
 from mim_refiner.errors import DataError
+from mim_refiner.evaluation.clustering import said_of_few
 from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.splits import stratified_split
@@ -166,6 +167,7 @@ def compare(
         of_first, *further = (verdict(before, other) for other in others)
         said = {"statements": curves.record["statements"]}
         judged = of_first | dict(zip(list(stages)[2:], further, strict=True)) | said
+        judged |= {"clusters": few} if (few := said_of_few(results["after"].values())) else {}
     else:
         judged = samples.judged_without_labels(stages, pooling)
     if on.says and judged["verdict"] != "not measured":

@@ -22,6 +22,7 @@ from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.cache import FeatureCache
+from mim_refiner.evaluation.clustering import said_of_few
 from mim_refiner.evaluation.results import Result, paired_change
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.evaluation.suite import (
@@ -102,7 +103,10 @@ def evaluate(
     })  # fmt: skip
     written, seconds = out if rank() == 0 else None, dict[str, dict[str, float]]()
     options: dict[str, Any] = {**place, "settings": how, "out": written, "run": run, "cache": kept}
-    summary = _summary(_measured(backbones, chosen, train, held_out, seconds, shifted=sets, **options))
+    measured = _measured(backbones, chosen, train, held_out, seconds, shifted=sets, **options)
+    summary = _summary(measured)
+    if few := said_of_few(next(iter(measured.values())).values()):
+        run.reporter.message(few)
     if said := tell_trained_on(backbones, data if test is None else test, run.reporter):
         summary["measured_on"] = said
     summary["data"] = {name: images.facts() for name, images in (("train", train), ("test", held_out)) if images}

@@ -30,7 +30,6 @@ from mim_refiner.core.launch import together
 from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate
 from mim_refiner.core.sharding import full_state, is_sharded, load_full_state
-from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.errors import GuardStopError, NonFiniteLossError
 from mim_refiner.export.adapter import write_adapter
@@ -152,7 +151,7 @@ def refine_and_compare(
     skipped = inputs.list_skipped(images, folder, reporter)
     announce(chosen, backbone, loader, run, cost)
     refinement = build(chosen, refiner, loader, run)
-    monitor = online_knn(refinement, on.bank)
+    monitor = online_knn(refinement, on)
     with contextlib.closing(loader):
         after, taken, stopped = trained(refinement, folder, monitor, model)
     inputs.list_skipped(images, folder, reporter, skipped)
@@ -184,12 +183,17 @@ def prepare(backbone: Backbone, recipe: RefineRecipe, run: Run) -> Refiner:
     return make_refiner(backbone, recipe).to(run.device)
 
 
-def online_knn(refinement: Refinement, bank: ImageSet) -> OnlineKnn | None:
-    """k-NN of the head blocks during training, where it is asked for."""
+def online_knn(refinement: Refinement, on: Measured) -> OnlineKnn | None:
+    """k-NN of the head blocks during training, where it is asked for; of which images is said."""
     recipe, refiner = refinement.recipe, refinement.refiner
     draws = recipe.refinement.epochs * refinement.loader.steps_per_epoch * recipe.batch_size
     how: dict[str, Any] = {"blocks": refiner.blocks, "pooling": recipe.heads.measured_pooling, "draws": draws}
-    return OnlineKnn.watching(recipe, refiner.backbone, bank, run=refinement.run, refiner=refiner, **how)
+    monitor = OnlineKnn.watching(recipe, refiner.backbone, on.bank, run=refinement.run, refiner=refiner, **how)
+    if monitor:
+        own = "another part of these" if on.test is None else "the test images"
+        some = f"{monitor.size} of the {number_of(len(on.bank), 'images')} to compare with"
+        refinement.run.reporter.message(f"k-NN accuracy while training is of {some}; the summary's is of {own}")
+    return monitor
 
 
 def trained(

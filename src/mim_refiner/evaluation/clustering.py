@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +21,11 @@ from sklearn.metrics import (
 from mim_refiner.core.metrics import accuracy_interval, clustering_hits, standardized
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import required_labels
+from mim_refiner.evaluation.results import Result
+from mim_refiner.reporting import number_of
 
 SILHOUETTE_ROWS = 5000  # it compares all pairs
+FEW_A_CLASS = 10  # images: of fewer many fall into place by chance (0.6 of 15 images of 10 classes)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,19 @@ def clustering_protocol(
         values |= class_separation(x, labels, seed)
         scores[key] = ClusteringScore(values, inertia, clusters, correct, drawn)
     return scores
+
+
+def said_of_few(results: Iterable[Result]) -> str:
+    """A sentence where fewer than ten images a class were clustered, else nothing."""
+    for result in results:
+        if result.metric == "cluster_accuracy" and result.correct is not None:
+            images, classes = len(result.correct), result.settings["clusters"]
+            if images < FEW_A_CLASS * classes:
+                return (
+                    f"Cluster accuracy and NMI of {number_of(images, 'images')} of {number_of(classes, 'classes')} are "
+                    f"high by chance: with fewer than {FEW_A_CLASS} images a class they tell little."
+                )
+    return ""
 
 
 def agreement(labels: NDArray[np.int64], clusters: NDArray[np.int64]) -> tuple[dict[str, float], NDArray[np.bool_]]:

@@ -77,6 +77,7 @@ def verdict_view(run: RunFiles) -> dict[str, Any]:
     further = tables.further_verdicts(verdict)
     further += [f"forecast before it: {run.summary['forecast']['reason']}"] if "forecast" in run.summary else []
     further += [f"patch features: {verdict['dense']}"] if "dense" in verdict else []
+    further += [str(verdict["clusters"])] if "clusters" in verdict else []
     return {
         "headline": headline if kind_of(run) == "refinement" else headline.replace("refined", "second"),
         "tone": tone,
