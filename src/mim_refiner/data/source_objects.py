@@ -131,7 +131,7 @@ class ObjectSource(ImageSource):
             return _named(list(column), getattr(self.given.features.get(key), "names", None) if table else None)
         if not isinstance(first, tuple | list) or len(first) < 2:
             raise LabelProblem("the items hold an image and no label; give (images, labels)")
-        targets = getattr(self.given, "targets", None)
+        targets: Any = getattr(self.given, "targets", None)
         whole = hasattr(targets, "__len__") and len(targets) == len(self)
         values = list(targets) if whole else [self._label(row, 1) for row in rows]
         return _named(values, getattr(self.given, "classes", None))
