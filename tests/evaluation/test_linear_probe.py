@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from mim_refiner.evaluation.linear_probe import (
     paper_sets,
     probe_sets,
 )
+from mim_refiner.evaluation.splits import stratified_folds
 from mim_refiner.training.traces import LiveBytes
 
 QUICK = LinearProbeSettings(epochs=3, batch_size=32)
@@ -90,8 +92,29 @@ def test_no_probe_trains_on_the_held_out_part(make_features, monkeypatch):
     train, test = make_features(200), make_features(40, seed=2)
     linear_probe(train, test, QUICK)
     whole = linear_probe(train, test, QUICK.model_copy(update={"held_out": 0.0}))
-    assert rows == [180, 200]  # one pass for both (block, pooling)
+    assert rows == [133, 133, 134, 200, 200]  # one pass for both (block, pooling)
+    monkeypatch.setattr("mim_refiner.evaluation.linear_probe.ENOUGH_HELD_OUT", 20)
+    linear_probe(train, test, QUICK)
+    assert rows[5:] == [180]
     assert all(score.selected is None and score.selected_rate is None for score in whole.values())
+
+
+def test_few_images_are_each_held_out_once_and_the_scored_probe_trains_on_all(make_features):
+    train, test, key = make_features(200, shift=1.0), make_features(100, shift=1.0, seed=2), (1, "cls")
+    found = linear_probe(train, test, QUICK, Run(seed=3))[key]
+    right = torch.zeros(len(QUICK.learning_rates), dtype=torch.float64)
+    parts = stratified_folds(train.labels.numpy(), 3, 3)
+    for number, rows in enumerate(parts):  # slowly: a probe for each part
+        rest = np.concatenate([part for other, part in enumerate(parts) if other != number])
+        grid = ProbeGrid([(key,)], train, 4, QUICK, Run(seed=3))
+        grid.fit(lambda _, grid=grid, rest=rest: grid.rows(train, torch.from_numpy(rest)), train.labels[rest])
+        right += grid.correct(train, torch.from_numpy(rows), train.labels)[:, 0].sum(0)
+    chosen = int(right.argmax())
+    assert found.selected_rate == QUICK.learning_rates[chosen]
+    assert found.held_out_accuracy == pytest.approx(float(right[chosen]) / 200)
+    whole = linear_probe(train, test, QUICK.model_copy(update={"held_out": 0.0}), Run(seed=3))[key]
+    assert found.by_rate == whole.by_rate
+    assert found.selected.accuracy == whole.by_rate[chosen]
 
 
 def test_same_seed_same_numbers(make_features):
@@ -191,8 +214,9 @@ def test_augmented_epochs_are_asked_for_one_by_one(four_blocks):
         return train
 
     sets = [((3, "cls"),)]
-    fixed = probe_sets(train, test, sets, QUICK)
-    found = probe_sets(train, test, sets, QUICK, epoch_features=features)
+    whole = QUICK.model_copy(update={"held_out": 0.0})
+    fixed = probe_sets(train, test, sets, whole)
+    found = probe_sets(train, test, sets, whole, epoch_features=features)
     assert asked == [0, 1, 2]
     assert found[sets[0]].by_rate == fixed[sets[0]].by_rate
 

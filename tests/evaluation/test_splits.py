@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mim_refiner.errors import DataError
-from mim_refiner.evaluation.splits import stratified_split
+from mim_refiner.evaluation.splits import stratified_folds, stratified_split
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.5])
@@ -33,3 +33,13 @@ def test_a_class_of_one_stays_in_train():
 def test_too_few_images():
     with pytest.raises(DataError, match="too few images to hold out"):
         stratified_split(np.array([0]), 0.2, 0)
+
+
+def test_folds_hold_every_row_once_and_each_class_alike():
+    labels = np.repeat(np.arange(4), [50, 30, 7, 2])
+    folds = stratified_folds(labels, 3, seed=1)
+    assert sorted(np.concatenate(folds)) == list(range(len(labels)))
+    for rows in ([len(fold) for fold in folds], *([(labels[fold] == c).sum() for fold in folds] for c in range(4))):
+        assert max(rows) - min(rows) <= 1
+    assert [fold.tolist() for fold in folds] == [fold.tolist() for fold in stratified_folds(labels, 3, seed=1)]
+    assert [fold.tolist() for fold in folds] != [fold.tolist() for fold in stratified_folds(labels, 3, seed=2)]

@@ -38,6 +38,13 @@ def stratified_split(labels: NDArray[np.int64], share: float, seed: int) -> tupl
     return kept, np.sort(held)
 
 
+def stratified_folds(labels: NDArray[np.int64], count: int, seed: int) -> list[NDArray[np.int64]]:
+    """Row numbers in ``count`` sorted parts that differ by at most one row, as do those of every class in them."""
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    return [np.sort(by_class[number::count]) for number in range(count)]
+
+
 def list_name(path: str, among: Sequence[str]) -> str:
     """What a result on a published list is called: the file's name, with its folder's where others share it."""
     stem = Path(path).stem
