@@ -61,3 +61,9 @@ def test_record_and_its_sentence():
         "within chance"
         in regimes_record({"a": {**curve, "peak_before_last": False}}, {"a": errors})["models"]["a"]["statement"]
     )
+
+
+def test_equal_blocks_are_no_late_fall():
+    """As the curve of the blocks has it: the last of equal ones is the best."""
+    assert find_regimes([0.2, 0.5, 0.5], [0.9, 0.6, 0.5])["late"] == []
+    assert find_regimes([0.2, 0.5, 0.5, 0.4], [0.9, 0.6, 0.5, 0.4])["late"] == [3]

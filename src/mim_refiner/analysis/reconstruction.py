@@ -208,7 +208,7 @@ def find_regimes(
     Late begins after the block of the best k-NN accuracy. Middle is the run of blocks up to that one over which k-NN
     gains most beyond reconstruction, in shares; early is what lies before it. Block 0 gains nothing and is early.
     """
-    peak = int(np.argmax(knn))
+    peak = len(knn) - 1 - int(np.argmax(knn[::-1]))  # the last of equal ones, as in analysis/blocks.py
     ahead = improvement_shares(knn) - improvement_shares(-np.asarray(error, dtype=np.float64))
     # the run ending at the peak with the largest sum; the longest of equals
     sums = np.cumsum(ahead[peak::-1])[::-1] if peak else np.zeros(1)
