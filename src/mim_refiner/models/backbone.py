@@ -122,10 +122,7 @@ class Backbone(nn.Module):
 
     @property
     def transform(self) -> Any:
-        """torchvision's transform of a picture to what the encoder takes and is measured on: float32 [C, H, W].
-
-        Pictures of Pillow as every verb reads them: upright, transparency on white, of 16 bits the upper 8.
-        """
+        """torchvision's transform of a picture to what every verb makes of it and measures: float32 [C, H, W]."""
         from torchvision.transforms import v2  # takes a second, and few ask
 
         size = side_or_pair(self.info.image_size)
