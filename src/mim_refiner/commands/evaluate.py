@@ -103,10 +103,7 @@ def evaluate(
     })  # fmt: skip
     written, seconds = out if rank() == 0 else None, dict[str, dict[str, float]]()
     options: dict[str, Any] = {**place, "settings": how, "out": written, "run": run, "cache": kept}
-    measured = _measured(backbones, chosen, train, held_out, seconds, shifted=sets, **options)
-    summary = _summary(measured)
-    if few := said_of_few(next(iter(measured.values())).values()):
-        run.reporter.message(few)
+    summary = _summary(_measured(backbones, chosen, train, held_out, seconds, shifted=sets, **options))
     if said := tell_trained_on(backbones, data if test is None else test, run.reporter):
         summary["measured_on"] = said
     summary["data"] = {name: images.facts() for name, images in (("train", train), ("test", held_out)) if images}
@@ -169,6 +166,8 @@ def _measured(
         )
         if out is not None:
             write_results(results[name].values(), out, position + prefix)
+    if few := said_of_few(results[name].values()):
+        run.reporter.message(few)
     return results
 
 
