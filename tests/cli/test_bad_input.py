@@ -37,7 +37,7 @@ def test_a_damaged_image_is_listed_and_too_many_stop_the_run(cli, mae, shapes, t
     files[0].write_bytes(files[0].read_bytes()[:40])
     outcome = cli.call(*cli.refine(data, mae.export, out))
     assert outcome.code == 0, outcome.err
-    assert "skipped 1 unreadable image" in outcome.err
+    assert "skipped 1 unreadable image; listed in" in outcome.err
     assert files[0].name in (out / "skipped_images.txt").read_text()
     for file in files[1:8]:
         file.write_text("broken")

@@ -117,6 +117,13 @@ def test_few_images_are_each_held_out_once_and_the_scored_probe_trains_on_all(ma
     assert found.selected.accuracy == whole.by_rate[chosen]
 
 
+def test_what_the_rate_is_selected_by_is_told_as_it_is_done():
+    settings, held, folds = LinearProbeSettings(), "best on a held-out part of train", "best by 3-fold cross-validation"
+    assert settings.selection(9_999) == f"{folds} on train"
+    assert settings.selection(10_000) == settings.selection(9_999, augmented=True) == held
+    assert settings.model_copy(update={"held_out": 0.0}).selection(9_999) == "best on train itself"
+
+
 def test_same_seed_same_numbers(make_features):
     train, test = make_features(120), make_features(40, seed=2)
     first, second, other = (linear_probe(train, test, QUICK, Run(seed=seed))[1, "cls"].by_rate for seed in (0, 0, 1))

@@ -53,6 +53,8 @@ def test_every_protocol_writes_its_files(make_backbone, make_images, tmp_path):
     grid = results["linear_top1_grid_best-block02-grid"]
     assert grid.value == max(r.value for r in results.values() if r.metric.endswith("_best"))
     assert grid.settings["probes"] == 52
+    assert grid.settings["selection"] == "best on test"
+    assert results["linear_top1-block02-cls"].settings["selection"] == "best by 3-fold cross-validation on train"
     files = {path.name: path.read_text() for path in (tmp_path / "run" / "evaluation").iterdir()}
     assert set(files) == {f"{name}.json" for name in results}
     for name, result in results.items():
@@ -230,6 +232,7 @@ def test_the_protocols_that_go_back_to_the_images(make_backbone, make_images, tm
         assert sum(sizes) == 30
         assert np.average([part.value for part in parts if part], weights=sizes) == pytest.approx(overall.value)
     robust = results["robustness_knn_top1-block02-cls"]
+    assert robust.settings["probe"]["selection"] == "best by 3-fold cross-validation on train"
     by_set = dict(robust.settings["accuracy_by_set"])
     assert set(by_set) == {"clean", "contrast/1", "contrast/5", "fog/1", "fog/5"}
     by_set.pop("clean")

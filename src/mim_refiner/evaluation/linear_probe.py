@@ -76,6 +76,16 @@ class LinearProbeSettings(ProbeSettings):
     augment: bool = False
     crop_scale: tuple[Share, Share] = (0.08, 1.0)
 
+    def cross_validates(self, images: int) -> bool:
+        """Whether a held-out share of so many training images would be too few to select on."""
+        return 0 < self.held_out * images < ENOUGH_HELD_OUT
+
+    def selection(self, images: int, *, augmented: bool = False) -> str:
+        """What rate (and feature set) are selected by on so many training images, for a record."""
+        if not augmented and self.cross_validates(images):
+            return f"best by {FOLDS}-fold cross-validation on train"
+        return "best on a held-out part of train" if self.held_out else "best on train itself"
+
 
 @dataclass(frozen=True)
 class LinearProbeScore:
@@ -83,7 +93,7 @@ class LinearProbeScore:
 
     best: AccuracyScore
     best_rate: float
-    selected: AccuracyScore | None  # rate selected on the held-out part of train; None with held_out=0
+    selected: AccuracyScore | None  # rate selected on held-out images of train; None with held_out=0
     selected_rate: float | None
     by_rate: tuple[float, ...]  # test accuracy of every rate
     held_out_accuracy: float | None = None  # of the selected rate
@@ -141,7 +151,7 @@ def _fitted(
             grid.fit(lambda _: take, labels[rows])
         return grid
 
-    if epoch_features or not 0 < len(held) < ENOUGH_HELD_OUT:
+    if epoch_features or not settings.cross_validates(len(labels)):
         grid = fitted(kept)
         return grid, grid.correct(train, held, labels)
     folds = map(torch.from_numpy, stratified_folds(labels.numpy(), FOLDS, run.seed))

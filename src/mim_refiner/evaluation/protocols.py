@@ -64,7 +64,7 @@ def knn(job: Job) -> Iterator[Result]:
 def linear(job: Job) -> Iterator[Result]:
     """The linear probe of every block and pooling, and the paper's grid over feature sets, in one pass.
 
-    The whole grid is one number too: the best probe on test (the paper's), and the best on the held-out part.
+    The whole grid is one number too: the best probe on test (the paper's), and the best on held-out images.
     """
     settings = job.settings.linear
     singles: list[FeatureSet] = [(key,) for key in job.pair[0].keys]
@@ -73,10 +73,11 @@ def linear(job: Job) -> Iterator[Result]:
     sets = list(dict.fromkeys(singles + grid))
     crops = augmented(job, sets) if settings.augment else None
     scores = probe_sets(job.train, job.test, sets, settings, job.run, crops)
+    by = settings.selection(len(job.train), augmented=settings.augment)
 
     def told(chosen: FeatureSet, of_grid: str | None = None) -> Iterator[Result]:
         blocks, pooling = sorted({key[0] for key in chosen}), "+".join(dict.fromkeys(key[1] for key in chosen))
-        for suffix, accuracy, shown in selections(scores[chosen], settings.model_dump()):
+        for suffix, accuracy, shown in selections(scores[chosen], settings.model_dump(), by):
             if of_grid is None:
                 name, shown = f"_last{len(blocks)}" if len(blocks) > 1 else "", {**shown, "blocks": blocks}
                 yield job.accuracy("linear", f"linear_top1{name}{suffix}", accuracy, shown, (blocks[-1], pooling))
@@ -139,14 +140,13 @@ def rank(job: Job) -> Iterator[Result]:
 
 
 def selections(
-    score: LinearProbeScore, settings: Mapping[str, Any]
+    score: LinearProbeScore, settings: Mapping[str, Any], by: str = "best on a held-out part of train"
 ) -> Iterator[tuple[str, AccuracyScore, dict[str, Any]]]:
     """("_best" and "", accuracy, settings): the paper's selection on the test set, and the honest one."""
     options = {**settings, "accuracy_by_rate": score.by_rate}
     yield "_best", score.best, {**options, "selection": "best on test", "selected_rate": score.best_rate}
     if score.selected is not None:
-        chosen = {"selection": "best on a held-out part of train", "selected_rate": score.selected_rate}
-        yield "", score.selected, {**options, **chosen}
+        yield "", score.selected, {**options, "selection": by, "selected_rate": score.selected_rate}
 
 
 def augmented(job: Job, sets: list[FeatureSet]) -> EpochFeatures:
@@ -281,7 +281,7 @@ def robustness(job: Job) -> Iterator[Result]:
         **settings.model_dump(),
         "images": len(clean),
         "k": job.settings.knn_k,
-        "probe": {"epochs": job.settings.linear.epochs, "selection": "best rate on a held-out part of train"},
+        "probe": {"epochs": job.settings.linear.epochs, "selection": job.settings.linear.selection(len(job.train))},
     }
 
     def hits(features: Features, what: str) -> dict[str, Tensor]:
