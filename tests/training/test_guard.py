@@ -267,7 +267,15 @@ def test_a_short_phase_is_looked_at_five_times(tmp_path: Path) -> None:
     guard = Scripted(tmp_path / "run").guard
     assert guard.every == 100
     short = Guard(dict, nn.Linear(1, 1), guard.folder, GuardSettings(), steps=23, probe_images=9)
-    assert short.every == 4  # and at the end of the phase
+    assert short.every == 4
+
+
+def test_the_end_of_the_phase_is_looked_at_too(
+    tiny_run: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Guard, "every", property(lambda _: 7, lambda *_: None), raising=False)
+    metrics = tiny_run().run(tmp_path / "run", guard=GuardSettings(images=20))
+    assert [m["total_step"] for m in metrics if "rank" in m] == [14, 20]
 
 
 def test_the_loop_measures_in_refinement_only(tiny_run: Callable[[], Any], tmp_path: Path) -> None:
