@@ -203,6 +203,17 @@ def test_a_process_that_died_is_told_from_an_error_in_it(error, told):
     assert type(caught.value) is told
 
 
+def test_eval_batches_are_stacked_in_the_background(array_set, monkeypatch):
+    """While an encoder works on the one before; 256 images of 224 px take some 0.1 s."""
+    names = []
+    monkeypatch.setattr(
+        loaders, "common_type", lambda images: names.append(threading.current_thread().name) or list(images)
+    )
+    assert len(list(eval_batches(array_set(count=7, height=8, width=8), 8, 3))) == 3
+    assert len(names) == 3
+    assert all(name.startswith("mim-refiner-loader") for name in names)
+
+
 @pytest.mark.parametrize("cache", [True, False])
 def test_eval_leaves_unreadable_images_out(image_folder, cache):
     source = damage(image_folder([f"{i:02d}.png" for i in range(20)]), 2)

@@ -293,11 +293,14 @@ def eval_batches(
         raise InputError(f"batch size {batch_size} and image size {image_size} must be at least 1")
     images.raise_if_too_many_unreadable()
     crop = partial(resize_center_crop, image_size=image_size, crop_ratio=default_crop_ratio(image_size))
-    decoded = in_background(decoded_batches(images, indices, batch_size, crop), 2)
-    with contextlib.closing(decoded):
-        for loaded, chosen in decoded:
+
+    def stacked() -> Generator[tuple[Tensor, Tensor], None, None]:
+        for loaded, chosen in decoded_batches(images, indices, batch_size, crop):
             readable = np.array([pixels is not None for pixels in loaded])
             if readable.any():
                 batch = np.stack(common_type([pixels for pixels in loaded if pixels is not None]))
                 planes = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
                 yield planes, torch.from_numpy(chosen[readable])
+
+    with contextlib.closing(in_background(stacked(), 2)) as stream:
+        yield from stream
