@@ -111,3 +111,13 @@ def test_copies_are_no_distinct_rows():
     x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0)) + 5
     noisy = x.repeat(3, 1) * (1 + 1e-6 * torch.randn(90, 8, generator=torch.Generator().manual_seed(1)))
     assert [distinct_rows(each) for each in (x, noisy, x[:1].repeat(9, 1), torch.zeros(4, 3))] == [30, 30, 1, 1]
+
+
+def test_a_change_within_its_interval_is_not_called_about_none():
+    """Few images: twice the neighbours may be chance, and is not "about as many"."""
+    twice, steady = Change(0.1, 0.2, -0.01, 0.21), Change(0.5, 0.5, 0.0, 0.0)
+    found, why = judged(twice, steady, steady, steady)
+    assert found == "no clear change"
+    assert "neither clearly more nor clearly fewer" in why
+    assert "10.0 % before, 20.0 % now" in why
+    assert why.endswith("; it counts where the interval lies beyond 2 points.")

@@ -190,7 +190,7 @@ def judged(consistency: Change, retrieval: Change, rank: Change, centred: Change
         f"{signed(100 * change.low)} to {signed(100 * change.high)})" for change in (consistency, retrieval)
     )  # fmt: skip
     if consistency.high < -MIN_CHANGE:
-        return WORSE, f"Two views of an image share less of their neighbours than before: {moved}."
+        return WORSE, f"Two views of an image share fewer of their neighbours than before: {moved}."
     if retrieval.high < -FALL:
         return WORSE, f"Fewer images are found by another view of them: {found}."
     limits = ((" (centred)", centred, COLLAPSE), ("", rank, MEAN_ALONE), (" (centred)", centred, KEPT))
@@ -201,8 +201,8 @@ def judged(consistency: Change, retrieval: Change, rank: Change, centred: Change
                 return UNCLEAR, f"{fell}fewer directions; but two views share more of their neighbours: {moved}."
             return WORSE, f"{fell}on so few directions fewer images are told apart."
     if consistency.low <= MIN_CHANGE:
-        limit = f"not clearly more than {100 * MIN_CHANGE:.0f} points"
-        return UNCLEAR, f"Two views of an image share about as many of their neighbours as before: {moved}, {limit}."
+        neither = "Two views of an image share neither clearly more nor clearly fewer of their neighbours than before"
+        return UNCLEAR, f"{neither}: {moved}; it counts where the interval lies beyond {100 * MIN_CHANGE:.0f} points."
     return SOUND, (
         f"Two views of an image share more of their neighbours than before: {moved}. That rules a collapse out and "
         "proves no gain: with labels k-NN accuracy may have fallen by a few points."
