@@ -119,6 +119,8 @@ def test_what_the_transform_gives_has_the_features_that_embed_gives(backbone):
         np.testing.assert_allclose(features.numpy(), written, atol=2e-3)
     with pytest.raises(InputError, match=r"images are torch.uint8; normalise them, for example by backbone.transform"):
         backbone.forward_blocks(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(InputError, match="the picture holds float values; convert it to uint8 or uint16"):
+        backbone.transform(Image.new("F", (20, 20), 0.5))
 
 
 def test_a_run_records_what_it_was_given(tmp_path, backbone):

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from mim_refiner.errors import InputError
+
 
 def upright(image: Image.Image) -> Image.Image:
     """The image as EXIF says that it is shown; the same object where nothing is to be turned."""
@@ -26,9 +28,14 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def shown(picture: Any) -> Any:
-    """A picture in memory in RGB, as data/image_files.py reads one; what is none of Pillow's stays as it is."""
+    """A picture in memory in RGB, as data/image_files.py reads one; what is none of Pillow's stays as it is.
+
+    Raises InputError for float values, which that refuses too. TIFFs of 9 to 15 bits are not spread over 16 here.
+    """
     if not isinstance(picture, Image.Image):
         return picture
+    if picture.mode == "F":  # Pillow would cut them off at 0 and 255 without a word
+        raise InputError("the picture holds float values; convert it to uint8 or uint16")
     picture = upright(picture)
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8))
