@@ -147,9 +147,7 @@ def _open_whole(text: str) -> ImageSource:
         return TarSource(paths, f"{len(paths)} shards {text}")
     if all(path.suffix.lower() == ".parquet" and path.is_file() for path in paths):
         base = os.path.commonpath([path.absolute().parent for path in paths])
-        return parquet_folder(
-            Path(base), [os.path.relpath(path, base) for path in paths], f"{number_of(len(paths), 'files')} {text}"
-        )
+        return parquet_folder(Path(base), [os.path.relpath(path, base) for path in paths], f"{len(paths)} files {text}")
     if all(path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() for path in paths):
         return image_files(paths)
     return ConcatSource([_open_path(path) for path in paths], f"{len(paths)} sources {text}")
