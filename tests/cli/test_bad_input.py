@@ -94,8 +94,10 @@ def test_unknown_recipe_architecture_and_image_size(cli, mae, shapes, tmp_path):
     outcome = cli.call(*cli.refine(shapes, mae.export, out), "--recipe", "tinny", "--quiet")
     refused(outcome, out, "unknown recipe", "did you mean 'tiny'")
     refused(cli.call(*cli.pretrain(shapes, out, "image_size=15"), "--quiet"), out, "multiple of the patch")
-    words = ["pretrain", "--data", str(shapes), "--arch", "vit_tinny_patch16_224", "--out", str(out), "--quiet"]
-    refused(cli.call(*words), out, "unknown architecture")
+    words = ["pretrain", "--data", str(shapes), "--out", str(out), "--quiet", "--arch"]
+    refused(cli.call(*words, "vit_tinny_patch16_224"), out, "unknown architecture")
+    for arch in ("swin_tiny_patch4_window7_224", "vit_tiny_r_s16_p8_224", "vit_capi"):
+        refused(cli.call(*words, arch), out, arch, "plain ViT")
 
 
 def test_an_output_folder_that_cannot_be(cli, mae, shapes, tmp_path):

@@ -201,13 +201,16 @@ def test_unusable_input(backbone: Backbone, images: torch.Tensor, blocks: list[i
             "unknown architecture 'vit_tiny_patch61_224'; did you mean 'vit_tiny_patch16_224'",
         ),
         ("vit_small", 32, "unknown architecture 'vit_small'; did you mean 'vit_small_patch16_224'"),
-        ("resnet18", 32, "architecture 'resnet18' is no ViT of timm; take one, such as vit_small_patch16_224"),
+        ("resnet18", 32, "architecture 'resnet18' is no plain ViT of timm; take one, such as vit_small_patch16_224"),
+        ("beit_base_patch16_224", 32, "architecture 'beit_base_patch16_224' is no plain ViT of timm"),
+        ("swin_tiny_patch4_window7_224", None, "is no plain ViT of timm"),  # takes every argument of a ViT
+        ("vitamin_small_224", None, "is no plain ViT of timm"),  # a VisionTransformer of convolutions
         ("vit_w30_d2_h4_p8", 32, "width 30 is not a multiple of 4 heads"),
         ("vit_w32_d0_h4_p8", 32, "at least 1"),
         (ARCH, 36, "36x36 is not a multiple of the patch size 8x8"),
     ],
 )
-def test_unusable_architecture(arch: str, size: int, message: str) -> None:
+def test_unusable_architecture(arch: str, size: int | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         create_vit(arch, size)
 

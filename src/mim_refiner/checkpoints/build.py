@@ -20,7 +20,7 @@ from mim_refiner.checkpoints.families.base import LAYER_SCALE
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.files import errors_as
 from mim_refiner.models import kinds  # noqa: F401  (registers their architectures with timm)
-from mim_refiner.models.vit import create_vit
+from mim_refiner.models.vit import VIT_MODULES, create_vit
 from mim_refiner.reporting import number_of
 
 # Bounds on what a file may make us build: a name or a config.json must not cost memory that no encoder needs.
@@ -31,7 +31,6 @@ _MAX_SIZE = 2**20  # width, pixels, heads, channels
 
 _IN_BLOCKS = re.compile(r"\.\d+\.")  # blocks and stages are lists
 _DRAWS = {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}
-_VIT_MODULES = ["vision_transformer", "deit"]  # timm modules whose models take dynamic image sizes as plain ViTs do
 
 
 def build(converted: Converted, where: str) -> Any:
@@ -49,7 +48,7 @@ def build(converted: Converted, where: str) -> Any:
     remedy = "correct its config.json, or take the files from their source again"
     problem = f"{where}: timm cannot build '{converted.architecture}' as described"
     with errors_as(CheckpointError, problem, remedy, Exception):  # raised is almost anything for what does not fit
-        if is_model_in_modules(converted.architecture.partition(".")[0], _VIT_MODULES):
+        if is_model_in_modules(converted.architecture.partition(".")[0], VIT_MODULES):
             model: Any = create_vit(converted.architecture, **arguments)
         else:
             model = timm.create_model(converted.architecture, pretrained=False, num_classes=0, **arguments)

@@ -279,7 +279,7 @@ def _fates(
 
 def _placed(name: str, target: str, in_file: tuple[int, ...], shape: tuple[int, ...], parts: int) -> TensorRecord:
     if parts > 1:
-        return TensorRecord(name, in_file, "reshaped", target, f"joined with {parts - 1} others to {list(shape)}")
+        return TensorRecord(name, in_file, "reshaped", target, f"one of {parts} that are joined to {list(shape)}")
     if in_file != shape:
         return TensorRecord(name, in_file, "reshaped", target, f"from {list(in_file)} to {list(shape)}")
     return TensorRecord(name, in_file, "loaded" if name == target else "renamed", target)

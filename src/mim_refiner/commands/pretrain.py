@@ -141,15 +141,17 @@ def conclude(
 
 
 def start(arch: str | None, model: Any, size: ImageSize, out: str) -> Backbone:
-    """A new encoder ``arch``, or the one of ``model``. Raises InputError for a model that is no plain ViT."""
+    """A new encoder ``arch``, or the one of ``model``. Raises InputError for one that is no plain ViT."""
     if model is None:
         assert arch is not None
         encoder = create_vit(arch, image_size=size)
-        return Backbone.wrap(encoder, family="mae", architecture=arch, licence="as your images allow", source=out)
-    backbone = load_backbone(model, image_size=size)
+        backbone = Backbone.wrap(encoder, family="mae", architecture=arch, licence="as your images allow", source=out)
+    else:
+        backbone = load_backbone(model, image_size=size)
     if type(backbone.model) is not VisionTransformer:
+        given = f"--arch {arch}" if model is None else f"--model {model}"
         raise InputError(
-            f"--model {model}: masked-autoencoder pre-training goes on from a plain ViT, not from "
+            f"{given}: masked-autoencoder pre-training takes a plain ViT, not "
             f"{type(backbone.model).__name__}; give a ViT, or --arch for a new one"
         )
     return backbone

@@ -111,9 +111,8 @@ def _interpolation(before: int, after: int) -> Tensor:
     half = torch.tensor([ratio**k for k in range(before // 2)], dtype=torch.float64).cumsum(0)
     known = torch.cat([-half.flip(0), torch.zeros(1, dtype=torch.float64), half])
     wanted = torch.arange(-(after // 2), after // 2 + 1, dtype=torch.float64)
-    passed = ((wanted[:, None] - known[:-1]) / known.diff()).clamp(
-        0, 1
-    )  # share of each gap that lies before a distance
+    # share of each gap between known values that lies before a wanted distance
+    passed = ((wanted[:, None] - known[:-1]) / known.diff()).clamp(0, 1)
     return (F.pad(passed, (1, 0), value=1.0) - F.pad(passed, (0, 1))).float()
 
 

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import timm
+from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -18,6 +19,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Registered timm name that custom sizes are based on; every argument that matters is written beside it.
 BASE_ARCHITECTURE = "vit_tiny_patch16_224"
+
+# timm's modules of plain ViTs, all of which take ``dynamic_img_size``.
+VIT_MODULES = ["vision_transformer", "deit"]
 
 # Custom sizes: "vit_w128_d12_h4_p8", or as reports print them, "vit(dim=128,depth=12,heads=4,patch=8)".
 _SHORT = re.compile(r"vit_w(\d+)_d(\d+)_h(\d+)_p(\d+)")
@@ -47,10 +51,12 @@ def create_vit(arch: str, image_size: int | tuple[int, int] | None = None, **kwa
 
     ``arch`` is a timm model name ("vit_tiny_patch16_224") or a custom size of ours: "vit_w128_d12_h4_p8" (width,
     depth, heads, patch). ``kwargs`` go to timm and win over the name (``in_chans``, ``reg_tokens``, ...).
-    Raises InputError for an unknown name, a width that the heads do not divide, or an image size that the patch
-    does not divide.
+    Raises InputError for a name that is unknown or no plain ViT's, a width that the heads do not divide, or an image
+    size that the patch does not divide.
     """
     name, arguments = parse_architecture(arch)
+    if not is_model_in_modules(name.partition(".")[0], [*VIT_MODULES, "kinds"]):  # the last are ours
+        raise InputError(f"architecture '{arch}' is no plain ViT of timm; take one, such as vit_small_patch16_224")
     arguments |= {"num_classes": 0, "dynamic_img_size": True} | kwargs
     if image_size is not None:
         arguments["img_size"] = image_size
@@ -60,10 +66,6 @@ def create_vit(arch: str, image_size: int | tuple[int, int] | None = None, **kwa
     try:
         model = timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, AssertionError) as error:
-        if "dynamic_img_size" in str(error):  # which all of timm's ViTs take
-            raise InputError(
-                f"architecture '{arch}' is no ViT of timm; take one, such as vit_small_patch16_224"
-            ) from error
         raise InputError(
             f"architecture '{arch}' cannot be built with {arguments} ({' '.join(str(error).split())}); change them"
         ) from error

@@ -22,6 +22,7 @@ from mim_refiner.errors import CheckpointError, InputError, did_you_mean
 from mim_refiner.files import errors_as, read_yaml
 from mim_refiner.models.mae import sincos_position_table
 from mim_refiner.models.positions import sinusoid_table
+from mim_refiner.models.vit import VIT_MODULES
 from mim_refiner.reporting import number_of
 from mim_refiner.settings import said
 from mim_refiner.types import height_width
@@ -129,7 +130,7 @@ def _infer(tensors: dict[str, Tensor], wishes: Wishes, key_map: OwnKeyMap) -> Co
     if not plain and not timm.is_model(architecture.partition(".")[0]):
         close = did_you_mean(architecture, timm.list_models())
         raise InputError(f"key map: architecture '{architecture}' is unknown to timm{close}")
-    if not plain and not is_model_in_modules(architecture.partition(".")[0], ["vision_transformer", "deit"]):
+    if not plain and not is_model_in_modules(architecture.partition(".")[0], VIT_MODULES):
         return Converted(architecture, arguments, heads or -1, tensors)
     if PROJECTION not in tensors:
         raise CheckpointError(
