@@ -1,4 +1,4 @@
-"""Masked-autoencoder pre-training model around any timm ViT (He et al., "Masked Autoencoders Are Scalable Vision
+"""Masked-autoencoder pre-training model around a plain timm ViT (He et al., "Masked Autoencoders Are Scalable Vision
 Learners", arXiv 2111.06377; public code github.com/facebookresearch/mae). Written anew; checked against golden vectors.
 """
 
