@@ -115,7 +115,7 @@ def _spread(sums: Tensor, count: int) -> Tensor:
 
 @dataclass
 class Guard:
-    """Measures, remembers in guard.json, keeps the best encoder in checkpoints/best, and stops the run.
+    """Measures, remembers in guard.json, keeps the best sound encoder in checkpoints/best, and stops the run.
 
     ``knn_images``: number of test images of the online k-NN, 0 without labels; with labels it decides what is best.
     """
@@ -183,8 +183,9 @@ class Guard:
             entry["knn_top1"] = found["knn_top1"]
         self.history.append(entry)
         value = entry.get(self.score, math.nan)
-        earlier = [known[self.score] for known in (self.start, *self.history[:-1]) if self.score in known]
-        if value > max(earlier, default=-math.inf):
+        sound = [self.start, *(known for known in self.history[:-1] if not self._broken(known))]
+        earlier = [known[self.score] for known in sound if self.score in known]
+        if not self._broken(entry) and value > max(earlier, default=-math.inf):
             self._keep(total_step)
         reason = self._reason()
         self._write(reason)
@@ -210,14 +211,21 @@ class Guard:
     def _reason(self) -> str:
         if not _finite(self.history[-1]):
             return "the features are not finite any more"
-        for measure, (words, share, drop) in self.rules.items():
-            recent = [entry[measure] for entry in self.history if measure in entry][-self.settings.patience :]
-            start = self.start.get(measure)
-            if start is None or len(recent) < self.settings.patience:
-                continue
-            if all(now < share * start and start - now > drop for now in recent):
-                return f"{words} (at the start {start:.3g}, then {', '.join(f'{now:.3g}' for now in recent)})"
+        for measure, (words, _, _) in self.rules.items():
+            recent = [entry for entry in self.history if measure in entry][-self.settings.patience :]
+            if len(recent) == self.settings.patience and all(measure in self._broken(entry) for entry in recent):
+                seen = ", ".join(f"{entry[measure]:.3g}" for entry in recent)
+                return f"{words} (at the start {self.start[measure]:.3g}, then {seen})"
         return ""
+
+    def _broken(self, entry: dict[str, float]) -> list[str]:
+        """The measures of a look by which it would count against the run."""
+        return [
+            measure
+            for measure, (_, share, drop) in self.rules.items()
+            if measure in self.start and measure in entry
+            if entry[measure] < share * self.start[measure] and self.start[measure] - entry[measure] > drop
+        ]
 
     def _write(self, stopped: str = "") -> None:
         if self.folder.writes:
