@@ -110,7 +110,6 @@ def test_what_the_transform_gives_has_the_features_that_embed_gives(backbone):
     pictures[2:7] = odd_pictures(pictures[2])
     large = load_backbone(backbone)
     large.set_image_size((80, 80))  # above 64 px the centre is cut out
-    large.set_image_size((80, 80))
     for encoder in (backbone, large):
         images = torch.stack([encoder.transform(picture) for picture in pictures])
         with torch.no_grad():

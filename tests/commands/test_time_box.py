@@ -99,7 +99,9 @@ def test_threads_that_wait_for_another_process_are_left_out(
     monkeypatch: pytest.MonkeyPatch, together: float, threads: int
 ) -> None:
     used: list[int] = []
-    phases = [PhaseCost("", math.inf, 1, 23, seconds, 0.0, alone, 46.0) for seconds, alone in ((together, 0.5), (9, 1))]
+    phases = [
+        PhaseCost("", math.inf, 1, 23, seconds, 0.0, alone, 69.0, 46.0) for seconds, alone in ((together, 0.5), (9, 1))
+    ]
     monkeypatch.setattr(time_box, "refine_phases", lambda *_: dict(enumerate(phases)))
     monkeypatch.setattr(time_box, "seconds_an_image", lambda *_: 0.1)
     monkeypatch.setattr(time_box, "prepare", lambda *_: None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from mim_refiner.training.estimate import (
     Estimate,
     PhaseCost,
     format_hours,
+    machine_is_busy,
     pretrain_estimate,
     pretrain_needs,
     refine_phases,
@@ -90,6 +93,46 @@ def test_one_thread_is_advised_where_several_wait_for_each_other(parts, monkeypa
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_busy_machine_is_told_and_its_own_work_is_not_the_load(parts, monkeypatch):
+    mae, recipe, loader, photometric = parts
+    told = " (the machine was busy when this was timed; it may be quicker)"
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    # the load average, seconds of the processor that this process has taken
+    for load, used, expected in ((1.5, 10.0, True), (0.6, 10.0, False), (4.5, 900.0, False), (5.2, 900.0, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 9.0, 9.0), raising=False)
+        monkeypatch.setattr(time, "process_time", lambda used=used: used)
+        assert machine_is_busy(loader, Run()) == expected, (load, used)
+    _, cost = pretrain_estimate(mae, recipe, loader, photometric, math.inf, Run())
+    assert f"about {format_hours(cost.hours)}{told}; memory:" in cost.line
+    assert cost.record()["time"].endswith(told)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(os, "getloadavg", lambda: (3.5, 9.0, 9.0), raising=False)
+    assert not machine_is_busy(loader, Run())  # a core is left for this one
+    monkeypatch.setattr(os, "getloadavg", Mock(side_effect=OSError))
+    assert not machine_is_busy(loader, Run())
+    monkeypatch.delattr(os, "getloadavg")
+    _, cost = pretrain_estimate(mae, recipe, loader, photometric, math.inf, Run())
+    assert "busy" not in cost.line
+
+
+def test_a_view_pool_takes_the_time_of_the_threads_that_it_will_have(tmp_path, monkeypatch):
+    """Threads are chosen by the clock in a phase with max_seconds alone; told was the least of both always."""
+    np.savez(tmp_path / "noise.npz", images=np.zeros((8, 32, 32, 3), dtype=np.uint8))
+    backbone = Backbone.wrap(create_vit("vit_w32_d4_h2_p8", image_size=32))
+    recipe = resolve(override(refine_recipe(None, image_size=32, images=8), ["batch_size=8", "view_pool=1"]), backbone)
+    refiner = make_refiner(backbone, recipe)
+    loader = TrainLoader(ImageSet(open_source(str(tmp_path / "noise.npz"))), view_specs(recipe), 8, 0)
+    monkeypatch.setattr(estimate, "measured", lambda step, **how: (3.0, 1.0, 2.0))
+    found = refine_phases(refiner, recipe, loader, Run())["warm-up"]
+    assert (found.before, found.before_alone) == (3.0, 2.0)
+    steps = recipe.warmup.epochs
+    assert found.hours() == (3 + 3 * steps) / 3600
+    assert found.hours(alone=True) == (2 + 2 * steps) / 3600
+    assert replace(found, limit=1000.0).hours() == (2 + 2 * steps) / 3600
+    assert replace(found, limit=1.0).hours() == 1 / 3600
 
 
 def test_seconds_are_those_of_the_whole_batch(parts, monkeypatch):

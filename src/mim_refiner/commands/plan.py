@@ -13,7 +13,7 @@ from mim_refiner.core.run import Run
 from mim_refiner.core.sharding import processes_on_node
 from mim_refiner.data.loaders import TrainLoader
 from mim_refiner.models.refiner import Refiner
-from mim_refiner.training.estimate import Estimate, refine_phases
+from mim_refiner.training.estimate import Estimate, machine_is_busy, refine_phases
 from mim_refiner.training.graphed import uses_graph
 from mim_refiner.training.memory import RESERVE, Planner, format_bytes, parse_budget, shards_of
 from mim_refiner.training.recipe import RefineRecipe
@@ -52,7 +52,7 @@ def with_cost(
     chosen = recipe.model_copy(update=settings)
     uses_graph(chosen, refiner, run)
     phases = refine_phases(refiner, chosen, loader, run)
-    return chosen, Estimate(len(loader.images), loader.batch_size, phases, picked, free)
+    return chosen, Estimate(len(loader.images), loader.batch_size, phases, picked, free, machine_is_busy(loader, run))
 
 
 def process_of(loader: TrainLoader, run: Run) -> int:

@@ -111,7 +111,8 @@ def measure(model: str, images: ImageSet, recipe: RefineRecipe, run: Run) -> Cos
         batches = pooled_epochs(recipe) * loader.steps_per_epoch
     if warmup.alone < warmup.seconds:
         torch.set_num_threads(1)
-    image, pool_step = seconds_an_image(load_backbone(model), images, run), warmup.before / max(1, batches)
+    pool_step = min(warmup.before, warmup.before_alone) / max(1, batches)
+    image = seconds_an_image(load_backbone(model), images, run)
     least = [min(phase.seconds, phase.alone) for phase in (warmup, refinement)]
     costs: Costs = from_rank_0(Costs(least[0], least[1], image, pool_step))
     return costs

@@ -8,6 +8,7 @@ the run's own images, in its own precision; time and operations grow in step wit
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from mim_refiner.core.collectives import agree, process_rows, world_size
 from mim_refiner.core.device import eagerly
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
+from mim_refiner.core.sharding import processes_on_node
 from mim_refiner.core.threads import CLEAR, threads_kept
 from mim_refiner.data.loaders import TrainLoader, ViewBatch
 from mim_refiner.data.photometric import BatchPhotometric
@@ -51,7 +53,8 @@ from mim_refiner.types import ImageSize, height_width
 
 ENOUGH = 0.4  # seconds: a step that takes as long tells the speed of larger ones
 FEW = 2  # images of the first step
-AN_HOUR = 3600.0
+AN_HOUR, A_MINUTE = 3600.0, 60.0
+CLEARLY = 0.7  # of a core: as much of the load average must be others' work
 
 Step = Callable[[ViewBatch], None]
 
@@ -59,7 +62,8 @@ Step = Callable[[ViewBatch], None]
 @dataclass(frozen=True)
 class PhaseCost:
     """``setting``: the recipe's key of ``epochs``; ``seconds`` and ``operations`` are those of a step, ``alone`` its
-    seconds on one thread of the processor (infinite where that was not tried), ``before`` those that a view pool takes.
+    seconds on one thread of the processor (infinite where that was not tried); ``before`` and ``before_alone`` those
+    that a view pool takes.
     """
 
     setting: str
@@ -70,21 +74,28 @@ class PhaseCost:
     operations: float
     alone: float = math.inf
     before: float = 0.0
+    before_alone: float = 0.0
 
     def hours(self, *, alone: bool = False) -> float:
-        """Of all its steps; ``alone``: on one thread."""
-        return min(self.limit, self.before + self.steps * (self.alone if alone else self.seconds)) / AN_HOUR
+        """Of all its steps; ``alone``: on one thread. A limited phase finds the faster number of threads itself."""
+        several = self.before + self.steps * self.seconds
+        one = self.before_alone + self.steps * self.alone
+        chosen = one if alone else several if self.limit == math.inf else min(several, one)
+        return min(self.limit, chosen) / AN_HOUR
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a whole run; ``picked``: its way through the memory, of which ``free`` bytes are there for it."""
+    """Of a whole run; ``picked``: its way through the memory, of which ``free`` bytes are there for it. ``busy``: other
+    processes held the machine when the steps were timed.
+    """
 
     images: int
     batch: int
     phases: Mapping[str, PhaseCost]
     picked: Choice
     free: float
+    busy: bool = False
 
     @property
     def hours(self) -> float:
@@ -94,7 +105,10 @@ class Estimate:
     @property
     def time(self) -> str:
         """In words; a run that shares its weights is not measured."""
-        return f"about {format_hours(self.hours)}" if self.phases else "time is not measured where weights are shared"
+        if not self.phases:
+            return "time is not measured where weights are shared"
+        passes = " (the machine was busy when this was timed; it may be quicker)" if self.busy else ""
+        return f"about {format_hours(self.hours)}{passes}"
 
     @property
     def memory(self) -> str:
@@ -205,7 +219,7 @@ def refine_phases(
     with unchanged(refiner):
         timed = partial(measured, loader=loader, run=run, patience=patience)
         seconds, _, alone = timed(fill) if epochs else (0.0, 0.0, 0.0)
-        before = epochs * steps * min(seconds, alone)
+        before = epochs * steps * seconds, epochs * steps * alone
         for name, key, phase, begin in (
             ("warm-up", "warmup.epochs", recipe.warmup, refiner.freeze_encoder),
             ("refinement", "refinement.epochs", recipe.refinement, refiner.unfreeze_encoder),
@@ -214,8 +228,8 @@ def refine_phases(
             pooled = bool(epochs and (refiner.encoder_frozen or recipe.frozen_blocks))
             if phase.epochs:
                 cost, limit = timed(partial(step, pooled=pooled), loads=not pooled), phase.max_seconds
-                phases[name] = PhaseCost(key, limit or math.inf, phase.epochs, phase.epochs * steps, *cost, before)
-                before = 0.0
+                phases[name] = PhaseCost(key, limit or math.inf, phase.epochs, phase.epochs * steps, *cost, *before)
+                before = 0.0, 0.0
     return phases
 
 
@@ -259,7 +273,7 @@ def pretrain_estimate(
     limit = recipe.training.max_seconds or math.inf
     phases = {"pre-training": PhaseCost("training.epochs", limit, recipe.training.epochs, steps, *cost)}
     picked = Choice(needs, micro, 0, False, "the largest that fits")
-    estimate = Estimate(len(loader.images), loader.batch_size, phases, picked, free)
+    estimate = Estimate(len(loader.images), loader.batch_size, phases, picked, free, machine_is_busy(loader, run))
     return recipe.model_copy(update={"micro_batch": micro}), estimate
 
 
@@ -348,6 +362,20 @@ def measured(
             torch.set_num_threads(1)
             alone = min(seconds(), seconds())
         return found * batch / images, operations, alone * batch / images
+
+
+def machine_is_busy(loader: TrainLoader, run: Run) -> bool:
+    """Whether more was to be computed in the last minute than this process, and those beside it of the run, ask for,
+    and more than all cores can do; False where the system tells no load.
+    """
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows has none
+        return False
+    threads = loader.workers + (torch.get_num_threads() if run.device.type == "cpu" else 1)
+    own = min(threads, time.process_time() / A_MINUTE)  # this process is part of the load, a young one of little
+    others = load - own * processes_on_node()
+    return others > CLEARLY and others + threads * processes_on_node() > (os.cpu_count() or 1)
 
 
 @contextmanager
