@@ -53,7 +53,9 @@ def test_the_sentence_compares_refining_with_the_best_read_out(attentive, refine
         row("usual feature", 0.5, 0), row("attentive", attentive, 1), row("refined", refined, 2, refined=True, knn=0.4)
     )
     assert found["sentence"].endswith(f": {word}.")
-    assert found["sentence"].startswith("Before refinement the best read-out (attentive) reaches ")
+    assert found["sentence"].startswith(
+        "Before refinement the best read-out (attentive; chosen on one half of the images, judged on the other) reaches"
+    )
     assert [each["change"] is None for each in found["rows"]] == [True, False, False]
     assert found["rows"][2]["change"][0] == pytest.approx(found["rows"][2]["value"] - found["rows"][0]["value"])
     assert found["rows"][2]["knn_top1"] == 0.4
@@ -69,5 +71,7 @@ def test_a_read_out_that_loses_is_not_told_to_be_over_anything():
 
 def test_without_a_refined_encoder_it_says_what_is_not_measured():
     found = record(row("usual feature", 0.7, 0), row("attentive", 0.5, 1))
-    assert found["sentence"].startswith("Before refinement no read-out is better than the usual feature, which ")
+    assert found["sentence"].startswith(
+        "Before refinement no read-out is better on either half of the images than the usual feature, which reaches "
+    )
     assert found["sentence"].endswith("give the refined encoder with --compare.")

@@ -70,6 +70,20 @@ def test_k_fits_the_bank(labelled):
     assert measured(labelled(3, 3), labelled(7, 7), given=True, run=run()).k == 6
 
 
+def test_few_labelled_images_are_compared_by_their_labels(labelled, tmp_path):
+    """Four and five are no tenth of anything, but the probe holds each third of them out in turn."""
+    for bank, test in ((labelled(2, 2), labelled(7, 7)), (labelled(3, 3), None)):
+        told = run()
+        on = measured(bank, test, given=True, run=told)
+        assert on.tested.labels is not None
+        encoder = Backbone.wrap(create_vit("vit_w32_d2_h2_p8", image_size=16), source="mae")
+        recipe = tiny()
+        recipe.heads.blocks, recipe.heads.pooling = [1], "cls"
+        found = compare({"before": encoder, "after": encoder}, on, recipe, tmp_path / str(len(bank)), told)
+        assert found["verdict"]["verdict"] == "no clear change"
+        assert found["before"]["linear_top1"] is not None
+
+
 def test_a_comparison_whose_time_runs_out_is_whole_on_fewer_images(labelled, tmp_path, monkeypatch):
     monkeypatch.setattr(deadline, "FEW_BANK", 40)
     monkeypatch.setattr(deadline, "FEW_TEST", 20)

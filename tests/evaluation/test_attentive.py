@@ -27,6 +27,7 @@ from mim_refiner.evaluation.attentive import (
 from mim_refiner.evaluation.finetune import FinetuneSettings, LabelledRows, finetune
 from mim_refiner.evaluation.linear_probe import LinearProbeSettings
 from mim_refiner.evaluation.settings import EvaluationSettings
+from mim_refiner.evaluation.splits import stratified_folds
 from mim_refiner.evaluation.suite import evaluate_backbone, write_results
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.page import write_report
@@ -153,6 +154,7 @@ def test_attention_finds_what_the_mean_of_the_patches_hides(planted, tmp_path, m
         assert result.value >= found[f"attentive_top1-block01-{name}"].value
         assert result.ci95[0] <= result.value == pytest.approx(result.correct.mean())
     mixture = found["attentive_top1_mixture-block01-ep"].settings
+    assert mixture["selection"] == "best by 3-fold cross-validation on train"
     assert (mixture["blocks"], mixture["queries"]) == ([0, 1], 4)
     assert sum(mixture["block_weights"]) == pytest.approx(1)
     assert mixture["parameters"] == 4 * 12 + 12 * 12 + 12 * 4 + 4 + 2
@@ -200,6 +202,28 @@ def test_the_rate_is_chosen_without_the_test_set(make_backbone, make_images):
     for score in attentive_protocol(make_backbone(), rows(train), rows(test), [(2,)], whole, image_size=32).values():
         assert score.accuracy.selected is None
         assert score.attention.shape[2] == 17  # 16 patches and the class token
+
+
+def test_with_few_images_the_rate_is_chosen_on_each_third_and_the_scored_probe_trains_on_all(planted, monkeypatch):
+    trained, fit = [], attentive._fit
+    monkeypatch.setattr(attentive, "_fit", lambda *given: trained.append(given[2]) or fit(*given))
+    train, test = rows(planted(60, 1)), rows(planted(20, 2))
+    settings = QUICK.model_copy(update={"learning_rates": (0.01, 0.1), "epochs": 10, "poolers": ("ep",)})
+    [score] = attentive_protocol(Colours(), train, test, [(1,)], settings, image_size=32).values()
+    folds = stratified_folds(train.labels, 3, 0)
+    assert [len(kept) for kept in trained] == [40, 40, 40, 60]
+    assert all(set(kept) == set(range(60)) - set(fold) for kept, fold in zip(trained, folds, strict=False))
+    whole = settings.model_copy(update={"held_out": 0.0})
+    right = 0.0
+    for fold, kept in zip(folds, trained, strict=False):  # slowly: a probe for each part, scored on it as on a test set
+        [found] = attentive_protocol(
+            Colours(), train.select(kept), train.select(fold), [(1,)], whole, image_size=32
+        ).values()
+        right += np.array(found.accuracy.by_rate) * len(fold)
+    assert score.accuracy.selected_rate == settings.learning_rates[right.argmax()]
+    assert score.accuracy.held_out_accuracy == pytest.approx(right.max() / 60)
+    [trained_on_all] = attentive_protocol(Colours(), train, test, [(1,)], whole, image_size=32).values()
+    assert score.accuracy.by_rate == trained_on_all.accuracy.by_rate
 
 
 def test_more_queries_than_the_width_divides_are_lowered_and_widths_that_differ_are_not_mixed(

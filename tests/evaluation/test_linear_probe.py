@@ -117,6 +117,14 @@ def test_few_images_are_each_held_out_once_and_the_scored_probe_trains_on_all(ma
     assert found.selected.accuracy == whole.by_rate[chosen]
 
 
+def test_a_rate_is_selected_on_three_images_too_and_fewer_are_refused(make_features):
+    for images in (3, 9):
+        found = linear_probe(make_features(images, classes=2), make_features(10, classes=2, seed=1), QUICK)
+        assert all(score.selected is not None for score in found.values())
+    with pytest.raises(DataError, match="too few images to hold each of 3 parts out once: 2; give more"):
+        linear_probe(make_features(2, classes=2), make_features(10, classes=2, seed=1), QUICK)
+
+
 def test_what_the_rate_is_selected_by_is_told_as_it_is_done():
     settings, held, folds = LinearProbeSettings(), "best on a held-out part of train", "best by 3-fold cross-validation"
     assert settings.selection(9_999) == f"{folds} on train"

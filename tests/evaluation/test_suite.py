@@ -231,6 +231,10 @@ def test_the_protocols_that_go_back_to_the_images(make_backbone, make_images, tm
         sizes = [part.settings["test_images"] for part in parts if part]
         assert sum(sizes) == 30
         assert np.average([part.value for part in parts if part], weights=sizes) == pytest.approx(overall.value)
+    chosen = results["long_tail_linear_top1-block02-cls"].settings["probe"]
+    assert chosen["selection"] == "best by 3-fold cross-validation on train"
+    assert chosen["selected_rate"] in settings.linear.learning_rates
+    assert "probe" not in results["long_tail_knn_top1-block02-cls"].settings
     robust = results["robustness_knn_top1-block02-cls"]
     assert robust.settings["probe"]["selection"] == "best by 3-fold cross-validation on train"
     by_set = dict(robust.settings["accuracy_by_set"])

@@ -145,11 +145,13 @@ def plainest_first(keys: Iterable[Key]) -> list[Key]:
 def chosen_on_halves(table: NDArray[Any], seed: int) -> list[tuple[NDArray[np.int64], int]]:
     """[(one half of the N images, which row of ``table`` [R, N] is best on the other half)], both ways round.
 
-    Among equals the first row.
+    Among equals the first row, as where the other half of a single image is empty.
     """
     order = np.random.default_rng(seed).permutation(table.shape[1])
     halves = order[::2], order[1::2]
-    return [(mine, int(table[:, other].mean(1).argmax())) for mine, other in (halves, halves[::-1])]
+    return [
+        (mine, int(table[:, other].mean(1).argmax()) if len(other) else 0) for mine, other in (halves, halves[::-1])
+    ]
 
 
 def name_of(key: Key) -> str:

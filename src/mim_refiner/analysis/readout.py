@@ -77,12 +77,15 @@ def best_on_halves(rows: Sequence[Row], seed: int) -> tuple[Hits, list[str]]:
 
 def _sentence(usual: Row, best: Hits, names: Sequence[str], refined: Row | None) -> str:
     accuracy = f"{100 * best.mean():.1f} %"
-    said = f"Before refinement no read-out is better than the usual feature, which reaches {accuracy}"
+    said = (
+        "Before refinement no read-out is better on either half of the images than the usual feature, which reaches "
+        f"{accuracy}"
+    )
     if names != [usual.name]:
         gain = in_points(*paired_interval(usual.hits, best))
         said = (
-            f"Before refinement the best read-out ({' or '.join(names)}) reaches {accuracy}, against the usual feature "
-            f"{gain}"
+            f"Before refinement the best read-out ({' or '.join(names)}; chosen on one half of the images, judged on "
+            f"the other) reaches {accuracy}, against the usual feature {gain}"
         )
     if refined is None:
         if usual.knn is not None:

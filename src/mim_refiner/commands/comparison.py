@@ -95,7 +95,7 @@ def measured(bank: ImageSet, test: ImageSet | None, *, given: bool, run: Run) ->
         if test is None:
             labels = labels[stratified_split(labels, settings.test_share, run.seed)[0]]
             Samples.of(bank, None, run)
-        stratified_split(labels, settings.linear.held_out, run.seed)
+        settings.linear.parts(labels, run.seed)
         if len(np.unique(labels)) < 2:
             raise DataError(f"{number_of(len(labels), 'images')} to compare with, all of one class; give more classes")
     except DataError as error:

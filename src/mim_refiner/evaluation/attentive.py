@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -36,24 +36,22 @@ from mim_refiner.data.loaders import eval_batches
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.features import block_outputs
 from mim_refiner.evaluation.finetune import LabelledRows
-from mim_refiner.evaluation.linear_probe import LinearProbeScore, ProbeSettings, score_rates, shuffled
-from mim_refiner.evaluation.splits import stratified_split
+from mim_refiner.evaluation.linear_probe import LinearProbeScore, SelectedSettings, score_rates, shuffled
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import number_of
-from mim_refiner.settings import BatchSize, Decay, Listed, NonNegative, NonNegativeInt, PositiveInt, Rates
+from mim_refiner.settings import BatchSize, Listed, NonNegative, NonNegativeInt, PositiveInt, Rates
 from mim_refiner.types import ImageSize
 
 Blocks = tuple[int, ...]  # whose tokens a probe reads; more than one: a mixture
 Tokens = Mapping[int, Tensor]  # by block, normalised [B, N, D]
 
 
-class AttentiveSettings(ProbeSettings):
+class AttentiveSettings(SelectedSettings):
     """``queries`` M and ``value_divisor`` d (values are D / d wide) as published; M is lowered to what divides D / d.
 
     AdamW trains every probe at every one of ``learning_rates`` (for 256 images a step) on tokens computed once, from
     centre crops, that lie in float16 on the disk. ``mixture``: of so many blocks, evenly spaced to the last; 0: none.
-    ``class_token`` lets the queries read it too. ``held_out`` as for the linear probe. ``maps``: test images whose
-    attention is kept.
+    ``class_token`` lets the queries read it too. ``maps``: test images whose attention is kept.
     """
 
     learning_rates: Rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -66,7 +64,6 @@ class AttentiveSettings(ProbeSettings):
     batch_size: BatchSize = 256
     weight_decay: NonNegative = 0.0
     query_std: NonNegative = 0.02
-    held_out: Decay = 0.1
     maps: NonNegativeInt = 8
 
 
@@ -139,7 +136,7 @@ def attentive_protocol(
     run: Run | None = None,
     folder: Path | None = None,
 ) -> dict[tuple[Blocks, str], AttentiveScore]:
-    """Train every pooler on each of ``sources`` at every rate in one pass, and score them on ``test``.
+    """Train every pooler on each of ``sources`` at every rate, all in one pass, and score them on ``test``.
 
     The tokens of the training images wait in ``folder`` (None: the system's temporary one) and are removed at the end;
     those of the test images are read once and never stored. Raises InputError for a full disk.
@@ -153,23 +150,25 @@ def attentive_protocol(
         raise InputError(f"attentive.value_divisor {divisor} does not divide the width {odd[0]}; use 1")
 
     encode = partial(_tokens, backbone, read, settings.class_token, image_size, batch_size, run)
-    kept, held = stratified_split(train.labels, settings.held_out, run.seed)
+    splits = settings.parts(train.labels, run.seed)
     classes = int(max(train.labels.max(), test.labels.max())) + 1
-    labels = torch.from_numpy(train.labels)
+    labels, keys = torch.from_numpy(train.labels), list(product(sources, settings.poolers))
+    right: list[list[Tensor]] = []  # of every part and probe
     with tempfile.TemporaryDirectory(prefix="mim-refiner-tokens-", dir=folder) as place:
         store = _stored(encode(train), len(train.rows), Path(place))
-        probes: dict[tuple[Blocks, str], AttentiveProbe] = {}
-        for blocks, pooler in product(sources, settings.poolers):
-            dim, queries = store[blocks[0]].shape[2], settings.queries if pooler == "ep" else 1
-            probe = AttentiveProbe(blocks, dim, classes, queries, settings, run.seed)
-            probes[blocks, pooler] = probe.to(run.device)
-        _fit(list(probes.values()), store, kept, labels, settings, run)
-        of_held = map(Tensor.numpy, torch.from_numpy(held).split(settings.batch_size))
-        on_held, _ = _hits(probes.values(), (_taken(store, part, run.device) for part in of_held), labels[held])
-    on_test, attention = _hits(probes.values(), encode(test), torch.from_numpy(test.labels), settings.maps)
+        for kept, held in splits:
+            probes = []
+            for blocks, pooler in keys:
+                dim, queries = store[blocks[0]].shape[2], settings.queries if pooler == "ep" else 1
+                probes.append(AttentiveProbe(blocks, dim, classes, queries, settings, run.seed).to(run.device))
+            _fit(probes, store, kept, labels, settings, run)
+            of_held = map(Tensor.numpy, torch.from_numpy(held).split(settings.batch_size))
+            right.append(_hits(probes, (_taken(store, rows, run.device) for rows in of_held), labels[held])[0])
+    on_test, attention = _hits(probes, encode(test), torch.from_numpy(test.labels), settings.maps)
     scores: dict[tuple[Blocks, str], AttentiveScore] = {}
-    for number, (key, probe) in enumerate(probes.items()):
-        score = score_rates(on_test[number], on_held[number], settings.learning_rates)
+    for number, (key, probe) in enumerate(zip(keys, probes, strict=True)):
+        on_held = torch.cat([found[number] for found in right])
+        score = score_rates(on_test[number], on_held, settings.learning_rates)
         rate = list(settings.learning_rates).index(score.selected_rate or score.best_rate)
         maps = attention[number][:, rate] if settings.maps else torch.empty(0)
         parts = dict(probe.rates[rate].items())  # type: ignore[operator]
@@ -276,7 +275,7 @@ def _fit(
 
 @torch.no_grad()
 def _hits(
-    probes: Collection[AttentiveProbe], batches: Iterator[Tokens], labels: Tensor, maps: int = 0
+    probes: Sequence[AttentiveProbe], batches: Iterator[Tokens], labels: Tensor, maps: int = 0
 ) -> list[list[Tensor]]:
     """Of every probe whether each rate is right, bool [N, R], and its attention [maps, R, M, N] to the first images."""
     found: list[list[Tensor]] = [[] for _ in probes]

@@ -17,7 +17,7 @@ from mim_refiner.core.collectives import from_rank_0, from_ranks, gather_rows, i
 from mim_refiner.core.modules import device_of, evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.loaders import eval_batches
+from mim_refiner.data.loaders import Indices, eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.cache import FeatureCache, identity_of
@@ -103,7 +103,7 @@ def feature_sets(
     image_size: ImageSize | None = None,
     batch_size: int = 256,
     run: Run | None = None,
-    indices: Sequence[int] | NDArray[np.int64] | Tensor | None = None,
+    indices: Indices = None,
     transform: ImageTransform = CENTRE_CROP,
     cache: FeatureCache | None = None,
     phase: str = "",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mim_refiner.core.device import free_memory
@@ -56,25 +57,14 @@ class ProbeSettings(FrozenSettings):
         return warmup_cosine(step, total_steps=total, warmup_steps=warmup, peak=peak, end=self.end_rate)
 
 
-class LinearProbeSettings(ProbeSettings):
-    """The paper's values, except that by default features are computed once, from centre crops.
+class SelectedSettings(ProbeSettings):
+    """Of a probe whose learning rate is selected on ``held_out`` of the training images, a share; 0 trains on all.
 
-    With ``augment`` every epoch sees new crops (of ``crop_scale`` of the image's area) and flips, as in the paper: one
-    forward pass an epoch. ``learning_rates`` are for 256 images a step and scale with the batch. ``held_out`` is the
-    share of train that rate and feature set are selected on and no probe trains on; 0 trains on everything and only
-    reports the best on test. Fewer than ``ENOUGH_HELD_OUT`` images would select by luck: there each of ``FOLDS`` parts
-    is held out once, and the probe that is scored trains on everything (not with ``augment``). ``last`` > 1 adds the
-    concatenation of that many last blocks, ``concatenate`` that of class token and mean patch.
+    Fewer than ``ENOUGH_HELD_OUT`` images would select by luck: there each of ``FOLDS`` parts is held out once, and the
+    probe that is scored trains on everything.
     """
 
-    learning_rates: Rates = LEARNING_RATES
-    batch_size: BatchSize = 1024  # or the whole train set when that is smaller
-    momentum: Decay = 0.9
     held_out: Decay = 0.1
-    last: NonNegativeInt = 4
-    concatenate: bool = True
-    augment: bool = False
-    crop_scale: tuple[Share, Share] = (0.08, 1.0)
 
     def cross_validates(self, images: int) -> bool:
         """Whether a held-out share of so many training images would be too few to select on."""
@@ -85,6 +75,34 @@ class LinearProbeSettings(ProbeSettings):
         if not augmented and self.cross_validates(images):
             return f"best by {FOLDS}-fold cross-validation on train"
         return "best on a held-out part of train" if self.held_out else "best on train itself"
+
+    def parts(
+        self, labels: NDArray[np.int64], seed: int, *, augmented: bool = False
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """[(rows to train on, rows to select on)] of a probe each; the last one is scored. DataError for too few."""
+        if augmented or not self.cross_validates(len(labels)):
+            return [stratified_split(labels, self.held_out, seed)]
+        folds = stratified_folds(labels, FOLDS, seed)
+        parts = [(np.concatenate([other for other in folds if other is not held]), held) for held in folds]
+        return [*parts, (np.arange(len(labels)), np.arange(0))]
+
+
+class LinearProbeSettings(SelectedSettings):
+    """The paper's values, except that by default features are computed once, from centre crops.
+
+    With ``augment`` every epoch sees new crops (of ``crop_scale`` of the image's area) and flips, as in the paper: one
+    forward pass an epoch, and no cross-validation. ``learning_rates`` are for 256 images a step and scale with the
+    batch. ``last`` > 1 adds the concatenation of that many last blocks, ``concatenate`` that of class token and mean
+    patch.
+    """
+
+    learning_rates: Rates = LEARNING_RATES
+    batch_size: BatchSize = 1024  # or the whole train set when that is smaller
+    momentum: Decay = 0.9
+    last: NonNegativeInt = 4
+    concatenate: bool = True
+    augment: bool = False
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)
 
 
 @dataclass(frozen=True)
@@ -139,8 +157,7 @@ def _fitted(
     epoch_features: EpochFeatures | None = None,
 ) -> tuple[ProbeGrid, Tensor]:
     """(the grid for ``classes`` or more, whether each probe is right about images that it is selected on [N, S, R])."""
-    labels = required_labels(train, "train")
-    kept, held = map(torch.from_numpy, stratified_split(labels.numpy(), settings.held_out, run.seed))
+    labels, right = required_labels(train, "train"), []
 
     def fitted(rows: Tensor) -> ProbeGrid:
         grid = ProbeGrid(sets, train, max(classes, int(labels.max()) + 1), settings, run)
@@ -151,14 +168,10 @@ def _fitted(
             grid.fit(lambda _: take, labels[rows])
         return grid
 
-    if epoch_features or not settings.cross_validates(len(labels)):
-        grid = fitted(kept)
-        return grid, grid.correct(train, held, labels)
-    folds = map(torch.from_numpy, stratified_folds(labels.numpy(), FOLDS, run.seed))
-    parts = [rows for rows in folds if len(rows)]
-    others = [torch.cat(parts[:number] + parts[number + 1 :]) for number in range(len(parts))]
-    right = [fitted(rest).correct(train, rows, labels) for rest, rows in zip(others, parts, strict=True)]
-    return fitted(torch.arange(len(labels))), torch.cat(right)
+    for kept, held in settings.parts(labels.numpy(), run.seed, augmented=epoch_features is not None):
+        grid = fitted(torch.from_numpy(kept))
+        right.append(grid.correct(train, torch.from_numpy(held), labels))
+    return grid, torch.cat(right)
 
 
 def fitted_probe(

@@ -140,7 +140,7 @@ def rank(job: Job) -> Iterator[Result]:
 
 
 def selections(
-    score: LinearProbeScore, settings: Mapping[str, Any], by: str = "best on a held-out part of train"
+    score: LinearProbeScore, settings: Mapping[str, Any], by: str
 ) -> Iterator[tuple[str, AccuracyScore, dict[str, Any]]]:
     """("_best" and "", accuracy, settings): the paper's selection on the test set, and the honest one."""
     options = {**settings, "accuracy_by_rate": score.by_rate}
@@ -189,7 +189,7 @@ def attentive(job: Job) -> Iterator[Result]:
     for (blocks, pooler), score in scores.items():
         facts = {"block_weights": score.weights, "queries": score.queries, "parameters": score.parameters}
         options = {**settings.model_dump(), "blocks": list(blocks), **facts}
-        for suffix, accuracy, shown in selections(score.accuracy, options):
+        for suffix, accuracy, shown in selections(score.accuracy, options, settings.selection(len(job.train))):
             name = f"attentive_top1{'_mixture' if len(blocks) > 1 else ''}{suffix}"
             yield job.accuracy("attentive", name, accuracy, shown, (blocks[-1], pooler), record=record)
             record = None
@@ -254,17 +254,20 @@ def long_tail(job: Job) -> Iterator[Result]:
     key = job.main_key
     subset, test = (dataclasses.replace(part, values={key: part[key]}) for part in (job.train.select(chosen), job.test))
     for method in settings.methods:
+        how_chosen: dict[str, Any] = {}
         if method == "knn":
             k = min(job.settings.knn_k, len(subset))
             score = knn_protocol(subset, test, job.run, k=k, temperature=job.settings.knn_temperature)[key]
         elif method == "linear":
             probe = linear_probe(subset, test, job.settings.linear, job.run)[key]
-            score = probe.selected or probe.best
+            by = job.settings.linear.selection(len(subset))
+            *_, (_, score, how_chosen) = selections(probe, {"epochs": job.settings.linear.epochs}, by)
         else:
             whole, tested = job.labelled()
             score = _tuned(job, whole.select(chosen), tested, "fine-tuning on the long tail", job.settings.finetune)
         sizes = sorted(np.bincount(labels[chosen]).tolist(), reverse=True)
         options = {**settings.model_dump(), "method": method, "train_images": len(chosen), "class_sizes": sizes}
+        options |= {"probe": how_chosen} if how_chosen else {}
         yield job.accuracy("long_tail", f"long_tail_{method}_top1", score, options)
         for name, members in groups.items():
             part = AccuracyScore.of(torch.from_numpy(score.correct[members]))

@@ -39,7 +39,12 @@ def stratified_split(labels: NDArray[np.int64], share: float, seed: int) -> tupl
 
 
 def stratified_folds(labels: NDArray[np.int64], count: int, seed: int) -> list[NDArray[np.int64]]:
-    """Row numbers in ``count`` sorted parts that differ by at most one row, as do those of every class in them."""
+    """Row numbers in ``count`` sorted parts that differ by at most one row, as do those of every class in them.
+
+    Raises DataError when a part would be empty.
+    """
+    if len(labels) < count:
+        raise DataError(f"too few images to hold each of {count} parts out once: {len(labels)}; give more")
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     return [np.sort(by_class[number::count]) for number in range(count)]
