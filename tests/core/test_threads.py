@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from mim_refiner.core.threads import CLEAR, RECENT, Pace, paced, threads_kept
+from mim_refiner.core.threads import CLEAR, RECENT, SMALL, Pace, paced, threads_for, threads_kept
 
 QUIET, BESIDE_A_BUSY_PROCESS = {1: 0.5, 2: 0.32}, {1: 0.52, 2: 1.23}  # seconds a step, as measured (LOG.md)
 
@@ -75,3 +76,20 @@ def test_work_without_a_limit_keeps_its_threads(limit: float | None, monkeypatch
     with threads_kept():
         assert True
     assert asked[-1] == 2  # what it was
+
+
+def pools() -> set[int]:
+    """Threads of NumPy's and scikit-learn's libraries."""
+    import sklearn.cluster  # noqa: F401 - it brings its own
+
+    return {pool["num_threads"] for pool in threadpool_info()}
+
+
+def test_small_operations_take_one_thread_and_large_ones_what_there_is() -> None:
+    with threadpool_limits(2):
+        with threads_for(SMALL - 1):
+            assert pools() == {1}
+        assert 2 in pools()
+        with threads_for(SMALL):
+            assert 2 in pools()
+        assert 2 in pools()

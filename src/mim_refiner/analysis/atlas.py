@@ -25,6 +25,7 @@ from mim_refiner.analysis.label_free import (
 )
 from mim_refiner.core.knn import knn_predict
 from mim_refiner.core.run import Run
+from mim_refiner.core.threads import threads_for
 from mim_refiner.evaluation.features import Features
 from mim_refiner.evaluation.knn import required_labels
 from mim_refiner.reporting import TITLES, in_points
@@ -100,8 +101,9 @@ def ridge_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
     few points below it.
     """
     mean, std = train_x.mean(0), train_x.std(0) + 1e-6
-    model = RidgeClassifierCV(alphas=_ALPHAS).fit(((train_x - mean) / std).double().numpy(), train_y.numpy())
-    predicted = model.predict(((test_x - mean) / std).double().numpy())
+    with threads_for(train_x.numel() * train_x.shape[1]):
+        model = RidgeClassifierCV(alphas=_ALPHAS).fit(((train_x - mean) / std).double().numpy(), train_y.numpy())
+        predicted = model.predict(((test_x - mean) / std).double().numpy())
     return float((predicted == test_y.numpy()).mean())
 
 

@@ -23,6 +23,7 @@ from mim_refiner._version import __version__
 from mim_refiner.core.metrics import standardized
 from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
+from mim_refiner.core.threads import threads_for
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.source_base import evenly
@@ -77,14 +78,16 @@ def make_gallery(
     for name, backbone in models.items():
         features = extract_features(backbone, images, blocks=(block,), poolings=(pooling,), run=run, indices=rows)
         prepared = standardized(features[block, pooling].double()).numpy()
-        maps = feature_maps(prepared, run.seed, first_map, umap=settings.umap)
-        first_map = maps["pca"]["points"] if first_map is None else first_map
-        found[name] = {
-            **neighbor_lists(prepared, labels, settings.neighbors),
-            "clusters": cluster_images(prepared, labels, settings, run.seed),
-            "maps": {key: {**value, "points": np.round(value["points"], 4).tolist()} for key, value in maps.items()},
-            "patches": patch_maps(backbone, images, rows[patch_rows], block, run),
-        }
+        tokens, grid = patch_tokens(backbone, images, rows[patch_rows], block, run)
+        with threads_for(max(prepared.size, tokens.size) * prepared.shape[1]):
+            maps = feature_maps(prepared, run.seed, first_map, umap=settings.umap)
+            first_map = maps["pca"]["points"] if first_map is None else first_map
+            found[name] = {
+                **neighbor_lists(prepared, labels, settings.neighbors),
+                "clusters": cluster_images(prepared, labels, settings, run.seed),
+                "maps": {key: {**each, "points": np.round(each["points"], 4).tolist()} for key, each in maps.items()},
+                "patches": patch_maps(tokens, grid),
+            }
     return {
         "kind": "gallery",
         "data": {"source": images.description, "images": len(images), "shown": len(rows)},
@@ -186,19 +189,24 @@ def _mirrored(points: Points, like: Points | None) -> Points:
     return points * signs
 
 
-def patch_maps(
+def patch_tokens(
     backbone: Backbone, images: ImageSet, indices: Sequence[int] | NDArray[np.int64], block: int, run: Run
-) -> dict[str, Any]:
-    """First three principal components of the patch tokens as red, green and blue, one small PNG an image.
-
-    The components are those of all these images' tokens together; each is scaled to its 2nd and 98th percentile.
-    Colours mean nothing across models. Returns {"grid": [rows, columns], "png": [base64], "explained": [3 shares]}.
-    """
+) -> tuple[NDArray[np.float64], tuple[int, int]]:
+    """Patch tokens [images, patches, D] of a block, and the grid (rows, columns) that they lie on."""
     size, tokens = own_image_size(backbone.info), list[Tensor]()
     with evaluation_mode(backbone), torch.inference_mode():
         for batch, _ in eval_batches(images, size, 8, indices=indices):
             tokens.append(block_outputs(backbone, batch, [block], run)[0].patches.float().cpu())
     values = torch.cat(tokens).double().numpy()
+    return values, patch_grid(backbone, size, values.shape[1])
+
+
+def patch_maps(values: NDArray[np.float64], grid: tuple[int, int]) -> dict[str, Any]:
+    """First three principal components of patch tokens [images, patches, D] as red, green and blue, a small PNG each.
+
+    The components are those of all these images' tokens together; each is scaled to its 2nd and 98th percentile.
+    Colours mean nothing across models. Returns {"grid": [rows, columns], "png": [base64], "explained": [3 shares]}.
+    """
     count, patches, width = values.shape
     flat = values.reshape(-1, width)
     flat = flat - flat.mean(0)
@@ -207,7 +215,6 @@ def patch_maps(
     low, high = np.percentile(colours, [2, 98], axis=0)
     scaled = ((colours - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
     pixels = (255 * scaled).round().astype(np.uint8).reshape(count, patches, -1)
-    grid = patch_grid(backbone, size, patches)
     explained = spread[::-1][:3] / max(float(spread.sum()), 1e-12)
     return {
         "grid": list(grid),

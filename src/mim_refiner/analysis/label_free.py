@@ -22,6 +22,7 @@ from torch import Tensor
 from mim_refiner.core.device import in_float64
 from mim_refiner.core.metrics import accuracy_interval, effective_rank, paired_interval, standardized
 from mim_refiner.core.run import Run
+from mim_refiner.core.threads import threads_for
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import Indices, decoded_batches
 from mim_refiner.data.photometric import BatchPhotometric, seeded_generator
@@ -108,7 +109,7 @@ def cluster_stability(x: Tensor, *, clusters: int = 20, pairs: int = 10, seed: i
     k = min(clusters, len(x) // 4)
     points = standardized(x).double().cpu().numpy().astype(np.float32)
     scores = []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threads_for(points.size * k):
         warnings.simplefilter("ignore", ConvergenceWarning)  # collapsed features have fewer points than clusters
         for pair in range(pairs):
             order = np.random.default_rng([seed, pair]).permutation(len(points))

@@ -19,9 +19,11 @@ from mim_refiner.reporting import Reporter, Tee
 T = TypeVar("T")
 
 FEW_BANK, FEW_TEST = 1000, 500  # images of the first look, which is taken whatever it costs
-PLANNED = 0.8  # of the time that is left
-# What comes after costs so many times the first look (LOG.md): the report with its pictures, and the atlas before it.
-REPORT, ATLAS = 1.0, 1.5
+PLANNED = 0.9  # of the time that is left
+# Measured by the CPU's seconds (LOG.md): an image of the first look costs so many times one of the whole comparison,
+DEARER = 1.5
+# and what comes after so many times the first look: the report with its pictures, and the atlas before it.
+REPORT, ATLAS = 0.7, 1.0
 
 
 class OutOfTimeError(Exception):
@@ -57,10 +59,11 @@ class Deadline(Tee):
         self._since = monotonic()
 
 
-def affordable_images(seconds: float, an_image: float) -> int:
-    """Bank and test images that can be measured in so many seconds, with the atlas and the report after them."""
-    first_look = (FEW_BANK + FEW_TEST) * an_image
-    return int(PLANNED * (seconds - (REPORT + ATLAS) * first_look) / an_image)
+def affordable_images(seconds: float, first_look: float, images: int = FEW_BANK + FEW_TEST) -> int:
+    """Bank and test images that can be measured in so many seconds, with the atlas and the report after them, where the
+    first look at so many ``images`` took ``first_look`` seconds.
+    """
+    return int(PLANNED * (seconds - (REPORT + ATLAS) * first_look) * DEARER * images / first_look)
 
 
 @dataclass
@@ -84,7 +87,8 @@ class Box:
         """``measure`` a few images, which tells what more will cost, then the whole bank and as many test images as
         there is time for. Returns what was measured and on which images.
 
-        Where the rest takes longer than it looked, what was measured on the few stands.
+        Where the rest takes longer than it looked, it takes the atlas's time too; then what was measured on the few
+        stands.
         """
         few = thinned(bank, FEW_BANK), thinned(test, FEW_TEST)
         began = monotonic()
@@ -92,12 +96,11 @@ class Box:
         self.unit = monotonic() - began
         if few == (bank, test):
             return found, *few
-        reserve = REPORT + ATLAS
-        affordable = affordable_images(self.seconds_left(), self.unit / sum(map(len, few))) - len(bank)
+        affordable = affordable_images(self.seconds_left(), self.unit, sum(map(len, few))) - len(bank)
         if affordable > len(few[1]):
             more = thinned(test, affordable)
             try:
-                found = measure(bank, more, self.until(run, reserve))
+                found = measure(bank, more, self.until(run, REPORT))
                 run.reporter.message(f"compared on {len(bank):,} bank and {len(more):,} test images")
                 return found, bank, more
             except OutOfTimeError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from mim_refiner.core.modules import evaluation_mode
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
-from mim_refiner.data.source_base import evenly, sliced
+from mim_refiner.data.source_base import Selection, evenly
 from mim_refiner.evaluation.cache import FeatureCache
 from mim_refiner.evaluation.features import Features, block_outputs, feature_sets, own_image_size
 from mim_refiner.evaluation.splits import stratified_split
@@ -41,11 +40,12 @@ BANK_IMAGES, QUERY_IMAGES, VIEW_IMAGES, SIMILARITY_IMAGES, DRIFT_IMAGES = 5000, 
 
 
 def thinned(images: ImageSet, limit: int) -> ImageSet:
-    """Every n-th image so that at most ``limit`` remain (even over sorted class folders)."""
-    step = math.ceil(len(images) / limit)
-    if step <= 1:
+    """At most ``limit`` images, evenly spaced (even over sorted class folders)."""
+    if len(images) <= limit:
         return images
-    return ImageSet(sliced(images.source, slice(None, None, step), f"[::{step}]"), channels=images.channels)
+    rows, source = evenly(len(images), limit), images.source
+    text = f"{source.description}, {limit:,} of them, evenly spaced"
+    return ImageSet(Selection(source, rows, text), channels=images.channels)
 
 
 def default_key(info: BackboneInfo, pooling: str | None = None) -> Key:

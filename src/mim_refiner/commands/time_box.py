@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import closing
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -10,11 +9,12 @@ from time import monotonic
 import torch
 
 from mim_refiner.checkpoints.load import load_backbone
-from mim_refiner.commands.deadline import ATLAS, FEW_BANK, FEW_TEST, PLANNED, REPORT, affordable_images
+from mim_refiner.commands.deadline import ATLAS, DEARER, FEW_BANK, FEW_TEST, PLANNED, REPORT, affordable_images
 from mim_refiner.commands.inputs import train_loader
 from mim_refiner.commands.refine import prepare
 from mim_refiner.core.collectives import from_rank_0
 from mim_refiner.core.run import Run
+from mim_refiner.core.threads import pace_of
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.evaluation.features import extract_features
 from mim_refiner.models.backbone import Backbone
@@ -29,9 +29,9 @@ PROBES, PROBE_IMAGES = 3, 256  # so often the features of so many images are tim
 USED = 0.92  # of the time is planned with
 # Measured on whole runs, whose log.txt tells when each part began (LOG.md): opening the data and tracing a step cost so
 # many features of an image, comparing three encoders so many of each image, real steps so many times the least one.
-BEFORE, EVALUATION, REAL = 12_000, 7.0, 1.2
+BEFORE, EVALUATION, REAL = 12_000, 5.5, 1.2
 GUARD_IMAGES = 3000  # that the guard looks at during the refinement
-MOST_FOR_EVALUATION, LEAST_FOR_TRAINING = 0.3, 0.25  # of the time
+MOST_FOR_EVALUATION, LEAST_FOR_TRAINING = 0.4, 0.25  # of the time
 MOST_FOR_POOL = 0.2  # of the training's time
 USUAL_SECONDS = 240  # the recipe's epochs are for so long; more time gives more
 
@@ -77,7 +77,8 @@ def fit(left: float, costs: Costs, recipe: RefineRecipe, *, images: int, bank: i
     ends early leaves time for more test images, and what is expected counts those too.
     """
     usable, steps, an_image = USED * left, REAL * (images // recipe.batch_size), EVALUATION * costs.image
-    before, first_look, everything = BEFORE * costs.image, (FEW_BANK + FEW_TEST) * an_image, (bank + test) * an_image
+    before, first_look = BEFORE * costs.image, DEARER * (FEW_BANK + FEW_TEST) * an_image
+    everything = (bank + test) * an_image
     around = before + (1 + ATLAS + REPORT) * first_look + min(everything / PLANNED, MOST_FOR_EVALUATION * usable)
     looks = GUARD_IMAGES * costs.image
     training = max(usable - around, LEAST_FOR_TRAINING * left)
@@ -91,19 +92,19 @@ def fit(left: float, costs: Costs, recipe: RefineRecipe, *, images: int, bank: i
     planned = [pooling + warmup * steps * costs.warmup_step, refinement * steps * costs.refinement_step + looks]
     limits = [training * seconds / sum(planned) for seconds in planned]
     expected = before + sum(map(min, planned, limits)) + first_look
-    affordable, tested = affordable_images(left - expected, an_image) - bank, FEW_TEST
+    affordable, tested = affordable_images(left - expected, first_look) - bank, FEW_TEST
     if affordable > FEW_TEST:
-        tested = test // math.ceil(test / affordable)
+        tested = min(test, affordable)
         expected += (bank + tested) * an_image
     expected += max(0.0, min((ATLAS + REPORT / 2) * first_look, left - expected))  # given up where no time is left
     return Plan(warmup, refinement, limits[0], limits[1], pool, tested, expected)
 
 
 def measure(model: str, images: ImageSet, recipe: RefineRecipe, run: Run) -> Costs:
-    """By steps of the very run that is to come, on an encoder that is thrown away; from then on with one thread, where
-    others would wait for another process.
+    """By steps of the very run that is to come, on an encoder that is thrown away; from then on with the number of
+    threads that was fastest: several may wait for another process.
     """
-    backbone = load_backbone(model)
+    image, backbone = seconds_an_image(load_backbone(model), images, run), load_backbone(model)
     recipe = resolve(recipe, backbone)
     refiner = prepare(backbone, recipe, run)
     with closing(train_loader(images, view_specs(recipe), recipe, run)) as loader:
@@ -112,7 +113,6 @@ def measure(model: str, images: ImageSet, recipe: RefineRecipe, run: Run) -> Cos
     if warmup.alone < warmup.seconds:
         torch.set_num_threads(1)
     pool_step = min(warmup.before, warmup.before_alone) / max(1, batches)
-    image = seconds_an_image(load_backbone(model), images, run)
     least = [min(phase.seconds, phase.alone) for phase in (warmup, refinement)]
     costs: Costs = from_rank_0(Costs(least[0], least[1], image, pool_step))
     return costs
@@ -120,11 +120,13 @@ def measure(model: str, images: ImageSet, recipe: RefineRecipe, run: Run) -> Cos
 
 def seconds_an_image(backbone: Backbone, images: ImageSet, run: Run) -> float:
     """For the features of one image at every block, in float32 as the comparison computes them: the least of a few
-    times, since other processes only make it longer.
+    times, since other processes only make it longer. Finds the best number of threads by the way.
     """
     rows, run, taken = range(min(PROBE_IMAGES, len(images))), replace(run, precision="fp32"), list[float]()
-    for _ in range(PROBES):
+    pace = pace_of(0.0, run.device)
+    while pace.looking or len(taken) < PROBES:
         began = monotonic()
         extract_features(backbone, images, run=run, indices=rows)
         taken.append(monotonic() - began)
+        pace.note(taken[-1])
     return min(taken) / len(rows)

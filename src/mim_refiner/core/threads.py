@@ -1,4 +1,4 @@
-"""How many threads torch computes with: found by the clock, for work that goes by the clock anyway."""
+"""How many threads compute: torch's found by the clock, for work that goes by it; those of other libraries by size."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from time import monotonic
 from typing import TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 
 T = TypeVar("T")
 
 TRIES = 3  # pieces of work for each number of threads
 CLEAR = 1.5  # times slower in every try: no need for a third
 SLOW, RECENT = 2.0, 3  # times slower than usual, in so many pieces running (the median): time to look again
+SMALL = 1e8  # multiplications that one thread does in a few milliseconds
 
 
 class Pace:
@@ -98,3 +100,13 @@ def threads_kept() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def threads_for(multiplications: float) -> Iterator[None]:
+    """NumPy, SciPy and scikit-learn compute operations of so many multiplications: small ones with one thread.
+
+    Their threads meet after every operation; beside another process k-means took sixty times as long (LOG.md).
+    """
+    with threadpool_limits(1 if multiplications < SMALL else None):
+        yield

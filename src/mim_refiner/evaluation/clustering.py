@@ -19,11 +19,13 @@ from sklearn.metrics import (
 )
 
 from mim_refiner.core.metrics import accuracy_interval, clustering_hits, standardized
+from mim_refiner.core.threads import threads_for
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import required_labels
 from mim_refiner.evaluation.results import Result
 from mim_refiner.reporting import number_of
 
+BATCH = 1024  # images of a step of k-means
 SILHOUETTE_ROWS = 5000  # it compares all pairs
 FEW_A_CLASS = 10  # images: of fewer many fall into place by chance (0.6 of 15 images of 10 classes)
 
@@ -114,10 +116,10 @@ def class_separation(x: NDArray[np.float32], labels: NDArray[np.int64], seed: in
 
 
 def _best_kmeans(x: NDArray[np.float32], k: int, num_seeds: int, seed: int) -> tuple[NDArray[np.int64], float]:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threads_for(BATCH * x.shape[1] * k):
         # collapsed features have fewer distinct points than clusters; the accuracy will say so
         warnings.simplefilter("ignore", ConvergenceWarning)
-        how = {"n_init": 1, "batch_size": 1024, "max_iter": 100}
+        how = {"n_init": 1, "batch_size": BATCH, "max_iter": 100}
         fitted = (MiniBatchKMeans(k, random_state=seed + number, **how).fit(x) for number in range(num_seeds))
         best = min(fitted, key=lambda found: found.inertia_)  # of all images, not of the last mini-batch
     return best.labels_.astype(np.int64), float(best.inertia_)

@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from mim_refiner.core.metrics import crossed_interval
+from mim_refiner.core.threads import threads_for
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import AccuracyScore, required_labels
 from mim_refiner.settings import Files, FrozenSettings, Listed, Positive, PositiveInt
@@ -83,7 +84,7 @@ def fit_logistic(
     # difference of two opposite ones: its squared length is twice the sum of theirs.
     strength = (2 if len(classes) == 2 else 1) / settings.penalty
     model = LogisticRegression(C=strength, fit_intercept=False, max_iter=settings.max_iter, tol=1e-5)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threads_for(x.size * len(classes)):
         # nearly separable: the optimum lies far out, and predictions settle long before the weights
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x, y)
