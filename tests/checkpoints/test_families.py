@@ -28,7 +28,8 @@ def written_as(family: str, backbone: Backbone) -> State:
     keys |= {"hf_data2vec_vision": hf.BEIT_KEYS}
     state = backbone.model.state_dict()
     if family == "mim_refiner":
-        return renamed.to_mim_refiner(state, backbone.info)
+        table = state["pos_embed"].reshape(1, *backbone.grid_of(backbone.info.image_size), -1)
+        return renamed.REFINER_KEYS.from_timm(state | {"pos_embed": table})
     return to_capi(state) if family == "capi" else keys.get(family, plain_vit.VIT_NAMES).from_timm(state)
 
 

@@ -37,15 +37,14 @@ def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str,
 def architecture(backbone: Backbone) -> str:
     """``model_type`` of the transformers model that computes what the encoder computes; InputError if none does."""
     model = backbone.model
+    if type(model) not in (Beit, VisionTransformer):
+        raise _refusal(backbone, f"a {type(model).__name__}")
+    _check_blocks(model)
     if type(model) is Beit:
-        _check_blocks(model)
         # The same network twice; of the two, AutoModel gives only BeitModel the norm after pooling.
         pooled_norm, norm = not isinstance(model.fc_norm, nn.Identity), not isinstance(model.norm, nn.Identity)
         plain = not pooled_norm and (not norm or "data2vec" in backbone.info.family)
         return "data2vec-vision" if plain else "beit"
-    if type(model) is not VisionTransformer:
-        raise _refusal(backbone, f"a {type(model).__name__}")
-    _check_blocks(model)
     block = model.blocks[0]
     missing = {
         "normalises its tokens before block 0": not isinstance(model.norm_pre, nn.Identity),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.renamed import to_mim_refiner
+from mim_refiner.checkpoints.families.renamed import REFINER_KEYS
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.errors import CheckpointError, InputError
 from mim_refiner.export.writing import Format, Pairs, every_block
@@ -19,12 +19,24 @@ _FILE = "model.th"  # the published files' ending
 
 
 def _write(backbone: Backbone, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    extras = [name for name in ("ls1.gamma", "attn.q_norm.weight") if f"blocks.0.{name}" in backbone.model.state_dict()]
-    if extras:
-        raise InputError(f"--format refiner: the format has no {extras[0]} in its blocks; use --format timm or onnx")
-    state = to_mim_refiner(backbone.model.state_dict(), backbone.info)
-    torch.save({"state_dict": {name: tensor.detach().clone() for name, tensor in state.items()}}, folder / _FILE)
-    return {"file": _FILE, "num_heads": backbone.info.num_heads}
+    info, state = backbone.info, dict(backbone.model.state_dict())
+    if extra := next((name for name in ("ls1.gamma", "attn.q_norm.weight") if f"blocks.0.{name}" in state), None):
+        raise InputError(f"--format refiner: the format has no {extra} in its blocks; use --format timm or onnx")
+    if not {"pos_embed", "cls_token"} <= state.keys() or info.num_prefix_tokens != 1:
+        raise InputError(
+            "--format refiner: the format holds encoders with a class token, a position table and no registers only; "
+            "choose --format timm"
+        )
+    if not {"norm.weight", "fc_norm.weight", "norm_pre.weight"} & state.keys():
+        raise InputError("--format refiner: the format has no encoders without final norm; choose --format timm")
+    rows, columns = backbone.grid_of(info.image_size)
+    table = state["pos_embed"]
+    if table.shape[1] == rows * columns + 1:  # the format's has no entry for the class token
+        state["cls_token"], table = state["cls_token"] + table[:, :1], table[:, 1:]
+    state["pos_embed"] = table.reshape(1, rows, columns, -1)
+    tensors = {name: tensor.detach().clone() for name, tensor in REFINER_KEYS.from_timm(state).items()}
+    torch.save({"state_dict": tensors}, folder / _FILE)
+    return {"file": _FILE, "num_heads": info.num_heads}
 
 
 def _pairs(backbone: Backbone, folder: Path, images: Tensor, facts: dict[str, Any]) -> Pairs:

@@ -27,7 +27,7 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
     """The folder's config.json in timm's layout; InputError for a model that timm cannot rebuild from it."""
     model, info = backbone.model, backbone.info
     if type(model) is VisionTransformer:
-        arguments = {name: value for name, value in vit_arguments(model).items() if value is not None}
+        arguments = vit_arguments(model)
     else:
         recorded = getattr(model, "_model_args", {})  # by timm's factory, and by its changes of the image size
         arguments = {name: value for name, value in recorded.items() if name != "num_classes"}

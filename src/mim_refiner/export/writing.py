@@ -27,13 +27,18 @@ from mim_refiner.data.loaders import eval_batches
 from mim_refiner.data.photometric import normalize
 from mim_refiner.data.sources import open_source
 from mim_refiner.errors import DataError, InputError
-from mim_refiner.export.model_card import Parity, model_card
+from mim_refiner.export.model_card import model_card
 from mim_refiner.files import atomic_folder, errors_as, read_mapping
 from mim_refiner.models.backbone import Backbone
+from mim_refiner.reporting import number_of
 from mim_refiner.types import BackboneInfo, side_or_pair
 
 _CHECK_IMAGES = 4
 _DEMO_IMAGES = "CIFAR-10 test images embedded in mim-refiner"
+_OWN_FILES = {
+    "config.json", "README.md", "preprocessor_config.json", "model.safetensors", "model.th", "model.onnx",
+    "model.onnx.data",
+}  # fmt: skip
 Pairs = Iterator[tuple[Tensor, Tensor]]
 
 
@@ -47,6 +52,26 @@ class Format:
     compared: str  # what the comparison covers
     write: Callable[[Backbone, Path, dict[str, Any]], dict[str, Any]]  # (encoder, folder, facts) -> config.json
     pairs: Callable[[Backbone, Path, Tensor, dict[str, Any]], Pairs]  # ... images -> (expected, exported) tensors
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest difference between the exported model and the encoder, over everything compared."""
+
+    max_abs_difference: float
+    largest_value: float  # largest absolute value compared
+    tolerance: float  # allowed difference, times the largest value of the tensor where that is above 1
+    images: int
+    source: str
+    compared: str
+
+    def sentence(self) -> str:
+        """One line for a model card."""
+        return (
+            f"largest difference to the encoder {self.max_abs_difference:.2g} (values up to {self.largest_value:.3g}, "
+            f"tolerance {self.tolerance:.0e} of the largest value) over {self.compared} of "
+            f"{number_of(self.images, 'images')}, {self.source}"
+        )
 
 
 @dataclass(frozen=True)
@@ -78,18 +103,30 @@ def write_export(
     out = Path(out_dir).absolute()
     backbone = copy.deepcopy(backbone).cpu().float().eval()  # the caller's keeps device and mode
     backbone.use_math_attention()
-    own = _own_facts(backbone, format, card or {}, facts or {})
+    info, card = backbone.info, dict(card or {})
+    kept = ("architecture", "image_size", "mean", "std", "norm_eps", "position_rule")
+    own: dict[str, Any] = {
+        "version": __version__,
+        "format": format.name,
+        "family": info.family,
+        "licence": info.licence,
+        "base": Path(info.source).name if info.source else "",  # a folder of ours concerns nobody else
+        **{name: getattr(info, name) for name in kept},
+        "encoder_pooling": info.pooling,
+        **(facts or {}),
+        "card": card,
+    }
     check_target(out)
     remedy = "free space or choose another --out"
     with errors_as(InputError, f"{out}: cannot be written", remedy, OSError), atomic_folder(out) as folder:
         config = format.write(backbone, folder, own)
         _write_config(folder, config, own)
-        images = images or check_images(backbone.info)
+        images = images or check_images(info)
         with torch.random.fork_rng(devices=[]), torch.inference_mode():  # libraries draw weights before they load them
             parity = compare(format.pairs(backbone, folder, images.pixels, own), format, images)
         own["parity"] = asdict(parity)
         _write_config(folder, config, own)
-        text = model_card(backbone.info, card or {}, own)
+        text = model_card(info, card, own, parity.sentence())
         (folder / "README.md").write_text(text, encoding="utf-8")
         names = sorted(path.name for path in folder.iterdir())
         for name in names:
@@ -124,26 +161,6 @@ def every_block(backbone: Backbone, images: Tensor) -> list[Tensor]:
     return [*blocks.values(), backbone.final_norm(last)]
 
 
-def _own_facts(backbone: Backbone, format: Format, card: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    info = backbone.info
-    return {
-        "version": __version__,
-        "format": format.name,
-        "family": info.family,
-        "licence": info.licence,
-        "base": Path(info.source).name if info.source else "",  # a folder of ours concerns nobody else
-        "architecture": info.architecture,
-        "image_size": list(info.image_size),
-        "mean": list(info.mean),
-        "std": list(info.std),
-        "norm_eps": info.norm_eps,
-        "position_rule": info.position_rule,
-        "encoder_pooling": info.pooling,
-        **facts,
-        "card": dict(card),
-    }
-
-
 def _write_config(folder: Path, config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     with errors_as(InputError, "export card, facts or model arguments are not plain JSON", "give others", TypeError):
         text = json.dumps({**config, OWN_FACTS: own}, indent=2)
@@ -151,20 +168,13 @@ def _write_config(folder: Path, config: Mapping[str, Any], own: Mapping[str, Any
 
 
 def check_target(out: Path) -> None:
-    """Raise InputError unless ``out`` is free: absent, empty, or an earlier export of ours."""
+    """Raise InputError unless ``out`` is free: absent, empty, or an earlier export of ours (in a run even damaged)."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; give a folder for the export")
-    if out.is_dir() and any(out.iterdir()) and not is_own_export(out):
-        others = ", ".join(sorted(path.name for path in out.iterdir())[:3])
-        raise InputError(f"{out}: holds other files ({others}); choose an empty or new folder")
-
-
-def is_own_export(folder: Path) -> bool:
-    """Whether ``folder`` holds an export of ours (in a run folder also a damaged one) and nothing else."""
-    known = {"config.json", "README.md", "preprocessor_config.json", "model.safetensors", "model.th"}
-    if {path.name for path in folder.iterdir()} - known - {"model.onnx", "model.onnx.data"}:
-        return False
-    return bool(source_facts(folder)) or (folder.name == "export" and (folder.parent / "recipe.yaml").exists())
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    of_a_run = out.name == "export" and (out.parent / "recipe.yaml").exists()
+    if names and not (_OWN_FILES.issuperset(names) and (of_a_run or source_facts(out))):
+        raise InputError(f"{out}: holds other files ({', '.join(names[:3])}); choose an empty or new folder")
 
 
 def source_facts(source: str | Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class KeyMap:
         return tensors, origin
 
     def from_timm(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inverse of :meth:`to_timm`; raises InputError for a tensor that the source format has no name for."""
+        """Inverse of :meth:`to_timm`, for rules without ``ZEROS``; InputError for a tensor that has no name there."""
         state: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if self._same(name):
@@ -88,10 +88,6 @@ class KeyMap:
             if match is None:
                 raise InputError(f"{name} has no place in this format; choose --format timm, which holds every encoder")
             for source, value in zip(sources, tensor.chunk(len(sources)), strict=True):
-                if source == ZEROS:
-                    if bool(value.any()):
-                        raise InputError(f"{name} has values that this format has no place for; choose --format timm")
-                    continue
                 state[source.format(**match.groupdict())] = value.clone() if len(sources) > 1 else value
         return state
 

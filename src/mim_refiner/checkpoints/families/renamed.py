@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,15 +19,14 @@ from mim_refiner.checkpoints.families.plain_vit import (
     make_family,
     size_arguments,
 )
-from mim_refiner.errors import CheckpointError, InputError
-from mim_refiner.types import BackboneInfo
+from mim_refiner.errors import CheckpointError
 
 # --- Released MIM-Refiner files (layout of github.com/ml-jku/MIM-Refiner): {"state_dict": ...}, pre- or post-norm.
 # The position table is a buffer [1, rows, columns, width] without an entry for the class token; at other resolutions it
 # is resized bicubically without antialiasing.
 
 _RENAMED = {"cls_token": "cls_tokens.tokens", "pos_embed": "pos_embed.embed"}
-_REFINER_KEYS = KeyMap(
+REFINER_KEYS = KeyMap(
     [*((source, timm) for timm, source in _RENAMED.items()), ("embed_norm.{p}", "norm_pre.{p}")],
     same=lambda name: is_encoder_name(name) and name not in _RENAMED and not name.startswith("norm_pre."),
 )
@@ -48,32 +46,10 @@ def _prepare_refiner(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> 
     }
 
 
-def to_mim_refiner(state: Mapping[str, Tensor], info: BackboneInfo) -> dict[str, Tensor]:
-    """The state dict of a released file; InputError for an encoder that the format cannot hold.
-
-    The format keeps no entry of the table for the class token: one that is there is added to the token, which gives
-    the same tokens.
-    """
-    tensors = dict(state)
-    rows, columns = (side // patch for side, patch in zip(info.image_size, info.patch_size, strict=True))
-    table, token = tensors.get("pos_embed"), tensors.get("cls_token")
-    if table is None or token is None or info.num_prefix_tokens != 1:
-        raise InputError(
-            "--format refiner: the format holds encoders with a class token, a position table and no registers only; "
-            "choose --format timm"
-        )
-    if not {"norm.weight", "fc_norm.weight", "norm_pre.weight"} & tensors.keys():
-        raise InputError("--format refiner: the format has no encoders without final norm; choose --format timm")
-    if table.shape[1] == rows * columns + 1:
-        tensors["cls_token"], table = token + table[:, :1], table[:, 1:]
-    tensors["pos_embed"] = table.reshape(1, rows, columns, -1)
-    return _REFINER_KEYS.from_timm(tensors)
-
-
 MIM_REFINER = make_family(
     "mim_refiner",
     lambda view: {"pos_embed.embed", "cls_tokens.tokens", "blocks.0.attn.qkv.weight"} <= view.tensors.keys(),
-    to_timm=_REFINER_KEYS.to_timm,
+    to_timm=REFINER_KEYS.to_timm,
     prepare=_prepare_refiner,
 )
 
@@ -123,10 +99,8 @@ _MULTIMAE_KEYS = KeyMap(
 
 
 def _prepare_multimae(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
-    table, weight, tokens = (tensors[name] for name in ("pos_embed", "patch_embed.proj.weight", "cls_token"))
+    table, weight = tensors["pos_embed"], tensors[PROJECTION]
     tensors["pos_embed"] = table.flatten(2).transpose(1, 2)
-    if tokens.shape[1] > 1:
-        tensors["cls_token"], tensors["reg_token"] = tokens[:, :1], tokens[:, 1:]
     return {"known_size": tuple(side * patch for side, patch in zip(table.shape[2:], weight.shape[2:], strict=True))}
 
 
@@ -255,9 +229,7 @@ VITPOSE = make_family(
 HF_VITPOSE = make_family(
     "hf_vitpose",
     _is_hf_vitpose,
-    to_timm=KeyMap(
-        [*hf.VIT_RULES, *((f"encoder.layer.{{i}}.mlp.fc{n}.{{p}}", f"blocks.{{i}}.mlp.fc{n}.{{p}}") for n in (1, 2))]
-    ).to_timm,
+    to_timm=hf.DINOV2_KEYS.to_timm,  # its MLP is named as DINOv2's
     anchor=hf.ANCHOR,
     prepare=_prepare_hf_vitpose,
     **_VITPOSE,
