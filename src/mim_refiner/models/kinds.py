@@ -20,8 +20,6 @@ from mim_refiner.models.positions import Grid
 from mim_refiner.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from mim_refiner.reporting import number_of
 
-__all__ = ["CapiVisionTransformer", "PostNormBlock", "PostNormVisionTransformer", "VariantVisionTransformer"]
-
 default_cfgs: dict[str, Any] = {}  # timm looks here for what it knows of a name
 
 

@@ -59,7 +59,7 @@ def resize_absolute(table: Tensor, old: Grid, new: Grid, *, num_prefix: int, rul
         return resized
     prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
     if rule in ("sincos", "sinusoid"):
-        return torch.cat([prefix, _computed(table, rule, table.shape[-1], new).to(table.dtype)], dim=1)
+        return torch.cat([prefix, _kept_table(table, rule, table.shape[-1], new).to(table.dtype)], dim=1)
     image = patches.reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # float32 as in the published code and in timm
     if rule == "dino":
         factors = [(side + 0.1) / before for side, before in zip(new, old, strict=True)]
@@ -69,9 +69,12 @@ def resize_absolute(table: Tensor, old: Grid, new: Grid, *, num_prefix: int, rul
     return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2).to(table)], dim=1)
 
 
-@made_once
-def _computed(rule: str, dim: int, grid: Grid) -> Tensor:
+def computed_table(rule: str, dim: int, grid: Grid) -> Tensor:
+    """Fixed positions [1, N, dim] of the rules "sincos" and "sinusoid"."""
     return sinusoid_table(grid[0] * grid[1], dim) if rule == "sinusoid" else sincos_position_table(dim, *grid, 0)
+
+
+_kept_table = made_once(computed_table)
 
 
 def sinusoid_table(count: int, dim: int) -> Tensor:

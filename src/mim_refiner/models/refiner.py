@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -116,11 +116,6 @@ class Refiner(nn.Module):
         return {block: torch.stack([by_view[v] for v in range(len(views))]) for block, by_view in pooled.items()}
 
     @property
-    def class_token_last(self) -> bool:
-        """Of the last block that runs the class token alone is read."""
-        return self.poolings[self.blocks[-1]] == "cls"
-
-    @property
     def feature_widths(self) -> list[int]:
         return [self.backbone.block_dims[block] for block in self.blocks]
 
@@ -154,13 +149,8 @@ class Refiner(nn.Module):
         """Pooled outputs {block: [B, D]} of the head blocks, from what :meth:`frozen_prefix` gave."""
         if prefix.ndim == 2:
             return dict(zip(self.blocks, prefix.split(self.feature_widths, dim=1), strict=True))
-        tokens = prefix if self.frozen_blocks else self.backbone.embed(prefix)
-        _, outputs = self.backbone.run_blocks(
-            tokens, self.frozen_blocks, self.blocks[-1] + 1, self.blocks, class_token_last=self.class_token_last
-        )
-        last = self.backbone.info.depth - 1
-        if last in outputs:
-            outputs[last] = self.backbone.final_norm(outputs[last])
+        alone = self.poolings[self.blocks[-1]] == "cls"
+        outputs = _block_tokens(self.backbone, prefix, self.frozen_blocks, self.blocks, class_token_last=alone)
         return {block: self._pooled(tokens, self.poolings[block]) for block, tokens in outputs.items()}
 
     def _pooled(self, tokens: Tensor, pooling: str) -> Tensor:
@@ -232,20 +222,25 @@ class DenseAnchor(nn.Module):
         """Distance of ``backbone`` from the START, from the ``tokens`` [B, P+N, D] that enter block ``first`` (or the
         images, where it is the stem that is trained: 0), mean over images and blocks.
         """
-        own = self._patches(backbone, tokens, first)
+        own = _block_tokens(backbone, tokens, first, self.blocks)
         with torch.no_grad():
-            start = self._patches(self.start, tokens, first)
+            start = _block_tokens(self.start, tokens, first, self.blocks)
         with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 has too few digits for cosines
-            return torch.stack([gram_distance(x, y) for x, y in zip(own, start, strict=True)]).mean()
+            pairs = [[backbone.split(tokens[block]).patches for tokens in (own, start)] for block in self.blocks]
+            return torch.stack([gram_distance(*pair) for pair in pairs]).mean()
 
-    def _patches(self, backbone: Backbone, tokens: Tensor, first: int) -> list[Tensor]:
-        """Patch tokens [B, N, D] after each block, the last one's after the final norm as for the heads."""
-        tokens = tokens if first else backbone.embed(tokens)
-        _, outputs = backbone.run_blocks(tokens, first, self.blocks[-1] + 1, self.blocks)
-        last = backbone.info.depth - 1
-        if last in outputs:
-            outputs[last] = backbone.final_norm(outputs[last])
-        return [backbone.split(outputs[block]).patches for block in self.blocks]
+
+def _block_tokens(backbone: Backbone, tokens: Tensor, first: int, blocks: list[int], **how: Any) -> dict[int, Tensor]:
+    """Tokens [B, P+N, D] after each of the sorted ``blocks``, the encoder's last one's after the final norm.
+
+    ``tokens`` are those that enter block ``first``, the images where that is 0; ``how``: as of ``run_blocks``.
+    """
+    tokens = tokens if first else backbone.embed(tokens)
+    _, outputs = backbone.run_blocks(tokens, first, blocks[-1] + 1, blocks, **how)
+    last = backbone.info.depth - 1
+    if last in outputs:
+        outputs[last] = backbone.final_norm(outputs[last])
+    return outputs
 
 
 def gram_distance(patches: Tensor, start: Tensor) -> Tensor:

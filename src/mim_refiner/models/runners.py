@@ -57,21 +57,23 @@ class PlainRunner:
 
     def embed(self, model: Any, images: Tensor, rule: str) -> Tensor:
         """Tokens [B, P+N, D] that enter block 0, for images [B, C, H, W]."""
-        x = model.patch_embed(images)
-        grid, tokens = (x.shape[1], x.shape[2]), x.flatten(1, 2)
-        prefix = [token.expand(x.shape[0], -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]
-        num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens  # entries of the table
-        if not model.no_embed_class:
+        patch_embed, tokens = model.patch_embed, model.patch_embed(images)
+        grid = patch_embed.dynamic_feat_size(images.shape[-2:])
+        tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
+        given = (model.cls_token, getattr(model, "reg_token", None))
+        prefix = [token.expand(tokens.shape[0], -1, -1) for token in given if token is not None]
+        patches_only = getattr(model, "no_embed_class", False)  # the table has entries for patches alone
+        if not patches_only:
             tokens = torch.cat([*prefix, tokens], dim=1)
         if model.pos_embed is not None:
-            native = tuple(model.patch_embed.grid_size)
+            native, num_prefix = tuple(patch_embed.grid_size), 0 if patches_only else model.num_prefix_tokens
             tokens = tokens + resize_absolute(model.pos_embed, native, grid, num_prefix=num_prefix, rule=rule)
-        if model.no_embed_class:
+        if patches_only:
             tokens = torch.cat([*prefix, tokens], dim=1)
         tokens = model.pos_drop(tokens)
-        if isinstance(model.patch_drop, nn.Module):
-            tokens = model.patch_drop(tokens)
-        return model.norm_pre(tokens)
+        for layer in (getattr(model, name, None) for name in ("patch_drop", "norm_pre")):
+            tokens = tokens if layer is None else layer(tokens)
+        return tokens
 
     def extras(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Extras:
         """Arguments of every block after the tokens; built once a call."""
@@ -93,15 +95,6 @@ class BeitRunner(PlainRunner):
         for block in model.blocks:
             if type(block.attn) is BeitAttention:
                 block.attn.__class__ = GridAttention
-
-    def embed(self, model: Any, images: Tensor, rule: str) -> Tensor:
-        tokens = model.patch_embed(images)
-        tokens = torch.cat([model.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        if model.pos_embed is not None:
-            native = tuple(model.patch_embed.grid_size)
-            grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-            tokens = tokens + resize_absolute(model.pos_embed, native, grid, num_prefix=1, rule=rule)
-        return model.pos_drop(tokens)
 
     def extras(self, model: Any, grid: Grid, rule: str, device: torch.device) -> Extras:
         bias: Tensor | OwnTable | None = None

@@ -17,7 +17,7 @@ from mim_refiner.checkpoints.families.plain_vit import (
     make_family,
 )
 from mim_refiner.errors import InputError
-from mim_refiner.models.positions import sinusoid_table
+from mim_refiner.models.positions import computed_table
 
 
 def _bare(name: str, matches: Callable[[View], bool], **options: Any) -> Family:
@@ -113,8 +113,8 @@ def _prepare_pytorch(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> 
         notes.append(f"an image stands for one tubelet of {frames} equal frames; the authors' videos have more")
     if "pos_embed" not in tensors:
         height, width = wishes.image_size or (224, 224)
-        count = (height // weight.shape[-2]) * (width // weight.shape[-1])
-        tensors["pos_embed"] = sinusoid_table(count, weight.shape[0])
+        grid = (height // weight.shape[-2], width // weight.shape[-1])
+        tensors["pos_embed"] = computed_table("sinusoid", weight.shape[0], grid)
         said |= {"position_rule": "sinusoid", "known_size": (height, width)}
         notes.append(f"positions are computed for the image size, here {height}x{width}; image_size= sets it")
     return said | {"notes": tuple(notes)}
