@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mim_refiner.checkpoints.families.own import OwnKeyMap, read_key_map
+from mim_refiner.checkpoints.families.described import OwnKeyMap, read_key_map
 from mim_refiner.errors import InputError, RecipeError
 from mim_refiner.evaluation.settings import EvaluationSettings
 from mim_refiner.settings import Settings, changed, known_keys

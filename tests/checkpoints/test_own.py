@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.own import read_key_map
+from mim_refiner.checkpoints.families.described import read_key_map
 from mim_refiner.checkpoints.load import inspect_checkpoint, load_backbone
 from mim_refiner.checkpoints.options import bare_source, split_options, with_options
 from mim_refiner.errors import CheckpointError, InputError

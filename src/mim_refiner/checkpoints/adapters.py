@@ -87,17 +87,8 @@ def with_adapter(base: Contents, adapter: Contents) -> Contents:
     encoder = {name.removeprefix(_START): tensor for name, tensor in given if name not in heads}
     for name, tensor in encoder.items():
         if _PART.fullmatch(name) is None:  # a part that was trained whole
-            weights[_target(weights, name.replace(".modules_to_save", ""), adapter)] = tensor
-    pairs = _pairs(encoder, adapter.source)
-    places = {layer: _target(weights, f"{layer}.weight", adapter) for layer in pairs}
-    if "base_sha256" in config:  # of the adapted weights, as our own export writes it
-        theirs = tensors_sha256({layer: weights[name].float() for layer, name in places.items()})
-        if theirs != config["base_sha256"]:
-            raise CheckpointError(
-                f"{adapter.source}: is an adapter of other weights than {base.source} has (base_sha256 in its "
-                "adapter_config.json); name the encoder that it was made of there"
-            )
-    _add(weights, places, pairs, config, f"{adapter.source}/adapter_config.json")
+            weights[_target(weights, name.replace(".modules_to_save", ""), adapter.source)] = tensor
+    _add(weights, encoder, config, f"{adapter.source}/adapter_config.json", base.source)
     saved = {SAVED_HEAD: heads} if heads else {}
     return replace(base, source=adapter.source, sections={**base.sections, section: weights, **saved})
 
@@ -130,8 +121,7 @@ def _merged(contents: Contents, names: Mapping[str, Tensor]) -> dict[str, Tensor
     if contents.fact("use_qalora"):
         raise _cannot(contents.source, "holds LoRA layers with use_qalora")
     names = {name.replace(_START, "", 1): tensor for name, tensor in names.items()}
-    pairs = _pairs(names, contents.source)
-    if not pairs or not any(".base_layer." in name for name in names):
+    if not any(map(_PART.fullmatch, names)) or not any(".base_layer." in name for name in names):
         base = contents.fact("base_model_name_or_path") or "its base model"
         raise _cannot(contents.source, f"holds LoRA layers without the weights of {base} in PEFT's layout")
     plain = {
@@ -139,14 +129,11 @@ def _merged(contents: Contents, names: Mapping[str, Tensor]) -> dict[str, Tensor
         for name, tensor in names.items()
         if "lora_" not in name and ".original_module." not in name
     }
-    places = {layer: f"{layer}.weight" for layer in pairs}
-    if absent := next((name for name in places.values() if name not in plain), None):
-        raise _cannot(contents.source, f"holds a LoRA layer for {absent}, which is not there")
     # PEFT's options among the values beside one file's weights, as an adapter_config.json has them; ranks are told
     paths = contents.facts.items()
     patterns = {p.partition("alpha_pattern.")[2]: value for p, value in paths if ".alpha_pattern." in f".{p}"}
     said = {name: contents.fact(name) for name in ("lora_alpha", "use_rslora")}
-    _add(plain, places, pairs, said | {"alpha_pattern": patterns, "r": None}, contents.source)
+    _add(plain, names, said | {"alpha_pattern": patterns, "r": None}, contents.source, contents.source)
     return plain
 
 
@@ -165,13 +152,22 @@ def _pairs(names: Mapping[str, Tensor], source: str) -> dict[str, tuple[Tensor, 
 
 
 def _add(
-    weights: dict[str, Tensor],
-    places: Mapping[str, str],
-    pairs: Mapping[str, tuple[Tensor, Tensor]],
-    config: Mapping[str, Any],
-    where: str,
+    weights: dict[str, Tensor], lora: Mapping[str, Tensor], config: Mapping[str, Any], where: str, base: str
 ) -> None:
-    """Add scale x B A of every layer to its weight, in float32: in half precision small changes would be lost."""
+    """Add scale x B A of every layer to its weight, in float32: in half precision small changes would be lost.
+
+    For messages, ``where`` names what says ``config``, and ``base`` what holds ``weights``.
+    """
+    source = where.removesuffix("/adapter_config.json")
+    pairs = _pairs(lora, source)
+    places = {layer: _target(weights, f"{layer}.weight", source) for layer in pairs}
+    if "base_sha256" in config:  # of the adapted weights, as our own export writes it
+        theirs = tensors_sha256({layer: weights[name].float() for layer, name in places.items()})
+        if theirs != config["base_sha256"]:
+            raise CheckpointError(
+                f"{source}: is an adapter of other weights than {base} has (base_sha256 in its adapter_config.json); "
+                "name the encoder that it was made of there"
+            )
     for layer, (a, b) in pairs.items():
         if not bool(b.any()):
             continue
@@ -179,8 +175,7 @@ def _add(
         try:
             change = (b.float().flatten(1) @ a.float().flatten(1)).reshape(weight.shape)
         except RuntimeError as error:
-            file = where.removesuffix("/adapter_config.json")
-            raise _cannot(file, f"has LoRA layers of shapes {list(a.shape)} and {list(b.shape)}") from error
+            raise _cannot(source, f"has LoRA layers of shapes {list(a.shape)} and {list(b.shape)}") from error
         weights[places[layer]] = weight.float() + scale * change
 
 
@@ -210,7 +205,7 @@ def _speaks_of(pattern: str, layer: str, where: str) -> bool:
         return re.match(rf"(?:.*\.)?(?:{pattern})$", layer) is not None
 
 
-def _target(weights: Mapping[str, Tensor], name: str, adapter: Contents) -> str:
+def _target(weights: Mapping[str, Tensor], name: str, source: str) -> str:
     """The base's tensor of that name, whatever the model stands in ("vit.")."""
     found = [known for known in weights if known == name] or [
         known for known in weights if known.endswith(f".{name}") or name.endswith(f".{known}")
@@ -218,7 +213,7 @@ def _target(weights: Mapping[str, Tensor], name: str, adapter: Contents) -> str:
     if not found and (meant := _place(name)):
         found = [known for known in weights if _place(known) == meant]
     if len(found) != 1:
-        raise _cannot(adapter.source, f"adapts {name}, which its base model has not")
+        raise _cannot(source, f"adapts {name}, which its base model has not")
     return found[0]
 
 

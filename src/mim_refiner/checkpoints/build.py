@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any
@@ -12,8 +10,7 @@ from typing import Any
 import timm
 import torch
 from timm.models import is_model_in_modules
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from mim_refiner.checkpoints.families import Converted
 from mim_refiner.checkpoints.families.base import LAYER_SCALE
@@ -30,7 +27,6 @@ _MAX_CHANNELS = 4096  # of images; hyperspectral sensors have some hundred
 _MAX_SIZE = 2**20  # width, pixels, heads, channels
 
 _IN_BLOCKS = re.compile(r"\.\d+\.")  # blocks and stages are lists
-_DRAWS = {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}
 
 
 def build(converted: Converted, where: str) -> Any:
@@ -103,17 +99,3 @@ def adapt_channels(converted: Converted, in_chans: int) -> Converted:
             f"the patch projection was adapted from {channels} to {number_of(in_chans, 'channels')}",
         ),
     )
-
-
-class _NoDraws(TorchFunctionMode):
-    """Leaves initial draws out: they are slow on tensors without memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in _DRAWS else func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """Modules made inside have shapes and no memory."""
-    with torch.device("meta"), _NoDraws():
-        yield

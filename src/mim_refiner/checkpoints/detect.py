@@ -11,8 +11,8 @@ from torch import Tensor
 from mim_refiner.checkpoints.adapters import refuse_lists
 from mim_refiner.checkpoints.families import FAMILIES, Family, View, Wishes
 from mim_refiner.checkpoints.families.base import GUESS, PROJECTION
+from mim_refiner.checkpoints.families.described import TIMM
 from mim_refiner.checkpoints.families.plain_vit import VIT_NAMES
-from mim_refiner.checkpoints.families.timm_format import FAMILY as TIMM
 from mim_refiner.checkpoints.store import Contents, some, strip_wrappers, words
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean
 from mim_refiner.reporting import number_of
@@ -65,8 +65,7 @@ def _views(contents: Contents, family: Family) -> Iterator[View]:
             twice = Counter(stripped.values()).most_common(1)[0][0]
             raise CheckpointError(f"{contents.source}: two tensors mean {twice}; save the encoder alone")
         prefixes = [name.removesuffix(anchor) for name in stripped.values() if f".{name}".endswith(f".{anchor}")]
-        told = family.any_names or (family.reads_config and contents.config is not None)
-        if told and not prefixes and not section.startswith("opt"):
+        if family.any_names and not prefixes and not section.startswith("opt"):
             prefixes = [""]
         for prefix in prefixes:
             inside = {name: short for name, short in stripped.items() if short.startswith(prefix)}
@@ -205,13 +204,12 @@ def _ending(held: Tensors, ending: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _satmae_temporal(held: Tensors) -> bool:
-    for start, table in _ending(held, "pos_embed"):
-        token, projection = held.get(f"{start}cls_token"), held.get(start + PROJECTION)
-        if token is None or projection is None or table.ndim != 3 or projection.ndim != 4:
-            continue
-        if 0 < table.shape[2] < token.shape[-1]:
-            return True
-    return False
+    tables = ((start, table) for start, table in _ending(held, "pos_embed") if table.ndim == 3)
+    return any(
+        held[start + PROJECTION].ndim == 4 and 0 < table.shape[2] < held[f"{start}cls_token"].shape[-1]
+        for start, table in tables
+        if {f"{start}cls_token", start + PROJECTION} <= held.keys()
+    )
 
 
 def _video(held: Tensors) -> bool:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from mim_refiner.checkpoints.adapters import SAVED_HEAD
-from mim_refiner.checkpoints.build import MAX_PIXELS, adapt_channels, build, shapes_only
+from mim_refiner.checkpoints.build import MAX_PIXELS, adapt_channels, build
 from mim_refiner.checkpoints.catalog import UNKNOWN_LICENCE, family_licence
 from mim_refiner.checkpoints.detect import detect
 from mim_refiner.checkpoints.families import Converted, View, Wishes
 from mim_refiner.checkpoints.families.base import GUESS, reason_to_drop
-from mim_refiner.checkpoints.families.own import own_family
+from mim_refiner.checkpoints.families.described import own_family
 from mim_refiner.checkpoints.families.plain_vit import heads_question
 from mim_refiner.checkpoints.options import split_options
 from mim_refiner.checkpoints.resolve import read_source
@@ -60,8 +60,8 @@ def load_backbone(
     ``image_size`` (pixels; default: that of the file's position table) resizes the table by the family's own rule
     (``info.position_rule``). ``num_heads`` is needed for files of non-standard width: weights do not tell it.
     ``in_chans`` other than the file's adapts the first convolution. ``encoder`` chooses one of several in the file
-    ("teacher", "student", ...; by default the running average). ``key_map`` (mapping or YAML file, see families/own.py)
-    names the tensors of an encoder of one's own. ``strict=False`` loads an incomplete file: a
+    ("teacher", "student", ...; by default the running average). ``key_map`` (mapping or YAML file, see
+    families/described.py) names the tensors of an encoder of one's own. ``strict=False`` loads an incomplete file: a
     PartialCheckpointWarning says which tensors stay random. What had to be guessed (heads, image size, mean and std)
     is said on every load, by the logger "mim_refiner".
     Every option but strict can also stand in the source: "FILE::num_heads=4,encoder=student".
@@ -158,7 +158,7 @@ def _examine(given: str | Path, **options: Any) -> _Examined:
         converted = replace(converted, family=converted.family or family.name)
         if wishes.in_chans is not None:
             converted = adapt_channels(converted, wishes.in_chans)
-    with shapes_only():  # they are compared before any memory is taken
+    with torch.device("meta"):  # shapes are compared before any memory is taken
         sketch = build(replace(converted, num_heads=converted.num_heads or 1), contents.source)
     expected = sketch.state_dict()
     records, missing, unplaced = _fates(view, converted, expected)

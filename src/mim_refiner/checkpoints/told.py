@@ -29,14 +29,16 @@ _NAMED |= {"little": (320, 5), "medium": (512, 8), "giant": (1408, 16)}
 # Names that public code gives to encoders of 3 and 12 (MAE-Lite), or 6 and 12 heads (DINO and MoCo v3).
 _DOUBTFUL = re.compile(r"mae_.*(tiny|small).*|(vit|deit)_tiny_.*|(vit|deit)_small")
 _SIZES = ("input_size", "img_size", "image_size", "input_resolution", "imgsz", "global_crops_size")
+_BEFORE_SIDES = (*(f"{size}." for size in _SIZES), "img_", "image_", "input_")
 _PAIRS = [
-    *(((f"{size}.{height}",), (f"{size}.{width}",)) for size in _SIZES
-      for height, width in (("height", "width"), ("h", "w"))),
-    *(((f"{start}{height}",), (f"{start}{width}",)) for start in ("img_", "image_", "input_")
-      for height, width in (("height", "width"), ("h", "w"))),
-    (("imgh",), ("imgw",)),
-    (("target_length",), ("num_mel_bins", "n_mels", "num_mels")),
-]  # fmt: skip
+    *(
+        (start + rows, start + columns)
+        for start in _BEFORE_SIDES
+        for rows, columns in (("height", "width"), ("h", "w"))
+    ),
+    ("imgh", "imgw"),
+    *(("target_length", columns) for columns in ("num_mel_bins", "n_mels", "num_mels")),
+]
 _MEANS, _STDS = ("image_mean", "img_mean", "pixel_mean", "mean"), ("image_std", "img_std", "pixel_std", "std")
 
 
@@ -80,7 +82,7 @@ def _size(contents: Contents) -> tuple[int, int] | None:
     """Image size (height, width) in training; a spectrogram's is frames x mel bands, as AudioMAE lays it out."""
     size: Any = contents.fact(*_SIZES)
     if size is None:
-        pairs = ((contents.fact(*rows), contents.fact(*columns)) for rows, columns in _PAIRS)
+        pairs = ((contents.fact(rows), contents.fact(columns)) for rows, columns in _PAIRS)
         size = next((pair for pair in pairs if None not in pair), None)
     if isinstance(size, str):
         match = re.fullmatch(r"[(\[]?(\d{1,6})(?:\s*[x,]\s*(\d{1,6}))?[)\]]?", size, re.ASCII)

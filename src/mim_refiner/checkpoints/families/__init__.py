@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mim_refiner.checkpoints.families import beit, hf, mae, mmpretrain, renamed, timm_format
+from mim_refiner.checkpoints.families import beit, described, hf, mae, mmpretrain, renamed
 from mim_refiner.checkpoints.families.base import Converted, Family, View, Wishes
 
 # Asked in this order: the most specific first, timm's own names last.
@@ -12,7 +12,7 @@ FAMILIES: tuple[Family, ...] = (
     renamed.VITPOSE, renamed.HF_VITPOSE, hf.DATA2VEC, hf.BEIT, hf.DINOV2, hf.IJEPA, hf.VITMAE,
     beit.SIMMIM, beit.CAE, beit.EVA01, beit.BEIT2, beit.BEIT,
     mae.IJEPA, mae.DINOV2, mae.BIRD_MAE, mae.MAE_CT, mae.IBOT,
-    mae.CROSSMAE, mae.DBOT, mae.SCALE_MAE, mae.TINYMIM, mae.MAE, timm_format.FAMILY,
+    mae.CROSSMAE, mae.DBOT, mae.SCALE_MAE, mae.TINYMIM, mae.MAE, described.TIMM,
 )  # fmt: skip
 
 __all__ = ["FAMILIES", "Converted", "Family", "View", "Wishes"]

@@ -24,9 +24,7 @@ DROPPED = {
 }
 # Buffers of older versions: end of a name -> why it is left out.
 _BUFFERS = {
-    "relative_position_index": "computed from the grid",
-    "relative_coords_table": "computed from the grid",
-    "attn_mask": "computed from the grid",
+    **dict.fromkeys(("relative_position_index", "relative_coords_table", "attn_mask"), "computed from the grid"),
     "attn.k_bias": "always zero",
 }
 LAYER_SCALE = "layer_scale"  # among what a model is built without
@@ -121,8 +119,7 @@ class Family:
     anchor: str
     matches: Callable[[View], bool]
     convert: Callable[[View, Wishes], Converted]
-    reads_config: bool = False  # a config.json tells the architecture, so the tensors may have other names
-    any_names: bool = False  # the anchor may be missing: a key map says what the names mean
+    any_names: bool = False  # the anchor may be missing: a config.json or key map says what the names mean
     default_encoder: tuple[str, ...] = ()  # labels to prefer before the usual ones (teacher, EMA)
 
 

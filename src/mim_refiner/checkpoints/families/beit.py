@@ -115,12 +115,6 @@ def _grid_of_index(index: Tensor) -> tuple[int, int] | None:
     return len(from_first) // columns, columns
 
 
-def has_beit(view: View) -> bool:
-    """Query and value biases under timm's (the original) names; no config, nor MAE's decoder (MSM-MAE has them)."""
-    names = view.tensors.keys()
-    return view.config is None and {"blocks.0.attn.q_bias", "cls_token"} <= names and not has_decoder(view)
-
-
 def prepare(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
     """What a file of BEiT's architecture says; its own options say more of mean and std than the family."""
     index = next((tensor for key, tensor in view.tensors.items() if key.endswith("relative_position_index")), None)
@@ -148,9 +142,15 @@ _CODEBOOK = 8192  # entries, of BEiT's visual tokens; the features of CLIP that 
 
 
 def _family(name: str, is_it: Callable[[View], bool], prepare: Prepare = prepare, **facts: Any) -> Family:
+    """With biases of query and value under timm's (the original) names; no config, nor a decoder (MSM-MAE has them)."""
+
+    def matches(view: View) -> bool:
+        plain = view.config is None and {"blocks.0.attn.q_bias", "cls_token"} <= view.tensors.keys()
+        return plain and not has_decoder(view) and is_it(view)
+
     return make_family(
         name,
-        lambda view: has_beit(view) and is_it(view),
+        matches,
         to_timm=BEIT_NAMES.to_timm,
         infer=infer_beit,
         prepare=prepare,

@@ -123,18 +123,13 @@ IJEPA = _family(
 
 DINOV2_KEYS = KeyMap(
     [
-        *_COMMON[:4],
         ("embeddings.register_tokens", "reg_token"),
-        (_OLD + "norm1.{p}", "blocks.{i}.norm1.{p}"),
-        (_OLD + "norm2.{p}", "blocks.{i}.norm2.{p}"),
-        (tuple(name + "{p}" for name in _OLD_QKV), "blocks.{i}.attn.qkv.{p}"),
-        (_OLD + "attention.output.dense.{p}", "blocks.{i}.attn.proj.{p}"),
-        (_OLD + "layer_scale1.lambda1", "blocks.{i}.ls1.gamma"),
-        (_OLD + "layer_scale2.lambda1", "blocks.{i}.ls2.gamma"),
-        (_OLD + "mlp.fc1.{p}", "blocks.{i}.mlp.fc1.{p}"),
-        (_OLD + "mlp.fc2.{p}", "blocks.{i}.mlp.fc2.{p}"),
+        *((f"{_OLD}norm{n}.{{p}}", f"blocks.{{i}}.norm{n}.{{p}}") for n in (1, 2)),
+        *((f"{_OLD}layer_scale{n}.lambda1", f"blocks.{{i}}.ls{n}.gamma") for n in (1, 2)),
+        *((f"{_OLD}mlp.fc{n}.{{p}}", f"blocks.{{i}}.mlp.fc{n}.{{p}}") for n in (1, 2)),
         (_OLD + "mlp.weights_in.{p}", "blocks.{i}.mlp.fc1.{p}"),  # SwiGLU of the giant one
         (_OLD + "mlp.weights_out.{p}", "blocks.{i}.mlp.fc2.{p}"),
+        *VIT_RULES,
     ]
 )
 

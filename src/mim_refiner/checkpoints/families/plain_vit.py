@@ -102,9 +102,8 @@ def infer_structure(
             f"{wishes.where}: no tensor is named as those of blocks (blocks.0.attn.qkv.weight) but "
             f"{', '.join(others[:4])}; say in a key map (--key-map) which are the blocks'"
         )
-    has_norm = final_norm
-    if has_norm is None:
-        has_norm = fc_norm or "norm.weight" in tensors or "norm.bias" in tensors
+    in_file = fc_norm or "norm.weight" in tensors or "norm.bias" in tensors
+    has_norm = in_file if final_norm is None else final_norm
     arguments = sizes | {
         "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
         "qkv_bias": has_any(tensors, "attn.qkv.bias"),

@@ -1,4 +1,7 @@
-"""Encoders of one's own: a key map (Python mapping or YAML file) says which of its tensors is which of timm's."""
+"""Encoders that something beside the weights describes: a config.json in timm's layout, or a key map of one's own.
+
+A key map (Python mapping or YAML file) says which of an encoder's tensors is which of timm's.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,96 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from timm.models import is_model_in_modules
 from torch import Tensor
 
-from mim_refiner.checkpoints.families.base import PROJECTION, Converted, Family, Wishes
+from mim_refiner.checkpoints.families.base import (
+    DROPPED,
+    LAYER_SCALE,
+    PROJECTION,
+    Converted,
+    Family,
+    View,
+    Wishes,
+    reason_to_drop,
+)
 from mim_refiner.checkpoints.families.keymap import ZEROS, KeyMap, Template
 from mim_refiner.checkpoints.families.mae import free_registers
-from mim_refiner.checkpoints.families.plain_vit import infer_structure, is_square, make_family
+from mim_refiner.checkpoints.families.plain_vit import has_plain_vit, infer_structure, is_square, make_family
+from mim_refiner.checkpoints.store import OWN_FACTS
 from mim_refiner.errors import CheckpointError, InputError, did_you_mean
 from mim_refiner.files import errors_as, read_yaml
-from mim_refiner.models.mae import sincos_position_table
-from mim_refiner.models.positions import sinusoid_table
+from mim_refiner.models.positions import computed_table
 from mim_refiner.models.vit import VIT_MODULES
 from mim_refiner.reporting import number_of
 from mim_refiner.settings import said
 from mim_refiner.types import height_width
 
+# --- weights under timm's own names: a state dict file of a plain ViT, or a timm folder (config.json + weights)
+
+
+def _matches(view: View) -> bool:
+    """A plain ViT under timm's names, or anything with a config.json that no other family claims."""
+    return view.config is not None or has_plain_vit(view.tensors)
+
+
+# timm drops init_values=None and takes the name's own value; 0 leaves layer scale out of these.
+_UNSCALED_BY_ZERO = ["beit", "vision_transformer", "deit"]
+_BARE = make_family("timm", _matches, mean=None, std=None, position_rule="timm")
+
+
+def _convert(view: View, wishes: Wishes) -> Converted:
+    """With a config.json the architecture is built as it says, otherwise the structure is read from the tensors."""
+    config = view.config
+    if config is None:
+        return _BARE.convert(view, wishes)
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str):
+        kind = config.get("model_type") or ", ".join(list(config)[:4]) or "nothing"
+        raise CheckpointError(f"{view.where}: its config names no timm 'architecture' (it has: {kind}); give one")
+    preprocessing = _mapping(config, "pretrained_cfg", view.where) or config  # older folders have one level only
+    given = _mapping(config, "model_args", view.where).items()
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in given}
+    arguments.pop("num_classes", None)
+    unscaled = arguments.get("init_values", 0) is None and not any("gamma" in name for name in view.tensors)
+    by_zero = unscaled and is_model_in_modules(architecture.partition(".")[0], _UNSCALED_BY_ZERO)
+    if by_zero:
+        arguments["init_values"] = 0.0
+    first_conv, shape = preprocessing.get("first_conv"), preprocessing.get("input_size")
+    known = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
+    heads = preprocessing.get("classifier") or (known.classifier if known else None) or "head"
+    without = tuple(str(name) for name in _mapping(config, OWN_FACTS, view.where).get("without") or ())
+    without += (LAYER_SCALE,) if unscaled and not by_zero else ()
+    reasons = {f"{head}.": "classifier" for head in ([heads] if isinstance(heads, str) else heads)}
+    reasons |= {f"{name}.": "only there for timm, not part of the encoder" for name in without}
+    reasons |= {name: DROPPED[name] for name in ("mask_token", "masked_embed", "decoder", "lm_head.")}
+    tensors = {name: tensor for name, tensor in view.tensors.items() if not reason_to_drop(name, reasons)}
+    return Converted(
+        architecture,
+        arguments,
+        wishes.num_heads or -1,
+        tensors,
+        origin={view.names[name]: name for name in tensors},
+        reasons=reasons,
+        mean=tuple(preprocessing.get("mean") or ()) or None,
+        std=tuple(preprocessing.get("std") or ()) or None,
+        licence=preprocessing.get("license"),
+        position_rule="flexi" if architecture.startswith("flexi") else "timm",
+        without=without,
+        image_size=(int(shape[1]), int(shape[2])) if isinstance(shape, list) and len(shape) == 3 else None,
+        projection=f"{first_conv}.weight" if isinstance(first_conv, str) else PROJECTION,
+    )
+
+
+def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{where}: '{key}' in its config.json must be a JSON object; write or download it again")
+    return value
+
+
+TIMM = Family("timm", PROJECTION, _matches, _convert, any_names=True)
+
+# --- encoders of one's own, by a key map
+
 _SIZED_BY_TENSORS = ("vit_postnorm", "vit_variant")  # beside timm's plain ViTs
-
-
 _Heads = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -154,11 +231,8 @@ def _complete_table(tensors: dict[str, Tensor], positions: str, size: tuple[int,
             raise InputError(
                 f"{where}: positions: {positions} needs the image size; pass image_size= or arguments: img_size"
             )
-        rows, columns = (side // patch for side, patch in zip(size, weight.shape[-2:], strict=True))
-        if positions == "sincos":
-            tensors["pos_embed"] = sincos_position_table(weight.shape[0], rows, columns, num_prefix=0)
-        else:
-            tensors["pos_embed"] = sinusoid_table(rows * columns, weight.shape[0])
+        grid = (size[0] // weight.shape[-2], size[1] // weight.shape[-1])
+        tensors["pos_embed"] = computed_table(positions, weight.shape[0], grid)
     elif table is not None and table.ndim == 3 and "reg_token" in tensors:
         lengths = {table.shape[1] - rest for rest in (0, 1 + tensors["reg_token"].shape[1])}
         if not any(map(is_square, lengths)):
