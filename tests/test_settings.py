@@ -10,7 +10,7 @@ import pytest
 from mim_refiner.checkpoints.families.described import OwnKeyMap, read_key_map
 from mim_refiner.errors import InputError, RecipeError
 from mim_refiner.evaluation.settings import EvaluationSettings
-from mim_refiner.settings import Settings, changed, known_keys
+from mim_refiner.settings import Settings, changed, known_keys, read_setting, setting_texts
 from mim_refiner.training.recipes import pretrain_recipe, refine_recipe
 
 NONSENSE: list[Any] = [
@@ -45,3 +45,12 @@ def test_no_key_map_is_refused_in_other_words() -> None:
                 said.append(str(error))
     assert len(said) > 100
     assert [line for line in said if PYDANTICS.search(line) or "cannot be used" in line or "\n" in line] == []
+
+
+def test_text_of_a_mapping_arrives_as_it_was_written() -> None:
+    """JSON escapes write a character beyond 16 bits as two halves, which YAML took for two characters."""
+    texts = ["a \U0001f600 b", "\U00020bb7", "é \x85\u2028\x7f", "a file's \udcfc", "\\ud83d\\ude00", "\ufeffx"]
+    assert [read_setting(each) for each in setting_texts({"names": texts, "\U0001f600": 1})] == [
+        ("names", texts), ("\U0001f600", 1),
+    ]  # fmt: skip
+    assert read_setting(r'name="\ud83d\ude00"') == ("name", "\U0001f600")

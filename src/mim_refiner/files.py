@@ -54,6 +54,10 @@ class _PlainLoader(yaml.SafeLoader):
             raise ValueError("aliases (*name) are not read; write the values out")
         return super().compose_node(parent, index)
 
+    def construct_scalar(self, node: Any) -> Any:
+        # JSON, which YAML holds, escapes a character beyond 16 bits (an emoji) in two halves: they are put together
+        return super().construct_scalar(node).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
 
 def load_yaml(text: str | bytes) -> Any:
     """Plain YAML values; raises almost anything for what is none, so use it within :func:`reading`."""
