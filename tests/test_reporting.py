@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mim_refiner.reporting import at_most, metric_title, number_of, signed
+from mim_refiner.reporting import metric_title, number_of, signed
 
 
 @pytest.mark.parametrize(
@@ -28,10 +28,6 @@ def test_one_of_a_kind_is_told_in_the_singular(what: str, one: str) -> None:
     assert number_of(1, what) == f"1 {one}"
     assert number_of(2, what) == f"2 {what}"
     assert number_of(0, what) == f"0 {what}"
-
-
-def test_nothing_is_set_to_1_or_less() -> None:
-    assert [at_most(count) for count in (1, 2)] == ["1", "2 or less"]
 
 
 @pytest.mark.parametrize(

@@ -62,11 +62,6 @@ def number_of(count: int, what: str) -> str:
     return f"{count} {_PLURAL.sub(lambda noun: noun[1], what, count=1) if count == 1 else what}"
 
 
-def at_most(count: int) -> str:
-    """As a number to set: "3 or less", and 1 alone."""
-    return f"{count} or less" if count > 1 else str(count)
-
-
 def signed(value: float, digits: int = 1) -> str:
     """A difference: with up to two digits more where it would be shown as zero and is none."""
     digits = next((more for more in range(digits, digits + 3) if round(value, more)), digits)
@@ -158,15 +153,8 @@ class Tee(Reporter):
 class PlainReporter(Reporter):
     """Writes a line at the start of a phase, then at most one every ``interval`` seconds, and one at its end."""
 
-    def __init__(
-        self,
-        stream: TextIO,
-        interval: float = 10.0,
-        clock: Callable[[], float] = time.monotonic,
-        memory: Callable[[], str] | None = None,
-    ) -> None:
+    def __init__(self, stream: TextIO, interval: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.stream, self.interval, self.clock = stream, interval, clock
-        self.memory = memory or memory_in_use
         self.name, self.total = "", 0
         self.values: dict[str, float] = {}
         self.first: tuple[int, float] | None = None  # step and time of the phase's first update
@@ -198,8 +186,8 @@ class PlainReporter(Reporter):
         progress = f"{self.name} {self.step}/{self.total}" if self.total else f"{self.name} {self.step}"
         parts = [progress, *eta_parts(self.first, self.step, self.total, now), *metric_parts(self.values)]
         if self.values:
-            parts += [part for part in [self.memory()] if part]
-        self.message("  ".join(parts))
+            parts.append(memory_in_use())
+        self.message("  ".join(filter(None, parts)))
         self.printed_step, self.printed_at = self.step, now
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
+from mim_refiner import reporting
 from mim_refiner.cli.progress import LiveReporter, make_reporter, metric_table, sparkline
 from mim_refiner.reporting import (
     LogFile,
@@ -46,9 +47,10 @@ def test_the_reporter_fits_the_stream():
     assert isinstance(make_reporter(io.StringIO(), quiet=False), PlainReporter)
 
 
-def test_plain_lines_come_at_the_interval_and_at_the_end():
+def test_plain_lines_come_at_the_interval_and_at_the_end(monkeypatch):
+    monkeypatch.setattr(reporting, "memory_in_use", lambda: "1.5 GB")
     stream, now = io.StringIO(), [0.0]
-    reporter = PlainReporter(stream, interval=10, clock=lambda: now[0], memory=lambda: "1.5 GB")
+    reporter = PlainReporter(stream, interval=10, clock=lambda: now[0])
     reporter.phase("refine", 100)
     for step in range(1, 26):  # one step a second
         now[0] += 1
@@ -144,8 +146,9 @@ def test_the_live_display_shows_every_quantity():
         assert words in shown, words
 
 
-def test_calls_reach_every_reporter():
-    heard = [PlainReporter(io.StringIO(), memory=lambda: "") for _ in range(2)]
+def test_calls_reach_every_reporter(monkeypatch):
+    monkeypatch.setattr(reporting, "memory_in_use", lambda: "")
+    heard = [PlainReporter(io.StringIO()) for _ in range(2)]
     tee = Tee(heard)
     tee.phase("a", 2)
     tee.progress(2, {"loss": 1.0})
@@ -158,7 +161,7 @@ def test_calls_reach_every_reporter():
 
 def test_progress_moves_with_every_step_also_before_the_first_values_come():
     stream, now = io.StringIO(), [0.0]
-    reporter = PlainReporter(stream, interval=10, clock=lambda: now[0], memory=lambda: "")
+    reporter = PlainReporter(stream, interval=10, clock=lambda: now[0])
     reporter.phase("warm-up", 4)
     reporter.progress(0, {})
     for step in (1, 2, 3):  # slow steps, no log line yet

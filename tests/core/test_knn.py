@@ -99,6 +99,10 @@ def test_inputs_stay_untouched_and_no_test_rows_are_fine() -> None:
     ("change", "message"),
     [
         ({"k": 51}, "k is 51, with 50 train images; set knn_k to 50"),
+        (
+            {"k": 2, "train_x": torch.zeros(1, 12), "train_y": torch.zeros(1, dtype=torch.long)},
+            "k is 2, with 1 train image; set knn_k to 1$",
+        ),
         ({"temperature": 0.0}, "temperature"),
         ({"train_y": torch.full((50,), -1)}, "class number"),
         ({"train_y": torch.zeros(49, dtype=torch.long)}, "class number"),

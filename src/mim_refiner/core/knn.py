@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mim_refiner.core.search import Bank, nearest, search_dtype
 from mim_refiner.errors import InputError
-from mim_refiner.reporting import at_most, number_of
+from mim_refiner.reporting import number_of
 
 
 @torch.no_grad()
@@ -50,9 +50,8 @@ def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, k: int, temperature
     if train_y.shape != train_x.shape[:1] or train_y.is_floating_point() or (len(train_y) and int(train_y.min()) < 0):
         raise InputError(f"k-NN needs one class number >= 0 per train row, got labels of shape {tuple(train_y.shape)}")
     if not 1 <= k <= len(train_x):
-        raise InputError(
-            f"k-NN: k is {k}, with {number_of(len(train_x), 'train images')}; set knn_k to {at_most(len(train_x))}"
-        )
+        most = f"{len(train_x)} or less" if len(train_x) > 1 else "1"
+        raise InputError(f"k-NN: k is {k}, with {number_of(len(train_x), 'train images')}; set knn_k to {most}")
     if not temperature > 0 or chunk_size < 1:
         raise InputError(
             f"k-NN: temperature must be above 0 and chunk_size at least 1, got {temperature}, {chunk_size}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,11 +81,10 @@ def resize(pixels: Raw, width: int, height: int, box: tuple[float, float, float,
     output = np.empty((height, width, pixels.shape[2]), dtype=pixels.dtype)
     for channel in range(pixels.shape[2]):
         plane = np.ascontiguousarray(pixels[:, :, channel])
-        if plane.dtype == np.uint8:
-            output[:, :, channel] = np.asarray(Image.fromarray(plane).resize(size, method, box))
-        else:  # Pillow resamples 16 bits only as floats
-            wide = np.asarray(Image.fromarray(plane.astype(np.float32)).resize(size, method, box))
-            output[:, :, channel] = np.rint(wide).clip(0, 65535)
+        if plane.dtype == np.uint16:  # which Pillow resamples only as floats
+            plane = plane.astype(np.float32)
+        resized = np.asarray(Image.fromarray(plane).resize(size, method, box))
+        output[:, :, channel] = np.rint(resized).clip(0, 65535) if plane.dtype == np.float32 else resized
     return output
 
 
@@ -113,66 +112,53 @@ def common_type(images: list[Raw]) -> list[Raw]:
 # --- NumPy files of others, read without trust: no objects, no size that the file does not hold, no more than memory
 
 
-class Arrays(Mapping[str, NDArray[Any]]):
-    """The arrays of a .npz or .npy ("images", memory-mapped) by name, read when asked for; DataError if unsound."""
+def first_array(path: Path, names: Sequence[str]) -> tuple[NDArray[Any] | None, list[str]]:
+    """The first of ``names`` in a .npz, or the memory-mapped .npy ("images"); and all names. DataError if unsound."""
+    with reading(path, _FIX), path.open("rb") as file:
+        start = file.read(6)
+        if start == NPY:
+            return np.load(path, mmap_mode="r", allow_pickle=False), ["images"]
+        if start[:2] != _ZIP:
+            raise ValueError("neither an .npz nor an .npy file")
+        with zipfile.ZipFile(file) as archive:
+            held = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            name = next((name for name in names if name in held), None)
+            return None if name is None else _unpacked(path, archive, name, held[name]), list(held)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._members: dict[str, zipfile.ZipInfo] = {}
-        with reading(path, _FIX), path.open("rb") as file:
-            start = file.read(6)
-            if start[:2] == _ZIP:
-                with zipfile.ZipFile(file) as archive:
-                    self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            elif start != NPY:
-                raise ValueError("neither an .npz nor an .npy file")
-        self.single = not self._members and start == NPY
 
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        if self.single and name == "images":
-            with reading(self.path, _FIX):
-                mapped: NDArray[Any] = np.load(self.path, mmap_mode="r", allow_pickle=False)
-                return mapped
-        info = self._members[name]
-        with reading(self.path, _FIX), zipfile.ZipFile(self.path) as archive, archive.open(info) as file:
-            if info.file_size > _DEFLATE_LIMIT * info.compress_size + 2**20 or info.compress_type not in (0, 8):
-                raise ValueError(f"array '{name}' claims {info.file_size} bytes")
-            shape, fortran, dtype = _header(file, info.file_size)
-            if info.file_size > _MEMORY:
-                raise DataError(f"{self.path}: array '{name}' of shape {shape} needs {info.file_size / 1e9:.0f} GB of "
-                                "memory; save the images as .npy, which is read piece by piece")  # fmt: skip
-            flat = np.empty(info.file_size - file.tell(), np.uint8)
-            if file.readinto(flat.data) < len(flat):  # type: ignore[attr-defined]
-                raise ValueError(f"array '{name}' is cut off")
-            return _shaped(flat.view(dtype), shape, fortran)
-
-    def __iter__(self) -> Any:
-        return iter(["images"] if self.single else self._members)
-
-    def __len__(self) -> int:
-        return 1 if self.single else len(self._members)
+def _unpacked(path: Path, archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> NDArray[Any]:
+    with archive.open(info) as file:
+        if info.file_size > _DEFLATE_LIMIT * info.compress_size + 2**20 or info.compress_type not in (0, 8):
+            raise ValueError(f"array '{name}' claims {info.file_size} bytes")
+        shape = _checked_shape(file, info.file_size)
+        if info.file_size > _MEMORY:
+            raise DataError(f"{path}: array '{name}' of shape {shape} needs {info.file_size / 1e9:.0f} GB of memory; "
+                            "save the images as .npy, which is read piece by piece")  # fmt: skip
+        return _read(file)
 
 
 def array_in(data: bytes | NDArray[Any]) -> NDArray[Any] | None:
-    """``data`` where it is an array or a (sound, else ValueError) .npy file, uncopied; None for an encoded picture."""
+    """``data`` where it is an array or a (sound, else ValueError) .npy file; None for an encoded picture."""
     if isinstance(data, np.ndarray) or data[:6] != NPY:
         return data if isinstance(data, np.ndarray) else None
     file = io.BytesIO(data)
-    shape, fortran, dtype = _header(file, len(data))
-    return _shaped(np.frombuffer(data, dtype, offset=file.tell()), shape, fortran)
+    _checked_shape(file, len(data))
+    return _read(file)
 
 
-def _header(file: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _checked_shape(file: IO[bytes], size: int) -> tuple[int, ...]:
+    """What the header of a .npy file of ``size`` bytes says, where it fits."""
     version = np.lib.format.read_magic(file)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = header(file)
+    shape, _, dtype = header(file)
     if dtype.hasobject:
         raise ValueError("holds Python objects, not numbers")
     count = int(np.prod([int(side) for side in shape], dtype=object))
     if count * dtype.itemsize != size - file.tell():
         raise ValueError(f"an array of shape {shape} does not fit its file")
-    return shape, fortran, dtype
+    return shape
 
 
-def _shaped(flat: NDArray[Any], shape: tuple[int, ...], fortran: bool) -> NDArray[Any]:
-    return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
+def _read(file: IO[bytes]) -> NDArray[Any]:
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)

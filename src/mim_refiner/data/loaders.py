@@ -28,6 +28,7 @@ from mim_refiner.reporting import number_of
 from mim_refiner.types import ImageSize, default_crop_ratio, height_width
 
 Indices = Sequence[int] | NDArray[np.int64] | Tensor | None  # of images; None: all
+_AHEAD = 2  # batches made before they are asked for, by every process
 _ELONGATED = 4  # times longer than wide: the view is resized alone, or the cost would grow with the length
 
 
@@ -121,7 +122,6 @@ class TrainLoader:
         *,
         rank: int = 0,
         world_size: int = 1,
-        prefetch: int = 2,
         pin_memory: bool = False,
         timeout: float = 0,
         reduced_decode: bool = False,
@@ -148,7 +148,6 @@ class TrainLoader:
         )
         workers = 0 if resident else workers  # nothing to decode, and the device cuts while the host goes on
         self._reported: set[int] = set()
-        self._prefetch = prefetch
         self._steps: list[tuple[int, int]] = []  # sampler of the (epoch, step) keys still to come
         self._closed = False
         self.workers, self._pin_memory, self._timeout = workers, pin_memory, timeout
@@ -161,7 +160,7 @@ class TrainLoader:
             batch_size=None,
             sampler=self._steps,
             num_workers=self.workers,
-            prefetch_factor=self._prefetch,
+            prefetch_factor=_AHEAD,
             persistent_workers=True,
             pin_memory=self._pin_memory,
             timeout=self._timeout,
@@ -179,7 +178,7 @@ class TrainLoader:
             self._steps[:] = keys
             made = watched(self._loader)
         elif self._assembler.resident is None:
-            made = in_background((_pinned(item) for item in made) if self._pin_memory else made, self._prefetch)
+            made = in_background((_pinned(item) for item in made) if self._pin_memory else made, _AHEAD)
         with contextlib.closing(made):
             for batch, unreadable in made:
                 self.images.add_unreadable(unreadable)
@@ -207,7 +206,7 @@ class TrainLoader:
             return there
         batch = self._assembler.local_size * self.images.channels
         batch *= sum(math.prod(height_width(view.size)) for view in self._assembler.views)
-        waiting = 1 if resident else 1 + self._prefetch * max(1, self.workers)
+        waiting = 1 if resident else 1 + _AHEAD * max(1, self.workers)
         return there + self.images.nbytes + waiting * batch + self.workers * WORKER_BYTES
 
     @property

@@ -27,9 +27,9 @@ class ResidentImages:
     """All images of a set, uint8 [N, C, H, W] padded to the largest, on ``device``; InputError where that cannot be."""
 
     def __init__(self, images: ImageSet, device: torch.device) -> None:
-        if not all_bytes(images):
+        if (shape := padded_shape(images)) is None:
             raise InputError("images_on_device=on: needs 8-bit images, all decoded in memory; set it to auto or off")
-        self.pixels = torch.zeros(padded_shape(images), dtype=torch.uint8, device=device)
+        self.pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
         self.sides = np.ones((len(images), 2), dtype=np.int64)
         for index, pixels in enumerate(map(images.try_load, range(len(images)))):
             if pixels is not None:
@@ -53,26 +53,22 @@ class ResidentImages:
         return parts[0] if len(parts) == 1 else [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def all_bytes(images: ImageSet) -> bool:
-    """Whether the set is decoded in memory, with 8 bits a channel."""
+def padded_shape(images: ImageSet) -> tuple[int, int, int, int] | None:
+    """[N, C, H, W] of all images padded to the highest and widest; None unless all are in memory, with 8 bits."""
     loaded = map(images.try_load, range(len(images)) if images.cached else ())
-    return images.cached and all(pixels is None or pixels.dtype == np.uint8 for pixels in loaded)
-
-
-def padded_shape(images: ImageSet) -> tuple[int, int, int, int]:
-    """[N, C, H, W] of all images padded to the highest and widest."""
-    loaded = map(images.try_load, range(len(images)))
-    height, width = np.max([pixels.shape[:2] for pixels in loaded if pixels is not None], axis=0).tolist()
+    held = [pixels for pixels in loaded if pixels is not None]
+    if not held or any(pixels.dtype != np.uint8 for pixels in held):
+        return None
+    height, width = np.max([pixels.shape[:2] for pixels in held], axis=0).tolist()
     return len(images), images.channels, height, width
 
 
 def held_on_device(setting: str, images: ImageSet, device: torch.device, free: float) -> ResidentImages | None:
     """``setting`` "on", "off", or "auto": on a GPU, where they take at most a quarter of the ``free`` bytes, padded."""
-    if setting == "on":
-        return ResidentImages(images, device)
-    if setting == "off" or device.type == "cpu" or not all_bytes(images):
-        return None
-    return ResidentImages(images, device) if math.prod(padded_shape(images)) <= SHARE * free else None
+    if setting == "auto" and device.type != "cpu":
+        shape = padded_shape(images)
+        setting = "on" if shape and math.prod(shape) <= SHARE * free else "off"
+    return ResidentImages(images, device) if setting == "on" else None
 
 
 def crops(images: Tensor, table: Tensor, spec: ViewSpec) -> Tensor:

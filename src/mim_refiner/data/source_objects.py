@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mim_refiner.data.channels import Arrays, is_pixels
+from mim_refiner.data.channels import first_array, is_pixels
 from mim_refiner.data.image_files import pixels_of
 from mim_refiner.data.labels import LabelProblem, Labels, candidates, printable
 from mim_refiner.data.source_base import ImageSource, evenly, label_parts, short_hash
@@ -196,22 +196,21 @@ class ArraySource(ImageSource):
     def _array(self) -> NDArray[Any]:
         """The images (memory-mapped for .npy)."""
         if self._images is None:
-            arrays = Arrays(self.path)
-            if (images := arrays.get("images", arrays.get("x"))) is None:
-                found = ", ".join(sorted(arrays)) or "nothing"
+            self._images, names = first_array(self.path, ("images", "x"))
+            if self._images is None:
+                found = ", ".join(sorted(names)) or "nothing"
                 raise DataError(
                     f"{self.path}: no array 'images' or 'x' (found {found}); save it under one of these names"
                 )
-            self._images = images
         return self._images
 
     def _labels(self) -> Labels:
-        arrays = Arrays(self.path)
-        if arrays.single:
+        if isinstance(self._array(), np.memmap):
             raise LabelProblem("one array has no place for them; save images and labels with numpy.savez")
-        if (labels := arrays.get("labels", arrays.get("y"))) is None:
-            hint = candidates(arrays, "save it as 'labels'") or "save them as 'labels'"
-            raise LabelProblem(f"no array 'labels' or 'y' (found {', '.join(sorted(arrays))}); {hint}")
+        labels, names = first_array(self.path, ("labels", "y"))
+        if labels is None:
+            hint = candidates(names, "save it as 'labels'") or "save them as 'labels'"
+            raise LabelProblem(f"no array 'labels' or 'y' (found {', '.join(sorted(names))}); {hint}")
         return _labels(labels, len(self))
 
     def __getstate__(self) -> dict[str, Any]:
