@@ -34,9 +34,8 @@ _watch: Watch | None = None
 def join_processes(device: torch.device, reporter: Reporter | None = None) -> torch.device:
     """Join the process group that torchrun's environment describes, and return this process's own device.
 
-    Changes nothing in a process that was started alone, and little where a process group runs already. Raises
-    InputError, on all processes with the same line, when one is missing or has another version, and when a machine
-    has fewer GPUs than processes.
+    Changes nothing in a process alone, and little where a process group runs already. Raises InputError, on all with
+    the same line, when one is missing or has another version, or a machine has fewer GPUs than processes.
     """
     global _watch
     place = started_as()

@@ -17,12 +17,9 @@ _TAIL = {"norm", "fc_norm", "attn_pool", "head", "head_dist"}
 def layer_decay_scales(model: nn.Module, decay: float) -> dict[str, float]:
     """Return {parameter name: learning-rate scale} for a timm model.
 
-    Block b of ``depth`` blocks: decay^(depth-b), so the last block has decay^1; stem (patch embedding, tokens,
-    position table): decay^(depth+1); final norm, pooling and classifier: 1. A model without a list ``blocks``
-    (ConvNeXt, Swin) is divided into layers as its ``group_matcher`` says, with the same rule: the last layer has
-    decay^1, each one before it a further decay.
-    Raises InputError for a decay outside (0, 1], for a model that has neither, and for a parameter beside the blocks
-    whose place is unknown.
+    Block b of ``depth`` blocks: decay^(depth-b); stem (patch embedding, tokens, position table): decay^(depth+1); final
+    norm, pooling and classifier: 1. Without a list ``blocks`` (ConvNeXt, Swin) the layers are those of the model's
+    ``group_matcher``. Raises InputError for a decay outside (0, 1], and where layers or a parameter's are unknown.
     """
     if not 0 < decay <= 1:
         raise InputError(f"layer decay must be above 0 and at most 1, got {decay}")

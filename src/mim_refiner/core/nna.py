@@ -101,9 +101,8 @@ def view_pair_weights(
 ) -> Tensor:
     """Return [G, V]: how often the pair (target of global view g, prediction of view v) counts.
 
-    "cross": once, but never a view with itself. "reference": the published loop takes the predictions of views
-    0..L-1 for its L local views instead of G..V-1, so same-view pairs count once, cross-global pairs twice and the
-    last G local views not at all.
+    "cross": once, but never a view with itself. "reference": the published loop takes predictions 0..L-1 for its L
+    local views, not G..V-1: same-view pairs count once, cross-global pairs twice, the last G local views never.
     """
     if not 1 <= num_global <= num_views or num_views < 2:
         raise InputError(

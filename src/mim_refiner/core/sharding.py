@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -37,7 +37,11 @@ def shard(root: nn.Module, blocks: Sequence[nn.Module], *, method: str, bf16: bo
     autocast finds nothing left to cast. Vectors (norms, biases, scales) stay whole in fp32, as under autocast alone.
     """
     broadcast_state([root])
-    mesh = _mesh(next(root.parameters()).device)
+    kind, nodes, parts = next(root.parameters()).device.type, world_size() // shard_count(), shard_count()
+    if nodes == 1:
+        mesh = init_device_mesh(kind, (parts,))
+    else:
+        mesh = init_device_mesh(kind, (nodes, parts), mesh_dim_names=("nodes", "processes"))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None,
         cast_forward_inputs=False,
@@ -61,9 +65,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with whole tensors, sharded ones on the CPU, for rank 0; the others, which must call it too, get
-    none: none but rank 0 holds more than a tensor at a time.
-    """
+    """The state dict of whole tensors (sharded ones on the CPU) on rank 0; all call it, others hold one at a time."""
     state = {name: _whole(tensor) for name, tensor in module.state_dict().items()}
     return {name: tensor for name, tensor in state.items() if tensor is not None}
 
@@ -114,14 +116,6 @@ def shard_count() -> int:
 def processes_on_node() -> int:
     """Processes on this machine, as torchrun says; without a word of it all of them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
-
-
-def _mesh(device: torch.device) -> DeviceMesh:
-    """All processes in a row, or a row for every node."""
-    nodes, parts = world_size() // shard_count(), shard_count()
-    if nodes == 1:
-        return init_device_mesh(device.type, (parts,))
-    return init_device_mesh(device.type, (nodes, parts), mesh_dim_names=("nodes", "processes"))
 
 
 def _whole(tensor: Tensor) -> Tensor | None:

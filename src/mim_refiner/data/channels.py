@@ -30,15 +30,21 @@ MAX_PIXELS = 89_478_485  # Pillow's own bound for a warning; a small file can cl
 
 
 class UnusableImageError(ValueError):
-    """A whole image whose pixels cannot be used as they are."""
+    """A whole image whose pixels cannot be used as they are; ``kind``: what doctor calls it."""
+
+    kind = "unusable"
 
 
 class TooLargeError(UnusableImageError):
     """More pixels than any photograph has."""
 
+    kind = "huge"
+
 
 class WrongChannelsError(UnusableImageError):
     """Another number of channels than the encoder takes."""
+
+    kind = "channels"
 
 
 def wrong_channels(found: int, wanted: int) -> WrongChannelsError:

@@ -39,8 +39,7 @@ class ImageSet:
 
     ``channels`` other than 3: the pixels as stored, [H, W, channels] uint8 or uint16; others count as unreadable.
     ``cache``: "auto" keeps all in memory when they need less than 2 GB; True and False force it. For an unreadable
-    image ``load`` gives the next readable one, and ``unreadable`` lists it. Raises DataError when none can
-    be read.
+    image ``load`` gives the next readable one; ``unreadable`` lists it. Raises DataError when none can be read.
     """
 
     def __init__(self, source: ImageSource, cache: Literal["auto"] | bool = "auto", *, channels: int = 3) -> None:
@@ -113,10 +112,9 @@ class ImageSet:
         return None if pixels is None else Loaded(index, pixels, pixels.shape[:2])
 
     def load_resolved(self, index: int, reduction: Reduction | None = None) -> Loaded:
-        """Return the first readable image at or after ``index`` (cyclic) with its own index.
+        """The first readable image at or after ``index`` (cyclic); DataError when more than a tenth are unreadable.
 
-        ``reduction``: how much smaller a JPEG that is not in memory may be decoded. Raises DataError when more than a
-        tenth of the set is unreadable.
+        ``reduction``: how much smaller a JPEG that is not in memory may be decoded.
         """
         for offset in range(self._length):
             candidate = (index + offset) % self._length

@@ -12,15 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mim_refiner.data.channels import (
-    Raw,
-    TooLargeError,
-    UnusableImageError,
-    WrongChannelsError,
-    array_in,
-    as_channels_last,
-    for_display,
-)
+from mim_refiner.data.channels import Raw, UnusableImageError, array_in, as_channels_last, for_display
 from mim_refiner.data.decode import why_unreadable
 from mim_refiner.data.image_files import decode_image, open_image, stored_bits
 from mim_refiner.data.source_base import ImageSource
@@ -142,11 +134,8 @@ def _probe(source: ImageSource, index: int, channels: int) -> Probe:
         kinds = [("16-bit", "numbers")] if pixels.dtype == np.uint16 else []
         return _measured(decode_image(pixels)[0], kinds, gray=pixels.shape[2] == 1)
     except Exception as error:  # decoders raise almost anything on damaged input
-        named: dict[type[Exception], str] = {
-            WrongChannelsError: "channels", TooLargeError: "huge", UnusableImageError: "unusable",
-        }  # fmt: skip
         broken = "truncated" if isinstance(raw, bytes) and known_signature(raw) else "unreadable"
-        return [(named.get(type(error), broken), why_unreadable(error))], None
+        return [(error.kind if isinstance(error, UnusableImageError) else broken, why_unreadable(error))], None
 
 
 def _probe_encoded(raw: bytes) -> Probe:

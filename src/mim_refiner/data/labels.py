@@ -49,17 +49,12 @@ def clean_name(text: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """Class ``numbers`` int64 [N] in 0..C-1, all C of which occur, and for each class its name and, where labels are
-    numbers in the data, its id.
-    """
+    """Class ``numbers`` int64 [N] in 0..C-1 (all occur); ``names`` and, where the data has numbers, ``ids`` [C]."""
 
     numbers: NDArray[np.int64]
     names: tuple[str, ...]
     ids: tuple[int, ...] | None
     absent: int = 0  # class names that were given and have no image
-
-    def __len__(self) -> int:
-        return len(self.numbers)
 
     @property
     def named(self) -> bool:

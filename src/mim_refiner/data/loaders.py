@@ -197,9 +197,7 @@ class TrainLoader:
         return batch
 
     def held_bytes(self, device: torch.device) -> int:
-        """What images take of the memory of ``device``: the decoded set, batches that wait, processes that make them;
-        on another device than the host, the set if it lies there.
-        """
+        """Of ``device``'s memory: the set that lies there; on the host also waiting batches and loader processes."""
         resident = self._assembler.resident
         there = 0 if resident is None else resident.pixels.nbytes
         if device.type != "cpu":
@@ -283,10 +281,9 @@ def decoded_batches(
 def eval_batches(
     images: ImageSet, image_size: ImageSize, batch_size: int, indices: Indices = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (uint8 [B, 3, H, W], their indices int64 [B]) in order, every image once.
+    """Yield (uint8 [B, 3, H, W], their indices int64 [B]) in order, every image once, without unreadable ones.
 
-    Unreadable images are left out (not replaced), so always take labels by the indices that come with the batch.
-    Raises DataError when more than 10 % cannot be read.
+    So take labels by the indices that come with the batch. Raises DataError when more than 10 % cannot be read.
     """
     if min(batch_size, *height_width(image_size)) < 1:
         raise InputError(f"batch size {batch_size} and image size {image_size} must be at least 1")

@@ -158,26 +158,21 @@ def _matches(pattern: str) -> list[str]:
     for form in (pattern, unicodedata.normalize("NFC", pattern), unicodedata.normalize("NFD", pattern)):
         if os.path.exists(form):
             return [form]
-    folder, rest = pattern, ""
-    while folder and not os.path.isdir(folder):
-        folder, name = os.path.split(folder)
-        rest = os.path.join(name, rest) if rest else name
-        if not name:
-            break
+    folder = next((above for above in Path(pattern).parents if os.path.isdir(above)), Path())
+    rest = str(Path(pattern).relative_to(folder))
     if not glob.has_magic(rest):
         return []
     if "**" in rest:  # would be read as * alone, and most files left out
         raise DataError(f"{pattern}: ** is not read; a folder is read with all that lies below it: give the folder")
     try:
-        return sorted(glob.glob(os.path.join(glob.escape(folder), rest)))
+        return sorted(glob.glob(os.path.join(glob.escape(str(folder)), rest)))
     except (OSError, ValueError, RecursionError):  # names longer than the system takes
         return []
 
 
 def _expand_braces(text: str) -> list[str]:
     """``a-{000..127}.tar``, ``{a,b}.tar`` as a shell writes them; DataError for over a million, before any is made."""
-    parts: list[tuple[str, Sequence[str | int], int]] = []  # (text before, choices, digits)
-    count, end = 1, 0
+    choices, count, end = list[list[str]](), 1, 0
     for match in _BRACES.finditer(text):
         first, dots, last = match[1].partition("..")
         found: Sequence[str | int] = match[1].split(",")
@@ -187,13 +182,10 @@ def _expand_braces(text: str) -> list[str]:
         count *= len(found)
         if count > _MAX_FILES:
             raise DataError(f"{printable(text)[:200]}: the braces name more than a million files; correct the numbers")
-        parts.append((text[end : match.start()], found, len(first)))
+        names = (each if isinstance(each, str) else f"{each:0{len(first)}d}" for each in found)
+        choices.append([text[end : match.start()] + name for name in names])
         end = match.end()
-    written = [
-        [before + (each if isinstance(each, str) else f"{each:0{digits}d}") for each in found]
-        for before, found, digits in parts
-    ]
-    return ["".join(choice) for choice in itertools.product(*written, [text[end:]])]
+    return ["".join(choice) for choice in itertools.product(*choices, [text[end:]])]
 
 
 def _open_path(path: Path) -> ImageSource:

@@ -24,8 +24,7 @@ QUALITY = 85
 def thumbnail_sheet(images: ImageSet, indices: Sequence[int]) -> dict[str, Any]:
     """Draw the centre squares of ``images`` at ``indices`` (all readable) row by row into one JPEG.
 
-    Returns {"tile" (px), "columns", "count", "jpeg" (base64)}; tile number i lies at column i % columns, row
-    i // columns.
+    Returns {"tile" (px), "columns", "count", "jpeg" (base64)}; tile i lies at column i % columns, row i // columns.
     """
     pixels = [for_display(images.load(int(index))) for index in indices]
     short = min(min(image.shape[:2]) for image in pixels)

@@ -36,8 +36,7 @@ class ViewSpec:
     size: output pixels, one number for a square or (height, width). count: how many such views a sample gets. scale:
     share of the image area. ratio: width / height of the crop beside that of the view. crop_axes "longer": the crop
     spans the view's shorter axis whole and ``scale`` is its share of the longer one. vflip: upside down. The jitter
-    strengths are those of torchvision's ColorJitter; blur_sigma in pixels of the view; solarize_threshold on the 0-255
-    scale; domain: what photographs do not need.
+    strengths are those of torchvision's ColorJitter; blur_sigma in pixels of the view; solarize_threshold of 255.
     """
 
     name: str
@@ -91,8 +90,7 @@ def multi_crop_views(
 ) -> list[ViewSpec]:
     """Return the refinement views: global0, global1 and ``num_local`` local ones (none for 0).
 
-    ``blur_prob`` and ``solarize_prob`` hold one value each for global0, global1 and local; ``same``: further fields of
-    ViewSpec, alike in all views.
+    ``blur_prob``, ``solarize_prob``: for global0, global1 and local; ``same``: further fields, alike in all views.
     """
     groups = [
         ("global0", global_size, 1, global_scale),
@@ -127,9 +125,7 @@ def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
 def crop_boxes(
     uniforms: NDArray[np.float64], heights: NDArray[np.int64], widths: NDArray[np.int64], spec: ViewSpec
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Boxes [B, 4] (top, left, height, width), mirrored? [B], upside down? [B] of uniforms [B, 24], as torchvision
-    distributes them.
-    """
+    """Boxes [B, 4] (top, left, height, width), mirrored? [B], upside down? [B] of uniforms [B, 24]."""
     boxes = (_spanning_boxes if spec.crop_axes == "longer" else _free_boxes)(uniforms, heights, widths, spec)
     return boxes, uniforms[:, 22] < spec.flip, uniforms[:, 23] < spec.vflip
 
@@ -188,9 +184,8 @@ def crop_batch(
 ) -> Tensor:
     """Crop one view of every image [H, W, C] by its row of :func:`draws` [B, 24], to [B, C, height, width].
 
-    Bicubic with antialiasing, then the flips. uint8 stays uint8; where 16-bit images are among them, all become
-    uint16. ``shapes``: (height, width) of the whole images where these are reduced; the crops are those of the whole
-    ones.
+    Bicubic with antialiasing, then the flips. uint8 stays uint8; beside 16-bit images all become uint16. ``shapes``:
+    (height, width) of the whole images, which are cropped, where these are reduced.
     """
     given = np.array([image.shape[:2] for image in images], dtype=np.int64)
     whole = given if shapes is None else np.array(shapes, dtype=np.int64)
