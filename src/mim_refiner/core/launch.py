@@ -31,7 +31,7 @@ STUCK = timedelta(minutes=30)  # an exchange among processes that are all alive
 _watch: Watch | None = None
 
 
-def join_processes(device: torch.device, reporter: Reporter | None = None) -> torch.device:
+def join_processes(device: torch.device, reporter: Reporter) -> torch.device:
     """Join the process group that torchrun's environment describes, and return this process's own device.
 
     Changes nothing in a process alone, and little where a process group runs already. Raises InputError, on all with
@@ -44,7 +44,7 @@ def join_processes(device: torch.device, reporter: Reporter | None = None) -> to
     if dist.is_initialized():
         return _own_device(device, place)
     timeout = silence_timeout()
-    (reporter or Reporter()).message(
+    reporter.message(
         f"{place.world_size} processes: all are to join within {2 * timeout:g} s; then the run ends when one "
         f"gives no sign of life for {timeout:g} s ({TIMEOUT_VARIABLE})"
     )

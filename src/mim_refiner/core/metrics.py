@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mim_refiner.errors import InputError
 
+Interval = tuple[float, float, float]  # value, lower and upper end of its 95 % interval
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
@@ -68,7 +69,7 @@ def effective_rank(features: Tensor, *, centred: bool = False) -> float:
     return math.exp(float(-torch.xlogy(share, share).sum()))
 
 
-def accuracy_interval(correct: ArrayLike | Tensor) -> tuple[float, float, float]:
+def accuracy_interval(correct: ArrayLike | Tensor) -> Interval:
     """Return (accuracy, low, high): 95 % Wilson score interval for independent samples ``correct`` [N] of 0/1."""
     hits = _zero_one(correct)
     n, rate = len(hits), float(hits.mean())
@@ -78,9 +79,7 @@ def accuracy_interval(correct: ArrayLike | Tensor) -> tuple[float, float, float]
     return rate, min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))
 
 
-def paired_interval(
-    correct_before: ArrayLike | Tensor, correct_after: ArrayLike | Tensor
-) -> tuple[float, float, float]:
+def paired_interval(correct_before: ArrayLike | Tensor, correct_after: ArrayLike | Tensor) -> Interval:
     """Return (difference, low, high) of the accuracies after - before on the same N samples, with a 95 % interval.
 
     Adjusted Wald interval for paired proportions (Bonett and Price, J. Educ. Behav. Stat. 37, 2012): normal
@@ -98,7 +97,7 @@ def paired_interval(
     return (gained - lost) / n, max(-1.0, centre - half), min(1.0, centre + half)
 
 
-def crossed_interval(values: ArrayLike | Tensor) -> tuple[float, float, float]:
+def crossed_interval(values: ArrayLike | Tensor) -> Interval:
     """Return (mean, low, high), 95 %, of ``values`` [S, N]: S draws of training images, judged on N test images.
 
     Both are random: the variance is that of the image means over N plus that of the draw means over S (two-way random
@@ -119,7 +118,7 @@ def crossed_interval(values: ArrayLike | Tensor) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def best_of_many_interval(differences: ArrayLike, *, draws: int = 5000, seed: int = 0) -> tuple[float, float, float]:
+def best_of_many_interval(differences: ArrayLike, *, draws: int = 5000, seed: int = 0) -> Interval:
     """Return (mean, low, high), 95 %, of the row with the largest mean of paired ``differences`` [K, N] in -1 to 1.
 
     It allows for that row being the best of K: the width is that of simultaneous intervals for all K means (max-t:
@@ -157,7 +156,7 @@ def class_iou(confusion: NDArray[Any]) -> NDArray[np.float64]:
 
 def mean_iou_interval(
     confusions: ArrayLike, minus: ArrayLike | None = None, *, resamples: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
+) -> Interval:
     """(mIoU, low, high): 95 % bootstrap interval over images, from pixel counts [N, C, C] of each image; with ``minus``
     (the counts of another model on the same images) of the paired difference to it.
     """

@@ -23,6 +23,7 @@ NPY, _ZIP = b"\x93NUMPY", b"PK"
 _FIX = "save it again with numpy.save or numpy.savez"
 _MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63  # bytes
 _DEFLATE_LIMIT = 1100  # times smaller than its content is no deflated file
+Stored = bytes | NDArray[Any]  # what a source gives: an encoded image, or pixels
 Raw = NDArray[np.uint8] | NDArray[np.uint16]  # [H, W, C]
 MAX_CHANNELS = 4096
 _TORCH_SIDE = 64
@@ -143,7 +144,7 @@ def _unpacked(path: Path, archive: zipfile.ZipFile, name: str, info: zipfile.Zip
         return _read(file)
 
 
-def array_in(data: bytes | NDArray[Any]) -> NDArray[Any] | None:
+def array_in(data: Stored) -> NDArray[Any] | None:
     """``data`` where it is an array or a (sound, else ValueError) .npy file; None for an encoded picture."""
     if isinstance(data, np.ndarray) or data[:6] != NPY:
         return data if isinstance(data, np.ndarray) else None

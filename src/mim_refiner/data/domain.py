@@ -53,16 +53,9 @@ def apply(images: Tensor, drawn: Tensor, spec: DomainSpec, moments: Tensor) -> T
         gain = (1 + spec.gain * (2 * drawn[:, _DRAWS:] - 1))[:, :, None, None]
         images = images * gain + (gain - 1) * (mean / std)
     if spec.noise:
-        at_once = max(1, _NOISY_AT_ONCE // images[0].numel())
-        scale = (spec.noise * sigma)[:, None, None, None] / std
-        numbers = (seed * 2**24).long()
-        parts = [
-            part + part_scale * hashed_normal(part_numbers, part.shape[1:])
-            for part, part_scale, part_numbers in zip(
-                images.split(at_once), scale.split(at_once), numbers.split(at_once), strict=True
-            )
-        ]
-        images = torch.cat(parts)
+        numbers = (seed * 2**24).long().split(max(1, _NOISY_AT_ONCE // images[0].numel()))
+        noise = torch.cat([hashed_normal(part, images.shape[1:]) for part in numbers])
+        images = images + (spec.noise * sigma)[:, None, None, None] / std * noise
     if spec.mask_rows or spec.mask_columns:
         in_rows = _band(images.shape[2], rows_length * spec.mask_rows, rows_start)[:, None, :, None]
         in_columns = _band(images.shape[3], columns_length * spec.mask_columns, columns_start)[:, None, None, :]

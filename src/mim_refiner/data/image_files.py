@@ -23,6 +23,7 @@ from mim_refiner.data.channels import (
     MAX_CHANNELS,
     MAX_PIXELS,
     Raw,
+    Stored,
     TooLargeError,
     UnusableImageError,
     WrongChannelsError,
@@ -75,9 +76,7 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
         yield image
 
 
-def decode_image(
-    data: bytes | NDArray[Any], channels: int = 3, reduction: Reduction | None = None
-) -> tuple[Raw, tuple[int, int]]:
+def decode_image(data: Stored, channels: int = 3, reduction: Reduction | None = None) -> tuple[Raw, tuple[int, int]]:
     """Decode to upright pixels [H, W, channels], and height and width at full scale (JPEGs: ``reduction`` smaller).
 
     ``data``: an encoded image, .npy bytes, or an array [H, W] or [H, W, C]. For 3 channels RGB uint8: grey, palette and

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mim_refiner.core.run import send
 from mim_refiner.data.decode import ImageSet
-from mim_refiner.data.views import ViewSpec, crop_boxes
+from mim_refiner.data.views import Uniforms, ViewSpec, crop_boxes
 from mim_refiner.errors import InputError
 
 SHARE = 0.25  # of the free memory that the images may take when nobody says
@@ -36,9 +36,7 @@ class ResidentImages:
                 self.sides[index] = height, width = pixels.shape[:2]
                 self.pixels[index, :, :height, :width] = torch.from_numpy(pixels).permute(2, 0, 1)
 
-    def views(
-        self, rows: NDArray[np.int64], specs: Sequence[ViewSpec], drawn: Sequence[NDArray[np.float64]]
-    ) -> list[Tensor]:
+    def views(self, rows: NDArray[np.int64], specs: Sequence[ViewSpec], drawn: Sequence[Uniforms]) -> list[Tensor]:
         """Every view of the images ``rows`` [B] by its draws [B, 24], uint8 [B, C, h, w], on the device."""
         heights, widths = self.sides[rows].T
         boxes = [crop_boxes(each, heights, widths, spec) for spec, each in zip(specs, drawn, strict=True)]

@@ -106,24 +106,24 @@ def _sniff(lines: list[tuple[int, str]], path: Path) -> tuple[str, int, int, boo
 
     Of equals the one with the fewest columns wins, so that names may hold blanks and commas.
     """
-    best: tuple[tuple[int, int, int], tuple[str, int, int, bool]] | None = None
+    ways: list[tuple[tuple[int, int, int], tuple[str, int, int, bool]]] = []
     for separator, rows, columns in tables_of(lines[:_SAMPLE], path):
         for column in range(columns) if columns > 1 or not separator else ():
             cells = column_of(rows, column)
             looks = [is_image_name(cell) for cell in cells]
             there = [bool(cell) and os.path.isfile(path.parent / _as_path(cell, path.parent)) for cell in cells]
             score = (sum(there), sum(looks) + (cells[0].lower() in PATH_NAMES), -columns)
-            if 2 * max(sum(there), sum(looks)) >= len(cells) and (best is None or score > best[0]):
+            if 2 * max(sum(there), sum(looks)) >= len(cells):
                 header = len(rows) > 1 and not there[0] and not looks[0]
                 shown = rows[:1] if header else rows
                 widths = Counter(max((n for n, cell in enumerate(row, 1) if cell), default=0) for _, row in shown)
-                best = score, (separator, column, widths.most_common(1)[0][0], header)
-    if best is None:
+                ways.append((score, (separator, column, widths.most_common(1)[0][0], header)))
+    if not ways:
         raise DataError(
             f"{path}: its rows name no images (the first is '{printable(lines[0][1].strip())[:60]}'); "
             "write one path a row, or columns path,label"
         )
-    return best[1]
+    return max(ways, key=lambda way: way[0])[1]
 
 
 def _labels(rows: list[Row], header: list[str] | None, column: int, width: int) -> Labels:

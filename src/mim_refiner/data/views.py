@@ -27,6 +27,9 @@ _DRAWS = 24  # uniform numbers a sample and view: 10 areas, 10 ratios, top, left
 _COUNTERS = _DRAWS // 4  # a Philox counter step gives four 64-bit numbers
 _ORDER_STREAM = 0  # stream numbers below the first view's
 _FIRST_VIEW_STREAM = 16
+Uniforms = NDArray[np.float64]  # [B, 24], rows of :func:`draws`
+Sides = NDArray[np.int64]  # [B], pixels
+Boxes = tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]  # [B, top left height width], mirrored, upended
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def multi_crop_views(
     ]
 
 
-def draws(seed: int, epoch: int, view: int, position: int, count: int) -> NDArray[np.float64]:
+def draws(seed: int, epoch: int, view: int, position: int, count: int) -> Uniforms:
     """Uniform numbers [count, 24] that decide the crops of one view of the samples from ``position`` on."""
     stream = _philox(seed, epoch, _FIRST_VIEW_STREAM + view)
     return np.random.Generator(stream.advance(position * _COUNTERS)).random((count, _DRAWS))
@@ -122,17 +125,13 @@ def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
     return np.argsort(draws, kind="stable").astype(np.int64)
 
 
-def crop_boxes(
-    uniforms: NDArray[np.float64], heights: NDArray[np.int64], widths: NDArray[np.int64], spec: ViewSpec
-) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Boxes [B, 4] (top, left, height, width), mirrored? [B], upside down? [B] of uniforms [B, 24]."""
+def crop_boxes(uniforms: Uniforms, heights: Sides, widths: Sides, spec: ViewSpec) -> Boxes:
+    """The random crops of images [B] of these sizes, as torchvision distributes them."""
     boxes = (_spanning_boxes if spec.crop_axes == "longer" else _free_boxes)(uniforms, heights, widths, spec)
     return boxes, uniforms[:, 22] < spec.flip, uniforms[:, 23] < spec.vflip
 
 
-def _free_boxes(
-    uniforms: NDArray[np.float64], heights: NDArray[np.int64], widths: NDArray[np.int64], spec: ViewSpec
-) -> NDArray[np.int64]:
+def _free_boxes(uniforms: Uniforms, heights: Sides, widths: Sides, spec: ViewSpec) -> NDArray[np.int64]:
     """The first of ten that fits, or the largest central one within the bounds of the ratio."""
     low, high = (bound * spec.width / spec.height for bound in spec.ratio)
     area = (heights * widths)[:, None] * _between(uniforms[:, :_ATTEMPTS], *spec.scale)
@@ -148,9 +147,7 @@ def _free_boxes(
     return np.concatenate([corner, size], axis=1)
 
 
-def _spanning_boxes(
-    uniforms: NDArray[np.float64], heights: NDArray[np.int64], widths: NDArray[np.int64], spec: ViewSpec
-) -> NDArray[np.int64]:
+def _spanning_boxes(uniforms: Uniforms, heights: Sides, widths: Sides, spec: ViewSpec) -> NDArray[np.int64]:
     """Boxes [B, 4] that span one axis whole: the view's shorter one (of a square view the height)."""
     along_height = spec.height > spec.width
     whole = heights if along_height else widths
@@ -161,11 +158,11 @@ def _spanning_boxes(
     return np.stack(edges, axis=1)
 
 
-def _between(uniform: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
+def _between(uniform: Uniforms, low: float, high: float) -> Uniforms:
     return low + (high - low) * uniform
 
 
-def scale_reduction(specs: Sequence[ViewSpec], drawn: Sequence[NDArray[np.float64]], height: int, width: int) -> int:
+def scale_reduction(specs: Sequence[ViewSpec], drawn: Sequence[Uniforms], height: int, width: int) -> int:
     """How many times (1, 2, 4, 8) smaller a sample may be with no view enlarged; ``drawn`` [1, 24] for each view."""
     most = min(height // max(spec.height for spec in specs), width // max(spec.width for spec in specs))
     for spec, uniforms in zip(specs, drawn, strict=True):
@@ -179,7 +176,7 @@ def scale_reduction(specs: Sequence[ViewSpec], drawn: Sequence[NDArray[np.float6
 def crop_batch(
     images: Sequence[NDArray[Any]],
     spec: ViewSpec,
-    uniforms: NDArray[np.float64],
+    uniforms: Uniforms,
     shapes: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Crop one view of every image [H, W, C] by its row of :func:`draws` [B, 24], to [B, C, height, width].
