@@ -53,7 +53,9 @@ class ImageSet:
         probes = map(self._decode, evenly(self._length, _PROBES).tolist())  # that tell the size of the set, decoded
         sizes = [loaded.pixels.nbytes for loaded in probes if loaded is not None]
         if not sizes and all(self._decode(index) is None for index in range(self._length)):
-            raise self._nothing_readable()
+            _, name, reason = self.unreadable[0]
+            raise DataError(f"{self.description}: no image can be read (first: {name}: {reason}); give a source with "
+                            "images that can")  # fmt: skip
         estimate = np.mean(sizes) * self._length if sizes else 0
         if cache is True or (cache == "auto" and estimate < CACHE_LIMIT_BYTES):
             self.scan()
@@ -116,12 +118,10 @@ class ImageSet:
 
         ``reduction``: how much smaller a JPEG that is not in memory may be decoded.
         """
-        for offset in range(self._length):
-            candidate = (index + offset) % self._length
-            if (loaded := self._try_load(candidate, reduction)) is not None:
-                return loaded
+        while (loaded := self._try_load(index, reduction)) is None:
             self.raise_if_too_many_unreadable()
-        raise self._nothing_readable()
+            index = (index + 1) % self._length
+        return loaded
 
     def load(self, index: int) -> Pixels:
         """Return image ``index``, or the next readable one when it is damaged."""
@@ -147,16 +147,8 @@ class ImageSet:
             self._bad[index] = (self.source.name(index), why_unreadable(error))
             return None
 
-    def _nothing_readable(self) -> DataError:
-        _, name, reason = self.unreadable[0]
-        return DataError(
-            f"{self.description}: no image can be read (first: {name}: {reason}); give a source with images that can"
-        )
-
     def scan(self) -> None:
-        """Decode every image into memory, with threads, and so find all unreadable ones. Does nothing when cached."""
-        if self.cached:
-            return
+        """Decode every image into memory, with threads, and so find all unreadable ones."""
         array, images, uniform = None, list[Pixels | None](), True
         decoded = in_threads(self._decode, self._length, min(8, os.cpu_count() or 1))
         for index, pixels in enumerate(None if loaded is None else loaded.pixels for loaded in decoded):

@@ -172,7 +172,8 @@ def _matches(pattern: str) -> list[str]:
 
 def _expand_braces(text: str) -> list[str]:
     """``a-{000..127}.tar``, ``{a,b}.tar`` as a shell writes them; DataError for over a million, before any is made."""
-    choices, count, end = list[list[str]](), 1, 0
+    parts: list[tuple[str, Sequence[str | int], int]] = []  # (text before, choices, digits)
+    count, end = 1, 0
     for match in _BRACES.finditer(text):
         first, dots, last = match[1].partition("..")
         found: Sequence[str | int] = match[1].split(",")
@@ -182,10 +183,13 @@ def _expand_braces(text: str) -> list[str]:
         count *= len(found)
         if count > _MAX_FILES:
             raise DataError(f"{printable(text)[:200]}: the braces name more than a million files; correct the numbers")
-        names = (each if isinstance(each, str) else f"{each:0{len(first)}d}" for each in found)
-        choices.append([text[end : match.start()] + name for name in names])
+        parts.append((text[end : match.start()], found, len(first)))
         end = match.end()
-    return ["".join(choice) for choice in itertools.product(*choices, [text[end:]])]
+    written = [
+        [before + (each if isinstance(each, str) else f"{each:0{digits}d}") for each in found]
+        for before, found, digits in parts
+    ]
+    return ["".join(choice) for choice in itertools.product(*written, [text[end:]])]
 
 
 def _open_path(path: Path) -> ImageSource:
