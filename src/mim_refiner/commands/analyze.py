@@ -23,11 +23,7 @@ from mim_refiner.analysis.verdict import verdict
 from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.inputs import open_pair, tell_trained_on, tell_unreadable
 from mim_refiner.commands.readout import measured_readouts
-from mim_refiner.commands.survey import (
-    SIMILARITY_IMAGES,
-    Samples,
-    default_key,
-)
+from mim_refiner.commands.survey import SIMILARITY_IMAGES, Samples, default_key
 from mim_refiner.core.device import pick_device
 from mim_refiner.core.run import Run
 from mim_refiner.data.source_base import evenly
@@ -39,6 +35,7 @@ from mim_refiner.models.backbone import Backbone
 from mim_refiner.report.figures import atlas_map, block_curves, head_behaviour, regimes_plot, similarity_map
 from mim_refiner.reporting import Reporter, listener
 from mim_refiner.settings import as_list
+from mim_refiner.training.resolve import last_third
 
 PARTS = ("atlas", "verdict", "readout", "similarity", "reconstruction", "heads")
 
@@ -88,7 +85,9 @@ def analyze(
     analysis.result["statements"] += tell_trained_on(origins.values(), data if test is None else test, reporter)
     for part in PARTS:
         if part in parts:
-            analysis.do(part)
+            started = time.perf_counter()
+            getattr(analysis, part)()
+            analysis.result["seconds"][part] = round(time.perf_counter() - started, 1)
     if len(analysis.left_out) == len(set(parts)):
         raise DataError(f"{'; '.join(analysis.left_out)}; or choose other parts")
     reporter.done()
@@ -107,6 +106,7 @@ class _Analysis:
 
     def __init__(self, models: Mapping[str, Backbone], sources: Mapping[str, str], samples: Samples, out: Path) -> None:
         self.models, self.sources, self.samples, self.run, self.out = models, sources, samples, samples.run, out
+        self.pooling = default_key(models["before"].info)[1]
         self.atlases: dict[str, Atlas] = {}
         self.features: dict[str, Features] = {}  # raw, of the query images
         self.curves: dict[str, dict[str, Any]] = {}
@@ -114,20 +114,14 @@ class _Analysis:
         self.result: dict[str, Any] = {"samples": samples.described(), "statements": []}
         self.result |= {"figures": {}, "records": {}, "seconds": {}}
 
-    def do(self, part: str) -> None:
-        started = time.perf_counter()
-        getattr(self, part)()
-        self.result["seconds"][part] = round(time.perf_counter() - started, 1)
-
     def atlas(self) -> None:
         """Every block, pooling and norm of every model; curves over blocks; where heads would go."""
         self._measure_blocks()
         for name, atlas in self.atlases.items():
             self._keep(f"atlas-{name}", atlas.record, atlas_map)
         self.result["recommendation"] = list(self.atlases.values())[-1].record["recommendation"]
-        first = self.models["before"].info
-        third, pooling = range(first.depth - max(1, first.depth // 3), first.depth), default_key(first)[1]
-        self.result["head_placement"] = place_heads(self.atlases["before"], pooling=pooling, recipe_blocks=third)
+        third = last_third(self.models["before"].info.depth)
+        self.result["head_placement"] = place_heads(self.atlases["before"], pooling=self.pooling, recipe_blocks=third)
 
     def verdict(self) -> None:
         enough = len(self.samples.view_rows) >= MIN_IMAGES
@@ -142,7 +136,7 @@ class _Analysis:
             beside = {"label_free": judged} if enough else {}
             judged = verdict(self._hits("before"), self._hits("after")) | beside
         self.result["verdict"] = judged
-        self._keep("verdict", {"kind": "verdict", **judged, "seed": self.run.seed}, None)
+        self._keep("verdict", {"kind": "verdict", **judged, "seed": self.run.seed})
 
     def readout(self) -> None:
         """Refine, or only read out better: classifiers on several read-outs of the first model, beside the second."""
@@ -155,7 +149,7 @@ class _Analysis:
             return self._leave_out(f"refine or read out left out: {error}")
         self.result["readout"] = {key: record[key] for key in ("rows", "best", "sentence")}
         self.result["statements"].append(record["sentence"])
-        self._keep("readout", record, None)
+        self._keep("readout", record)
 
     def similarity(self) -> None:
         """CKA between blocks, within and across the models."""
@@ -163,7 +157,7 @@ class _Analysis:
             return self._leave_out(f"similarity left out: it needs {MIN_COMPARED} test images or more; give them")
         self._measure_blocks()
         chosen = {name: found.select(evenly(len(found), SIMILARITY_IMAGES)) for name, found in self.features.items()}
-        record = block_similarity(chosen, default_key(self.models["before"].info)[1])
+        record = block_similarity(chosen, self.pooling)
         self.result["statements"] += record["statements"]
         self._keep("similarity", record, similarity_map)
 
@@ -176,19 +170,17 @@ class _Analysis:
         if len(bank) < MIN_TRAINED:
             return self._leave_out(f"reconstruction left out: it needs {MIN_TRAINED} images or more; give them")
         self._measure_blocks()
-        train, test = (
-            bank[evenly(len(bank), settings.train_images)],
-            queries[evenly(len(queries), settings.test_images)],
-        )
+        train = bank[evenly(len(bank), settings.train_images)]
+        test = queries[evenly(len(queries), settings.test_images)]
         how: dict[str, Any] = {"train_rows": train, "test_rows": test, "settings": settings, "run": self.run}
         errors = {}
         for name, backbone in self.models.items():
             self.run.reporter.phase(f"reconstruction by block: {name}", settings.steps(len(train)))
             errors[name] = reconstruction_by_block(backbone, self.samples.bank, self.samples.queries, **how)
-        measure, pooling = self.atlases["before"].record["measure"], default_key(self.models["before"].info)[1]
         facts: dict[str, Any] = {"settings": settings.__dict__, "samples": {"train": len(train), "test": len(test)}}
-        curves = {name: by_pooling[pooling] for name, by_pooling in self.curves.items()}
-        record = regimes_record(curves, errors, measure=measure, pooling=pooling, **facts, seed=self.run.seed)
+        facts |= {"measure": self.atlases["before"].record["measure"], "pooling": self.pooling, "seed": self.run.seed}
+        curves = {name: by_pooling[self.pooling] for name, by_pooling in self.curves.items()}
+        record = regimes_record(curves, errors, **facts)
         self.result["regimes"] = {name: found["regimes"] for name, found in record["models"].items()}
         self.result["statements"] += [found["statement"] for found in record["models"].values()]
         self._keep("regimes", record, regimes_plot)
@@ -232,7 +224,7 @@ class _Analysis:
         self.result["records"]["blocks"] = str(write_json(self.out / "blocks.json", curves.record))
         self.result["figures"]["blocks"] = str(block_curves(curves.record, self.out / "block_curves.png"))
 
-    def _keep(self, name: str, record: Mapping[str, Any], draw: Callable[..., Path] | None) -> None:
+    def _keep(self, name: str, record: Mapping[str, Any], draw: Callable[..., Path] | None = None) -> None:
         self.result["records"][name] = str(write_json(self.out / f"{name}.json", record))
         if draw is not None:
             self.result["figures"][name] = str(draw(record, self.out / f"{name}.png"))

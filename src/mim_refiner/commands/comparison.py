@@ -16,13 +16,14 @@ from mim_refiner.analysis.label_free import MIN_IMAGES
 from mim_refiner.analysis.verdict import verdict, what_next
 from mim_refiner.commands.deadline import REPORT, Box, OutOfTimeError
 from mim_refiner.commands.dense import dense_change
-from mim_refiner.commands.inputs import evaluation_sets
+from mim_refiner.commands.inputs import check_pair, open_images
 from mim_refiner.commands.monitor import TRAINED_ON
 from mim_refiner.commands.survey import Samples, default_key, thinned
 from mim_refiner.core.run import Run
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.duplicates import compare_images
-from mim_refiner.errors import DataError
+from mim_refiner.data.sources import open_source
+from mim_refiner.errors import DataError, InputError
 from mim_refiner.evaluation.clustering import said_of_few
 from mim_refiner.evaluation.results import Result
 from mim_refiner.evaluation.settings import EvaluationSettings
@@ -108,7 +109,19 @@ def measured(bank: ImageSet, test: ImageSet | None, *, given: bool, run: Run) ->
 
 def measure_on(images: ImageSet, held_out: ImageSet | None, eval_data: Any, eval_test: Any, run: Run) -> Measured:
     """The images to measure on: those given, else those held out of the training ``images``, else these themselves."""
-    bank, test = evaluation_sets(images, eval_data, eval_test, run.reporter)
+    if eval_test is not None and eval_data is None:
+        raise InputError("--eval-test needs --eval-data; give the labelled bank that the test images are compared with")
+    same = isinstance(eval_data, str) and images.source.fingerprint() == open_source(eval_data).fingerprint()
+    bank = images if eval_data is None or same else open_images(eval_data, run.reporter, channels=images.channels)
+    test = None if eval_test is None else open_images(eval_test, run.reporter, channels=images.channels)
+    for option, given in (("--eval-data", None if eval_data is None else bank), ("--eval-test", test)):
+        if given is not None and given.labels is None:
+            raise DataError(
+                f"{option}: {given.source.counted} has no labels ({given.source.no_labels}); give labelled images, or "
+                f"leave {option} out"
+            )
+    if test is not None:
+        check_pair(bank, test, run.reporter)  # now, not after the training
     on = measured(bank, held_out or test, given=eval_data is not None, run=run)
     return replace(on, says=said_of_training(images, on, held_out=held_out is not None))
 

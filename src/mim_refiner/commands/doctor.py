@@ -225,10 +225,7 @@ def check_model(
         cost = {"problem": str(error)}
     return {
         "source": name_of(model),
-        "family": info.family,
-        "architecture": info.architecture,
-        "coverage": info.coverage,
-        "licence": info.licence,
+        **{key: getattr(info, key) for key in ("family", "architecture", "coverage", "licence")},
         "image_size": f"{info.image_size[0]}x{info.image_size[1]}",
         "recipe": chosen.name,
         "notes": [*(report.notes if report else ()), *_fit_notes(backbone, found, images, chosen)],

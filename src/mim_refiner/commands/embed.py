@@ -92,9 +92,7 @@ def embed(
             "indices": features.indices,
             "labels": None if images.labels is None else images.labels[features.indices],
             "class_names": images.class_names,
-            "block": spec.block,
-            "pooling": spec.pooling,
-            "norm": spec.norm,
+            **{key: getattr(spec, key) for key in ("block", "pooling", "norm")},
             "unreadable": [(name, why) for _, name, why in images.unreadable],
             "images_per_s": features.images_per_s,
         }
@@ -142,9 +140,7 @@ def _to_file(
     tell_unreadable(images, reporter, f"they have no row, and are listed in {manifest_file}")
     manifest = settings | {
         **names,
-        "family": info.family,
-        "licence": info.licence,
-        "depth": info.depth,
+        **{key: getattr(info, key) for key in ("family", "licence", "depth")},
         "data_description": images.description,
         "data_facts": images.facts(),
         "classes": None if classes is None else class_list(classes),

@@ -155,15 +155,8 @@ def _measured(
     for number, (name, backbone) in enumerate(backbones.items()):
         run.reporter.message(f"evaluating {name}: {', '.join(protocols)}")
         position = "" if number == 0 else "compare-" if number == 1 else f"compare{number}-"
-        results[name] = evaluate_backbone(
-            backbone,
-            train,
-            test,
-            protocols=protocols,
-            run=run,
-            seconds=seconds.setdefault(name + (f" ({prefix.rstrip('-')})" if prefix else ""), {}),
-            **options,
-        )
+        taken = seconds.setdefault(name + (f" ({prefix.rstrip('-')})" if prefix else ""), {})
+        results[name] = evaluate_backbone(backbone, train, test, protocols=protocols, run=run, seconds=taken, **options)
         if out is not None:
             write_results(results[name].values(), out, position + prefix)
     if few := said_of_few(results[name].values()):

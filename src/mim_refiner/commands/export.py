@@ -68,7 +68,10 @@ def export(
         raise InputError(f"--out {out}: is the folder that --model is read from; choose another")
     check_target(place.absolute())
     backbone = load_backbone(model, image_size=image_size)
-    card, facts = _about(bare, source_facts(bare) if given else {}, backbone, block, pooling, norm)
+    recorded = source_facts(bare) if given else {}  # of an earlier export
+    facts = _features(backbone, recorded, {"block": block, "pooling": pooling, "norm": norm})
+    card = dict(recorded.get("card") or {})
+    card.setdefault("base", recorded.get("base") or Path(bare).name if "hub:" not in bare else bare)
     if format == "onnx":
         if batch != "dynamic" and (not batch.isdecimal() or int(batch) < 1):
             raise InputError(f"--batch {batch}: give 'dynamic' or a number of images from 1")
@@ -84,27 +87,15 @@ def export(
     return report | {"features": features}
 
 
-def _about(
-    model: str,
-    recorded: Mapping[str, Any],
-    backbone: Backbone,
-    block: int | None,
-    pooling: str | None,
-    norm: bool | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The card, as far as what an earlier export of the encoder recorded tells, and the recommended features."""
-    card = dict(recorded.get("card") or {})
-    card.setdefault("base", recorded.get("base") or Path(model).name if "hub:" not in model else model)
-    block = recorded.get("block", -1) if block is None else block
-    pooling = recorded.get("pooling") if pooling is None else pooling
-    facts = {
-        "block": block,
-        "pooling": pooling or (backbone.info.pooling if backbone.info.has_cls else "mean"),
-        "norm": bool(recorded.get("norm", False)) if norm is None else norm,
-    }
-    if facts["pooling"] == "cls" and not backbone.info.has_cls:
-        raise InputError(f"--pooling cls: {backbone.info.architecture} has no class token; use mean")
+def _features(backbone: Backbone, recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Those to recommend: asked for, else recorded, else the usual ones. InputError where the encoder has none such."""
+    info = backbone.info
+    facts: dict[str, Any] = {"block": -1, "pooling": info.pooling if info.has_cls else "mean", "norm": False}
+    for known in (recorded, asked):
+        facts |= {key: known[key] for key in facts if known.get(key) is not None}
+    if facts["pooling"] == "cls" and not info.has_cls:
+        raise InputError(f"--pooling cls: {info.architecture} has no class token; use mean")
     if facts["pooling"] not in ("cls", "mean", "tokens"):
         raise InputError(f"--pooling {facts['pooling']}: unknown; use cls, mean or tokens")
-    backbone.resolve_blocks([block])
-    return card, facts
+    backbone.resolve_blocks([facts["block"]])
+    return facts

@@ -136,45 +136,19 @@ def tell_trained_on(models: Iterable[str], tested: Any, reporter: Reporter) -> l
         for file in (Path(model) / "recipe.yaml", Path(model).parent / "recipe.yaml"):  # of a run, or of its export/
             data = read_mapping(file, read_yaml).get("data")
             if isinstance(data, str) and os.path.abspath(data) == where:
-                said.append(
-                    f"{model} is measured on images it trained on ({file} names {tested}); give others by --test"
-                )
-                reporter.warning(said[-1])
+                text = f"{model} is measured on images it trained on ({file} names {tested}); give others by --test"
+                reporter.warning(text)
+                said.append(text)
                 break
     return said
 
 
 def tell_unreadable(images: ImageSet, reporter: Reporter, so: str = "left out") -> None:
     """Say how many images could not be read, which, and what comes of it."""
-    if images.unreadable:
-        count, some = (
-            len(images.unreadable),
-            "; ".join(f"{name}: {reason}" for _, name, reason in images.unreadable[:3]),
-        )
-        more = ", ..." if count > 3 else ""
-        reporter.warning(
-            f"{count} of {number_of(len(images), 'images')} of {images.description} cannot be read ({some}{more}): {so}"
-        )
-
-
-def evaluation_sets(
-    images: ImageSet, eval_data: str | None, eval_test: str | None, reporter: Reporter
-) -> tuple[ImageSet, ImageSet | None]:
-    """The labelled images to measure on: the ones given, else the training images themselves."""
-    if eval_test is not None and eval_data is None:
-        raise InputError("--eval-test needs --eval-data; give the labelled bank that the test images are compared with")
-    same = isinstance(eval_data, str) and images.source.fingerprint() == open_source(eval_data).fingerprint()
-    bank = images if eval_data is None or same else open_images(eval_data, reporter, channels=images.channels)
-    test = None if eval_test is None else open_images(eval_test, reporter, channels=images.channels)
-    for option, given in (("--eval-data", None if eval_data is None else bank), ("--eval-test", test)):
-        if given is not None and given.labels is None:
-            raise DataError(
-                f"{option}: {given.source.counted} has no labels ({given.source.no_labels}); give labelled images, or "
-                f"leave {option} out"
-            )
-    if test is not None:
-        check_pair(bank, test, reporter)  # now, not after the training
-    return bank, test
+    if bad := images.unreadable:
+        some = "; ".join(f"{name}: {reason}" for _, name, reason in bad[:3]) + (", ..." if len(bad) > 3 else "")
+        them = f"{len(bad)} of {number_of(len(images), 'images')} of {images.description}"
+        reporter.warning(f"{them} cannot be read ({some}): {so}")
 
 
 def channel_moments(images: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:

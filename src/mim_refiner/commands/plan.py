@@ -37,7 +37,10 @@ def with_cost(
     if run.device.type == "cpu":
         process += on.bytes_beside(loader.images) + MEASURING
     pool = pool_bytes(recipe, refiner, loader.steps_per_epoch * recipe.batch_size)
-    free, keeps = available_memory(budget, run), _keeps_graphs(recipe, run)
+    free, batch = available_memory(budget, run), recipe.batch_size // world_size()
+    cached = recipe.micro_batch is not None and recipe.micro_batch < batch
+    # a GPU's memory is for the one run: there graphs are kept without a budget too
+    keeps = cached and recipe.kept_graphs == "auto" and run.device.type == "cuda"
     planner = Planner(refiner, recipe, run, process, pool)
     picked = planner.as_asked(free if keeps else 0.0)
     settings: dict[str, Any] = {"kept_graphs": recipe.graphs}
@@ -58,13 +61,6 @@ def with_cost(
 def process_of(loader: TrainLoader, run: Run) -> int:
     """Bytes beside a step: of the images, and on a CPU of Python with its libraries. On a GPU the allocator's count."""
     return loader.held_bytes(run.device) + (process_bytes() if run.device.type == "cpu" else 0)
-
-
-def _keeps_graphs(recipe: RefineRecipe, run: Run) -> bool:
-    """Whether graphs are kept without a budget: on a GPU, whose memory is for the one run, in a cached step."""
-    batch = recipe.batch_size // world_size()
-    cached = recipe.micro_batch is not None and recipe.micro_batch < batch
-    return cached and recipe.kept_graphs == "auto" and run.device.type == "cuda"
 
 
 def plan(recipe: RefineRecipe, refiner: Refiner, cost: Estimate, run: Run, views_are_cut: str) -> dict[str, Any]:

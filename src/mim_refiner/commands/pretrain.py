@@ -161,17 +161,12 @@ def make_autoencoder(encoder: VisionTransformer, recipe: PretrainRecipe, model: 
     """The encoder with a decoder: all weights drawn anew, or with ``model`` the encoder's kept, and the decoder's too
     when ``model`` is a run folder of pretrain with a decoder of these sizes.
     """
-    mae = MaskedAutoencoder(
-        encoder,
-        decoder_dim=recipe.decoder_dim,
-        decoder_depth=recipe.decoder_depth,
-        decoder_heads=recipe.decoder_heads,
-        mask_ratio=recipe.mask_ratio,
-    ).initialize(encoder=model is None)
+    own = recipe.model_dump(include={"decoder_dim", "decoder_depth", "decoder_heads", "mask_ratio"})
+    mae = MaskedAutoencoder(encoder, **own).initialize(encoder=model is None)
     saved = Path(model or "") / "checkpoints" / "last" / "model.safetensors"
     if model is not None and saved.exists():
         decoder = {key: value for key, value in load_file(saved).items() if not key.startswith("encoder.")}
-        own = mae.state_dict()
-        if decoder and all(key in own and own[key].shape == value.shape for key, value in decoder.items()):
+        new = mae.state_dict()
+        if decoder and all(key in new and new[key].shape == value.shape for key, value in decoder.items()):
             mae.load_state_dict(decoder, strict=False)
     return mae

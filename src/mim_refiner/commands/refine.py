@@ -240,12 +240,7 @@ def weights_taken(refinement: Refinement) -> dict[str, Any]:
     choice = refinement.recipe.export_weights
     exported = "average" if choice == "ema" else "raw"
     reason = f"{exported} (export_weights={choice}); {100 * share:.1f} % of an average is the start"
-    return {
-        "exported": exported,
-        "both_measured": share <= START_SHARE,
-        "start_share": share,
-        "reason": reason,
-    }
+    return {"exported": exported, "both_measured": share <= START_SHARE, "start_share": share, "reason": reason}
 
 
 def conclude(

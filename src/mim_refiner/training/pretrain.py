@@ -61,11 +61,7 @@ def train_steps(mae: MaskedAutoencoder, recipe: PretrainRecipe, photometric: Bat
 
 
 def forward_backward(
-    mae: MaskedAutoencoder,
-    images: Tensor,
-    generator: torch.Generator | None,
-    run: Run,
-    micro_batch: int | None = None,
+    mae: MaskedAutoencoder, images: Tensor, generator: torch.Generator | None, run: Run, micro_batch: int | None = None
 ) -> Tensor:
     """Leave the gradients of ``images`` [B, C, H, W] in the parameters and return their mean loss.
 

@@ -327,15 +327,7 @@ def frozen_views(refinement: Refinement, batch: ViewBatch, generator: torch.Gene
 def make_guard(refinement: Refinement, folder: RunFolder, monitor: Monitor | None) -> Guard:
     """The do-no-harm guard over the refinement's steps, on global crops of the training images."""
     recipe, backbone, loader = refinement.recipe, refinement.refiner.backbone, refinement.loader
-    view = view_specs(recipe)[0]
-    count, pooling = recipe.guard.images, recipe.heads.measured_pooling
-    probe = FeatureProbe(backbone, loader.images, view, count=count, pooling=pooling, run=refinement.run)
-    return Guard(
-        probe,
-        backbone,
-        folder,
-        recipe.guard,
-        steps=recipe.refinement.epochs * loader.steps_per_epoch,
-        probe_images=probe.count,
-        knn_images=0 if monitor is None else monitor.size,
-    )
+    looks = view_specs(recipe)[0], recipe.guard.images, recipe.heads.measured_pooling, refinement.run
+    probe = FeatureProbe(backbone, loader.images, *looks)
+    steps, knn = recipe.refinement.epochs * loader.steps_per_epoch, 0 if monitor is None else monitor.size
+    return Guard(probe, backbone, folder, recipe.guard, steps=steps, probe_images=probe.count, knn_images=knn)

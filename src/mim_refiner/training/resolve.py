@@ -45,8 +45,12 @@ def resolve(recipe: RefineRecipe, backbone: Backbone) -> RefineRecipe:
 
 def head_blocks(recipe: RefineRecipe, depth: int) -> list[int]:
     """The blocks with a head; the last third for "last_third", and for "auto" as long as nothing was measured."""
-    blocks = recipe.heads.blocks
-    return list(range(depth - max(1, depth // 3), depth)) if isinstance(blocks, str) else blocks
+    return last_third(depth) if isinstance(recipe.heads.blocks, str) else recipe.heads.blocks
+
+
+def last_third(depth: int) -> list[int]:
+    """The paper's choice: 8 of 24 blocks."""
+    return list(range(depth - max(1, depth // 3), depth))
 
 
 def own_pooling(asked: str, info: BackboneInfo) -> Any:
