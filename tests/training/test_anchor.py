@@ -15,10 +15,10 @@ from mim_refiner.core.run import Run
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import DenseAnchor, Refiner, gram_distance
-from mim_refiner.training.anchor import anchor_backward, carries_anchor
 from mim_refiner.training.memory import measure_needs
 from mim_refiner.training.metric_log import MetricLog
 from mim_refiner.training.recipe import AnchorSettings
+from mim_refiner.training.refine import anchor_backward, carries_anchor
 
 
 def test_the_distance_is_that_of_a_slow_loop() -> None:

@@ -20,7 +20,6 @@ from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import DenseAnchor, Refiner
 from mim_refiner.training import memory
-from mim_refiner.training.anchor import anchor_backward
 from mim_refiner.training.memory import (
     RESERVE,
     Choice,
@@ -32,7 +31,7 @@ from mim_refiner.training.memory import (
     parse_budget,
 )
 from mim_refiner.training.recipe import RefineRecipe, Views, override
-from mim_refiner.training.refine import forward_backward
+from mim_refiner.training.refine import anchor_backward, forward_backward
 from mim_refiner.training.traces import LiveBytes
 from mim_refiner.types import Checkpointing
 

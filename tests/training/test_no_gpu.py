@@ -39,9 +39,9 @@ from mim_refiner.models.heads import HeadConfig, RefinerHead
 from mim_refiner.models.refiner import DenseAnchor, Refiner
 from mim_refiner.models.stochastic import draw_by_row
 from mim_refiner.training import refine, sweep
-from mim_refiner.training.anchor import anchor_backward
 from mim_refiner.training.loop import step_generator
 from mim_refiner.training.metric_log import MetricLog, metrics_of
+from mim_refiner.training.refine import anchor_backward
 from mim_refiner.training.view_pool import ViewPool
 
 CUDA = torch.device("cuda")

@@ -59,10 +59,8 @@ class Measured:
 
     def facts(self) -> dict[str, str | None]:
         """What they are known by."""
-        return {
-            "bank": self.bank.source.fingerprint(),
-            "test": None if self.test is None else self.test.source.fingerprint(),
-        }
+        sets = {"bank": self.bank, "test": self.test}
+        return {name: None if images is None else images.source.fingerprint() for name, images in sets.items()}
 
 
 def said_of_training(images: ImageSet, on: Measured, *, held_out: bool) -> str:

@@ -99,12 +99,10 @@ def _scan(source: ImageSource, what: str, reporter: Reporter, channels: int) -> 
 
 def _duplicates(found: Scan, source: ImageSource) -> list[Finding]:
     """Exact duplicates, and near ones among the images that are not exact duplicates."""
-    structured, labels = _structured(found), source.labels
-    exact = exact_duplicates(found.digests)
-    singles = np.setdiff1d(structured, [row for _, row in exact]).astype(np.int64)
+    structured, labels, findings = set(_structured(found).tolist()), source.labels, []
+    exact = [pair for pair in exact_duplicates(found.digests) if pair[1] in structured]
+    singles = np.array(sorted(structured.difference(row for _, row in exact)), dtype=np.int64)
     near = [(int(singles[a]), int(singles[b])) for a, b in near_duplicates(found.thumbs[singles])]
-    compared, findings = set(structured.tolist()), []
-    exact = [pair for pair in exact if pair[1] in compared]
     for kind, pairs in (("exact duplicate", exact), ("near duplicate", near)):
         for first, row in pairs:
             index, other = int(found.rows[row]), int(found.rows[first])

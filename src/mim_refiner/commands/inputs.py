@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,10 +118,7 @@ def announce(source: ImageSource, reporter: Reporter) -> None:
 
 
 def check_pair(train: ImageSet, test: ImageSet, reporter: Reporter) -> None:
-    """Raise DataError for test classes that train lacks and for test images that are the training images.
-
-    A smaller overlap is said and recorded with the test images.
-    """
+    """DataError for test classes that train lacks and for test images that are those of train; a few are told."""
     class_numbers(train, test)
     shared = check_overlap(train.source, test.source)  # on every rank: all see the same, and raise the same
     if shared.count:
@@ -234,10 +230,7 @@ def known_by(asked: Mapping[str, Any], recipe: Recipe, images: ImageSet) -> dict
 
 
 def ended_run(before: Path | None, asked: Mapping[str, Any], files: Sequence[str]) -> dict[str, Any] | None:
-    """The summary of a run in ``before`` that ended, measured as ``asked`` and with all ``files``; else None.
-
-    The same run asked for again is then neither measured again nor counted anew.
-    """
+    """The summary of a run in ``before`` that ended, measured as ``asked`` and with all ``files``; else None."""
 
     def read() -> dict[str, Any] | None:
         path = Path(before or "")
@@ -255,16 +248,6 @@ def write_summary(path: Path, summary: Mapping[str, Any], asked: Mapping[str, An
     """Write summary.json, and that the run measured what was ``asked`` for."""
     file = write_json(path / "summary.json", summary)
     write_json(path / ENDED_FILE, {"asked": asked, "sha256": file_sha256(file)})
-
-
-@contextlib.contextmanager
-def results_folder(path: Path) -> Iterator[Path]:
-    """``path`` for rank 0; the other ranks measure along with it and write into a folder that is thrown away."""
-    if rank() == 0:
-        yield path
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            yield Path(scratch)
 
 
 def list_skipped(images: ImageSet, folder: RunFolder, reporter: Reporter, already: int = 0) -> int:

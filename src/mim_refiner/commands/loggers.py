@@ -35,10 +35,9 @@ Logger = tuple[Callable[[int, Numbers], None], Callable[[Numbers], None]]
 
 @contextlib.contextmanager
 def logging_to(names: Sequence[str], reporter: Reporter, verb: str, *, overwrite: bool = False) -> Iterator[Reporter]:
-    """Give a reporter that feeds ``reporter``, the run folder's log.txt and the named loggers.
+    """Give a reporter that feeds ``reporter`` and, once the run folder is there, its log.txt and the named loggers.
 
-    Files and loggers open with the run folder. Raises InputError at once for an unknown name or a package that is not
-    installed.
+    Raises InputError at once for an unknown name or a package that is not installed.
     """
     for name in names:
         if name not in LOGGERS:
@@ -61,10 +60,12 @@ def logging_to(names: Sequence[str], reporter: Reporter, verb: str, *, overwrite
         ended = "finished" + "".join(f"; {text.rstrip('.')}" for text in _words(summary))
     except BaseException as error:
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-        if isinstance(error, KeyboardInterrupt) and (steps := _saved_steps(recorder.out)):
-            reporter.done()
-            text = f"{recorder.out} holds the run up to step {steps}; {same_command(overwrite)} goes on from there"
-            reporter.message(text)
+        if isinstance(error, KeyboardInterrupt) and recorder.out:
+            newest = (recorder.out / "checkpoints" / "last").resolve().name.removeprefix("step-")
+            if newest.isdecimal() and (steps := int(newest)):
+                reporter.done()
+                text = f"{recorder.out} holds the run up to step {steps}; {same_command(overwrite)} goes on from there"
+                reporter.message(text)
         raise
     finally:
         log.done()
@@ -73,9 +74,7 @@ def logging_to(names: Sequence[str], reporter: Reporter, verb: str, *, overwrite
 
 
 def logged(verb: Callable[P, T]) -> Callable[P, T]:
-    """For a verb with a run folder: what it reports also reaches the folder's log.txt, and the loggers that ``log``
-    names.
-    """
+    """For a verb with a run folder: what it reports also reaches log.txt there, and the loggers that ``log`` names."""
 
     @functools.wraps(verb)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -189,12 +188,6 @@ LOGGERS: dict[str, tuple[Callable[[Path, Mapping[str, Any]], Logger], tuple[str,
     "wandb": (_weights_and_biases, ("wandb",)),
     "mlflow": (_mlflow, ("mlflow", "sqlalchemy", "alembic")),  # the last two for a file; a server needs mlflow alone
 }
-
-
-def _saved_steps(folder: Path | None) -> int:
-    """Of the newest checkpoint in a run folder; 0 where there is none."""
-    newest = (folder / "checkpoints" / "last").resolve().name if folder else ""
-    return int(steps) if (steps := newest.removeprefix("step-")).isdecimal() else 0
 
 
 def _words(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -81,9 +81,7 @@ def plan(recipe: RefineRecipe, refiner: Refiner, cost: Estimate, run: Run, views
 
 
 def available_memory(budget: str | None, run: Run) -> float:
-    """Bytes for each process (None: what is free, or inf where the system does not tell): all take the same step, so
-    what the fullest device has counts for all.
-    """
+    """Bytes for each process (None: what is free, or inf where nobody knows): what the fullest device has, for all."""
     if budget is None and free_memory(run.device) == math.inf:
         return math.inf
     found = parse_budget(budget or "auto", run.device)

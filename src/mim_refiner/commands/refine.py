@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -161,7 +162,8 @@ def refine_and_compare(
         stage.info = replace(stage.info, mean=backbone.info.mean, std=backbone.info.std)
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
     card = {"data": f"{Path(name_of(data)).name} ({number_of(len(images), 'images')})", "weights": taken["reason"]}
-    with inputs.results_folder(folder.path) as results:
+    with tempfile.TemporaryDirectory() as scratch:  # of the ranks that measure along with the first one
+        results = folder.path if folder.writes else Path(scratch)
         summary = conclude(stages, on, chosen, results, card, replace(run, precision="fp32"), box)
     if not folder.writes:
         return {}  # the rest is rank 0's

@@ -39,10 +39,7 @@ def report(
 
 
 def write_gallery(stages: Mapping[str, Backbone], images: ImageSet, out: Path, *, pooling: str, run: Run) -> None:
-    """Measure the report's pictures while the encoders are at hand: evaluation/gallery.json of the folder ``out``.
-
-    A run on one or two images has none, and that is said.
-    """
+    """Measure the report's pictures, evaluation/gallery.json of ``out``; of one or two images there are none: told."""
     from mim_refiner.analysis.gallery import make_gallery  # a report alone needs no torch
 
     run.reporter.message("gallery: neighbours, clusters and maps for the report")

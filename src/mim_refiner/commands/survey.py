@@ -55,9 +55,7 @@ def default_key(info: BackboneInfo, pooling: str | None = None) -> Key:
 
 @dataclass(frozen=True)
 class Samples:
-    """Bank and query images by row number, and what is measured on them. Without a test set both come from one set, and
-    no image is in both.
-    """
+    """Bank and query images by row number, and what is measured on them. No image is in both, also of a single set."""
 
     bank: ImageSet
     bank_rows: NDArray[np.int64]

@@ -32,7 +32,6 @@ from mim_refiner.errors import InputError
 from mim_refiner.models.mae import MaskedAutoencoder
 from mim_refiner.models.refiner import Refiner
 from mim_refiner.reporting import number_of
-from mim_refiner.training.anchor import anchor_backward
 from mim_refiner.training.cached import refuse_batch_dependent
 from mim_refiner.training.memory import (
     RESERVE,
@@ -46,7 +45,7 @@ from mim_refiner.training.memory import (
 )
 from mim_refiner.training.pretrain import forward_backward as pretrain_forward_backward
 from mim_refiner.training.recipe import PretrainRecipe, RefineRecipe
-from mim_refiner.training.refine import NUM_GLOBAL, forward_backward, make_views, photometrics_of
+from mim_refiner.training.refine import NUM_GLOBAL, anchor_backward, forward_backward, make_views, photometrics_of
 from mim_refiner.training.traces import Trace
 from mim_refiner.training.view_pool import pooled_epochs
 from mim_refiner.types import ImageSize, height_width
@@ -56,24 +55,19 @@ FEW = 2  # images of the first step
 AN_HOUR, A_MINUTE = 3600.0, 60.0
 CLEARLY = 0.7  # of a core: as much of the load average must be others' work
 
-Step = Callable[[ViewBatch], None]
-
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """``setting``: the recipe's key of ``epochs``; ``seconds`` and ``operations`` are those of a step, ``alone`` its
-    seconds on one thread of the processor (infinite where that was not tried); ``before`` and ``before_alone`` those
-    that a view pool takes.
-    """
+    """What a phase takes, by a step that was measured."""
 
-    setting: str
+    setting: str  # the recipe's key of ``epochs``
     limit: float  # seconds after which the phase ends anyhow
     epochs: int
     steps: int
-    seconds: float
+    seconds: float  # of a step
     operations: float
-    alone: float = math.inf
-    before: float = 0.0
+    alone: float = math.inf  # seconds of a step on one thread of the processor, where that was tried
+    before: float = 0.0  # seconds of the view pool
     before_alone: float = 0.0
 
     def hours(self, *, alone: bool = False) -> float:
@@ -86,16 +80,14 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a whole run; ``picked``: its way through the memory, of which ``free`` bytes are there for it. ``busy``: other
-    processes held the machine when the steps were timed.
-    """
+    """Of a whole run; ``picked``: its way through the memory, of which ``free`` bytes are there for it."""
 
     images: int
     batch: int
     phases: Mapping[str, PhaseCost]
     picked: Choice
     free: float
-    busy: bool = False
+    busy: bool = False  # other processes held the machine when the steps were timed
 
     @property
     def hours(self) -> float:
@@ -325,7 +317,7 @@ def _fitting(needs: Needs, micro_batch: int | None, free: float) -> int | None:
 
 
 def measured(
-    step: Step, loader: TrainLoader, run: Run, *, loads: bool = True, patience: float = 0.0
+    step: Callable[[ViewBatch], None], loader: TrainLoader, run: Run, *, loads: bool = True, patience: float = 0.0
 ) -> tuple[float, float, float]:
     """(seconds, operations, seconds on one thread) of a step of a process, from the smallest batch that takes long
     enough; the least of two times, or of all within ``patience`` seconds. ``loads``: that batches are made counts.

@@ -167,10 +167,7 @@ class Loop:
             )
 
     def _late(self, step: int) -> bool:
-        """Whether the phase's time is limited, and this step's share of it has passed when the step would begin.
-
-        Such steps are left out, one here and one there, so that the schedule of the rate comes to its end in time.
-        """
+        """Whether this step's share of a limited time has passed; it is left out, so that the schedule ends in time."""
         if self.limit is None:
             return False
         ends = self.began + (step + 1 - self.first) * self.limit / self.steps

@@ -64,9 +64,7 @@ class Needs:
         return sum(images * graph for images, graph in zip(kept, self.image_graphs, strict=True))
 
     def cached(self, micro_batch: int, kept_graphs: int = 0) -> int:
-        """Peak of the cached step. Graphs that are kept stand beside the heads', before the encoder has gradients, and
-        go before another is made.
-        """
+        """Peak of the cached step. Kept graphs stand beside the heads', before the encoder has gradients."""
         kept = self.graphs(micro_batch, kept_graphs)
         image = max(self.encoder_image, self.anchor_image)
         most = max(self.heads + max(0, kept - self.gradients), self.encoder_base + max(kept, micro_batch * image))

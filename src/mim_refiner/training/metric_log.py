@@ -30,9 +30,7 @@ class MetricLog:
         self._since = time.perf_counter()
 
     def add(self, step: int, loss: Tensor, metrics: Mapping[str, Tensor], images: int) -> None:
-        """Note a step: what it minimises, scalars, and the images of this process. A "loss" among the scalars is the
-        one that is logged.
-        """
+        """Note a step: what it minimises, scalars (a "loss" among them is the one to log), this process's images."""
         loss = loss.detach()
         for key, value in {"loss": loss, **metrics}.items():
             self._sums[key] = self._sums[key] + value if key in self._sums else value

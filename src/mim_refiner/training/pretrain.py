@@ -27,10 +27,7 @@ def pretrain(
     run: Run,
     monitor: Monitor | None = None,
 ) -> None:
-    """Train from wherever the run in ``folder`` stands. ``monitor`` measures the encoder at ends of epochs.
-
-    Stops, retries and raises as refinement does (training.refine.train).
-    """
+    """Train from wherever the run in ``folder`` stands; stops, retries and raises as :func:`training.refine.train`."""
     loop = Loop(folder, run, recipe, loader, {"model": mae}, monitor)
     while not loop.finished:
         with loop.attempt():
