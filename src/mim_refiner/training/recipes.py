@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mim_refiner.errors import RecipeError, did_you_mean
 from mim_refiner.files import read_yaml, reading
+from mim_refiner.settings import changed
 from mim_refiner.training.recipe import (
     EncoderPhase,
     HeadPhase,
@@ -26,34 +27,27 @@ MIN_QUEUE = 32  # entries, above the recipes' top_k
 R = TypeVar("R", RefineRecipe, PretrainRecipe)
 
 
-def _paper(
-    name: str,
-    expected: str = "",
-    *,
-    epochs: int = 30,
-    batch_size: int = 1024,
-    global_size: int | None = 224,
-    local_size: int | None = 96,
-    frozen_blocks: int = 0,
-    **heads: Any,
-) -> RefineRecipe:
-    """A row of the paper's table, ``expected`` to give so much; by itself ViT-L/16: 8 heads, temperature 0.2."""
-    return RefineRecipe(
+# Rows of the paper's table, as changes of the recipe that is for any encoder.
+_LARGE: dict[str, Any] = {
+    "views.global_size": 224, "views.local_size": 96, "heads.blocks": [*range(16, 24)], "heads.pooling": "cls",
+}  # fmt: skip
+_HUGE = _LARGE | {  # local crops of a multiple of 14
+    "views.local_size": 98, "heads.blocks": [*range(20, 32)], "heads.temperature": 0.3, "batch_size": 512,
+}  # fmt: skip
+_TWO_BILLION = _HUGE | {"heads.blocks": [*range(16, 24)], "heads.temperature": 0.35, "frozen_blocks": 6}  # of 24 blocks
+_SHORTER = {"refinement.epochs": 20}  # of 30
+
+
+def _paper(name: str, changes: Mapping[str, Any], expected: str = "") -> RefineRecipe:
+    """The paper's recipe for any encoder with some ``changes``, ``expected`` to give so much."""
+    usual = RefineRecipe(
         name=name,
         expected=expected and f"k-NN accuracy {expected} (paper, ImageNet-1K)",
-        batch_size=batch_size,
-        views=Views(global_size=global_size, local_size=local_size),
-        heads=Heads(**{"blocks": list(range(16, 24)), "pooling": "cls", **heads}),
-        refinement=EncoderPhase(epochs=epochs, base_lr=4e-4, top_k=20, layer_decay=0.65),
-        frozen_blocks=frozen_blocks,
+        batch_size=1024,
+        views=Views(local_size=None),
         export_weights="auto",
     )
-
-
-def _huge(name: str, expected: str = "", **changes: Any) -> RefineRecipe:
-    """ViT-H/14 rows: 12 heads, batch 512, temperature 0.3, local crops of 98 px (a multiple of 14)."""
-    own = {"blocks": list(range(20, 32)), "batch_size": 512, "temperature": 0.3, "local_size": 98}
-    return _paper(name, expected, **{**own, **changes})
+    return changed(usual, changes.items())
 
 
 def tiny() -> RefineRecipe:
@@ -80,26 +74,22 @@ def tiny() -> RefineRecipe:
 
 def demo() -> RefineRecipe:
     """``tiny`` for few CPU minutes and 3,000 images: the last third of 12 blocks learns, on a pool of views."""
-    recipe = tiny().model_copy(update={"name": "demo", "precision": "fast", "knn_every": 0})
-    recipe.expected = "k-NN accuracy +1.3 to +1.7 on CIFAR-10's test images, seeds 0 to 2 (LOG.md, 2026-11-28)"
-    recipe.batch_size = 128
-    recipe.heads.queue_size = 2048
-    recipe.frozen_blocks, recipe.view_pool = 8, 3
-    recipe.warmup = HeadPhase(epochs=4, base_lr=2e-3, warmup_epochs=0.5)
-    recipe.refinement = EncoderPhase(epochs=6, base_lr=4e-3, warmup_epochs=1, top_k=20, layer_decay=0.9)
-    return recipe
+    own = {"name": "demo", "precision": "fast", "knn_every": 0, "batch_size": 128, "heads.queue_size": 2048}
+    own["expected"] = "k-NN accuracy +1.3 to +1.7 on CIFAR-10's test images, seeds 0 to 2 (LOG.md, 2026-11-28)"
+    own |= {"frozen_blocks": 8, "view_pool": 3, "refinement.epochs": 6, "refinement.base_lr": 4e-3}
+    own |= {"warmup.epochs": 4, "warmup.base_lr": 2e-3, "warmup.warmup_epochs": 0.5}
+    return changed(tiny(), own.items())
 
 
-_TWO_BILLION = {"blocks": [*range(16, 24)], "temperature": 0.35, "frozen_blocks": 6}  # 24 blocks of width 2560
 REFINE_RECIPES: dict[str, Callable[[], RefineRecipe]] = {
-    "mae_l16": lambda: _paper("mae_l16", "60.6 -> 81.5, linear 77.5 -> 82.8"),
-    "dbot_l16": lambda: _paper("dbot_l16"),
-    "data2vec2_l16": lambda: _paper("data2vec2_l16", "51.8 -> 81.0, linear 78.2 -> 83.5", epochs=20),
-    "crossmae_l16": lambda: _paper("crossmae_l16", pooling="mean"),
-    "mae_h14": lambda: _huge("mae_h14", "58.1 -> 82.3, linear 78.2 -> 83.7"),
-    "dbot_h14": lambda: _huge("dbot_h14"),
-    "data2vec2_h14": lambda: _huge("data2vec2_h14", "48.0 -> 82.3, linear 80.4 -> 84.7", epochs=20),
-    "mae_2b14": lambda: _huge("mae_2b14", "67.1 -> 83.2, linear 79.7 -> 84.5", epochs=20, **_TWO_BILLION),
+    "mae_l16": lambda: _paper("mae_l16", _LARGE, "60.6 -> 81.5, linear 77.5 -> 82.8"),
+    "dbot_l16": lambda: _paper("dbot_l16", _LARGE),
+    "data2vec2_l16": lambda: _paper("data2vec2_l16", _LARGE | _SHORTER, "51.8 -> 81.0, linear 78.2 -> 83.5"),
+    "crossmae_l16": lambda: _paper("crossmae_l16", _LARGE | {"heads.pooling": "mean"}),
+    "mae_h14": lambda: _paper("mae_h14", _HUGE, "58.1 -> 82.3, linear 78.2 -> 83.7"),
+    "dbot_h14": lambda: _paper("dbot_h14", _HUGE),
+    "data2vec2_h14": lambda: _paper("data2vec2_h14", _HUGE | _SHORTER, "48.0 -> 82.3, linear 80.4 -> 84.7"),
+    "mae_2b14": lambda: _paper("mae_2b14", _TWO_BILLION | _SHORTER, "67.1 -> 83.2, linear 79.7 -> 84.5"),
     "tiny": tiny,
     "demo": demo,
 }
@@ -134,8 +124,7 @@ def refine_recipe(
     """
     if name_or_file is not None:
         return _lookup(name_or_file, settings, REFINE_RECIPES, tiny())
-    paper = _paper("default", global_size=None, local_size=None, pooling="auto", blocks="last_third")
-    return override(fit_to_images(tiny() if image_size <= 64 else paper, images), settings)
+    return override(fit_to_images(tiny() if image_size <= 64 else _paper("default", {}), images), settings)
 
 
 def pretrain_recipe(
