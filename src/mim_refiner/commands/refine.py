@@ -114,8 +114,7 @@ def refine_and_compare(
     others: Mapping[str, str] | None = None,
     box: Box | None = None,
 ) -> dict[str, Any]:
-    """Do what :func:`refine` says; ``others`` are further encoders {stage: source} to measure beside, on as many images
-    as ``box``, the time that all may take, leaves time for."""
+    """As :func:`refine`; ``others``: encoders {stage: source} to measure beside it, in the time that ``box`` leaves."""
     started, run = time.perf_counter(), inputs.join_training(None if plan else out, device, seed, reporter)
     torch.manual_seed(seed)  # of tensors that the checkpoint lacks: they are part of what the run is known by
     backbone = load_backbone(model)
