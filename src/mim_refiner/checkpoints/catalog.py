@@ -10,7 +10,6 @@ import csv
 import hashlib
 import http.client
 import os
-import re
 import shutil
 import time
 import urllib.error
@@ -154,13 +153,10 @@ def _transfer(entry: Entry, path: Path, part: Path, notes: Path) -> None:
         headers |= {"Range": f"bytes={have}-", "If-Range": str(usable)}
     try:
         with urllib.request.urlopen(urllib.request.Request(entry.address, headers=headers), timeout=_TIMEOUT) as answer:
-            start, total = 0, answer.headers.get("Content-Length", "")
-            if answer.status == 206:
-                match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
-                if not match or int(match[1]) != have:
-                    raise _TryAgainError("the server sent another part than asked for")
-                start, total = have, match[2]
-            total = int(total) if total.isdigit() else None
+            start, left = have if answer.status == 206 else 0, answer.headers.get("Content-Length", "")
+            if start and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                raise _TryAgainError("the server sent another part than asked for")
+            total = start + int(left) if left.isdigit() else None
             validator = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
             if validator.startswith("W/"):
                 validator = ""  # a weak tag does not promise the same bytes
@@ -170,16 +166,12 @@ def _transfer(entry: Entry, path: Path, part: Path, notes: Path) -> None:
                     f"'{entry.name}': needs {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} GB free; make "
                     f"room or choose another folder with {CACHE_VARIABLE}"
                 )
-            write_json(notes, {"address": entry.address, "validator": validator, "total": total})
+            write_json(notes, {"address": entry.address, "validator": validator})
             with part.open("r+b" if start else "wb") as file:
                 file.seek(start)
                 file.truncate()
-                done = start
-                while chunk := answer.read(_CHUNK):
-                    done += len(chunk)
-                    if total is not None and done > total:
-                        raise _TryAgainError(f"the server sent more than the {total} bytes it announced")
-                    file.write(chunk)
+                shutil.copyfileobj(answer, file, _CHUNK)  # no more than the length that was announced
+                done = file.tell()
                 file.flush()
                 os.fsync(file.fileno())
     except urllib.error.HTTPError as error:

@@ -245,13 +245,11 @@ CAPI_KEYS = KeyMap(
     [
         ("patch_embed.{p}", "patch_embed.proj.{p}"),
         ("registers", "reg_token"),
-        (f"{_BLOCK}residual1.norm.weight", "blocks.{i}.norm1.weight"),
+        *((f"{_BLOCK}residual{n}.norm.weight", f"blocks.{{i}}.norm{n}.weight") for n in (1, 2)),
         (tuple(f"{_ATTENTION}{name}_proj.weight" for name in "qkv"), "blocks.{i}.attn.qkv.weight"),
         (f"{_ATTENTION}proj.weight", "blocks.{i}.attn.proj.weight"),
         (f"{_ATTENTION}rope.freqs", "blocks.{i}.attn.freqs"),
-        (f"{_BLOCK}residual2.norm.weight", "blocks.{i}.norm2.weight"),
-        (f"{_BLOCK}residual2.fn.fc1.weight", "blocks.{i}.mlp.fc1.weight"),
-        (f"{_BLOCK}residual2.fn.fc2.weight", "blocks.{i}.mlp.fc2.weight"),
+        *((f"{_BLOCK}residual2.fn.fc{n}.weight", f"blocks.{{i}}.mlp.fc{n}.weight") for n in (1, 2)),
     ]
 )
 
