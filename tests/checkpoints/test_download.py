@@ -65,6 +65,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("MIM_REFINER_OFFLINE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(catalog.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(catalog, "_WAITS", (0.0,) * len(catalog._WAITS))
     return tmp_path / "cache"
 
 
@@ -73,13 +74,9 @@ def entry(server: Any, **known: str) -> Entry:
     return Entry("toy", "mae", "ViT", 32, "none", "none", address, "https://example.org/page", **known)
 
 
-def get(which: Entry) -> Path:
-    return fetch(which, sleep=lambda seconds: None)
-
-
 def fails(which: Entry) -> str:
     with pytest.raises(CheckpointError) as caught:
-        get(which)
+        fetch(which)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -88,17 +85,17 @@ def test_download_once_and_verified(server: Any, cache: Path) -> None:
     which = entry(
         server, sha256=hashlib.sha256(CONTENT).hexdigest(), hash_start="md5:" + hashlib.md5(CONTENT).hexdigest()[:6]
     )
-    path = get(which)
+    path = fetch(which)
     assert path == cached_path(which) == cache / "toy" / "encoder.pth"
     assert path.read_bytes() == CONTENT
     assert {file.name for file in path.parent.iterdir()} <= {"encoder.pth", "encoder.pth.lock"}
-    get(which)
+    fetch(which)
     assert server.requests == [None]  # the second call used the cache
 
 
 def test_interrupted_transfer_goes_on_where_it_stopped(server: Any) -> None:
     server.cut = [300_000, 700_000]
-    assert get(entry(server)).read_bytes() == CONTENT
+    assert fetch(entry(server)).read_bytes() == CONTENT
     assert server.requests == [None, "bytes=300000-", "bytes=700000-"]
 
 
@@ -109,7 +106,7 @@ def test_a_later_call_goes_on_too(server: Any) -> None:
     assert "100000 bytes are kept" in text
     assert not cached_path(entry(server)).exists()
     server.requests.clear()
-    assert get(entry(server)).read_bytes() == CONTENT
+    assert fetch(entry(server)).read_bytes() == CONTENT
     assert server.requests == ["bytes=100000-"]
 
 
@@ -117,12 +114,12 @@ def test_a_changed_file_is_begun_anew(server: Any) -> None:
     server.cut = [100_000] * 5
     fails(entry(server))
     server.content, server.tag = CONTENT[::-1], '"v2"'
-    assert get(entry(server)).read_bytes() == CONTENT[::-1]
+    assert fetch(entry(server)).read_bytes() == CONTENT[::-1]
 
 
 def test_a_server_without_ranges(server: Any) -> None:
     server.cut, server.ranges = [100_000], False
-    assert get(entry(server)).read_bytes() == CONTENT
+    assert fetch(entry(server)).read_bytes() == CONTENT
 
 
 def test_wrong_hash_is_refused_and_removed(server: Any) -> None:
@@ -134,7 +131,7 @@ def test_wrong_hash_is_refused_and_removed(server: Any) -> None:
 
 def test_busy_server_is_asked_again_and_a_missing_file_is_not(server: Any) -> None:
     server.refuse = [503, 429]
-    assert get(entry(server)).read_bytes() == CONTENT
+    assert fetch(entry(server)).read_bytes() == CONTENT
     server.requests.clear()
     server.refuse = [404]
     gone = replace(entry(server), name="gone")

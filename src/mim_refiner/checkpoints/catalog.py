@@ -14,7 +14,6 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -93,7 +92,7 @@ def cached_path(entry: Entry) -> Path:
     return cache_folder() / entry.name / entry.address.rpartition("/")[2]
 
 
-def fetch(entry: Entry, *, sleep: Callable[[float], None] = time.sleep) -> Path:
+def fetch(entry: Entry) -> Path:
     """Path of the entry's file, downloaded on the first call.
 
     An interrupted transfer goes on where it stopped, if the server still has the same file. The file gets its name
@@ -113,7 +112,7 @@ def fetch(entry: Entry, *, sleep: Callable[[float], None] = time.sleep) -> Path:
         try:
             with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_TIMEOUT):
                 if not path.is_file():
-                    _download(entry, path, sleep)
+                    _download(entry, path)
         except Timeout as error:
             raise _by_hand(entry, path, "another process has been downloading it for an hour") from error
     return path
@@ -126,7 +125,7 @@ def _by_hand(entry: Entry, path: Path, reason: str) -> CheckpointError:
     )
 
 
-def _download(entry: Entry, path: Path, sleep: Callable[[float], None]) -> None:
+def _download(entry: Entry, path: Path) -> None:
     part, notes = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
     for wait in (*_WAITS, None):
         try:
@@ -137,7 +136,7 @@ def _download(entry: Entry, path: Path, sleep: Callable[[float], None]) -> None:
                 kept = part.stat().st_size if part.exists() else 0
                 so_far = f", {kept} bytes are kept and the next call goes on" if kept else ""
                 raise _by_hand(entry, path, f"{error} after {len(_WAITS) + 1} attempts{so_far}") from error
-            sleep(wait)
+            time.sleep(wait)
     _verify(entry, part, notes)
     part.replace(path)
     notes.unlink(missing_ok=True)

@@ -164,11 +164,10 @@ def strip_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def some(names: Iterable[str], limit: int = 4) -> str:
-    """The first names and how many more there are."""
+def some(names: Iterable[str]) -> str:
+    """The first four names and how many more there are."""
     listed = list(names)
-    rest = len(listed) - limit
-    return ", ".join(listed[:limit]) + (f" (+{rest} more)" if rest > 0 else "")
+    return ", ".join(listed[:4]) + (f" (+{len(listed) - 4} more)" if len(listed) > 4 else "")
 
 
 def _read_safetensors(path: Path, start: bytes) -> Any:
