@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -95,7 +94,7 @@ def test_the_probe_trains_as_the_same_network_under_autograd():
     model = nn.Sequential(nn.BatchNorm2d(5, affine=False, eps=1e-6), nn.Conv2d(5, 3, 1)).double()
     model[1].weight.data, model[1].bias.data = probe.weight.T[..., None, None].double(), torch.zeros(3).double()
     held = Windows.__new__(Windows)
-    held.held, held.places, held.encoder = (tokens, targets), tokens, SimpleNamespace(run=Run())
+    held.held, held.places, held.run = (tokens, targets), tokens, Run()
     probe.fit(held)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
     generator = torch.Generator().manual_seed(0)

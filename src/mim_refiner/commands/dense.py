@@ -27,7 +27,7 @@ from mim_refiner.data.photometric import BatchPhotometric, normalize, seeded_gen
 from mim_refiner.data.source_base import evenly
 from mim_refiner.data.views import ViewSpec
 from mim_refiner.evaluation.features import own_image_size
-from mim_refiner.evaluation.segmentation import Encoder, SegmentationSettings, Windows, check_segmentation, same_classes
+from mim_refiner.evaluation.segmentation import SegmentationSettings, Windows, check_segmentation, same_classes
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.reporting import in_points
 
@@ -103,11 +103,11 @@ def knn_segmentation(backbone: Backbone, bank: ImageSet, test: ImageSet, run: Ru
     masks = MaskSet(bank.source), MaskSet(test.source)
     classes = same_classes(*masks)
     window, (high, wide) = check_segmentation(SegmentationSettings(), backbone), backbone.info.patch_size
-    encoder = Encoder(backbone.to(run.device), [backbone.info.depth - 1], True, run)
+    last = [backbone.info.depth - 1]
 
     def patches(images: ImageSet, of: MaskSet, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """Features [P, D], counts [P, C] and image [P] of the labelled patches of evenly spaced windows."""
-        windows = Windows(images, encoder, window, window, masks=of, classes=classes)
+        windows = Windows(images, backbone, last, window, window, norm=True, run=run, masks=of, classes=classes)
         chosen = torch.linspace(0, len(windows) - 1, min(len(windows), most)).long()
         tokens, counts, image = [], [], []
         for rows, found, pixels in windows.batches(chosen.split(32)):

@@ -14,7 +14,6 @@ import logging
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
@@ -80,18 +79,19 @@ def segmentation_protocol(
     window = check_segmentation(settings, backbone)
     train_masks, test_masks = MaskSet(train.source), MaskSet(test.source)
     classes = same_classes(train_masks, test_masks)
-    encoder = Encoder(backbone.to(run.device), segmentation_blocks(backbone.info.depth, settings), settings.norm, run)
-    stride = max(1, round(settings.stride * window))
+    blocks, stride = segmentation_blocks(backbone.info.depth, settings), max(1, round(settings.stride * window))
     room = 0.5 * free_memory(torch.device("cpu")) if settings.memory_gb is None else settings.memory_gb * 1e9
 
     def windows(images: ImageSet, **targets: Any) -> Windows:
-        found = Windows(images, encoder, window, stride, settings.short_side, **targets)
+        how: dict[str, Any] = {"norm": settings.norm, "short_side": settings.short_side, "run": run}
+        found = Windows(images, backbone, blocks, window, stride, **how, **targets)
         if found.bytes <= room:
             found.hold(batch_size, cache)
         return found
 
-    probe = DenseProbe(encoder.width, classes, settings, run)
-    probe.fit(windows(train, masks=train_masks, classes=classes))
+    seen = windows(train, masks=train_masks, classes=classes)
+    probe = DenseProbe(seen.width, classes, settings, run)
+    probe.fit(seen)
     return _confusions(probe, windows(test), test_masks, classes, batch_size)
 
 
@@ -189,46 +189,32 @@ def check_segmentation(settings: SegmentationSettings, backbone: Backbone) -> in
     return window
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """What turns windows into tokens: some blocks of an encoder, concatenated."""
-
-    backbone: Backbone
-    blocks: Sequence[int]
-    norm: bool
-    run: Run
-
-    @property
-    def width(self) -> int:
-        return sum(self.backbone.block_dims[block] for block in self.blocks)
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """float16 [B, P, D] on the device of uint8 windows [B, 3, window, window]."""
-        with evaluation_mode(self.backbone), torch.inference_mode():
-            outputs = block_outputs(self.backbone, pixels, self.blocks, self.run, norm=self.norm)
-            return torch.cat([output.patches for output in outputs], dim=2).to(torch.float16)
-
-
 class Windows:
-    """The windows of all readable images. ``places`` int64 [W, 3]: image, top, left, image by image.
+    """The windows of all readable images and their tokens: those of some ``blocks`` of an encoder, concatenated.
 
-    ``window`` and ``stride`` in pixels; images and masks are first resized to ``short_side``, at least a window.
+    ``places`` int64 [W, 3]: image, top, left, image by image. ``window`` and ``stride`` in pixels; images and masks are
+    first resized to ``short_side``, at least a window.
     """
 
     def __init__(
         self,
         images: ImageSet,
-        encoder: Encoder,
+        backbone: Backbone,
+        blocks: Sequence[int],
         window: int,
         stride: int,
-        short_side: int | None = None,
         *,
+        norm: bool,
+        run: Run,
+        short_side: int | None = None,
         masks: MaskSet | None = None,
         classes: int = 0,
     ) -> None:
-        self.images, self.encoder, self.masks, self.classes = images, encoder, masks, classes
+        self.images, self.masks, self.classes = images, masks, classes
+        self.backbone, self.blocks, self.norm, self.run = backbone.to(run.device), blocks, norm, run
         self.window, self.stride, self.short_side = window, stride, short_side
-        self.patch = encoder.backbone.info.patch_size
+        self.width = sum(backbone.block_dims[block] for block in blocks)
+        self.patch = backbone.info.patch_size
         self.grid = window // self.patch[0], window // self.patch[1]  # of a window's patches
         self.held: tuple[Tensor, Tensor] | None = None
         with ThreadPoolExecutor(decoding_threads()) as pool:
@@ -245,22 +231,22 @@ class Windows:
     @property
     def bytes(self) -> int:
         """What all tokens and targets take."""
-        return len(self) * math.prod(self.grid) * 2 * (self.encoder.width + self.classes)
+        return len(self) * math.prod(self.grid) * 2 * (self.width + self.classes)
 
     def hold(self, batch_size: int, cache: FeatureCache | None) -> None:
         """Compute all tokens and targets now, or take the tokens from the cache."""
-        encoder, patches, tokens = self.encoder, math.prod(self.grid), None
+        patches, tokens = math.prod(self.grid), None
         if cache is not None:
             transform = [self.window, self.stride, self.short_side]
-            how = {"transform": transform, "blocks": list(encoder.blocks), "norm": encoder.norm}
-            identity = identity_of("windows", encoder.backbone, self.images, encoder.run, **how)
+            how = {"transform": transform, "blocks": list(self.blocks), "norm": self.norm}
+            identity = identity_of("windows", self.backbone, self.images, self.run, **how)
             tokens = (cache.get(identity) or {}).get("tokens")
         targets = torch.empty(len(self), patches, self.classes, dtype=torch.int16)
         if tokens is None:
-            tokens = torch.empty(len(self), patches, encoder.width, dtype=torch.float16)
+            tokens = torch.empty(len(self), patches, self.width, dtype=torch.float16)
             for rows, fresh, counts in self._computed(torch.arange(len(self)).split(batch_size)):
                 tokens[rows], targets[rows] = fresh.cpu(), counts
-                encoder.run.reporter.progress(int(rows[-1]) + 1, {})
+                self.run.reporter.progress(int(rows[-1]) + 1, {})
             if cache is not None:
                 cache.put(identity, {"tokens": tokens, "places": self.places})
         elif self.masks is not None:
@@ -274,12 +260,15 @@ class Windows:
             yield from self._computed(parts)
             return
         for rows in parts:
-            yield rows, self.held[0][rows].to(self.encoder.run.device), self.held[1][rows]
+            yield rows, self.held[0][rows].to(self.run.device), self.held[1][rows]
 
     def _computed(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         with contextlib.closing(in_background(self._loaded(parts), 2)) as stream:
             for rows, pixels, counts in stream:
-                yield rows, self.encoder(pixels), counts
+                with evaluation_mode(self.backbone), torch.inference_mode():
+                    outputs = block_outputs(self.backbone, pixels, self.blocks, self.run, norm=self.norm)
+                    tokens = torch.cat([output.patches for output in outputs], dim=2).to(torch.float16)
+                yield rows, tokens, counts
 
     def _loaded(
         self, parts: Iterable[Tensor], *, pixels: bool = True
