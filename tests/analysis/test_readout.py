@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from mim_refiner.analysis.readout import Cost, Row, best_on_halves, readout_record
+from mim_refiner.analysis.atlas import best_on_other_half
+from mim_refiner.analysis.readout import Cost, Row, readout_record
 
 WHOLE = Cost(12, 12)
 
@@ -28,20 +29,22 @@ def test_the_best_of_many_equal_read_outs_gains_nothing():
     """Twenty read-outs that are no better than the usual one: the best by its own images looks better, and is not."""
     rows = [row(str(number), 0.5, number) for number in range(20)]
     assert max(each.hits.mean() for each in rows) > 0.52
-    best, _ = best_on_halves(rows, seed=0)
-    assert abs(best.mean() - 0.5) < 0.03
+    assert abs(record(*rows)["best"]["value"] - 0.5) < 0.03
 
 
 def test_halves_are_judged_by_the_choice_of_the_other_half():
     rows = [row("a", 0.5, 1), row("b", 0.52, 2)]
-    best, names = best_on_halves(rows, seed=3)
+    table = np.stack([each.hits for each in rows])
+    best = best_on_other_half(table, seed=3)
     order = np.random.default_rng(3).permutation(1000)
     halves = order[::2], order[1::2]
     for mine, other in (halves, halves[::-1]):
         sums = [sum(bool(each.hits[number]) for number in other) for each in rows]
         chosen = rows[sums.index(max(sums))]
-        assert all(best[number] == chosen.hits[number] for number in mine)
-        assert chosen.name in names
+        assert all(rows[best[number]] is chosen for number in mine)
+    found = readout_record(rows, samples={}, seed=3)["best"]
+    assert found["names"] == [rows[number].name for number in sorted(set(best))]
+    assert found["value"] == np.mean([rows[number].hits[image] for image, number in enumerate(best)])
 
 
 @pytest.mark.parametrize(

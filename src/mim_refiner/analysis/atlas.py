@@ -122,9 +122,7 @@ def recommend(
     keys = plainest_first(sound & scores.keys())
     table = np.stack([scores[key] for key in keys])  # [cells, N]
     best = keys[int(table.mean(1).argmax())]
-    chosen = np.empty(table.shape[1])
-    for rows, number in chosen_on_halves(table, seed):
-        chosen[rows] = table[number, rows]
+    chosen = table[best_on_other_half(table, seed), np.arange(table.shape[1])]
     value, low, high = paired_scores(scores[default], chosen, seed=seed)
     key = best if low > 0 else default
     return {
@@ -144,16 +142,16 @@ def plainest_first(keys: Iterable[Key]) -> list[Key]:
     return sorted(keys, key=lambda key: (key[1] == "both", key[2], -key[0], key[1]))
 
 
-def chosen_on_halves(table: NDArray[Any], seed: int) -> list[tuple[NDArray[np.int64], int]]:
-    """[(one half of the N images, which row of ``table`` [R, N] is best on the other half)], both ways round.
+def best_on_other_half(table: NDArray[Any], seed: int) -> NDArray[np.int64]:
+    """[N]: which row of ``table`` [R, N] is best on that half of the images where an image is not.
 
-    Among equals the first row, as where the other half of a single image is empty.
+    Among equals the first row, as for a single image, whose other half is empty.
     """
     order = np.random.default_rng(seed).permutation(table.shape[1])
-    halves = order[::2], order[1::2]
-    return [
-        (mine, int(table[:, other].mean(1).argmax()) if len(other) else 0) for mine, other in (halves, halves[::-1])
-    ]
+    halves, best = (order[::2], order[1::2]), np.zeros(len(order), dtype=np.int64)
+    for mine, other in (halves, halves[::-1]):
+        best[mine] = table[:, other].mean(1).argmax() if len(other) else 0
+    return best
 
 
 def name_of(key: Key) -> str:

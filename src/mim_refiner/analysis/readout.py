@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim_refiner._version import __version__
-from mim_refiner.analysis.atlas import chosen_on_halves
+from mim_refiner.analysis.atlas import best_on_other_half
 from mim_refiner.analysis.forecast import lead_forecast
 from mim_refiner.core.metrics import accuracy_interval, paired_interval
 from mim_refiner.reporting import in_points
@@ -43,10 +43,14 @@ class Row(NamedTuple):
 def readout_record(rows: Sequence[Row], *, samples: dict[str, Any], seed: int) -> dict[str, Any]:
     """The table and the sentence. The first row is the START's usual feature, which the others are compared with.
 
-    The best read-out of the START is chosen on one half of the images and judged on the other, both ways round.
+    The best read-out of the START is chosen on one half of the images and judged on the other, both ways round; ties go
+    to the row that comes first, the cheaper one.
     """
-    usual = rows[0]
-    best, names = best_on_halves([row for row in rows if not row.refined], seed)
+    usual, refined = rows[0], next((row for row in rows if row.refined), None)
+    of_start = [row for row in rows if not row.refined]
+    table = np.stack([row.hits for row in of_start])
+    chosen = best_on_other_half(table, seed)
+    best, names = table[chosen, np.arange(len(chosen))], [of_start[number].name for number in np.unique(chosen)]
 
     def shown(row: Row) -> dict[str, Any]:
         value, *ci95 = accuracy_interval(row.hits)
@@ -59,20 +63,11 @@ def readout_record(rows: Sequence[Row], *, samples: dict[str, Any], seed: int) -
         "measure": "accuracy of a trained classifier",
         "rows": [shown(row) for row in rows],
         "best": {"names": names, "value": float(best.mean()), "gain": list(paired_interval(usual.hits, best))},
-        "sentence": _sentence(usual, best, names, next((row for row in rows if row.refined), None)),
+        "sentence": _sentence(usual, best, names, refined),
         "samples": samples,
         "seed": seed,
         "version": __version__,
     }
-
-
-def best_on_halves(rows: Sequence[Row], seed: int) -> tuple[Hits, list[str]]:
-    """(hits of each half by the row that is best on the other half, the names of both); ties go to the cheaper row."""
-    table = np.stack([row.hits for row in rows])
-    hits, halves = np.zeros_like(table[0]), chosen_on_halves(table, seed)
-    for mine, number in halves:
-        hits[mine] = table[number, mine]
-    return hits, list(dict.fromkeys(rows[number].name for _, number in halves))
 
 
 def _sentence(usual: Row, best: Hits, names: Sequence[str], refined: Row | None) -> str:

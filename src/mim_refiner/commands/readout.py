@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mim_refiner.analysis.atlas import Atlas, Key, chosen_on_halves, name_of, plainest_first
+from mim_refiner.analysis.atlas import Atlas, Key, best_on_other_half, name_of, plainest_first
 from mim_refiner.analysis.readout import Cost, Hits, Row, readout_record
 from mim_refiner.commands.survey import Samples, default_key
 from mim_refiner.evaluation.attentive import AttentiveSettings, Blocks, attentive_protocol, sources_of
@@ -29,12 +29,11 @@ def measured_readouts(models: Mapping[str, Backbone], atlases: Mapping[str, Atla
     usual, depth = default_key(before.info), before.info.depth
     keys = plainest_first(atlas.scores)
     table = np.stack([atlas.scores[key] for key in keys])
-    halves = [(half, keys[number]) for half, number in chosen_on_halves(table, seed)]
-    cells = list(dict.fromkeys(key for _, key in halves))
+    chosen = best_on_other_half(table, seed)
+    cells = [keys[number] for number in np.unique(chosen)]
     features, test, hits = _linear(before, samples, "before", {usual, *cells})
-    best, knn = hits[usual].copy(), atlas.scores[usual].copy()
-    for half, key in halves:
-        best[half], knn[half] = hits[key][half], atlas.scores[key][half]
+    best = np.array([hits[keys[number]][image] for image, number in enumerate(chosen)])
+    knn = table[chosen, np.arange(len(chosen))]
     rows = [Row("usual feature", hits[usual], Cost(depth, depth), knn=float(atlas.scores[usual].mean()))]
     if cells != [usual]:
         named = "best cell (" + " / ".join(map(name_of, cells)) + ")"
