@@ -29,7 +29,7 @@ def features(signal, seed, count, labels=True):
             for pooling in ("cls", "mean"):
                 x = signal.get((block, pooling, norm), 0.3) * centres[y.numpy()] + rng.normal(size=(count, DIM))
                 values[block, pooling] = torch.from_numpy(x).float()
-        found[norm] = Features(values, y if labels else None, torch.arange(count), DEPTH, norm)
+        found[norm] = Features(values, y if labels else None, torch.arange(count), DEPTH)
     return found
 
 
@@ -106,7 +106,7 @@ def noisy_views(noise, count=120):
                 key: torch.from_numpy(x + on * noise.get((*key, norm), 1.5) * rng.normal(size=x.shape)).float()
                 for key, x in clean.items()
             }
-            part[norm] = Features(values, None, torch.arange(count), DEPTH, norm)
+            part[norm] = Features(values, None, torch.arange(count), DEPTH)
     return PairedViews(*parts)
 
 

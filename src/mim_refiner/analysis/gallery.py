@@ -6,7 +6,7 @@ Measured while the models are at hand and written as JSON; the report draws it w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -54,15 +54,14 @@ def make_gallery(
     images: ImageSet,
     *,
     pooling: str,
-    block: int = -1,
     settings: GallerySettings | None = None,
     run: Run | None = None,
 ) -> dict[str, Any]:
     """Return the JSON record of the gallery of one or more encoders ({"before": ..., "after": ...}).
 
     Images are taken evenly spaced from the set, queries and patch images evenly from those: nothing is picked by its
-    result. Features are compared as in k-NN: standardised by dimension, L2-normalised, cosine. Numbers such as
-    ``neighbors`` are rows of ``items``. Raises DataError with fewer than three readable images.
+    result. Features are those of the last block, compared as in k-NN: standardised by dimension, L2-normalised, cosine.
+    Numbers such as ``neighbors`` are rows of ``items``. Raises DataError with fewer than three readable images.
     """
     settings, run = settings or GallerySettings(), run or Run()
     wanted = evenly(len(images), settings.images).tolist()
@@ -74,16 +73,24 @@ def make_gallery(
     shown = evenly(len(rows), settings.queries)
     patch_rows = shown[: settings.patch_images]
     found: dict[str, dict[str, Any]] = {}
+    kept: dict[str, float] = {}  # share of the first model's neighbours that each later one keeps
     first_map: Points | None = None
+    first_near: list[list[int]] = []
     for name, backbone in models.items():
-        features = extract_features(backbone, images, blocks=(block,), poolings=(pooling,), run=run, indices=rows)
-        prepared = standardized(features[block, pooling].double()).numpy()
-        tokens, grid = patch_tokens(backbone, images, rows[patch_rows], block, run)
+        features = extract_features(backbone, images, blocks=(-1,), poolings=(pooling,), run=run, indices=rows)
+        prepared = standardized(features[-1, pooling].double()).numpy()
+        tokens, grid = patch_tokens(backbone, images, rows[patch_rows], run)
         with threads_for(max(prepared.size, tokens.size) * prepared.shape[1]):
             maps = feature_maps(prepared, run.seed, first_map, umap=settings.umap)
-            first_map = maps["pca"]["points"] if first_map is None else first_map
+            lists = neighbor_lists(prepared, labels, settings.neighbors)
+            if first_map is None:
+                first_map, first_near = maps["pca"]["points"], lists["neighbors"]
+            else:
+                pairs = zip(first_near, lists["neighbors"], strict=True)
+                kept[name] = float(np.mean([len({*a} & {*b}) / max(1, len(a)) for a, b in pairs]))
             found[name] = {
-                **neighbor_lists(prepared, labels, settings.neighbors),
+                **lists,
+                **{key: [lists[key][row] for row in shown] for key in ("neighbors", "similarity")},
                 "clusters": cluster_images(prepared, labels, settings, run.seed),
                 "maps": {key: {**each, "points": np.round(each["points"], 4).tolist()} for key, each in maps.items()},
                 "patches": patch_maps(tokens, grid),
@@ -91,7 +98,7 @@ def make_gallery(
     return {
         "kind": "gallery",
         "data": {"source": images.description, "images": len(images), "shown": len(rows)},
-        "block": block % next(iter(models.values())).info.depth,
+        "block": next(iter(models.values())).info.depth - 1,
         "pooling": pooling,
         "seed": run.seed,
         "version": __version__,
@@ -103,13 +110,9 @@ def make_gallery(
         "class_names": list(images.class_names) if images.class_names else None,
         "queries": shown.tolist(),
         "patch_rows": patch_rows.tolist(),
-        "kept_neighbors": _kept(found),
-        "models": {
-            name: {**value, "neighbors": [value["neighbors"][row] for row in shown],
-                   "similarity": [value["similarity"][row] for row in shown]}
-            for name, value in found.items()
-        },
-    }  # fmt: skip
+        "kept_neighbors": kept,
+        "models": found,
+    }
 
 
 def neighbor_lists(features: NDArray[np.float64], labels: NDArray[np.int64] | None, count: int) -> dict[str, Any]:
@@ -120,17 +123,6 @@ def neighbor_lists(features: NDArray[np.float64], labels: NDArray[np.int64] | No
     values = np.take_along_axis(similarity, nearest, axis=1)
     same = None if labels is None else float((labels[nearest] == labels[:, None]).mean())
     return {"neighbors": nearest.tolist(), "similarity": np.round(values, 3).tolist(), "same_label": same}
-
-
-def _kept(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Share of the first model's neighbours that each later model keeps."""
-    (_, first), *others = found.items()
-
-    def share(other: Mapping[str, Any]) -> float:
-        pairs = zip(first["neighbors"], other["neighbors"], strict=True)
-        return float(np.mean([len(set(a) & set(b)) / max(1, len(a)) for a, b in pairs]))
-
-    return {name: share(other) for name, other in others}
 
 
 def cluster_images(
@@ -145,22 +137,21 @@ def cluster_images(
     k = max(1, min(wanted, len(features) // 2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than clusters: some stay empty
-        fitted = KMeans(k, n_init=5, random_state=seed).fit(features)
-    members, distance = fitted.labels_, fitted.transform(features)
-    counts = None
-    order = np.argsort(-np.bincount(members, minlength=k), kind="stable")
-    if labels is not None and classes is not None:
+        found = KMeans(k, n_init=5, random_state=seed).fit(features)
+    members, distance = found.labels_, found.transform(features)
+    order, confusion = np.argsort(-np.bincount(members, minlength=k), kind="stable"), None
+    if classes is not None:
         counts = np.array([[int(((members == c) & (labels == y)).sum()) for y in classes] for c in range(k)])
         matched_cluster, matched_class = linear_sum_assignment(counts, maximize=True)
         order = matched_cluster[np.argsort(matched_class)]
+        confusion = {"classes": classes.tolist(), "counts": counts[order].tolist()}
     nearest = [np.flatnonzero(members == c) for c in order]
     nearest = [row[np.argsort(distance[row, c], kind="stable")] for row, c in zip(nearest, order, strict=True)]
     return {
         "sizes": [len(row) for row in nearest],
         "examples": [row[: settings.examples].tolist() for row in nearest],
-        "confusion": None if counts is None or classes is None
-        else {"classes": classes.tolist(), "counts": counts[order].tolist()},
-    }  # fmt: skip
+        "confusion": confusion,
+    }
 
 
 def feature_maps(
@@ -190,13 +181,13 @@ def _mirrored(points: Points, like: Points | None) -> Points:
 
 
 def patch_tokens(
-    backbone: Backbone, images: ImageSet, indices: Sequence[int] | NDArray[np.int64], block: int, run: Run
+    backbone: Backbone, images: ImageSet, indices: NDArray[np.int64], run: Run
 ) -> tuple[NDArray[np.float64], tuple[int, int]]:
-    """Patch tokens [images, patches, D] of a block, and the grid (rows, columns) that they lie on."""
+    """Patch tokens [images, patches, D] of the last block, and the grid (rows, columns) that they lie on."""
     size, tokens = own_image_size(backbone.info), list[Tensor]()
     with evaluation_mode(backbone), torch.inference_mode():
         for batch, _ in eval_batches(images, size, 8, indices=indices):
-            tokens.append(block_outputs(backbone, batch, [block], run)[0].patches.float().cpu())
+            tokens.append(block_outputs(backbone, batch, [-1], run)[0].patches.float().cpu())
     values = torch.cat(tokens).double().numpy()
     return values, patch_grid(backbone, size, values.shape[1])
 

@@ -5,7 +5,6 @@ Neighbour consistency, view retrieval and effective rank decide (``verdict.py``)
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -15,18 +14,17 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from mim_refiner.core.device import in_float64
 from mim_refiner.core.metrics import accuracy_interval, effective_rank, paired_interval, standardized
 from mim_refiner.core.run import Run
-from mim_refiner.core.threads import threads_for
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import Indices, decoded_batches
 from mim_refiner.data.photometric import BatchPhotometric, seeded_generator
 from mim_refiner.data.views import ViewSpec, crop_batch, draws
+from mim_refiner.evaluation.clustering import fitting
 from mim_refiner.evaluation.features import CENTRE_CROP, Features, ImageTransform, feature_sets
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.types import ImageSize, height_width
@@ -109,14 +107,12 @@ def cluster_stability(x: Tensor, *, clusters: int = 20, pairs: int = 10, seed: i
     k = min(clusters, len(x) // 4)
     points = standardized(x).double().cpu().numpy().astype(np.float32)
     scores = []
-    with warnings.catch_warnings(), threads_for(points.size * k):
-        warnings.simplefilter("ignore", ConvergenceWarning)  # collapsed features have fewer points than clusters
+    with fitting(points.size * k):
         for pair in range(pairs):
             order = np.random.default_rng([seed, pair]).permutation(len(points))
-            half = len(points) // 2
             found = [
                 KMeans(k, n_init=1, max_iter=30, random_state=2 * pair + side).fit(points[part]).predict(points)
-                for side, part in enumerate((order[:half], order[half:]))
+                for side, part in enumerate(np.split(order, [len(points) // 2]))
             ]
             scores.append(adjusted_rand_score(*found))
     return np.asarray(scores)

@@ -25,9 +25,9 @@ from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import warmup_cosine
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
-from mim_refiner.data.photometric import normalize, seeded_generator
+from mim_refiner.data.photometric import seeded_generator
 from mim_refiner.errors import DataError
-from mim_refiner.evaluation.features import own_image_size
+from mim_refiner.evaluation.features import inputs_of, own_image_size
 from mim_refiner.evaluation.linear_probe import shuffled
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.models.mae import patchify, sincos_position_table
@@ -88,7 +88,7 @@ def reconstruction_by_block(
             set_learning_rate(optimizer, warmup_cosine(step, peak=settings.learning_rate, end=0.0, **how))
             noise = decoders.noise(len(rows), seeded_generator(run.seed, 2, step))
             with run.autocast():
-                errors = decoders(_inputs(pixels[rows], backbone, run.device), noise)
+                errors = decoders(inputs_of(backbone, pixels[rows], run), noise)
             optimizer.zero_grad(set_to_none=True)
             errors.mean(1).sum().backward()
             optimizer.step()
@@ -104,7 +104,7 @@ def _evaluate(
     for number, (pixels, _) in enumerate(eval_batches(test, size, 128, indices=rows)):
         noise = decoders.noise(len(pixels), seeded_generator(run.seed, 3, number))
         with run.autocast():
-            parts.append(decoders(_inputs(pixels, backbone, run.device), noise).float().cpu())
+            parts.append(decoders(inputs_of(backbone, pixels, run), noise).float().cpu())
     return torch.cat(parts, dim=1).double().numpy()
 
 
@@ -177,10 +177,6 @@ class _Decoder(nn.Module):
         tokens = torch.cat([tokens[:, :prefix], patches], dim=1) + self.positions
         pixels: Tensor = self.pixels(self.norm(self.blocks(tokens)))
         return pixels[:, prefix:]
-
-
-def _inputs(pixels: Tensor, backbone: Backbone, device: torch.device) -> Tensor:
-    return normalize(pixels.to(device, non_blocking=True), backbone.info.mean, backbone.info.std)
 
 
 # --- each block's share of what the encoder gains, and the three regimes that the shares show (section 2): early, k-NN

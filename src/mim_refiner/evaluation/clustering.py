@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,10 +117,20 @@ def class_separation(x: NDArray[np.float32], labels: NDArray[np.int64], seed: in
 
 
 def _best_kmeans(x: NDArray[np.float32], k: int, num_seeds: int, seed: int) -> tuple[NDArray[np.int64], float]:
-    with warnings.catch_warnings(), threads_for(BATCH * x.shape[1] * k):
-        # collapsed features have fewer distinct points than clusters; the accuracy will say so
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with fitting(BATCH * x.shape[1] * k):
         how = {"n_init": 1, "batch_size": BATCH, "max_iter": 100}
         fitted = (MiniBatchKMeans(k, random_state=seed + number, **how).fit(x) for number in range(num_seeds))
         best = min(fitted, key=lambda found: found.inertia_)  # of all images, not of the last mini-batch
     return best.labels_.astype(np.int64), float(best.inertia_)
+
+
+@contextmanager
+def fitting(multiplications: float) -> Iterator[None]:
+    """scikit-learn fits in here, by operations of so many multiplications, and does not warn where it did not converge.
+
+    Collapsed features have fewer distinct points than clusters, and the measures say so; where classes are nearly
+    separable the optimum lies far out, and predictions settle long before the weights.
+    """
+    with warnings.catch_warnings(), threads_for(multiplications):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield

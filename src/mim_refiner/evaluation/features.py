@@ -37,7 +37,6 @@ class Features:
     labels: Tensor | None  # int64 [N]
     indices: Tensor  # int64 [N], which image of the set a row is; unreadable images are left out
     depth: int
-    norm: bool = False
 
     def __getitem__(self, key: FeatureKey) -> Tensor:
         block, pooling = key
@@ -64,7 +63,7 @@ class Features:
         rows = torch.as_tensor(rows)
         labels = None if self.labels is None else self.labels[rows]
         values = {key: value[rows] for key, value in self.values.items()}
-        return Features(values, labels, self.indices[rows], self.depth, self.norm)
+        return Features(values, labels, self.indices[rows], self.depth)
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def feature_sets(
     by_norm: dict[bool, dict[FeatureKey, Tensor]] = {bool(norm): {} for norm in norms}
     for block, pooling, normed in keys:
         by_norm[normed][block, pooling] = known[block, pooling, normed]["features"]
-    return {norm: Features(of, labels, rows, backbone.info.depth, norm) for norm, of in by_norm.items()}
+    return {norm: Features(of, labels, rows, backbone.info.depth) for norm, of in by_norm.items()}
 
 
 _FullKey = tuple[int, str, bool]  # block, pooling, norm
@@ -232,9 +231,14 @@ def block_outputs(
     backbone: Backbone, pixels: Tensor, blocks: Sequence[int], run: Run, **how: bool
 ) -> list[BlockOutput]:
     """``forward_blocks`` of images [B, C, H, W] as they were read, normalised on the run's device, in its precision."""
-    inputs = normalize(pixels.to(run.device, non_blocking=True), backbone.info.mean, backbone.info.std)
+    inputs = inputs_of(backbone, pixels, run)
     with run.autocast():
         return backbone.forward_blocks(inputs, blocks, **how)
+
+
+def inputs_of(backbone: Backbone, pixels: Tensor, run: Run) -> Tensor:
+    """Images [B, C, H, W] as they were read, normalised as the encoder wants it, on the run's device."""
+    return normalize(pixels.to(run.device, non_blocking=True), backbone.info.mean, backbone.info.std)
 
 
 def _normed(backbone: Backbone, output: BlockOutput) -> BlockOutput:

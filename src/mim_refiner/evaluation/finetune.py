@@ -29,11 +29,11 @@ from mim_refiner.core.run import Run
 from mim_refiner.core.schedules import peak_learning_rate, warmup_cosine
 from mim_refiner.data.decode import ImageSet
 from mim_refiner.data.loaders import eval_batches
-from mim_refiner.data.photometric import normalize
 from mim_refiner.data.workers import watched, worker_count
 from mim_refiner.errors import InputError
-from mim_refiner.evaluation.features import Features, resolve_poolings
+from mim_refiner.evaluation.features import Features, inputs_of, resolve_poolings
 from mim_refiner.evaluation.knn import AccuracyScore, required_labels
+from mim_refiner.evaluation.splits import first_of_classes
 from mim_refiner.models.backbone import Backbone
 from mim_refiner.settings import (
     BatchSize,
@@ -47,7 +47,7 @@ from mim_refiner.settings import (
     Share,
     one_of,
 )
-from mim_refiner.types import ImageSize, height_width
+from mim_refiner.types import BackboneInfo, ImageSize, height_width
 
 # Fine-tuning on 1 % and 10 % of the labels as published, by the size of the encoder. ViT-L, H and 2B: the
 # configurations of github.com/ml-jku/MIM-Refiner (finetune_1p, finetune_10p) for refined encoders; ViT-B, which they
@@ -102,6 +102,10 @@ class FinetuneSettings(FrozenSettings):
     pooling: Literal["auto", "cls", "mean"] = "auto"
     frozen_share: Share = 0.0
     workers: Annotated[int, Field(ge=-1, le=4096)] = -1  # loader processes; -1: decided from data and cores
+
+    def pooling_of(self, info: BackboneInfo) -> str:
+        """What the classifier reads. InputError for a class token that the encoder lacks."""
+        return resolve_poolings(None if self.pooling == "auto" else [self.pooling], info)[0]
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def finetune(
     """Train a copy of ``backbone`` and score it after the last epoch; on a CPU one seed gives the same bits always."""
     settings, run = settings or FinetuneSettings(), run or Run()
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    pooling = resolve_poolings(None if settings.pooling == "auto" else [settings.pooling], backbone.info)[0]
+    pooling = settings.pooling_of(backbone.info)
     with _seeded(run.seed, range(torch.cuda.device_count())):
         model = Classifier(backbone, num_classes, pooling, settings.drop_path, settings.frozen_share).to(run.device)
         _train(model, train, settings, image_size, run)
@@ -212,11 +216,8 @@ def share_of(rows: LabelledRows, share: float, seed: int) -> LabelledRows:
     if share >= 1:
         return rows
     order = np.random.default_rng([seed, 1]).permutation(len(rows.labels))
-    kept = []
-    for name in np.unique(rows.labels):
-        members = order[rows.labels[order] == name]
-        kept.append(members[: max(1, round(share * len(members)))])
-    return rows.select(np.sort(np.concatenate(kept)))
+    sizes = {name: max(1, round(share * count)) for name, count in enumerate(np.bincount(rows.labels)) if count}
+    return rows.select(first_of_classes(rows.labels, order, sizes))
 
 
 def _train(model: Classifier, train: LabelledRows, settings: FinetuneSettings, image_size: ImageSize, run: Run) -> None:
@@ -302,11 +303,10 @@ def training_transform(
 def _predict(model: Classifier, test: LabelledRows, image_size: ImageSize, batch_size: int, run: Run) -> Tensor:
     """Classes [N] in the order of ``test``; an image that cannot be read counts as wrong (-1)."""
     classes = torch.full((len(test.images),), -1)
-    info = model.backbone.info
     with evaluation_mode(model):
         for batch, rows in eval_batches(test.images, image_size, min(256, batch_size), indices=test.rows):
             with run.autocast():
-                logits = model(normalize(batch.to(run.device), info.mean, info.std))
+                logits = model(inputs_of(model.backbone, batch, run))
             classes[rows] = logits.argmax(1).cpu()
     return classes[torch.from_numpy(test.rows)].clone()
 

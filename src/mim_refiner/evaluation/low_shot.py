@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
@@ -10,14 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from mim_refiner.core.metrics import crossed_interval
-from mim_refiner.core.threads import threads_for
+from mim_refiner.evaluation.clustering import fitting
 from mim_refiner.evaluation.features import FeatureKey, Features
 from mim_refiner.evaluation.knn import AccuracyScore, required_labels
+from mim_refiner.evaluation.splits import first_of_classes
 from mim_refiner.settings import Files, FrozenSettings, Listed, Positive, PositiveInt
 
 
@@ -84,9 +83,7 @@ def fit_logistic(
     # difference of two opposite ones: its squared length is twice the sum of theirs.
     strength = (2 if len(classes) == 2 else 1) / settings.penalty
     model = LogisticRegression(C=strength, fit_intercept=False, max_iter=settings.max_iter, tol=1e-5)
-    with warnings.catch_warnings(), threads_for(x.size * len(classes)):
-        # nearly separable: the optimum lies far out, and predictions settle long before the weights
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with fitting(x.size * len(classes)):
         model.fit(x, y)
     matrix = np.vstack([-model.coef_, model.coef_]) / 2 if len(classes) == 2 else model.coef_
     return matrix.T.astype(np.float64), classes
@@ -101,5 +98,4 @@ def row_normalized(x: Tensor) -> Tensor:
 def draw_shots(labels: NDArray[np.int64], shots: int, *, seed: int, split: int) -> NDArray[np.int64]:
     """Rows of ``shots`` random images of every class, sorted; fewer where a class has fewer."""
     order = np.random.default_rng([seed, split]).permutation(len(labels))
-    chosen = [order[labels[order] == name][:shots] for name in np.unique(labels)]
-    return np.sort(np.concatenate(chosen))
+    return first_of_classes(labels, order, dict.fromkeys(np.unique(labels).tolist(), shots))

@@ -225,7 +225,7 @@ def _picture(attention: np.ndarray[Any, Any], grid: tuple[int, int]) -> str:
 def finetuning(job: Job) -> Iterator[Result]:
     """Fine-tune on every share of the labels, or on every published list."""
     settings, (train, test) = job.settings.finetune, job.labelled()
-    pooling = ("cls" if job.backbone.info.has_cls else "mean") if settings.pooling == "auto" else settings.pooling
+    pooling = settings.pooling_of(job.backbone.info)
     for name, share, rows, facts in _parts(job, train):
         own, row = published(settings, share, job.backbone.info.embed_dim, job.settings.given("finetune"))
         score = _tuned(job, rows, test, f"fine-tuning on {100 * share:.3g} % of the labels ({row})", own)

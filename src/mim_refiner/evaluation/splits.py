@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -50,6 +50,13 @@ def stratified_folds(labels: NDArray[np.int64], count: int, seed: int) -> list[N
     return [np.sort(by_class[number::count]) for number in range(count)]
 
 
+def first_of_classes(
+    labels: NDArray[np.int64], order: NDArray[np.int64], sizes: Mapping[int, int]
+) -> NDArray[np.int64]:
+    """The first ``sizes[class]`` rows of every class in ``order``, sorted; all of a class that has fewer."""
+    return np.sort(np.concatenate([order[labels[order] == name][:size] for name, size in sizes.items()]))
+
+
 def list_name(path: str, among: Sequence[str]) -> str:
     """What a result on a published list is called: the file's name, with its folder's where others share it."""
     stem = Path(path).stem
@@ -92,11 +99,8 @@ def imbalanced_subset(
     classes, counts = np.unique(labels, return_counts=True)
     first = largest or int(counts.max())
     order = rng.permutation(len(labels))
-    chosen = []
-    for position, name in enumerate(rng.permutation(classes)):
-        size = max(1, round(first * imbalance ** (-position / max(1, len(classes) - 1))))
-        chosen.append(order[labels[order] == name][:size])
-    return np.sort(np.concatenate(chosen))
+    falling = [max(1, round(first * imbalance ** (-rank / max(1, len(classes) - 1)))) for rank in range(len(classes))]
+    return first_of_classes(labels, order, dict(zip(rng.permutation(classes).tolist(), falling, strict=True)))
 
 
 def class_groups(

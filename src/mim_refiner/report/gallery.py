@@ -22,12 +22,9 @@ class Gallery:
 
     def _thumb(self, row: int, name: str) -> dict[str, Any]:
         """Place on the sheet and words of an image."""
-        column, label = (
-            self.record["thumbnails"]["columns"],
-            None if self.labels is None else self.word(self.labels[row]),
-        )
-        alt = name if label is None else f"{label}, {name}"
-        return {"column": row % column, "row": row // column, "label": label, "alt": alt}
+        line, column = divmod(row, self.record["thumbnails"]["columns"])
+        label = None if self.labels is None else self.word(self.labels[row])
+        return {"column": column, "row": line, "label": label, "alt": name if label is None else f"{label}, {name}"}
 
     def word(self, label: int) -> str:
         """What a class is called."""
