@@ -223,7 +223,7 @@ class Fungi:
                 self.run.reporter.progress(int(indices[-1]) + 1, {})
         labels = None if images.labels is None else torch.from_numpy(images.labels)[torch.cat(seen)]
         depth = self.backbone.info.depth
-        return Features({(depth - 1, KEY_POOLING): torch.cat(found)}, labels, torch.cat(seen), depth, norm=True)
+        return Features({(depth - 1, KEY_POOLING): torch.cat(found)}, labels, torch.cat(seen), depth)
 
     def of_batch(self, images: Tensor, crops: Tensor) -> Tensor:
         """[B, 4 D] of images [B, C, S, S] and their crops [B, V, C, S, S], two global ones first."""
@@ -281,7 +281,7 @@ def reduced(bank: Features, test: Features, width: int) -> tuple[Features, Featu
     axes = axes[:width].mT
 
     def on_axes(part: Features) -> Features:
-        return Features({key: (part[key] - mean) @ axes}, part.labels, part.indices, part.depth, part.norm)
+        return Features({key: (part[key] - mean) @ axes}, part.labels, part.indices, part.depth)
 
     return on_axes(bank), on_axes(test)
 
