@@ -162,6 +162,8 @@ def mean_iou_interval(
     """
     first = np.asarray(confusions, dtype=np.float64)
     pair = [first] if minus is None else [first, np.asarray(minus, dtype=np.float64)]
+    if first.ndim != 3 or not len(first) or any(counts.shape != first.shape for counts in pair):
+        raise InputError(f"an mIoU interval needs pixel counts [images, classes, classes], got {first.shape}")
     rng, count = np.random.default_rng(seed), len(first)
 
     def value(weights: NDArray[Any]) -> float:

@@ -222,7 +222,7 @@ def _runs(flags: list[bool]) -> list[slice]:
 
 
 def _augmented(pixels: Tensor, view: ViewSpec, chunks: list[_Chunk], tables: _Tables) -> Tensor:
-    output = torch.empty(pixels.shape, device=pixels.device)
+    sorted_images = torch.empty(pixels.shape, device=pixels.device)
     radius = blur_radius(view, min(pixels.shape[2:]))
     shift, scale = tables.moments
     stored = pixels.view(torch.int16) if pixels.dtype == torch.uint16 else pixels  # uint16 has no kernel to pick rows
@@ -239,8 +239,8 @@ def _augmented(pixels: Tensor, view: ViewSpec, chunks: list[_Chunk], tables: _Ta
             images[run] = to_gray(images[run])
         for run in solarized:
             images[run] = solarize(images[run], view.solarize_threshold / 255)
-        output.index_copy_(0, tables.order[chosen], images.sub_(shift).div_(scale))
-    return output
+        torch.div(images.sub_(shift), scale, out=sorted_images[chosen])
+    return torch.empty_like(sorted_images).index_copy_(0, tables.order, sorted_images)
 
 
 def blur_radius(view: ViewSpec, size: int) -> int:
