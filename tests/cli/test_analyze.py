@@ -90,7 +90,7 @@ def test_parts_that_look_at_fewer_images_spread_them_over_all(monkeypatch):
             bank=None, queries=None, bank_rows=np.arange(5000), query_rows=np.arange(2501), labelled=True
         ),
         run=SimpleNamespace(reporter=SimpleNamespace(phase=lambda *_: None), seed=0), _measure_blocks=lambda: None,
-        atlases={"before": SimpleNamespace(record={"measure": "knn_top1"})}, result={"statements": []},
+        atlases={"before": SimpleNamespace(record={"measure": "knn_top1"})}, result={"statements": []}, pooling="cls",
         _keep=lambda *_: None,
     )  # fmt: skip
 
