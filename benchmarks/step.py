@@ -37,6 +37,7 @@ from mim_refiner.data.views import crop_batch, draws, multi_crop_views
 from mim_refiner.models.backbone import Backbone, create_vit
 from mim_refiner.models.heads import HeadConfig
 from mim_refiner.models.refiner import Refiner
+from mim_refiner.reporting import Reporter
 from mim_refiner.training.graphed import Graphed
 from mim_refiner.training.refine import forward_backward, graphed
 
@@ -56,7 +57,7 @@ class Bench:
     """The model, its optimizer, and random images of the size asked for."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.device = options, join_processes(pick_device(options.device))
+        self.options, self.device = options, join_processes(pick_device(options.device), Reporter())
         self.run = Run(self.device, resolve_precision(options.precision, self.device))
         torch.manual_seed(0)
         backbone = Backbone.wrap(create_vit(options.arch, image_size=options.image))

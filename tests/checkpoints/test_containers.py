@@ -335,6 +335,20 @@ def test_lora_layers_in_one_file_are_merged(tmp_path: Path, vit_state: State) ->
         torch.save({"model": state | change}, tmp_path / "bad.pth")
         with pytest.raises(CheckpointError, match=rf"{message}.*merge_and_unload"):
             load_backbone(tmp_path / "bad.pth", num_heads=4)
+    # a layer of another module, whose own weight is missing, is not merged into the encoder's of the same ending
+    other = {
+        name.replace("base_model.model.", "base_model.model.decoder."): state[name] for name in state if "lora_" in name
+    }
+    torch.save({"model": state | other, "peft_config": {"lora_alpha": 8, "r": 4}}, tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError, match=r"adapts decoder\..*which its base model has not"):
+        load_backbone(tmp_path / "bad.pth", num_heads=4)
+
+
+def test_a_part_without_patches_is_no_second_encoder(tmp_path: Path, vit_state: State) -> None:
+    decoder = {name: tensor for name, tensor in vit_state.items() if name.startswith(("blocks.", "norm."))}
+    torch.save({"decoder": decoder, "encoder": vit_state}, tmp_path / "both.pth")
+    held = load_backbone(tmp_path / "both.pth", num_heads=4).model.state_dict()
+    assert all(torch.equal(held[name], vit_state[name]) for name in vit_state)
 
 
 def test_an_adapter_folder_is_merged_into_its_base(

@@ -31,19 +31,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if plan.refuse:
             self.send_error(plan.refuse.pop(0))
             return
-        start = 0
+        start, end = 0, len(content)
         asked = self.headers.get("Range")
         if asked and plan.ranges and self.headers.get("If-Range") == plan.tag:
             start = int(asked.removeprefix("bytes=").rstrip("-"))
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            end = min(end, start + plan.at_most)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
         else:
             self.send_response(200)
         self.send_header("ETag", plan.tag)
-        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Content-Length", str(end - start))
         self.end_headers()
         stop = plan.cut.pop(0) if plan.cut else len(content)
-        self.wfile.write(content[start:stop])  # a shorter answer than announced: the connection breaks
+        self.wfile.write(content[start : min(stop, end)])  # a shorter answer than announced: the connection breaks
 
     def log_message(self, *_: object) -> None: ...
 
@@ -52,6 +53,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def server() -> Iterator[Any]:
     httpd: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     httpd.content, httpd.tag, httpd.cut, httpd.refuse, httpd.requests, httpd.ranges = CONTENT, '"v1"', [], [], [], True
+    httpd.at_most = len(CONTENT)  # bytes of an answer to a range
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield httpd
@@ -95,6 +97,12 @@ def test_download_once_and_verified(server: Any, cache: Path) -> None:
 
 def test_interrupted_transfer_goes_on_where_it_stopped(server: Any) -> None:
     server.cut = [300_000, 700_000]
+    assert fetch(entry(server)).read_bytes() == CONTENT
+    assert server.requests == [None, "bytes=300000-", "bytes=700000-"]
+
+
+def test_an_answer_with_a_part_of_the_rest_is_not_the_end(server: Any) -> None:
+    server.cut, server.at_most = [300_000], 400_000
     assert fetch(entry(server)).read_bytes() == CONTENT
     assert server.requests == [None, "bytes=300000-", "bytes=700000-"]
 

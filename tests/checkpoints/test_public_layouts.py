@@ -426,3 +426,14 @@ def test_tinymim_has_other_heads_in_its_last_block(tmp_path: Path) -> None:
     assert loaded.info.family == "tinymim"
     images = torch.randn(1, 3, *SIZE)
     assert_same(tokens(loaded, images), tokens(Backbone.wrap(model), images))
+
+
+def test_further_global_tokens_of_multimae_are_registers(tmp_path: Path) -> None:
+    state, _ = multimae()
+    tokens = torch.randn(1, 3, WIDTH)
+    state["model"]["global_tokens"] = tokens  # type: ignore[index]
+    torch.save(state, tmp_path / "tokens.pth")
+    backbone = load_backbone(tmp_path / "tokens.pth", num_heads=HEADS)
+    assert backbone.info.num_prefix_tokens == 3
+    held = backbone.model.state_dict()
+    assert torch.equal(torch.cat([held["cls_token"], held["reg_token"]], 1), tokens)

@@ -24,6 +24,16 @@ def weights(run: Path) -> bytes:
     return (run / "export" / "model.safetensors").read_bytes()
 
 
+def test_a_run_ends_well_without_a_folder_for_temporary_files(mae, unlabelled, cli, tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no usable temporary directory")
+
+    monkeypatch.setattr("mim_refiner.commands.refine.tempfile.TemporaryDirectory", full)
+    outcome = cli.call(*cli.refine(unlabelled, mae.export, tmp_path / "out"))
+    assert outcome.code == 0, outcome.err
+    assert weights(tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_random_kills_cost_nothing(mae, unlabelled, cli, finish, tmp_path):
     """SIGKILL at random moments of real runs; the last attempt ends with the bits of a run that nobody disturbed."""

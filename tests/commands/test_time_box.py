@@ -96,6 +96,17 @@ def test_what_an_image_costs_is_not_told_by_a_busy_moment(monkeypatch: pytest.Mo
     assert time_box.seconds_an_image(cast(Any, None), images, Run()) == pytest.approx(0.4 / 200)
 
 
+def test_processes_that_share_images_time_them_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by its own clock would end after another number of passes, and wait for the others for ever."""
+    done: list[int] = []
+    monkeypatch.setattr(time_box, "is_distributed", lambda: True)
+    monkeypatch.setattr(time_box, "extract_features", lambda *_, **__: done.append(1))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    images = ImageSet(open_source(np.zeros((8, 1, 1, 3), np.uint8)))
+    time_box.seconds_an_image(cast(Any, None), images, Run())
+    assert len(done) == time_box.PROBES
+
+
 @pytest.mark.parametrize(("together", "threads"), [(0.3, 2), (3.7, 1)])
 def test_threads_that_wait_for_another_process_are_left_out(
     monkeypatch: pytest.MonkeyPatch, together: float, threads: int

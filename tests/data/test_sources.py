@@ -454,3 +454,9 @@ def test_web_addresses_and_base64_are_called_so(tmp_path, pixels, encode, addres
     assert [reason for *_, reason in listed.unreadable] == [web]
     with pytest.raises(DataError, match="download it first"):
         open_source(address)
+
+
+def test_a_drive_that_is_not_there_holds_no_files(monkeypatch):
+    monkeypatch.setattr(os.path, "isdir", lambda _: False)
+    with pytest.raises(DataError, match="no such file"):
+        open_source("/share/photos*/x.jpg")

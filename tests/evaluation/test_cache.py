@@ -169,8 +169,9 @@ def test_where_and_how_large(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert FeatureCache.open().folder == tmp_path / "mim-refiner" / "features"
     assert (parse_size("1.5kb"), parse_size(12), parse_size("3 TB")) == (1500, 12, 3 * 10**12)
-    with pytest.raises(InputError, match="like 5GB"):
-        parse_size("much")
+    for text in ("much", "10,000MB", "1,5GB", "5GB junk", "5bit", "-1"):
+        with pytest.raises(InputError, match="like 5GB"):
+            parse_size(text)
 
 
 @pytest.mark.parametrize("word", ["off", " OFF", "none", "0", "False", "no"])

@@ -129,6 +129,8 @@ def _merged(contents: Contents, names: Mapping[str, Tensor]) -> dict[str, Tensor
         for name, tensor in names.items()
         if "lora_" not in name and ".original_module." not in name
     }
+    if lone := next((layer for layer in _pairs(names, contents.source) if f"{layer}.weight" not in plain), None):
+        raise _cannot(contents.source, f"adapts {lone}.weight, which its base model has not")
     # PEFT's options among the values beside one file's weights, as an adapter_config.json has them; ranks are told
     paths = contents.facts.items()
     patterns = {p.partition("alpha_pattern.")[2]: value for p, value in paths if ".alpha_pattern." in f".{p}"}

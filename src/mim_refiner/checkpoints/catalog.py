@@ -10,6 +10,7 @@ import csv
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import time
 import urllib.error
@@ -152,10 +153,13 @@ def _transfer(entry: Entry, path: Path, part: Path, notes: Path) -> None:
         headers |= {"Range": f"bytes={have}-", "If-Range": str(usable)}
     try:
         with urllib.request.urlopen(urllib.request.Request(entry.address, headers=headers), timeout=_TIMEOUT) as answer:
-            start, left = have if answer.status == 206 else 0, answer.headers.get("Content-Length", "")
-            if start and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                raise _TryAgainError("the server sent another part than asked for")
-            total = start + int(left) if left.isdigit() else None
+            start, length = 0, answer.headers.get("Content-Length", "")
+            if answer.status == 206:  # of the rest, or of a part of it
+                match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+                if not match or int(match[1]) != have:
+                    raise _TryAgainError("the server sent another part than asked for")
+                start, length = have, match[2]
+            total = int(length) if length.isdigit() else None
             validator = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
             if validator.startswith("W/"):
                 validator = ""  # a weak tag does not promise the same bytes
@@ -184,7 +188,7 @@ def _transfer(entry: Entry, path: Path, part: Path, notes: Path) -> None:
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
         reason = getattr(error, "reason", error)
         raise _TryAgainError(one_line(getattr(reason, "strerror", None) or reason or type(reason).__name__)) from error
-    if total is not None and done < total:
+    if total is not None and done != total:
         raise _TryAgainError(f"the connection ended at {done} of {total} bytes")
 
 

@@ -65,7 +65,8 @@ def _views(contents: Contents, family: Family) -> Iterator[View]:
             twice = Counter(stripped.values()).most_common(1)[0][0]
             raise CheckpointError(f"{contents.source}: two tensors mean {twice}; save the encoder alone")
         prefixes = [name.removesuffix(anchor) for name in stripped.values() if f".{name}".endswith(f".{anchor}")]
-        if family.any_names and not prefixes and not section.startswith("opt"):
+        told = family.any_names and (family is not TIMM or contents.config is not None)
+        if told and not prefixes and not section.startswith("opt"):
             prefixes = [""]
         for prefix in prefixes:
             inside = {name: short for name, short in stripped.items() if short.startswith(prefix)}

@@ -161,9 +161,9 @@ def refine_and_compare(
         stage.info = replace(stage.info, mean=backbone.info.mean, std=backbone.info.std)
     stages |= {stage: load_backbone(source) for stage, source in (others or {}).items()}
     card = {"data": f"{Path(name_of(data)).name} ({number_of(len(images), 'images')})", "weights": taken["reason"]}
-    with tempfile.TemporaryDirectory() as scratch:  # of the ranks that measure along with the first one
-        results = folder.path if folder.writes else Path(scratch)
-        summary = conclude(stages, on, chosen, results, card, replace(run, precision="fp32"), box)
+    # ranks that measure along with the first one write what nobody keeps
+    with contextlib.nullcontext(folder.path) if folder.writes else tempfile.TemporaryDirectory() as results:
+        summary = conclude(stages, on, chosen, Path(results), card, replace(run, precision="fp32"), box)
     if not folder.writes:
         return {}  # the rest is rank 0's
     summary["verdict"] = advised(summary, chosen, folder.path, backbone, model, stopped)

@@ -12,7 +12,7 @@ from mim_refiner.checkpoints.load import load_backbone
 from mim_refiner.commands.deadline import ATLAS, DEARER, FEW_BANK, FEW_TEST, PLANNED, REPORT, affordable_images
 from mim_refiner.commands.inputs import train_loader
 from mim_refiner.commands.refine import prepare
-from mim_refiner.core.collectives import from_rank_0
+from mim_refiner.core.collectives import from_rank_0, is_distributed
 from mim_refiner.core.run import Run
 from mim_refiner.core.threads import pace_of
 from mim_refiner.data.decode import ImageSet
@@ -123,7 +123,7 @@ def seconds_an_image(backbone: Backbone, images: ImageSet, run: Run) -> float:
     times, since other processes only make it longer. Finds the best number of threads by the way.
     """
     rows, run, taken = range(min(PROBE_IMAGES, len(images))), replace(run, precision="fp32"), list[float]()
-    pace = pace_of(0.0, run.device)
+    pace = pace_of(None if is_distributed() else 0.0, run.device)  # processes that share images take equal turns
     while pace.looking or len(taken) < PROBES:
         began = monotonic()
         extract_features(backbone, images, run=run, indices=rows)

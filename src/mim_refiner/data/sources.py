@@ -158,7 +158,7 @@ def _matches(pattern: str) -> list[str]:
     for form in (pattern, unicodedata.normalize("NFC", pattern), unicodedata.normalize("NFD", pattern)):
         if os.path.exists(form):
             return [form]
-    folder = next((above for above in Path(pattern).parents if os.path.isdir(above)), Path())
+    folder = next((above for above in Path(pattern).parents if os.path.isdir(above)), Path(Path(pattern).anchor))
     rest = str(Path(pattern).relative_to(folder))
     if not glob.has_magic(rest):
         return []

@@ -11,16 +11,16 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 import uuid
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import ByteSize, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,6 +37,7 @@ from mim_refiner.models.backbone import Backbone
 _FORMAT = 1  # raise it when features of the same identity would change
 _SAMPLED_IMAGES = 1024  # of a set that does not fit into memory
 _STALE_SECONDS = 24 * 3600  # a half-written file of a killed run is removed after this
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 @dataclass
@@ -189,7 +190,7 @@ def data_identity(images: ImageSet) -> str:
 
 def parse_size(size: str | int) -> int:
     """``"5GB"``, ``"500 MB"`` or a number to bytes; InputError otherwise."""
-    try:
-        return TypeAdapter(Annotated[ByteSize, Field(ge=0)]).validate_python(size)
-    except ValidationError:
-        raise InputError(f"cache size {size!r}: write it like 5GB, 500MB or 0") from None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b?)\s*", str(size).lower())
+    if not match or match[2] not in _UNITS:
+        raise InputError(f"cache size {size!r}: write it like 5GB, 500MB or 0")
+    return int(float(match[1]) * _UNITS[match[2]])

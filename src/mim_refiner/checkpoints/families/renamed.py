@@ -99,8 +99,10 @@ _MULTIMAE_KEYS = KeyMap(
 
 
 def _prepare_multimae(view: View, tensors: dict[str, Tensor], wishes: Wishes) -> dict[str, Any]:
-    table, weight = tensors["pos_embed"], tensors[PROJECTION]
+    table, weight, tokens = (tensors[name] for name in ("pos_embed", PROJECTION, "cls_token"))
     tensors["pos_embed"] = table.flatten(2).transpose(1, 2)
+    if tokens.shape[1] > 1:
+        tensors["cls_token"], tensors["reg_token"] = tokens[:, :1], tokens[:, 1:]
     return {"known_size": tuple(side * patch for side, patch in zip(table.shape[2:], weight.shape[2:], strict=True))}
 
 
