@@ -106,7 +106,8 @@ def threads_kept() -> Iterator[None]:
 def threads_for(multiplications: float) -> Iterator[None]:
     """NumPy, SciPy and scikit-learn compute operations of so many multiplications: small ones with one thread.
 
-    Their threads meet after every operation; beside another process k-means took sixty times as long (LOG.md).
+    Their threads meet after every operation: beside a busy process k-means took five times as long, on a crowded
+    machine sixty, and on a quiet one 1.6 (LOG.md).
     """
     with threadpool_limits(1 if multiplications < SMALL else None):
         yield
