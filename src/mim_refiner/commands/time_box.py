@@ -33,6 +33,7 @@ BEFORE, EVALUATION, REAL = 12_000, 5.5, 1.2
 GUARD_IMAGES = 3000  # that the guard looks at during the refinement
 MOST_FOR_EVALUATION, LEAST_FOR_TRAINING = 0.4, 0.25  # of the time
 MOST_FOR_POOL = 0.2  # of the training's time
+BEGUN = 0.25  # of an epoch: what almost fits is begun, since the steps above are told carefully
 USUAL_SECONDS = 240  # the recipe's epochs are for so long; more time gives more
 
 
@@ -88,7 +89,7 @@ def fit(left: float, costs: Costs, recipe: RefineRecipe, *, images: int, bank: i
     share = recipe.warmup.epochs / recipe.refinement.epochs
     most = recipe.refinement.epochs * max(1.0, left / USUAL_SECONDS)  # beyond it no gain was seen (LOG.md)
     epochs = min((training - pooling - looks) / (steps * (costs.refinement_step + share * costs.warmup_step)), most)
-    refinement, warmup = max(1, int(epochs)), max(1, int(share * epochs))
+    refinement, warmup = (max(1, int(BEGUN + number)) for number in (epochs, share * epochs))
     planned = [pooling + warmup * steps * costs.warmup_step, refinement * steps * costs.refinement_step + looks]
     limits = [training * seconds / sum(planned) for seconds in planned]
     expected = before + sum(map(min, planned, limits)) + first_look
