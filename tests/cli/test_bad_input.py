@@ -103,7 +103,11 @@ def test_unknown_recipe_architecture_and_image_size(cli, mae, shapes, tmp_path):
 def test_an_output_folder_that_cannot_be(cli, mae, shapes, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")
-    refused(cli.call(*cli.refine(shapes, mae.export, blocker / "run"), "--quiet"), blocker / "run", "cannot write")
+    refused(
+        cli.call(*cli.refine(shapes, mae.export, blocker / "run"), "--quiet"),
+        blocker / "run",
+        "is a file; choose another --out",
+    )
 
 
 def test_a_folder_of_something_else_is_refused_before_anything_is_read(cli, tmp_path):

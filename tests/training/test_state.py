@@ -138,8 +138,10 @@ def test_a_folder_with_other_files_is_not_touched(tmp_path: Path) -> None:
 def test_an_unwritable_place_is_one_clear_line(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
-    with pytest.raises(RunFolderError, match="cannot write the run folder"):
+    with pytest.raises(RunFolderError, match=f"{blocker} is a file; choose another --out"):
         open_run(blocker / "run")
+    with pytest.raises(RunFolderError, match=f"{blocker} is a file; choose another --out"):
+        state.refuse_place(blocker / "runs" / "out")  # before anything slow is done
 
 
 def test_a_folder_that_takes_no_files_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

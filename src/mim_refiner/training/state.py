@@ -306,6 +306,8 @@ def refuse_place(out: str | Path) -> None:
             raise RunFolderError(f"{path}: the path is not valid UTF-8 text; choose another --out")
         resumed = (path / "recipe.yaml").exists()
         nearest = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+        if nearest != path.absolute() and not nearest.is_dir():
+            raise RunFolderError(f"{path}: {nearest} is a file; choose another --out")
         if not resumed and nearest.is_dir() and not os.access(nearest, os.W_OK | os.X_OK):
             raise RunFolderError(f"{path}: {nearest} cannot be written; choose another --out")
         known = resumed or not path.exists()
